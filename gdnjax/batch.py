@@ -1,0 +1,96 @@
+"""The pytrees of one step: what the host hands to the device, and what comes back.
+
+Padding points at slot 0, block 0 and row 0. Every mask and index that a layer needs is made from these once per step,
+in `gdnjax.step`, before the layers.
+"""
+
+import dataclasses
+
+import jax
+
+from gdnjax.shapes import Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdmitBatch:
+    """Requests that take over a slot. Each field replaces the slot's row of the SlotTable field of that name."""
+
+    slot: Leaf  # [r] int32
+    max_length: Leaf  # [r] int32
+    min_length: Leaf  # [r] int32
+    stop_tokens: Leaf  # [r, MAX_STOP_TOKENS] int32
+    block_table: Leaf  # [r, m] int32
+    temperature: Leaf  # [r] float32
+    top_k: Leaf  # [r] int32
+    top_p: Leaf  # [r] float32
+    min_p: Leaf  # [r] float32
+    seed: Leaf  # [r, 2] uint32
+    logit_row: Leaf  # [r] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogitRowBatch:
+    """One request's logit row, filled before its first step; see LogitRows."""
+
+    row: Leaf  # [] int32
+    in_prompt: Leaf  # [V] bool
+    bias: Leaf  # [V] float32
+    repetition: Leaf  # [] float32
+    frequency: Leaf  # [] float32
+    presence: Leaf  # [] float32
+    bad_words: Leaf  # [MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefillBatch:
+    """Pieces of prompts, packed one after another, with the chunk table.
+
+    A row's tokens stand at `tokens[start : start + length]` and continue its slot at SlotTable.length. Chunks of one
+    row are in order, at most CHUNK tokens long, and cut at absolute multiples of CHUNK.
+    """
+
+    tokens: Leaf  # [t] int32
+    token_row: Leaf  # [t] int32: row of each token, r - 1 or less; padding has token_valid False
+    token_valid: Leaf  # [t] bool
+    slot: Leaf  # [r] int32
+    start: Leaf  # [r] int32
+    length: Leaf  # [r] int32, 0 for a padded row
+    is_last: Leaf  # [r] bool: the prompt ends here, so a token is sampled
+    chunk_row: Leaf  # [c] int32
+    chunk_start: Leaf  # [c] int32: place in `tokens`
+    chunk_length: Leaf  # [c] int32, 0 for a padded chunk
+    target: Leaf  # [t] int32: the prompt's next token, for prompt_logprobs; NO_TOKEN where there is none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeBatch:
+    """Slots that produce their next token."""
+
+    slot: Leaf  # [n] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities under the model itself: before temperature, penalties and masks."""
+
+    chosen: Leaf  # [n] float32: of the token in question
+    rank: Leaf  # [n] int32: 1 = the most probable
+    top_tokens: Leaf  # [n, max_logprobs] int32, most probable first
+    top: Leaf  # [n, max_logprobs] float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """What a step produced, row by row of its batch. The second axis has room for 1 + k tokens; k is 0 for now."""
+
+    tokens: Leaf  # [n, 1] int32
+    count: Leaf  # [n] int32: how many of them count
+    done: Leaf  # [n] bool: the request ended on the device (stop token or max_length)
+    logprobs: Leaf  # Logprobs of `tokens[:, 0]`, or None
+    prompt_logprobs: Leaf  # Logprobs of the targets [t], or None

@@ -1,0 +1,151 @@
+"""Hugging Face checkpoints: `model.safetensors`, or shards beside `model.safetensors.index.json`."""
+
+import json
+import pathlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from tqdm import tqdm
+
+from gdnjax.checkpoint.sources import TensorSource, abbreviate, check_dtypes, read_whole, tensor_bytes
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class SafetensorsSource:
+    """The tensors of a Hugging Face directory. The files are mapped; only the slices asked for are copied.
+
+    Every header is read and checked at construction. Raises FileNotFoundError where the directory holds no
+    checkpoint or lacks a shard, and ValueError that names the file where one is damaged, where index and shards
+    disagree, or where a tensor is neither float32 nor bfloat16.
+    """
+
+    def __init__(self, directory: str | pathlib.Path):
+        self._directory = pathlib.Path(directory)
+        weight_map = _read_index(self._directory)
+        files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
+        self._slices: dict[str, Any] = {}
+        self._files: dict[str, pathlib.Path] = {}
+        for file in files:
+            self._add(self._directory / file)
+        if weight_map is not None:
+            self._check_index(weight_map)
+        dtypes = {name: tensor.get_dtype() for name, tensor in self._slices.items()}
+        check_dtypes(str(self._directory), dtypes)
+        self._shapes = {name: tuple(tensor.get_shape()) for name, tensor in self._slices.items()}
+        self._dtypes = {name: DTYPES[dtype] for name, dtype in dtypes.items()}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtypes[name]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self._slices[name][index]
+
+    def __enter__(self) -> "SafetensorsSource":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # The mapping of a file ends with the last slice object that refers to it.
+        self._slices.clear()
+
+    def _add(self, file: pathlib.Path) -> None:
+        """Maps one file. A tensor that an earlier file has too is an error: which of them is meant is unknown."""
+        try:
+            opened = safetensors.safe_open(file, framework="numpy")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{file}: damaged or not a safetensors file: {error}") from error
+        for name in opened.keys():  # noqa: SIM118 (a safe_open handle is no dict)
+            if name in self._slices:
+                raise ValueError(f"{file}: tensor {name} is also in {self._files[name]}")
+            self._slices[name] = opened.get_slice(name)
+            self._files[name] = file
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        absent = [
+            f"{name} (in {file})"
+            for name, file in weight_map.items()
+            if self._files.get(name) != self._directory / file
+        ]
+        if absent:
+            raise ValueError(
+                f"{self._directory / INDEX_FILE}: tensors that are not in the shard it names: {abbreviate(absent)}"
+            )
+        unlisted = [f"{name} (in {self._files[name].name})" for name in self._slices if name not in weight_map]
+        if unlisted:
+            raise ValueError(f"{self._directory / INDEX_FILE}: tensors that it does not list: {abbreviate(unlisted)}")
+
+
+def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
+    """Tensor name -> shard, or None for a checkpoint of one file."""
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.is_file() and index.is_file():
+        raise ValueError(f"{directory}: both {SINGLE_FILE} and {INDEX_FILE} are here; keep the one that is meant")
+    if single.is_file():
+        return None
+    if not index.is_file():
+        shards = sorted(file.name for file in directory.glob("*.safetensors"))
+        found = f"; found only {abbreviate(shards)}" if shards else ""
+        raise FileNotFoundError(
+            f"{directory}: no safetensors checkpoint; expected {SINGLE_FILE}, or {INDEX_FILE} and its shards{found}"
+        )
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: damaged, expected a JSON object with a weight_map: {error!r}") from error
+    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{directory}: shards named in {INDEX_FILE} are missing: {abbreviate(missing)}")
+    return weight_map
+
+
+def write_safetensors(source: TensorSource, directory: pathlib.Path, *, shard_bytes: int, progress: bool) -> None:
+    """Writes all tensors of `source` bit for bit into `directory`: one file if they fit, else shards and an index.
+
+    Host memory holds one shard at a time. A tensor larger than `shard_bytes` gets a shard of its own.
+    """
+    shards = plan_shards({name: tensor_bytes(source, name) for name in source.names()}, shard_bytes)
+    if len(shards) == 1:
+        files = [SINGLE_FILE]
+    else:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    with tqdm(total=len(source.names()), desc="writing safetensors", unit="tensor", disable=not progress) as bar:
+        for file, names in zip(files, shards, strict=True):
+            tensors = {}
+            for name in names:
+                # safetensors.numpy writes the bytes behind the pointer, so a strided view would be written wrong.
+                tensors[name] = np.ascontiguousarray(read_whole(source, name))
+                bar.update()
+            # transformers refuses files that do not say which framework their layout is that of.
+            safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor_bytes(source, name) for name in source.names())},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
+    """Divides tensors, in order, into shards of at most `shard_bytes`; a larger tensor is alone in its shard."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

@@ -1,0 +1,58 @@
+"""The names of a checkpoint: what belongs to the language model, and what is skipped knowingly."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from gdnjax.checkpoint.sources import abbreviate
+
+# The language model's tensors, under each prefix that is published; the group is the name that the modules use.
+LANGUAGE = re.compile(
+    r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?"
+    r"((?:embed_tokens|layers|norm|lm_head)\..+)"
+)
+VISION = re.compile(r"(?:model\.)?visual\..+")
+MTP = re.compile(r"mtp\..+")
+
+LM_HEAD = "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Names:
+    """The tensors of a checkpoint, sorted by what they are for.
+
+    language    module name -> checkpoint name, for the language model
+    vision      the vision tower, which the engine does not run
+    mtp         the multi-token-prediction head
+    tied        a stored lm_head of a model whose lm_head is its embedding
+    unknown     everything else
+    """
+
+    language: dict[str, str]
+    vision: tuple[str, ...]
+    mtp: tuple[str, ...]
+    tied: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def sort_names(names: Iterable[str], *, tied_lm_head: bool) -> Names:
+    """Sorts the tensors of a checkpoint. Raises ValueError where two of them are the same tensor of the model."""
+    language: dict[str, str] = {}
+    vision, mtp, tied, unknown, clashes = [], [], [], [], []
+    for name in names:
+        match = LANGUAGE.fullmatch(name)
+        if VISION.fullmatch(name):
+            vision.append(name)
+        elif MTP.fullmatch(name):
+            mtp.append(name)
+        elif match is None:
+            unknown.append(name)
+        elif tied_lm_head and match[1] == LM_HEAD:
+            tied.append(name)
+        elif match[1] in language:
+            clashes.append(f"{language[match[1]]} and {name}")
+        else:
+            language[match[1]] = name
+    if clashes:
+        raise ValueError(f"tensors that name one parameter twice: {abbreviate(clashes)}")
+    return Names(language=language, vision=tuple(vision), mtp=tuple(mtp), tied=tuple(tied), unknown=tuple(unknown))

@@ -1,0 +1,112 @@
+"""Checkpoints written by scripts/convert.py: an Orbax tree {Hugging Face tensor name: array} in `params/`."""
+
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from tqdm import tqdm
+
+from gdnjax.checkpoint.sources import TensorSource, check_dtypes, read_whole
+
+SUBFOLDER = "params"
+
+# In an Orbax checkpoint every tensor is a zarr array under its name, in one OCDBT key-value store. Its key there:
+ARRAY_KEY_SUFFIX = "/.zarray"
+
+
+class OrbaxSource:
+    """The tensors of a converted directory, one at a time: the last tensor read is kept, so slices of it are cheap.
+
+    Raises FileNotFoundError where there is no `params/`, and ValueError where it is not a checkpoint of
+    scripts/convert.py, is damaged, or holds a tensor that is neither float32 nor bfloat16.
+    """
+
+    def __init__(self, directory: str | pathlib.Path):
+        self._params = pathlib.Path(directory).resolve() / SUBFOLDER
+        if not self._params.is_dir():
+            raise FileNotFoundError(f"{self._params}: no such directory; expected one written by scripts/convert.py")
+        try:
+            self._tensors = _open_tensors(self._params)
+        except ValueError as error:
+            raise ValueError(f"{self._params}: damaged: {error}") from error
+        if not self._tensors:
+            raise ValueError(f"{self._params}: no tensors here; expected an Orbax checkpoint of scripts/convert.py")
+        self._dtypes = {name: tensor.dtype.numpy_dtype for name, tensor in self._tensors.items()}
+        check_dtypes(str(self._params), {name: dtype.name for name, dtype in self._dtypes.items()})
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtypes[name]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if self._last is None or self._last[0] != name:
+            # Dropped first, so that two tensors are never held.
+            self._last = None
+            try:
+                self._last = name, self._tensors[name].read().result()
+            except ValueError as error:
+                raise ValueError(f"{self._params}: tensor {name} is damaged: {error}") from error
+        return self._last[1][index]
+
+    def __enter__(self) -> "OrbaxSource":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._tensors.clear()
+        self._last = None
+
+
+def _open_tensors(params: pathlib.Path) -> dict[str, tensorstore.TensorStore]:
+    # Not by Orbax's restore of a part of a tree: each call of that reads the metadata of all tensors, which is
+    # quadratic for a checkpoint that stores every expert apart. This is the layout that write_orbax asks for.
+    context = tensorstore.Context()
+    store = {"driver": "ocdbt", "base": f"{params.as_uri()}/"}
+    keys = tensorstore.KvStore.open(store, context=context).result().list().result()
+    names = [key.decode().removesuffix(ARRAY_KEY_SUFFIX) for key in keys if key.endswith(ARRAY_KEY_SUFFIX.encode())]
+    opening = {
+        name: tensorstore.open(
+            # Lost data would otherwise be read as zeros. Orbax writes zeros out, so nothing else is missing.
+            {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}, "fill_missing_data_reads": False},
+            open=True,
+            read=True,
+            context=context,
+        )
+        for name in names
+    }
+    return {name: tensor.result() for name, tensor in opening.items()}
+
+
+def write_orbax(source: TensorSource, directory: pathlib.Path, *, progress: bool) -> None:
+    """Writes all tensors of `source` bit for bit into `directory / "params"`.
+
+    Orbax saves a tree as a whole, so host memory holds the model once.
+    """
+    # Orbax copies numpy arrays before it writes them, to guard against changes meanwhile. Nothing changes these.
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    # Compressed copies of all tensors would exist at once, a second model in memory; weights hardly compress.
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=False, use_compression=False, type_handler_registry=registry
+    )
+    names = source.names()
+    with (
+        ocp.Checkpointer(handler) as checkpointer,
+        tqdm(total=len(names), desc="reading tensors", unit="tensor", disable=not progress) as bar,
+    ):
+        tensors = {}
+        for name in names:
+            tensors[name] = read_whole(source, name)
+            bar.update()
+        # Orbax writes all of them in one call that reports nothing.
+        bar.set_description("writing Orbax")
+        checkpointer.save(directory.resolve() / SUBFOLDER, ocp.args.PyTreeSave(tensors))

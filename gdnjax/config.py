@@ -1,0 +1,443 @@
+"""What a model is and how the engine is set up: frozen, validated at construction, read by everything else.
+
+Imports neither jax nor flax, so that plans and errors can be had without a device.
+"""
+
+import dataclasses
+import enum
+import json
+import pathlib
+from typing import Any
+
+CHUNK = 64
+"""Tokens in a chunk of the chunked delta rule, and the grid on which prefill pieces are cut."""
+
+SUPPORTED_MODEL_TYPES = (
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+)
+
+DTYPES = ("auto", "float32", "bfloat16")
+KERNELS = ("auto", "pallas", "interpret", "reference")
+STATE_LAYOUTS = ("kv", "vk", "mixed")
+
+
+class LayerKind(enum.Enum):
+    """The token mixer of a layer. The tuple of kinds is the hybrid pattern of a model."""
+
+    DELTA = "linear_attention"
+    ATTENTION = "full_attention"
+
+
+class MlpKind(enum.Enum):
+    """The feed-forward part of a layer."""
+
+    DENSE = "dense"
+    MOE = "moe"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaConfig:
+    """Geometry of the Gated DeltaNet layers."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel: int
+
+    def __post_init__(self):
+        if self.num_value_heads % self.num_key_heads:
+            raise ValueError(
+                f"linear_num_value_heads must be a multiple of linear_num_key_heads, "
+                f"got {self.num_value_heads} and {self.num_key_heads}"
+            )
+        if self.conv_kernel < 2:
+            raise ValueError(f"linear_conv_kernel_dim must be at least 2, got {self.conv_kernel}")
+
+    @property
+    def key_dim(self) -> int:
+        return self.num_key_heads * self.key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.num_value_heads * self.value_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: q, k and v side by side."""
+        return 2 * self.key_dim + self.value_dim
+
+    def shard(self, tp: int) -> "DeltaConfig":
+        """The part of one rank. Heads cannot be padded: a padded head would still cost its whole state."""
+        if self.num_key_heads % tp:
+            raise ValueError(
+                f"tensor_parallel_size={tp} does not divide linear_num_key_heads={self.num_key_heads}; "
+                f"allowed: divisors of {self.num_key_heads}"
+            )
+        return dataclasses.replace(
+            self, num_key_heads=self.num_key_heads // tp, num_value_heads=self.num_value_heads // tp
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Geometry of the gated full-attention layers."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    rope_theta: float
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, "
+                f"got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"the rotary part of a head must be even and at most head_dim={self.head_dim}, got {self.rotary_dim}"
+            )
+
+    def shard(self, tp: int) -> "AttentionConfig":
+        """The part of one rank. Where tp exceeds the kv heads, each kv head is held by tp / num_kv_heads ranks."""
+        if self.num_heads % tp:
+            raise ValueError(
+                f"tensor_parallel_size={tp} does not divide num_attention_heads={self.num_heads}; "
+                f"allowed: divisors of {self.num_heads}"
+            )
+        if self.num_kv_heads % tp and tp % self.num_kv_heads:
+            raise ValueError(
+                f"tensor_parallel_size={tp} and num_key_value_heads={self.num_kv_heads}: one must divide the other, "
+                "so that kv heads are either split evenly or replicated evenly"
+            )
+        return dataclasses.replace(self, num_heads=self.num_heads // tp, num_kv_heads=max(1, self.num_kv_heads // tp))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """Geometry of the mixture-of-experts layers."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int
+    normalise_top_k: bool
+
+    def __post_init__(self):
+        if not 0 < self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be between 1 and num_experts={self.num_experts}, "
+                f"got {self.experts_per_token}"
+            )
+
+    def shard(self, tp: int) -> "MoeConfig":
+        """The part of one rank: every rank holds a slice of every expert."""
+        for name in ("intermediate_size", "shared_intermediate_size"):
+            if getattr(self, name) % tp:
+                raise ValueError(f"tensor_parallel_size={tp} does not divide moe {name}={getattr(self, name)}")
+        return dataclasses.replace(
+            self,
+            intermediate_size=self.intermediate_size // tp,
+            shared_intermediate_size=self.shared_intermediate_size // tp,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the engine needs to know of a hybrid model, whatever its family.
+
+    `interleaved_projections` says that the checkpoint stores q, k, v, z (and b, a) grouped by key head, as
+    Qwen3-Next does; the modules never see it, the loader undoes it.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layer_kinds: tuple[LayerKind, ...]
+    mlp_kinds: tuple[MlpKind, ...]
+    delta: DeltaConfig
+    attention: AttentionConfig
+    moe: MoeConfig | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    dtype: str = "bfloat16"
+    interleaved_projections: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not self.layer_kinds:
+            raise ValueError("a model needs at least one layer, got an empty layer_types")
+        if len(self.layer_kinds) != len(self.mlp_kinds):
+            raise ValueError(f"{len(self.layer_kinds)} token mixers but {len(self.mlp_kinds)} MLPs")
+        if MlpKind.MOE in self.mlp_kinds and self.moe is None:
+            raise ValueError("mlp_kinds names a mixture of experts, but moe is None")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_kinds)
+
+    @property
+    def num_delta_layers(self) -> int:
+        return self.layer_kinds.count(LayerKind.DELTA)
+
+    @property
+    def num_attention_layers(self) -> int:
+        return self.layer_kinds.count(LayerKind.ATTENTION)
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Vocabulary rounded up to a multiple of `tp`; the padding never wins a sampling step."""
+        return -(-self.vocab_size // tp) * tp
+
+    def shard(self, tp: int) -> "ModelConfig":
+        """The configuration of one of `tp` ranks. Raises a ValueError that names what does not divide."""
+        if tp < 1:
+            raise ValueError(f"tensor_parallel_size must be at least 1, got {tp}")
+        if MlpKind.DENSE in self.mlp_kinds and self.intermediate_size % tp:
+            raise ValueError(f"tensor_parallel_size={tp} does not divide intermediate_size={self.intermediate_size}")
+        return dataclasses.replace(
+            self,
+            vocab_size=self.padded_vocab_size(tp) // tp,
+            intermediate_size=self.intermediate_size // tp if MlpKind.DENSE in self.mlp_kinds else 0,
+            delta=self.delta.shard(tp),
+            attention=self.attention.shard(tp),
+            moe=None if self.moe is None else self.moe.shard(tp),
+        )
+
+    @classmethod
+    def from_hf(cls, source: str | pathlib.Path | dict[str, Any]) -> "ModelConfig":
+        """Reads a Hugging Face `config.json` (a directory that holds one, the file itself, or its parsed dict).
+
+        Multimodal wrappers are read through their `text_config`. Raises FileNotFoundError where there is no
+        config.json, and ValueError for an unknown model_type, a quantised checkpoint or a feature that the engine
+        does not compute.
+        """
+        raw = source if isinstance(source, dict) else _read_config_json(pathlib.Path(source))
+        return _from_hf_dict(raw)
+
+
+def _read_config_json(path: pathlib.Path) -> dict[str, Any]:
+    file = path if path.suffix == ".json" else path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path}: no config.json here; expected a Hugging Face checkpoint directory "
+            "(config.json, *.safetensors, tokenizer files) or one written by scripts/convert.py"
+        )
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
+    model_type = raw.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(f"unsupported model_type {model_type!r}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
+    quantisation = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
+    if quantisation:
+        raise ValueError(
+            f"quantised checkpoints are not supported yet (quantization_config: "
+            f"{quantisation.get('quant_method', 'unknown')}); use the bfloat16 or float32 checkpoint"
+        )
+    # transformers knows the defaults and the older spellings of every family; it is imported here because it is slow.
+    import transformers
+
+    hf = transformers.AutoConfig.for_model(**raw).get_text_config()
+    rope = hf.rope_parameters or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"unsupported rope_type {rope['rope_type']!r}; supported: default")
+    if hf.hidden_act != "silu":
+        raise ValueError(f"unsupported hidden_act {hf.hidden_act!r}; supported: silu")
+    if hf.attention_bias:
+        raise ValueError("attention_bias=true is not supported; supported: false")
+    layer_kinds = tuple(LayerKind(kind) for kind in hf.layer_types)
+    moe = None
+    if getattr(hf, "num_experts", 0):
+        moe = MoeConfig(
+            num_experts=hf.num_experts,
+            experts_per_token=hf.num_experts_per_tok,
+            intermediate_size=hf.moe_intermediate_size,
+            shared_intermediate_size=hf.shared_expert_intermediate_size,
+            normalise_top_k=getattr(hf, "norm_topk_prob", True),
+        )
+    eos = hf.eos_token_id if hf.eos_token_id is not None else raw.get("eos_token_id")
+    return ModelConfig(
+        model_type=model_type,
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=getattr(hf, "intermediate_size", 0),
+        layer_kinds=layer_kinds,
+        mlp_kinds=tuple(_mlp_kind(hf, i, moe) for i in range(len(layer_kinds))),
+        delta=DeltaConfig(
+            num_key_heads=hf.linear_num_key_heads,
+            num_value_heads=hf.linear_num_value_heads,
+            key_head_dim=hf.linear_key_head_dim,
+            value_head_dim=hf.linear_value_head_dim,
+            conv_kernel=hf.linear_conv_kernel_dim,
+        ),
+        attention=AttentionConfig(
+            num_heads=hf.num_attention_heads,
+            num_kv_heads=hf.num_key_value_heads,
+            head_dim=hf.head_dim,
+            rotary_dim=int(hf.head_dim * rope.get("partial_rotary_factor", 1.0)),
+            rope_theta=float(rope["rope_theta"]),
+        ),
+        moe=moe,
+        rms_norm_eps=hf.rms_norm_eps,
+        # A wrapper may state the tying outside its text_config; either place counts.
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", hf.tie_word_embeddings) or hf.tie_word_embeddings),
+        max_position_embeddings=hf.max_position_embeddings,
+        dtype=_dtype_name(raw, hf),
+        interleaved_projections=hf.model_type == "qwen3_next",
+        eos_token_ids=as_id_tuple(eos),
+    )
+
+
+def _mlp_kind(hf: Any, layer: int, moe: MoeConfig | None) -> MlpKind:
+    sparse = (
+        moe is not None
+        and layer not in (getattr(hf, "mlp_only_layers", None) or ())
+        and (layer + 1) % getattr(hf, "decoder_sparse_step", 1) == 0
+    )
+    return MlpKind.MOE if sparse else MlpKind.DENSE
+
+
+def _dtype_name(raw: dict[str, Any], hf: Any) -> str:
+    named = raw.get("dtype") or raw.get("torch_dtype") or getattr(hf, "dtype", None) or "bfloat16"
+    name = str(named).removeprefix("torch.")
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"unsupported checkpoint dtype {name!r}; supported: float32, bfloat16")
+    return name
+
+
+def as_id_tuple(ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Token ids as configuration files spell them (absent, one, or several), as a tuple."""
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the engine runs. Every field has a default that works; a bad value is an error at construction.
+
+    Capacity
+      max_num_seqs            requests that run at once: live slots of the state pool.
+      max_num_batched_tokens  prompt tokens that one step may prefill; longer prompts are cut into pieces.
+      max_model_len           prompt + output tokens of one request; None: min(the model's context, 8192).
+      block_size              tokens in a KV block.
+      num_kv_blocks           KV blocks besides the null one; None: what memory allows, at most what
+                              max_num_seqs requests of max_model_len can use.
+      gpu_memory_utilization  share of the device's memory for weights, pools and workspace.
+      max_logit_rows          running requests that may use penalties, logit_bias, bad_words, allowed_token_ids or
+                              min_tokens at once (each holds vocabulary-sized rows); further ones wait.
+                              None: min(max_num_seqs, 16).
+    Numerics
+      dtype                   "auto" (the checkpoint's), "float32" or "bfloat16": weights, activations and KV.
+      ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".
+      state_layout            how a slot's recurrent state is stored: "kv", "vk", or "mixed" (prefill writes KV,
+                              decode writes VK, a bit per slot says which).
+      seed                    seeds requests that bring no seed of their own.
+    Execution
+      tensor_parallel_size    devices that share one model.
+      kernels                 "auto", "pallas", "interpret" or "reference"; see gdnjax.backend.
+      prefill_buckets         packed prompt tokens a step is compiled for; None: 64 and max_num_batched_tokens.
+      decode_buckets          rows a decode step is compiled for; None: 1, 8 and max_num_seqs, as far as they apply.
+      max_logprobs            the most alternatives a request may ask log-probabilities of.
+      warmup                  compile every step at start; False compiles each at its first use.
+      compilation_cache_dir   JAX's persistent compilation cache; None: the one JAX is configured with, or
+                              ~/.cache/gdnjax; "" switches it off.
+    Later steps of the project; these raise until then
+      enable_prefix_caching   must be False.
+      num_speculative_tokens  must be 0.
+    """
+
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 1024
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_logit_rows: int | None = None
+    dtype: str = "auto"
+    ssm_dtype: str = "float32"
+    state_layout: str = "kv"
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    kernels: str = "auto"
+    prefill_buckets: tuple[int, ...] | None = None
+    decode_buckets: tuple[int, ...] | None = None
+    max_logprobs: int = 20
+    warmup: bool = True
+    compilation_cache_dir: str | None = None
+    enable_prefix_caching: bool = False
+    num_speculative_tokens: int = 0
+
+    def __post_init__(self):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size"):
+            _check_int(name, getattr(self, name), 1)
+        for name in ("max_model_len", "num_kv_blocks", "max_logit_rows"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
+        _check_int("max_logprobs", self.max_logprobs, 0)
+        _check_int("seed", self.seed, 0)
+        if self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size must be a power of two, got {self.block_size}")
+        if self.max_num_batched_tokens % CHUNK:
+            raise ValueError(
+                f"max_num_batched_tokens must be a multiple of {CHUNK} (prompts are cut there), "
+                f"got {self.max_num_batched_tokens}"
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("ssm_dtype", self.ssm_dtype, ("float32", "bfloat16"))
+        _check_choice("state_layout", self.state_layout, STATE_LAYOUTS)
+        _check_choice("kernels", self.kernels, KERNELS)
+        if self.enable_prefix_caching:
+            raise ValueError("enable_prefix_caching=True is not supported yet; allowed: False")
+        if self.num_speculative_tokens != 0:
+            raise ValueError(f"num_speculative_tokens={self.num_speculative_tokens} is not supported yet; allowed: 0")
+        if self.max_logit_rows is None:
+            object.__setattr__(self, "max_logit_rows", min(self.max_num_seqs, 16))
+        _set_buckets(self, "prefill_buckets", self.max_num_batched_tokens, (CHUNK,))
+        _set_buckets(self, "decode_buckets", self.max_num_seqs, (1, 8))
+
+    @property
+    def prefill_rows(self) -> int:
+        """Requests whose prompt tokens may share one prefill step."""
+        return min(self.max_num_seqs, 8)
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _set_buckets(config: EngineConfig, name: str, largest: int, defaults: tuple[int, ...]) -> None:
+    """Fills in the default buckets and checks given ones: ascending, the largest covering what one step may need."""
+    buckets = getattr(config, name)
+    if buckets is None:
+        buckets = (*(size for size in defaults if size < largest), largest)
+        object.__setattr__(config, name, buckets)
+    buckets = tuple(buckets)
+    object.__setattr__(config, name, buckets)
+    for size in buckets:
+        _check_int(name, size, 1)
+    if list(buckets) != sorted(set(buckets)) or buckets[-1] != largest:
+        raise ValueError(f"{name} must ascend and end with {largest}, got {buckets}")

@@ -1,0 +1,131 @@
+"""Models behind one small interface, `Model`: what a step needs of them, and nothing else."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gdnjax import sharding
+from gdnjax.config import ModelConfig
+from gdnjax.memory import StateGeometry
+from gdnjax.models.context import DecodeContext, PrefillContext
+from gdnjax.models.qwen3_5 import Qwen3_5
+from gdnjax.shapes import Array, Float32, Int32, Params
+from gdnjax.state import GDNState, KVBlocks
+
+
+class Model(Protocol):
+    """What a step calls. Sizes are those of one of `tp` ranks; implementations are stateless and hashable."""
+
+    @property
+    def tp(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that exist, without padding, over all ranks."""
+        ...
+
+    def geometry(self, block_size: int, ssm_dtype: str) -> StateGeometry: ...
+
+    def forward(
+        self, params: Params, tokens: Any, context: PrefillContext | DecodeContext, gdn: GDNState, kv: KVBlocks
+    ) -> tuple[Any, GDNState, KVBlocks]:
+        """Final hidden states [t, ...] of the step's tokens, and the pools, which are consumed."""
+        ...
+
+    def logits(self, params: Params, hidden: Any) -> Any:
+        """[n, V] float32 of this rank's part of the vocabulary; entries that pad it are -inf."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class HybridModel:
+    """A Qwen3.5-style model of one rank. Build it with `build_model`."""
+
+    config: ModelConfig
+    dtype: str
+    tp: int
+    graphdef: nnx.GraphDef
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def geometry(self, block_size: int, ssm_dtype: str) -> StateGeometry:
+        return StateGeometry.of(self.config, tp=self.tp, block_size=block_size, dtype=self.dtype, ssm_dtype=ssm_dtype)
+
+    def forward(
+        self,
+        params: Params,
+        tokens: Int32[Array, "t"],
+        context: PrefillContext | DecodeContext,
+        gdn: GDNState,
+        kv: KVBlocks,
+    ) -> tuple[Array, GDNState, KVBlocks]:
+        return nnx.merge(self.graphdef, params)(tokens, context, gdn, kv)
+
+    def logits(self, params: Params, hidden: Array) -> Float32[Array, "n V"]:
+        return nnx.merge(self.graphdef, params).logits(hidden)
+
+
+def build_model(config: ModelConfig, dtype: str, tp: int = 1) -> HybridModel:
+    """The model of one rank, without parameters. Raises ValueError where the ranks do not divide its heads."""
+    return HybridModel(config=config, dtype=dtype, tp=tp, graphdef=nnx.split(_abstract(config, dtype, tp))[0])
+
+
+def abstract_params(config: ModelConfig, tp: int, dtype: str) -> Params:
+    """The nested dict of parameters as ShapeDtypeStructs with global shapes, keyed by the checkpoint's names."""
+    local = nnx.to_pure_dict(nnx.split(_abstract(config, dtype, tp))[1])
+
+    def global_shape(path, leaf):
+        spec = sharding.spec_of(sharding.path_name(path))
+        shape = [size * tp if i < len(spec) and spec[i] else size for i, size in enumerate(leaf.shape)]
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(global_shape, local)
+
+
+def _abstract(config: ModelConfig, dtype: str, tp: int) -> Qwen3_5:
+    return nnx.eval_shape(lambda: Qwen3_5(config, dtype, tp))
+
+
+def random_params(config: ModelConfig, tp: int, dtype: str, key: Array) -> Params:
+    """Random parameters (global shapes) under which state matters: half-lives of 1 to 200 tokens, uneven norms.
+
+    Traceable. For benchmarks and tests; with the usual initialisation a state forgets within a token, so that a
+    corrupted one changes nothing.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, tp, dtype))
+    keys = jax.random.split(key, len(leaves))
+    values = [_random_leaf(sharding.path_name(path), leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)]
+    return jax.tree_util.tree_unflatten(tree, values)
+
+
+def _random_leaf(name: str, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
+    kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    normal = jax.random.normal(key, leaf.shape, jnp.float32)
+    match kind:
+        case "A_log":
+            value = jnp.zeros(leaf.shape)
+        case "dt_bias":
+            # With A = 1 a token keeps exp(-softplus(dt_bias)); half-lives are log-uniform in 1..200.
+            half_life = 200.0 ** jax.random.uniform(key, leaf.shape)
+            value = jnp.log(jnp.expm1(jnp.log(2.0) / half_life))
+        case "norm" if name.endswith("linear_attn.norm.weight"):
+            value = 1 + 0.3 * normal
+        case "norm" | "q_norm" | "k_norm" | "input_layernorm" | "post_attention_layernorm":
+            value = 0.3 * normal
+        case "in_proj_a":
+            value = 0.1 * normal * leaf.shape[-1] ** -0.5
+        case "conv1d":
+            value = 0.5 * normal
+        case "embed_tokens":
+            value = normal
+        case _:
+            value = normal * leaf.shape[-1] ** -0.5
+    return value.astype(leaf.dtype)
+
+
+__all__ = ["HybridModel", "Model", "abstract_params", "build_model", "random_params"]

@@ -1,0 +1,52 @@
+"""The gated full-attention layer: q and gate from one projection, q/k norms, partial rotary, paged KV."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gdnjax.config import ModelConfig
+from gdnjax.models.context import DecodeContext, PrefillContext
+from gdnjax.models.layers import Linear, RMSNorm, rotate
+from gdnjax.pallas_kernels import paged_attention
+from gdnjax.shapes import Array, Float
+from gdnjax.state import KVBlocks
+
+
+class GatedAttention(nnx.Module):
+    """One rank's heads of an attention layer. The result is this rank's term of the sum over ranks."""
+
+    def __init__(self, config: ModelConfig, dtype: str):
+        attention, width = config.attention, config.hidden_size
+        self.q_proj = Linear(width, 2 * attention.num_heads * attention.head_dim, dtype)
+        self.k_proj = Linear(width, attention.num_kv_heads * attention.head_dim, dtype)
+        self.v_proj = Linear(width, attention.num_kv_heads * attention.head_dim, dtype)
+        self.o_proj = Linear(attention.num_heads * attention.head_dim, width, dtype)
+        self.q_norm = RMSNorm(attention.head_dim, config.rms_norm_eps, dtype)
+        self.k_norm = RMSNorm(attention.head_dim, config.rms_norm_eps, dtype)
+        self.head_dim = attention.head_dim
+
+    def __call__(
+        self,
+        x: Float[Array, "t d"],
+        context: PrefillContext | DecodeContext,
+        angles: tuple[Array, Array],
+        kv: KVBlocks,
+        layer: int,
+    ) -> tuple[Float[Array, "t d"], KVBlocks]:
+        """`layer` counts attention layers. The pools of `kv` are consumed."""
+        tokens, width = x.shape[0], self.head_dim
+        # q_proj gives [q | gate] for each head.
+        q, gate = jnp.split(self.q_proj(x).reshape(tokens, -1, 2 * width), 2, axis=-1)
+        q = rotate(self.q_norm(q), angles)
+        k = rotate(self.k_norm(self.k_proj(x).reshape(tokens, -1, width)), angles)
+        v = self.v_proj(x).reshape(tokens, -1, width)
+        places = context.places
+        k_blocks = paged_attention.write(kv.k, layer, k, places.block, places.offset)
+        v_blocks = paged_attention.write(kv.v, layer, v, places.block, places.offset)
+        match context:
+            case PrefillContext(chunks=chunks):
+                o = chunks.scatter(paged_attention.attend(chunks.gather(q), k_blocks, v_blocks, layer, context.tiles))
+            case DecodeContext():
+                o = paged_attention.attend(q[:, None], k_blocks, v_blocks, layer, context.tiles)[:, 0]
+        o = o.astype(x.dtype) * jax.nn.sigmoid(gate)
+        return self.o_proj(o.reshape(tokens, -1)), KVBlocks(k=k_blocks, v=v_blocks)

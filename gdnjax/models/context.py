@@ -1,0 +1,137 @@
+"""What every layer needs to know of a step, made once per step before the first layer.
+
+The two kinds of step differ in how tokens belong to requests; a layer matches on the context to pick its op.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from gdnjax.batch import PrefillBatch
+from gdnjax.config import CHUNK
+from gdnjax.pallas_kernels.gated_delta_rule import StateOrder
+from gdnjax.pallas_kernels.paged_attention import Tiles
+from gdnjax.pallas_kernels.rows import Chunks, Rows, make_chunks
+from gdnjax.shapes import Array, Bool, Int32, Leaf
+from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NULL_BLOCK, NULL_SLOT, SlotTable
+
+
+@dataclasses.dataclass(frozen=True)
+class KVPlaces:
+    """Where the keys and values of each token of the step are stored; padding goes to the null block."""
+
+    block: Leaf  # [t] int32
+    offset: Leaf  # [t] int32
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillContext:
+    """Packed pieces of prompts."""
+
+    rows: Rows
+    chunks: Chunks
+    tiles: Tiles
+    places: KVPlaces
+    order: StateOrder
+    position: Leaf  # [t] int32: absolute position of each token
+    valid: Leaf  # [t] bool
+
+    @property
+    def write_slot(self) -> Leaf:
+        return self.rows.write_slot
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeContext:
+    """One token a row. Rows that produce nothing write to slot 0 and block 0."""
+
+    read_slot: Leaf  # [n] int32
+    write_slot: Leaf  # [n] int32
+    tiles: Tiles
+    places: KVPlaces
+    order: StateOrder
+    position: Leaf  # [n] int32
+    valid: Leaf  # [n] bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Pools:
+    """What a context needs to know of the pools: the slots, the layout bits, and two static facts."""
+
+    slots: SlotTable
+    layout: Leaf  # [s] int8
+    state_layout: str
+    block_size: int
+
+
+def prefill_context(pools: Pools, batch: PrefillBatch) -> PrefillContext:
+    """The context of a prefill step. A row with no tokens behind it is fresh: what its slot holds is never read."""
+    slots = pools.slots
+    before = slots.length[batch.slot]
+    offset = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) - batch.start[batch.token_row]
+    position = before[batch.token_row] + offset
+    row_blocks = slots.block_table[batch.slot]
+    chunks = make_chunks(
+        batch.chunk_row, batch.chunk_start, batch.chunk_length, tokens=batch.tokens.shape[0], size=CHUNK
+    )
+    return PrefillContext(
+        rows=Rows(
+            read_slot=batch.slot,
+            write_slot=batch.slot,
+            fresh=before == 0,
+            start=batch.start,
+            length=batch.length,
+            token_row=batch.token_row,
+            token_offset=offset,
+            token_valid=batch.token_valid,
+        ),
+        chunks=chunks,
+        tiles=Tiles(
+            position=jnp.where(chunks.valid, position[chunks.token], -1),
+            block_table=row_blocks[batch.chunk_row],
+            longest=jnp.max(before + batch.length),
+        ),
+        places=_places(row_blocks[batch.token_row], position, batch.token_valid, pools.block_size),
+        order=_state_order(pools, batch.slot, writes=LAYOUT_KV),
+        position=position,
+        valid=batch.token_valid,
+    )
+
+
+def decode_context(pools: Pools, slot: Int32[Array, "n"], active: Bool[Array, "n"]) -> DecodeContext:
+    """The context of a decode step: row i feeds the last token of `slot[i]`, if it is active."""
+    slots = pools.slots
+    position = slots.length[slot]
+    return DecodeContext(
+        read_slot=slot,
+        write_slot=jnp.where(active, slot, NULL_SLOT),
+        tiles=Tiles(
+            position=jnp.where(active, position, -1)[:, None],
+            block_table=slots.block_table[slot],
+            longest=jnp.max(jnp.where(active, position + 1, 0)),
+        ),
+        places=_places(slots.block_table[slot], position, active, pools.block_size),
+        order=_state_order(pools, slot, writes=LAYOUT_VK),
+        position=position,
+        valid=active,
+    )
+
+
+def _places(blocks: Array, position: Array, valid: Array, block_size: int) -> KVPlaces:
+    """A token's block is looked up in its row of the table; a position past the table goes to the null block."""
+    width = blocks.shape[1]
+    index = position // block_size
+    block = jnp.take_along_axis(blocks, jnp.clip(index, 0, width - 1)[:, None], axis=1)[:, 0]
+    return KVPlaces(block=jnp.where(valid & (index < width), block, NULL_BLOCK), offset=position % block_size)
+
+
+def _state_order(pools: Pools, slot: Array, writes: int) -> StateOrder:
+    """Static for a pool of one layout. In a mixed pool the slots' bits say how to read; `writes` is the step's own."""
+    match pools.state_layout:
+        case "kv":
+            return StateOrder(read=False, write=False)
+        case "vk":
+            return StateOrder(read=True, write=True)
+        case "mixed":
+            return StateOrder(read=pools.layout[slot] == LAYOUT_VK, write=writes == LAYOUT_VK)
+    raise ValueError(f"state_layout must be 'kv', 'vk' or 'mixed', got {pools.state_layout!r}")

@@ -1,0 +1,116 @@
+"""The small parts: products, norms, rotary embedding, embedding and head, dense MLP.
+
+Weights are stored as in the checkpoint, [out, in]. Modules hold the parameters of one rank and nothing else.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from gdnjax import sharding
+from gdnjax.backend import dot_precision
+from gdnjax.config import ModelConfig
+from gdnjax.shapes import Array, Bool, Float, Float32, Int32
+
+
+def linear(x: Float[Array, "... i"], weight: Float[Array, "o i"], out_dtype=None) -> Float[Array, "... o"]:
+    """x W^T, summed in float32."""
+    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(
+        x, weight, dimensions, precision=dot_precision(x.dtype), preferred_element_type=out_dtype or x.dtype
+    )
+
+
+class Linear(nnx.Module):
+    """A product without bias."""
+
+    def __init__(self, inputs: int, outputs: int, dtype: str):
+        self.weight = nnx.Param(jnp.zeros((outputs, inputs), dtype))
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        return linear(x, self.weight[...])
+
+
+class RMSNorm(nnx.Module):
+    """Zero-centred: x / rms(x) * (1 + w), in float32."""
+
+    def __init__(self, width: int, eps: float, dtype: str):
+        self.weight = nnx.Param(jnp.zeros((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        return (rms_normalise(x, self.eps) * (1.0 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class GatedRMSNorm(nnx.Module):
+    """Plain weight, gated: x / rms(x) * w * silu(gate). `x` is float32; the result has the gate's dtype."""
+
+    def __init__(self, width: int, eps: float, dtype: str):
+        self.weight = nnx.Param(jnp.zeros((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float32[Array, "... v"], gate: Float[Array, "... v"]) -> Float[Array, "... v"]:
+        normal = rms_normalise(x, self.eps) * self.weight[...].astype(jnp.float32)
+        return (normal * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
+
+
+def rms_normalise(x: Float[Array, "... d"], eps: float) -> Float32[Array, "... d"]:
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def rotary_angles(position: Int32[Array, "t"], rotary_dim: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin [t, rotary_dim], float32.
+
+    Text has one position for all three sections of the interleaved mrope, so the sections do not show.
+    """
+    frequency = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    angle = position.astype(jnp.float32)[:, None] * frequency
+    angle = jnp.concatenate([angle, angle], axis=-1)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "t h hd"], angles: tuple[Array, Array]) -> Float[Array, "t h hd"]:
+    """Rotates the first `rotary_dim` entries of each head, pairs (i, i + rotary_dim / 2); the rest pass."""
+    cos, sin = (a[:, None] for a in angles)
+    turned, rest = jnp.split(x, [cos.shape[-1]], axis=-1)
+    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
+    turned = turned * cos + jnp.concatenate([-second, first], axis=-1) * sin
+    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+
+class Embedding(nnx.Module):
+    """Token vectors and, where the head is tied, the head. The vocabulary is split over ranks."""
+
+    def __init__(self, vocab: int, width: int, dtype: str, tp: int):
+        self.weight = nnx.Param(jnp.zeros((vocab, width), dtype))
+        self.tp = tp
+
+    def __call__(self, tokens: Int32[Array, "t"]) -> Float[Array, "t d"]:
+        weight = self.weight[...]
+        local = tokens - sharding.rank(self.tp) * weight.shape[0]
+        mine = (local >= 0) & (local < weight.shape[0])
+        vectors = jnp.where(mine[:, None], weight[jnp.clip(local, 0, weight.shape[0] - 1)], 0)
+        return sharding.psum(vectors, self.tp)
+
+
+class DenseMLP(nnx.Module):
+    """SwiGLU. Column-parallel in, row-parallel out; the caller sums over ranks."""
+
+    def __init__(self, width: int, intermediate: int, dtype: str):
+        self.gate_proj = Linear(width, intermediate, dtype)
+        self.up_proj = Linear(width, intermediate, dtype)
+        self.down_proj = Linear(intermediate, width, dtype)
+
+    def __call__(self, x: Float[Array, "t d"], valid: Bool[Array, "t"]) -> Float[Array, "t d"]:
+        del valid  # padded rows are computed like any other and never read
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def mask_padded_vocab(logits: Float32[Array, "n V"], config: ModelConfig, tp: int) -> Float32[Array, "n V"]:
+    """-inf for the entries that pad the vocabulary to a multiple of the ranks."""
+    if config.padded_vocab_size(tp) == config.vocab_size:
+        return logits
+    token = jnp.arange(logits.shape[1]) + sharding.rank(tp) * logits.shape[1]
+    return jnp.where(token < config.vocab_size, logits, -jnp.inf)

@@ -1,0 +1,41 @@
+"""The definition in XLA, in the dtype of the inputs with float32 sums."""
+
+import jax
+import jax.numpy as jnp
+
+from gdnjax.pallas_kernels.rows import Rows
+from gdnjax.shapes import Array
+
+
+def prefill(x: Array, weight: Array, conv: Array, layer: int, rows: Rows) -> tuple[Array, Array]:
+    taps = weight.shape[1]
+    width = taps - 1
+    window = jnp.where(rows.fresh[:, None, None], 0, conv[layer, rows.read_slot])
+    total = jnp.zeros(x.shape, jnp.float32)
+    for tap in range(taps):
+        back = width - tap
+        earlier = jnp.roll(x, back, axis=0)
+        if back:
+            in_piece = (rows.token_offset >= back)[:, None]
+            from_window = window[rows.token_row, jnp.clip(rows.token_offset + tap, 0, width - 1)]
+            earlier = jnp.where(in_piece, earlier, from_window)
+        total += earlier.astype(jnp.float32) * weight[:, tap].astype(jnp.float32)
+    y = jnp.where(rows.token_valid[:, None], jax.nn.silu(total), 0).astype(x.dtype)
+    return y, conv.at[layer, rows.write_slot].set(_last_inputs(x, window, rows))
+
+
+def _last_inputs(x: Array, window: Array, rows: Rows) -> Array:
+    """The last `w` inputs of each row, reaching back into its old window where the piece is shorter."""
+    width = window.shape[1]
+    offset = rows.length[:, None] - width + jnp.arange(width)
+    from_piece = x[jnp.clip(rows.start[:, None] + offset, 0, x.shape[0] - 1)]
+    from_window = jnp.take_along_axis(window, jnp.clip(offset + width, 0, width - 1)[:, :, None], axis=1)
+    return jnp.where((offset >= 0)[:, :, None], from_piece, from_window)
+
+
+def decode(
+    x: Array, weight: Array, conv: Array, layer: int, read_slot: Array, write_slot: Array
+) -> tuple[Array, Array]:
+    inputs = jnp.concatenate([conv[layer, read_slot], x[:, None].astype(conv.dtype)], axis=1)
+    total = jnp.sum(inputs.astype(jnp.float32) * weight.T.astype(jnp.float32), axis=1)
+    return jax.nn.silu(total).astype(x.dtype), conv.at[layer, write_slot].set(inputs[:, 1:])

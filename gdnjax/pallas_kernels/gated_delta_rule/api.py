@@ -1,0 +1,65 @@
+"""Contract of the op. Both functions return the outputs, before the gated norm, and the pool with the new states.
+
+    g = -exp(A_log) softplus(a + dt_bias)    beta = sigmoid(b)    q, k: L2-normalised (eps 1e-6), q scaled by K^-1/2
+    S_t = exp(g_t) S_(t-1) + k_t beta_t (v_t - exp(g_t) S_(t-1)^T k_t)^T;  o_t = S_t^T q_t
+
+Gated DeltaNet, arXiv:2412.06464. `qkv` is the packed output of the convolution, [q heads | k heads | v heads], and is
+indexed inside. `ssm [L, s, hv, k * v]` is consumed (donate it). Each value head reads key head `hv // (HV / HK)`.
+"""
+
+import dataclasses
+
+from gdnjax.pallas_kernels.gated_delta_rule import reference
+from gdnjax.pallas_kernels.rows import Chunks, Rows
+from gdnjax.shapes import Array, Bool, Float, Float32, Int32, Leaf, Shaped
+
+
+@dataclasses.dataclass(frozen=True)
+class Gates:
+    """The inputs of decay and write strength."""
+
+    a: Leaf  # [t, hv]
+    b: Leaf  # [t, hv]
+    A_log: Leaf  # [hv] float32
+    dt_bias: Leaf  # [hv] float32
+
+
+@dataclasses.dataclass(frozen=True)
+class StateOrder:
+    """How rows of the pool are stored: False is KV (k outer, v inner), True is VK.
+
+    `read` is one bool for all rows, or a bool array over the rows where a pool is mixed; `write` is always static.
+    """
+
+    read: bool | Bool[Array, "rows"]
+    write: bool
+
+
+def prefill(
+    qkv: Float[Array, "t x"],
+    gates: Gates,
+    ssm: Shaped[Array, "L s hv kv"],
+    layer: int,
+    rows: Rows,
+    chunks: Chunks,
+    order: StateOrder,
+    *,
+    key_head_dim: int,
+) -> tuple[Float32[Array, "t hv v"], Shaped[Array, "L s hv kv"]]:
+    """Packed rows of any length, in the chunked (WY) form. A fresh row starts from a state of zeros."""
+    return reference.prefill(qkv, gates, ssm, layer, rows, chunks, order, key_head_dim)
+
+
+def decode(
+    qkv: Float[Array, "n x"],
+    gates: Gates,
+    ssm: Shaped[Array, "L s hv kv"],
+    layer: int,
+    read_slot: Int32[Array, "n"],
+    write_slot: Int32[Array, "n"],
+    order: StateOrder,
+    *,
+    key_head_dim: int,
+) -> tuple[Float32[Array, "n hv v"], Shaped[Array, "L s hv kv"]]:
+    """One token a row, in the recurrent form."""
+    return reference.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim)

@@ -1,0 +1,112 @@
+"""The definition: the recurrence, token by token, and the chunked form that equals it. Float32 throughout."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gdnjax.backend import FLOAT32_DOT
+from gdnjax.shapes import Array
+
+
+def split_qkv(qkv: Array, value_heads: int, key_dim: int, value_dim: int) -> tuple[Array, Array, Array]:
+    """[..., x] -> q, k [..., hv, K] normalised (q scaled), v [..., hv, V]: float32, key heads repeated."""
+    key_heads = (qkv.shape[-1] - value_heads * value_dim) // (2 * key_dim)
+    q, k, v = jnp.split(qkv.astype(jnp.float32), [key_heads * key_dim, 2 * key_heads * key_dim], axis=-1)
+    q = l2_normalise(q.reshape(*q.shape[:-1], key_heads, key_dim)) * key_dim**-0.5
+    k = l2_normalise(k.reshape(*k.shape[:-1], key_heads, key_dim))
+    repeats = value_heads // key_heads
+    q, k = (jnp.repeat(heads, repeats, axis=-2) for heads in (q, k))
+    return q, k, v.reshape(*v.shape[:-1], value_heads, value_dim)
+
+
+def l2_normalise(x: Array) -> Array:
+    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def decay_and_beta(gates) -> tuple[Array, Array]:
+    """g (log decay, at most 0) and beta (write strength, 0 to 1), [..., hv] float32."""
+    softplus = jax.nn.softplus(gates.a.astype(jnp.float32) + gates.dt_bias.astype(jnp.float32))
+    return -jnp.exp(gates.A_log.astype(jnp.float32)) * softplus, jax.nn.sigmoid(gates.b.astype(jnp.float32))
+
+
+def delta_step(state: Array, q: Array, k: Array, v: Array, g: Array, beta: Array) -> tuple[Array, Array]:
+    """One token: state [..., K, V], q, k [..., K], v [..., V], g, beta [...] -> o [..., V], new state."""
+    state = jnp.exp(g)[..., None, None] * state
+    predicted = jnp.einsum("...kv,...k->...v", state, k, precision=FLOAT32_DOT)
+    state = state + k[..., :, None] * (beta[..., None] * (v - predicted))[..., None, :]
+    return jnp.einsum("...kv,...k->...v", state, q, precision=FLOAT32_DOT), state
+
+
+def read_states(ssm: Array, layer: int, slot: Array, vk: bool | Array, key_dim: int) -> Array:
+    """[n, hv, K, V] float32 of the slots, from either layout."""
+    flat = ssm[layer, slot].astype(jnp.float32)
+    value_dim = flat.shape[-1] // key_dim
+    as_kv = flat.reshape(*flat.shape[:-1], key_dim, value_dim)
+    if vk is False:
+        return as_kv
+    as_vk = flat.reshape(*flat.shape[:-1], value_dim, key_dim).swapaxes(-1, -2)
+    return as_vk if vk is True else jnp.where(vk[:, None, None, None], as_vk, as_kv)
+
+
+def write_states(ssm: Array, layer: int, slot: Array, states: Array, vk: bool) -> Array:
+    """The pool with [n, hv, K, V] stored at the slots, in the layout asked for."""
+    stored = states.swapaxes(-1, -2) if vk else states
+    return ssm.at[layer, slot].set(stored.reshape(*states.shape[:-2], -1).astype(ssm.dtype))
+
+
+def decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_dim) -> tuple[Array, Array]:
+    heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
+    q, k, v = split_qkv(qkv, heads, key_dim, value_dim)
+    g, beta = decay_and_beta(gates)
+    o, states = delta_step(read_states(ssm, layer, read_slot, order.read, key_dim), q, k, v, g, beta)
+    return o, write_states(ssm, layer, write_slot, states, order.write)
+
+
+def prefill(qkv, gates, ssm, layer, rows, chunks, order, key_dim) -> tuple[Array, Array]:
+    heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
+    q, k, v = split_qkv(qkv, heads, key_dim, value_dim)
+    g, beta = decay_and_beta(gates)
+    # [c, q, hv, ...] -> [c, hv, q, ...]; a padded token has k = v = beta = g = 0 and changes nothing.
+    tiles = [chunks.gather(x).swapaxes(1, 2) for x in (q, k, v, g, beta)]
+    states = read_states(ssm, layer, rows.read_slot, order.read, key_dim)
+    states = jnp.where(rows.fresh[:, None, None, None], 0, states)
+    o, states = scan_chunks(*tiles, chunks.row, states)
+    return chunks.scatter(o.swapaxes(1, 2)), write_states(ssm, layer, rows.write_slot, states, order.write)
+
+
+def scan_chunks(q, k, v, g, beta, row, states) -> tuple[Array, Array]:
+    """The chunked form. q, k [c, h, i, K], v [c, h, i, V], g, beta [c, h, i], row [c], states [r, h, K, V].
+
+    With G the running sum of g in a chunk and D_ij = exp(G_i - G_j) for i >= j, the new values of a chunk solve
+    (I + tril(beta_i k_i.k_j D_ij, -1)) U = beta (v - exp(G) k S): a unit triangular system, solved by substitution
+    (the inverse by Neumann doubling loses all digits where keys are correlated).
+    """
+    total = jnp.cumsum(g, axis=-1)
+    size = g.shape[-1]
+    causal = jnp.tril(jnp.ones((size, size), bool))
+    # Above the diagonal the difference is positive and may overflow: selected away before exp.
+    decay = jnp.exp(jnp.where(causal, total[..., :, None] - total[..., None, :], -jnp.inf))
+    k_beta = k * beta[..., None]
+    system = _dot("chik,chjk->chij", k_beta, k) * decay
+    right = jnp.concatenate([v * beta[..., None], k_beta * jnp.exp(total)[..., None]], axis=-1)
+    solved = lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
+    new_values, old_keys = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
+    scores = _dot("chik,chjk->chij", q, k) * decay
+    q_decayed = q * jnp.exp(total)[..., None]
+    k_rest = k * jnp.exp(total[..., -1:] - total)[..., None]
+    keep = jnp.exp(total[..., -1])
+
+    def one_chunk(states, chunk):
+        row, new_values, old_keys, scores, q_decayed, k_rest, keep = chunk
+        state = states[row]
+        written = new_values - _dot("hik,hkv->hiv", old_keys, state)
+        o = _dot("hik,hkv->hiv", q_decayed, state) + _dot("hij,hjv->hiv", scores, written)
+        state = keep[:, None, None] * state + _dot("hik,hiv->hkv", k_rest, written)
+        return states.at[row].set(state), o
+
+    states, o = lax.scan(one_chunk, states, (row, new_values, old_keys, scores, q_decayed, k_rest, keep))
+    return o, states
+
+
+def _dot(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(equation, x, y, precision=FLOAT32_DOT)

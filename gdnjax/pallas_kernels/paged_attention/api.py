@@ -1,0 +1,43 @@
+"""Contract of the op: causal grouped-query attention of query tiles over each tile's own blocks.
+
+    o_i = sum_j softmax_j(q_i . k_j / sqrt(hd)) v_j    over the keys at positions j <= position_i of the tile's request
+
+A tile holds queries of one request: 64 of a chunk in prefill, one token in decode. The keys of the step itself are
+written first.
+"""
+
+import dataclasses
+
+from gdnjax.pallas_kernels.paged_attention import reference
+from gdnjax.shapes import Array, Float, Int32, Leaf, Shaped
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Where the queries of each tile stand. `g` counts tiles."""
+
+    position: Leaf  # [g, q] int32: absolute position of each query, -1 for none (its output is 0)
+    block_table: Leaf  # [g, m] int32
+    longest: Leaf  # [] int32: keys that the longest tile attends to
+
+
+def attend(
+    q: Float[Array, "g q h hd"],
+    k_blocks: Shaped[Array, "L b p kh hd"],
+    v_blocks: Shaped[Array, "L b p kh hd"],
+    layer: int,
+    tiles: Tiles,
+) -> Float[Array, "g q h hd"]:
+    """Query head i reads kv head `i // (h / kh)`. Null blocks and keys past a query are selected away."""
+    return reference.attend(q, k_blocks, v_blocks, layer, tiles)
+
+
+def write(
+    blocks: Shaped[Array, "L b p kh hd"],
+    layer: int,
+    values: Float[Array, "t kh hd"],
+    block: Int32[Array, "t"],
+    offset: Int32[Array, "t"],
+) -> Shaped[Array, "L b p kh hd"]:
+    """Stores one token's heads at (block, offset) each. `blocks` is consumed; padded tokens go to the null block."""
+    return blocks.at[layer, block, offset].set(values.astype(blocks.dtype))

@@ -1,0 +1,48 @@
+"""The definition in XLA: a softmax carried over pages of keys, so that cost follows the context that is there."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from gdnjax.backend import FLOAT32_DOT
+from gdnjax.shapes import Array
+
+PAGE = 256
+"""Keys looked at in one turn of the loop."""
+
+
+def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles) -> Array:
+    count, queries, heads, width = q.shape
+    block_size, kv_heads = k_blocks.shape[2], k_blocks.shape[3]
+    group = heads // kv_heads
+    per_page = max(1, PAGE // block_size)
+    padded = -tiles.block_table.shape[1] % per_page
+    table = jnp.pad(tiles.block_table, ((0, 0), (0, padded)))
+    page = per_page * block_size
+    q = (q.astype(jnp.float32) * width**-0.5).reshape(count, queries, kv_heads, group, width)
+
+    def one_page(i, carry):
+        top, weight, total = carry
+        blocks = lax.dynamic_slice_in_dim(table, i * per_page, per_page, axis=1)
+        position = i * page + jnp.arange(page)
+        keep = position <= tiles.position[:, :, None]
+        seen = (position <= jnp.max(tiles.position, axis=1)[:, None])[:, :, None, None]
+        k, v = (
+            jnp.where(seen, pool[layer, blocks].reshape(count, page, kv_heads, width), 0).astype(jnp.float32)
+            for pool in (k_blocks, v_blocks)
+        )
+        scores = jnp.einsum("nqhgd,nkhd->nhgqk", q, k, precision=FLOAT32_DOT)
+        scores = jnp.where(keep[:, None, None], scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(-1))
+        # A query that has seen no key yet has top = -inf; its weights must be 0, not exp(-inf + inf).
+        base = jnp.where(jnp.isfinite(new_top), new_top, 0.0)
+        p = jnp.exp(scores - base[..., None])
+        shrink = jnp.exp(top - base)
+        weight = weight * shrink + p.sum(-1)
+        total = total * shrink[..., None] + jnp.einsum("nhgqk,nkhd->nhgqd", p, v, precision=FLOAT32_DOT)
+        return new_top, weight, total
+
+    shape = (count, kv_heads, group, queries)
+    start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, width)))
+    _, weight, total = lax.fori_loop(0, -(-tiles.longest // page), one_page, start)
+    o = jnp.where(weight[..., None] > 0, total / weight[..., None], 0.0)
+    return o.transpose(0, 3, 1, 2, 4).reshape(count, queries, heads, width)

@@ -1,0 +1,176 @@
+"""What a user may ask of sampling, checked at construction. Imports no jax."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_STOP_TOKENS = 16
+"""Token ids that end one request on the device: EOS ids and stop_token_ids together."""
+
+MAX_BAD_WORDS = 32
+"""Token sequences that one request may forbid."""
+
+MAX_BAD_WORD_TOKENS = 8
+"""Tokens in one forbidden sequence."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are drawn, and when it ends. A bad value raises a ValueError that names it.
+
+    Drawing, applied in this order
+      logit_bias           {token id: added to its logit}.
+      allowed_token_ids    only these may be drawn.
+      bad_words            texts that may not be produced.
+      repetition_penalty   > 0; logits of tokens in prompt or output are divided (positive) or multiplied by it.
+      frequency_penalty    subtracted from a token's logit once per occurrence in the output; in [-2, 2].
+      presence_penalty     subtracted once from the logit of every token in the output; in [-2, 2].
+      temperature          0 is greedy; otherwise logits are divided by it.
+      min_p                tokens less probable than min_p times the most probable are dropped; in [0, 1].
+      top_k                the k most probable are kept (all that tie with the k-th); 0 or -1 keeps all.
+      top_p                the smallest set of the most probable whose mass reaches top_p is kept; in (0, 1].
+      seed                 the same seed, prompt and parameters give the same noise; None: the engine picks one.
+      n                    independent samples of the prompt; sample 0 is the one that n=1 gives.
+    Ending
+      max_tokens           most tokens to produce.
+      min_tokens           EOS and stop token ids are not drawn, and stop strings not looked for, before this many.
+      stop                 strings that end the output; cut off unless include_stop_str_in_output.
+      stop_token_ids       token ids that end the output.
+      ignore_eos           go on after the model's end-of-sequence token.
+    Reporting
+      logprobs             None: none; k: the drawn token's log-probability under the model (before any of the above)
+                           and those of the k most probable.
+      prompt_logprobs      the same for every prompt token after the first.
+      skip_special_tokens  leave special tokens out of the text.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+
+    def __post_init__(self):
+        _integer("n", self.n, 1)
+        _real("temperature", self.temperature, 0.0, math.inf)
+        _real("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise ValueError("top_p must be in (0, 1], got 0")
+        _integer("top_k", self.top_k, -1)
+        _real("min_p", self.min_p, 0.0, 1.0)
+        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
+        if self.repetition_penalty == 0:
+            raise ValueError("repetition_penalty must be above 0, got 0")
+        if self.seed is not None:
+            _integer("seed", self.seed, 0)
+            if self.seed >= 1 << 64:
+                raise ValueError(f"seed must be below 2**64, got {self.seed}")
+        _integer("max_tokens", self.max_tokens, 1)
+        _integer("min_tokens", self.min_tokens, 0)
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0)
+        self._freeze_sequences()
+
+    def _freeze_sequences(self) -> None:
+        """Turns sequences into tuples and checks their members."""
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _strings("stop", stop))
+        object.__setattr__(self, "bad_words", _strings("bad_words", self.bad_words))
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise ValueError(f"at most {MAX_BAD_WORDS} bad_words are allowed, got {len(self.bad_words)}")
+        if self.allowed_token_ids is not None:
+            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
+                raise ValueError("allowed_token_ids is empty: no token could ever be drawn; use None to allow all")
+            object.__setattr__(self, "allowed_token_ids", allowed)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+            _token_ids("logit_bias", tuple(self.logit_bias))
+            for token, bias in self.logit_bias.items():
+                if not isinstance(bias, numbers.Real) or math.isnan(bias) or bias == math.inf:
+                    raise ValueError(f"logit_bias[{token}] must be a number below infinity, got {bias!r}")
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+    @property
+    def needs_logit_row(self) -> bool:
+        """Whether this request needs vocabulary-sized rows on the device: penalties, bias, bans or min_tokens."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.frequency_penalty
+            or self.presence_penalty
+            or self.logit_bias
+            or self.bad_words
+            or self.allowed_token_ids is not None
+            or self.min_tokens
+        )
+
+    @property
+    def needs_full_sampler(self) -> bool:
+        """Whether the plain sampler (greedy, temperature, min_p) is not enough."""
+        return bool(
+            self.needs_logit_row
+            or (self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0))
+            or self.logprobs is not None
+        )
+
+
+def _integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _real(name: str, value: Any, least: float, most: float) -> None:
+    if (
+        not isinstance(value, numbers.Real)
+        or isinstance(value, bool)
+        or not least <= value <= most
+        or value == math.inf
+    ):
+        bound = f"at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
+        raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
+
+
+def _strings(name: str, values: Any) -> tuple[str, ...]:
+    if values is None:
+        return ()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} must be a list of strings, got {values!r}")
+    for value in values:
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{name} must hold non-empty strings, got {value!r}")
+    return tuple(values)
+
+
+def _token_ids(name: str, values: Any) -> tuple[int, ...]:
+    if values is None:
+        return ()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} must be a list of token ids, got {values!r}")
+    for value in values:
+        _integer(f"every id in {name}", value, 0)
+    return tuple(int(value) for value in values)

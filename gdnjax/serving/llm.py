@@ -1,0 +1,486 @@
+"""`LLM`: the whole engine behind a few calls, with the names that vLLM's users know."""
+
+import dataclasses
+import logging
+import math
+import numbers
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import psutil
+from tqdm import tqdm
+
+from gdnjax import backend, checkpoint, memory, sharding
+from gdnjax.config import EngineConfig, ModelConfig
+from gdnjax.models import HybridModel, Model, abstract_params, build_model
+from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
+from gdnjax.serving.detokenizer import Detokenizer
+from gdnjax.serving.engine import Engine, place_params
+from gdnjax.serving.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from gdnjax.serving.request import Request
+from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generation_defaults
+from gdnjax.shapes import Params
+
+log = logging.getLogger("gdnjax")
+
+EMBEDDED_MODEL = "tiny"
+DEFAULT_MAX_MODEL_LEN = 8192
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamOutput:
+    """What one turn added to a stream. `str()` of it is its text.
+
+    text           newly released text, possibly empty.
+    token_ids      the tokens that came with this turn.
+    finish_reason  None until the last piece.
+    output         on the last piece, the whole RequestOutput.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    output: RequestOutput | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class LLM:
+    """A model ready to generate.
+
+    `model` is a Hugging Face checkpoint directory or one written by scripts/convert.py. Keyword arguments are
+    EngineConfig's fields; pass them or an EngineConfig. `tokenizer` names another directory to read the tokenizer
+    from; without tokenizer files prompts are token ids and texts are empty.
+
+    Raises FileNotFoundError, ValueError or MemoryError, before any weight is read, for what cannot work.
+    """
+
+    def __init__(
+        self,
+        model: str | pathlib.Path,
+        config: EngineConfig | None = None,
+        *,
+        tokenizer: str | pathlib.Path | None = None,
+        use_tqdm: bool = True,
+        **kwargs: Any,
+    ):
+        config = _engine_config(config, kwargs)
+        directory = _checkpoint_directory(model)
+        model_config = ModelConfig.from_hf(directory)
+        mesh = sharding.make_mesh(config.tensor_parallel_size)
+        backend.resolve(config.kernels, jax.default_backend())
+        dtype = model_config.dtype if config.dtype == "auto" else config.dtype
+        hybrid = build_model(model_config, dtype, config.tensor_parallel_size)
+        abstract = abstract_params(model_config, config.tensor_parallel_size, dtype)
+        weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        max_model_len = _max_model_len(config, model_config.max_position_embeddings)
+        plan = _plan(hybrid, config, mesh, max_model_len, weight_bytes // config.tensor_parallel_size)
+        reader = _read_tokenizer(tokenizer or directory, required=tokenizer is not None)
+        defaults = load_generation_defaults(directory)
+        began = time.monotonic()
+        params, report = checkpoint.load_params(directory, model_config, abstract, mesh, progress=use_tqdm)
+        log.info("loaded %s in %.1f s: %s", directory, time.monotonic() - began, report)
+        eos = defaults.eos_token_ids or model_config.eos_token_ids or (reader.eos_token_ids if reader else ())
+        self._start(hybrid, params, mesh, config, plan, max_model_len, reader, defaults, eos)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Model,
+        params: Params,
+        config: EngineConfig | None = None,
+        *,
+        max_model_len: int = DEFAULT_MAX_MODEL_LEN,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+        **kwargs: Any,
+    ) -> "LLM":
+        """An LLM of a model and parameters (global arrays) that are already in memory."""
+        config = _engine_config(config, kwargs)
+        if model.tp != config.tensor_parallel_size:
+            raise ValueError(
+                f"the model was built for {model.tp} ranks, tensor_parallel_size is {config.tensor_parallel_size}"
+            )
+        mesh = sharding.make_mesh(config.tensor_parallel_size)
+        backend.resolve(config.kernels, jax.default_backend())
+        weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+        length = _max_model_len(config, max_model_len)
+        plan = _plan(model, config, mesh, length, weight_bytes // model.tp)
+        llm = cls.__new__(cls)
+        placed = place_params(params, mesh)
+        llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos_token_ids)
+        return llm
+
+    def _start(self, model, params, mesh, config, plan, max_model_len, tokenizer, defaults, eos_token_ids) -> None:
+        _configure_compilation_cache(config)
+        log.info("memory of one rank:\n%s", plan)
+        self.model, self.config, self.mesh = model, config, mesh
+        self.memory_plan, self.max_model_len = plan, max_model_len
+        self.tokenizer = tokenizer
+        self.eos_token_ids = tuple(eos_token_ids)
+        self._defaults = defaults
+        self._num_requests = 0
+        self._closed = False
+        self.engine = Engine(model, params, mesh, config, plan, max_model_len, tokenizer)
+
+    @property
+    def params(self) -> Params:
+        """The parameters: a nested dict of global arrays."""
+        return self.engine.params
+
+    def get_tokenizer(self) -> Any:
+        """The checkpoint's transformers tokenizer. Raises ValueError where there is none."""
+        return self._require_tokenizer("get_tokenizer").hf
+
+    def default_sampling_params(self, **overrides: Any) -> SamplingParams:
+        """The sampling parameters of the checkpoint's generation_config.json, with `overrides` in their place."""
+        return SamplingParams(**(self._defaults.sampling | overrides))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts (texts, or lists of token ids) and returns their outputs in order.
+
+        One SamplingParams for all prompts or one each; None takes the checkpoint's defaults. Raises ValueError that
+        names the prompt by its index, before any of them is queued.
+        """
+        prompts = _as_list(prompts)
+        params = self._params_for(prompts, sampling_params)
+        groups = [self._make_requests(p, s, i) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
+        return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or each of several, through the tokenizer's chat template. Text only."""
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        tokenizer = self._require_tokenizer("chat")
+        prompts = [
+            tokenizer.apply_chat_template(list(chat), add_generation_prompt=add_generation_prompt, **template_kwargs)
+            for chat in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
+        """Yields a completion as its tokens come. Leaving the loop early aborts the request.
+
+        Errors are raised by the call, not by the first turn of the loop.
+        """
+        params = self._params_for([prompt], sampling_params)[0]
+        if params.n != 1:
+            raise ValueError(f"stream yields one sample, got n={params.n}; use generate for several")
+        return self._stream(self._make_requests(prompt, params, 0))
+
+    def _stream(self, group: "_Group") -> Iterator[StreamOutput]:
+        (request,) = group.requests
+        shown_text, shown_tokens = 0, 0
+        try:
+            for _ in self.engine.run([request]):
+                text, tokens = request.detokenizer.text, request.output_token_ids
+                if len(tokens) == shown_tokens and not request.finished:
+                    continue
+                yield StreamOutput(
+                    text=text[shown_text:],
+                    token_ids=tuple(tokens[shown_tokens:]),
+                    finish_reason=request.finish_reason,
+                    output=group.output() if request.finished else None,
+                )
+                shown_text, shown_tokens = len(text), len(tokens)
+        finally:
+            self.engine.abort(request)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start: requests, tokens, turns, compilations, pool use, device reads."""
+        engine, allocator = self.engine, self.engine.scheduler.allocator
+        return {
+            "num_running": len(engine.scheduler.running),
+            "num_waiting": len(engine.scheduler.waiting),
+            "num_compilations": engine.num_compilations,
+            "slots_used": allocator.num_slots - allocator.num_free_slots,
+            "slots_total": allocator.num_slots,
+            "blocks_used": allocator.num_blocks - allocator.num_free_blocks,
+            "blocks_total": allocator.num_blocks,
+            "uptime": time.monotonic() - engine.started,
+            **dataclasses.asdict(engine.counters),
+        }
+
+    def close(self) -> None:
+        """Frees pools and parameters. Any later call raises RuntimeError."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _require_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"{what} needs a tokenizer, and this checkpoint has none; pass tokenizer=DIRECTORY")
+        return self.tokenizer
+
+    def _params_for(self, prompts: list, params: Any) -> list[SamplingParams]:
+        if self._closed:
+            raise RuntimeError("this LLM is closed")
+        if params is None:
+            params = self.default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * len(prompts)
+        params = list(params)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling params; give one for all or one each")
+        return params
+
+    def _make_requests(self, prompt: Prompt, params: SamplingParams, index: int) -> "_Group":
+        """The samples of one prompt, checked, not queued."""
+        where = f"prompt {index}"
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = self._token_ids(prompt, where)
+        max_length = min(len(token_ids) + params.max_tokens, self.max_model_len)
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"{where} has {len(token_ids)} tokens, and max_model_len={self.max_model_len} leaves no room for "
+                f"an output token; allowed: at most {self.max_model_len - 1}"
+            )
+        try:
+            self.engine.scheduler.check_fits(max_length, len(token_ids))
+            stop_token_ids = self._check_params(params)
+            bad_words = (
+                self._require_tokenizer("bad_words").bad_word_sequences(params.bad_words) if params.bad_words else []
+            )
+            detokenizers = [Detokenizer(self.tokenizer, params) for _ in range(params.n)]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        request_id = str(self._num_requests)
+        self._num_requests += 1
+        seed = params.seed if params.seed is not None else self._next_seed()
+        requests = [
+            Request(
+                request_id=request_id,
+                prompt_token_ids=token_ids,
+                params=params,
+                max_length=max_length,
+                stop_token_ids=stop_token_ids,
+                # Sample 0 draws what n=1 draws; the others change the upper word.
+                seed=seed ^ (sample << 32),
+                detokenizer=detokenizer,
+                bad_words=bad_words,
+                index=sample,
+                arrival_time=time.monotonic(),
+            )
+            for sample, detokenizer in enumerate(detokenizers)
+        ]
+        return _Group(request_id, text, token_ids, requests)
+
+    def _next_seed(self) -> int:
+        """A seed of its own for each request that brings none, the same in every run of the same program."""
+        words = np.random.SeedSequence([self.config.seed, self._num_requests]).generate_state(2, np.uint32)
+        return int(words[0]) | int(words[1]) << 32
+
+    def _token_ids(self, prompt: Prompt, where: str) -> list[int]:
+        if isinstance(prompt, str):
+            token_ids = self._require_tokenizer(f"{where}, a text,").encode(prompt)
+        elif isinstance(prompt, dict):
+            raise ValueError(f"{where} must be a text or a list of token ids, got a dictionary")
+        else:
+            token_ids = list(prompt)
+            for token in token_ids:
+                if not isinstance(token, numbers.Integral) or isinstance(token, bool):
+                    raise ValueError(f"{where} must be a text or a list of token ids, got {token!r} in it")
+            token_ids = [int(token) for token in token_ids]
+        if not token_ids:
+            raise ValueError(f"{where} is empty; a prompt needs at least one token")
+        self._check_token_ids(where, token_ids)
+        return token_ids
+
+    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        for token in token_ids:
+            if not 0 <= token < self.model.vocab_size:
+                raise ValueError(
+                    f"{name} has token id {token}, outside the vocabulary; allowed: 0 to {self.model.vocab_size - 1}"
+                )
+
+    def _check_params(self, params: SamplingParams) -> tuple[int, ...]:
+        """Checks what depends on the model and the engine. Returns the ids that end the request."""
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            if asked is not None and asked > self.config.max_logprobs:
+                raise ValueError(f"{name}={asked} exceeds max_logprobs={self.config.max_logprobs}")
+        self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        self._check_token_ids("logit_bias", tuple(params.logit_bias or ()))
+        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
+        eos = () if params.ignore_eos else self.eos_token_ids
+        stop_token_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
+        if len(stop_token_ids) > MAX_STOP_TOKENS:
+            raise ValueError(
+                f"EOS and stop_token_ids together are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKENS}"
+            )
+        return stop_token_ids
+
+    def _run(self, requests: list[Request], groups: list["_Group"], use_tqdm: bool) -> list[RequestOutput]:
+        progress = tqdm(total=len(requests), desc="generating", unit="seq", disable=not use_tqdm)
+        try:
+            finished = 0
+            for _ in self.engine.run(requests):
+                now = sum(request.finished for request in requests)
+                progress.update(now - finished)
+                finished = now
+        except BaseException:
+            # An interrupted call must not leave its requests behind for the next one.
+            for request in requests:
+                self.engine.abort(request)
+            raise
+        finally:
+            progress.close()
+        return [group.output() for group in groups]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The samples of one prompt."""
+
+    request_id: str
+    prompt: str | None
+    token_ids: list[int]
+    requests: list[Request]
+
+    def output(self) -> RequestOutput:
+        first = self.requests[0]
+        times = [request.first_token_time for request in self.requests if request.first_token_time is not None]
+        finished = all(request.finished for request in self.requests)
+        metrics = RequestMetrics(
+            arrival_time=first.arrival_time,
+            first_scheduled_time=first.first_scheduled_time,
+            first_token_time=min(times, default=None),
+            finished_time=max(r.finished_time for r in self.requests) if finished else None,
+            num_prompt_tokens=len(self.token_ids),
+            num_output_tokens=sum(len(request.output_token_ids) for request in self.requests),
+        )
+        wants_prompt = first.params.prompt_logprobs is not None
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=tuple(self.token_ids),
+            prompt_logprobs=[None, *first.prompt_logprobs] if wants_prompt else None,
+            outputs=tuple(_completion(request) for request in self.requests),
+            finished=finished,
+            metrics=metrics,
+            num_cached_tokens=0,
+        )
+
+
+def _completion(request: Request) -> CompletionOutput:
+    wanted = request.params.logprobs is not None
+    return CompletionOutput(
+        index=request.index,
+        text=request.detokenizer.text,
+        token_ids=tuple(request.output_token_ids),
+        cumulative_logprob=request.cumulative_logprob if wanted else None,
+        logprobs=list(request.output_logprobs) if wanted else None,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+    )
+
+
+def _as_list(prompts: Any) -> list[Prompt]:
+    """One prompt or several, as a list. A list of ints is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    if prompts and all(isinstance(item, numbers.Integral) for item in prompts):
+        return [prompts]
+    return prompts
+
+
+def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> EngineConfig:
+    if config is not None and kwargs:
+        raise ValueError(f"give an EngineConfig or its fields, not both: got {', '.join(kwargs)} beside it")
+    if config is not None:
+        return config
+    allowed = [field.name for field in dataclasses.fields(EngineConfig)]
+    unknown = [name for name in kwargs if name not in allowed]
+    if unknown:
+        raise ValueError(f"unknown engine options: {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+    return EngineConfig(**kwargs)
+
+
+def _checkpoint_directory(model: str | pathlib.Path) -> pathlib.Path:
+    if str(model) == EMBEDDED_MODEL:
+        raise FileNotFoundError(
+            "this version ships no embedded model yet; pass the directory of a Qwen3.5 or Qwen3-Next checkpoint"
+        )
+    directory = pathlib.Path(model)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory}: no such directory; a model is a local checkpoint directory "
+            "(nothing is downloaded: fetch the checkpoint first)"
+        )
+    return directory
+
+
+def _max_model_len(config: EngineConfig, context: int) -> int:
+    if config.max_model_len is None:
+        return min(context, DEFAULT_MAX_MODEL_LEN)
+    if config.max_model_len > context:
+        raise ValueError(f"max_model_len={config.max_model_len} exceeds the model's context of {context} tokens")
+    return config.max_model_len
+
+
+def _plan(model: Model, config: EngineConfig, mesh, max_model_len: int, weight_bytes: int) -> memory.MemoryPlan:
+    geometry = model.geometry(config.block_size, config.ssm_dtype)
+    budget = math.floor(_device_bytes(mesh) * config.gpu_memory_utilization)
+    return memory.plan(geometry, config, max_model_len=max_model_len, budget_bytes=budget, weight_bytes=weight_bytes)
+
+
+def _device_bytes(mesh) -> int:
+    """Bytes that one rank may use: the device's limit, or on CPU its share of the memory that is available."""
+    stats = mesh.devices.flat[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return psutil.virtual_memory().available // mesh.devices.size
+
+
+def _read_tokenizer(directory: str | pathlib.Path, *, required: bool) -> Tokenizer | None:
+    try:
+        return Tokenizer.from_directory(directory)
+    except FileNotFoundError:
+        if required:
+            raise
+        log.warning("%s has no tokenizer: prompts must be token ids, and texts stay empty", directory)
+        return None
+
+
+def _configure_compilation_cache(config: EngineConfig) -> None:
+    """Switches JAX's persistent cache on, unless the user chose a place for it or none."""
+    if config.compilation_cache_dir == "":
+        return
+    if config.compilation_cache_dir is None:
+        if jax.config.jax_compilation_cache_dir is not None:
+            return
+        directory = pathlib.Path.home() / ".cache" / "gdnjax"
+    else:
+        directory = pathlib.Path(config.compilation_cache_dir)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    # The default of a second would leave the small steps out.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+__all__ = ["LLM", "HybridModel", "Prompt", "StreamOutput"]

@@ -1,0 +1,118 @@
+"""What a request gives back: frozen, with vLLM's names. Imports no jax."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """The log-probability of one token at one position, under the model before any sampling parameter.
+
+    `rank` is 1 for the most probable token; None where it was not computed. `decoded_token` is the token's text alone,
+    with U+FFFD for a part of a character; None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One sample of a request's prompt, complete or as far as it has come.
+
+    index               0 to n - 1.
+    text                what is safe to show: no split character, no part of a possible stop string.
+    token_ids           every kept output token, an ending EOS or stop token included.
+    cumulative_logprob  sum of the drawn tokens' log-probabilities; None unless logprobs were asked for.
+    logprobs            one dictionary per output token: the drawn token and the most probable ones.
+    finish_reason       "stop", "length" or "abort"; None while the sample runs.
+    stop_reason         the stop string or stop token id that ended it; None for EOS and every other end.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestMetrics:
+    """When things happened to a request, and how much of it there was.
+
+    Times are seconds on the clock of time.monotonic: differences mean something, the values alone do not. A time is
+    None until the event has happened.
+
+    arrival_time          the request was queued.
+    first_scheduled_time  its first prompt tokens were dispatched.
+    first_token_time      its first output token reached the host.
+    finished_time         its last sample ended.
+    num_prompt_tokens     tokens of the prompt.
+    num_output_tokens     tokens produced so far, over all n samples.
+    num_preemptions       times it lost its slot and had to be computed again.
+    """
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds from arrival until the first prompt tokens were dispatched."""
+        return _elapsed(self.arrival_time, self.first_scheduled_time)
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival until the first output token (TTFT)."""
+        return _elapsed(self.arrival_time, self.first_token_time)
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds from arrival until the end."""
+        return _elapsed(self.arrival_time, self.finished_time)
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Mean seconds per output token after the first (TPOT); None before the end and for fewer than two tokens."""
+        decode_time = _elapsed(self.first_token_time, self.finished_time)
+        if decode_time is None or self.num_output_tokens < 2:
+            return None
+        return decode_time / (self.num_output_tokens - 1)
+
+
+def _elapsed(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """A request and its samples, complete or as far as they have come.
+
+    request_id         the engine's or the caller's name for the request.
+    prompt             its text; None where token ids were given without a tokenizer.
+    prompt_token_ids   its tokens.
+    prompt_logprobs    one dictionary per prompt token, None for the first; None unless asked for.
+    outputs            the n samples, by index.
+    finished           whether every sample has ended.
+    metrics            its times; None where they were not kept.
+    num_cached_tokens  prompt tokens that the prefix cache saved from being computed.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0

@@ -1,0 +1,125 @@
+"""Plans to padded batches: numpy arrays of a compiled size. A size that no bucket covers is an error."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gdnjax.batch import AdmitBatch, DecodeBatch, LogitRowBatch, PrefillBatch
+from gdnjax.config import CHUNK
+from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_STOP_TOKENS
+from gdnjax.serving.request import Request
+from gdnjax.serving.scheduler import Piece
+from gdnjax.state import NO_TOKEN
+
+
+def bucket_for(size: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `size`. Raises ValueError where none does: never a silent recompile."""
+    for bucket in buckets:
+        if size <= bucket:
+            return bucket
+    raise ValueError(f"{size} exceeds the largest compiled bucket; compiled: {tuple(buckets)}")
+
+
+def pack_admissions(requests: Sequence[Request], *, rows: int, table_width: int) -> AdmitBatch:
+    """Up to `rows` requests; the padding rows reset slot 0 to what it is."""
+
+    def column(values, dtype, padding):
+        out = np.full((rows,), padding, dtype)
+        out[: len(requests)] = list(values)
+        return out
+
+    stop_tokens = np.full((rows, MAX_STOP_TOKENS), NO_TOKEN, np.int32)
+    block_table = np.zeros((rows, table_width), np.int32)
+    seed = np.zeros((rows, 2), np.uint32)
+    for i, request in enumerate(requests):
+        stop_tokens[i, : len(request.stop_token_ids)] = request.stop_token_ids
+        block_table[i, : len(request.blocks)] = request.blocks
+        seed[i] = request.seed & 0xFFFFFFFF, request.seed >> 32
+    params = [request.params for request in requests]
+    return AdmitBatch(
+        slot=column((r.slot for r in requests), np.int32, 0),
+        max_length=column((r.max_length for r in requests), np.int32, 0),
+        min_length=column((r.prompt_length + r.params.min_tokens for r in requests), np.int32, 0),
+        stop_tokens=stop_tokens,
+        block_table=block_table,
+        temperature=column((p.temperature for p in params), np.float32, 0),
+        top_k=column((max(p.top_k, 0) for p in params), np.int32, 0),
+        top_p=column((p.top_p for p in params), np.float32, 1),
+        min_p=column((p.min_p for p in params), np.float32, 0),
+        seed=seed,
+        logit_row=column((r.logit_row for r in requests), np.int32, 0),
+    )
+
+
+def pack_logit_row(request: Request | None, vocab_size: int, padded_vocab_size: int) -> LogitRowBatch:
+    """The rows of a request that needs them; None gives what resets the null row."""
+    bias = np.zeros((padded_vocab_size,), np.float32)
+    in_prompt = np.zeros((padded_vocab_size,), bool)
+    bad_words = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), NO_TOKEN, np.int32)
+    repetition, frequency, presence = 1.0, 0.0, 0.0
+    if request is not None:
+        params = request.params
+        in_prompt[request.prompt_token_ids] = True
+        if params.allowed_token_ids is not None:
+            bias[:vocab_size] = -np.inf
+            bias[list(params.allowed_token_ids)] = 0.0
+        for token, value in (params.logit_bias or {}).items():
+            bias[token] += value
+        for i, word in enumerate(request.bad_words):
+            bad_words[i, MAX_BAD_WORD_TOKENS - len(word) :] = word
+        repetition, frequency, presence = (
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+        )
+    return LogitRowBatch(
+        row=np.int32(request.logit_row if request is not None else 0),
+        in_prompt=in_prompt,
+        bias=bias,
+        repetition=np.float32(repetition),
+        frequency=np.float32(frequency),
+        presence=np.float32(presence),
+        bad_words=bad_words,
+    )
+
+
+def pack_prefill(pieces: Sequence[Piece], *, tokens: int, rows: int) -> PrefillBatch:
+    """Pieces one after another in `tokens` places, with the chunk table. Pieces start at multiples of CHUNK."""
+    num_chunks = tokens // CHUNK + rows
+    batch = PrefillBatch(
+        tokens=np.zeros((tokens,), np.int32),
+        token_row=np.zeros((tokens,), np.int32),
+        token_valid=np.zeros((tokens,), bool),
+        slot=np.zeros((rows,), np.int32),
+        start=np.zeros((rows,), np.int32),
+        length=np.zeros((rows,), np.int32),
+        is_last=np.zeros((rows,), bool),
+        chunk_row=np.zeros((num_chunks,), np.int32),
+        chunk_start=np.zeros((num_chunks,), np.int32),
+        chunk_length=np.zeros((num_chunks,), np.int32),
+        target=np.full((tokens,), NO_TOKEN, np.int32),
+    )
+    place = chunk = 0
+    for row, piece in enumerate(pieces):
+        prompt = piece.request.prompt_token_ids
+        here = slice(place, place + piece.length)
+        batch.tokens[here] = prompt[piece.start : piece.start + piece.length]
+        successors = prompt[piece.start + 1 : piece.start + piece.length + 1]
+        batch.target[place : place + len(successors)] = successors
+        batch.token_row[here] = row
+        batch.token_valid[here] = True
+        batch.slot[row] = piece.request.slot
+        batch.start[row], batch.length[row], batch.is_last[row] = place, piece.length, piece.is_last
+        for offset in range(0, piece.length, CHUNK):
+            batch.chunk_row[chunk] = row
+            batch.chunk_start[chunk] = place + offset
+            batch.chunk_length[chunk] = min(CHUNK, piece.length - offset)
+            chunk += 1
+        place += piece.length
+    return batch
+
+
+def pack_decode(requests: Sequence[Request], *, rows: int) -> DecodeBatch:
+    slot = np.zeros((rows,), np.int32)
+    slot[: len(requests)] = [request.slot for request in requests]
+    return DecodeBatch(slot=slot)

@@ -1,0 +1,166 @@
+"""The pytrees that outlive a step. `ServeState` is the sole carry: a step takes it, donates it and returns it.
+
+Field comments give the axes in the letters of `gdnjax.shapes`. Sizes along heads, channels and vocabulary are global
+(all ranks together) outside a step and those of one rank inside.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gdnjax.config import EngineConfig
+from gdnjax.memory import MemoryPlan, StateGeometry
+from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_STOP_TOKENS
+from gdnjax.shapes import Leaf
+
+LAYOUT_KV = 0
+LAYOUT_VK = 1
+
+NULL_SLOT = 0
+NULL_BLOCK = 0
+NO_TOKEN = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GDNState:
+    """The recurrent state of all Gated DeltaNet layers, one row a slot.
+
+    `layout[slot]` says how that row of `ssm` is stored, for all layers at once (LAYOUT_KV: k outer, v inner). It is
+    reset when a slot is handed out and written by every step that writes the row.
+    """
+
+    ssm: Leaf  # [L, s, hv, k * v] float32 or bfloat16; flat rows, because K and V may differ between layouts
+    conv: Leaf  # [L, s, w, x] the last raw inputs of the convolution, oldest first
+    layout: Leaf  # [s] int8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVBlocks:
+    """The paged key/value cache of all full-attention layers."""
+
+    k: Leaf  # [L, b, p, kh, hd]
+    v: Leaf  # [L, b, p, kh, hd]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotTable:
+    """What the device knows of each slot's request: progress, blocks, limits, and how to sample."""
+
+    length: Leaf  # [s] int32: tokens folded into state and KV
+    last_token: Leaf  # [s] int32: the token that the next decode step feeds
+    done: Leaf  # [s] bool: nothing more is to be produced
+    max_length: Leaf  # [s] int32: prompt and output tokens at which the request ends
+    min_length: Leaf  # [s] int32: tokens before which no stop token may be drawn
+    stop_tokens: Leaf  # [s, MAX_STOP_TOKENS] int32, NO_TOKEN where unused
+    block_table: Leaf  # [s, m] int32: the request's blocks in order, NULL_BLOCK past the last
+    temperature: Leaf  # [s] float32, 0 = greedy
+    top_k: Leaf  # [s] int32, 0 = all
+    top_p: Leaf  # [s] float32, 1 = all
+    min_p: Leaf  # [s] float32, 0 = all
+    seed: Leaf  # [s, 2] uint32
+    logit_row: Leaf  # [s] int32: row of LogitRows, 0 = none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogitRows:
+    """Vocabulary-sized rows for the requests that change logits. Requests that do not use them hold row 0 and pay
+    nothing. `g` counts the rows.
+    """
+
+    counts: Leaf  # [g, V] int32: occurrences of each token in the output
+    in_prompt: Leaf  # [g, V] bool: tokens of the prompt
+    bias: Leaf  # [g, V] float32: logit_bias, and -inf where a token may not be drawn
+    repetition: Leaf  # [g] float32
+    frequency: Leaf  # [g] float32
+    presence: Leaf  # [g] float32
+    bad_words: Leaf  # [g, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS] int32, right-aligned, NO_TOKEN where unused
+    recent: Leaf  # [g, MAX_BAD_WORD_TOKENS - 1] int32: the last output tokens, newest last
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ServeState:
+    """Everything that outlives a step. `jax.eval_shape` of it is the memory account."""
+
+    gdn: GDNState
+    kv: KVBlocks
+    slots: SlotTable
+    logit_rows: LogitRows
+
+
+def empty_state(geometry: StateGeometry, plan: MemoryPlan, engine: EngineConfig, max_model_len: int) -> ServeState:
+    """A state with nothing in it. Global sizes: `geometry` is one rank's, `engine.tensor_parallel_size` ranks.
+
+    Traceable: jit it with the output shardings of `sharding.shardings_of` to make each rank's part in place.
+    """
+    tp, g = engine.tensor_parallel_size, geometry
+    slots, blocks, rows = plan.num_slots + 1, plan.num_blocks + 1, plan.num_logit_rows + 1
+    table_width = -(-max_model_len // g.block_size)
+    kv_shape = (g.attention_layers, blocks, g.block_size, g.kv_heads * tp, g.head_dim)
+    return ServeState(
+        gdn=GDNState(
+            ssm=jnp.zeros((g.delta_layers, slots, g.value_heads * tp, g.state_size), g.ssm_dtype),
+            conv=jnp.zeros((g.delta_layers, slots, g.conv_rows, g.conv_dim * tp), g.conv_dtype),
+            layout=jnp.zeros((slots,), jnp.int8),
+        ),
+        kv=KVBlocks(k=jnp.zeros(kv_shape, g.kv_dtype), v=jnp.zeros(kv_shape, g.kv_dtype)),
+        slots=_empty_slots(slots, table_width),
+        logit_rows=_empty_logit_rows(rows, g.vocab_size * tp),
+    )
+
+
+def _empty_slots(slots: int, table_width: int) -> SlotTable:
+    def zeros(dtype, *shape):
+        return jnp.zeros((slots, *shape), dtype)
+
+    return SlotTable(
+        length=zeros(jnp.int32),
+        last_token=zeros(jnp.int32),
+        done=jnp.ones((slots,), bool),
+        max_length=zeros(jnp.int32),
+        min_length=zeros(jnp.int32),
+        stop_tokens=jnp.full((slots, MAX_STOP_TOKENS), NO_TOKEN, jnp.int32),
+        block_table=zeros(jnp.int32, table_width),
+        temperature=zeros(jnp.float32),
+        top_k=zeros(jnp.int32),
+        top_p=jnp.ones((slots,), jnp.float32),
+        min_p=zeros(jnp.float32),
+        seed=zeros(jnp.uint32, 2),
+        logit_row=zeros(jnp.int32),
+    )
+
+
+def _empty_logit_rows(rows: int, vocab: int) -> LogitRows:
+    return LogitRows(
+        counts=jnp.zeros((rows, vocab), jnp.int32),
+        in_prompt=jnp.zeros((rows, vocab), bool),
+        bias=jnp.zeros((rows, vocab), jnp.float32),
+        repetition=jnp.ones((rows,), jnp.float32),
+        frequency=jnp.zeros((rows,), jnp.float32),
+        presence=jnp.zeros((rows,), jnp.float32),
+        bad_words=jnp.full((rows, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), NO_TOKEN, jnp.int32),
+        recent=jnp.full((rows, MAX_BAD_WORD_TOKENS - 1), NO_TOKEN, jnp.int32),
+    )
+
+
+def check_state(state: ServeState) -> None:
+    """Raises ValueError where the fields' shapes do not fit together. Looks at shapes alone, never at values."""
+    slots = state.slots.length.shape[0]
+    rows = state.logit_rows.counts.shape[0]
+    for owner, size, axis in ((state.slots, slots, 0), (state.logit_rows, rows, 0)):
+        for field in dataclasses.fields(owner):
+            shape = getattr(owner, field.name).shape
+            if shape[axis] != size:
+                raise ValueError(f"{type(owner).__name__}.{field.name} has shape {shape}, expected {size} rows")
+    if state.gdn.ssm.shape[1] != slots or state.gdn.conv.shape[1] != slots or state.gdn.layout.shape != (slots,):
+        raise ValueError(
+            f"GDNState holds {state.gdn.ssm.shape[1]}, {state.gdn.conv.shape[1]} and {state.gdn.layout.shape[0]} "
+            f"slots, SlotTable {slots}"
+        )
+    if state.kv.k.shape != state.kv.v.shape:
+        raise ValueError(f"KVBlocks.k has shape {state.kv.k.shape}, KVBlocks.v {state.kv.v.shape}")

@@ -1,0 +1,178 @@
+"""The engine computes what transformers computes: live where torch is installed, from stored goldens everywhere."""
+
+import pathlib
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gdnjax import LLM, EngineConfig, SamplingParams
+from gdnjax.models import full_logits
+from tests import checkpoints
+from tests.make_tokenizer import write_tokenizer
+
+GOLDENS = pathlib.Path(__file__).parents[1] / "golden" / "parity"
+STORED_FAMILIES = ("qwen3_5", "qwen3_5_moe_text", "qwen3_next")
+
+LENGTHS = (1, 2, 63, 64, 65, 200)
+GREEDY_LENGTHS = (1, 7, 64, 65, 130)
+"""One more than the engine below runs at once."""
+
+GREEDY_STEPS = 64
+
+LOGIT_BOUND = 2e-4
+"""Of max|difference| / max|reference| at each position. Two orders of float32 summation in transformers itself (one
+pass, or resumed from a cache) differ by up to 1.1e-5 on these checkpoints; the smallest fault that they are built to
+show (one layer's state lost) moves the logits by more than 1e-2."""
+
+NEAR_TIE = 1e-3
+"""Gap of the two largest logits, relative to the largest absolute one, below which rounding may swap them: five times
+the bound on logits. Random weights meet such a gap about once in 64 steps, and rounding decides few of those."""
+
+MAX_NEAR_TIES = 2
+"""Prompts of all families together that may part from the reference, each at a near tie."""
+
+
+@pytest.fixture(scope="module")
+def near_ties():
+    """The (family, prompt length, step) at which rounding has chosen another token, over the whole module."""
+    return set()
+
+
+@pytest.fixture(scope="module", params=checkpoints.PARITY_FAMILIES)
+def live(request, tmp_path_factory):
+    """(family, checkpoint directory, engine) of a checkpoint that transformers has just written."""
+    pytest.importorskip("torch")
+    directory = tmp_path_factory.mktemp(request.param)
+    checkpoints.write_checkpoint(request.param, directory)
+    write_tokenizer(directory, vocab_size=400)
+    return request.param, directory, _engine(directory)
+
+
+@pytest.fixture(scope="module", params=STORED_FAMILIES)
+def stored(request, tmp_path_factory):
+    """(family, stored reference, engine) of a stored golden."""
+    source = GOLDENS / request.param
+    directory = tmp_path_factory.mktemp(request.param)
+    shutil.copytree(source, directory, dirs_exist_ok=True)
+    write_tokenizer(directory, vocab_size=300)
+    with np.load(source / "reference.npz") as arrays:
+        reference = dict(arrays)
+    return request.param, reference, _engine(directory)
+
+
+def _engine(directory):
+    # 128 tokens a step: the longer prompts are prefilled in pieces.
+    config = EngineConfig(
+        dtype="float32", max_num_seqs=4, max_num_batched_tokens=128, block_size=16, max_model_len=512, warmup=False
+    )
+    return LLM(directory, config)
+
+
+def _logits(llm, token_ids):
+    return np.asarray(full_logits(llm.model, llm.params, jnp.asarray(token_ids, jnp.int32)))
+
+
+def _generate_greedily(llm, prompts):
+    """Tokens [prompts, GREEDY_STEPS] of the prompts, given to the engine together."""
+    params = SamplingParams(temperature=0.0, max_tokens=GREEDY_STEPS, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False)
+    return np.array([output.outputs[0].token_ids for output in outputs])
+
+
+def _check_greedy(family, prompts, actual, reference, near_ties):
+    """Tokens equal the reference's up to a first near tie, of which there are few over all families."""
+    assert actual.shape == (len(prompts), GREEDY_STEPS)
+    for prompt, tokens, expected in zip(prompts, actual, reference, strict=True):
+        steps = np.flatnonzero(tokens != expected.tokens)
+        if not len(steps):
+            continue
+        # From here on the two continue different texts.
+        step = steps[0]
+        where = f"{family}, prompt of {len(prompt)} tokens, step {step}"
+        assert expected.gaps[step] < NEAR_TIE, where
+        assert tokens[step] == expected.runners_up[step], where
+        near_ties.add((family, len(prompt), int(step)))
+    assert len(near_ties) <= MAX_NEAR_TIES, sorted(near_ties)
+
+
+def _stored_greedy(reference):
+    prompts = [reference["prompt"][:length].tolist() for length in reference["greedy_lengths"]]
+    rows = zip(reference["greedy_tokens"], reference["greedy_runners_up"], reference["greedy_gaps"], strict=True)
+    return prompts, [
+        checkpoints.Greedy(tokens=tokens, runners_up=runners_up, gaps=gaps) for tokens, runners_up, gaps in rows
+    ]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_logits_equal_transformers(live, length):
+    _, directory, llm = live
+    prompt = checkpoints.prompt_tokens(length)
+    reference = checkpoints.reference_logits(directory, prompt)
+    actual = _logits(llm, prompt)
+    assert actual.shape == reference.shape
+    assert checkpoints.relative_error(actual, reference) < LOGIT_BOUND
+
+
+def test_greedy_tokens_equal_transformers(live, near_ties):
+    family, directory, llm = live
+    prompts = [checkpoints.prompt_tokens(length) for length in GREEDY_LENGTHS]
+    reference = checkpoints.reference_greedy(directory, prompts, GREEDY_STEPS)
+    one_by_one = np.concatenate([_generate_greedily(llm, [prompt]) for prompt in prompts])
+    _check_greedy(family, prompts, one_by_one, reference, near_ties)
+    _check_greedy(family, prompts, _generate_greedily(llm, prompts), reference, near_ties)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_logits_equal_stored(stored, length):
+    _, reference, llm = stored
+    kept = reference["positions"] < length
+    actual = _logits(llm, reference["prompt"][:length])
+    assert actual.shape == (length, reference["logits"].shape[1])
+    error = checkpoints.relative_error(actual[reference["positions"][kept]], reference["logits"][kept])
+    assert error < LOGIT_BOUND
+
+
+def test_greedy_tokens_equal_stored(stored, near_ties):
+    family, arrays, llm = stored
+    prompts, reference = _stored_greedy(arrays)
+    one_by_one = np.concatenate([_generate_greedily(llm, [prompt]) for prompt in prompts])
+    _check_greedy(f"stored {family}", prompts, one_by_one, reference, near_ties)
+    _check_greedy(f"stored {family}", prompts, _generate_greedily(llm, prompts), reference, near_ties)
+
+
+@pytest.mark.parametrize("family", checkpoints.PARITY_FAMILIES)
+def test_checkpoint_state_matters(family, tmp_path):
+    """A layer's lost state moves the logits far beyond the bound, and the recurrent one still 50 tokens later."""
+    pytest.importorskip("torch")
+    checkpoints.write_checkpoint(family, tmp_path)
+    prompt = checkpoints.prompt_tokens(200)
+    kept = checkpoints.reference_logits_resumed(tmp_path, prompt, 100)
+    assert checkpoints.relative_error(kept, checkpoints.reference_logits(tmp_path, prompt)[100:]) < LOGIT_BOUND
+    layer_types = checkpoints.FAMILIES[family].text["layer_types"]
+    for layer in [i for i, kind in enumerate(layer_types) if kind == "linear_attention"]:
+        no_conv = checkpoints.reference_logits_resumed(tmp_path, prompt, 100, [(layer, "conv")])
+        no_state = checkpoints.reference_logits_resumed(tmp_path, prompt, 100, [(layer, "recurrent")])
+        assert checkpoints.relative_error(no_conv, kept) > 1e-2, layer
+        assert checkpoints.relative_error(no_state[50:], kept[50:]) > 1e-2, layer
+
+
+@pytest.mark.parametrize("family", STORED_FAMILIES)
+def test_stored_reference_equals_transformers(family):
+    pytest.importorskip("torch")
+    with np.load(GOLDENS / family / "reference.npz") as arrays:
+        logits = checkpoints.reference_logits(GOLDENS / family, arrays["prompt"])
+        assert checkpoints.relative_error(logits[arrays["positions"]], arrays["logits"]) < LOGIT_BOUND
+
+
+@pytest.mark.parametrize("family", STORED_FAMILIES)
+def test_stored_half_lives_span_1_to_200_tokens(family):
+    weights = safetensors.numpy.load_file(GOLDENS / family / "model.safetensors")
+    layers = [name.removesuffix("A_log") for name in weights if name.endswith("A_log")]
+    assert layers
+    for layer in layers:
+        decay = np.exp(weights[f"{layer}A_log"]) * np.log1p(np.exp(weights[f"{layer}dt_bias"]))
+        half_lives = np.log(2.0) / decay
+        np.testing.assert_allclose([half_lives.min(), half_lives.max()], checkpoints.HALF_LIVES, rtol=1e-4)
