@@ -1,11 +1,51 @@
-"""gdnjax: inference for Qwen3.5-style hybrid models in JAX. The public API, nothing else."""
+"""gdnjax: inference for Qwen3.5-style hybrid models in JAX. The public API, nothing else.
 
-from gdnjax.config import EngineConfig, LayerKind, ModelConfig
-from gdnjax.generation import BatchOutput, batch_generate, full_logits
-from gdnjax.sampling_params import SamplingParams
-from gdnjax.serving.llm import LLM, StreamOutput
-from gdnjax.serving.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+Names are imported at their first use: `import gdnjax` does not import jax, so a program can still configure it, and
+`python -m gdnjax.doctor` can say what is wrong with an installation that does not import.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gdnjax.version import __version__
+
+if TYPE_CHECKING:
+    from gdnjax.config import EngineConfig, LayerKind, ModelConfig
+    from gdnjax.generation import BatchOutput, batch_generate, full_logits
+    from gdnjax.models import abstract_params, build_model, random_params
+    from gdnjax.sampling_params import SamplingParams
+    from gdnjax.serving.llm import LLM, StreamOutput
+    from gdnjax.serving.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+
+_HOMES = {
+    "BatchOutput": "gdnjax.generation",
+    "CompletionOutput": "gdnjax.serving.outputs",
+    "EngineConfig": "gdnjax.config",
+    "LLM": "gdnjax.serving.llm",
+    "LayerKind": "gdnjax.config",
+    "Logprob": "gdnjax.serving.outputs",
+    "ModelConfig": "gdnjax.config",
+    "RequestMetrics": "gdnjax.serving.outputs",
+    "RequestOutput": "gdnjax.serving.outputs",
+    "SamplingParams": "gdnjax.sampling_params",
+    "StreamOutput": "gdnjax.serving.llm",
+    "abstract_params": "gdnjax.models",
+    "batch_generate": "gdnjax.generation",
+    "build_model": "gdnjax.models",
+    "full_logits": "gdnjax.generation",
+    "random_params": "gdnjax.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gdnjax' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 __all__ = [
     "LLM",
@@ -20,6 +60,9 @@ __all__ = [
     "SamplingParams",
     "StreamOutput",
     "__version__",
+    "abstract_params",
     "batch_generate",
+    "build_model",
     "full_logits",
+    "random_params",
 ]

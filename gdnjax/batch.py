@@ -40,7 +40,7 @@ class LogitRowBatch:
     repetition: Leaf  # [] float32
     frequency: Leaf  # [] float32
     presence: Leaf  # [] float32
-    bad_words: Leaf  # [MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS] int32
+    bad_words: Leaf  # [MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS] int32
 
 
 @jax.tree_util.register_dataclass

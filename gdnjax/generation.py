@@ -75,12 +75,18 @@ def batch_generate(
     return BatchOutput(tokens=produced, lengths=jnp.sum(produced != NO_TOKEN, axis=1))
 
 
-def full_logits(model: Model, params: Params, tokens: Int32[Array, "t"]) -> Float32[Array, "t V"]:
-    """The logits at every position of one sequence, by one prefill. Traceable; one rank only."""
+def full_logits(
+    model: Model, params: Params, tokens: Int32[Array, "t"], length: int | Int32[Array, ""] | None = None
+) -> Float32[Array, "t V"]:
+    """The logits at every position of one sequence, by one prefill. Traceable; one rank only.
+
+    `length` (default: all) says how many tokens count, so that one compilation serves every length up to t; the
+    logits past it mean nothing.
+    """
     prompt = tokens.shape[0]
     options = StepOptions()
     state = _state_for(model, 1, prompt + 1, "float32")
-    whole = jnp.full((1,), prompt, jnp.int32)
+    whole = jnp.full((1,), prompt if length is None else length, jnp.int32)
     seeds = jnp.zeros((1, 2), jnp.uint32)
     state = step.admit(state, _admission(state, 1, whole + 1, SamplingParams(), (), seeds), options)
     batch = _whole_prompts(tokens[None], whole)

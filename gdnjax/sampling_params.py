@@ -10,7 +10,10 @@ MAX_STOP_TOKENS = 16
 """Token ids that end one request on the device: EOS ids and stop_token_ids together."""
 
 MAX_BAD_WORDS = 32
-"""Token sequences that one request may forbid."""
+"""Texts that one request may forbid."""
+
+MAX_BAD_SEQUENCES = 2 * MAX_BAD_WORDS
+"""Token sequences that stand for them: each text with and without a leading space."""
 
 MAX_BAD_WORD_TOKENS = 8
 """Tokens in one forbidden sequence."""
@@ -47,13 +50,13 @@ class SamplingParams:
     """
 
     n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: int | float = 1.0
+    top_p: int | float = 1.0
     top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    min_p: int | float = 0.0
+    presence_penalty: int | float = 0.0
+    frequency_penalty: int | float = 0.0
+    repetition_penalty: int | float = 1.0
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
@@ -98,10 +101,11 @@ class SamplingParams:
         """Turns sequences into tuples and checks their members."""
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _strings("stop", stop))
-        object.__setattr__(self, "bad_words", _strings("bad_words", self.bad_words))
+        bad_words = _strings("bad_words", self.bad_words)
+        object.__setattr__(self, "bad_words", bad_words)
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        if len(self.bad_words) > MAX_BAD_WORDS:
-            raise ValueError(f"at most {MAX_BAD_WORDS} bad_words are allowed, got {len(self.bad_words)}")
+        if len(bad_words) > MAX_BAD_WORDS:
+            raise ValueError(f"at most {MAX_BAD_WORDS} bad_words are allowed, got {len(bad_words)}")
         if self.allowed_token_ids is not None:
             allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
@@ -148,7 +152,7 @@ def _real(name: str, value: Any, least: float, most: float) -> None:
     if (
         not isinstance(value, numbers.Real)
         or isinstance(value, bool)
-        or not least <= value <= most
+        or not least <= float(value) <= most
         or value == math.inf
     ):
         bound = f"at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
-from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_STOP_TOKENS
+from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS
 from gdnjax.shapes import Leaf
 
 LAYOUT_KV = 0
@@ -78,7 +78,7 @@ class LogitRows:
     repetition: Leaf  # [g] float32
     frequency: Leaf  # [g] float32
     presence: Leaf  # [g] float32
-    bad_words: Leaf  # [g, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS] int32, right-aligned, NO_TOKEN where unused
+    bad_words: Leaf  # [g, MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS] int32, right-aligned, NO_TOKEN where unused
     recent: Leaf  # [g, MAX_BAD_WORD_TOKENS - 1] int32: the last output tokens, newest last
 
 
@@ -143,7 +143,7 @@ def _empty_logit_rows(rows: int, vocab: int) -> LogitRows:
         repetition=jnp.ones((rows,), jnp.float32),
         frequency=jnp.zeros((rows,), jnp.float32),
         presence=jnp.zeros((rows,), jnp.float32),
-        bad_words=jnp.full((rows, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), NO_TOKEN, jnp.int32),
+        bad_words=jnp.full((rows, MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS), NO_TOKEN, jnp.int32),
         recent=jnp.full((rows, MAX_BAD_WORD_TOKENS - 1), NO_TOKEN, jnp.int32),
     )
 

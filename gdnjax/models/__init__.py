@@ -1,7 +1,7 @@
 """Models behind one small interface, `Model`: what a step needs of them, and nothing else."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from gdnjax.shapes import Array, Float32, Int32, Params
 from gdnjax.state import GDNState, KVBlocks
 
 
+@runtime_checkable
 class Model(Protocol):
     """What a step calls. Sizes are those of one of `tp` ranks; implementations are stateless and hashable."""
 

@@ -4,7 +4,8 @@ import collections
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -161,12 +162,12 @@ class Engine:
 
     def _prefill_buckets(self, options: StepOptions) -> tuple[int, ...]:
         """Log-probabilities of prompts are rare and slow to compile: they get the largest bucket alone."""
-        buckets = self.config.prefill_buckets
+        buckets = self.config.prefill_buckets or ()
         return buckets[-1:] if options.prompt_logprobs else buckets
 
     def _decode(self, requests: list[Request]) -> Emitted:
         options = self._full if any(r.params.needs_full_sampler for r in requests) else self._plain
-        rows = packing.bucket_for(len(requests), self.config.decode_buckets)
+        rows = packing.bucket_for(len(requests), self.config.decode_buckets or ())
         self.counters.num_padded_tokens += rows - len(requests)
         return self._run_decode(options, requests, rows)
 
@@ -177,12 +178,13 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Compiles every step by running it on padding, which changes nothing but the null slot, block and row."""
+        runs: list[tuple[str, Callable[[], Any]]]
         runs = [("admit", self._admit_nobody), ("logit row", lambda: self._fill_logit_row(None))]
         for options in (self._plain, self._full, self._with_prompt):
             for tokens in self._prefill_buckets(options):
                 runs.append((f"prefill {tokens}", lambda o=options, t=tokens: self._run_prefill(o, [], t)))
         for options in (self._plain, self._full):
-            for rows in self.config.decode_buckets:
+            for rows in self.config.decode_buckets or ():
                 runs.append((f"decode {rows}", lambda o=options, r=rows: self._run_decode(o, [], r)))
         began = time.monotonic()
         progress = tqdm(runs, desc="compiling steps", unit="step", disable=None, leave=False)
@@ -264,7 +266,7 @@ class Engine:
         self._in_flight.clear()
         for leaf in jax.tree.leaves(self.state):
             leaf.delete()
-        self.params = None
+        self.params = {}
 
 
 def place_params(params: Params, mesh: Mesh) -> Params:

@@ -6,7 +6,7 @@ import math
 import numbers
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,8 @@ log = logging.getLogger("gdnjax")
 EMBEDDED_MODEL = "tiny"
 DEFAULT_MAX_MODEL_LEN = 8192
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, or either under the key "prompt" or "prompt_token_ids"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +253,8 @@ class LLM:
     def _make_requests(self, prompt: Prompt, params: SamplingParams, index: int) -> "_Group":
         """The samples of one prompt, checked, not queued."""
         where = f"prompt {index}"
+        if isinstance(prompt, Mapping):
+            prompt = _prompt_of_mapping(prompt, where)
         text = prompt if isinstance(prompt, str) else None
         token_ids = self._token_ids(prompt, where)
         max_length = min(len(token_ids) + params.max_tokens, self.max_model_len)
@@ -298,8 +301,6 @@ class LLM:
     def _token_ids(self, prompt: Prompt, where: str) -> list[int]:
         if isinstance(prompt, str):
             token_ids = self._require_tokenizer(f"{where}, a text,").encode(prompt)
-        elif isinstance(prompt, dict):
-            raise ValueError(f"{where} must be a text or a list of token ids, got a dictionary")
         else:
             token_ids = list(prompt)
             for token in token_ids:
@@ -324,11 +325,11 @@ class LLM:
             asked = getattr(params, name)
             if asked is not None and asked > self.config.max_logprobs:
                 raise ValueError(f"{name}={asked} exceeds max_logprobs={self.config.max_logprobs}")
-        self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        self._check_token_ids("stop_token_ids", params.stop_token_ids or ())
         self._check_token_ids("logit_bias", tuple(params.logit_bias or ()))
         self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
         eos = () if params.ignore_eos else self.eos_token_ids
-        stop_token_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
+        stop_token_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()))))
         if len(stop_token_ids) > MAX_STOP_TOKENS:
             raise ValueError(
                 f"EOS and stop_token_ids together are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKENS}"
@@ -365,12 +366,13 @@ class _Group:
     def output(self) -> RequestOutput:
         first = self.requests[0]
         times = [request.first_token_time for request in self.requests if request.first_token_time is not None]
+        ends = [request.finished_time for request in self.requests if request.finished_time is not None]
         finished = all(request.finished for request in self.requests)
         metrics = RequestMetrics(
             arrival_time=first.arrival_time,
             first_scheduled_time=first.first_scheduled_time,
             first_token_time=min(times, default=None),
-            finished_time=max(r.finished_time for r in self.requests) if finished else None,
+            finished_time=max(ends) if finished else None,
             num_prompt_tokens=len(self.token_ids),
             num_output_tokens=sum(len(request.output_token_ids) for request in self.requests),
         )
@@ -400,9 +402,22 @@ def _completion(request: Request) -> CompletionOutput:
     )
 
 
+def _prompt_of_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:
+    """The prompt of {"prompt": text} or {"prompt_token_ids": ids}, as vLLM's users write them."""
+    allowed = ("prompt", "prompt_token_ids")
+    unknown = [key for key in prompt if key not in allowed]
+    if unknown:
+        raise ValueError(
+            f"{where} has {', '.join(map(repr, unknown))}; text only: allowed is 'prompt' or 'prompt_token_ids'"
+        )
+    if len(prompt) != 1:
+        raise ValueError(f"{where} must have exactly one of 'prompt' and 'prompt_token_ids', got {len(prompt)}")
+    return next(iter(prompt.values()))
+
+
 def _as_list(prompts: Any) -> list[Prompt]:
     """One prompt or several, as a list. A list of ints is one prompt."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Mapping):
         return [prompts]
     prompts = list(prompts)
     if prompts and all(isinstance(item, numbers.Integral) for item in prompts):
@@ -473,7 +488,9 @@ def _configure_compilation_cache(config: EngineConfig) -> None:
     if config.compilation_cache_dir == "":
         return
     if config.compilation_cache_dir is None:
-        if jax.config.jax_compilation_cache_dir is not None:
+        # Any: jax makes the attributes of its configuration at run time, and a type checker knows none of them.
+        settings: Any = jax.config
+        if settings.jax_compilation_cache_dir is not None:
             return
         directory = pathlib.Path.home() / ".cache" / "gdnjax"
     else:

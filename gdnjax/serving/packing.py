@@ -6,7 +6,7 @@ import numpy as np
 
 from gdnjax.batch import AdmitBatch, DecodeBatch, LogitRowBatch, PrefillBatch
 from gdnjax.config import CHUNK
-from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_STOP_TOKENS
+from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS
 from gdnjax.serving.request import Request
 from gdnjax.serving.scheduler import Piece
 from gdnjax.state import NO_TOKEN
@@ -55,7 +55,7 @@ def pack_logit_row(request: Request | None, vocab_size: int, padded_vocab_size: 
     """The rows of a request that needs them; None gives what resets the null row."""
     bias = np.zeros((padded_vocab_size,), np.float32)
     in_prompt = np.zeros((padded_vocab_size,), bool)
-    bad_words = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), NO_TOKEN, np.int32)
+    bad_words = np.full((MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS), NO_TOKEN, np.int32)
     repetition, frequency, presence = 1.0, 0.0, 0.0
     if request is not None:
         params = request.params

@@ -135,7 +135,7 @@ class Scheduler:
             del request.output_token_ids[kept:]
             self.finish(request, "stop", request.detokenizer.stop_reason)
         elif stopped:
-            explicit = token_ids[-1] in request.params.stop_token_ids
+            explicit = token_ids[-1] in (request.params.stop_token_ids or ())
             self.finish(request, "stop", token_ids[-1] if explicit else None)
         elif ended:
             self.finish(request, "length")

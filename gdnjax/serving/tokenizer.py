@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gdnjax.config import as_id_tuple
-from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
+from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of which a tokenizer directory holds at least one."""
@@ -107,8 +107,7 @@ class Tokenizer:
     def bad_word_sequences(self, words: Sequence[str]) -> list[list[int]]:
         """Token sequences to forbid for each word: as it starts a text, and after a space, which BPE merges into it.
 
-        Raises ValueError for a word of no tokens or more than MAX_BAD_WORD_TOKENS, and for more than MAX_BAD_WORDS
-        different sequences.
+        Raises ValueError for a word of no tokens or more than MAX_BAD_WORD_TOKENS.
         """
         sequences: list[list[int]] = []
         for word in words:
@@ -120,11 +119,6 @@ class Tokenizer:
                     )
                 if sequence not in sequences:
                     sequences.append(sequence)
-        if len(sequences) > MAX_BAD_WORDS:
-            raise ValueError(
-                f"bad_words: {len(words)} words are {len(sequences)} token sequences (each with and without a leading "
-                f"space); allowed: {MAX_BAD_WORDS} sequences"
-            )
         return sequences
 
 

@@ -1,15 +1,16 @@
 """The engine computes what transformers computes: live where torch is installed, from stored goldens everywhere."""
 
+import functools
 import pathlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from gdnjax import LLM, EngineConfig, SamplingParams
-from gdnjax.models import full_logits
+from gdnjax import LLM, EngineConfig, SamplingParams, full_logits
 from tests import checkpoints
 from tests.make_tokenizer import write_tokenizer
 
@@ -71,8 +72,17 @@ def _engine(directory):
     return LLM(directory, config)
 
 
+@functools.lru_cache(maxsize=1)
+def _logits_function(llm):
+    """One compilation for all lengths."""
+    return jax.jit(functools.partial(full_logits, llm.model))
+
+
 def _logits(llm, token_ids):
-    return np.asarray(full_logits(llm.model, llm.params, jnp.asarray(token_ids, jnp.int32)))
+    padded = np.zeros((max(LENGTHS),), np.int32)
+    padded[: len(token_ids)] = token_ids
+    logits = _logits_function(llm)(llm.params, padded, jnp.int32(len(token_ids)))
+    return np.asarray(logits)[: len(token_ids)]
 
 
 def _generate_greedily(llm, prompts):

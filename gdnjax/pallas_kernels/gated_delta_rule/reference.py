@@ -67,10 +67,10 @@ def prefill(qkv, gates, ssm, layer, rows, chunks, order, key_dim) -> tuple[Array
     q, k, v = split_qkv(qkv, heads, key_dim, value_dim)
     g, beta = decay_and_beta(gates)
     # [c, q, hv, ...] -> [c, hv, q, ...]; a padded token has k = v = beta = g = 0 and changes nothing.
-    tiles = [chunks.gather(x).swapaxes(1, 2) for x in (q, k, v, g, beta)]
+    q, k, v, g, beta = (chunks.gather(x).swapaxes(1, 2) for x in (q, k, v, g, beta))
     states = read_states(ssm, layer, rows.read_slot, order.read, key_dim)
     states = jnp.where(rows.fresh[:, None, None, None], 0, states)
-    o, states = scan_chunks(*tiles, chunks.row, states)
+    o, states = scan_chunks(q, k, v, g, beta, chunks.row, states)
     return chunks.scatter(o.swapaxes(1, 2)), write_states(ssm, layer, rows.write_slot, states, order.write)
 
 

@@ -1,0 +1,204 @@
+"""Loaded parameters, compared with arrays built head by head."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gdnjax import sharding
+from gdnjax.checkpoint import convert, load_params
+from gdnjax.checkpoint.huggingface import SafetensorsSource
+from gdnjax.checkpoint.mapping import copies, origin_of
+from gdnjax.models import abstract_params
+from tests.checkpoint import tiny
+
+PREFIX = "model.language_model."
+
+
+def _load(directory, cfg, model, tp, dtype=np.float32):
+    abstract = tiny.abstract_of(tiny.global_tensors(model, cfg, tp), dtype)
+    return load_params(directory, cfg, abstract, sharding.make_mesh(tp), progress=False)
+
+
+def _assert_equal(params, expected):
+    tree = tiny.tree_of(expected)
+    assert jax.tree_util.tree_structure(params) == jax.tree_util.tree_structure(tree)
+    for path, array in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name = sharding.path_name(path)
+        np.testing.assert_array_equal(np.asarray(array), expected[name], err_msg=name)
+        assert array.dtype == expected[name].dtype
+        assert array.sharding.spec == sharding.spec_of(name)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("cfg", "prefix", "fused"),
+    [
+        (tiny.DENSE, PREFIX, True),
+        (tiny.MOE, PREFIX, True),
+        (tiny.MOE, PREFIX, False),
+        (tiny.NEXT, "model.", False),
+        (tiny.NEXT, "model.", True),
+    ],
+    ids=["dense", "moe-fused", "moe-apart", "next-apart", "next-fused"],
+)
+def test_every_rank_holds_its_part(tmp_path, cfg, prefix, fused, tp):
+    model = tiny.model_tensors(cfg)
+    tiny.write_sharded(tmp_path, tiny.stored_tensors(model, cfg, prefix=prefix, fused=fused))
+    params, _ = _load(tmp_path, cfg, model, tp)
+    _assert_equal(params, tiny.global_tensors(model, cfg, tp))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("cfg", [tiny.DENSE, tiny.TIED, tiny.MOE, tiny.NEXT], ids=["dense", "tied", "moe", "next"])
+def test_modules_ask_for_the_global_arrays(cfg, tp):
+    expected = tiny.abstract_of(tiny.global_tensors(tiny.model_tensors(cfg), cfg, tp))
+    abstract = abstract_params(cfg, tp, "float32")
+    assert jax.tree_util.tree_map(lambda leaf: leaf.shape, abstract) == jax.tree_util.tree_map(
+        lambda leaf: leaf.shape, expected
+    )
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_orbax_loads_as_hugging_face_does(tmp_path, tp):
+    model = tiny.model_tensors(tiny.NEXT)
+    tiny.write_single(tmp_path / "hf", tiny.stored_tensors(model, tiny.NEXT, prefix="model.", fused=False))
+    convert(tmp_path / "hf", tmp_path / "orbax", progress=False)
+    params, report = _load(tmp_path / "orbax", tiny.NEXT, model, tp)
+    _assert_equal(params, tiny.global_tensors(model, tiny.NEXT, tp))
+    assert report == _load(tmp_path / "hf", tiny.NEXT, model, tp)[1]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_values_are_cast_to_the_tree_s_dtype(tmp_path, dtype):
+    model = tiny.model_tensors(tiny.DENSE)
+    stored = tiny.mixed_dtypes(tiny.stored_tensors(model, tiny.DENSE))
+    tiny.write_single(tmp_path, stored)
+    params, _ = _load(tmp_path, tiny.DENSE, model, 2, dtype)
+    _assert_equal(
+        params, {n: t.astype(dtype) for n, t in tiny.global_tensors(tiny.mixed_dtypes(model), tiny.DENSE, 2).items()}
+    )
+
+
+def test_a_rank_reads_only_its_own_part(tmp_path, monkeypatch):
+    model = tiny.model_tensors(tiny.MOE)
+    stored = tiny.stored_tensors(model, tiny.MOE)
+    tiny.write_single(tmp_path, stored)
+    elements = dict.fromkeys(stored, 0)
+    read = SafetensorsSource.read
+
+    def count(self, name, index):
+        values = read(self, name, index)
+        elements[name] += values.size
+        return values
+
+    monkeypatch.setattr(SafetensorsSource, "read", count)
+    _load(tmp_path, tiny.MOE, model, 4)
+    # Two kv heads on four ranks: each is read twice. All else is read once, replicated parameters too.
+    for name, tensor in stored.items():
+        assert elements[name] == tensor.size * (2 if "k_proj" in name or "v_proj" in name else 1), name
+
+
+def test_report_counts_what_is_loaded_and_what_is_skipped(tmp_path, caplog):
+    model = tiny.model_tensors(tiny.TIED)
+    stored = tiny.stored_tensors(model, tiny.TIED)
+    tied = {"lm_head.weight": model["embed_tokens.weight"]}
+    tiny.write_single(tmp_path, stored | tied | tiny.other_tensors())
+    with caplog.at_level("INFO", logger="gdnjax"):
+        params, report = _load(tmp_path, tiny.TIED, model, 1)
+    assert "lm_head" not in params
+    assert (report.loaded, report.skipped_vision, report.skipped_mtp, report.skipped_tied) == (len(stored), 2, 1, 1)
+    assert report.parameter_bytes == sum(tensor.nbytes for tensor in model.values())
+    assert [record.getMessage() for record in caplog.records if record.name == "gdnjax"] == [
+        f"loaded {tmp_path}: {report}"
+    ]
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+    def read(self, name, index):
+        raise AssertionError(f"{name} was read before the checkpoint was found good")
+
+    monkeypatch.setattr(SafetensorsSource, "read", read)
+
+
+def _assert_rejected(directory, cfg, model, stored, match):
+    tiny.write_single(directory, stored)
+    with pytest.raises(ValueError, match=match):
+        _load(directory, cfg, model, 1)
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_unexpected_tensor_is_named(tmp_path):
+    model = tiny.model_tensors(tiny.DENSE)
+    stored = tiny.stored_tensors(model, tiny.DENSE)
+    extra = {PREFIX + "layers.0.linear_attn.in_proj_qkv.bias": np.zeros(4, np.float32), "odd": np.zeros(1, np.float32)}
+    match = r"2 unexpected: odd, model\.language_model\.layers\.0\.linear_attn\.in_proj_qkv\.bias"
+    _assert_rejected(tmp_path, tiny.DENSE, model, stored | extra, match)
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_missing_tensor_is_named(tmp_path):
+    model = tiny.model_tensors(tiny.DENSE)
+    stored = tiny.stored_tensors(model, tiny.DENSE)
+    del stored[PREFIX + "layers.1.self_attn.q_norm.weight"], stored["lm_head.weight"]
+    match = r"2 missing: layers\.1\.self_attn\.q_norm\.weight, lm_head\.weight"
+    _assert_rejected(tmp_path, tiny.DENSE, model, stored, match)
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_misshaped_tensor_is_named_with_both_shapes(tmp_path):
+    model = tiny.model_tensors(tiny.DENSE)
+    stored = tiny.stored_tensors(model, tiny.DENSE) | {PREFIX + "embed_tokens.weight": np.zeros((12, 6), np.float32)}
+    match = r"model\.language_model\.embed_tokens\.weight is \(12, 6\), expected \(13, 6\)"
+    _assert_rejected(tmp_path, tiny.DENSE, model, stored, match)
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_wrong_dtype_is_named(tmp_path):
+    model = tiny.model_tensors(tiny.DENSE)
+    stored = tiny.stored_tensors(model, tiny.DENSE) | {PREFIX + "norm.weight": np.zeros(6, np.float16)}
+    _assert_rejected(tmp_path, tiny.DENSE, model, stored, r"allowed: float32, bfloat16.*norm\.weight \(F16\)")
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_missing_expert_is_named(tmp_path):
+    model = tiny.model_tensors(tiny.MOE)
+    stored = tiny.stored_tensors(model, tiny.MOE, fused=False)
+    del stored[PREFIX + "layers.1.mlp.experts.2.up_proj.weight"]
+    _assert_rejected(tmp_path, tiny.MOE, model, stored, r"1 missing: layers\.1\.mlp\.experts\.2\.up_proj\.weight")
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_one_expert_too_many_is_named(tmp_path):
+    model = tiny.model_tensors(tiny.MOE)
+    stored = tiny.stored_tensors(model, tiny.MOE, fused=False)
+    extra = {PREFIX + "layers.1.mlp.experts.3.up_proj.weight": np.zeros((4, 6), np.float32)}
+    _assert_rejected(tmp_path, tiny.MOE, model, stored | extra, r"1 unexpected: .*experts\.3\.up_proj")
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_experts_stored_both_ways_are_an_error(tmp_path):
+    model = tiny.model_tensors(tiny.MOE)
+    stored = tiny.stored_tensors(model, tiny.MOE) | tiny.stored_tensors(model, tiny.MOE, fused=False)
+    _assert_rejected(tmp_path, tiny.MOE, model, stored, r"both one by one .* and together")
+
+
+def test_many_problems_are_abbreviated(tmp_path):
+    model = tiny.model_tensors(tiny.DENSE)
+    stored = {"norm.weight": model["norm.weight"]}
+    _assert_rejected(tmp_path, tiny.DENSE, model, stored, r"\d+ missing: .*, and \d+ more")
+
+
+def test_ranks_that_do_not_divide_the_heads_are_an_error(tmp_path):
+    model = tiny.model_tensors(tiny.DENSE)
+    tiny.write_single(tmp_path, tiny.stored_tensors(model, tiny.DENSE))
+    abstract = tiny.abstract_of(model)
+    with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide"):
+        load_params(tmp_path, tiny.DENSE, abstract, sharding.make_mesh(3), progress=False)
+
+
+def test_copies_of_a_block_never_touch_padding():
+    origin = origin_of("embed_tokens.weight", (16, 6), tiny.DENSE, 4, experts_apart=False)
+    (last,) = copies(origin, (slice(12, 16), slice(0, 6)))
+    assert (last.source, last.target) == ((slice(12, 13), slice(0, 6)), (slice(0, 1), slice(0, 6)))
