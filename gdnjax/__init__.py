@@ -40,7 +40,13 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gdnjax' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except AttributeError as error:
+        # Python would report an AttributeError from here as a missing name and hide what it was about.
+        raise ImportError(
+            f"gdnjax.{name} cannot be imported: {error} (python -m gdnjax.doctor says what fits together)"
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -351,8 +351,8 @@ class EngineConfig:
     Execution
       tensor_parallel_size    devices that share one model.
       kernels                 "auto", "pallas", "interpret" or "reference"; see gdnjax.backend.
-      prefill_buckets         packed prompt tokens a step is compiled for; None: 64 and max_num_batched_tokens.
-      decode_buckets          rows a decode step is compiled for; None: 1, 8 and max_num_seqs, as far as they apply.
+      prefill_buckets         packed prompt tokens a step is compiled for; empty: 64, 256 and max_num_batched_tokens.
+      decode_buckets          rows a decode step is compiled for; empty: 1, 8 and max_num_seqs, as far as they apply.
       max_logprobs            the most alternatives a request may ask log-probabilities of.
       warmup                  compile every step at start; False compiles each at its first use.
       compilation_cache_dir   JAX's persistent compilation cache; None: the one JAX is configured with, or
@@ -375,8 +375,8 @@ class EngineConfig:
     seed: int = 0
     tensor_parallel_size: int = 1
     kernels: str = "auto"
-    prefill_buckets: tuple[int, ...] | None = None
-    decode_buckets: tuple[int, ...] | None = None
+    prefill_buckets: tuple[int, ...] = ()
+    decode_buckets: tuple[int, ...] = ()
     max_logprobs: int = 20
     warmup: bool = True
     compilation_cache_dir: str | None = None
@@ -398,8 +398,9 @@ class EngineConfig:
                 f"max_num_batched_tokens must be a multiple of {CHUNK} (prompts are cut there), "
                 f"got {self.max_num_batched_tokens}"
             )
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("ssm_dtype", self.ssm_dtype, ("float32", "bfloat16"))
         _check_choice("state_layout", self.state_layout, STATE_LAYOUTS)
@@ -408,10 +409,13 @@ class EngineConfig:
             raise ValueError("enable_prefix_caching=True is not supported yet; allowed: False")
         if self.num_speculative_tokens != 0:
             raise ValueError(f"num_speculative_tokens={self.num_speculative_tokens} is not supported yet; allowed: 0")
-        if self.max_logit_rows is None:
-            object.__setattr__(self, "max_logit_rows", min(self.max_num_seqs, 16))
-        _set_buckets(self, "prefill_buckets", self.max_num_batched_tokens, (CHUNK,))
+        _set_buckets(self, "prefill_buckets", self.max_num_batched_tokens, (64, 256))
         _set_buckets(self, "decode_buckets", self.max_num_seqs, (1, 8))
+
+    @property
+    def num_logit_rows(self) -> int:
+        """`max_logit_rows`, or its default."""
+        return min(self.max_num_seqs, 16) if self.max_logit_rows is None else self.max_logit_rows
 
     @property
     def prefill_rows(self) -> int:
@@ -431,11 +435,7 @@ def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def _set_buckets(config: EngineConfig, name: str, largest: int, defaults: tuple[int, ...]) -> None:
     """Fills in the default buckets and checks given ones: ascending, the largest covering what one step may need."""
-    buckets = getattr(config, name)
-    if buckets is None:
-        buckets = (*(size for size in defaults if size < largest), largest)
-        object.__setattr__(config, name, buckets)
-    buckets = tuple(buckets)
+    buckets = tuple(getattr(config, name)) or (*(size for size in defaults if size < largest), largest)
     object.__setattr__(config, name, buckets)
     for size in buckets:
         _check_int(name, size, 1)

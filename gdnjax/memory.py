@@ -149,6 +149,14 @@ class MemoryPlan:
         return "\n".join(f"  {name:<16} {size / mib:>10.1f} MiB  {note}".rstrip() for name, size, note in rows)
 
 
+def _coarse(count: int, least: int) -> int:
+    """`count` rounded down to five significant bits, so that a little more or less free memory gives the same shapes
+    and the compilation cache hits; never below `least`.
+    """
+    grid = 1 << max(0, count.bit_length() - 5)
+    return max(least, count // grid * grid)
+
+
 def plan(
     geometry: StateGeometry,
     engine: EngineConfig,
@@ -165,7 +173,7 @@ def plan(
     in bytes and the settings that change it.
     """
     slots = engine.max_num_seqs + 1
-    logit_rows = (engine.max_logit_rows or 0) + 1
+    logit_rows = engine.num_logit_rows + 1
     state_bytes = slots * geometry.slot_bytes
     row_bytes = logit_rows * geometry.logit_row_bytes
     floor = weight_bytes + workspace_bytes + state_bytes + row_bytes
@@ -186,7 +194,7 @@ def plan(
             f"{engine.max_num_batched_tokens}) or num_kv_blocks, or raise gpu_memory_utilization or "
             "tensor_parallel_size"
         )
-    blocks = min(wanted, available)
+    blocks = wanted if available >= wanted else _coarse(available, least)
     return MemoryPlan.of_counts(
         geometry,
         num_slots=engine.max_num_seqs,

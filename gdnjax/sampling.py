@@ -127,8 +127,8 @@ def _top_p(scaled: Array, top_p: Array, vocab: Vocab) -> Array:
 
 
 def _ordered_bits(x: Float32[Array, "n V"]) -> UInt32[Array, "n V"]:
-    """Unsigned integers in the order of the floats."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    """Unsigned integers in the order of the floats; the two zeros are one."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 0, bits | jnp.uint32(1 << 31), ~bits)
 
 

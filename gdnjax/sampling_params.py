@@ -18,6 +18,10 @@ MAX_BAD_SEQUENCES = 2 * MAX_BAD_WORDS
 MAX_BAD_WORD_TOKENS = 8
 """Tokens in one forbidden sequence."""
 
+LARGEST = 1e30
+"""Magnitude that a number may have, and its inverse for one that is not 0: the device computes in float32, where
+products and quotients with a logit must stay finite and a small number must not become 0."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -78,6 +82,8 @@ class SamplingParams:
         if self.top_p == 0:
             raise ValueError("top_p must be in (0, 1], got 0")
         _integer("top_k", self.top_k, -1)
+        if self.top_k >= 1 << 31:
+            raise ValueError(f"top_k must be below 2**31, got {self.top_k}")
         _real("min_p", self.min_p, 0.0, 1.0)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
@@ -116,8 +122,8 @@ class SamplingParams:
                 raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
             _token_ids("logit_bias", tuple(self.logit_bias))
             for token, bias in self.logit_bias.items():
-                if not isinstance(bias, numbers.Real) or math.isnan(bias) or bias == math.inf:
-                    raise ValueError(f"logit_bias[{token}] must be a number below infinity, got {bias!r}")
+                if not isinstance(bias, numbers.Real) or math.isnan(bias) or bias > LARGEST:
+                    raise ValueError(f"logit_bias[{token}] must be a number of at most {LARGEST:g}, got {bias!r}")
             object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     @property
@@ -157,6 +163,8 @@ def _real(name: str, value: Any, least: float, most: float) -> None:
     ):
         bound = f"at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
         raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
+    if value and not 1 / LARGEST <= abs(value) <= LARGEST:
+        raise ValueError(f"{name} must be 0 or of a magnitude in [{1 / LARGEST:g}, {LARGEST:g}], got {value!r}")
 
 
 def _strings(name: str, values: Any) -> tuple[str, ...]:

@@ -178,8 +178,8 @@ class Steps:
 
     admit: Callable[[ServeState, AdmitBatch], ServeState]
     fill_logit_row: Callable[[ServeState, LogitRowBatch], ServeState]
-    prefill: Callable[[StepOptions], Callable[[Params, ServeState, PrefillBatch], tuple[ServeState, Emitted]]]
-    decode: Callable[[StepOptions], Callable[[Params, ServeState, DecodeBatch], tuple[ServeState, Emitted]]]
+    prefill: Callable[[StepOptions], Any]  # jitted (params, state, PrefillBatch) -> (state, Emitted)
+    decode: Callable[[StepOptions], Any]  # jitted (params, state, DecodeBatch) -> (state, Emitted)
     num_traces: Callable[[], int]
 
 

@@ -71,9 +71,7 @@ class Engine:
         self.started = time.monotonic()
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._plain = StepOptions(state_layout=config.state_layout)
-        self._full = dataclasses.replace(
-            self._plain, full=True, max_logprobs=min(config.max_logprobs, model.vocab_size)
-        )
+        self._full = _full_options(model, config)
         self._with_prompt = dataclasses.replace(self._full, prompt_logprobs=True)
         self.state = self._make_state()
         self.steps: Steps = build_steps(model, mesh, self._plain, params, self.state)
@@ -144,11 +142,9 @@ class Engine:
         )
 
     def _prefill(self, pieces: list[Piece]) -> Emitted:
-        options = self._plain
-        if any(piece.request.params.prompt_logprobs is not None for piece in pieces):
-            options = self._with_prompt
-        elif any(piece.is_last and piece.request.params.needs_full_sampler for piece in pieces):
-            options = self._full
+        # A prefill step draws a few rows only, so it has no variant with the plain sampler.
+        wants_prompt = any(piece.request.params.prompt_logprobs is not None for piece in pieces)
+        options = self._with_prompt if wants_prompt else self._full
         length = sum(piece.length for piece in pieces)
         tokens = packing.bucket_for(length, self._prefill_buckets(options))
         self.counters.num_prompt_tokens += length
@@ -162,12 +158,12 @@ class Engine:
 
     def _prefill_buckets(self, options: StepOptions) -> tuple[int, ...]:
         """Log-probabilities of prompts are rare and slow to compile: they get the largest bucket alone."""
-        buckets = self.config.prefill_buckets or ()
+        buckets = self.config.prefill_buckets
         return buckets[-1:] if options.prompt_logprobs else buckets
 
     def _decode(self, requests: list[Request]) -> Emitted:
         options = self._full if any(r.params.needs_full_sampler for r in requests) else self._plain
-        rows = packing.bucket_for(len(requests), self.config.decode_buckets or ())
+        rows = packing.bucket_for(len(requests), self.config.decode_buckets)
         self.counters.num_padded_tokens += rows - len(requests)
         return self._run_decode(options, requests, rows)
 
@@ -180,11 +176,11 @@ class Engine:
         """Compiles every step by running it on padding, which changes nothing but the null slot, block and row."""
         runs: list[tuple[str, Callable[[], Any]]]
         runs = [("admit", self._admit_nobody), ("logit row", lambda: self._fill_logit_row(None))]
-        for options in (self._plain, self._full, self._with_prompt):
+        for options in (self._full, self._with_prompt):
             for tokens in self._prefill_buckets(options):
                 runs.append((f"prefill {tokens}", lambda o=options, t=tokens: self._run_prefill(o, [], t)))
         for options in (self._plain, self._full):
-            for rows in self.config.decode_buckets or ():
+            for rows in self.config.decode_buckets:
                 runs.append((f"decode {rows}", lambda o=options, r=rows: self._run_decode(o, [], r)))
         began = time.monotonic()
         progress = tqdm(runs, desc="compiling steps", unit="step", disable=None, leave=False)
@@ -250,7 +246,7 @@ class Engine:
                 entries[other] = self._logprob(other, found.top[row, rank], rank + 1)
         return entries
 
-    def _logprob(self, token: int, value: np.floating, rank: int) -> Logprob:
+    def _logprob(self, token: int, value: np.floating, rank: int | np.integer) -> Logprob:
         text = None if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
         return Logprob(logprob=float(value), rank=int(rank), decoded_token=text)
 
@@ -267,6 +263,38 @@ class Engine:
         for leaf in jax.tree.leaves(self.state):
             leaf.delete()
         self.params = {}
+
+
+def step_workspace(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> int:
+    """Bytes of temporaries of the largest prefill step on one rank, from an abstract compile.
+
+    Pools are not among them: steps update those in place, so the smallest pools give the same answer, and the compile
+    comes from the persistent cache whatever memory is free.
+    """
+    geometry = model.geometry(config.block_size, config.ssm_dtype)
+    blocks = -(-max_model_len // config.block_size)
+    plan = MemoryPlan.of_counts(
+        geometry, num_slots=config.max_num_seqs, num_blocks=blocks, num_logit_rows=config.num_logit_rows
+    )
+    options = _full_options(model, config)
+    state = jax.eval_shape(lambda: empty_state(geometry, plan, config, max_model_len))
+    params, state = (_with_shardings(tree, mesh) for tree in (params, state))
+    batch = packing.pack_prefill([], tokens=config.max_num_batched_tokens, rows=config.prefill_rows)
+    prefill = build_steps(model, mesh, options, params, state).prefill(options)
+    return prefill.lower(params, state, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def _full_options(model: Model, config: EngineConfig) -> StepOptions:
+    most = min(config.max_logprobs, model.vocab_size)
+    return StepOptions(full=True, max_logprobs=most, state_layout=config.state_layout)
+
+
+def _with_shardings(tree: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        sharding.shardings_of(tree, mesh),
+    )
 
 
 def place_params(params: Params, mesh: Mesh) -> Params:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import psutil
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gdnjax import backend, checkpoint, memory, sharding
@@ -19,7 +20,7 @@ from gdnjax.config import EngineConfig, ModelConfig
 from gdnjax.models import HybridModel, Model, abstract_params, build_model
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
-from gdnjax.serving.engine import Engine, place_params
+from gdnjax.serving.engine import Engine, place_params, step_workspace
 from gdnjax.serving.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from gdnjax.serving.request import Request
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generation_defaults
@@ -80,9 +81,8 @@ class LLM:
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         hybrid = build_model(model_config, dtype, config.tensor_parallel_size)
         abstract = abstract_params(model_config, config.tensor_parallel_size, dtype)
-        weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
         max_model_len = _max_model_len(config, model_config.max_position_embeddings)
-        plan = _plan(hybrid, config, mesh, max_model_len, weight_bytes // config.tensor_parallel_size)
+        plan = _plan(hybrid, config, mesh, max_model_len, abstract)
         reader = _read_tokenizer(tokenizer or directory, required=tokenizer is not None)
         defaults = load_generation_defaults(directory)
         began = time.monotonic()
@@ -111,9 +111,8 @@ class LLM:
             )
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         backend.resolve(config.kernels, jax.default_backend())
-        weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
         length = _max_model_len(config, max_model_len)
-        plan = _plan(model, config, mesh, length, weight_bytes // model.tp)
+        plan = _plan(model, config, mesh, length, params)
         llm = cls.__new__(cls)
         placed = place_params(params, mesh)
         llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos_token_ids)
@@ -459,18 +458,24 @@ def _max_model_len(config: EngineConfig, context: int) -> int:
     return config.max_model_len
 
 
-def _plan(model: Model, config: EngineConfig, mesh, max_model_len: int, weight_bytes: int) -> memory.MemoryPlan:
+def _plan(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> memory.MemoryPlan:
+    """Divides the memory of one rank. `params` are the parameters or their shapes."""
     geometry = model.geometry(config.block_size, config.ssm_dtype)
-    budget = math.floor(_device_bytes(mesh) * config.gpu_memory_utilization)
-    return memory.plan(geometry, config, max_model_len=max_model_len, budget_bytes=budget, weight_bytes=weight_bytes)
-
-
-def _device_bytes(mesh) -> int:
-    """Bytes that one rank may use: the device's limit, or on CPU its share of the memory that is available."""
-    stats = mesh.devices.flat[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return psutil.virtual_memory().available // mesh.devices.size
+    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) // model.tp
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        limit, workspace = stats["bytes_limit"], step_workspace(model, config, mesh, max_model_len, params)
+    else:
+        # A CPU has no limit to stay under, only memory that happens to be free, so its workspace is not counted.
+        limit, workspace = psutil.virtual_memory().available // mesh.devices.size, 0
+    return memory.plan(
+        geometry,
+        config,
+        max_model_len=max_model_len,
+        budget_bytes=math.floor(limit * config.gpu_memory_utilization),
+        weight_bytes=weight_bytes,
+        workspace_bytes=workspace,
+    )
 
 
 def _read_tokenizer(directory: str | pathlib.Path, *, required: bool) -> Tokenizer | None:

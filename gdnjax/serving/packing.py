@@ -39,7 +39,8 @@ def pack_admissions(requests: Sequence[Request], *, rows: int, table_width: int)
     return AdmitBatch(
         slot=column((r.slot for r in requests), np.int32, 0),
         max_length=column((r.max_length for r in requests), np.int32, 0),
-        min_length=column((r.prompt_length + r.params.min_tokens for r in requests), np.int32, 0),
+        # Past max_length a minimum changes nothing, and it may exceed an int32.
+        min_length=column((min(r.prompt_length + r.params.min_tokens, r.max_length) for r in requests), np.int32, 0),
         stop_tokens=stop_tokens,
         block_table=block_table,
         temperature=column((p.temperature for p in params), np.float32, 0),
