@@ -230,6 +230,11 @@ def _read_config_json(path: pathlib.Path) -> dict[str, Any]:
             f"{path}: no config.json here; expected a Hugging Face checkpoint directory "
             "(config.json, *.safetensors, tokenizer files) or one written by scripts/convert.py"
         )
+    return read_json_object(file)
+
+
+def read_json_object(file: pathlib.Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises a ValueError that names the file where it holds anything else."""
     try:
         raw = json.loads(file.read_text())
     except ValueError as error:

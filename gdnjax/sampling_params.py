@@ -155,16 +155,15 @@ def _integer(name: str, value: Any, least: int) -> None:
 
 
 def _real(name: str, value: Any, least: float, most: float) -> None:
-    if (
-        not isinstance(value, numbers.Real)
-        or isinstance(value, bool)
-        or not least <= float(value) <= most
-        or value == math.inf
-    ):
+    if not _is_number(value) or not least <= value <= most or value == math.inf:
         bound = f"at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
         raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
     if value and not 1 / LARGEST <= abs(value) <= LARGEST:
         raise ValueError(f"{name} must be 0 or of a magnitude in [{1 / LARGEST:g}, {LARGEST:g}], got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _strings(name: str, values: Any) -> tuple[str, ...]:

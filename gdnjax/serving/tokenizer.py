@@ -1,12 +1,11 @@
 """Text to token ids and back, and chats to prompts, with the checkpoint's own tokenizer. Never touches the network."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from gdnjax.config import as_id_tuple
+from gdnjax.config import as_id_tuple, read_json_object
 from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -184,12 +183,7 @@ def load_generation_defaults(directory: str | pathlib.Path) -> GenerationDefault
     file = pathlib.Path(directory) / "generation_config.json"
     if not file.is_file():
         return GenerationDefaults()
-    try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(raw).__name__}")
+    raw = read_json_object(file)
     eos = raw.get("eos_token_id")
     for token_id in eos if isinstance(eos, list) else [] if eos is None else [eos]:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:

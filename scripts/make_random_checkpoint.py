@@ -1,0 +1,184 @@
+"""Writes a small checkpoint with random weights, so that everything can be tried without downloading a model."""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+DESCRIPTION = """\
+Writes a complete, tiny Qwen3.5-style checkpoint with random weights: config.json, generation_config.json,
+model.safetensors and a tokenizer trained on a few sentences.
+
+What it generates is noise. It is there to see that an installation works, to try the API, and to time the start.
+"""
+
+EXAMPLES = """\
+examples:
+  python scripts/make_random_checkpoint.py random-model
+  python scripts/generate.py --model random-model -p "Hello"
+  python scripts/make_random_checkpoint.py deeper --layers 24 --hidden-size 256    as many layers as a small real one
+
+Exit status: 0 done, 2 a bad argument (the reason is on stderr).
+"""
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END_OF_TURN = SPECIAL_TOKENS.index("<|im_end|>")
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+
+SENTENCES = (
+    "The recurrent state is read once and written once in every step.",
+    "One request has one slot, and one slot has one state.",
+    "Three layers fold the past into a matrix; the fourth looks back at all of it.",
+    "What the state forgets, attention may remember, and what attention cannot afford, the state keeps.",
+    "A prompt is cut into chunks of sixty-four tokens, and the chunks are folded in order.",
+    "def add(left, right):\n    return left + right\n",
+    "Die Zustände werden einmal gelesen und einmal geschrieben. Ça va très bien. 你好，世界。",
+)
+
+HEAD_DIM = 32
+
+
+def model_config(*, vocab_size: int, layers: int, hidden_size: int, dtype: str) -> dict[str, Any]:
+    """config.json of a dense text model: every fourth layer is full attention, as in the published ones."""
+    heads = hidden_size // HEAD_DIM
+    return {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": layers,
+        "layer_types": ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)],
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "head_dim": HEAD_DIM,
+        "linear_num_key_heads": heads,
+        "linear_num_value_heads": 2 * heads,
+        "linear_key_head_dim": HEAD_DIM,
+        "linear_value_head_dim": HEAD_DIM,
+        "linear_conv_kernel_dim": 4,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "eos_token_id": END_OF_TURN,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    }
+
+
+def write_tokenizer(directory: pathlib.Path) -> int:
+    """Trains a byte-level tokenizer on SENTENCES, writes its files, and returns its number of tokens."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": SPECIAL_TOKENS[END_OF_TURN],
+        "pad_token": SPECIAL_TOKENS[0],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    _write_json(directory / "tokenizer_config.json", config)
+    return tokenizer.get_vocab_size()
+
+
+def write_weights(directory: pathlib.Path, config: dict[str, Any], seed: int) -> None:
+    """Writes model.safetensors: gdnjax's own random parameters under the checkpoint's names."""
+    import jax
+    import numpy as np
+    import safetensors.numpy
+
+    from gdnjax import ModelConfig, random_params, sharding
+
+    # Not under jit, which would compile every layer anew; and this generator compiles fastest.
+    key = jax.random.key(seed, impl="unsafe_rbg")
+    params = random_params(ModelConfig.from_hf(config), 1, config["dtype"], key)
+    tensors = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name = sharding.path_name(path)
+        tensors[name if name.startswith("lm_head.") else f"model.{name}"] = np.asarray(leaf)
+    # transformers reads files that say so only.
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_checkpoint(
+    directory: pathlib.Path, *, layers: int = 4, hidden_size: int = 64, dtype: str = "float32", seed: int = 0
+) -> None:
+    """Writes the whole checkpoint into a new or empty directory."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory}: exists and is not an empty directory; name a new one or empty it")
+    if layers < 1 or hidden_size < 2 * HEAD_DIM or hidden_size % HEAD_DIM:
+        raise ValueError(
+            f"a model needs at least 1 layer and a hidden size that is a multiple of {HEAD_DIM} and at least "
+            f"{2 * HEAD_DIM}, got {layers} layers and a hidden size of {hidden_size}"
+        )
+    if seed < 0:
+        raise ValueError(f"the seed must be at least 0, got {seed}")
+    directory.mkdir(parents=True, exist_ok=True)
+    vocab_size = write_tokenizer(directory)
+    config = model_config(vocab_size=vocab_size, layers=layers, hidden_size=hidden_size, dtype=dtype)
+    write_weights(directory, config, seed)
+    # What the published models recommend, so that a run without sampling flags takes the same steps as with them.
+    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20, "eos_token_id": END_OF_TURN}
+    _write_json(directory / "generation_config.json", sampling)
+    # Last, so that an interrupted run leaves nothing that passes for a checkpoint.
+    _write_json(directory / "config.json", config)
+
+
+def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=pathlib.Path, help="a directory to create; one that exists must be empty")
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=64, help="a multiple of 32 (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    try:
+        write_checkpoint(**vars(arguments))
+    except (OSError, ValueError) as error:
+        print(f"make_random_checkpoint.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {arguments.directory}: random weights; what they generate is noise")
+    return 0
+
+
+if __name__ == "__main__":
+    import jax
+
+    # Little is computed here; an accelerator would only be taken from those who need it.
+    jax.config.update("jax_platforms", "cpu")
+    sys.exit(main())
