@@ -1,0 +1,138 @@
+"""The hybrid model in numpy float64, without chunks, pages, batch or ranks. Float32 is held to it."""
+
+import dataclasses
+
+import numpy as np
+
+from gdnjax.config import LayerKind, MlpKind, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """logits [t, V]; states and windows: one [hv, K, V] and one [w, x] for each delta layer, after the last token."""
+
+    logits: np.ndarray
+    states: list[np.ndarray]
+    windows: list[np.ndarray]
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        shifted = self.logits - self.logits.max(-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def reference(config: ModelConfig, params, tokens) -> Reference:
+    """One sequence. `params` is the nested dict of one rank (global arrays)."""
+    params = _as_float64(params)
+    x = params["embed_tokens"]["weight"][np.asarray(tokens)]
+    states, windows = [], []
+    for i, (kind, mlp) in enumerate(zip(config.layer_kinds, config.mlp_kinds, strict=True)):
+        layer = params["layers"][i]
+        normal = _rms_norm(x, layer["input_layernorm"]["weight"], config)
+        if kind is LayerKind.DELTA:
+            mixed, state, window = _delta(layer["linear_attn"], normal, config)
+            states.append(state)
+            windows.append(window)
+        else:
+            mixed = _attention(layer["self_attn"], normal, config)
+        x = x + mixed
+        normal = _rms_norm(x, layer["post_attention_layernorm"]["weight"], config)
+        x = x + (_moe(layer["mlp"], normal, config) if mlp is MlpKind.MOE else _dense(layer["mlp"], normal))
+    head = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+    logits = _rms_norm(x, params["norm"]["weight"], config) @ head["weight"][: config.vocab_size].T
+    return Reference(logits, states, windows)
+
+
+def _as_float64(tree):
+    if isinstance(tree, dict):
+        return {key: _as_float64(value) for key, value in tree.items()}
+    return np.asarray(tree, np.float64)
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def _silu(x):
+    return x * _sigmoid(x)
+
+
+def _rms(x, eps):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def _rms_norm(x, weight, config):
+    return _rms(x, config.rms_norm_eps) * (1 + weight)
+
+
+def _dense(mlp, x):
+    gate, up, down = (mlp[name]["weight"] for name in ("gate_proj", "up_proj", "down_proj"))
+    return (_silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def _moe(mlp, x, config):
+    scores = x @ mlp["gate"]["weight"].T
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    scores /= scores.sum(-1, keepdims=True)
+    out = _sigmoid(x @ mlp["shared_expert_gate"]["weight"].T) * _dense(mlp["shared_expert"], x)
+    for i, line in enumerate(scores):
+        chosen = np.argsort(-line, kind="stable")[: config.moe.experts_per_token]
+        total = line[chosen].sum() if config.moe.normalise_top_k else 1.0
+        for expert in chosen:
+            gate, up = np.split(mlp["experts"]["gate_up_proj"][expert] @ x[i], 2)
+            out[i] += line[expert] / total * (mlp["experts"]["down_proj"][expert] @ (_silu(gate) * up))
+    return out
+
+
+def _delta(weights, x, config):
+    delta = config.delta
+    heads, key_dim, value_dim = delta.num_value_heads, delta.key_head_dim, delta.value_head_dim
+    raw = x @ weights["in_proj_qkv"]["weight"].T
+    taps = weights["conv1d"]["weight"][:, 0]
+    width = taps.shape[1] - 1
+    padded = np.concatenate([np.zeros((width, raw.shape[1])), raw])
+    qkv = _silu(sum(padded[tap : tap + len(raw)] * taps[:, tap] for tap in range(width + 1)))
+    q, k, v = np.split(qkv, [delta.key_dim, 2 * delta.key_dim], axis=-1)
+    q, k = (_normalise(y.reshape(len(x), -1, key_dim)).repeat(heads // delta.num_key_heads, axis=1) for y in (q, k))
+    q, v = q * key_dim**-0.5, v.reshape(len(x), heads, value_dim)
+    a, b = x @ weights["in_proj_a"]["weight"].T, x @ weights["in_proj_b"]["weight"].T
+    decay = np.exp(-np.exp(weights["A_log"]) * np.log1p(np.exp(a + weights["dt_bias"])))
+    beta = _sigmoid(b)
+    state, o = np.zeros((heads, key_dim, value_dim)), np.zeros((len(x), heads, value_dim))
+    for t in range(len(x)):
+        state = decay[t][:, None, None] * state
+        new = beta[t][:, None] * (v[t] - np.einsum("hkv,hk->hv", state, k[t]))
+        state = state + k[t][:, :, None] * new[:, None, :]
+        o[t] = np.einsum("hkv,hk->hv", state, q[t])
+    z = (x @ weights["in_proj_z"]["weight"].T).reshape(o.shape)
+    o = _rms(o, config.rms_norm_eps) * weights["norm"]["weight"] * _silu(z)
+    return o.reshape(len(x), -1) @ weights["out_proj"]["weight"].T, state, padded[len(padded) - width :]
+
+
+def _normalise(x):
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def _attention(weights, x, config):
+    attention, tokens = config.attention, len(x)
+    heads, width = attention.num_heads, attention.head_dim
+    q, gate = np.split((x @ weights["q_proj"]["weight"].T).reshape(tokens, heads, 2 * width), 2, axis=-1)
+    k, v = ((x @ weights[name]["weight"].T).reshape(tokens, -1, width) for name in ("k_proj", "v_proj"))
+    q = _rotate(_rms_norm(q, weights["q_norm"]["weight"], config), attention)
+    k = _rotate(_rms_norm(k, weights["k_norm"]["weight"], config), attention)
+    k, v = (y.repeat(heads // attention.num_kv_heads, axis=1) for y in (k, v))
+    scores = np.einsum("qhd,khd->hqk", q, k) * width**-0.5
+    scores = np.where(np.tril(np.ones((tokens, tokens), bool)), scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    o = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v) * _sigmoid(gate)
+    return o.reshape(tokens, -1) @ weights["o_proj"]["weight"].T
+
+
+def _rotate(x, attention):
+    size = attention.rotary_dim
+    frequency = attention.rope_theta ** (-np.arange(0, size, 2) / size)
+    angle = np.tile(np.arange(len(x))[:, None] * frequency, 2)[:, None]
+    turned, rest = x[..., :size], x[..., size:]
+    first, second = np.split(turned, 2, axis=-1)
+    turned = turned * np.cos(angle) + np.concatenate([-second, first], axis=-1) * np.sin(angle)
+    return np.concatenate([turned, rest], axis=-1)

@@ -1,0 +1,63 @@
+"""A float32 model of four small layers with everything in it that the real ones have: one rank's or several ranks'."""
+
+import functools
+
+import jax
+import numpy as np
+
+from gdnjax import build_model, random_params
+from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
+from gdnjax.sharding import path_name
+
+D, A = LayerKind.DELTA, LayerKind.ATTENTION
+
+MICRO = ModelConfig(
+    model_type="qwen3_5_moe_text",
+    # Odd, so that two and four ranks pad it.
+    vocab_size=101,
+    hidden_size=32,
+    intermediate_size=48,
+    layer_kinds=(D, D, A, D),
+    mlp_kinds=(MlpKind.DENSE, MlpKind.MOE, MlpKind.DENSE, MlpKind.DENSE),
+    # K and V differ, so that a state read in the wrong layout is another state.
+    delta=DeltaConfig(num_key_heads=4, num_value_heads=8, key_head_dim=8, value_head_dim=12, conv_kernel=4),
+    # Four ranks hold each of the two kv heads twice.
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=8, rope_theta=10_000.0),
+    moe=MoeConfig(
+        num_experts=4, experts_per_token=2, intermediate_size=16, shared_intermediate_size=16, normalise_top_k=True
+    ),
+    dtype="float32",
+)
+
+
+@functools.cache
+def micro_params(tp: int = 1) -> dict:
+    """Global float32 parameters as `tp` ranks hold them side by side; the same model for every `tp`."""
+    params = random_params(MICRO, 1, "float32", jax.random.key(3))
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spread(path_name(path), np.asarray(leaf), tp), params)
+
+
+def _spread(name: str, value: np.ndarray, tp: int) -> np.ndarray:
+    delta, attention = MICRO.delta, MICRO.attention
+    match name.removesuffix(".weight").rsplit(".", 1)[-1]:
+        case "in_proj_qkv" | "conv1d":
+            return _rank_major(np.split(value, [delta.key_dim, 2 * delta.key_dim]), tp)
+        case "gate_up_proj":
+            gate, up = np.split(value.swapaxes(0, 1), 2)
+            return _rank_major([gate, up], tp).swapaxes(0, 1)
+        case "k_proj" | "v_proj":
+            heads = value.reshape(attention.num_kv_heads, attention.head_dim, -1)
+            return heads.repeat(max(1, tp // attention.num_kv_heads), axis=0).reshape(-1, value.shape[1])
+        case "embed_tokens" | "lm_head":
+            return np.pad(value, ((0, -len(value) % tp), (0, 0)))
+    return value
+
+
+def _rank_major(parts: list[np.ndarray], tp: int) -> np.ndarray:
+    """The first piece of every part, then the second piece of every part, and so on."""
+    return np.concatenate([np.split(part, tp)[rank] for rank in range(tp) for part in parts])
+
+
+def micro_model(tp: int = 1):
+    """Its `Model`, of one of `tp` ranks."""
+    return build_model(MICRO, "float32", tp)

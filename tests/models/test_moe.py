@@ -1,0 +1,122 @@
+"""The mixture of experts against a loop over tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
+from gdnjax.models.moe import MoeMLP
+
+MOE = MoeConfig(
+    num_experts=5, experts_per_token=2, intermediate_size=12, shared_intermediate_size=20, normalise_top_k=True
+)
+CONFIG = ModelConfig(
+    model_type="qwen3_5_moe",
+    vocab_size=37,
+    hidden_size=16,
+    intermediate_size=0,
+    layer_kinds=(LayerKind.DELTA,),
+    mlp_kinds=(MlpKind.MOE,),
+    delta=DeltaConfig(num_key_heads=4, num_value_heads=4, key_head_dim=4, value_head_dim=4, conv_kernel=4),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=8, rotary_dim=4, rope_theta=1e4),
+    moe=MOE,
+)
+TOKENS = 11
+
+RTOL, ATOL = 1e-5, 2e-5
+"""Float32 against float64: three products in a row, of 12 to 20 terms of order one."""
+
+
+def build(moe, seed=0):
+    """(jitted layer of x and valid, its weights in numpy)."""
+    graphdef, state = nnx.split(MoeMLP(dataclasses.replace(CONFIG, moe=moe), moe, "float32"))
+    rng = np.random.default_rng(seed)
+    weights = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), nnx.to_pure_dict(state))
+
+    def run(x, valid):
+        return nnx.merge(graphdef, jax.tree.map(jnp.asarray, weights))(x, valid)
+
+    return jax.jit(run), jax.tree.map(np.float64, weights)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def swiglu(x, gate, up, down):
+    return down @ (silu(gate @ x) * (up @ x))
+
+
+def one_token(x, weights, moe):
+    """softmax over all experts, the best few of them, renormalised or not, and the gated shared expert."""
+    x = np.float64(x)
+    scores = weights["gate"]["weight"] @ x
+    scores = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    chosen = np.argsort(-scores)[: moe.experts_per_token]
+    norm = scores[chosen].sum() if moe.normalise_top_k else 1.0
+    out = np.zeros(len(x))
+    for expert in chosen:
+        gate, up = np.split(weights["experts"]["gate_up_proj"][expert], 2)
+        out += scores[expert] / norm * swiglu(x, gate, up, weights["experts"]["down_proj"][expert])
+    shared = weights["shared_expert"]
+    gate = 1 / (1 + np.exp(-weights["shared_expert_gate"]["weight"] @ x))
+    parts = (shared[name]["weight"] for name in ("gate_proj", "up_proj", "down_proj"))
+    return out + gate * swiglu(x, *parts)
+
+
+def inputs(seed=1):
+    return np.random.default_rng(seed).standard_normal((TOKENS, 16)).astype(np.float32)
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=RTOL, atol=ATOL * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("top", [1, 2, 5])
+def test_layer_equals_a_loop_over_tokens(top, normalise):
+    moe = dataclasses.replace(MOE, experts_per_token=top, normalise_top_k=normalise)
+    layer, weights = build(moe)
+    x = inputs()
+    actual = np.asarray(layer(jnp.asarray(x), jnp.ones((TOKENS,), bool)))
+    close(actual, np.stack([one_token(row, weights, moe) for row in x]))
+
+
+def test_padded_tokens_go_to_no_expert():
+    """They are NaN: a padded token that reached an expert's product or shifted another token's row would show."""
+    layer, weights = build(MOE)
+    x = inputs()
+    valid = np.arange(TOKENS) % 3 != 1
+    poisoned = np.where(valid[:, None], x, np.nan)
+    actual = np.asarray(layer(jnp.asarray(poisoned), jnp.asarray(valid)))
+    close(actual[valid], np.stack([one_token(row, weights, MOE) for row in x[valid]]))
+
+
+def test_only_padding_is_computed_without_fault():
+    layer, _ = build(MOE)
+    actual = layer(jnp.zeros((TOKENS, 16)), jnp.zeros((TOKENS,), bool))
+    np.testing.assert_array_equal(np.asarray(actual), 0)
+
+
+def test_every_token_at_one_expert_equals_the_loop():
+    """The most uneven load: one full group, the others empty."""
+    layer, weights = build(dataclasses.replace(MOE, experts_per_token=1))
+    x = np.repeat(inputs()[:1], TOKENS, axis=0)
+    x *= np.linspace(0.5, 1.5, TOKENS, dtype=np.float32)[:, None]
+    expected = np.stack([one_token(row, weights, dataclasses.replace(MOE, experts_per_token=1)) for row in x])
+    close(np.asarray(layer(jnp.asarray(x), jnp.ones((TOKENS,), bool))), expected)
+
+
+def test_token_ignores_its_neighbours_bit_for_bit():
+    layer, _ = build(MOE)
+    x, others = inputs(), inputs(seed=2)
+    valid = np.ones((TOKENS,), bool)
+    expected = np.asarray(layer(jnp.asarray(x), jnp.asarray(valid)))
+    others[4] = x[4]
+    np.testing.assert_array_equal(np.asarray(layer(jnp.asarray(others), jnp.asarray(valid)))[4], expected[4])
+    valid[:4] = False
+    np.testing.assert_array_equal(np.asarray(layer(jnp.asarray(x), jnp.asarray(valid)))[4], expected[4])

@@ -1,0 +1,42 @@
+"""The grouped product against a loop over rows."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
+
+
+def by_rows(x, weight, sizes):
+    """Row i times the transposed weight of its group, for the rows that have one; float64."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return np.stack([weight[g].astype(np.float64) @ x[i].astype(np.float64) for i, g in enumerate(group)])
+
+
+def random_operands(rows, groups, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((rows, 24)).astype(dtype), rng.standard_normal((groups, 17, 24)).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[3, 4, 5], [0, 12, 0], [12, 0, 0], [0, 0, 12], [1, 0, 11], [5, 0, 2], [0, 0, 1]], ids=str
+)
+def test_rows_meet_the_weight_of_their_group(sizes):
+    """Empty groups at either end and in between; rows past the sum belong to none, and hold NaN."""
+    x, weight = random_operands(12, 3)
+    total = sum(sizes)
+    x[total:] = np.nan
+    actual = np.asarray(grouped_matmul(jnp.asarray(x), jnp.asarray(weight), jnp.asarray(sizes, jnp.int32)))
+    assert actual.shape == (12, 17)
+    # Float32 sums of 24 products of order one.
+    np.testing.assert_allclose(actual[:total], by_rows(x, weight, sizes), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_products_are_summed_in_float32():
+    x, weight = random_operands(9, 2, ml_dtypes.bfloat16)
+    actual = grouped_matmul(jnp.asarray(x), jnp.asarray(weight), jnp.asarray([4, 5], jnp.int32))
+    assert actual.dtype == jnp.bfloat16
+    expected = by_rows(x, weight, [4, 5])
+    # The result is rounded once, by half an ulp (2^-8); products of bfloat16 are exact in float32.
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-8, atol=1e-5)

@@ -1,0 +1,212 @@
+"""scripts/generate.py as its users meet it: output, notes, and one line for every mistake."""
+
+import argparse
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from gdnjax import LLM
+from gdnjax.serving.tokenizer import Tokenizer
+from scripts import generate
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "generate.py"
+GOLDEN = ROOT / "tests" / "golden" / "parity" / "qwen3_5"
+
+
+def _arguments(*flags: str) -> argparse.Namespace:
+    return generate.build_parser().parse_args(flags)
+
+
+def _run(capsys, *flags: str) -> tuple[str, str]:
+    """stdout and stderr of a run that succeeds."""
+    status = generate.main(list(flags))
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return out, err
+
+
+def test_help_explains_by_examples(capsys):
+    with pytest.raises(SystemExit) as end:
+        generate.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("examples:", "--chat", "-p -", "XLA_PYTHON_CLIENT_MEM_FRACTION", "make_random_checkpoint.py", "130"):
+        assert word in text
+
+
+def test_parsing_imports_no_jax():
+    code = "import sys; from scripts import generate; generate.build_parser(); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_unknown_flag_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        generate.main(["--no-such-flag"])
+    assert end.value.code == 2
+    assert "--no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-p", "x"], "no embedded model ships with this version yet"),
+        (["--model", "{tmp}/none", "-p", "x"], "no such directory; nothing is downloaded"),
+        (["--model", "{tmp}", "-p", "x"], "no config.json here"),
+        (["--model", "{golden}", "-p", "x"], "no tokenizer here"),
+        (["--model", "{model}"], "no prompt: give -p TEXT"),
+        (["--model", "{model}", "-p", ""], "prompt 1 is empty"),
+        (["--model", "{model}", "-p", "-", "-p", "-"], "stdin can be read once"),
+        (["--model", "{model}", "-p", "x", "--prompts-file", "{tmp}/none.txt"], "none.txt: No such file or directory"),
+        (["--model", "{model}", "-p", "x", "--chat", "--ignore-chat-template"], "contradicts --chat"),
+        (["--model", "{model}", "-p", "x", "--top-p", "3"], "top_p must be"),
+        (["--model", "{model}", "-p", "x", "--max-tokens", "0"], "max_tokens must be"),
+        (["--model", "{model}", "-p", "x", "--memory-fraction", "2"], "--memory-fraction must be in (0, 1]"),
+        (["--model", "{model}", "-p", "x", "--tensor-parallel-size", "64"], "needs 64 devices"),
+        (["--model", "{model}", "-p", "x", "--kernels", "pallas"], "allowed: 'auto', 'reference'"),
+        (["--model", "{model}", "-p", "x", "--max-model-len", "5000"], "exceeds the model's context"),
+        (["--model", "{model}", "-p", "x " * 4096], "the model's context is 4096 tokens"),
+        (["--model", "{model}", "-p", "x " * 40, "--max-model-len", "20"], "a length of 20 leaves no room"),
+    ],
+)
+def test_mistake_is_one_line_and_status_2(capsys, random_model, tmp_path, flags, message):
+    places = {"tmp": tmp_path, "golden": GOLDEN, "model": random_model}
+    assert generate.main([flag.format_map(places) for flag in flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    # Nothing before the error, whose line is the only one.
+    assert err.startswith("generate.py: error: ")
+    assert err.count("\n") == 1
+
+
+def test_stdin_is_a_prompt_like_any_other(capsys, monkeypatch, random_model, tmp_path):
+    flags = ("--model", str(random_model), "--max-tokens", "12", "--stats-json", str(tmp_path / "stats.json"))
+    given, note = _run(capsys, *flags, "-p", "One request")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One request\n"))
+    read, _ = _run(capsys, *flags, "-p", "-")
+    # Sampled, by the checkpoint's own values: runs without a seed repeat each other.
+    assert given == read
+    assert given.strip()
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    assert 1 <= stats["generation_tokens"] <= 12
+    assert min(stats["prompt_rate"], stats["time_to_first_token"], stats["compile_time"], stats["peak_bytes"]) > 0
+    for words in ("prompt ", " tok/s", "generation ", "first token after", "start-up", "peak memory"):
+        assert words in note
+    assert note.count("\n") == 1
+
+
+def test_several_prompts_come_under_headers_in_order(capsys, random_model):
+    flags = ("--model", str(random_model), "--system-prompt", "Answer.", "--max-tokens", "4", "--temp", "0")
+    out, note = _run(capsys, *flags, "-p", "first", "-p", "second\nline")
+    assert out.index("==> 1: first <==\n") < out.index("==> 2: second line <==\n")
+    assert "generation" in note
+
+
+def test_long_prompt_streams_what_the_engine_generates_and_compiles_nothing_more(random_model, capsys):
+    arguments = _arguments("--model", str(random_model), "--max-tokens", "20")
+    llm, (prompt,), import_time = generate.start(arguments, ["One request has one slot. " * 160])
+    with llm:
+        assert len(prompt.token_ids) > llm.config.max_num_batched_tokens
+        params = llm.default_sampling_params(max_tokens=20, temperature=0.0, ignore_eos=True)
+        generate.rehearse(llm, prompt, params)
+        compiled = llm.stats()["num_compilations"]
+        (output,) = generate.stream(llm, prompt, params)
+        assert llm.stats()["num_compilations"] == compiled
+        (again,) = llm.generate({"prompt_token_ids": prompt.token_ids}, params, use_tqdm=False)
+    assert import_time >= 0
+    assert output.outputs[0].token_ids == again.outputs[0].token_ids
+    assert len(output.outputs[0].token_ids) == 20
+    assert capsys.readouterr().out == f"{output.outputs[0].text}\n"
+
+
+def test_defaults_are_the_checkpoint_s_own(random_model):
+    given = generate.given_sampling(_arguments("--top-k", "5", "--max-tokens", "7"))
+    assert given == {"top_k": 5, "max_tokens": 7}
+    llm = LLM(random_model, max_num_seqs=1, max_model_len=64, warmup=False, use_tqdm=False)
+    params = llm.default_sampling_params(**given)
+    llm.close()
+    assert (params.top_k, params.top_p, params.temperature, params.max_tokens) == (5, 0.95, 1.0, 7)
+
+
+def test_chat_template_is_applied_on_request_only(random_model):
+    tokenizer = Tokenizer.from_directory(random_model)
+    user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}
+    for flags, expected in (
+        ((), tokenizer.encode("Hi")),
+        (("--ignore-chat-template",), tokenizer.encode("Hi")),
+        (("--chat",), tokenizer.apply_chat_template([user])),
+        (("--system-prompt", "Be brief."), tokenizer.apply_chat_template([system, user])),
+    ):
+        assert generate.encode(tokenizer, "Hi", _arguments(*flags)) == expected
+
+
+def test_prompts_files_give_one_prompt_a_line(tmp_path):
+    lines, objects = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_text("first\n\n  second\n")
+    objects.write_text('{"prompt": "first"}\n{"prompt": "two\\nlines", "id": 2}\n')
+    assert generate.read_prompts_file(lines) == ["first", "  second"]
+    assert generate.read_prompts_file(objects) == ["first", "two\nlines"]
+
+
+@pytest.mark.parametrize("content", ['{"text": "x"}', '"x"', "[1]", "{", '{"prompt": 3}', "\xff"])
+def test_damaged_prompts_file_is_named(tmp_path, content):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl"):
+        generate.read_prompts_file(file)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (64,), (65, 3), (1, 2, 3), (300,) * 20, (3000,)])
+@pytest.mark.parametrize("max_tokens", [1, 256, 5000])
+def test_engine_holds_the_prompts_or_as_much_as_the_model_can(lengths, max_tokens):
+    context = 4096
+    config = generate.fit_engine(_arguments("--max-tokens", str(max_tokens)), lengths, context)
+    assert config.max_model_len is not None
+    assert config.max_model_len >= min(context, max(lengths) + max_tokens)
+    assert config.max_model_len <= context
+    assert config.max_num_seqs >= min(len(lengths), 8)
+    assert config.prefill_buckets == (config.max_num_batched_tokens,)
+
+
+def test_nearby_prompts_share_their_compiled_shapes():
+    flags = _arguments("--max-tokens", "100")
+    assert generate.fit_engine(flags, [70], 4096) == generate.fit_engine(flags, [250], 4096)
+    assert generate.fit_engine(flags, [5, 5], 4096) == generate.fit_engine(flags, [9, 9, 9], 4096)
+
+
+@pytest.mark.parametrize(
+    ("flags", "already", "expected"),
+    [((), None, "0.9"), ((), "0.5", "0.5"), (("--memory-fraction", "0.3"), "0.5", "0.3")],
+)
+def test_memory_fraction_is_set_for_jax(monkeypatch, flags, already, expected):
+    if already is not None:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", already)
+    generate.prepare_environment(_arguments(*flags))
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == expected
+
+
+def test_interrupt_ends_with_status_130(capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "run", interrupted)
+    assert generate.main(["-p", "x"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_closed_pipe_ends_without_a_word(random_model):
+    command = [sys.executable, str(SCRIPT), "--model", str(random_model), "-p", "One", "--max-tokens", "3000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

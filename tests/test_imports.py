@@ -1,0 +1,201 @@
+"""Who may import whom: the layers of the package point one way, and some modules stay free of jax."""
+
+import ast
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "gdnjax"
+
+LAYERS = (
+    ("version", "config", "sampling_params", "shapes"),
+    ("memory", "backend", "sharding"),
+    ("state", "batch"),
+    ("pallas_kernels",),
+    ("models",),
+    ("sampling", "speculative"),
+    ("step",),
+    ("generation",),
+    ("checkpoint",),
+    ("serving",),
+    ("doctor",),
+)
+"""Modules and packages, lowest first. A module imports from layers below its own, and from its own package."""
+
+ONLY = {
+    "config": set(),
+    "sampling_params": set(),
+    "shapes": set(),
+    "version": set(),
+    "memory": {"config"},
+    "backend": set(),
+    "sharding": set(),
+    "batch": {"shapes"},
+    "pallas_kernels": {"shapes", "backend"},
+    "sampling": {"shapes", "sharding", "batch", "state"},
+    "speculative": {"shapes", "sharding", "batch", "state", "sampling"},
+    "checkpoint": {"config", "sharding", "shapes"},
+    "doctor": {"version", "backend"},
+}
+"""Where the design allows less than the layers do: these and nothing else of the package."""
+
+HOST_ONLY = ("config", "sampling_params", "memory", "version", "serving.outputs", "serving.tokenizer")
+HOST_ONLY += ("serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler")
+"""Modules that plan and bookkeep without a device: no jax, not even through what they import."""
+
+PLANNERS = ("serving.request", "serving.allocator", "serving.scheduler", "serving.prefix_cache")
+PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """One import statement of a module. `lazy`: inside a function. `typing_only`: under `if TYPE_CHECKING`."""
+
+    importer: str
+    imported: str
+    lazy: bool
+    typing_only: bool
+
+
+def module_name(file):
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def modules():
+    return {module_name(file): ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+MODULES = modules()
+
+
+def imports_of(name, tree):
+    found = []
+
+    def visit(node, lazy, typing_only):
+        match node:
+            case ast.Import(names=names):
+                found.extend(Import(name, alias.name, lazy, typing_only) for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                assert level == 0, f"{name}: a relative import"
+                for alias in names:
+                    # `from gdnjax.serving import packing` imports a module, `from gdnjax.state import X` does not.
+                    full = f"{module}.{alias.name}"
+                    is_module = full.removeprefix("gdnjax.") in MODULES and full.startswith("gdnjax.")
+                    found.append(Import(name, full if is_module else module, lazy, typing_only))
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        guarded = typing_only or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside, guarded)
+
+    visit(tree, False, False)
+    return found
+
+
+IMPORTS = [found for name, tree in MODULES.items() for found in imports_of(name, tree)]
+OWN = [found for found in IMPORTS if found.imported.split(".")[0] == "gdnjax" and found.importer]
+"""Imports of the package by itself. The package's own __init__ re-exports by name, at first use, and has no layer."""
+
+
+def part_of(name):
+    return name.removeprefix("gdnjax.").split(".")[0]
+
+
+def rank_of(name):
+    for rank, layer in enumerate(LAYERS):
+        if part_of(name) in layer:
+            return rank
+    raise AssertionError(f"gdnjax.{name} stands in no layer; add it to the table")
+
+
+def test_every_module_stands_in_a_layer():
+    assert len(MODULES) > 30
+    assert {rank_of(name) for name in MODULES if name} <= set(range(len(LAYERS)))
+
+
+def test_imports_point_down_the_layers():
+    wrong = [
+        f"{found.importer} imports {found.imported}"
+        for found in OWN
+        if part_of(found.importer) != part_of(found.imported)
+        and rank_of(found.importer) <= rank_of(found.imported.removeprefix("gdnjax."))
+    ]
+    assert not wrong
+
+
+def test_narrow_modules_see_only_what_the_design_names():
+    wrong = [
+        f"{found.importer} imports {found.imported}"
+        for found in OWN
+        if part_of(found.importer) in ONLY
+        and part_of(found.imported) not in {*ONLY[part_of(found.importer)], part_of(found.importer)}
+    ]
+    assert not wrong
+
+
+def test_planners_see_only_configuration_and_host_modules():
+    wrong = [
+        f"{found.importer} imports {found.imported}"
+        for found in OWN
+        if found.importer in PLANNERS and found.imported.removeprefix("gdnjax.") not in PLANNERS_SEE
+    ]
+    assert not wrong
+
+
+def test_flax_is_imported_in_models_only():
+    importers = {found.importer for found in IMPORTS if part_of(found.imported) == "flax"}
+    assert importers
+    assert {part_of(importer) for importer in importers} == {"models"}
+
+
+def test_slow_libraries_are_imported_at_first_use():
+    wrong = [
+        f"{found.importer} imports {found.imported}"
+        for found in IMPORTS
+        if part_of(found.imported) in ("transformers", "jinja2", "torch") and not found.lazy
+    ]
+    assert not wrong
+    assert not [found for found in IMPORTS if part_of(found.imported) == "torch"]
+
+
+def test_package_itself_imports_nothing_heavy():
+    heavy = [f.imported for f in IMPORTS if not f.importer and not f.typing_only and not f.lazy]
+    assert set(heavy) == {"importlib", "typing", "gdnjax.version"}
+
+
+def test_environment_is_never_read():
+    found = []
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            match node:
+                case ast.Attribute(value=ast.Name(id="os"), attr="environ" | "environb" | "getenv" | "getenvb"):
+                    found.append(f"{name}: {ast.unparse(node)}")
+                case ast.ImportFrom(module="os", names=names) if {"environ", "getenv"} & {n.name for n in names}:
+                    found.append(f"{name}: {ast.unparse(node)}")
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "modules", [("gdnjax",), tuple(f"gdnjax.{name}" for name in HOST_ONLY)], ids=["gdnjax", "host"]
+)
+def test_host_modules_import_no_jax(modules):
+    """In an interpreter of its own: what is loaded afterwards is what the imports loaded."""
+    program = (
+        f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
+        "print(*sorted({'jax', 'jaxlib', 'flax', 'transformers', 'torch'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
+
+
+def test_every_public_name_can_be_imported():
+    import gdnjax
+
+    for name in gdnjax.__all__:
+        assert getattr(gdnjax, name) is not None
+    with pytest.raises(AttributeError, match=r"has no attribute 'nothing'; it has .*LLM"):
+        gdnjax.nothing  # noqa: B018

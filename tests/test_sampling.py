@@ -1,0 +1,720 @@
+"""Logits to tokens: masks equal a sort-based definition, noise is a function of (seed, position, token) alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from gdnjax import sampling, sharding
+from gdnjax.sampling import Draw, Vocab
+from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS
+from gdnjax.state import NO_TOKEN, LogitRows
+from gdnjax.step import PROMPT_LOGPROB_ROWS
+
+LIKELY = 1e-4
+"""p-values of a correct sampler are uniform: of the fifty in this file, all with fixed seeds, one falls below this by
+accident in one of two hundred choices of seeds."""
+
+IMPOSSIBLE = 1e-9
+"""p-value that a wrong rule must fall below, so that the test that passes the right one can see."""
+
+
+def softmax(x):
+    weights = np.exp(np.asarray(x, np.float64) - np.max(x, axis=-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    top = x.max(-1, keepdims=True)
+    return x - top - np.log(np.exp(x - top).sum(-1, keepdims=True))
+
+
+def keep_min_p(x, min_p):
+    probability = softmax(x)
+    return probability >= min_p * probability.max()
+
+
+def keep_top_k(x, k):
+    if k <= 0 or k > len(x):
+        return np.ones(len(x), bool)
+    return x >= np.sort(x)[::-1][k - 1]
+
+
+def keep_top_p(x, p):
+    """The most probable tokens up to the one whose running sum reaches p, and all that tie with it."""
+    if p >= 1:
+        return np.ones(len(x), bool)
+    ordered = np.sort(x)[::-1]
+    total = np.cumsum(softmax(ordered))
+    # Float32 sums could decide otherwise on a nearer boundary between unequal tokens, and neither would be wrong.
+    boundaries = total[:-1][ordered[:-1] > ordered[1:]]
+    assert (np.abs(boundaries - p) > 1e-6).all(), "the test's own numbers are too close to a boundary"
+    return x >= ordered[np.searchsorted(total, p)]
+
+
+def masked(x, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Temperature, min_p, top_k, top_p, in this order: float32 [V], -inf where a token may not be drawn."""
+    x = np.asarray(x, np.float32) / np.float32(temperature or 1.0)
+    for keep, value in ((keep_min_p, min_p), (keep_top_k, top_k), (keep_top_p, top_p)):
+        x = np.where(keep(x, value), x, np.float32(-np.inf))
+    return x
+
+
+def make_draw(rows, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=(0, 0), position=None):
+    """A Draw of `rows` rows; scalars are the same for all, positions count from 0 where not given."""
+
+    def column(value, dtype):
+        return jnp.asarray(np.broadcast_to(np.asarray(value, dtype), (rows,)))
+
+    return Draw(
+        position=column(np.arange(rows) if position is None else position, np.int32),
+        temperature=column(temperature, np.float32),
+        top_k=column(top_k, np.int32),
+        top_p=column(top_p, np.float32),
+        min_p=column(min_p, np.float32),
+        seed=jnp.asarray(np.broadcast_to(np.asarray(seed, np.uint32), (rows, 2))),
+    )
+
+
+def whole(size):
+    return Vocab(size=size, tp=1)
+
+
+# Compiled once a shape; called as they are, every call would compile its loops again.
+_gumbel = jax.jit(sampling.gumbel)
+_adjust = jax.jit(sampling.adjust, static_argnums=4)
+_count_tokens = jax.jit(sampling.count_tokens, static_argnums=4)
+_logprobs = jax.jit(sampling.logprobs, static_argnums=(2, 3))
+_top_k, _top_p = (jax.jit(mask, static_argnums=2) for mask in (sampling._top_k, sampling._top_p))
+
+
+def noise(draw, size):
+    return np.asarray(_gumbel(draw.seed, draw.position, jnp.arange(size, dtype=jnp.uint32)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _tokens(function, logits, position, floats, top_k, seed, size):
+    temperature, top_p, min_p = floats
+    draw = Draw(position, temperature, top_k, top_p, min_p, seed)
+    return function(jnp.broadcast_to(logits, (position.shape[0], size)), draw, Vocab(size=size, tp=1))
+
+
+def tokens_of(function, logits, draw):
+    """Tokens drawn from one row of logits, or from a row each."""
+    logits = jnp.asarray(logits, jnp.float32)
+    floats = (draw.temperature, draw.top_p, draw.min_p)
+    return np.asarray(_tokens(function, logits, draw.position, floats, draw.top_k, draw.seed, logits.shape[-1]))
+
+
+def fit(tokens, probability):
+    """p-value of the chi-square test of drawn tokens against probabilities; 0 for a token that cannot be drawn."""
+    observed = np.bincount(tokens, minlength=len(probability))
+    possible = probability > 0
+    if observed[~possible].any():
+        return 0.0
+    return stats.chisquare(observed[possible], len(tokens) * probability[possible]).pvalue
+
+
+def dependence(left, right):
+    """p-value of the chi-square test of independence of two columns of tokens."""
+    table = np.zeros((left.max() + 1, right.max() + 1))
+    np.add.at(table, (left, right), 1)
+    return stats.chi2_contingency(table).pvalue
+
+
+@pytest.mark.parametrize("function", [sampling.draw_plain, sampling.draw_full])
+def test_greedy_equals_argmax(function):
+    logits = np.random.default_rng(0).standard_normal((16, 97)).astype(np.float32)
+    logits[3, [10, 20]] = 9.0  # the lowest of those that tie
+    logits[4, 1:] = -np.inf
+    draw = make_draw(16, temperature=0.0, top_k=np.arange(16), top_p=0.7, min_p=0.1, position=7)
+    np.testing.assert_array_equal(tokens_of(function, logits, draw), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("function", [sampling.draw_plain, sampling.draw_full])
+def test_greedy_and_drawn_rows_do_not_mix(function):
+    logits = np.random.default_rng(1).standard_normal((8, 33)).astype(np.float32)
+    temperature = np.array([0, 1, 0, 0.3, 2, 0, 1, 1], np.float32)
+    draw = make_draw(8, temperature=temperature, seed=(3, 4))
+    scaled = logits / np.where(temperature > 0, temperature, 1)[:, None]
+    expected = (scaled + np.where(temperature[:, None] > 0, noise(draw, 33), 0)).argmax(-1)
+    np.testing.assert_array_equal(tokens_of(function, logits, draw), expected)
+
+
+def rows_of_logits(size):
+    """Random rows, rows full of ties, rows with -inf, a constant row, signed zeros."""
+    rng = np.random.default_rng(size)
+    rows = rng.standard_normal((6, size)).astype(np.float32) * np.float32(6)
+    rows[1] = rng.integers(-2, 3, size)
+    rows[2, 1:][rng.random(size - 1) < 0.6] = -np.inf
+    rows[3] = 1.25
+    rows[4] = -np.abs(rows[4])
+    rows[4, :: max(1, size // 7)] = 0.0
+    rows[4, 1 :: max(1, size // 5)] = -0.0
+    rows[5] *= 1e-3
+    return rows
+
+
+def check_masks(rows, mask, keep, values, dtype):
+    """Every row with every value, in one batch, against sorting one by one."""
+    pairs = [(row, value) for row in rows for value in np.asarray(values, dtype)]
+    logits = np.stack([row for row, _ in pairs])
+    actual = mask(jnp.asarray(logits), jnp.asarray([value for _, value in pairs]), whole(rows.shape[1]))
+    expected = np.stack([np.where(keep(row, value), row, -np.inf) for row, value in pairs])
+    np.testing.assert_array_equal(np.asarray(actual), expected)
+
+
+SIZES = (1, 2, 7, 300, 5003)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_top_k_mask_equals_sorting(size):
+    check_masks(
+        rows_of_logits(size), _top_k, keep_top_k, [-1, 0, 1, 2, 3, 50, 299, 300, 301, 5003, 2**31 - 1], np.int32
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_top_p_mask_equals_sorting(size):
+    check_masks(rows_of_logits(size), _top_p, keep_top_p, [1e-6, 0.1, 0.53, 0.9, 0.987, 1.0], np.float32)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_min_p_mask_equals_definition(size):
+    def mask(logits, values, vocab):
+        return sampling._min_p(logits, make_draw(len(values), min_p=values), vocab)
+
+    check_masks(rows_of_logits(size), mask, keep_min_p, [0.0, 1e-4, 0.05, 0.5, 1.0], np.float32)
+
+
+def test_top_p_of_one_keeps_every_token():
+    """Even those whose mass is lost in float32."""
+    row = np.linspace(0, -80, 500, dtype=np.float32)[None]
+    kept = _top_p(jnp.asarray(row), jnp.ones((1,), jnp.float32), whole(500))
+    np.testing.assert_array_equal(np.asarray(kept), row)
+
+
+def test_masks_of_a_real_vocabulary_equal_sorting():
+    size = 248_320
+    # Twelve nats of spread: the tokens at the boundaries weigh far more than float32 rounding of the sum.
+    row = 12 * np.random.default_rng(5).standard_normal(size).astype(np.float32)
+    row[100:200] = row[50]
+    k, p = np.float32(1000), np.float32(0.6)
+    top_k = _top_k(jnp.asarray(row[None]), jnp.full((1,), k, jnp.int32), whole(size))
+    np.testing.assert_array_equal(np.asarray(top_k)[0], np.where(keep_top_k(row, int(k)), row, -np.inf))
+    top_p = _top_p(jnp.asarray(row[None]), jnp.full((1,), p), whole(size))
+    np.testing.assert_array_equal(np.asarray(top_p)[0], np.where(keep_top_p(row, p), row, -np.inf))
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9, 0.999])
+def test_top_p_mass_of_a_flat_vocabulary_is_within_rounding(p):
+    """No token weighs more than the rounding here, so the set is not unique: its mass is held instead. 1e-5: float32
+    sums of 248,320 terms, in whatever tree XLA chooses, stay within log2(terms) = 18 roundings of 6e-8."""
+    row = np.random.default_rng(6).standard_normal(248_320).astype(np.float32)
+    top_p = _top_p(jnp.asarray(row[None]), jnp.full((1,), p, jnp.float32), whole(len(row)))
+    kept = np.isfinite(np.asarray(top_p)[0])
+    mass = softmax(row)
+    assert mass[kept].sum() >= p - 1e-5
+    assert mass[kept].sum() - mass[kept].min() <= p + 1e-5
+    assert row[kept].min() > row[~kept].max()
+
+
+@pytest.mark.parametrize(
+    ("options", "support", "other_order"),
+    [
+        # 0.4 0.3 0.2 0.1: the best two, then 0.571 of their mass reaches 0.55.
+        ({"top_k": 2, "top_p": 0.55}, {0}, {0, 1}),
+        # The same for min_p before top_p.
+        ({"min_p": 0.6, "top_p": 0.55}, {0}, {0, 1}),
+        # At temperature 2 three tokens reach 0.6 of the best; at temperature 1 two do.
+        ({"min_p": 0.6, "temperature": 2.0}, {0, 1, 2}, {0, 1}),
+        # At temperature 2 the best three have 0.84 of the mass, at temperature 1 0.9.
+        ({"top_p": 0.87, "temperature": 2.0}, {0, 1, 2, 3}, {0, 1, 2}),
+    ],
+)
+def test_rules_apply_in_the_documented_order(options, support, other_order):
+    assert support != other_order
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    assert set(np.flatnonzero(np.isfinite(masked(logits, **options)))) == support
+    assert set(tokens_of(sampling.draw_full, logits, make_draw(2000, **options))) == support
+
+
+def test_full_draw_equals_definition_for_any_parameters():
+    rng = np.random.default_rng(8)
+    rows, size = 96, 211
+    logits = 4 * rng.standard_normal((rows, size)).astype(np.float32)
+    options = {
+        "temperature": rng.uniform(0.2, 2.0, rows).astype(np.float32),
+        "top_k": rng.integers(-1, 30, rows),
+        "top_p": rng.uniform(0.3, 1.0, rows).astype(np.float32),
+        "min_p": rng.uniform(0.0, 0.1, rows).astype(np.float32),
+    }
+    draw = make_draw(rows, **options, seed=(5, 6), position=rng.integers(0, 1 << 20, rows))
+    allowed = np.stack([masked(row, **{name: v[i] for name, v in options.items()}) for i, row in enumerate(logits)])
+    expected = (allowed + noise(draw, size)).argmax(-1)
+    np.testing.assert_array_equal(tokens_of(sampling.draw_full, logits, draw), expected)
+
+
+def test_full_draw_equals_plain_draw_without_top_k_and_top_p():
+    logits = 3 * np.random.default_rng(9).standard_normal((32, 100)).astype(np.float32)
+    draw = make_draw(32, temperature=np.linspace(0, 2, 32), min_p=np.linspace(0, 0.3, 32), seed=(1, 2))
+    full, plain = (tokens_of(function, logits, draw) for function in (sampling.draw_full, sampling.draw_plain))
+    np.testing.assert_array_equal(full, plain)
+
+
+def test_noise_ignores_batch_row_and_batch_size():
+    token = jnp.arange(50, dtype=jnp.uint32)
+    seeds = jnp.asarray([[1, 2], [3, 4], [5, 6], [1, 2]], jnp.uint32)
+    positions = jnp.asarray([7, 7, 9, 8], jnp.int32)
+    together = np.asarray(_gumbel(seeds, positions, token))
+    for i in range(4):
+        alone = np.asarray(_gumbel(seeds[i : i + 1], positions[i : i + 1], token))[0]
+        np.testing.assert_array_equal(alone, together[i])
+    order = np.array([2, 0, 1, 1])
+    np.testing.assert_array_equal(np.asarray(_gumbel(seeds[order], positions[order], token)), together[order])
+    assert len({row.tobytes() for row in together}) == 4
+
+
+def test_noise_of_a_token_ignores_where_the_vocabulary_is_cut():
+    draw = make_draw(3, seed=(9, 9))
+    everywhere = noise(draw, 96)
+    for start in (0, 1, 47, 48):
+        part = _gumbel(draw.seed, draw.position, jnp.arange(start, start + 48, dtype=jnp.uint32))
+        np.testing.assert_array_equal(np.asarray(part), everywhere[:, start : start + 48])
+
+
+def test_noise_depends_on_seed_words_and_position():
+    cases = [((0, 0), 0), ((1, 0), 0), ((0, 1), 0), ((0, 0), 1), ((1, 0), 1), ((0, 1), 1), ((2**32 - 1, 0), 0)]
+    rows = [noise(make_draw(1, seed=seed, position=position), 64)[0] for seed, position in cases]
+    assert len({row.tobytes() for row in rows}) == len(cases)
+    off_diagonal = np.corrcoef(rows)[~np.eye(len(rows), dtype=bool)]
+    # 64 values: a correlation of independent rows has a standard deviation of 1/8.
+    assert np.abs(off_diagonal).max() < 4.5 / 8
+
+
+def test_noise_is_standard_gumbel():
+    values = noise(make_draw(1000, seed=(11, 12)), 300).ravel()
+    assert stats.kstest(values, stats.gumbel_r.cdf).pvalue > LIKELY
+    sigma = np.pi / np.sqrt(6)
+    assert abs(values.mean() - np.euler_gamma) < 4 * sigma / np.sqrt(values.size)
+    # The fourth central moment of the Gumbel distribution is 5.4 sigma^4.
+    assert abs(values.var() - sigma**2) < 4 * np.sqrt(5.4 - 1) * sigma**2 / np.sqrt(values.size)
+    # The upper tail decides who wins: its counts are Poisson.
+    for bound in (5.0, 8.0, 10.0):
+        expected = values.size * stats.gumbel_r.sf(bound)
+        assert stats.poisson.sf((values > bound).sum() - 1, expected) > LIKELY, bound
+        assert stats.poisson.cdf((values > bound).sum(), expected) > LIKELY, bound
+    assert stats.kstest(values, stats.norm(np.euler_gamma, sigma).cdf).pvalue < IMPOSSIBLE
+
+
+def test_noise_is_finite_for_every_uniform():
+    """The smallest and the largest that 32 bits can give, by the formula of `gumbel`."""
+    bits = np.array([0, 1, 2**31, 2**32 - 2, 2**32 - 1], np.uint32)
+    complement = np.minimum((bits.astype(np.float32) + np.float32(0.5)) * np.float32(2**-32), np.float32(1 - 2**-24))
+    values = -np.log(-np.log1p(-complement))
+    assert np.isfinite(values).all()
+    assert values.max() < 24
+    assert values.min() > -3
+
+
+DRAWS = 40_000
+LOGITS = np.array([2.0, 1.5, 1.5, 0.7, 0.0, -0.4, -1.0, -1.5, -3.0, -np.inf])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.4},
+        {"temperature": 2.5},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 1.0, "top_k": 4},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 1.5, "top_k": 6, "top_p": 0.75, "min_p": 0.05},
+    ],
+)
+def test_drawn_tokens_follow_softmax(options):
+    tokens = tokens_of(sampling.draw_full, LOGITS, make_draw(DRAWS, **options, seed=(21, 22)))
+    probability = softmax(masked(LOGITS, **options))
+    assert fit(tokens, probability) > LIKELY
+    if len(options) == 1:
+        plain = tokens_of(sampling.draw_plain, LOGITS, make_draw(DRAWS, **options, seed=(23, 24)))
+        assert fit(plain, probability) > LIKELY
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ({"temperature": 1.1}, {"temperature": 1.0}),
+        ({"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "top_k": 4}),
+        ({"temperature": 0.7, "top_p": 0.97}, {"temperature": 0.7, "top_p": 0.8}),
+        ({"temperature": 1.0, "min_p": 0.1}, {"temperature": 1.0, "min_p": 0.2}),
+        ({"temperature": 1.0}, {"temperature": 1.0, "min_p": 0.02}),
+    ],
+)
+def test_fit_of_a_wrong_rule_fails(wrong, right):
+    tokens = tokens_of(sampling.draw_full, LOGITS, make_draw(DRAWS, **wrong, seed=(21, 22)))
+    assert fit(tokens, softmax(masked(LOGITS, **right))) < IMPOSSIBLE
+
+
+def test_fit_of_wrong_noise_fails():
+    """Normal noise of the same mean and variance, and Gumbel noise that is 5% too wide."""
+    rng = np.random.default_rng(0)
+    probability = softmax(LOGITS)
+    normal = rng.normal(0, np.pi / np.sqrt(6), (DRAWS, len(LOGITS)))
+    assert fit((LOGITS + normal).argmax(-1), probability) < IMPOSSIBLE
+    wide = 1.05 * noise(make_draw(DRAWS, seed=(21, 22)), len(LOGITS))
+    assert fit((LOGITS + wide).argmax(-1), probability) < 1e-3
+
+
+def test_fits_over_seeds_are_uniform():
+    """Sees what single p-values let pass: a sampler that is a little off, or one that is more regular than chance."""
+    probability = softmax(LOGITS)
+    draws = (make_draw(DRAWS, seed=(seed, 7)) for seed in range(50))
+    fits = [fit(tokens_of(sampling.draw_plain, LOGITS, draw), probability) for draw in draws]
+    assert stats.kstest(fits, stats.uniform.cdf).pvalue > LIKELY
+
+
+def test_drawn_tokens_are_independent_over_positions_and_seeds():
+    tokens = tokens_of(sampling.draw_plain, LOGITS, make_draw(DRAWS, seed=(31, 32)))
+    for lag in (1, 2, 64, 4096):
+        assert dependence(tokens[:-lag], tokens[lag:]) > LIKELY, lag
+    neighbours = ((33, 32), (31, 33), (31 ^ 1, 32), (31, 32 ^ (1 << 31)))
+    for seed in neighbours:
+        other = tokens_of(sampling.draw_plain, LOGITS, make_draw(DRAWS, seed=seed))
+        assert dependence(tokens, other) > LIKELY, seed
+    # Noise that only every second position renews.
+    stuck = tokens_of(sampling.draw_plain, LOGITS, make_draw(DRAWS, seed=(31, 32), position=np.arange(DRAWS) // 2))
+    assert dependence(stuck[:-1], stuck[1:]) < IMPOSSIBLE
+
+
+def test_drawn_tokens_of_consecutive_seeds_follow_softmax():
+    """Seeds that users pick are small and consecutive; position 0 of each must be as good as one long run."""
+    seeds = np.stack([np.arange(DRAWS), np.zeros(DRAWS)], axis=1).astype(np.uint32)
+    tokens = tokens_of(sampling.draw_plain, LOGITS, make_draw(DRAWS, seed=seeds, position=0))
+    assert fit(tokens, softmax(LOGITS)) > LIKELY
+    assert dependence(tokens[:-1], tokens[1:]) > LIKELY
+
+
+SIZE = 37
+"""Odd, so that two and four ranks pad it."""
+
+
+def random_rows(rng, size=SIZE, rows=5):
+    """LogitRows with every kind of content in rows 1 and up, as numpy; row 0 is neutral."""
+    bias = np.where(rng.random((rows, size)) < 0.3, rng.normal(0, 3, (rows, size)), 0).astype(np.float32)
+    bias[2, rng.random(size) < 0.5] = -np.inf
+    values = {
+        "counts": rng.integers(0, 4, (rows, size)).astype(np.int32) * (rng.random((rows, size)) < 0.4),
+        "in_prompt": rng.random((rows, size)) < 0.3,
+        "bias": bias,
+        "repetition": np.array([1, 1.3, 0.7, 1.0, 2.0], np.float32),
+        "frequency": np.array([0, 0.5, -0.4, 1.1, 0.0], np.float32),
+        "presence": np.array([0, -0.6, 0.9, 0.0, 2.0], np.float32),
+        "bad_words": np.full((rows, MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS), NO_TOKEN, np.int32),
+        "recent": np.full((rows, MAX_BAD_WORD_TOKENS - 1), NO_TOKEN, np.int32),
+    }
+    values["recent"][1:] = rng.integers(0, size, (rows - 1, MAX_BAD_WORD_TOKENS - 1))
+    for name in ("counts", "in_prompt", "bias"):
+        values[name][0] = 0
+    return LogitRows(**{name: jnp.asarray(value) for name, value in values.items()})
+
+
+def set_bad_words(rows, row, words):
+    table = np.asarray(rows.bad_words).copy()
+    for i, word in enumerate(words):
+        table[row, i, MAX_BAD_WORD_TOKENS - len(word) :] = word
+    return LogitRows(**{**vars(rows), "bad_words": jnp.asarray(table)})
+
+
+def adjust_by_formula(logits, rows, row, banned, words):
+    """logit_bias, bans, repetition on prompt and output, frequency and presence on output; float64, one line."""
+    x = np.asarray(logits, np.float64) + np.asarray(rows.bias)[row]
+    recent = [token for token in np.asarray(rows.recent)[row] if token != NO_TOKEN]
+    for word in words:
+        *start, end = word
+        if start == recent[len(recent) - len(start) :]:
+            x[end] = -np.inf
+    for token in banned:
+        if token != NO_TOKEN:
+            x[token] = -np.inf
+    counts, in_prompt = np.asarray(rows.counts)[row], np.asarray(rows.in_prompt)[row]
+    for token in range(len(x)):
+        if counts[token] or in_prompt[token]:
+            r = float(rows.repetition[row])
+            x[token] = x[token] / r if x[token] > 0 else x[token] * r
+        x[token] -= float(rows.frequency[row]) * counts[token]
+        x[token] -= float(rows.presence[row]) * (counts[token] > 0)
+    return x
+
+
+LINES = 7
+"""Rows of logits in every call of `adjust`."""
+
+
+def adjust(logits, rows, row, banned):
+    """Adjusted [n, SIZE]; the call is padded to LINES rows and 3 bans, so that one compilation serves all tests."""
+    count = len(logits)
+    padding = ((0, LINES - count), (0, 0))
+    banned = np.pad(np.asarray(banned, np.int32), ((0, 0), (0, 3 - np.shape(banned)[1])), constant_values=NO_TOKEN)
+    adjusted = _adjust(
+        jnp.asarray(np.pad(np.asarray(logits, np.float32), padding)),
+        rows,
+        jnp.asarray(np.pad(row, padding[0]), jnp.int32),
+        jnp.asarray(np.pad(banned, padding, constant_values=NO_TOKEN)),
+        whole(SIZE),
+    )
+    return np.asarray(adjusted)[:count]
+
+
+def close(actual, expected):
+    # A handful of float32 operations on values of magnitude 20.
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_adjusted_logits_equal_formulas():
+    rng = np.random.default_rng(40)
+    rows = random_rows(rng)
+    logits = 5 * rng.standard_normal((7, SIZE)).astype(np.float32)
+    row = np.array([1, 0, 3, 2, 4, 1, 2])
+    banned = np.full((7, 3), NO_TOKEN, np.int32)
+    banned[2], banned[4] = [0, NO_TOKEN, 36], [5, 5, 6]
+    expected = np.stack([adjust_by_formula(logits[i], rows, row[i], banned[i], []) for i in range(7)])
+    close(adjust(logits, rows, row, banned), expected)
+
+
+@pytest.mark.parametrize("field", ["repetition", "frequency", "presence"])
+def test_each_penalty_alone_equals_its_formula(field):
+    rng = np.random.default_rng(41)
+    rows = random_rows(rng)
+    neutral = {"repetition": jnp.ones(5), "frequency": jnp.zeros(5), "presence": jnp.zeros(5)}
+    neutral.pop(field)
+    rows = LogitRows(**{**vars(rows), "bias": jnp.zeros((5, SIZE)), **neutral})
+    logits = 5 * rng.standard_normal((4, SIZE)).astype(np.float32)
+    row, banned = np.arange(1, 5), np.full((4, 1), NO_TOKEN, np.int32)
+    actual = adjust(logits, rows, row, banned)
+    close(actual, np.stack([adjust_by_formula(logits[i], rows, row[i], [], []) for i in range(4)]))
+    counts, in_prompt = np.asarray(rows.counts)[1:], np.asarray(rows.in_prompt)[1:]
+    touched = (counts > 0) | (in_prompt if field == "repetition" else False)
+    np.testing.assert_array_equal(actual[~touched], logits[~touched])
+
+
+def test_row_zero_changes_nothing_bit_for_bit():
+    rng = np.random.default_rng(42)
+    logits = 5 * rng.standard_normal((3, SIZE)).astype(np.float32)
+    logits[1, 4] = -np.inf
+    actual = adjust(logits, random_rows(rng), [0, 0, 0], np.full((3, 2), NO_TOKEN, np.int32))
+    np.testing.assert_array_equal(actual, logits)
+
+
+def test_banned_tokens_cannot_be_drawn_and_others_are_untouched():
+    rng = np.random.default_rng(43)
+    logits = rng.standard_normal((2, SIZE)).astype(np.float32)
+    banned = np.array([[3, 36, NO_TOKEN], [NO_TOKEN] * 3], np.int32)
+    actual = adjust(logits, random_rows(rng), [0, 0], banned)
+    np.testing.assert_array_equal(np.flatnonzero(np.isinf(actual[0])), [3, 36])
+    np.testing.assert_array_equal(actual[1], logits[1])
+
+
+@pytest.mark.parametrize(
+    ("word", "recent", "forbidden"),
+    [
+        ([5], [], True),
+        ([5], [1, 2, 3], True),
+        ([7, 5], [7], True),
+        ([7, 5], [], False),
+        ([7, 5], [7, 8], False),
+        ([7, 5], [5, 7], True),
+        ([1, 2, 3, 5], [9, 1, 2, 3], True),
+        ([1, 2, 3, 5], [2, 3], False),
+        ([1, 2, 3, 5], [1, 2, 9], False),
+        ([1, 2, 3, 4, 6, 7, 8, 5], [1, 2, 3, 4, 6, 7, 8], True),
+        ([1, 2, 3, 4, 6, 7, 8, 5], [0, 2, 3, 4, 6, 7, 8], False),
+    ],
+)
+def test_last_token_of_a_bad_word_is_forbidden_after_its_beginning(word, recent, forbidden):
+    """`recent` is what `count_tokens` has seen, one token at a time."""
+    empty = random_rows(np.random.default_rng(44))
+    rows = LogitRows(**{**vars(empty), "recent": jnp.full_like(empty.recent, NO_TOKEN)})
+    rows = set_bad_words(rows, 1, [word, [30, 31]])
+    for token in recent:
+        rows = _count_tokens(rows, jnp.array([1]), jnp.array([token], jnp.int32), jnp.array([True]), whole(SIZE))
+    rows = LogitRows(**{**vars(rows), "bias": jnp.zeros_like(rows.bias)})
+    actual = adjust(np.zeros((1, SIZE)), rows, [1], np.full((1, 1), NO_TOKEN, np.int32))
+    np.testing.assert_array_equal(np.flatnonzero(np.isinf(actual[0])), [5] if forbidden else [])
+
+
+def test_counts_follow_active_rows_only():
+    rows = random_rows(np.random.default_rng(45))
+    row = jnp.array([1, 0, 3, 4, 0], jnp.int32)
+    token = jnp.array([5, 6, 36, 8, 9], jnp.int32)
+    active = jnp.array([True, True, True, False, False])
+    after = _count_tokens(rows, row, token, active, whole(SIZE))
+    counts, recent = np.asarray(rows.counts).copy(), np.asarray(rows.recent).copy()
+    for r, t in ((1, 5), (3, 36)):
+        counts[r, t] += 1
+        recent[r] = [*recent[r, 1:], t]
+    np.testing.assert_array_equal(np.asarray(after.counts), counts)
+    np.testing.assert_array_equal(np.asarray(after.recent), recent)
+
+
+def logprobs(logits, chosen, most):
+    found = _logprobs(jnp.asarray(logits), jnp.asarray(chosen, jnp.int32), most, whole(logits.shape[1]))
+    return jax.tree.map(np.asarray, found)
+
+
+def test_logprobs_equal_log_softmax():
+    rng = np.random.default_rng(50)
+    logits = 6 * rng.standard_normal((9, 83)).astype(np.float32)
+    logits[3, 10:] = -np.inf
+    chosen = rng.integers(0, 10, 9)
+    found = logprobs(logits, chosen, 5)
+    expected = log_softmax(logits)
+    close(found.chosen, expected[np.arange(9), chosen])
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    np.testing.assert_array_equal(found.top_tokens, order[:, :5])
+    close(found.top, np.take_along_axis(expected, order[:, :5], axis=1))
+    np.testing.assert_array_equal(found.rank, [1 + list(order[i]).index(chosen[i]) for i in range(9)])
+
+
+def test_rank_counts_strictly_better_tokens():
+    logits = np.array([[1.0, 3.0, 2.0, 2.0, 0.0]], np.float32)
+    ranks = [int(logprobs(logits, [token], 0).rank[0]) for token in range(5)]
+    assert ranks == [4, 1, 2, 2, 5]
+
+
+def test_logprobs_give_no_more_alternatives_than_tokens():
+    logits = np.array([[1.0, 3.0, 2.0]], np.float32)
+    found = logprobs(logits, [0], 20)
+    np.testing.assert_array_equal(found.top_tokens, [[1, 2, 0]])
+
+
+def over_ranks(tp, function, *arguments, specs):
+    """`function(*arguments)` per rank; every rank's result, to be compared."""
+    mesh = sharding.make_mesh(tp)
+    if tp == 1:
+        return [jax.tree.map(np.asarray, jax.jit(function)(*arguments))]
+
+    def one_rank(*arguments):
+        return jax.tree.map(lambda x: x[None], function(*arguments))
+
+    mapped = jax.jit(sharding.shard_step(one_rank, mesh, specs, sharding.P(sharding.AXIS)))
+    results = jax.tree.map(np.asarray, mapped(*arguments))
+    return [jax.tree.map(lambda x, r=r: x[r], results) for r in range(tp)]
+
+
+def padded(x, tp, value):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tp)), constant_values=value)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_sharded_draw_equals_one_rank(tp):
+    """Tokens, counts and log-probabilities, with penalties, bans and every filter, on every rank."""
+    rng = np.random.default_rng(60)
+    count = 24
+    logits = jnp.asarray(4 * rng.standard_normal((count, SIZE)).astype(np.float32))
+    # Rows that tie over ranks, and one whose best tokens stand in the last, padded part.
+    logits = logits.at[5].set(1.0).at[6, 36].set(40.0).at[7, jnp.array([1, 36])].set(40.0)
+    rows = set_bad_words(random_rows(rng), 3, [[int(SIZE - 1)], [2]])
+    row = jnp.asarray(rng.integers(0, 5, count), jnp.int32)
+    banned = jnp.asarray(rng.integers(-1, SIZE, (count, 2)), jnp.int32)
+    draw = make_draw(
+        count,
+        temperature=np.where(np.arange(count) % 5, rng.uniform(0.3, 2, count), 0),
+        top_k=rng.integers(0, 12, count),
+        top_p=rng.uniform(0.4, 1, count),
+        min_p=rng.uniform(0, 0.1, count),
+        seed=(3, 1),
+    )
+    active = jnp.asarray(rng.random(count) < 0.8)
+    specs = LogitRows(**{name: sharding.spec_of(f"logit_rows.{name}") for name in vars(rows)})
+
+    def run(logits, rows, vocab):
+        adjusted = sampling.adjust(logits, rows, row, banned, vocab)
+        # Rows of LogitRows are owned by one request each in a step; counted one after another they may repeat.
+        full = sampling.draw_full(adjusted, draw, vocab)
+        plain = sampling.draw_plain(adjusted, draw, vocab)
+        counted = sampling.count_tokens(rows, jnp.arange(1, 4), full[:3], active[:3], vocab)
+        return full, plain, sampling.logprobs(logits, full, 6, vocab), counted.recent
+
+    def at(tp):
+        widths = {"counts": 0, "in_prompt": False, "bias": 0.0}
+        parts = {name: padded(getattr(rows, name), tp, value) for name, value in widths.items()}
+        return over_ranks(
+            tp,
+            functools.partial(run, vocab=Vocab(size=SIZE, tp=tp)),
+            padded(logits, tp, -jnp.inf),
+            LogitRows(**{**vars(rows), **parts}),
+            specs=(sharding.P(None, sharding.AXIS), specs),
+        )
+
+    (expected,) = at(1)
+    for full, plain, found, recent in at(tp):
+        np.testing.assert_array_equal(full, expected[0])
+        np.testing.assert_array_equal(plain, expected[1])
+        np.testing.assert_array_equal(found.top_tokens, expected[2].top_tokens)
+        np.testing.assert_array_equal(found.rank, expected[2].rank)
+        close(found.chosen, expected[2].chosen)
+        close(found.top, expected[2].top)
+        np.testing.assert_array_equal(recent, expected[3])
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_sharded_counts_equal_one_rank(tp):
+    rows = random_rows(np.random.default_rng(61))
+    parts = {name: padded(getattr(rows, name), tp, 0) for name in ("counts", "in_prompt", "bias")}
+    rows = LogitRows(**{**vars(rows), **parts})
+    specs = LogitRows(**{name: sharding.spec_of(f"logit_rows.{name}") for name in vars(rows)})
+    row, token = jnp.arange(1, 5), jnp.asarray([0, 9, 20, 36], jnp.int32)
+    active = jnp.ones((4,), bool)
+
+    def run(rows):
+        return sampling.count_tokens(rows, row, token, active, Vocab(size=SIZE, tp=tp))
+
+    mapped = sharding.shard_step(run, sharding.make_mesh(tp), (specs,), specs)
+    expected = np.asarray(rows.counts).copy()
+    expected[np.arange(1, 5), np.asarray(token)] += 1
+    np.testing.assert_array_equal(np.asarray(jax.jit(mapped)(rows).counts), expected)
+
+
+def test_padded_vocabulary_is_never_drawn():
+    """However hot and flat the distribution: the padding is -inf, and -inf plus noise loses."""
+    tp, size = 4, 5
+    draw = make_draw(500, temperature=100.0, seed=(1, 1))
+    logits = padded(jnp.zeros((500, size)), tp, -jnp.inf)
+    run = functools.partial(sampling.draw_full, draw=draw, vocab=Vocab(size=size, tp=tp))
+    for tokens in over_ranks(tp, run, logits, specs=(sharding.P(None, sharding.AXIS),)):
+        assert set(tokens) == set(range(size))
+
+
+def primitives(jaxpr):
+    """Every (primitive, largest operand) of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name, max((np.prod(v.aval.shape) for v in equation.invars), default=0)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
+
+
+@pytest.mark.parametrize("function", [sampling.draw_plain, sampling.draw_full])
+def test_no_sort_of_the_vocabulary(function):
+    size = 4096
+    jaxpr = jax.make_jaxpr(lambda x: function(x, make_draw(2), whole(size)))(jnp.zeros((2, size)))
+    names = {name for name, largest in primitives(jaxpr.jaxpr) if largest >= size}
+    assert {"argmax", "threefry2x32"} <= names, "the walk saw the draw"
+    assert not names & {"sort", "top_k", "approx_top_k", "cumsum"}, names
+
+
+def test_log_probabilities_sort_nothing_but_the_most_probable():
+    size = PROMPT_LOGPROB_ROWS * 64
+    jaxpr = jax.make_jaxpr(lambda x: sampling.logprobs(x, jnp.zeros((2,), jnp.int32), 5, whole(size)))(
+        jnp.zeros((2, size))
+    )
+    names = {name for name, largest in primitives(jaxpr.jaxpr) if largest >= size}
+    assert "top_k" in names
+    assert "sort" not in names

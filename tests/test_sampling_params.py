@@ -1,0 +1,172 @@
+"""Sampling parameters are checked at construction: a bad value is named, with what is allowed."""
+
+import dataclasses
+import math
+
+import jaxtyping
+import pytest
+
+from gdnjax import SamplingParams
+from gdnjax.sampling_params import MAX_BAD_WORDS
+
+BAD = [
+    ({"n": 0}, "n must be an integer of at least 1, got 0"),
+    ({"n": 1.0}, "n must be an integer"),
+    ({"n": True}, "n must be an integer"),
+    ({"temperature": -0.1}, "temperature must be a finite number at least 0, got -0.1"),
+    ({"temperature": math.inf}, "temperature must be a finite number"),
+    ({"temperature": math.nan}, "temperature must be a finite number"),
+    ({"temperature": "hot"}, "temperature must be a finite number at least 0, got 'hot'"),
+    ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
+    ({"top_p": 1.1}, r"top_p must be a finite number in \[0, 1\], got 1.1"),
+    ({"top_k": -2}, "top_k must be an integer of at least -1, got -2"),
+    ({"top_k": 5.5}, "top_k must be an integer"),
+    ({"min_p": -0.1}, "min_p must be a finite number"),
+    ({"min_p": 2}, "min_p must be a finite number"),
+    ({"presence_penalty": 2.1}, "presence_penalty must be a finite number"),
+    ({"frequency_penalty": -2.1}, "frequency_penalty must be a finite number"),
+    ({"repetition_penalty": 0}, "repetition_penalty must be above 0, got 0"),
+    ({"repetition_penalty": -1}, "repetition_penalty must be a finite number"),
+    ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+    ({"seed": 1 << 64}, r"seed must be below 2\*\*64"),
+    ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
+    ({"max_tokens": -5}, "max_tokens must be an integer of at least 1, got -5"),
+    ({"max_tokens": None}, "max_tokens must be an integer"),
+    ({"min_tokens": -1}, "min_tokens must be an integer"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 exceeds max_tokens=4"),
+    ({"logprobs": -1}, "logprobs must be an integer of at least 0"),
+    ({"logprobs": True}, "logprobs must be an integer"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs must be an integer"),
+    ({"stop": ""}, "stop must hold non-empty strings, got ''"),
+    ({"stop": ["ok", ""]}, "stop must hold non-empty strings"),
+    ({"stop": [1]}, "stop must hold non-empty strings, got 1"),
+    ({"stop": 7}, "stop must be a list of strings, got 7"),
+    ({"stop_token_ids": [-1]}, "every id in stop_token_ids must be an integer of at least 0, got -1"),
+    ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, got 5"),
+    ({"stop_token_ids": "5"}, "stop_token_ids must be a list of token ids"),
+    ({"bad_words": "word"}, "bad_words must be a list of strings, got 'word'"),
+    ({"bad_words": [""]}, "bad_words must hold non-empty strings"),
+    ({"bad_words": ["a"] * (MAX_BAD_WORDS + 1)}, f"at most {MAX_BAD_WORDS} bad_words are allowed"),
+    ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+    ({"allowed_token_ids": [1.5]}, "every id in allowed_token_ids must be an integer"),
+    ({"logit_bias": [1, 2]}, "logit_bias must map token ids to numbers"),
+    ({"logit_bias": {-1: 1.0}}, "every id in logit_bias must be an integer of at least 0"),
+    ({"logit_bias": {3: math.inf}}, r"logit_bias\[3\] must be a number of at most 1e\+30"),
+    ({"logit_bias": {3: math.nan}}, r"logit_bias\[3\] must be a number"),
+    ({"logit_bias": {3: "much"}}, r"logit_bias\[3\] must be a number"),
+]
+
+
+@pytest.fixture
+def without_type_checks():
+    """As users run it: the type checks of the test run would refuse wrong types before the package does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(("values", "message"), BAD, ids=[str(values)[:60] for values, _ in BAD])
+def test_bad_value_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        # What a step holds in int32 and float32 must fit there: an overflow would end the engine, or draw nonsense.
+        {"top_k": 1 << 31},
+        {"temperature": 1e39},
+        {"temperature": 1e-39},
+        {"repetition_penalty": 1e39},
+        {"repetition_penalty": 1e-46},
+        {"top_p": 1e-46},
+        {"logit_bias": {3: 1e39}},
+    ],
+    ids=str,
+)
+def test_value_that_the_device_cannot_hold_is_refused(values):
+    (name,) = values
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**values)
+
+
+def test_every_field_has_a_bad_value_tested_or_takes_any_bool():
+    tested = {name for values, _ in BAD for name in values}
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert fields - tested == {"include_stop_str_in_output", "ignore_eos", "skip_special_tokens"}
+
+
+def test_defaults_are_those_users_know():
+    defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    assert defaults == {
+        "n": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "seed": None,
+        "stop": None,
+        "stop_token_ids": None,
+        "include_stop_str_in_output": False,
+        "ignore_eos": False,
+        "max_tokens": 16,
+        "min_tokens": 0,
+        "logprobs": None,
+        "prompt_logprobs": None,
+        "skip_special_tokens": True,
+        "logit_bias": None,
+        "bad_words": None,
+        "allowed_token_ids": None,
+    }
+
+
+def test_integers_are_taken_for_numbers():
+    params = SamplingParams(temperature=0, top_p=1, min_p=0, presence_penalty=1, repetition_penalty=2)
+    assert params.temperature == 0
+    assert params.repetition_penalty == 2
+
+
+def test_sequences_become_tuples():
+    stop = ["a", "b"]
+    params = SamplingParams(stop=stop, stop_token_ids=[1, 2], allowed_token_ids=[3], bad_words=["w"])
+    stop.append("c")
+    assert (params.stop, params.stop_token_ids, params.allowed_token_ids) == (("a", "b"), (1, 2), (3,))
+    assert params.bad_words == ("w",)
+    assert SamplingParams(stop="word").stop == ("word",)
+    assert SamplingParams().stop == SamplingParams().stop_token_ids == ()
+
+
+def test_parameters_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingParams().temperature = 2.0
+
+
+@pytest.mark.parametrize(
+    ("values", "row", "full"),
+    [
+        ({}, False, False),
+        ({"temperature": 0.0, "top_k": 5, "top_p": 0.5}, False, False),
+        ({"temperature": 0.5, "min_p": 0.1}, False, False),
+        ({"top_k": 5}, False, True),
+        ({"top_k": -1}, False, False),
+        ({"top_p": 0.5}, False, True),
+        ({"logprobs": 0}, False, True),
+        ({"repetition_penalty": 1.1}, True, True),
+        ({"frequency_penalty": -0.5}, True, True),
+        ({"presence_penalty": 0.5}, True, True),
+        ({"logit_bias": {1: 0.5}}, True, True),
+        ({"logit_bias": {}}, False, False),
+        ({"bad_words": ["x"]}, True, True),
+        ({"allowed_token_ids": [1]}, True, True),
+        ({"min_tokens": 1}, True, True),
+        ({"stop": ["x"], "stop_token_ids": [4], "seed": 5, "n": 3}, False, False),
+    ],
+)
+def test_only_those_who_need_a_row_or_the_full_sampler_pay_for_it(values, row, full):
+    params = SamplingParams(**values)
+    assert (params.needs_logit_row, params.needs_full_sampler) == (row, full)
