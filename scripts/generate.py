@@ -275,7 +275,7 @@ def start(arguments: argparse.Namespace, texts: Sequence[str]) -> tuple["LLM", l
     tokenizer = Tokenizer.from_directory(arguments.tokenizer or arguments.model)
     prompts = [Prompt(text=text, token_ids=encode(tokenizer, text, arguments)) for text in texts]
     config = fit_engine(arguments, [len(prompt.token_ids) for prompt in prompts], model.max_position_embeddings)
-    llm = LLM(arguments.model, config, tokenizer=arguments.tokenizer, use_tqdm=sys.stderr.isatty())
+    llm = LLM(arguments.model, config, tokenizer=tokenizer, use_tqdm=sys.stderr.isatty())
     return llm, prompts, import_time
 
 

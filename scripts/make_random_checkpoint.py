@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -113,9 +114,9 @@ def write_weights(directory: pathlib.Path, config: dict[str, Any], seed: int) ->
     """Writes model.safetensors: gdnjax's own random parameters under the checkpoint's names."""
     import jax
     import numpy as np
-    import safetensors.numpy
 
     from gdnjax import ModelConfig, random_params, sharding
+    from gdnjax.checkpoint.huggingface import write_file
 
     # Not under jit, which would compile every layer anew; and this generator compiles fastest.
     key = jax.random.key(seed, impl="unsafe_rbg")
@@ -124,8 +125,7 @@ def write_weights(directory: pathlib.Path, config: dict[str, Any], seed: int) ->
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         name = sharding.path_name(path)
         tensors[name if name.startswith("lm_head.") else f"model.{name}"] = np.asarray(leaf)
-    # transformers reads files that say so only.
-    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    write_file(tensors, directory / "model.safetensors")
 
 
 def write_checkpoint(
@@ -177,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # transformers advises to install PyTorch, of which nothing is used.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
 
     # Little is computed here; an accelerator would only be taken from those who need it.

@@ -128,14 +128,21 @@ def write_safetensors(source: TensorSource, directory: pathlib.Path, *, shard_by
                 # safetensors.numpy writes the bytes behind the pointer, so a strided view would be written wrong.
                 tensors[name] = np.ascontiguousarray(read_whole(source, name))
                 bar.update()
-            # transformers refuses files that do not say which framework their layout is that of.
-            safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+            write_file(tensors, directory / file)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor_bytes(source, name) for name in source.names())},
             "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
         }
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_file(tensors: dict[str, np.ndarray], file: pathlib.Path) -> None:
+    """One safetensors file of contiguous arrays, readable by others."""
+    # transformers refuses files that do not say which framework their layout is that of.
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    # safetensors gives the owner alone access.
+    file.chmod(0o644)
 
 
 def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:

@@ -6,7 +6,7 @@ import math
 import numbers
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,9 @@ log = logging.getLogger("gdnjax")
 
 EMBEDDED_MODEL = "tiny"
 DEFAULT_MAX_MODEL_LEN = 8192
+
+JAX_CACHE_THRESHOLD = 1.0
+"""JAX's own least compile time, in seconds, of what it caches: it would leave the small steps out."""
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or either under the key "prompt" or "prompt_token_ids"."""
@@ -58,8 +61,8 @@ class LLM:
     """A model ready to generate.
 
     `model` is a Hugging Face checkpoint directory or one written by scripts/convert.py. Keyword arguments are
-    EngineConfig's fields; pass them or an EngineConfig. `tokenizer` names another directory to read the tokenizer
-    from; without tokenizer files prompts are token ids and texts are empty.
+    EngineConfig's fields; pass them or an EngineConfig. `tokenizer` is a Tokenizer, or names another directory to read
+    one from; without tokenizer files prompts are token ids and texts are empty.
 
     Raises FileNotFoundError, ValueError or MemoryError, before any weight is read, for what cannot work.
     """
@@ -69,7 +72,7 @@ class LLM:
         model: str | pathlib.Path,
         config: EngineConfig | None = None,
         *,
-        tokenizer: str | pathlib.Path | None = None,
+        tokenizer: str | pathlib.Path | Tokenizer | None = None,
         use_tqdm: bool = True,
         **kwargs: Any,
     ):
@@ -83,7 +86,7 @@ class LLM:
         abstract = abstract_params(model_config, config.tensor_parallel_size, dtype)
         max_model_len = _max_model_len(config, model_config.max_position_embeddings)
         plan = _plan(hybrid, config, mesh, max_model_len, abstract)
-        reader = _read_tokenizer(tokenizer or directory, required=tokenizer is not None)
+        reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
         defaults = load_generation_defaults(directory)
         began = time.monotonic()
         params, report = checkpoint.load_params(directory, model_config, abstract, mesh, progress=use_tqdm)
@@ -169,11 +172,11 @@ class LLM:
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several, through the tokenizer's chat template. Text only."""
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        several = isinstance(messages, Sequence) and messages and isinstance(messages[0], list | tuple)
         tokenizer = self._require_tokenizer("chat")
         prompts = [
-            tokenizer.apply_chat_template(list(chat), add_generation_prompt=add_generation_prompt, **template_kwargs)
-            for chat in conversations
+            tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, **template_kwargs)
+            for chat in (messages if several else [messages])
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -189,19 +192,26 @@ class LLM:
 
     def _stream(self, group: "_Group") -> Iterator[StreamOutput]:
         (request,) = group.requests
-        shown_text, shown_tokens = 0, 0
+        shown_text, shown_tokens, finished = 0, 0, False
+        self.engine.add(request)
         try:
-            for _ in self.engine.run([request]):
-                text, tokens = request.detokenizer.text, request.output_token_ids
-                if len(tokens) == shown_tokens and not request.finished:
+            while not finished:
+                # Between two turns of this loop another call may have moved the request on, or ended it.
+                if not request.finished:
+                    self._check_open()
+                    self.engine.step()
+                text, tokens = request.detokenizer.text, tuple(request.output_token_ids[shown_tokens:])
+                finished = request.finished
+                if not tokens and not finished:
                     continue
-                yield StreamOutput(
+                output = StreamOutput(
                     text=text[shown_text:],
-                    token_ids=tuple(tokens[shown_tokens:]),
+                    token_ids=tokens,
                     finish_reason=request.finish_reason,
-                    output=group.output() if request.finished else None,
+                    output=group.output() if finished else None,
                 )
-                shown_text, shown_tokens = len(text), len(tokens)
+                shown_text, shown_tokens = len(text), shown_tokens + len(tokens)
+                yield output
         finally:
             self.engine.abort(request)
 
@@ -221,7 +231,7 @@ class LLM:
         }
 
     def close(self) -> None:
-        """Frees pools and parameters. Any later call raises RuntimeError."""
+        """Frees pools and parameters. Whatever generates raises RuntimeError from then on, streams in progress too."""
         if not self._closed:
             self._closed = True
             self.engine.close()
@@ -237,13 +247,18 @@ class LLM:
             raise ValueError(f"{what} needs a tokenizer, and this checkpoint has none; pass tokenizer=DIRECTORY")
         return self.tokenizer
 
-    def _params_for(self, prompts: list, params: Any) -> list[SamplingParams]:
+    def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this LLM is closed")
+
+    def _params_for(self, prompts: list, params: Any) -> list[SamplingParams]:
+        self._check_open()
         if params is None:
             params = self.default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * len(prompts)
+        if not isinstance(params, Sequence) or not all(isinstance(item, SamplingParams) for item in params):
+            raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
         params = list(params)
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling params; give one for all or one each")
@@ -301,6 +316,8 @@ class LLM:
         if isinstance(prompt, str):
             token_ids = self._require_tokenizer(f"{where}, a text,").encode(prompt)
         else:
+            if not isinstance(prompt, Iterable):
+                raise ValueError(f"{where} must be a text or a list of token ids, got {prompt!r}")
             token_ids = list(prompt)
             for token in token_ids:
                 if not isinstance(token, numbers.Integral) or isinstance(token, bool):
@@ -418,6 +435,8 @@ def _as_list(prompts: Any) -> list[Prompt]:
     """One prompt or several, as a list. A list of ints is one prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be texts or lists of token ids, got {prompts!r}")
     prompts = list(prompts)
     if prompts and all(isinstance(item, numbers.Integral) for item in prompts):
         return [prompts]
@@ -478,31 +497,31 @@ def _plan(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, pa
     )
 
 
-def _read_tokenizer(directory: str | pathlib.Path, *, required: bool) -> Tokenizer | None:
+def _read_tokenizer(named: str | pathlib.Path | None, directory: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer of the directory that the user named, or the checkpoint's own if it has one."""
+    if named is not None:
+        return Tokenizer.from_directory(named)
     try:
         return Tokenizer.from_directory(directory)
     except FileNotFoundError:
-        if required:
-            raise
         log.warning("%s has no tokenizer: prompts must be token ids, and texts stay empty", directory)
         return None
 
 
 def _configure_compilation_cache(config: EngineConfig) -> None:
-    """Switches JAX's persistent cache on, unless the user chose a place for it or none."""
+    """Switches JAX's persistent cache on, in the place that the config or JAX's own settings name; "" switches it off.
+
+    These are settings of the process, as the cache is.
+    """
+    # Any: jax makes the attributes of its configuration at run time, and a type checker knows none of them.
+    settings: Any = jax.config
     if config.compilation_cache_dir == "":
+        jax.config.update("jax_compilation_cache_dir", None)
         return
-    if config.compilation_cache_dir is None:
-        # Any: jax makes the attributes of its configuration at run time, and a type checker knows none of them.
-        settings: Any = jax.config
-        if settings.jax_compilation_cache_dir is not None:
-            return
-        directory = pathlib.Path.home() / ".cache" / "gdnjax"
-    else:
-        directory = pathlib.Path(config.compilation_cache_dir)
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    # The default of a second would leave the small steps out.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    default = settings.jax_compilation_cache_dir or pathlib.Path.home() / ".cache" / "gdnjax"
+    jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache_dir or default))
+    if settings.jax_persistent_cache_min_compile_time_secs == JAX_CACHE_THRESHOLD:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 __all__ = ["LLM", "HybridModel", "Prompt", "StreamOutput"]

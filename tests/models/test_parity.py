@@ -65,9 +65,16 @@ def stored(request, tmp_path_factory):
 
 
 def _engine(directory):
-    # 128 tokens a step: the longer prompts are prefilled in pieces.
+    # 128 tokens a step: the longer prompts are prefilled in pieces. One bucket each, since compiling is the cost here.
     config = EngineConfig(
-        dtype="float32", max_num_seqs=4, max_num_batched_tokens=128, block_size=16, max_model_len=512, warmup=False
+        dtype="float32",
+        max_num_seqs=4,
+        max_num_batched_tokens=128,
+        block_size=16,
+        max_model_len=512,
+        prefill_buckets=(128,),
+        decode_buckets=(4,),
+        warmup=False,
     )
     return LLM(directory, config)
 

@@ -1,11 +1,16 @@
 """The definition: the recurrence, token by token, and the chunked form that equals it. Float32 throughout."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from gdnjax.backend import FLOAT32_DOT
 from gdnjax.shapes import Array
+
+TILE = 16
+"""Rows inverted one after another; larger blocks of the inverse are merged from these."""
 
 
 def split_qkv(qkv: Array, value_heads: int, key_dim: int, value_dim: int) -> tuple[Array, Array, Array]:
@@ -78,8 +83,7 @@ def scan_chunks(q, k, v, g, beta, row, states) -> tuple[Array, Array]:
     """The chunked form. q, k [c, h, i, K], v [c, h, i, V], g, beta [c, h, i], row [c], states [r, h, K, V].
 
     With G the running sum of g in a chunk and D_ij = exp(G_i - G_j) for i >= j, the new values of a chunk solve
-    (I + tril(beta_i k_i.k_j D_ij, -1)) U = beta (v - exp(G) k S): a unit triangular system, solved by substitution
-    (the inverse by Neumann doubling loses all digits where keys are correlated).
+    (I + tril(beta_i k_i.k_j D_ij, -1)) U = beta (v - exp(G) k S), a unit triangular system.
     """
     total = jnp.cumsum(g, axis=-1)
     size = g.shape[-1]
@@ -89,7 +93,7 @@ def scan_chunks(q, k, v, g, beta, row, states) -> tuple[Array, Array]:
     k_beta = k * beta[..., None]
     system = _dot("chik,chjk->chij", k_beta, k) * decay
     right = jnp.concatenate([v * beta[..., None], k_beta * jnp.exp(total)[..., None]], axis=-1)
-    solved = lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
+    solved = _dot("chij,chjk->chik", unit_lower_inverse(system), right)
     new_values, old_keys = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     scores = _dot("chik,chjk->chij", q, k) * decay
     q_decayed = q * jnp.exp(total)[..., None]
@@ -106,6 +110,36 @@ def scan_chunks(q, k, v, g, beta, row, states) -> tuple[Array, Array]:
 
     states, o = lax.scan(one_chunk, states, (row, new_values, old_keys, scores, q_decayed, k_rest, keep))
     return o, states
+
+
+def unit_lower_inverse(matrix: Array) -> Array:
+    """(I + tril(matrix, -1))^-1 of [..., n, n]: substitution in tiles of TILE rows, then pairs of tiles merge.
+
+    What stands on and above the diagonal is not read. The inverse by Neumann doubling (I - A)(I + A^2)... is all
+    products but loses every digit where keys are correlated; a library's triangular solve starts threads, or leaves
+    the device's own code, for systems as small as these.
+    """
+    size = matrix.shape[-1]
+    lower = jnp.tril(matrix, -1)
+    width = math.gcd(size, TILE)
+    tiles = jnp.stack([lower[..., i : i + width, i : i + width] for i in range(0, size, width)], axis=-3)
+
+    def one_row(i, inverse):
+        # Row i of the inverse is e_i minus what the rows above it contribute; rows below i are still those of I.
+        row = lax.dynamic_index_in_dim(tiles, i, axis=-2, keepdims=False)
+        row = jax.nn.one_hot(i, width) - _dot("...j,...jk->...k", row, inverse)
+        return lax.dynamic_update_index_in_dim(inverse, row, i, axis=-2)
+
+    inverse = lax.fori_loop(1, width, one_row, jnp.broadcast_to(jnp.eye(width), tiles.shape))
+    while width < size:
+        # [[X, 0], [-Y B X, Y]] inverts [[x, 0], [B, y]] where X and Y invert x and y.
+        below = jnp.stack([lower[..., i + width : i + 2 * width, i : i + width] for i in range(0, size, 2 * width)], -3)
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = -_dot("...ij,...jk->...ik", second, _dot("...ij,...jk->...ik", below, first))
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverse = jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+        width *= 2
+    return inverse[..., 0, :, :]
 
 
 def _dot(equation: str, x: Array, y: Array) -> Array:
