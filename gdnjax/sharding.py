@@ -4,6 +4,8 @@ Everything that a step computes runs per rank inside `shard_step`. Model code se
 `psum` and its siblings below; with one rank they are the identity and no shard_map is built.
 """
 
+import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +15,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, GetAttrKey, KeyPath
+
+log = logging.getLogger("gdnjax")
 
 AXIS = "tp"
 
@@ -49,12 +53,24 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def make_mesh(tp: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `tp` devices along the axis "tp". Raises ValueError where there are fewer."""
+    """A mesh of `tp` devices along the axis "tp". Raises ValueError where there are fewer.
+
+    Ranks on a CPU share XLA's pool of one thread a core, and wait for one another in every collective: more ranks than
+    threads can wait for ever, so that is logged as a warning.
+    """
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < tp:
         raise ValueError(
             f"tensor_parallel_size={tp} needs {tp} devices, JAX sees {len(devices)} "
             f"({devices[0].platform if devices else 'none'})"
+        )
+    if devices[0].platform == "cpu" and tp > (os.cpu_count() or 1):
+        log.warning(
+            "%d ranks on %d CPU cores may wait for one another for ever; set the environment variable NPROC to at "
+            "least %d before JAX starts",
+            tp,
+            os.cpu_count(),
+            2 * tp,
         )
     return Mesh(np.asarray(devices[:tp]), (AXIS,))
 

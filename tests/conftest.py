@@ -3,11 +3,9 @@
 import os
 import pathlib
 
-# Both are read by libraries that load later, scipy with the first triangular solve at the latest.
-# XLA's CPU pool otherwise has a thread per core, and ranks that wait for one another on fewer threads wait for ever.
+# The size of XLA's CPU thread pool, read when the backend starts. It is otherwise the number of cores, and ranks that
+# wait for one another on fewer threads wait for ever.
 os.environ.setdefault("NPROC", "8")
-# The BLAS behind the triangular solve otherwise spins up threads for 64 x 64 systems: 100 times slower on a busy host.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

@@ -64,7 +64,7 @@ def stored(request, tmp_path_factory):
     return request.param, reference, _engine(directory)
 
 
-def _engine(directory):
+def _engine(directory, ranks=1):
     # 128 tokens a step: the longer prompts are prefilled in pieces. One bucket each, since compiling is the cost here.
     config = EngineConfig(
         dtype="float32",
@@ -74,6 +74,7 @@ def _engine(directory):
         max_model_len=512,
         prefill_buckets=(128,),
         decode_buckets=(4,),
+        tensor_parallel_size=ranks,
         warmup=False,
     )
     return LLM(directory, config)
@@ -92,16 +93,16 @@ def _logits(llm, token_ids):
     return np.asarray(logits)[: len(token_ids)]
 
 
-def _generate_greedily(llm, prompts):
-    """Tokens [prompts, GREEDY_STEPS] of the prompts, given to the engine together."""
-    params = SamplingParams(temperature=0.0, max_tokens=GREEDY_STEPS, ignore_eos=True)
+def _generate_greedily(llm, prompts, steps=GREEDY_STEPS):
+    """Tokens [prompts, steps] of the prompts, given to the engine together."""
+    params = SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False)
     return np.array([output.outputs[0].token_ids for output in outputs])
 
 
 def _check_greedy(family, prompts, actual, reference, near_ties):
     """Tokens equal the reference's up to a first near tie, of which there are few over all families."""
-    assert actual.shape == (len(prompts), GREEDY_STEPS)
+    assert actual.shape == (len(prompts), len(reference[0].tokens))
     for prompt, tokens, expected in zip(prompts, actual, reference, strict=True):
         steps = np.flatnonzero(tokens != expected.tokens)
         if not len(steps):
@@ -140,6 +141,20 @@ def test_greedy_tokens_equal_transformers(live, near_ties):
     one_by_one = np.concatenate([_generate_greedily(llm, [prompt]) for prompt in prompts])
     _check_greedy(family, prompts, one_by_one, reference, near_ties)
     _check_greedy(family, prompts, _generate_greedily(llm, prompts), reference, near_ties)
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("qwen3_5_moe_tp", 4), ("qwen3_next_tp", 2)])
+def test_greedy_tokens_of_ranks_equal_transformers(family, ranks, tmp_path, near_ties):
+    """From the disk straight into shards, through a padded vocabulary and replicated kv heads."""
+    pytest.importorskip("torch")
+    checkpoints.write_checkpoint(family, tmp_path)
+    write_tokenizer(tmp_path, vocab_size=400)
+    # Few steps: the ranks of a test share the cores of one machine.
+    prompts = [checkpoints.prompt_tokens(length) for length in (1, 65, 130)]
+    reference = checkpoints.reference_greedy(tmp_path, prompts, 16)
+    with _engine(tmp_path, ranks) as llm:
+        tokens = _generate_greedily(llm, prompts, 16)
+    _check_greedy(f"{family}, {ranks} ranks", prompts, tokens, reference, near_ties)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

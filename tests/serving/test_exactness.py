@@ -22,12 +22,13 @@ MAX_MODEL_LEN = 256
 ALL = MICRO.vocab_size
 KEY_DIM, VALUE_DIM = MICRO.delta.key_head_dim, MICRO.delta.value_head_dim
 
-LOGPROB_BOUND = 5e-5
-"""Of |log-probability - float64|. Over the runs below float32 differs from float64 by 3.4e-6 to 9e-6, whatever the
-buckets, pieces, layouts and ranks; the smallest fault of tests/faults.py moves it by more than ten times this bound."""
+LOGPROB_BOUND = 2e-5
+"""Of |log-probability - float64|. Over the runs below float32 differs from float64 by 3.4e-6 to 4.2e-6, whatever the
+buckets, pieces, layouts and ranks: the bound is five times that. The smallest fault of tests/faults.py moves a
+log-probability by 0.06, 3000 times the bound."""
 
 STATE_BOUND = 1e-5
-"""Of max|state - float64| / max|state| of a layer; float32 differs by up to 1e-6 in the runs below."""
+"""Of max|state - float64| / max|state| of a layer; float32 differs by 1.1e-6 to 2.5e-6 in the runs below."""
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, logprobs=ALL)
 
@@ -388,7 +389,7 @@ def test_float64_bound_sees_the_fault(mixed, fault):
         fault = functools.partial(fault, key_dim=KEY_DIM)
     error = error_of(run_under(mixed, fault))
     print(error)
-    assert error.logprob > 10 * LOGPROB_BOUND
+    assert error.logprob > 100 * LOGPROB_BOUND
 
 
 def test_float64_bound_sees_nothing_without_a_fault(mixed):
@@ -399,4 +400,4 @@ def test_float64_bound_sees_a_missing_reset(mixed, monkeypatch):
     solo(mixed, prompt_of(5, 65))
     monkeypatch.setattr(mixed.engine, "steps", mixed.engine.steps)
     faults.missing_reset(mixed.engine)
-    assert error_of(solo(mixed, prompt_of(0, 65))).logprob > 10 * LOGPROB_BOUND
+    assert error_of(solo(mixed, prompt_of(0, 65))).logprob > 100 * LOGPROB_BOUND

@@ -198,7 +198,7 @@ def check_request(wanted: Wanted, request, expected: list[int]) -> None:
     assert request.finish_reason == ("stop" if expected[-1] in ends else "length")
 
 
-def schedules(name: str, examples: int, *, drawn: bool, max_n: int = 3, longest: int = 10):
+def schedules(name: str, examples: int, *, drawn: bool, max_n: int = 2, longest: int = 8):
     """A property over random schedules on one engine."""
 
     @settings(
@@ -213,11 +213,11 @@ def schedules(name: str, examples: int, *, drawn: bool, max_n: int = 3, longest:
 
 
 def test_random_schedules_with_room_equal_solo_runs():
-    schedules(KV, 300, drawn=True)()
+    schedules(KV, 250, drawn=True)()
 
 
 def test_random_schedules_with_scarce_blocks_equal_solo_runs():
-    schedules(VK, 300, drawn=True)()
+    schedules(VK, 250, drawn=True)()
 
 
 def test_random_schedules_in_a_mixed_pool_equal_solo_runs():
@@ -225,7 +225,7 @@ def test_random_schedules_in_a_mixed_pool_equal_solo_runs():
 
 
 def test_random_schedules_on_two_ranks_equal_solo_runs():
-    schedules(TWO_RANKS, 60, drawn=False)()
+    schedules(TWO_RANKS, 100, drawn=False)()
 
 
 def test_slot_of_an_aborted_request_serves_the_next_at_once():

@@ -247,6 +247,15 @@ def test_long_prompt_is_cut_at_chunks_while_others_decode():
     assert pieces == [(0, 128, False), (128, 128, False), (256, 44, True)]
 
 
+def test_prefill_step_takes_no_more_rows_than_it_is_compiled_for():
+    scheduler = make_scheduler(seqs=20)
+    requests = [make_request(2) for _ in range(12)]
+    for request in requests:
+        scheduler.add(request)
+    assert [piece.request for piece in scheduler.plan().pieces] == requests[:8]
+    assert [piece.request for piece in scheduler.plan().pieces] == requests[8:]
+
+
 def test_head_of_the_queue_is_never_overtaken():
     """The second request would fit where the first does not: it waits, or the first might wait for ever."""
     scheduler = make_scheduler(seqs=3, blocks=20)

@@ -1,0 +1,128 @@
+"""Two and four ranks: the table covers every leaf, and ranks that hold the same thing hold the same values."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from gdnjax import EngineConfig, SamplingParams, abstract_params
+from gdnjax.memory import MemoryPlan
+from gdnjax.serving.llm import LLM
+from gdnjax.sharding import AXIS, TABLE, P, make_mesh, path_name, shardings_of, spec_of, specs_of
+from gdnjax.state import empty_state
+from tests.micro import MICRO, micro_model, micro_params
+
+
+def leaf_names(tree) -> list[str]:
+    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def abstract_state(tp: int):
+    config = EngineConfig(max_num_seqs=2, tensor_parallel_size=tp)
+    geometry = micro_model(tp).geometry(config.block_size, config.ssm_dtype)
+    plan = MemoryPlan.of_counts(geometry, num_slots=2, num_blocks=5, num_logit_rows=2)
+    return jax.eval_shape(lambda: empty_state(geometry, plan, config, 64))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_table_covers_every_leaf_and_divides_it(tp):
+    mesh = make_mesh(tp)
+    for tree in (abstract_params(MICRO, tp, "float32"), abstract_state(tp)):
+        names, leaves = leaf_names(tree), jax.tree.leaves(tree)
+        assert len(set(names)) == len(names)
+        for name, leaf in zip(names, leaves, strict=True):
+            # Raises where the ranks do not divide an axis.
+            NamedSharding(mesh, spec_of(name)).shard_shape(leaf.shape)
+        assert len(jax.tree.leaves(specs_of(tree), is_leaf=lambda x: isinstance(x, P))) == len(leaves)
+
+
+def test_every_line_of_the_table_is_used():
+    names = leaf_names(abstract_params(MICRO, 1, "float32")) + leaf_names(abstract_state(1))
+    first = [next(pattern for pattern, _ in TABLE if re.fullmatch(pattern, name)) for name in names]
+    assert {pattern for pattern, _ in TABLE} == set(first)
+
+
+@pytest.mark.parametrize("name", ["layers.0.linear_attn.in_proj_x.weight", "gdn.unknown", "kv.scales", "weight"])
+def test_unknown_name_raises(name):
+    with pytest.raises(KeyError, match="not in the sharding table"):
+        spec_of(name)
+
+
+def test_too_few_devices_raise():
+    with pytest.raises(ValueError, match="needs 64 devices"):
+        make_mesh(64)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def llm(request) -> LLM:
+    """After a run of three requests that use logit rows, log-probabilities and sampling."""
+    tp = request.param
+    config = EngineConfig(
+        tensor_parallel_size=tp, max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
+        decode_buckets=(4,), state_layout="mixed", max_logprobs=5, warmup=False, compilation_cache_dir="",
+    )  # fmt: skip
+    llm = LLM.from_model(micro_model(tp), micro_params(tp), config, max_model_len=128)
+    emitted: list = []
+    read = llm.engine._read
+
+    def keep(turn):
+        emitted.append((turn.prefill, turn.decode))
+        return read(turn)
+
+    llm.engine._read = keep
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=8, logprobs=5),
+        SamplingParams(temperature=0.8, top_k=9, top_p=0.9, seed=3, max_tokens=8),
+        SamplingParams(temperature=1.0, repetition_penalty=1.2, frequency_penalty=0.5, seed=4, max_tokens=8),
+    ]
+    prompts = [np.random.default_rng(i).integers(0, MICRO.vocab_size, 30 + i).tolist() for i in range(3)]
+    llm.generate(prompts, params, use_tqdm=False)
+    llm.emitted = emitted
+    return llm
+
+
+def rank_values(array: jax.Array) -> list[np.ndarray]:
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.device.id)
+    return [np.asarray(shard.data) for shard in shards]
+
+
+def assert_equal_on_all_ranks(array: jax.Array) -> None:
+    first, *others = rank_values(array)
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+def test_all_ranks_emit_the_same(llm):
+    """Bit for bit: nothing in the step checks it, since shard_map runs without a check of varying types."""
+    assert len(llm.emitted) >= 8
+    for leaf in jax.tree.leaves(llm.emitted):
+        assert len(leaf.addressable_shards) == llm.model.tp
+        assert_equal_on_all_ranks(leaf)
+
+
+def test_replicated_state_is_the_same_on_all_ranks(llm):
+    specs = jax.tree.leaves(specs_of(llm.engine.state), is_leaf=lambda x: isinstance(x, P))
+    for leaf, spec in zip(jax.tree.leaves(llm.engine.state), specs, strict=True):
+        if AXIS not in spec:
+            assert_equal_on_all_ranks(leaf)
+
+
+def test_state_keeps_its_shardings(llm):
+    wanted = shardings_of(llm.engine.state, llm.mesh)
+    jax.tree.map(lambda leaf, where: leaf.sharding.is_equivalent_to(where, leaf.ndim) or pytest.fail(str(where)),
+                 llm.engine.state, wanted)  # fmt: skip
+
+
+def test_ranks_of_one_kv_head_hold_the_same_keys(llm):
+    """With more ranks than kv heads, neighbours hold one head: weights, keys and values."""
+    copies = max(1, llm.model.tp // MICRO.attention.num_kv_heads)
+    attention = llm.params["layers"][2]["self_attn"]
+    arrays = [llm.engine.state.kv.k, llm.engine.state.kv.v]
+    arrays += [attention[name]["weight"] for name in ("k_proj", "v_proj")]
+    for array in arrays:
+        ranks = rank_values(array)
+        for rank, values in enumerate(ranks):
+            np.testing.assert_array_equal(values, ranks[rank - rank % copies])
+        assert np.any(ranks[0] != ranks[copies]) if copies < llm.model.tp else True

@@ -1,0 +1,268 @@
+"""The compiled steps: in place, without a way back to the host, compiled once; and the engine reads in one place."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from gdnjax import LLM, EngineConfig, SamplingParams
+from gdnjax.batch import Emitted
+from gdnjax.memory import MemoryPlan
+from gdnjax.serving import packing
+from gdnjax.serving.tokenizer import Tokenizer
+from gdnjax.sharding import make_mesh
+from gdnjax.state import check_state, empty_state
+from gdnjax.step import StepOptions, build_steps
+from tests.ledger import LedgerModel
+from tests.make_tokenizer import write_tokenizer
+from tests.micro import micro_model, micro_params
+
+FULL = StepOptions(full=True, max_logprobs=5, state_layout="mixed")
+STEPS = {
+    "decode, plain": ("decode", StepOptions(state_layout="mixed")),
+    "decode, full": ("decode", FULL),
+    "prefill, full": ("prefill", FULL),
+    "prefill, prompt_logprobs": ("prefill", dataclasses.replace(FULL, prompt_logprobs=True)),
+}
+CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=128, block_size=16)
+MAX_MODEL_LEN = 256
+
+HOST_CALLS = re.compile(r"callback|infeed|outfeed|xla_ffi_python|xla_python|SendToHost|RecvFromHost|send\(|recv\(")
+
+
+@functools.cache
+def abstract_state(num_slots: int, num_blocks: int):
+    """Shapes only: pools of any size cost nothing."""
+    geometry = micro_model().geometry(CONFIG.block_size, CONFIG.ssm_dtype)
+    plan = MemoryPlan.of_counts(geometry, num_slots=num_slots, num_blocks=num_blocks, num_logit_rows=4)
+    return jax.eval_shape(lambda: empty_state(geometry, plan, CONFIG, MAX_MODEL_LEN))
+
+
+def arguments(kind: str, state):
+    if kind == "decode":
+        batch = packing.pack_decode([], rows=4)
+    else:
+        batch = packing.pack_prefill([], tokens=128, rows=CONFIG.prefill_rows)
+    return micro_params(), state, batch
+
+
+def jitted(name: str, state):
+    kind, options = STEPS[name]
+    steps = build_steps(micro_model(), make_mesh(1), options, micro_params(), state)
+    return getattr(steps, kind)(options), arguments(kind, state)
+
+
+@functools.cache
+def compiled(name: str, num_slots: int, num_blocks: int):
+    function, given = jitted(name, abstract_state(num_slots, num_blocks))
+    return function.lower(*given).compile()
+
+
+def num_bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+SMALL, LARGE = (5_000, 25_000), (20_000, 100_000)
+"""Slots and blocks. The large pools are 115 MB (windows), 184 MB (states) and twice 205 MB (keys, values)."""
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_step_updates_its_pools_in_place(name):
+    """Every byte of the state is an alias of the argument's, and the temporaries know nothing of the pools' size."""
+    small, large = (compiled(name, *size).memory_analysis() for size in (SMALL, LARGE))
+    state = abstract_state(*LARGE)
+    smallest_pool = min(num_bytes(pool) for pool in (state.gdn.ssm, state.gdn.conv, state.kv.k))
+    assert smallest_pool > 100_000_000
+    assert large.alias_size_in_bytes >= num_bytes(state)
+    assert large.temp_size_in_bytes < 0.1 * smallest_pool
+    assert large.temp_size_in_bytes == pytest.approx(small.temp_size_in_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_compiled_step_has_no_way_to_the_host(name):
+    text = compiled(name, *SMALL).as_text()
+    assert "ENTRY" in text
+    assert not HOST_CALLS.findall(text)
+    # What is left is numerics: the triangular solve of the chunked form, and the largest logits.
+    targets = set(re.findall(r'custom_call_target="([^"]*)"', text))
+    assert all(re.match(r"lapack_\w+|TopK|__onednn\$\w+|__cpu\$\w+", target) for target in targets), targets
+
+
+@pytest.mark.parametrize("platform", ["rocm", "cuda"])
+@pytest.mark.parametrize("name", STEPS)
+def test_step_lowers_for_gpus_without_callbacks(name, platform):
+    """Cross-lowering needs no GPU and no plugin: an op without a rule for the platform is an error here."""
+    function, given = jitted(name, abstract_state(*SMALL))
+    text = function.trace(*given).lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo" in text
+    assert not re.findall(r"callback|infeed|outfeed|xla_ffi_python|xla_python", text)
+
+
+@pytest.mark.parametrize("kind", ["decode, plain", "prefill, prompt_logprobs"])
+def test_step_leaks_no_tracer(kind):
+    with jax.checking_leaks():
+        function, given = jitted(kind, abstract_state(*SMALL))
+        function.trace(*given)
+
+
+def test_state_takes_the_bytes_of_the_memory_plan():
+    """Of all that grows with slots, blocks and vocabulary; the scalars of a slot are not in the plan."""
+    geometry = micro_model().geometry(CONFIG.block_size, CONFIG.ssm_dtype)
+    plan = MemoryPlan.of_counts(geometry, num_slots=7, num_blocks=13, num_logit_rows=4)
+    state = jax.eval_shape(lambda: empty_state(geometry, plan, CONFIG, MAX_MODEL_LEN))
+    check_state(state)
+    rows = state.logit_rows
+    assert num_bytes((state.gdn.ssm, state.gdn.conv)) == plan.state_bytes
+    assert num_bytes(state.kv) == plan.kv_bytes
+    assert num_bytes((rows.counts, rows.bias, rows.in_prompt)) == plan.logit_row_bytes
+    others = num_bytes(state) - plan.state_bytes - plan.kv_bytes - plan.logit_row_bytes
+    assert others < 4096 * (plan.num_slots + 1 + plan.num_logit_rows + 1)
+
+
+# The engine around the steps. The ledger model compiles fast, and its tokens do not matter here.
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory) -> LLM:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory, vocab_size=400)
+    model = LedgerModel(vocab_size=400)
+    config = EngineConfig(
+        max_num_seqs=4, max_num_batched_tokens=128, state_layout="mixed", max_logprobs=5, compilation_cache_dir=""
+    )
+    tokenizer = Tokenizer.from_directory(directory)
+    return LLM.from_model(
+        model, model.params(), config, max_model_len=MAX_MODEL_LEN, tokenizer=tokenizer, eos_token_ids=(2,)
+    )
+
+
+KINDS = (
+    {"temperature": 0.0},
+    {"temperature": 1.0, "min_p": 0.02},
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    {"temperature": 0.0, "logprobs": 5},
+    {"temperature": 0.0, "prompt_logprobs": 3},
+    {"temperature": 1.0, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.1},
+    {"temperature": 0.0, "bad_words": ["the", "state is"], "logit_bias": {5: -2.0}},
+    {"temperature": 0.7, "allowed_token_ids": tuple(range(10, 60)), "min_tokens": 4},
+    {"temperature": 1.0, "n": 2, "logprobs": 0},
+    {"temperature": 0.0, "stop": ["e"], "stop_token_ids": (7, 9)},
+)
+
+
+def mixed_requests(count: int) -> tuple[list, list]:
+    numbers = np.random.default_rng(1)
+    lengths = numbers.choice([1, 5, 63, 64, 65, 130, 200], count)
+    prompts = [numbers.integers(3, 400, length).tolist() for length in lengths]
+    tokens = numbers.integers(4, 12, count)
+    params = [SamplingParams(max_tokens=int(tokens[i]), seed=i, **KINDS[i % len(KINDS)]) for i in range(count)]
+    return prompts, params
+
+
+@pytest.fixture
+def backend_compilations():
+    """Durations of every compilation of the process, those of steps and of anything else."""
+    found = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    # The event has this name in the jax that runs: a compilation is heard.
+    jax.jit(lambda x: x + 1)(np.float32(1))
+    assert found
+    found.clear()
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_mixed_run_compiles_nothing_after_warm_up(warm, backend_compilations):
+    steps = warm.engine.num_compilations
+    prompts, params = mixed_requests(50)
+    results = warm.generate(prompts, params, use_tqdm=False)
+    assert all(result.finished for result in results)
+    assert sum(result.prompt_logprobs is not None for result in results) == 5
+    assert warm.engine.num_compilations == steps
+    assert backend_compilations == []
+
+
+class Sealed:
+    """A device array that gives its shape and starts its copy, and whose values nobody can have.
+
+    Patching the conversions of jax.Array would miss some: on CPU numpy reads it through the buffer protocol.
+    """
+
+    def __init__(self, array: jax.Array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def copy_to_host_async(self) -> None:
+        self.array.copy_to_host_async()
+
+    def _refuse(self, *_, **__):
+        raise AssertionError("a value was read from the device outside Engine._read")
+
+    __array__ = __bool__ = __int__ = __float__ = __index__ = __iter__ = __len__ = __getitem__ = _refuse
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __sub__ = __mul__ = __invert__ = __and__ = __or__ = _refuse
+    __hash__ = None
+    block_until_ready = is_ready = delete = item = tolist = _refuse
+
+
+def seal(tree):
+    return jax.tree.map(Sealed, tree)
+
+
+def unseal(tree):
+    return jax.tree.map(lambda leaf: leaf.array if isinstance(leaf, Sealed) else leaf, tree)
+
+
+@pytest.fixture
+def sealed(warm, monkeypatch) -> LLM:
+    """The engine with every array that a step returns sealed, and `_read` the only place that can open one."""
+    engine, steps, read = warm.engine, warm.engine.steps, warm.engine._read
+    while engine.has_work:
+        engine.step()
+
+    def through(function):
+        return lambda *given: seal(function(*unseal(given)))
+
+    monkeypatch.setattr(engine, "state", seal(engine.state))
+    monkeypatch.setattr(engine, "_read", lambda turn: read(dataclasses.replace(turn, **_opened(turn))))
+    replaced = dataclasses.replace(
+        steps,
+        admit=through(steps.admit),
+        fill_logit_row=through(steps.fill_logit_row),
+        prefill=lambda options: through(steps.prefill(options)),
+        decode=lambda options: through(steps.decode(options)),
+    )
+    monkeypatch.setattr(engine, "steps", replaced)
+    yield warm
+    state = unseal(engine.state)
+    monkeypatch.undo()
+    engine.state = state
+
+
+def _opened(turn) -> dict[str, Emitted | None]:
+    return {"prefill": unseal(turn.prefill), "decode": unseal(turn.decode)}
+
+
+def test_engine_reads_the_device_in_one_place_once_a_turn(sealed):
+    prompts, params = mixed_requests(20)
+    counters = sealed.engine.counters
+    turns, reads = counters.num_turns, counters.num_device_reads
+    results = sealed.generate(prompts, params, use_tqdm=False)
+    while sealed.engine.has_work:
+        sealed.engine.step()
+    assert all(result.finished for result in results)
+    assert counters.num_turns - turns == counters.num_device_reads - reads > 20
+
+
+def test_read_outside_its_place_is_seen(sealed):
+    """The seal holds: what the test above relies on."""
+    with pytest.raises(AssertionError, match=r"outside Engine\._read"):
+        np.asarray(sealed.engine.state.slots.length)
+    with pytest.raises((AssertionError, TypeError)):
+        jax.device_get(sealed.engine.state.slots.done)
