@@ -50,6 +50,7 @@ class DeltaConfig:
     conv_kernel: int
 
     def __post_init__(self):
+        _check_positive(self)
         if self.num_value_heads % self.num_key_heads:
             raise ValueError(
                 f"linear_num_value_heads must be a multiple of linear_num_key_heads, "
@@ -94,6 +95,7 @@ class AttentionConfig:
     rope_theta: float
 
     def __post_init__(self):
+        _check_positive(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads must be a multiple of num_key_value_heads, "
@@ -248,6 +250,9 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
     model_type = raw.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(f"unsupported model_type {model_type!r}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
+    for name in ("text_config", "quantization_config"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise ValueError(f"{name} must be a JSON object, got {raw[name]!r}")
     quantisation = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
     if quantisation:
         raise ValueError(
@@ -265,6 +270,9 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"unsupported hidden_act {hf.hidden_act!r}; supported: silu")
     if hf.attention_bias:
         raise ValueError("attention_bias=true is not supported; supported: false")
+    unknown = sorted(set(hf.layer_types) - {kind.value for kind in LayerKind})
+    if unknown:
+        raise ValueError(f"unsupported layer_types {unknown}; supported: {[kind.value for kind in LayerKind]}")
     layer_kinds = tuple(LayerKind(kind) for kind in hf.layer_types)
     moe = None
     if getattr(hf, "num_experts", 0):
@@ -426,6 +434,14 @@ class EngineConfig:
     def prefill_rows(self) -> int:
         """Requests whose prompt tokens may share one prefill step."""
         return min(self.max_num_seqs, 8)
+
+
+def _check_positive(geometry: Any) -> None:
+    """Raises ValueError for a field of a geometry that is not above 0."""
+    for field in dataclasses.fields(geometry):
+        value = getattr(geometry, field.name)
+        if not value > 0:
+            raise ValueError(f"{type(geometry).__name__}.{field.name} must be above 0, got {value!r}")
 
 
 def _check_int(name: str, value: Any, least: int) -> None:

@@ -103,6 +103,12 @@ class SamplingParams:
                 _integer(name, getattr(self, name), 0)
         self._freeze_sequences()
 
+    def __hash__(self) -> int:
+        # logit_bias is a dict; without it a SamplingParams could be no static argument of a user's jit.
+        bias = tuple(sorted(self.logit_bias.items())) if self.logit_bias else ()
+        others = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "logit_bias")
+        return hash((bias, *others))
+
     def _freeze_sequences(self) -> None:
         """Turns sequences into tuples and checks their members."""
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop

@@ -251,6 +251,18 @@ def test_unknown_layer_type_is_refused():
         ModelConfig.from_hf(hf_dict("qwen3_5_text") | {"layer_types": ["sliding_attention"] * 3})
 
 
+@pytest.mark.parametrize("name", ["linear_num_key_heads", "linear_value_head_dim", "num_key_value_heads"])
+def test_geometry_of_nothing_is_refused(name):
+    with pytest.raises(ValueError, match="must be above 0, got 0"):
+        ModelConfig.from_hf(hf_dict("qwen3_5_text") | {name: 0})
+
+
+@pytest.mark.parametrize("name", ["text_config", "quantization_config"])
+def test_section_of_another_type_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be a JSON object, got 'int8'"):
+        ModelConfig.from_hf(hf_dict("qwen3_5_text") | {name: "int8"})
+
+
 def test_directory_without_config_says_what_was_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json here; expected a Hugging Face checkpoint directory"):
         ModelConfig.from_hf(tmp_path)

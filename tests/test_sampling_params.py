@@ -67,6 +67,14 @@ def without_type_checks():
 
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(("values", "message"), BAD, ids=[str(values)[:60] for values, _ in BAD])
+def test_params_are_hashable_and_equal_by_value():
+    one = SamplingParams(logit_bias={3: 1.0, 1: -2.0}, stop=["a"])
+    same = SamplingParams(logit_bias={1: -2.0, 3: 1.0}, stop=["a"])
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != SamplingParams(logit_bias={1: -2.0}, stop=["a"])
+
+
 def test_bad_value_is_named(values, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**values)

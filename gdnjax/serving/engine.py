@@ -109,10 +109,19 @@ class Engine:
         """One turn: dispatches the next plan, then reads the turn before it. Returns the requests that moved on."""
         plan = self.scheduler.plan()
         if plan is not None:
-            self._in_flight.append(self._dispatch(plan))
+            self._in_flight.append(self._dispatch_or_abort(plan))
         if self._in_flight and (plan is None or len(self._in_flight) > 1):
             return self._harvest(self._in_flight.popleft())
         return []
+
+    def _dispatch_or_abort(self, plan: Plan) -> InFlight:
+        """Dispatches; if that fails, or is interrupted, nobody waits for tokens that will never come."""
+        try:
+            return self._dispatch(plan)
+        except BaseException:
+            for request in list(self.scheduler.running):
+                self.abort(request)
+            raise
 
     def _dispatch(self, plan: Plan) -> InFlight:
         """Sends a plan to the device without waiting for anything."""

@@ -159,7 +159,7 @@ class LLM:
         """
         prompts = _as_list(prompts)
         params = self._params_for(prompts, sampling_params)
-        groups = [self._make_requests(p, s, i) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
+        groups = self._make_groups(prompts, params)
         return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
 
     def chat(
@@ -264,6 +264,15 @@ class LLM:
             raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling params; give one for all or one each")
         return params
 
+    def _make_groups(self, prompts: list[Prompt], params: list[SamplingParams]) -> "list[_Group]":
+        """All prompts checked, none queued. A call that fails takes no numbers, so it changes no later seed."""
+        first = self._num_requests
+        try:
+            return [self._make_requests(p, s, i) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
+        except BaseException:
+            self._num_requests = first
+            raise
+
     def _make_requests(self, prompt: Prompt, params: SamplingParams, index: int) -> "_Group":
         """The samples of one prompt, checked, not queued."""
         where = f"prompt {index}"
@@ -350,6 +359,7 @@ class LLM:
             raise ValueError(
                 f"EOS and stop_token_ids together are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKENS}"
             )
+        _check_something_is_allowed(params, stop_token_ids)
         return stop_token_ids
 
     def _run(self, requests: list[Request], groups: list["_Group"], use_tqdm: bool) -> list[RequestOutput]:
@@ -416,6 +426,20 @@ def _completion(request: Request) -> CompletionOutput:
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
     )
+
+
+def _check_something_is_allowed(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> None:
+    """Raises ValueError where allowed_token_ids, bias and min_tokens together leave no token to draw."""
+    if params.allowed_token_ids is None:
+        return
+    banned = {token for token, bias in (params.logit_bias or {}).items() if bias == -math.inf}
+    if params.min_tokens:
+        banned.update(stop_token_ids)
+    if banned.issuperset(params.allowed_token_ids):
+        raise ValueError(
+            f"allowed_token_ids={list(params.allowed_token_ids)} leaves no token to draw: all of them are forbidden by "
+            "logit_bias, or end the output before min_tokens"
+        )
 
 
 def _prompt_of_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:

@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import math
 import shutil
 
 import jax
@@ -486,6 +487,8 @@ BAD_PROMPTS = [
     (TEXT, SamplingParams(logit_bias={VOCAB: 1.0}), f"prompt 1: logit_bias has token id {VOCAB}, outside"),
     (TEXT, SamplingParams(allowed_token_ids=[VOCAB]), f"prompt 1: allowed_token_ids has token id {VOCAB}, outside"),
     (TEXT, SamplingParams(stop_token_ids=list(range(16))), "prompt 1: EOS and .* together are 18 ids; allowed: 16"),
+    (TEXT, SamplingParams(allowed_token_ids=[9], logit_bias={9: -math.inf}), "prompt 1: .* leaves no token to draw"),
+    (TEXT, SamplingParams(allowed_token_ids=[9], stop_token_ids=[9], min_tokens=1), "prompt 1: .* leaves no token"),
     (TEXT, SamplingParams(bad_words=["x" * 100]), "prompt 1: bad word 'xxx.*allowed: 1 to 8"),
 ]  # fmt: skip
 
@@ -763,6 +766,32 @@ def test_interrupted_call_leaves_nothing_behind(llm, monkeypatch):
     monkeypatch.undo()
     (expected,) = run(llm, TEXT)
     assert tokens_of(run(llm, TEXT)[0]) == tokens_of(expected)
+
+
+def test_failed_dispatch_keeps_nobody_waiting(llm, monkeypatch):
+    """A request beside the one whose call fails ends as aborted, and the engine serves the next."""
+    (expected,) = run(llm, TEXT)
+    stream = llm.stream(TEXT, GREEDY)
+    next(stream)
+
+    def broken(plan):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(llm.engine, "_dispatch", broken)
+    with pytest.raises(RuntimeError, match="out of order"):
+        run(llm, TEXT)
+    monkeypatch.undo()
+    assert [piece.finish_reason for piece in stream][-1] == "abort"
+    assert (llm.stats()["num_running"], llm.stats()["num_waiting"]) == (0, 0)
+    assert tokens_of(run(llm, TEXT)[0]) == tokens_of(expected)
+
+
+def test_failed_call_changes_no_later_seed(llm):
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    before = llm._num_requests
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        run(llm, [TEXT, []], params)
+    assert llm._num_requests == before
 
 
 def test_closed_engine_refuses_every_call(directory):
