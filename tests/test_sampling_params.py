@@ -67,14 +67,6 @@ def without_type_checks():
 
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(("values", "message"), BAD, ids=[str(values)[:60] for values, _ in BAD])
-def test_params_are_hashable_and_equal_by_value():
-    one = SamplingParams(logit_bias={3: 1.0, 1: -2.0}, stop=["a"])
-    same = SamplingParams(logit_bias={1: -2.0, 3: 1.0}, stop=["a"])
-    assert one == same
-    assert hash(one) == hash(same)
-    assert one != SamplingParams(logit_bias={1: -2.0}, stop=["a"])
-
-
 def test_bad_value_is_named(values, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**values)
@@ -178,3 +170,11 @@ def test_parameters_cannot_be_changed():
 def test_only_those_who_need_a_row_or_the_full_sampler_pay_for_it(values, row, full):
     params = SamplingParams(**values)
     assert (params.needs_logit_row, params.needs_full_sampler) == (row, full)
+
+
+def test_params_are_hashable_and_equal_by_value():
+    one = SamplingParams(logit_bias={3: 1.0, 1: -2.0}, stop=["a"])
+    same = SamplingParams(logit_bias={1: -2.0, 3: 1.0}, stop=["a"])
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != SamplingParams(logit_bias={1: -2.0}, stop=["a"])

@@ -78,6 +78,7 @@ class LLM:
     ):
         config = _engine_config(config, kwargs)
         directory = _checkpoint_directory(model)
+        _configure_compilation_cache(config)
         model_config = ModelConfig.from_hf(directory)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         backend.resolve(config.kernels, jax.default_backend())
@@ -112,6 +113,7 @@ class LLM:
             raise ValueError(
                 f"the model was built for {model.tp} ranks, tensor_parallel_size is {config.tensor_parallel_size}"
             )
+        _configure_compilation_cache(config)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         backend.resolve(config.kernels, jax.default_backend())
         length = _max_model_len(config, max_model_len)
@@ -122,7 +124,6 @@ class LLM:
         return llm
 
     def _start(self, model, params, mesh, config, plan, max_model_len, tokenizer, defaults, eos_token_ids) -> None:
-        _configure_compilation_cache(config)
         log.info("memory of one rank:\n%s", plan)
         self.model, self.config, self.mesh = model, config, mesh
         self.memory_plan, self.max_model_len = plan, max_model_len

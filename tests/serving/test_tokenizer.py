@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
+from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generation_defaults, text_messages
 from tests.make_tokenizer import write_tokenizer
 
@@ -162,10 +162,11 @@ def test_bad_word_of_a_wrong_length_is_an_error(tokenizer, word):
         tokenizer.bad_word_sequences(["dog", word])
 
 
-def test_too_many_bad_word_sequences_are_an_error(tokenizer):
-    words = [f"{first}{second}" for first in "qxzv" for second in "jkwy9"]
-    with pytest.raises(ValueError, match=rf"20 words are 40 token sequences.*allowed: {MAX_BAD_WORDS} sequences"):
-        tokenizer.bad_word_sequences(words)
+def test_as_many_words_as_are_allowed_fit_the_device(tokenizer):
+    words = [f"{first}{second}" for first in "qxzvQXZV" for second in "jkwy"]
+    assert len(words) == MAX_BAD_WORDS
+    assert len(SamplingParams(bad_words=words).bad_words) == MAX_BAD_WORDS
+    assert len(tokenizer.bad_word_sequences(words)) == MAX_BAD_SEQUENCES
 
 
 def write_generation_config(directory, config):
