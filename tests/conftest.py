@@ -8,6 +8,7 @@ import pathlib
 os.environ.setdefault("NPROC", "8")
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -16,6 +17,14 @@ jax.config.update("jax_num_cpu_devices", 4)
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture
+def without_type_checks():
+    """As users run it: the type checks of the test run would refuse wrong types before the package does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_collection_modifyitems(items):

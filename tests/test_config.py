@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jaxtyping
 import numpy as np
 import pytest
 import transformers
@@ -365,14 +364,6 @@ BAD_ENGINE = [
     ({"enable_prefix_caching": True}, "enable_prefix_caching=True is not supported yet; allowed: False"),
     ({"num_speculative_tokens": 2}, "num_speculative_tokens=2 is not supported yet; allowed: 0"),
 ]
-
-
-@pytest.fixture
-def without_type_checks():
-    """As users run it: the type checks of the test run would refuse wrong types before the package does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("without_type_checks")

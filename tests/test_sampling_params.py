@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import jaxtyping
 import pytest
 
 from gdnjax import SamplingParams
@@ -55,14 +54,6 @@ BAD = [
     ({"logit_bias": {3: math.nan}}, r"logit_bias\[3\] must be a number"),
     ({"logit_bias": {3: "much"}}, r"logit_bias\[3\] must be a number"),
 ]
-
-
-@pytest.fixture
-def without_type_checks():
-    """As users run it: the type checks of the test run would refuse wrong types before the package does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("without_type_checks")

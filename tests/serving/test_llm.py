@@ -8,7 +8,6 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -68,14 +67,6 @@ def nothing_is_left_behind(request):
         stats = engine.stats()
         used = [stats[name] for name in ("num_running", "num_waiting", "slots_used", "blocks_used")]
         assert used == [0, 0, 0, 0]
-
-
-@pytest.fixture
-def without_type_checks():
-    """As users run it: the type checks of the test run would refuse wrong types before the package does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def run(llm, prompts, params=GREEDY):
