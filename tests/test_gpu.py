@@ -49,14 +49,18 @@ def test_plan_fits_the_device(llm):
 
 
 def test_dispatch_reads_nothing_back(llm, monkeypatch):
-    """Planning and dispatching run under a guard against reads, explicit ones too; only Engine._read is let through."""
-    read = llm.engine._read
+    """Planning and dispatching run under a guard against reads, explicit ones too. Let through are only Engine._read
+    and the copies that are started for it."""
 
-    def guarded_read(turn):
-        with jax.transfer_guard_device_to_host("allow"):
-            return read(turn)
+    def let_through(method):
+        def allowed(turn):
+            with jax.transfer_guard_device_to_host("allow"):
+                return method(turn)
 
-    monkeypatch.setattr(llm.engine, "_read", guarded_read)
+        return allowed
+
+    for name in ("_read", "_start_copies"):
+        monkeypatch.setattr(llm.engine, name, let_through(getattr(llm.engine, name)))
     # Compiling may read constants, so every step is compiled first.
     params = SamplingParams(max_tokens=6, temperature=0.8, top_k=20, logprobs=2)
     llm.generate(_prompts(70, 5), params, use_tqdm=False)

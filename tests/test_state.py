@@ -8,24 +8,11 @@ import numpy as np
 import pytest
 
 from gdnjax.config import EngineConfig
-from gdnjax.memory import MemoryPlan, StateGeometry
+from gdnjax.memory import MemoryPlan
 from gdnjax.state import NO_TOKEN, ServeState, check_state, empty_state
+from tests.geometries import SMALL_GEOMETRY
 
-GEOMETRY = StateGeometry(
-    delta_layers=3,
-    value_heads=6,
-    state_size=16 * 24,
-    conv_rows=3,
-    conv_dim=208,
-    attention_layers=2,
-    kv_heads=2,
-    head_dim=32,
-    vocab_size=101,
-    block_size=8,
-    ssm_dtype="float32",
-    conv_dtype="bfloat16",
-    kv_dtype="bfloat16",
-)
+GEOMETRY = dataclasses.replace(SMALL_GEOMETRY, vocab_size=101, block_size=8)
 PLAN = MemoryPlan.of_counts(GEOMETRY, num_slots=4, num_blocks=20, num_logit_rows=2)
 
 

@@ -129,9 +129,14 @@ class Engine:
         self._admit(plan.admitted)
         prefill = self._prefill(plan.pieces) if plan.pieces else None
         decode = self._decode(plan.decoding) if plan.decoding else None
-        for leaf in jax.tree.leaves((prefill, decode)):
+        turn = InFlight(plan, prefill, decode)
+        self._start_copies(turn)
+        return turn
+
+    def _start_copies(self, turn: InFlight) -> None:
+        """Has the device send home what _read will look for, as soon as it is there. Waits for nothing."""
+        for leaf in jax.tree.leaves((turn.prefill, turn.decode)):
             leaf.copy_to_host_async()
-        return InFlight(plan, prefill, decode)
 
     def _admit(self, requests: list[Request]) -> None:
         if not requests:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gdnjax import backend, checkpoint, memory, sharding
 from gdnjax.config import EngineConfig, ModelConfig
-from gdnjax.models import HybridModel, Model, abstract_params, build_model
+from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.engine import Engine, place_params, step_workspace
@@ -549,4 +549,4 @@ def _configure_compilation_cache(config: EngineConfig) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-__all__ = ["LLM", "HybridModel", "Prompt", "StreamOutput"]
+__all__ = ["LLM", "Prompt", "StreamOutput"]
