@@ -10,7 +10,7 @@ import pytest
 from gdnjax import memory
 from gdnjax.config import AttentionConfig, DeltaConfig, EngineConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
-from tests.geometries import SMALL_GEOMETRY
+from tests.geometries import SMALL_GEOMETRY as SMALL
 
 PATTERN = (LayerKind.DELTA,) * 3 + (LayerKind.ATTENTION,)
 
@@ -74,9 +74,9 @@ def test_large_model_by_default_dtypes_is_exact():
 
 
 def test_small_geometry_is_exact():
-    assert SMALL_GEOMETRY.slot_bytes == 3 * (3 * 208 * 2 + 6 * 16 * 24 * 4)
-    assert SMALL_GEOMETRY.block_bytes == 2 * 2 * 16 * 2 * 32 * 2
-    assert SMALL_GEOMETRY.logit_row_bytes == 401 * 9
+    assert SMALL.slot_bytes == 3 * (3 * 208 * 2 + 6 * 16 * 24 * 4)
+    assert SMALL.block_bytes == 2 * 2 * 16 * 2 * 32 * 2
+    assert SMALL.logit_row_bytes == 401 * 9
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
@@ -88,7 +88,7 @@ def test_ranks_share_the_state_and_replicate_kv_heads_beyond_their_number(tp):
 
 
 def test_model_without_attention_needs_no_block_bytes():
-    geometry = dataclasses.replace(SMALL_GEOMETRY, attention_layers=0)
+    geometry = dataclasses.replace(SMALL, attention_layers=0)
     assert geometry.block_bytes == geometry.equivalent_blocks == 0
     plan = memory.plan(geometry, EngineConfig(max_num_seqs=2), max_model_len=64, budget_bytes=1 << 20)
     assert plan.num_blocks == 2 * 4
@@ -100,33 +100,26 @@ def engine(**overrides):
 
 
 def floor_bytes(config, weights=0, workspace=0):
-    slots = (config.max_num_seqs + 1) * SMALL_GEOMETRY.slot_bytes
-    return slots + (config.num_logit_rows + 1) * SMALL_GEOMETRY.logit_row_bytes + weights + workspace
+    slots = (config.max_num_seqs + 1) * SMALL.slot_bytes
+    return slots + (config.num_logit_rows + 1) * SMALL.logit_row_bytes + weights + workspace
 
 
 def test_plan_reserves_state_first_and_gives_the_rest_to_blocks():
     config = engine()
-    budget = (
-        floor_bytes(config, weights=1000, workspace=77)
-        + 21 * SMALL_GEOMETRY.block_bytes
-        + SMALL_GEOMETRY.block_bytes
-        - 1
-    )
-    plan = memory.plan(
-        SMALL_GEOMETRY, config, max_model_len=256, budget_bytes=budget, weight_bytes=1000, workspace_bytes=77
-    )
+    budget = floor_bytes(config, weights=1000, workspace=77) + 21 * SMALL.block_bytes + SMALL.block_bytes - 1
+    plan = memory.plan(SMALL, config, max_model_len=256, budget_bytes=budget, weight_bytes=1000, workspace_bytes=77)
     # One of the 21 is the null block.
     assert (plan.num_slots, plan.num_blocks, plan.num_logit_rows) == (4, 20, 4)
-    assert plan.state_bytes == 5 * SMALL_GEOMETRY.slot_bytes
-    assert plan.kv_bytes == 21 * SMALL_GEOMETRY.block_bytes
-    assert plan.logit_row_bytes == 5 * SMALL_GEOMETRY.logit_row_bytes
-    assert plan.total_bytes == budget - (SMALL_GEOMETRY.block_bytes - 1)
+    assert plan.state_bytes == 5 * SMALL.slot_bytes
+    assert plan.kv_bytes == 21 * SMALL.block_bytes
+    assert plan.logit_row_bytes == 5 * SMALL.logit_row_bytes
+    assert plan.total_bytes == budget - (SMALL.block_bytes - 1)
 
 
 def test_plan_stops_at_what_the_requests_can_use():
-    plan = memory.plan(SMALL_GEOMETRY, engine(), max_model_len=250, budget_bytes=GIB)
+    plan = memory.plan(SMALL, engine(), max_model_len=250, budget_bytes=GIB)
     assert plan.num_blocks == 4 * 16
-    asked = memory.plan(SMALL_GEOMETRY, engine(num_kv_blocks=7), max_model_len=250, budget_bytes=GIB)
+    asked = memory.plan(SMALL, engine(num_kv_blocks=7), max_model_len=250, budget_bytes=GIB)
     assert asked.num_blocks == 7
 
 
@@ -136,8 +129,8 @@ def test_nearly_equal_budgets_give_equal_shapes():
     floor = floor_bytes(config)
     counts = {}
     for available in range(100, 700):
-        budget = floor + (available + 1) * SMALL_GEOMETRY.block_bytes
-        counts[available] = memory.plan(SMALL_GEOMETRY, config, max_model_len=1600, budget_bytes=budget).num_blocks
+        budget = floor + (available + 1) * SMALL.block_bytes
+        counts[available] = memory.plan(SMALL, config, max_model_len=1600, budget_bytes=budget).num_blocks
     assert all(available * 15 / 16 < count <= available for available, count in counts.items())
     assert list(counts.values()) == sorted(counts.values())
     assert len(set(counts.values())) < 50
@@ -150,22 +143,22 @@ def test_shortfall_is_exact(num_kv_blocks, weights):
     options = {"max_model_len": 250, "weight_bytes": weights, "workspace_bytes": 11}
     budget = floor_bytes(config, weights) // 2
     with pytest.raises(MemoryError, match="bytes short") as error:
-        memory.plan(SMALL_GEOMETRY, config, budget_bytes=budget, **options)
+        memory.plan(SMALL, config, budget_bytes=budget, **options)
     short = int(re.match(r"([\d,]+) bytes short", str(error.value))[1].replace(",", ""))
-    plan = memory.plan(SMALL_GEOMETRY, config, budget_bytes=budget + short, **options)
+    plan = memory.plan(SMALL, config, budget_bytes=budget + short, **options)
     assert plan.num_blocks == (num_kv_blocks or 16)
     assert plan.total_bytes == budget + short
     with pytest.raises(MemoryError, match=r"^1 bytes short"):
-        memory.plan(SMALL_GEOMETRY, config, budget_bytes=budget + short - 1, **options)
+        memory.plan(SMALL, config, budget_bytes=budget + short - 1, **options)
 
 
 def test_shortfall_names_every_part_and_every_remedy():
     with pytest.raises(MemoryError) as error:
-        memory.plan(SMALL_GEOMETRY, engine(), max_model_len=250, budget_bytes=12_345, weight_bytes=777_777)
+        memory.plan(SMALL, engine(), max_model_len=250, budget_bytes=12_345, weight_bytes=777_777)
     for part in (
         "weights 777,777",
         "5 slots",
-        f"{5 * SMALL_GEOMETRY.slot_bytes:,}",
+        f"{5 * SMALL.slot_bytes:,}",
         "17 KV blocks",
         "budget of 12,345 bytes",
     ):
@@ -175,10 +168,10 @@ def test_shortfall_names_every_part_and_every_remedy():
 
 
 def test_printed_plan_adds_up():
-    plan = MemoryPlan.of_counts(SMALL_GEOMETRY, num_slots=4, num_blocks=20, num_logit_rows=2, weight_bytes=1 << 20)
+    plan = MemoryPlan.of_counts(SMALL, num_slots=4, num_blocks=20, num_logit_rows=2, weight_bytes=1 << 20)
     text = str(plan)
-    assert f"4 slots of {SMALL_GEOMETRY.slot_bytes:,} B" in text
-    assert f"20 blocks of {SMALL_GEOMETRY.block_bytes:,} B" in text
+    assert f"4 slots of {SMALL.slot_bytes:,} B" in text
+    assert f"20 blocks of {SMALL.block_bytes:,} B" in text
     assert f"total            {plan.total_bytes / (1 << 20):>10.1f} MiB" in text
 
 
