@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import glob
 import grp
+import importlib
 import importlib.metadata
 import json
 import os
@@ -84,6 +85,7 @@ class Report:
     """What was seen.
 
     packages      installed version of each package that matters, None where absent.
+    flax_error    why flax.nnx does not import, None where it does.
     kernels       the implementation that kernels="auto" means here; None where no backend starts.
     device_files  state of the GPU drivers' files, by path or pattern.
     libraries     by plugin family, the shared libraries it needs: why each does not load, None where it does.
@@ -92,6 +94,7 @@ class Report:
 
     python: str
     packages: dict[str, str | None]
+    flax_error: str | None
     runtime: Runtime
     kernels: str | None
     device_files: dict[str, FileState]
@@ -149,6 +152,14 @@ def _load_error(library: str) -> str | None:
         ctypes.CDLL(library)
     except OSError as error:
         return str(error)
+    return None
+
+
+def _import_error(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # Packages that do not fit each other raise whatever they trip over.
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -212,6 +223,7 @@ class Probes:
     user_groups: Callable[[], tuple[str, ...]] = _user_groups
     plugin_libraries: Callable[[str], list[str]] = _plugin_libraries
     load_error: Callable[[str], str | None] = _load_error
+    import_error: Callable[[str], str | None] = _import_error
     start_jax: Callable[[], Runtime] = _start_jax
     choose_kernels: Callable[[str], str] = _choose_kernels
 
@@ -225,6 +237,7 @@ def inspect(probes: Probes | None = None) -> Report:
     return Report(
         python=platform.python_version(),
         packages={"gdnjax": __version__, **packages},
+        flax_error=None if runtime.platform is None else probes.import_error("flax.nnx"),
         runtime=runtime,
         kernels=None if runtime.platform is None else probes.choose_kernels(runtime.platform),
         device_files={path: probes.file_state(path) for path in (KFD, RENDER_NODES, NVIDIA)},
@@ -263,8 +276,13 @@ def _warning(problem: str, fix: str) -> Finding:
 
 
 def _package_findings(report: Report) -> list[Finding]:
-    """Plugins that are half installed, made for another jaxlib, or several at once."""
+    """A flax that does not fit jax; plugins half installed, made for another jaxlib, or several at once."""
     findings = []
+    if report.flax_error is not None:
+        flax, jax = report.packages["flax"], report.packages["jax"]
+        findings.append(
+            _error(f"flax {flax} does not import beside jax {jax}: {report.flax_error}", "pip install --upgrade flax")
+        )
     for family in report.plugins():
         installed = [name for name in _package_names(family) if report.packages[name]]
         missing = [name for name in _package_names(family) if not report.packages[name]]

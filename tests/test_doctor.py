@@ -29,6 +29,7 @@ def report(packages=None, files=None, runtime=ON_CPU, **fields):
     values = {
         "python": "3.12.1",
         "packages": known | (packages or {}),
+        "flax_error": None,
         "runtime": runtime,
         "kernels": "reference",
         "device_files": absent | (files or {}),
@@ -129,6 +130,13 @@ def on(platform, device):
     return Runtime(platform=platform, devices=(device,))
 
 
+def test_flax_that_does_not_fit_is_an_error():
+    findings = doctor.diagnose(report({"jax": "0.11.2"}, flax_error="AttributeError: no 'HiPrimitive'"))
+    assert findings[0].severity is Severity.ERROR
+    assert findings[0].problem == "flax 0.12.8 does not import beside jax 0.11.2: AttributeError: no 'HiPrimitive'"
+    assert findings[0].fix == "pip install --upgrade flax"
+
+
 @pytest.mark.parametrize(("name", "other"), [(half, other) for half in ROCM for other in ROCM if half != other])
 def test_half_a_plugin_is_an_error(name, other):
     severity, problem, fix = only_finding(report({name: "0.10.2"}, DRIVER, on("rocm", MI300X)))
@@ -190,6 +198,7 @@ def test_inspect_reports_what_the_probes_answer():
         user_groups=lambda: ("render",),
         plugin_libraries=lambda family: [f"{family}.so"],
         load_error=lambda library: f"{library}: broken",
+        import_error=lambda module: f"no {module}",
         start_jax=lambda: on("rocm", MI300X),
         choose_kernels=lambda platform: f"kernels of {platform}",
     )
@@ -201,6 +210,7 @@ def test_inspect_reports_what_the_probes_answer():
     assert seen.device_files["/dev/kfd"] is FileState.OPEN
     assert seen.device_files["/dev/nvidia0"] is FileState.MISSING
     assert seen.kernels == "kernels of rocm"
+    assert seen.flax_error == "no flax.nnx"
     assert seen.groups == ("render",)
 
 
