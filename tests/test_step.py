@@ -12,6 +12,7 @@ from gdnjax import LLM, EngineConfig, SamplingParams
 from gdnjax.batch import Emitted
 from gdnjax.memory import MemoryPlan
 from gdnjax.serving import packing
+from gdnjax.serving.engine import step_workspace
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.sharding import make_mesh
 from gdnjax.state import check_state, empty_state
@@ -67,6 +68,14 @@ def num_bytes(tree) -> int:
 
 SMALL, LARGE = (5_000, 25_000), (20_000, 100_000)
 """Slots and blocks. The large pools are 115 MB (windows), 184 MB (states) and twice 205 MB (keys, values)."""
+
+
+def test_planned_workspace_holds_every_step():
+    """It is estimated with other pools, which may move it by the few percent that they may move any step."""
+    config = dataclasses.replace(CONFIG, state_layout=FULL.state_layout, max_logprobs=FULL.max_logprobs)
+    workspace = step_workspace(micro_model(), config, make_mesh(1), MAX_MODEL_LEN, micro_params())
+    needed = [compiled(name, *LARGE).memory_analysis().temp_size_in_bytes for name in STEPS]
+    assert 0.95 * max(needed) <= workspace <= 1.05 * max(needed)
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -1,6 +1,7 @@
 """Models behind one small interface, `Model`: what a step needs of them, and nothing else."""
 
 import dataclasses
+import functools
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -88,7 +89,9 @@ def abstract_params(config: ModelConfig, tp: int, dtype: str) -> Params:
     return jax.tree_util.tree_map_with_path(global_shape, local)
 
 
+@functools.lru_cache(maxsize=1)
 def _abstract(config: ModelConfig, dtype: str, tp: int) -> Qwen3_5:
+    """The module with shapes in place of parameters; `build_model` and `abstract_params` both start from it."""
     return nnx.eval_shape(lambda: Qwen3_5(config, dtype, tp))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gdnjax import sharding
@@ -290,7 +290,8 @@ def step_workspace(model: Model, config: EngineConfig, mesh: Mesh, max_model_len
     plan = MemoryPlan.of_counts(
         geometry, num_slots=config.max_num_seqs, num_blocks=blocks, num_logit_rows=config.num_logit_rows
     )
-    options = _full_options(model, config)
+    # The variant with prompt_logprobs holds logits of the prompt beside everything else.
+    options = dataclasses.replace(_full_options(model, config), prompt_logprobs=True)
     state = jax.eval_shape(lambda: empty_state(geometry, plan, config, max_model_len))
     params, state = (_with_shardings(tree, mesh) for tree in (params, state))
     batch = packing.pack_prefill([], tokens=config.max_num_batched_tokens, rows=config.prefill_rows)
@@ -308,12 +309,4 @@ def _with_shardings(tree: Any, mesh: Mesh) -> Any:
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         tree,
         sharding.shardings_of(tree, mesh),
-    )
-
-
-def place_params(params: Params, mesh: Mesh) -> Params:
-    """Global parameter arrays, each put where the sharding table says."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, sharding.spec_of(sharding.path_name(path)))),
-        params,
     )

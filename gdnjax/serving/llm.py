@@ -20,7 +20,7 @@ from gdnjax.config import EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
-from gdnjax.serving.engine import Engine, place_params, step_workspace
+from gdnjax.serving.engine import Engine, step_workspace
 from gdnjax.serving.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from gdnjax.serving.request import Request
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generation_defaults
@@ -89,9 +89,7 @@ class LLM:
         plan = _plan(hybrid, config, mesh, max_model_len, abstract)
         reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
         defaults = load_generation_defaults(directory)
-        began = time.monotonic()
-        params, report = checkpoint.load_params(directory, model_config, abstract, mesh, progress=use_tqdm)
-        log.info("loaded %s in %.1f s: %s", directory, time.monotonic() - began, report)
+        params, _ = checkpoint.load_params(directory, model_config, abstract, mesh, progress=use_tqdm)
         eos = defaults.eos_token_ids or model_config.eos_token_ids or (reader.eos_token_ids if reader else ())
         self._start(hybrid, params, mesh, config, plan, max_model_len, reader, defaults, eos)
 
@@ -119,7 +117,7 @@ class LLM:
         length = _max_model_len(config, max_model_len)
         plan = _plan(model, config, mesh, length, params)
         llm = cls.__new__(cls)
-        placed = place_params(params, mesh)
+        placed = jax.device_put(params, sharding.shardings_of(params, mesh))
         llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos_token_ids)
         return llm
 
