@@ -11,6 +11,7 @@ import pytest
 
 from gdnjax.pallas_kernels import gated_delta_rule
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder
+from gdnjax.pallas_kernels.gated_delta_rule.reference import unit_lower_inverse
 from gdnjax.pallas_kernels.rows import Chunks, Rows
 from tests.pallas_kernels.packed import pack_rows
 
@@ -379,3 +380,16 @@ def test_strong_decay_and_full_writes_stay_finite():
     expected, state = recurrence(WORK, row, np.zeros((WORK.value_heads, WORK.key_dim, WORK.value_dim)))
     close(outputs[0], expected)
     close(read_back(ssm[1, 2], WORK, vk=False), state)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_inverse_and_its_derivative_equal_numpy(size):
+    """d(L^-1) = -L^-1 dL L^-1, in float64; what stands on and above the diagonal is read by neither."""
+    rng = np.random.default_rng(size)
+    matrix, change = (rng.standard_normal((3, size, size)) * 0.2 for _ in range(2))
+    with_junk = [np.asarray(x + 7 * np.triu(np.ones_like(x)), np.float32) for x in (matrix, change)]
+    inverse, tangent = jax.jvp(unit_lower_inverse, *[(jnp.asarray(x),) for x in with_junk])
+    expected = np.linalg.inv(np.eye(size) + np.tril(matrix, -1))
+    derivative = -expected @ np.tril(change, -1) @ expected
+    for actual, exact in ((inverse, expected), (tangent, derivative)):
+        assert np.abs(actual - exact).max() <= BOUND * np.abs(exact).max()

@@ -50,18 +50,18 @@ class Cache:
         return out
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _attend(q, k, v, layer, tiles):
-    return paged_attention.attend(q, k, v, layer, Tiles(**tiles))
+@functools.partial(jax.jit, static_argnums=(3, 5))
+def _attend(q, k, v, layer, tiles, first):
+    return paged_attention.attend(q, k, v, layer, Tiles(**tiles, first=first))
 
 
-def attend(cache, q, position, rows, longest=None):
+def attend(cache, q, position, rows, longest=None, first=0):
     tiles = {
         "position": jnp.asarray(position, jnp.int32),
         "block_table": jnp.asarray(cache.table[rows]),
         "longest": jnp.int32(np.max(position) + 1 if longest is None else longest),
     }
-    return np.asarray(_attend(jnp.asarray(q), jnp.asarray(cache.k_pool), jnp.asarray(cache.v_pool), 1, tiles))
+    return np.asarray(_attend(jnp.asarray(q), jnp.asarray(cache.k_pool), jnp.asarray(cache.v_pool), 1, tiles, first))
 
 
 def random_queries(tiles, queries, heads, seed=1):
@@ -172,3 +172,37 @@ def test_write_rounds_to_the_pool():
     values = np.random.default_rng(3).standard_normal((1, 1, WIDTH)).astype(np.float32)
     actual = paged_attention.write(pool, 0, jnp.asarray(values), jnp.array([1]), jnp.array([3]))
     np.testing.assert_array_equal(np.asarray(actual)[0, 1, 3], values[0].astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("first", [1, 17, 300])
+def test_keys_before_the_first_are_never_seen(first):
+    """As if the sequence began there, NaN or not; a query before the first sees nothing, and gives 0."""
+    cache, whole = Cache([310, 3]), Cache([310, 3])
+    q = random_queries(2, 1, 4)
+    for pool in (cache.k_pool, cache.v_pool):
+        place = np.arange(first)
+        pool[1, cache.table[0, place // 16], place % 16] = np.nan
+    actual = attend(cache, q, [[309], [0]], np.array([0, 1]), first=first)
+    whole.k[0], whole.v[0] = whole.k[0][first:], whole.v[0][first:]
+    np.testing.assert_allclose(actual[0, 0], whole.naive(0, q[0, 0], 309 - first), rtol=RTOL, atol=ATOL)
+    np.testing.assert_array_equal(actual[1], 0)
+
+
+def test_gradient_is_finite_where_a_query_sees_nothing():
+    """A static `longest` makes the loop differentiable. Compared with the derivative of a plain softmax."""
+    rng = np.random.default_rng(2)
+    q = jnp.asarray(rng.standard_normal((2, 1, 2, WIDTH)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((1, 4, 16, 2, WIDTH)), jnp.float32) for _ in range(2))
+    table = jnp.array([[1, 2], [3, 0]])
+
+    def paged(k, v):
+        tiles = Tiles(position=jnp.array([[20], [-1]]), block_table=table, longest=21)
+        return jnp.sum(jnp.sin(paged_attention.attend(q, k, v, 0, tiles)))
+
+    def plain(k, v):
+        keys, values = (x[0, 1:3].reshape(32, 2, WIDTH)[:21] for x in (k, v))
+        weight = jax.nn.softmax(jnp.einsum("hd,khd->hk", q[0, 0], keys) * WIDTH**-0.5, axis=-1)
+        return jnp.sum(jnp.sin(jnp.einsum("hk,khd->hd", weight, values)))
+
+    for actual, expected in zip(jax.grad(paged, (0, 1))(k, v), jax.grad(plain, (0, 1))(k, v), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)

@@ -112,6 +112,7 @@ def scan_chunks(q, k, v, g, beta, row, states) -> tuple[Array, Array]:
     return o, states
 
 
+@jax.custom_jvp
 def unit_lower_inverse(matrix: Array) -> Array:
     """(I + tril(matrix, -1))^-1 of [..., n, n]: substitution in tiles of TILE rows, then pairs of tiles merge.
 
@@ -140,6 +141,14 @@ def unit_lower_inverse(matrix: Array) -> Array:
         inverse = jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
         width *= 2
     return inverse[..., 0, :, :]
+
+
+@unit_lower_inverse.defjvp
+def _differentiate_inverse(primals, tangents):
+    """d(L^-1) = -L^-1 dL L^-1: two products, where the loop's own derivative would keep every step of it."""
+    inverse = unit_lower_inverse(*primals)
+    tangent = _dot("...ij,...jk->...ik", jnp.tril(tangents[0], -1), inverse)
+    return inverse, -_dot("...ij,...jk->...ik", inverse, tangent)
 
 
 def _dot(equation: str, x: Array, y: Array) -> Array:

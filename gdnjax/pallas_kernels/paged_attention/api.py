@@ -1,6 +1,6 @@
 """Contract of the op: causal grouped-query attention of query tiles over each tile's own blocks.
 
-    o_i = sum_j softmax_j(q_i . k_j / sqrt(hd)) v_j    over the keys at positions j <= position_i of the tile's request
+    o_i = sum_j softmax_j(q_i . k_j / sqrt(hd)) v_j    over the keys at first <= j <= position_i of its request
 
 A tile holds queries of one request: 64 of a chunk in prefill, one token in decode. The keys of the step itself are
 written first.
@@ -18,7 +18,8 @@ class Tiles:
 
     position: Leaf  # [g, q] int32: absolute position of each query, -1 for none (its output is 0)
     block_table: Leaf  # [g, m] int32
-    longest: Leaf  # [] int32: keys that the longest tile attends to
+    longest: Leaf | int  # [] int32: keys that the longest tile attends to; an int makes the op differentiable
+    first: int = 0  # keys at positions before it are masked
 
 
 def attend(

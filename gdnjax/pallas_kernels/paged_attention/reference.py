@@ -24,8 +24,9 @@ def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles) -> Arr
         top, weight, total = carry
         blocks = lax.dynamic_slice_in_dim(table, i * per_page, per_page, axis=1)
         position = i * page + jnp.arange(page)
-        keep = position <= tiles.position[:, :, None]
-        seen = (position <= jnp.max(tiles.position, axis=1)[:, None])[:, :, None, None]
+        visible = position >= tiles.first
+        keep = visible & (position <= tiles.position[:, :, None])
+        seen = (visible & (position <= jnp.max(tiles.position, axis=1)[:, None]))[:, :, None, None]
         k, v = (
             jnp.where(seen, pool[layer, blocks].reshape(count, page, kv_heads, width), 0).astype(jnp.float32)
             for pool in (k_blocks, v_blocks)
@@ -44,5 +45,6 @@ def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles) -> Arr
     shape = (count, kv_heads, group, queries)
     start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, width)))
     _, weight, total = lax.fori_loop(0, -(-tiles.longest // page), one_page, start)
-    o = jnp.where(weight[..., None] > 0, total / weight[..., None], 0.0)
+    # A query that sees no key has total 0. Divided by its weight of 0 it would be selected away, but not its gradient.
+    o = total / jnp.where(weight > 0, weight, 1.0)[..., None]
     return o.transpose(0, 3, 1, 2, 4).reshape(count, queries, heads, width)
