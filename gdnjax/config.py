@@ -155,7 +155,8 @@ class ModelConfig:
     """What the engine needs to know of a hybrid model, whatever its family.
 
     `interleaved_projections` says that the checkpoint stores q, k, v, z (and b, a) grouped by key head, as
-    Qwen3-Next does; the modules never see it, the loader undoes it.
+    Qwen3-Next does; the modules never see it, the loader undoes it. `mtp_layers` counts the decoder layers of the
+    checkpoint's multi-token-prediction head, 0 where it has none.
     """
 
     model_type: str
@@ -167,6 +168,7 @@ class ModelConfig:
     delta: DeltaConfig
     attention: AttentionConfig
     moe: MoeConfig | None = None
+    mtp_layers: int = 0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
@@ -306,6 +308,7 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
             rope_theta=float(rope["rope_theta"]),
         ),
         moe=moe,
+        mtp_layers=getattr(hf, "mtp_num_hidden_layers", None) or 0,
         rms_norm_eps=hf.rms_norm_eps,
         # A wrapper may state the tying outside its text_config; either place counts.
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", hf.tie_word_embeddings) or hf.tie_word_embeddings),

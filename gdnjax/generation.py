@@ -1,4 +1,4 @@
-"""Whole generations as pure functions, for notebooks and for tests: no engine, no host loop."""
+"""Whole generations and scores as pure functions, for notebooks and for tests: no engine, no host loop."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ from gdnjax import step
 from gdnjax.batch import AdmitBatch, DecodeBatch, PrefillBatch
 from gdnjax.config import CHUNK, EngineConfig
 from gdnjax.memory import MemoryPlan
-from gdnjax.models import Model
-from gdnjax.models.context import prefill_context
+from gdnjax.models import HybridModel, Model
+from gdnjax.models.context import decode_context, prefill_context
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from gdnjax.shapes import Array, Float32, Int32, Params
 from gdnjax.state import NO_TOKEN, ServeState, empty_state
@@ -25,6 +25,59 @@ class BatchOutput:
 
     tokens: Array  # [n, max_new_tokens] int32, -1 past a row's last token
     lengths: Array  # [n] int32: tokens that count, the stop token included
+
+
+def start(
+    model: Model,
+    limits: Int32[Array, "n"],
+    longest: int,
+    *,
+    sampling: SamplingParams | None = None,
+    stop_token_ids: tuple[int, ...] = (),
+    key: Array | None = None,
+    ssm_dtype: str = "float32",
+) -> ServeState:
+    """A state for exactly n requests: request i owns slot 1 + i, has no tokens yet, and ends at `limits[i]` tokens.
+
+    `longest` (static) is the most tokens that a request has room for. `sampling` and `stop_token_ids` are as in
+    `batch_generate`; `key` is a PRNG key of the requests' seeds. `step.prefill` of `pack_prompts` comes next.
+    Traceable; one rank only.
+    """
+    options = StepOptions()
+    rows = limits.shape[0]
+    seeds = jnp.zeros((rows, 2), jnp.uint32) if key is None else jax.random.bits(key, (rows, 2), jnp.uint32)
+    state = _state_for(model, rows, longest, ssm_dtype)
+    admission = _admission(state, limits, sampling or SamplingParams(temperature=0.0), stop_token_ids, seeds)
+    return step.admit(state, admission, options)
+
+
+def pack_prompts(tokens: Int32[Array, "n prompt"], lengths: Int32[Array, "n"]) -> PrefillBatch:
+    """Every right-padded prompt whole, or its next piece, as the batch of one prefill step over the slots of `start`.
+
+    A piece has to end at an absolute multiple of CHUNK tokens unless it is the prompt's last. Traceable.
+    """
+    rows = tokens.shape[0]
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % CHUNK)))
+    padded = tokens.shape[1]
+    chunks = padded // CHUNK
+    row = jnp.arange(rows, dtype=jnp.int32)
+    chunk_offset = jnp.tile(jnp.arange(chunks, dtype=jnp.int32) * CHUNK, rows)
+    chunk_row = jnp.repeat(row, chunks)
+    offset = jnp.arange(padded, dtype=jnp.int32)
+    lengths = lengths.astype(jnp.int32)
+    return PrefillBatch(
+        tokens=tokens.reshape(-1).astype(jnp.int32),
+        token_row=jnp.repeat(row, padded),
+        token_valid=(offset < lengths[:, None]).reshape(-1),
+        slot=row + 1,
+        start=row * padded,
+        length=lengths,
+        is_last=jnp.ones((rows,), bool),
+        chunk_row=chunk_row,
+        chunk_start=chunk_row * padded + chunk_offset,
+        chunk_length=jnp.clip(lengths[chunk_row] - chunk_offset, 0, CHUNK),
+        target=jnp.full((rows * padded,), NO_TOKEN, jnp.int32),
+    )
 
 
 def batch_generate(
@@ -54,12 +107,17 @@ def batch_generate(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     rows, prompt = tokens.shape
     options = StepOptions(full=sampling.needs_full_sampler)
-    state = _state_for(model, rows, prompt + max_new_tokens, ssm_dtype)
-    seeds = jax.random.bits(key, (rows, 2), jnp.uint32)
-    admission = _admission(state, rows, lengths + max_new_tokens, sampling, stop_token_ids, seeds)
-    state = step.admit(state, admission, options)
-    state, first = step.prefill(model, options, params, state, _whole_prompts(tokens, lengths))
-    decode_batch = DecodeBatch(slot=admission.slot)
+    state = start(
+        model,
+        lengths + max_new_tokens,
+        prompt + max_new_tokens,
+        sampling=sampling,
+        stop_token_ids=stop_token_ids,
+        key=key,
+        ssm_dtype=ssm_dtype,
+    )
+    state, first = step.prefill(model, options, params, state, pack_prompts(tokens, lengths))
+    decode_batch = DecodeBatch(slot=jnp.arange(1, rows + 1, dtype=jnp.int32))
     produced = jnp.full((rows, max_new_tokens), NO_TOKEN, jnp.int32).at[:, 0].set(first.tokens[:, 0])
 
     def unfinished(carry):
@@ -83,16 +141,59 @@ def full_logits(
     `length` (default: all) says how many tokens count, so that one compilation serves every length up to t; the
     logits past it mean nothing.
     """
-    prompt = tokens.shape[0]
-    options = StepOptions()
-    state = _state_for(model, 1, prompt + 1, "float32")
-    whole = jnp.full((1,), prompt if length is None else length, jnp.int32)
-    seeds = jnp.zeros((1, 2), jnp.uint32)
-    state = step.admit(state, _admission(state, 1, whole + 1, SamplingParams(), (), seeds), options)
-    batch = _whole_prompts(tokens[None], whole)
-    context = prefill_context(step.pools_of(state, options), batch)
+    count = tokens.shape[0]
+    whole = jnp.full((1,), count if length is None else length, jnp.int32)
+    state = start(model, whole + 1, count + 1)
+    batch = pack_prompts(tokens[None], whole)
+    context = prefill_context(step.pools_of(state, StepOptions()), batch)
     hidden, _, _ = model.forward(params, batch.tokens, context, state.gdn, state.kv)
-    return model.logits(params, hidden)[:prompt]
+    return model.logits(params, hidden)[:count]
+
+
+def draft_logits(
+    model: HybridModel,
+    params: Params,
+    tokens: Int32[Array, "t"],
+    depth: int,
+    length: int | Int32[Array, ""] | None = None,
+) -> tuple[Float32[Array, "t V"], Float32[Array, "depth t V"]]:
+    """The target's logits at every position of one sequence, and those of the MTP head `depth` drafts deep.
+
+    Both are of the token after each position, so row i of either is compared with row i of the other. Draft d at
+    position i is what speculation makes when the target has seen the tokens up to i - d and the drafts up to token i
+    were all right: keys of earlier tokens come from the target's hidden states, those of drafts from the head's own
+    output. Rows below d mean nothing, nor do those past `length`. Traceable; one rank, a model built with `mtp`. The
+    time and memory of a draft grow with t squared.
+    """
+    if not model.mtp:
+        raise ValueError("draft_logits needs a model with its MTP head: build_model(..., mtp=True)")
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    count = tokens.shape[0]
+    options = StepOptions()
+    # Blocks of one token, so that every position can have drafts of its own behind a shared past: block 1 + i holds
+    # the token i of the sequence, block 1 + d count + i the draft d at position i.
+    state = _state_for(model, 1, count, "float32", block_size=1, spare_blocks=(depth - 1) * count)
+    whole = jnp.full((1,), count if length is None else length, jnp.int32)
+    seeds = jnp.zeros((1, 2), jnp.uint32)
+    state = step.admit(state, _admission(state, whole, SamplingParams(), (), seeds), options)
+    batch = pack_prompts(tokens[None], whole)
+    context = prefill_context(step.pools_of(state, options), batch)
+    hidden, gdn, kv = model.forward(params, batch.tokens, context, state.gdn, state.kv)
+    drafted, kv = model.draft(params, batch.tokens, jnp.roll(hidden, 1, axis=0), context, gdn, kv)
+    hidden, drafted = hidden[:count], drafted[:count]
+    drafts = [model.logits(params, drafted)]
+    index = jnp.arange(count, dtype=jnp.int32)
+    table = jnp.where(index[None] <= index[:, None], 1 + index[None], 0)
+    for d in range(1, depth):
+        # Row i: the drafts' own blocks in place of the shared ones at the last d positions.
+        own = 1 + d * count - (index[:, None] - index[None]) * count + index[None]
+        table = jnp.where((index[:, None] - index[None] < d) & (index[None] <= index[:, None]), own, table)
+        slots = dataclasses.replace(state.slots, length=index, block_table=table)
+        context = decode_context(dataclasses.replace(step.pools_of(state, options), slots=slots), index, index >= d)
+        drafted, kv = model.draft(params, tokens, jnp.roll(drafted, 1, axis=0), context, gdn, kv)
+        drafts.append(model.logits(params, drafted))
+    return model.logits(params, hidden), jnp.stack(drafts)
 
 
 def _check_batch_sampling(sampling: SamplingParams, stop_token_ids: tuple[int, ...]) -> None:
@@ -110,18 +211,21 @@ def _check_batch_sampling(sampling: SamplingParams, stop_token_ids: tuple[int, .
         raise ValueError(f"at most {MAX_STOP_TOKENS} stop_token_ids are allowed, got {len(stop_token_ids)}")
 
 
-def _state_for(model: Model, rows: int, max_len: int, ssm_dtype: str) -> ServeState:
-    """Pools for exactly `rows` requests of `max_len` tokens."""
-    block_size = CHUNK
+def _state_for(
+    model: Model, rows: int, max_len: int, ssm_dtype: str, *, block_size: int = CHUNK, spare_blocks: int = 0
+) -> ServeState:
+    """Pools for exactly `rows` requests of `max_len` tokens, and `spare_blocks` behind their blocks."""
     per_row = -(-max_len // block_size)
     geometry = model.geometry(block_size, ssm_dtype)
     engine = EngineConfig(max_num_seqs=rows, block_size=block_size)
-    plan = MemoryPlan.of_counts(geometry, num_slots=rows, num_blocks=rows * per_row, num_logit_rows=0)
+    blocks = rows * per_row + spare_blocks
+    plan = MemoryPlan.of_counts(geometry, num_slots=rows, num_blocks=blocks, num_logit_rows=0)
     return empty_state(geometry, plan, engine, max_len)
 
 
-def _admission(state, rows, max_length, sampling: SamplingParams, stop_token_ids, seeds) -> AdmitBatch:
+def _admission(state, max_length, sampling: SamplingParams, stop_token_ids, seeds) -> AdmitBatch:
     """Row i gets slot i + 1 and the i-th run of blocks."""
+    rows = max_length.shape[0]
     width = state.slots.block_table.shape[1]
     stops = jnp.full((MAX_STOP_TOKENS,), NO_TOKEN, jnp.int32)
     if stop_token_ids:
@@ -142,30 +246,4 @@ def _admission(state, rows, max_length, sampling: SamplingParams, stop_token_ids
         min_p=every_row(sampling.min_p, jnp.float32),
         seed=seeds,
         logit_row=every_row(0, jnp.int32),
-    )
-
-
-def _whole_prompts(tokens: Array, lengths: Array) -> PrefillBatch:
-    """Every prompt whole, in one step: row i's tokens at i * padded, its chunks one after another."""
-    rows = tokens.shape[0]
-    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % CHUNK)))
-    padded = tokens.shape[1]
-    chunks = padded // CHUNK
-    row = jnp.arange(rows, dtype=jnp.int32)
-    chunk_offset = jnp.tile(jnp.arange(chunks, dtype=jnp.int32) * CHUNK, rows)
-    chunk_row = jnp.repeat(row, chunks)
-    offset = jnp.arange(padded, dtype=jnp.int32)
-    lengths = lengths.astype(jnp.int32)
-    return PrefillBatch(
-        tokens=tokens.reshape(-1).astype(jnp.int32),
-        token_row=jnp.repeat(row, padded),
-        token_valid=(offset < lengths[:, None]).reshape(-1),
-        slot=row + 1,
-        start=row * padded,
-        length=lengths,
-        is_last=jnp.ones((rows,), bool),
-        chunk_row=chunk_row,
-        chunk_start=chunk_row * padded + chunk_offset,
-        chunk_length=jnp.clip(lengths[chunk_row] - chunk_offset, 0, CHUNK),
-        target=jnp.full((rows * padded,), NO_TOKEN, jnp.int32),
     )

@@ -41,6 +41,7 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*mlp\.gate\.weight", P()),
     (r".*mlp\.shared_expert_gate\.weight", P()),
     (r".*(norm|layernorm)\.weight", P()),
+    (r"mtp\.(fc|pre_fc_norm_embedding|pre_fc_norm_hidden)\.weight", P()),
     # State: heads, channels and vocabulary are split, slots and blocks are not.
     (r"gdn\.ssm", P(None, None, AXIS)),
     (r"gdn\.conv", P(None, None, None, AXIS)),

@@ -9,9 +9,12 @@ from gdnjax.config import LayerKind, MlpKind, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """logits [t, V]; states and windows: one [hv, K, V] and one [w, x] for each delta layer, after the last token."""
+    """logits [t, V]; hidden [t, d] after the final norm; states and windows: one [hv, K, V] and one [w, x] for each
+    delta layer, after the last token.
+    """
 
     logits: np.ndarray
+    hidden: np.ndarray
     states: list[np.ndarray]
     windows: list[np.ndarray]
 
@@ -38,9 +41,47 @@ def reference(config: ModelConfig, params, tokens) -> Reference:
         x = x + mixed
         normal = _rms_norm(x, layer["post_attention_layernorm"]["weight"], config)
         x = x + (_moe(layer["mlp"], normal, config) if mlp is MlpKind.MOE else _dense(layer["mlp"], normal))
+    hidden = _rms_norm(x, params["norm"]["weight"], config)
+    return Reference(_head(params, hidden, config), hidden, states, windows)
+
+
+def drafts(config: ModelConfig, params, tokens, depth: int) -> np.ndarray:
+    """[depth, t, V]: the logits of draft d + 1 for the token after each position, one draft after another.
+
+    Where the target has seen the tokens up to c, the head's sequence is (embed(token_i), h_(i-1)) for i = 1..c, then
+    one entry a draft, made from the token and the head's own last output. Rows at positions of at most d are zero.
+    """
+    hidden = reference(config, params, tokens).hidden
+    params = _as_float64(params)
+    mtp, mlp = params["mtp"], config.mlp_kinds[-1]
+    embedded = params["embed_tokens"]["weight"][np.asarray(tokens)]
+
+    def head_over(previous):
+        """The head's outputs over the entries 1.. that have these hidden states before them."""
+        entries = embedded[1 : 1 + len(previous)]
+        normal = [
+            _rms_norm(entries, mtp["pre_fc_norm_embedding"]["weight"], config),
+            _rms_norm(previous, mtp["pre_fc_norm_hidden"]["weight"], config),
+        ]
+        layer, x = mtp["layers"][0], np.concatenate(normal, axis=1) @ mtp["fc"]["weight"].T
+        x = x + _attention(layer["self_attn"], _rms_norm(x, layer["input_layernorm"]["weight"], config), config)
+        normal = _rms_norm(x, layer["post_attention_layernorm"]["weight"], config)
+        x = x + (_moe(layer["mlp"], normal, config) if mlp is MlpKind.MOE else _dense(layer["mlp"], normal))
+        return _rms_norm(x, mtp["norm"]["weight"], config)
+
+    logits = np.zeros((depth, len(tokens), config.vocab_size))
+    for seen in range(1, len(tokens)):
+        previous = hidden[:seen]
+        for draft in range(min(depth, len(tokens) - seen)):
+            out = head_over(previous)[-1:]
+            logits[draft, seen + draft] = _head(params, out, config)[0]
+            previous = np.concatenate([previous, out])
+    return logits
+
+
+def _head(params, hidden, config):
     head = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
-    logits = _rms_norm(x, params["norm"]["weight"], config) @ head["weight"][: config.vocab_size].T
-    return Reference(logits, states, windows)
+    return hidden @ head["weight"][: config.vocab_size].T
 
 
 def _as_float64(tree):

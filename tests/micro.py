@@ -33,7 +33,11 @@ MICRO = ModelConfig(
 @functools.cache
 def micro_params(tp: int = 1) -> dict:
     """Global float32 parameters as `tp` ranks hold them side by side; the same model for every `tp`."""
-    params = random_params(MICRO, 1, "float32", jax.random.key(3))
+    return spread(random_params(MICRO, 1, "float32", jax.random.key(3)), tp)
+
+
+def spread(params: dict, tp: int) -> dict:
+    """Global arrays of one rank as `tp` ranks hold them; of any model with MICRO's heads."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _spread(path_name(path), np.asarray(leaf), tp), params)
 
 

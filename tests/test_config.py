@@ -151,6 +151,12 @@ def test_eos_may_be_absent_one_or_several(eos, expected):
     assert from_hf("qwen3_5_text", eos_token_id=eos).eos_token_ids == expected
 
 
+@pytest.mark.parametrize(("stated", "layers"), [({}, 0), ({"mtp_num_hidden_layers": 1}, 1)])
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_text", "qwen3_5_moe"])
+def test_layers_of_the_mtp_head_are_read(model_type, stated, layers):
+    assert from_hf(model_type, text=stated).mtp_layers == layers
+
+
 def test_config_is_read_from_directory_file_and_dict_alike(tmp_path):
     raw = hf_dict("qwen3_5_moe")
     (tmp_path / "config.json").write_text(json.dumps(raw))

@@ -27,7 +27,7 @@ class LoadReport:
 
     loaded            became parameters
     skipped_vision    belong to the vision tower, which the engine does not run
-    skipped_mtp       belong to the multi-token-prediction head
+    skipped_mtp       belong to the multi-token-prediction head, which `abstract` does not have
     skipped_tied      the lm_head of a model whose lm_head is its embedding
     parameter_bytes   size of all parameters, all ranks together, replicated ones counted once
     """
@@ -51,7 +51,8 @@ def load_params(
 ) -> tuple[Params, LoadReport]:
     """Reads the parameters of a model into the tree `abstract`, cast to its dtypes and sharded over `mesh`.
 
-    abstract    nested dict of jax.ShapeDtypeStruct with global shapes, under the modules' names
+    abstract    nested dict of jax.ShapeDtypeStruct with global shapes, under the modules' names; the MTP head is
+                loaded if it is a part of this tree
     progress    a progress bar over parameters, on stderr
 
     Names, shapes and dtypes of all tensors are checked before anything is read. Host memory holds one parameter at a
@@ -90,7 +91,8 @@ def _resolve(
 ) -> tuple[Names, dict[str, Origin]]:
     """Finds every parameter in the checkpoint. Raises one ValueError that names all that does not fit."""
     try:
-        names = sort_names(source.names(), tied_lm_head=cfg.tie_word_embeddings)
+        mtp_wanted = any(name.startswith("mtp.") for name in parameters)
+        names = sort_names(source.names(), tied_lm_head=cfg.tie_word_embeddings, mtp_wanted=mtp_wanted)
         experts_apart = stores_experts_apart(list(names.language))
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error

@@ -21,9 +21,9 @@ LM_HEAD = "lm_head.weight"
 class Names:
     """The tensors of a checkpoint, sorted by what they are for.
 
-    language    module name -> checkpoint name, for the language model
+    language    module name -> checkpoint name, for the language model, and for its MTP head where that is wanted
     vision      the vision tower, which the engine does not run
-    mtp         the multi-token-prediction head
+    mtp         the multi-token-prediction head where it is not wanted
     tied        a stored lm_head of a model whose lm_head is its embedding
     unknown     everything else
     """
@@ -35,8 +35,11 @@ class Names:
     unknown: tuple[str, ...]
 
 
-def sort_names(names: Iterable[str], *, tied_lm_head: bool) -> Names:
-    """Sorts the tensors of a checkpoint. Raises ValueError where two of them are the same tensor of the model."""
+def sort_names(names: Iterable[str], *, tied_lm_head: bool, mtp_wanted: bool = False) -> Names:
+    """Sorts the tensors of a checkpoint. Raises ValueError where two of them are the same tensor of the model.
+
+    `mtp_wanted`: the MTP head is a part of the model; its modules have the checkpoint's own names.
+    """
     language: dict[str, str] = {}
     vision, mtp, tied, unknown, clashes = [], [], [], [], []
     for name in names:
@@ -44,7 +47,10 @@ def sort_names(names: Iterable[str], *, tied_lm_head: bool) -> Names:
         if VISION.fullmatch(name):
             vision.append(name)
         elif MTP.fullmatch(name):
-            mtp.append(name)
+            if mtp_wanted:
+                language[name] = name
+            else:
+                mtp.append(name)
         elif match is None:
             unknown.append(name)
         elif tied_lm_head and match[1] == LM_HEAD:

@@ -13,7 +13,7 @@ from gdnjax.config import ModelConfig
 from gdnjax.memory import StateGeometry
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.qwen3_5 import Qwen3_5
-from gdnjax.shapes import Array, Float32, Int32, Params
+from gdnjax.shapes import Array, Float, Float32, Int32, Params
 from gdnjax.state import GDNState, KVBlocks
 
 
@@ -44,11 +44,12 @@ class Model(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class HybridModel:
-    """A Qwen3.5-style model of one rank. Build it with `build_model`."""
+    """A Qwen3.5-style model of one rank, with its MTP head if `mtp`. Build it with `build_model`."""
 
     config: ModelConfig
     dtype: str
     tp: int
+    mtp: bool
     graphdef: nnx.GraphDef
 
     @property
@@ -56,7 +57,11 @@ class HybridModel:
         return self.config.vocab_size
 
     def geometry(self, block_size: int, ssm_dtype: str) -> StateGeometry:
-        return StateGeometry.of(self.config, tp=self.tp, block_size=block_size, dtype=self.dtype, ssm_dtype=ssm_dtype)
+        geometry = StateGeometry.of(
+            self.config, tp=self.tp, block_size=block_size, dtype=self.dtype, ssm_dtype=ssm_dtype
+        )
+        layers = geometry.attention_layers + (self.config.mtp_layers if self.mtp else 0)
+        return dataclasses.replace(geometry, attention_layers=layers)
 
     def forward(
         self,
@@ -68,18 +73,37 @@ class HybridModel:
     ) -> tuple[Array, GDNState, KVBlocks]:
         return nnx.merge(self.graphdef, params)(tokens, context, gdn, kv)
 
+    def draft(
+        self,
+        params: Params,
+        tokens: Int32[Array, "t"],
+        previous: Float[Array, "t d"],
+        context: PrefillContext | DecodeContext,
+        gdn: GDNState,
+        kv: KVBlocks,
+    ) -> tuple[Float[Array, "t d"], KVBlocks]:
+        """The MTP head's hidden states of tokens, given the hidden state before each. `kv` is consumed.
+
+        `logits` of them are those of the token after each. Only for a model built with `mtp`.
+        """
+        return nnx.merge(self.graphdef, params).draft(tokens, previous, context, gdn, kv)
+
     def logits(self, params: Params, hidden: Array) -> Float32[Array, "n V"]:
         return nnx.merge(self.graphdef, params).logits(hidden)
 
 
-def build_model(config: ModelConfig, dtype: str, tp: int = 1) -> HybridModel:
-    """The model of one rank, without parameters. Raises ValueError where the ranks do not divide its heads."""
-    return HybridModel(config=config, dtype=dtype, tp=tp, graphdef=nnx.split(_abstract(config, dtype, tp))[0])
+def build_model(config: ModelConfig, dtype: str, tp: int = 1, *, mtp: bool = False) -> HybridModel:
+    """The model of one rank, without parameters; `mtp` adds its multi-token-prediction head.
+
+    Raises ValueError where the ranks do not divide its heads, or where the configuration has no MTP head to add.
+    """
+    graphdef = nnx.split(_abstract(config, dtype, tp, mtp))[0]
+    return HybridModel(config=config, dtype=dtype, tp=tp, mtp=mtp, graphdef=graphdef)
 
 
-def abstract_params(config: ModelConfig, tp: int, dtype: str) -> Params:
+def abstract_params(config: ModelConfig, tp: int, dtype: str, *, mtp: bool = False) -> Params:
     """The nested dict of parameters as ShapeDtypeStructs with global shapes, keyed by the checkpoint's names."""
-    local = nnx.to_pure_dict(nnx.split(_abstract(config, dtype, tp))[1])
+    local = nnx.to_pure_dict(nnx.split(_abstract(config, dtype, tp, mtp))[1])
 
     def global_shape(path, leaf):
         spec = sharding.spec_of(sharding.path_name(path))
@@ -90,18 +114,18 @@ def abstract_params(config: ModelConfig, tp: int, dtype: str) -> Params:
 
 
 @functools.lru_cache(maxsize=1)
-def _abstract(config: ModelConfig, dtype: str, tp: int) -> Qwen3_5:
+def _abstract(config: ModelConfig, dtype: str, tp: int, mtp: bool) -> Qwen3_5:
     """The module with shapes in place of parameters; `build_model` and `abstract_params` both start from it."""
-    return nnx.eval_shape(lambda: Qwen3_5(config, dtype, tp))
+    return nnx.eval_shape(lambda: Qwen3_5(config, dtype, tp, mtp))
 
 
-def random_params(config: ModelConfig, tp: int, dtype: str, key: Array) -> Params:
+def random_params(config: ModelConfig, tp: int, dtype: str, key: Array, *, mtp: bool = False) -> Params:
     """Random parameters (global shapes) under which state matters: half-lives of 1 to 200 tokens, uneven norms.
 
     Traceable. For benchmarks and tests; with the usual initialisation a state forgets within a token, so that a
     corrupted one changes nothing.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, tp, dtype))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, tp, dtype, mtp=mtp))
     keys = jax.random.split(key, len(leaves))
     values = [_random_leaf(sharding.path_name(path), leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)]
     return jax.tree_util.tree_unflatten(tree, values)
@@ -119,7 +143,15 @@ def _random_leaf(name: str, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
             value = jnp.log(jnp.expm1(jnp.log(2.0) / half_life))
         case "norm" if name.endswith("linear_attn.norm.weight"):
             value = 1 + 0.3 * normal
-        case "norm" | "q_norm" | "k_norm" | "input_layernorm" | "post_attention_layernorm":
+        case (
+            "norm"
+            | "q_norm"
+            | "k_norm"
+            | "input_layernorm"
+            | "post_attention_layernorm"
+            | "pre_fc_norm_embedding"
+            | "pre_fc_norm_hidden"
+        ):
             value = 0.3 * normal
         case "in_proj_a":
             value = 0.1 * normal * leaf.shape[-1] ** -0.5

@@ -114,6 +114,16 @@ def test_report_counts_what_is_loaded_and_what_is_skipped(tmp_path, caplog):
     ]
 
 
+def test_head_is_loaded_where_the_tree_has_it(tmp_path):
+    """Its modules have the checkpoint's own names. What the tree has not, is skipped and counted."""
+    model = tiny.model_tensors(tiny.TIED)
+    stored = tiny.stored_tensors(model, tiny.TIED) | tiny.other_tensors()
+    tiny.write_single(tmp_path, stored)
+    params, report = _load(tmp_path, tiny.TIED, model | {"mtp.fc.weight": stored["mtp.fc.weight"]}, 1)
+    np.testing.assert_array_equal(params["mtp"]["fc"]["weight"], stored["mtp.fc.weight"])
+    assert report.skipped_mtp == 0
+
+
 @pytest.fixture
 def nothing_is_read(monkeypatch):
     def read(self, name, index):

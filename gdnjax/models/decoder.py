@@ -1,0 +1,60 @@
+"""A decoder layer: a token mixer by kind and an MLP by kind."""
+
+from flax import nnx
+
+from gdnjax import sharding
+from gdnjax.config import LayerKind, MlpKind, ModelConfig
+from gdnjax.models.attention import GatedAttention
+from gdnjax.models.context import DecodeContext, PrefillContext
+from gdnjax.models.gated_deltanet import GatedDeltaNet
+from gdnjax.models.layers import DenseMLP, RMSNorm
+from gdnjax.models.moe import MoeMLP
+from gdnjax.shapes import Array, Float
+from gdnjax.state import GDNState, KVBlocks
+
+
+class DecoderLayer(nnx.Module):
+    """A token mixer and an MLP, each behind a norm and added to the residual stream, each summed over ranks."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, mlp_kind: MlpKind, pool_row: int, dtype: str, tp: int):
+        """`config` is that of one rank; `pool_row` is the layer's row in the pools, which count layers of one kind."""
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        match kind:
+            case LayerKind.DELTA:
+                self.linear_attn = GatedDeltaNet(config, dtype)
+            case LayerKind.ATTENTION:
+                self.self_attn = GatedAttention(config, dtype)
+        match mlp_kind:
+            case MlpKind.DENSE:
+                self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, dtype)
+            case MlpKind.MOE:
+                assert config.moe is not None  # held by ModelConfig
+                self.mlp = MoeMLP(config, config.moe, dtype)
+        self.kind = kind
+        self.pool_row = pool_row
+        self.tp = tp
+
+    @classmethod
+    def of(cls, config: ModelConfig, layer: int, dtype: str, tp: int) -> "DecoderLayer":
+        """Layer number `layer` of a model."""
+        kind = config.layer_kinds[layer]
+        return cls(config, kind, config.mlp_kinds[layer], config.layer_kinds[:layer].count(kind), dtype, tp)
+
+    def __call__(
+        self,
+        x: Float[Array, "t d"],
+        context: PrefillContext | DecodeContext,
+        angles: tuple[Array, Array],
+        gdn: GDNState,
+        kv: KVBlocks,
+    ) -> tuple[Float[Array, "t d"], GDNState, KVBlocks]:
+        normal = self.input_layernorm(x)
+        match self.kind:
+            case LayerKind.DELTA:
+                mixed, gdn = self.linear_attn(normal, context, gdn, self.pool_row)
+            case LayerKind.ATTENTION:
+                mixed, kv = self.self_attn(normal, context, angles, kv, self.pool_row)
+        x = x + sharding.psum(mixed, self.tp)
+        out = self.mlp(self.post_attention_layernorm(x), context.valid)
+        return x + sharding.psum(out, self.tp), gdn, kv
