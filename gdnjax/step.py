@@ -147,7 +147,7 @@ def _prompt_logprobs(model, options, params, hidden, target) -> Logprobs:
         return x.reshape(-1, min(PROMPT_LOGPROB_ROWS, x.shape[0]), *x.shape[1:])
 
     found = lax.map(some_rows, (split(hidden), split(target)))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
 
 
 def _commit(state, drawn: _Drawn, slot, length, active, prompt_logprobs) -> tuple[ServeState, Emitted]:

@@ -275,3 +275,17 @@ def test_read_outside_its_place_is_seen(sealed):
         np.asarray(sealed.engine.state.slots.length)
     with pytest.raises((AssertionError, TypeError)):
         jax.device_get(sealed.engine.state.slots.done)
+
+
+@pytest.mark.parametrize("name", ["decode, full", "prefill, prompt_logprobs"])
+def test_log_probabilities_without_alternatives_have_shapes(name):
+    """max_logprobs=0 is allowed: the chosen token's alone."""
+    kind, options = STEPS[name]
+    state = abstract_state(4, 16)
+    options = dataclasses.replace(options, max_logprobs=0)
+    steps = build_steps(micro_model(), make_mesh(1), options, micro_params(), state)
+    _, emitted = jax.eval_shape(getattr(steps, kind)(options), *arguments(kind, state))
+    assert emitted.logprobs.top.shape[1] == 0
+    if options.prompt_logprobs:
+        assert emitted.prompt_logprobs.chosen.shape == (128,)
+        assert emitted.prompt_logprobs.top.shape == (128, 0)
