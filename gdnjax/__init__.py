@@ -11,7 +11,8 @@ from gdnjax.version import __version__
 
 if TYPE_CHECKING:
     from gdnjax.config import EngineConfig, LayerKind, ModelConfig
-    from gdnjax.generation import BatchOutput, batch_generate, full_logits
+    from gdnjax.generation import BatchOutput, batch_generate, draft_logits, full_logits
+    from gdnjax.loading import load_model
     from gdnjax.models import abstract_params, build_model, random_params
     from gdnjax.sampling_params import SamplingParams
     from gdnjax.serving.llm import LLM, StreamOutput
@@ -32,7 +33,9 @@ _HOMES = {
     "abstract_params": "gdnjax.models",
     "batch_generate": "gdnjax.generation",
     "build_model": "gdnjax.models",
+    "draft_logits": "gdnjax.generation",
     "full_logits": "gdnjax.generation",
+    "load_model": "gdnjax.loading",
     "random_params": "gdnjax.models",
 }
 
@@ -69,6 +72,8 @@ __all__ = [
     "abstract_params",
     "batch_generate",
     "build_model",
+    "draft_logits",
     "full_logits",
+    "load_model",
     "random_params",
 ]

@@ -10,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from gdnjax.assets import EMBEDDED_MODEL
+
 DESCRIPTION = """\
 Runs scripts/generate.py in fresh processes and prints where the time until the first token goes:
 
@@ -24,8 +26,8 @@ Runs scripts/generate.py in fresh processes and prints where the time until the 
 
 EXAMPLES = """\
 examples:
-  python scripts/bench_start.py                                a tiny random checkpoint, made for the occasion
-  python scripts/bench_start.py --layers 24                    with as many layers as a small real model
+  python scripts/bench_start.py                                the embedded model, of 8 layers
+  python scripts/bench_start.py --layers 24                    a random one with as many layers as a small real model
   python scripts/bench_start.py --model Qwen3.5-4B --json start.json
   python scripts/bench_start.py --model Qwen3.5-4B -- --dtype bfloat16 --temp 0    more flags for generate.py
 
@@ -51,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", metavar="DIR", help="a checkpoint (default: a tiny one with random weights)")
-    parser.add_argument("--layers", type=int, default=4, help="of the random checkpoint (default: %(default)s)")
+    parser.add_argument("--model", metavar="DIR", help="a checkpoint (default: the embedded model)")
+    parser.add_argument("--layers", type=int, metavar="N", help="in its place, one of N layers with random weights")
     parser.add_argument("--prompt-words", type=int, default=20, help="length of the prompt (default: %(default)s)")
     parser.add_argument("--warm-runs", type=int, default=3, help="runs with a warm cache (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write all numbers there")
@@ -60,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.warm_runs < 1 or arguments.prompt_words < 1:
         parser.error("--warm-runs and --prompt-words must be at least 1")
+    if arguments.model is not None and arguments.layers is not None:
+        parser.error("--layers makes a checkpoint of its own; leave it or --model out")
     try:
         with tempfile.TemporaryDirectory() as scratch:
             runs = bench(arguments, pathlib.Path(scratch))
@@ -77,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(arguments: argparse.Namespace, scratch: pathlib.Path) -> list[dict[str, float]]:
     """The numbers of each run: the cold one, then the warm ones."""
-    model = arguments.model
-    if model is None:
+    model = arguments.model or EMBEDDED_MODEL
+    if arguments.layers is not None:
         model = str(scratch / "model")
         run("make_random_checkpoint.py", [model, "--layers", str(arguments.layers)], {})
     prompt = " ".join(["word"] * arguments.prompt_words)

@@ -27,6 +27,8 @@ that is what instruction-tuned models expect. The completion goes to stdout, eve
 
 EXAMPLES = """\
 examples:
+  python scripts/generate.py                                                    a story by the embedded model
+  python scripts/generate.py -p "Ann has 3 pens and buys 4 more. How many pens does Ann have?" --temp 0
   python scripts/generate.py --model Qwen3.5-4B -p "The capital of France is" --max-tokens 20
   python scripts/generate.py --model Qwen3.5-4B --chat -p "Why is the sky blue?" --temp 0.7 --top-p 0.9
   python scripts/generate.py --model Qwen3.5-4B --system-prompt "Answer in French." -p "Good morning"
@@ -34,7 +36,8 @@ examples:
   python scripts/generate.py --model Qwen3.5-4B --prompts-file prompts.jsonl    one batch
   python scripts/generate.py --model Qwen3.5-4B -p "a" -p "b" --temp 0          greedy, two prompts in one batch
 
-No checkpoint at hand? scripts/make_random_checkpoint.py writes a tiny one, whose text is noise.
+Without --model a small trained model answers that is a part of gdnjax: it solves simple word problems and tells short
+stories, and continues "Once upon a time" where there is no prompt either.
 
 Sampling values that are not given are those of the checkpoint's generation_config.json, or else: temperature 1, no
 top-p, top-k or min-p. The same --seed, prompt and values give the same text on the same machine.
@@ -46,10 +49,8 @@ JAX_COMPILATION_CACHE_DIR points): the first run with a model compiles, later on
 Exit status: 0 done, 2 a bad argument, prompt or checkpoint (the reason is on stderr), 130 interrupted.
 """
 
-NO_MODEL = (
-    "no --model: no embedded model ships with this version yet; pass the directory of a Qwen3.5 or Qwen3-Next "
-    "checkpoint (--model DIR), or write a tiny one with random weights: python scripts/make_random_checkpoint.py DIR"
-)
+DEMO_PROMPT = "Once upon a time"
+"""What the embedded model continues where no prompt is given."""
 
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
@@ -106,13 +107,19 @@ class Stats:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Imports no jax: --help and mistakes answer at once."""
+    from gdnjax.assets import EMBEDDED_MODEL
     from gdnjax.config import DTYPES, KERNELS
 
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="DIR", help="checkpoint directory: Hugging Face's, or one of scripts/convert.py")
+    add(
+        "--model",
+        metavar="DIR",
+        default=EMBEDDED_MODEL,
+        help="checkpoint directory: Hugging Face's, or one of scripts/convert.py (default: the embedded model)",
+    )
     add("--tokenizer", metavar="DIR", help="directory of the tokenizer (default: the model's)")
     add("--dtype", choices=DTYPES, default="auto", help="of weights and activations; auto: the checkpoint's")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
@@ -167,15 +174,17 @@ def in_one_line(error: Exception) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Everything between the arguments and the closing line."""
-    if arguments.model is None:
-        raise ValueError(NO_MODEL)
-    if not pathlib.Path(arguments.model).is_dir():
-        raise ValueError(f"{arguments.model}: no such directory; nothing is downloaded, so fetch the checkpoint first")
+    from gdnjax.assets import EMBEDDED_MODEL, model_directory
+
+    directory = model_directory(arguments.model)
+    if arguments.model == EMBEDDED_MODEL and not arguments.prompt and not arguments.prompts_file:
+        print(f"no prompt: continuing {DEMO_PROMPT!r}", file=sys.stderr)
+        arguments.prompt = [DEMO_PROMPT]
     texts = read_prompts(arguments)
     given = given_sampling(arguments)
     began = time.monotonic()
     prepare_environment(arguments)
-    llm, prompts, import_time = start(arguments, texts)
+    llm, prompts, import_time = start(arguments, directory, texts)
     with llm:
         params = llm.default_sampling_params(**given)
         started = time.monotonic()
@@ -262,7 +271,9 @@ def prepare_environment(arguments: argparse.Namespace) -> None:
     logging.getLogger("gdnjax").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
 
 
-def start(arguments: argparse.Namespace, texts: Sequence[str]) -> tuple["LLM", list[Prompt], float]:
+def start(
+    arguments: argparse.Namespace, directory: pathlib.Path, texts: Sequence[str]
+) -> tuple["LLM", list[Prompt], float]:
     """A loaded model fitted to the prompts, the prompts in tokens, and the seconds that imports took."""
     from gdnjax.config import ModelConfig
 
@@ -271,11 +282,11 @@ def start(arguments: argparse.Namespace, texts: Sequence[str]) -> tuple["LLM", l
     from gdnjax.serving.tokenizer import Tokenizer
 
     import_time = time.monotonic() - began
-    model = ModelConfig.from_hf(arguments.model)
-    tokenizer = Tokenizer.from_directory(arguments.tokenizer or arguments.model)
+    model = ModelConfig.from_hf(directory)
+    tokenizer = Tokenizer.from_directory(arguments.tokenizer or directory)
     prompts = [Prompt(text=text, token_ids=encode(tokenizer, text, arguments)) for text in texts]
     config = fit_engine(arguments, [len(prompt.token_ids) for prompt in prompts], model.max_position_embeddings)
-    llm = LLM(arguments.model, config, tokenizer=tokenizer, use_tqdm=sys.stderr.isatty())
+    llm = LLM(directory, config, tokenizer=tokenizer, use_tqdm=sys.stderr.isatty())
     return llm, prompts, import_time
 
 

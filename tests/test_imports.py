@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "gdnjax"
 
 LAYERS = (
-    ("version", "config", "sampling_params", "shapes"),
+    ("version", "config", "sampling_params", "shapes", "assets"),
     ("memory", "backend", "sharding"),
     ("state", "batch"),
     ("pallas_kernels",),
@@ -21,6 +21,7 @@ LAYERS = (
     ("step",),
     ("generation",),
     ("checkpoint",),
+    ("loading",),
     ("serving",),
     ("doctor",),
 )
@@ -31,6 +32,7 @@ ONLY = {
     "sampling_params": set(),
     "shapes": set(),
     "version": set(),
+    "assets": set(),
     "memory": {"config"},
     "backend": set(),
     "sharding": set(),
@@ -43,7 +45,7 @@ ONLY = {
 }
 """Where the design allows less than the layers do: these and nothing else of the package."""
 
-HOST_ONLY = ("config", "sampling_params", "memory", "version", "serving.outputs", "serving.tokenizer")
+HOST_ONLY = ("assets", "config", "sampling_params", "memory", "version", "serving.outputs", "serving.tokenizer")
 HOST_ONLY += ("serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gdnjax import backend, checkpoint, memory, sharding
+from gdnjax.assets import model_directory
 from gdnjax.config import EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
@@ -28,7 +29,6 @@ from gdnjax.shapes import Params
 
 log = logging.getLogger("gdnjax")
 
-EMBEDDED_MODEL = "tiny"
 DEFAULT_MAX_MODEL_LEN = 8192
 
 JAX_CACHE_THRESHOLD = 1.0
@@ -60,7 +60,8 @@ class StreamOutput:
 class LLM:
     """A model ready to generate.
 
-    `model` is a Hugging Face checkpoint directory or one written by scripts/convert.py. Keyword arguments are
+    `model` is a Hugging Face checkpoint directory, one written by scripts/convert.py, or "tiny", the small trained
+    model that is a part of the package. Keyword arguments are
     EngineConfig's fields; pass them or an EngineConfig. `tokenizer` is a Tokenizer, or names another directory to read
     one from; without tokenizer files prompts are token ids and texts are empty.
 
@@ -77,7 +78,7 @@ class LLM:
         **kwargs: Any,
     ):
         config = _engine_config(config, kwargs)
-        directory = _checkpoint_directory(model)
+        directory = model_directory(model)
         _configure_compilation_cache(config)
         model_config = ModelConfig.from_hf(directory)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
@@ -476,20 +477,6 @@ def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> Engin
     if unknown:
         raise ValueError(f"unknown engine options: {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     return EngineConfig(**kwargs)
-
-
-def _checkpoint_directory(model: str | pathlib.Path) -> pathlib.Path:
-    if str(model) == EMBEDDED_MODEL:
-        raise FileNotFoundError(
-            "this version ships no embedded model yet; pass the directory of a Qwen3.5 or Qwen3-Next checkpoint"
-        )
-    directory = pathlib.Path(model)
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"{directory}: no such directory; a model is a local checkpoint directory "
-            "(nothing is downloaded: fetch the checkpoint first)"
-        )
-    return directory
 
 
 def _max_model_len(config: EngineConfig, context: int) -> int:

@@ -23,7 +23,7 @@ def test_failing_run_passes_its_error_on(capsys, tmp_path):
     assert bench_start.main(["--model", str(tmp_path / "none"), "--json", str(tmp_path / "numbers.json")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "no such directory; nothing is downloaded" in err
+    assert "no such directory; a model is a local checkpoint directory" in err
     assert not (tmp_path / "numbers.json").exists()
 
 

@@ -36,7 +36,7 @@ def test_help_explains_by_examples(capsys):
         generate.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for word in ("examples:", "--chat", "-p -", "XLA_PYTHON_CLIENT_MEM_FRACTION", "make_random_checkpoint.py", "130"):
+    for word in ("examples:", "--chat", "-p -", "XLA_PYTHON_CLIENT_MEM_FRACTION", "embedded", "130"):
         assert word in text
 
 
@@ -56,8 +56,7 @@ def test_unknown_flag_ends_with_status_2(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-p", "x"], "no embedded model ships with this version yet"),
-        (["--model", "{tmp}/none", "-p", "x"], "no such directory; nothing is downloaded"),
+        (["--model", "{tmp}/none", "-p", "x"], "no such directory; a model is a local checkpoint directory"),
         (["--model", "{tmp}", "-p", "x"], "no config.json here"),
         (["--model", "{golden}", "-p", "x"], "no tokenizer here"),
         (["--model", "{model}"], "no prompt: give -p TEXT"),
@@ -86,6 +85,21 @@ def test_mistake_is_one_line_and_status_2(capsys, random_model, tmp_path, flags,
     assert err.count("\n") == 1
 
 
+def test_without_flags_the_embedded_model_tells_a_story(capsys):
+    out, note = _run(capsys)
+    assert "no prompt: continuing 'Once upon a time'\n" in note
+    assert len(out.split()) > 30
+    assert out.rstrip().endswith((".", "!", '"'))
+    # The note and the closing line.
+    assert note.count("\n") == 2
+
+
+def test_embedded_model_counts_apples(capsys):
+    question = "A box has 3 apples. 4 more are put in. How many apples are in the box?"
+    out, _ = _run(capsys, "--prompt", question, "--temperature", "0")
+    assert out.rstrip().endswith("#### 7")
+
+
 def test_stdin_is_a_prompt_like_any_other(capsys, monkeypatch, random_model, tmp_path):
     flags = ("--model", str(random_model), "--max-tokens", "12", "--stats-json", str(tmp_path / "stats.json"))
     given, note = _run(capsys, *flags, "-p", "One request")
@@ -111,7 +125,7 @@ def test_several_prompts_come_under_headers_in_order(capsys, random_model):
 
 def test_long_prompt_streams_what_the_engine_generates_and_compiles_nothing_more(random_model, capsys):
     arguments = _arguments("--model", str(random_model), "--max-tokens", "20")
-    llm, (prompt,), import_time = generate.start(arguments, ["One request has one slot. " * 160])
+    llm, (prompt,), import_time = generate.start(arguments, random_model, ["One request has one slot. " * 160])
     with llm:
         assert len(prompt.token_ids) > llm.config.max_num_batched_tokens
         params = llm.default_sampling_params(max_tokens=20, temperature=0.0, ignore_eos=True)

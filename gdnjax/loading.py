@@ -1,0 +1,27 @@
+"""A checkpoint as a model and its parameters, without an engine: for `batch_generate` and for steps of one's own."""
+
+import pathlib
+
+from gdnjax import checkpoint, sharding
+from gdnjax.assets import EMBEDDED_MODEL, model_directory
+from gdnjax.config import ModelConfig
+from gdnjax.models import HybridModel, abstract_params, build_model
+from gdnjax.shapes import Params
+
+
+def load_model(
+    model: str | pathlib.Path = EMBEDDED_MODEL, *, dtype: str = "auto", mtp: bool = False
+) -> tuple[HybridModel, Params]:
+    """Loads a checkpoint directory, or "tiny", the embedded model, onto one device.
+
+    `dtype` of weights and activations: "auto" (the checkpoint's), "float32" or "bfloat16". `mtp` loads the
+    multi-token-prediction head too. Raises FileNotFoundError or ValueError for what is no checkpoint of a supported
+    model, or has no MTP head.
+    """
+    directory = model_directory(model)
+    config = ModelConfig.from_hf(directory)
+    dtype = config.dtype if dtype == "auto" else dtype
+    hybrid = build_model(config, dtype, mtp=mtp)
+    abstract = abstract_params(config, 1, dtype, mtp=mtp)
+    params, _ = checkpoint.load_params(directory, config, abstract, sharding.make_mesh(1), progress=False)
+    return hybrid, params

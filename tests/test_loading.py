@@ -1,0 +1,79 @@
+"""A checkpoint without an engine: what `load_model` gives, and what it refuses."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gdnjax import load_model
+from gdnjax.assets import EMBEDDED_MODEL, model_directory
+
+
+def dtypes(params):
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+
+
+def test_embedded_model_is_the_default():
+    model, params = load_model()
+    assert (model.vocab_size, model.mtp, model.dtype) == (1024, False, "bfloat16")
+    assert "mtp" not in params
+    # Decays stay in float32.
+    assert dtypes(params) == {"bfloat16", "float32"}
+
+
+def test_dtype_is_that_asked_for_and_values_are_the_checkpoints():
+    model, params = load_model(EMBEDDED_MODEL, dtype="float32", mtp=True)
+    assert (model.dtype, model.mtp, dtypes(params)) == ("float32", True, {"float32"})
+    stored = safetensors.numpy.load_file(model_directory(EMBEDDED_MODEL) / "model.safetensors")
+    assert len(stored) == len(jax.tree.leaves(params))
+    for name, leaf in (
+        ("model.embed_tokens.weight", params["embed_tokens"]["weight"]),
+        ("mtp.fc.weight", params["mtp"]["fc"]["weight"]),
+        ("model.layers.0.linear_attn.A_log", params["layers"][0]["linear_attn"]["A_log"]),
+    ):
+        np.testing.assert_array_equal(leaf, stored[name].astype(np.float32))
+
+
+def test_directory_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="no such directory; a model is a local checkpoint directory, or 'tiny'"
+    ):
+        load_model(tmp_path / "absent")
+
+
+def test_directory_of_the_same_name_is_reached_by_its_path(tmp_path, monkeypatch):
+    """`tiny` is the embedded model wherever one stands; `./tiny` is a directory of one's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert model_directory("tiny").name == "tiny"
+    assert model_directory("tiny") != model_directory("./tiny").resolve()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json here"):
+        load_model("./tiny")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the embedded model, whose tensors a test may change: (directory, tensors)."""
+    shutil.copytree(model_directory(EMBEDDED_MODEL), tmp_path, dirs_exist_ok=True)
+    return tmp_path, safetensors.numpy.load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("missing", ["mtp.fc.weight", "mtp.layers.0.self_attn.k_proj.weight", "mtp.norm.weight"])
+def test_head_that_is_stored_in_part_is_an_error(copy, missing):
+    directory, tensors = copy
+    del tensors[missing]
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=f"1 missing: {missing}"):
+        load_model(directory, mtp=True)
+    # Without the head the rest is a whole model.
+    load_model(directory)
+
+
+def test_head_with_an_embedding_of_its_own_is_an_error(copy):
+    directory, tensors = copy
+    tensors["mtp.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 unexpected: mtp\.embed_tokens\.weight"):
+        load_model(directory, mtp=True)
