@@ -1,0 +1,273 @@
+"""Measures how many word problems a model solves, and shows that every way to run it gives the same answers."""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from evaluation import agreement, cells, problems, report
+from evaluation.cells import Cell
+from evaluation.problems import Problem, Prompt
+from evaluation.report import CellReport
+from generate import CLOSED_PIPE, INTERRUPTED, in_one_line, prepare_environment
+
+from gdnjax.assets import EMBEDDED_MODEL, model_directory
+
+DESCRIPTION = """\
+Solves word problems in GSM8K's format (JSON Lines of {"question": "...", "answer": "steps\\n#### 7"}) greedily, and
+prints the share of exact matches with its 95% confidence interval (Wilson).
+
+Forms of a prompt:
+  plain      the question as it stands; what the embedded model was trained on
+  few-shot   solved problems, then the question: the prompt and the stop strings of lm-eval's gsm8k task
+  chat       the question as a user's message, through the chat template; shots are earlier turns
+
+An answer is taken out of a completion in two ways, as that task does: strict (the number behind "#### ") and flexible
+(the last number).
+"""
+
+EXAMPLES = f"""\
+examples:
+  python scripts/eval.py                                           the embedded model on its held-out problems
+  python scripts/eval.py --matrix --limit 100                      all cells of the matrix
+  python scripts/eval.py --cells f32-one-by-one,f32-batched --output result.json
+  python scripts/eval.py --model Qwen3.5-4B --data gsm8k/test.jsonl --shots gsm8k/train.jsonl     5-shot
+  python scripts/eval.py --model Qwen3.5-4B --data gsm8k/test.jsonl --form chat --no-thinking --max-tokens 512
+  python scripts/eval.py --floor 0.95                              fails where fewer are solved
+
+The matrix, f32 for float32, bf16 for bfloat16:
+{
+    textwrap.fill(
+        ", ".join(cell.name for cell in cells.MATRIX),
+        110,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_on_hyphens=False,
+    )
+}
+Without --matrix and --cells one cell runs: {cells.DEFAULT.name}, in the checkpoint's dtype.
+
+Every cell is compared with the first float32 cell (the first cell, where there is none): on how many problems both
+answers, and all tokens, are the same. Where another float32 cell parts from it, the logits there are computed anew by
+one prefill of what is common: both tokens within {
+    agreement.NEAR_TIE:g} of the best logit are a near tie, counted; anything else is
+a failure. bfloat16 cells may differ, and the table says how often. Seconds hold neither loading nor compilation.
+
+Exit status: 0 done, 1 a cell is below --floor or differs beyond near ties, 2 a bad argument, file or checkpoint (the
+reason is on stderr), 130 interrupted.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Imports no jax: --help and mistakes answer at once."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="DIR", default=EMBEDDED_MODEL, help="checkpoint directory (default: the embedded model)")
+    add("--max-num-seqs", type=int, default=32, metavar="N", help="requests at once, rows of a batch (default: 32)")
+    add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
+    add = parser.add_argument_group("problems").add_argument
+    add("--data", metavar="FILE", help="problems to solve (default: those of the embedded model)")
+    add("--shots", metavar="FILE", help="solved problems, of which the first are shown (default: as --data)")
+    add("--num-shots", type=int, metavar="N", help="how many are shown (default: 5 for few-shot, otherwise 0)")
+    add("--form", choices=problems.FORMS, help="of the prompts (default: plain for the embedded model, else few-shot)")
+    add("--no-thinking", action="store_true", help="chat: give the template enable_thinking=False")
+    add("--limit", type=int, metavar="N", help="only the first N problems")
+    add("--max-tokens", type=int, default=256, metavar="N", help="most tokens of a completion (default: 256)")
+    add = parser.add_argument_group("cells").add_argument
+    add("--matrix", action="store_true", help="run all cells of the matrix")
+    add("--cells", metavar="A,B", help="run these cells")
+    add = parser.add_argument_group("output").add_argument
+    add("--floor", type=float, metavar="F", help="the least share of strict matches that every cell must reach")
+    add("--output", metavar="FILE", help="write settings, prompts, completions and scores there, as JSON")
+    add("--verbose", action="store_true", help="log what the engine does, and show where an error came from")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # As in generate.py: the reader has left, and the interpreter must not flush into the pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if arguments.verbose:
+            traceback.print_exc()
+        print(f"eval.py: error: {in_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Everything between the arguments and the exit status."""
+    check_arguments(arguments)
+    chosen = choose_cells(arguments)
+    directory = model_directory(arguments.model)
+    solve, shots = read_files(arguments)
+    prepare_environment(arguments)
+    prompts, work, own_dtype = prepare(arguments, directory, solve, shots)
+    reports = run_cells(chosen, directory, own_dtype, work, solve)
+    print(report.table(reports))
+    if arguments.output:
+        content = report.as_json(settings(arguments, len(shots)), solve, prompts, reports)
+        pathlib.Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    complaints = verdict(reports, arguments.floor)
+    for complaint in complaints:
+        print(f"eval.py: {complaint}", file=sys.stderr)
+    return 1 if complaints else 0
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for values that cannot work, and fills in the defaults that depend on others."""
+    for name, least in (("limit", 1), ("max_tokens", 1), ("max_num_seqs", 1), ("num_shots", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if arguments.floor is not None and not 0 <= arguments.floor <= 1:
+        raise ValueError(f"--floor must be in [0, 1], got {arguments.floor:g}")
+    if arguments.form is None:
+        arguments.form = "plain" if arguments.model == EMBEDDED_MODEL else "few-shot"
+    if arguments.num_shots is None:
+        arguments.num_shots = problems.FEW_SHOTS if arguments.form == "few-shot" else 0
+    if arguments.form == "plain" and arguments.num_shots:
+        raise ValueError("--num-shots needs --form few-shot or chat; plain has no place for shots")
+    if arguments.no_thinking and arguments.form != "chat":
+        raise ValueError("--no-thinking needs --form chat")
+    # A long run must not end with the news that its result cannot be written.
+    if arguments.output and not pathlib.Path(arguments.output).absolute().parent.is_dir():
+        raise ValueError(f"--output {arguments.output}: no such directory")
+
+
+def choose_cells(arguments: argparse.Namespace) -> list[Cell]:
+    """The cells to run, in order. Raises ValueError for a name that is none."""
+    if arguments.matrix and arguments.cells is not None:
+        raise ValueError("--matrix runs all cells; leave it or --cells out")
+    if arguments.matrix:
+        return list(cells.MATRIX)
+    if arguments.cells is None:
+        return [cells.DEFAULT]
+    names = list(dict.fromkeys(name.strip() for name in arguments.cells.split(",")))
+    for name in names:
+        if name not in cells.BY_NAME:
+            raise ValueError(f"--cells: no cell {name!r}; allowed: {', '.join(cells.BY_NAME)}")
+    return [cells.BY_NAME[name] for name in names]
+
+
+def read_files(arguments: argparse.Namespace) -> tuple[list[Problem], list[Problem]]:
+    """The problems to solve, and those to show solved."""
+    data = problems.problem_file(arguments.model, arguments.data, "problems.jsonl", "--data")
+    solve = problems.read_problems(data)[: arguments.limit]
+    if not arguments.num_shots:
+        return solve, []
+    file = problems.problem_file(arguments.model, arguments.shots, "shots.jsonl", "--shots")
+    shots = problems.read_problems(file)
+    if len(shots) < arguments.num_shots:
+        raise ValueError(f"{file}: {arguments.num_shots} shots are wanted, and {len(shots)} problems are in it")
+    return solve, shots[: arguments.num_shots]
+
+
+def prepare(
+    arguments: argparse.Namespace, directory: pathlib.Path, solve: Sequence[Problem], shots: Sequence[Problem]
+) -> tuple[list[Prompt], cells.Workload, str]:
+    """The prompts, what the cells make of them, and the checkpoint's dtype. Raises ValueError where one is too long."""
+    from gdnjax.config import ModelConfig
+    from gdnjax.serving.tokenizer import Tokenizer
+
+    model = ModelConfig.from_hf(directory)
+    options = {"enable_thinking": False} if arguments.no_thinking else {}
+    prompts = problems.make_prompts(solve, shots, arguments.form, Tokenizer.from_directory(directory), options)
+    work = cells.Workload(
+        prompts=[prompt.token_ids for prompt in prompts],
+        max_tokens=arguments.max_tokens,
+        stop=problems.STOPS[arguments.form],
+        max_num_seqs=arguments.max_num_seqs,
+        progress=sys.stderr.isatty(),
+    )
+    if work.max_length > model.max_position_embeddings:
+        raise ValueError(
+            f"the longest prompt has {work.longest} tokens, with --max-tokens {work.max_tokens} more than the model's "
+            f"context of {model.max_position_embeddings}"
+        )
+    return prompts, work, model.dtype
+
+
+def run_cells(
+    chosen: Sequence[Cell], directory: pathlib.Path, own_dtype: str, work: cells.Workload, solve: Sequence[Problem]
+) -> list[CellReport]:
+    """Runs the cells, float32 first, with the parameters loaded once for each dtype; reports in the order of `chosen`.
+
+    The first float32 cell is the reference, or the first of all where there is none.
+    """
+    dtypes = {cell.name: own_dtype if cell.dtype == "auto" else cell.dtype for cell in chosen}
+    reports: dict[str, CellReport] = {}
+    reference: CellReport | None = None
+    for dtype in sorted(set(dtypes.values()), key=lambda dtype: dtype != "float32"):
+        with cells.load(directory, dtype, work.progress) as loaded:
+            judge = None
+            for cell in chosen:
+                if dtypes[cell.name] != dtype:
+                    continue
+                if work.progress:
+                    print(f"{cell.name} ({dtype})", file=sys.stderr)
+                made = cells.run_cell(cell, dtype, loaded, work)
+                reports[cell.name] = report.report_cell(made, solve, reference, judge)
+                if reference is None:
+                    reference = reports[cell.name]
+                if judge is None and dtype == "float32":
+                    tokens = [completion.token_ids for completion in reference.run.completions]
+                    judge = agreement.Teacher(loaded, work.prompts, tokens)
+    return [reports[cell.name] for cell in chosen]
+
+
+def verdict(reports: Sequence[CellReport], floor: float | None) -> list[str]:
+    """What is wrong with a run, a line each; empty where nothing is."""
+    complaints = []
+    for item in reports:
+        if item.failures:
+            first = item.failures[0]
+            gap = "one had ended" if first.gap is None else f"{first.gap:.2g} below the best logit"
+            complaints.append(
+                f"{item.name}: {len(item.failures)} of {len(item.scores)} completions differ beyond near ties, "
+                f"first problem {first.problem + 1} at output token {first.position} ({gap})"
+            )
+        if floor is not None and item.strict < floor:
+            complaints.append(f"{item.name}: strict match {item.strict:.4f} is below --floor {floor:g}")
+    return complaints
+
+
+def settings(arguments: argparse.Namespace, num_shots: int) -> dict[str, Any]:
+    """What a result depends on, for the record."""
+    import platform
+
+    import jax
+
+    import gdnjax
+
+    given = {name: getattr(arguments, name) for name in ("model", "data", "shots", "form", "limit", "max_tokens")}
+    return {
+        **given,
+        "num_shots": num_shots,
+        "max_num_seqs": arguments.max_num_seqs,
+        "enable_thinking": False if arguments.no_thinking else None,
+        "near_tie": agreement.NEAR_TIE,
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "gdnjax": gdnjax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What a run has found: per cell, as a table and as JSON."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from . import agreement, scoring
+from .agreement import Difference
+from .cells import CellRun
+from .problems import Problem, Prompt
+
+COLUMNS = (
+    "cell",
+    "dtype",
+    "strict [95% CI]",
+    "flexible [95% CI]",
+    "same answers",
+    "same tokens",
+    "near ties",
+    "differ",
+    "tokens",
+    "seconds",
+    "tokens/s",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The answers of one completion, as they were written, and whether they match."""
+
+    strict: str | None
+    flexible: str | None
+    strict_match: bool
+    flexible_match: bool
+
+    @classmethod
+    def of(cls, completion: str, reference: str) -> "Score":
+        strict, flexible = scoring.strict_answer(completion), scoring.flexible_answer(completion)
+        return cls(strict, flexible, scoring.is_match(strict, reference), scoring.is_match(flexible, reference))
+
+    @property
+    def answers(self) -> tuple[str | None, str | None]:
+        return self.strict, self.flexible
+
+
+@dataclasses.dataclass(frozen=True)
+class CellReport:
+    """A cell's run, its scores, and its differences from the reference cell (None: nothing to compare with).
+
+    `judged` says that the differences must be near ties: the cell and the reference are both float32.
+    """
+
+    run: CellRun
+    scores: list[Score]
+    same_answers: int | None = None
+    differences: list[Difference] | None = None
+    judged: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.run.cell.name
+
+    @property
+    def strict(self) -> float:
+        return scoring.share([score.strict_match for score in self.scores])
+
+    @property
+    def flexible(self) -> float:
+        return scoring.share([score.flexible_match for score in self.scores])
+
+    @property
+    def near_ties(self) -> list[Difference]:
+        return [difference for difference in self.differences or [] if difference.near_tie]
+
+    @property
+    def failures(self) -> list[Difference]:
+        """Differences that rounding does not explain, where it would have to."""
+        return [item for item in self.differences or [] if not item.near_tie] if self.judged else []
+
+    def row(self) -> list[str]:
+        """The cell's line of the table, in the order of COLUMNS."""
+        run, total = self.run, len(self.scores)
+        same = ["-", "-", "-", "-"]
+        if self.differences is not None:
+            other = len(self.differences) - len(self.near_ties)
+            same = [f"{self.same_answers}/{total}", f"{total - len(self.differences)}/{total}"]
+            same += [str(len(self.near_ties)) if self.judged else "-", str(other)]
+        return [
+            self.name,
+            run.dtype,
+            _with_interval([score.strict_match for score in self.scores]),
+            _with_interval([score.flexible_match for score in self.scores]),
+            *same,
+            str(run.output_tokens),
+            f"{run.seconds:.2f}",
+            f"{_rate(run):.1f}",
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, completions included."""
+        run = self.run
+        strict, flexible = (
+            [getattr(score, f"{kind}_match") for score in self.scores] for kind in ("strict", "flexible")
+        )
+        return {
+            "name": self.name,
+            "driver": run.cell.driver,
+            "dtype": run.dtype,
+            "max_num_seqs": run.cell.max_num_seqs,
+            "options": dict(run.cell.options),
+            "strict_match": _share_json(strict),
+            "flexible_extract": _share_json(flexible),
+            "same_answers": self.same_answers,
+            "same_tokens": None if self.differences is None else len(self.scores) - len(self.differences),
+            "near_ties": len(self.near_ties) if self.judged else None,
+            "failures": len(self.failures) if self.judged else None,
+            "differences": [{**dataclasses.asdict(item), "near_tie": item.near_tie} for item in self.differences or []],
+            "output_tokens": run.output_tokens,
+            "seconds": run.seconds,
+            "tokens_per_second": _rate(run),
+            "outputs": [
+                {**dataclasses.asdict(completion), **dataclasses.asdict(score)}
+                for completion, score in zip(run.completions, self.scores, strict=True)
+            ],
+        }
+
+
+def report_cell(
+    run: CellRun, problems: Sequence[Problem], reference: CellReport | None, judge: agreement.Judge | None
+) -> CellReport:
+    """Scores a run, and compares it with the reference cell where there is one. A judge makes it a float32 cell."""
+    scores = [
+        Score.of(completion.text, problem.answer) for completion, problem in zip(run.completions, problems, strict=True)
+    ]
+    if reference is None:
+        return CellReport(run, scores)
+    differences = agreement.compare(_tokens(reference.run), _tokens(run), judge)
+    same = sum(ours.answers == theirs.answers for ours, theirs in zip(scores, reference.scores, strict=True))
+    return CellReport(run, scores, same, differences, judged=judge is not None)
+
+
+def table(reports: Sequence[CellReport]) -> str:
+    """The cells one below the other: names to the left, numbers to the right."""
+    rows = [list(COLUMNS), *[report.row() for report in reports]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        fields = [
+            text.ljust(width) if index < 2 else text.rjust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(fields).rstrip())
+    return "\n".join(lines)
+
+
+def as_json(
+    settings: dict[str, Any], problems: Sequence[Problem], prompts: Sequence[Prompt], reports: Sequence[CellReport]
+) -> dict[str, Any]:
+    """The whole result; outputs of every cell are in the order of the problems."""
+    return {
+        "settings": settings,
+        "problems": [
+            {**dataclasses.asdict(problem), "prompt": prompt.text}
+            for problem, prompt in zip(problems, prompts, strict=True)
+        ],
+        "cells": [report.as_json() for report in reports],
+    }
+
+
+def _tokens(run: CellRun) -> list[tuple[int, ...]]:
+    return [completion.token_ids for completion in run.completions]
+
+
+def _rate(run: CellRun) -> float:
+    return run.output_tokens / run.seconds if run.seconds > 0 else 0.0
+
+
+def _with_interval(flags: Sequence[bool]) -> str:
+    low, high = scoring.wilson(sum(flags), len(flags))
+    return f"{scoring.share(flags):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _share_json(flags: Sequence[bool]) -> dict[str, Any]:
+    low, high = scoring.wilson(sum(flags), len(flags))
+    return {"share": scoring.share(flags), "matches": sum(flags), "of": len(flags), "wilson_95": [low, high]}

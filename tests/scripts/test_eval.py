@@ -1,0 +1,435 @@
+"""scripts/eval.py: what counts as an answer, as a prompt, as agreement; and its exit status."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from evaluation import agreement, cells, problems, report, scoring
+from evaluation.cells import Cell, CellRun, Completion, Workload
+from evaluation.problems import Problem
+
+from gdnjax import SamplingParams
+from gdnjax.assets import model_directory
+from gdnjax.serving.tokenizer import Tokenizer
+from scripts import eval as script
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+SOLVE = [
+    Problem("Ann has 2 apples and buys 3 more. How many has she?", "2 + 3 = <<2+3=5>>5\n#### 5"),
+    Problem("Ben sells 1,200 pears at $2. What does he earn?", "1200 * 2 = 2400\n#### 2,400"),
+]
+SHOTS = [
+    Problem("What is 1 + 1?", "1 + 1 = 2\n#### 2"),
+    Problem("What is 3 - 5?", "3 - 5 = -2\n#### -2"),
+]
+
+
+def _write(file: pathlib.Path, items: list[Problem]) -> pathlib.Path:
+    file.write_text("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in items), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("eval")
+    return {"data": _write(directory / "data.jsonl", SOLVE), "shots": _write(directory / "shots.jsonl", SHOTS)}
+
+
+@pytest.fixture(scope="module")
+def flags(random_model, files):
+    """A run of two cells that takes seconds."""
+    chosen = ("--cells", "f32-batched,f32-device-loop", "--max-num-seqs", "2", "--max-tokens", "8")
+    return ["--model", str(random_model), "--data", str(files["data"]), "--form", "plain", *chosen]
+
+
+@pytest.fixture(scope="module")
+def loaded(random_model):
+    with cells.load(random_model, "float32") as llm:
+        yield llm
+
+
+# What an answer is.
+
+
+@pytest.mark.parametrize(
+    ("completion", "strict", "flexible"),
+    [
+        ("5 * 8 = 40\n#### 40", "40", "40"),
+        ("#### -3", "-3", "-3"),
+        ("#### 1,234.", "1,234.", "1,234."),
+        ("####40", None, "40"),
+        ("#### $40", None, "$40"),
+        ("#### 4\n\nNo, #### 5", "4", "5"),
+        ("The answer is 7.", None, "7."),
+        ("He pays $18.50 and leaves", None, "$18.50"),
+        ("between 3-5", None, "-5"),
+        ("x, y, z.", None, None),
+        ("7 apples, and that is all, ok...", None, "..."),
+        ("", None, None),
+        ("no digits", None, None),
+        # Digits of other scripts are no digits here.
+        ("#### ٣", None, None),
+    ],
+)
+def test_answers_are_taken_as_lm_eval_takes_them(completion, strict, flexible):
+    assert scoring.strict_answer(completion) == strict
+    assert scoring.flexible_answer(completion) == flexible
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "matches"),
+    [
+        ("40", "5 * 8 = 40\n#### 40", True),
+        ("1,234", "#### 1234", True),
+        ("1234.", "#### 1,234", True),
+        ("$18", "#### 18", True),
+        ("18.00", "#### 18", False),
+        ("-2", "#### 2", False),
+        ("4", "2 + 2 = 4\n#### 5", False),
+        (None, "#### 5", False),
+    ],
+)
+def test_answers_are_compared_without_commas_dollars_and_full_stop(answer, reference, matches):
+    assert scoring.is_match(answer, reference) is matches
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_published_intervals(successes, trials, low, high):
+    assert scoring.wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+    mirrored = scoring.wilson(trials - successes, trials)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+    assert min(*mirrored) >= 0
+    assert max(*mirrored) <= 1
+
+
+# What a prompt is.
+
+
+@pytest.mark.parametrize(
+    ("form", "shots", "text"),
+    [
+        ("plain", [], SOLVE[0].question),
+        (
+            "few-shot",
+            SHOTS,
+            "Question: What is 1 + 1?\nAnswer: 1 + 1 = 2\n#### 2\n\n"
+            "Question: What is 3 - 5?\nAnswer: 3 - 5 = -2\n#### -2\n\n"
+            "Question: Ann has 2 apples and buys 3 more. How many has she?\nAnswer:",
+        ),
+        ("few-shot", [], "Question: Ann has 2 apples and buys 3 more. How many has she?\nAnswer:"),
+        (
+            "chat",
+            SHOTS[:1],
+            "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n1 + 1 = 2\n#### 2<|im_end|>\n"
+            "<|im_start|>user\nAnn has 2 apples and buys 3 more. How many has she?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+    ],
+)
+def test_prompts_are_these_texts(random_model, form, shots, text):
+    tokenizer = Tokenizer.from_directory(random_model)
+    (prompt,) = problems.make_prompts(SOLVE[:1], shots, form, tokenizer)
+    assert prompt.text == text
+    assert prompt.token_ids == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["{good}", "", "not json"], "data.jsonl:3: not JSON"),
+        (["[1]"], "data.jsonl:1: expected"),
+        (["{good}", '{"question": "x"}'], 'data.jsonl:2: no "answer"'),
+        (['{"question": 7, "answer": "#### 7"}'], 'data.jsonl:1: no "question", or one that is not a text'),
+        (['{"question": "x", "answer": "it is 7"}'], 'data.jsonl:1: the answer does not end with "#### " and a number'),
+        ([""], "data.jsonl: no problems in it"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, lines, message):
+    good = json.dumps(dataclasses.asdict(SOLVE[0]))
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(good if line == "{good}" else line for line in lines))
+    with pytest.raises(ValueError, match=r"data\.jsonl") as error:
+        problems.read_problems(file)
+    assert message in str(error.value)
+
+
+def test_problems_are_read_as_they_are_written(tmp_path):
+    # U+2028 ends a line for str.splitlines and is an ordinary character in JSON; \r\n is what Windows writes.
+    items = [Problem("a\u2028b\n?", "#### 1"), Problem("ü", "x\n#### -1,000")]
+    file = tmp_path / "data.jsonl"
+    text = "\r\n".join(json.dumps(dataclasses.asdict(item), ensure_ascii=False) for item in items)
+    file.write_text(text + "\r\n", encoding="utf-8", newline="")
+    assert problems.read_problems(file) == items
+
+
+# What agreement is.
+
+
+def _judge(logits: list[float]) -> agreement.Judge:
+    return lambda _problem, _position, token, other: agreement.gap_of(logits, token, other)
+
+
+def test_near_tie_is_counted_and_no_failure():
+    logits = [0.0, 5.0, 5.0 - agreement.NEAR_TIE / 2]
+    (found,) = agreement.compare([[7, 1, 3]], [[7, 2, 4, 4]], _judge(logits))
+    assert (found.problem, found.position, found.tokens, found.near_tie) == (0, 1, (1, 2), True)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        pytest.param([0.0, 5.0, 5.0 - 2 * agreement.NEAR_TIE], id="the other is worse"),
+        pytest.param([0.0, 5.0 - 2 * agreement.NEAR_TIE, 5.0], id="the reference is worse"),
+        # Two wrong tokens that are equally bad are no excuse for each other.
+        pytest.param([5.0, 1.0, 1.0], id="both are far from the best"),
+    ],
+)
+def test_real_difference_is_no_near_tie(logits):
+    (found,) = agreement.compare([[1]], [[2]], _judge(logits))
+    assert not found.near_tie
+
+
+def test_cell_that_ends_early_is_no_near_tie():
+    always_tied = _judge([1.0] * 8)
+    found = agreement.compare([[1, 2, 3], [1], [4, 5]], [[1, 2], [1, 6], [4, 5]], always_tied)
+    assert [(item.problem, item.position, item.tokens) for item in found] == [(0, 2, (3, None)), (1, 1, (None, 6))]
+    assert not any(item.near_tie for item in found)
+
+
+def test_only_the_first_differing_token_is_judged():
+    asked = []
+
+    def judge(*where):
+        asked.append(where)
+        return 0.0
+
+    agreement.compare([[1, 2, 3], [1, 2]], [[1, 4, 5], [1, 2]], judge)
+    assert asked == [(0, 1, 2, 4)]
+
+
+def test_teacher_measures_the_engines_own_gap(loaded):
+    """The gap of the two best tokens is that of the log-probabilities that the engine reports for them."""
+    prompt = loaded.tokenizer.encode("One request has one slot, and one slot")
+    prefixes = [prompt[:length] for length in (1, 3, len(prompt))]
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=2)
+    outputs = loaded.generate(prefixes, params, use_tqdm=False)
+    # The end of each prompt stands for output that is common.
+    teacher = agreement.Teacher(loaded, [prefix[:1] for prefix in prefixes], [prefix[1:] for prefix in prefixes])
+    for problem, output in enumerate(outputs):
+        (entry,) = output.outputs[0].logprobs
+        best, second = sorted(entry, key=lambda token: -entry[token].logprob)
+        gap = entry[best].logprob - entry[second].logprob
+        # Two paths of float32 on a small model; logits are of the order of 1.
+        assert teacher(problem, len(prefixes[problem]) - 1, best, second) == pytest.approx(gap, abs=1e-5)
+
+
+def _run_of(name: str, dtype: str, *outputs: tuple[str, tuple[int, ...]]) -> CellRun:
+    completions = [Completion(text, ids, "stop") for text, ids in outputs]
+    return CellRun(Cell(name=name, dtype=dtype), dtype, completions, 2.0)
+
+
+def test_report_counts_matches_same_answers_and_failures():
+    reference = report.report_cell(
+        _run_of("one", "float32", ("#### 5", (1, 2)), ("so 2400", (3, 4))), SOLVE, None, None
+    )
+    assert (reference.strict, reference.flexible) == (0.5, 1.0)
+    changed = _run_of("two", "float32", ("#### 5", (1, 2)), ("so 7", (3, 9)))
+    judged = report.report_cell(changed, SOLVE, reference, lambda *_: 1.0)
+    assert (judged.same_answers, len(judged.differences), len(judged.failures)) == (1, 1, 1)
+    tied = report.report_cell(changed, SOLVE, reference, lambda *_: 0.0)
+    assert (len(tied.near_ties), tied.failures) == (1, [])
+    # bfloat16 may differ; the table says so.
+    free = report.report_cell(changed, SOLVE, reference, None)
+    assert (len(free.differences), free.failures) == (1, [])
+    (complaint,) = script.verdict([reference, judged, tied, free], None)
+    assert complaint.startswith("two: 1 of 2 completions differ beyond near ties, first problem 2 at output token 1")
+    assert script.verdict([reference, tied, free], 0.5) == []
+    assert script.verdict([reference], 0.51) == ["one: strict match 0.5000 is below --floor 0.51"]
+    header, first, *_ = report.table([reference, judged]).splitlines()
+    assert header.split()[:2] == ["cell", "dtype"]
+    assert "0.500 [0.095, 0.905]" in first
+    assert header.index("tokens/s") + len("tokens/s") == len(first)
+
+
+def test_device_loop_ends_where_the_engine_ends(loaded):
+    """With a stop string that one output runs into, one that it holds at its end, and no stop string."""
+    prompts = [loaded.tokenizer.encode(problem.question) for problem in SOLVE]
+    free = Workload(prompts=prompts, max_tokens=24, max_num_seqs=2)
+    engine, loop = Cell(name="engine"), Cell(name="loop", driver="device loop")
+    long = cells.run_cell(engine, "float32", loaded, free).completions[0].text
+    middle = long[len(long) // 2 :][:2]
+    for stop in ((), (middle,)):
+        work = dataclasses.replace(free, stop=stop)
+        expected = cells.run_cell(engine, "float32", loaded, work).completions
+        assert cells.run_cell(loop, "float32", loaded, work).completions == expected
+    assert expected[0].text == long[: long.index(middle)]
+    assert expected[0].finish_reason == "stop"
+
+
+def test_completion_keeps_its_eos_and_shows_none(loaded):
+    (eos, *_) = loaded.eos_token_ids
+    tokens = loaded.tokenizer.encode("One slot")
+    ended = cells.close([*tokens, eos], loaded.tokenizer, Workload(prompts=[], max_tokens=99), loaded.eos_token_ids)
+    assert ended == Completion("One slot", (*tokens, eos), "stop")
+    cut = cells.close(tokens, loaded.tokenizer, Workload(prompts=[], max_tokens=99), loaded.eos_token_ids)
+    assert cut == Completion("One slot", tuple(tokens), "length")
+
+
+def test_cells_have_names_of_their_own_and_fit_their_driver():
+    assert len(cells.BY_NAME) == len(cells.MATRIX) + 1
+    assert cells.MATRIX[0].dtype == "float32"
+    with pytest.raises(ValueError, match="no engine options"):
+        Cell(name="x", driver="device loop", options={"seed": 1})
+    with pytest.raises(ValueError, match="driver must be one of"):
+        Cell(name="x", driver="host loop")
+
+
+ENGINES = [cell for cell in cells.BY_NAME.values() if cell.driver == "engine"]
+
+
+@pytest.mark.parametrize("cell", ENGINES, ids=lambda cell: cell.name)
+def test_engine_of_every_cell_is_valid_and_holds_the_workload(cell, loaded):
+    work = Workload(prompts=[[1] * 700, [1]], max_tokens=256, max_num_seqs=4)
+    config = cells._engine_config(cell, loaded, work)
+    assert config.max_model_len >= 956
+    assert config.max_num_seqs == (cell.max_num_seqs or 4)
+    assert len(config.prefill_buckets) == len(config.decode_buckets) == 1
+
+
+# The command.
+
+
+def test_help_explains_by_examples(capsys):
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("examples:", "few-shot", "near tie", "f32-one-by-one", "Exit status: 0"):
+        assert word in text
+
+
+def test_parsing_imports_no_jax():
+    code = "import sys; sys.path.append('scripts'); import eval; eval.build_parser(); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model", "{tmp}/none", "--data", "{data}"], "no such directory; a model is a local"),
+        (["--model", "{model}"], "no --data: pass a file"),
+        (["--model", "{model}", "--data", "{tmp}/none.jsonl"], "none.jsonl: No such file or directory"),
+        (["--model", "{model}", "--data", "{data}"], "no --shots: pass a file"),
+        (["--model", "{model}", "--data", "{data}", "--shots", "{shots}"], "5 shots are wanted, and 2 problems"),
+        (["--model", "{model}", "--data", "{data}", "--form", "plain", "--num-shots", "2"], "plain has no place"),
+        (["--model", "{model}", "--data", "{data}", "--no-thinking"], "--no-thinking needs --form chat"),
+        (["--model", "{model}", "--data", "{data}", "--limit", "0"], "--limit must be at least 1"),
+        (["--model", "{model}", "--data", "{data}", "--floor", "95"], "--floor must be in [0, 1], got 95"),
+        (["--model", "{model}", "--data", "{data}", "--cells", "f32"], "no cell 'f32'; allowed: batched, f32-one"),
+        (["--model", "{model}", "--data", "{data}", "--cells", "batched", "--matrix"], "leave it or --cells out"),
+        (["--model", "{model}", "--data", "{data}", "--output", "{tmp}/none/x.json"], "no such directory"),
+        (["--model", "{model}", "--data", "{data}", "--memory-fraction", "2", "--num-shots", "0"], "(0, 1], got 2"),
+        (["--model", "{model}", "--data", "{data}", "--num-shots", "0", "--max-tokens", "5000"], "context of 4096"),
+    ],
+)
+def test_mistake_is_one_line_and_status_2(capsys, random_model, files, tmp_path, given, message):
+    places = {"tmp": tmp_path, "model": random_model, **files}
+    assert script.main([flag.format_map(places) for flag in given]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.startswith("eval.py: error: ")
+    assert err.count("\n") == 1
+
+
+def test_cells_of_one_dtype_agree_and_the_result_is_complete(capsys, flags, tmp_path):
+    output = tmp_path / "result.json"
+    assert script.main([*flags, "--output", str(output)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == ["cell", "f32-batched", "f32-device-loop"]
+    result = json.loads(output.read_text())
+    assert {"model", "device", "jax", "gdnjax", "form", "max_tokens", "near_tie"} <= set(result["settings"])
+    assert [item["prompt"] for item in result["problems"]] == [problem.question for problem in SOLVE]
+    first, second = result["cells"]
+    assert first["outputs"] == second["outputs"]
+    assert (second["same_tokens"], second["same_answers"], second["failures"]) == (2, 2, 0)
+    assert first["output_tokens"] == sum(len(item["token_ids"]) for item in first["outputs"]) <= 16
+    assert first["strict_match"]["of"] == 2
+    assert np.isfinite(first["tokens_per_second"])
+
+
+def _comparison(line: str) -> list[str]:
+    """Same answers, same tokens, near ties and differ of a line of the table."""
+    return line.split()[-7:-3]
+
+
+def test_limit_takes_the_first_problems_and_a_floor_fails_noise(capsys, flags, tmp_path):
+    output = tmp_path / "result.json"
+    # The later --cells wins: the default cell's name, in the checkpoint's dtype.
+    status = script.main([*flags, "--cells", "batched", "--limit", "1", "--floor", "0.95", "--output", str(output)])
+    out, err = capsys.readouterr()
+    assert status == 1
+    assert err == "eval.py: batched: strict match 0.0000 is below --floor 0.95\n"
+    result = json.loads(output.read_text())
+    assert [item["question"] for item in result["problems"]] == [SOLVE[0].question]
+    assert result["cells"][0]["dtype"] == "float32"
+    assert out.count("\n") == 2
+
+
+def test_wrong_token_in_one_cell_is_status_1(capsys, flags, monkeypatch):
+    drive = cells.DRIVERS["device loop"]
+
+    def faulty(cell, loaded, work):
+        completions, seconds = drive(cell, loaded, work)
+        tokens = list(completions[1].token_ids)
+        tokens[3] = (tokens[3] + 1) % loaded.model.vocab_size
+        completions[1] = dataclasses.replace(completions[1], token_ids=tuple(tokens))
+        return completions, seconds
+
+    monkeypatch.setitem(cells.DRIVERS, "device loop", faulty)
+    assert script.main(flags) == 1
+    out, err = capsys.readouterr()
+    message = "eval.py: f32-device-loop: 1 of 2 completions differ beyond near ties, first problem 2 at output token 3"
+    assert err.startswith(message)
+    assert _comparison(out.splitlines()[-1]) == ["2/2", "1/2", "0", "1"]
+
+
+def test_parameters_are_loaded_once_for_each_dtype(capsys, flags, monkeypatch):
+    loads = []
+    load = cells.load
+
+    def counted(directory, dtype, progress=False):
+        loads.append(dtype)
+        return load(directory, dtype, progress)
+
+    monkeypatch.setattr(cells, "load", counted)
+    # float32 first, whatever the order: the others are compared with it.
+    names = "bf16-batched,f32-batched,f32-device-loop,batched"
+    assert script.main([*flags, "--cells", names, "--max-tokens", "4"]) == 0
+    assert loads == ["float32", "bfloat16"]
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == names.split(",")
+    assert _comparison(lines[1]) == ["-", "-", "-", "-"]
+    # Nobody judges a bfloat16 cell; float32 ones are judged, the default cell among them.
+    assert [_comparison(lines[index])[2] for index in (0, 2, 3)] == ["-", "0", "0"]
+
+
+def test_embedded_model_brings_its_own_problems():
+    packaged = problems.problem_file("tiny", None, "problems.jsonl", "--data")
+    assert packaged == model_directory("tiny") / "problems.jsonl"
+    assert len(problems.read_problems(packaged)) == 500
+    assert problems.problem_file("tiny", "mine.jsonl", "problems.jsonl", "--data") == pathlib.Path("mine.jsonl")
+    arguments = script.build_parser().parse_args([])
+    script.check_arguments(arguments)
+    assert (arguments.form, arguments.num_shots) == ("plain", 0)
