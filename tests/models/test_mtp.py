@@ -36,7 +36,7 @@ def built(name):
 
 
 @functools.cache
-def drafted(name, count=len(TOKENS)):
+def drafted(name, count=70):
     """(target logits, draft logits) of the first `count` tokens."""
     model, params = built(name)
     function = jax.jit(functools.partial(draft_logits, model), static_argnums=2)
