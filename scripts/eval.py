@@ -2,19 +2,17 @@
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 import textwrap
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from command import exit_status, prepare_environment
 from evaluation import agreement, cells, problems, report
 from evaluation.cells import Cell
 from evaluation.problems import Problem, Prompt
 from evaluation.report import CellReport
-from generate import CLOSED_PIPE, INTERRUPTED, in_one_line, prepare_environment
 
 from gdnjax.assets import EMBEDDED_MODEL, model_directory
 
@@ -93,20 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     arguments = build_parser().parse_args(argv)
-    try:
-        return run(arguments)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # As in generate.py: the reader has left, and the interpreter must not flush into the pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        if arguments.verbose:
-            traceback.print_exc()
-        print(f"eval.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
+    return exit_status("eval.py", lambda: run(arguments), verbose=arguments.verbose)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -115,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = choose_cells(arguments)
     directory = model_directory(arguments.model)
     solve, shots = read_files(arguments)
-    prepare_environment(arguments)
+    prepare_environment(arguments.memory_fraction, verbose=arguments.verbose)
     prompts, work, own_dtype = prepare(arguments, directory, solve, shots)
     reports = run_cells(chosen, directory, own_dtype, work, solve)
     print(report.table(reports))

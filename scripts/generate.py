@@ -4,15 +4,14 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import logging
-import os
 import pathlib
 import resource
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from command import exit_status, prepare_environment
 
 if TYPE_CHECKING:
     from gdnjax import LLM, EngineConfig, RequestOutput, SamplingParams
@@ -58,9 +57,6 @@ SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop")
 ROW_GRID = (1, 8)
 PREFILL_GRID = (64, 256, 1024)
 SMALLEST_LENGTH = 512
-
-INTERRUPTED = 130
-CLOSED_PIPE = 141
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,27 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     arguments = build_parser().parse_args(argv)
-    try:
-        return run(arguments)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has left (head, less): nothing is wrong, and the interpreter must not flush into the pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        if arguments.verbose:
-            traceback.print_exc()
-        print(f"generate.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
-
-
-def in_one_line(error: Exception) -> str:
-    """What an error says, without the line breaks and error numbers of those who raised it."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    return exit_status("generate.py", lambda: run(arguments), verbose=arguments.verbose)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -183,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     texts = read_prompts(arguments)
     given = given_sampling(arguments)
     began = time.monotonic()
-    prepare_environment(arguments)
+    prepare_environment(arguments.memory_fraction, verbose=arguments.verbose)
     llm, prompts, import_time = start(arguments, directory, texts)
     with llm:
         params = llm.default_sampling_params(**given)
@@ -255,20 +231,6 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     given["max_tokens"] = arguments.max_tokens
     SamplingParams(**given)
     return given
-
-
-def prepare_environment(arguments: argparse.Namespace) -> None:
-    """What must be settled before jax and transformers are imported."""
-    fraction = arguments.memory_fraction
-    if fraction is not None and not 0 < fraction <= 1:
-        raise ValueError(f"--memory-fraction must be in (0, 1], got {fraction:g}")
-    if fraction is not None:
-        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(fraction)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    # transformers advises to install PyTorch, of which nothing is used.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("gdnjax").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
 
 
 def start(

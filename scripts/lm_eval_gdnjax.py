@@ -6,7 +6,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-from generate import INTERRUPTED, in_one_line, prepare_environment
+from command import exit_status, prepare_environment
 
 DESCRIPTION = """\
 Runs lm-eval (pip install "gdnjax[eval]") on a checkpoint: every flag is lm-eval's own, and `lm_eval_gdnjax.py run
@@ -46,16 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
         ).print_help()
         raise SystemExit(0)
-    try:
-        prepare_environment(argparse.Namespace(memory_fraction=None, verbose=False))
-        run(completed(given))
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    except (OSError, ValueError, MemoryError, RuntimeError, ImportError) as error:
-        print(f"lm_eval_gdnjax.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("lm_eval_gdnjax.py", lambda: run(completed(given)))
 
 
 def completed(given: list[str]) -> list[str]:
@@ -73,8 +64,9 @@ def _names(flags: list[str], *names: str) -> bool:
     return any(flag.split("=", 1)[0] in names for flag in flags)
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> int:
     """Registers the model and hands the arguments to lm-eval."""
+    prepare_environment()
     try:
         from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -84,6 +76,7 @@ def run(arguments: list[str]) -> None:
 
     with _argv(["lm-eval", *arguments]):
         cli_evaluate()
+    return 0
 
 
 @contextlib.contextmanager

@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 import time
-import traceback
 from typing import TYPE_CHECKING, Any
 
-from generate import CLOSED_PIPE, INTERRUPTED, in_one_line
+from command import exit_status
 
 if TYPE_CHECKING:
     from measuring.tables import Result
@@ -75,24 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     arguments = build_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # As in generate.py: the reader has left, and the interpreter must not flush into the pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        if arguments.verbose:
-            traceback.print_exc()
-        print(f"measure_tiny.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("measure_tiny.py", lambda: run(arguments), verbose=arguments.verbose)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Everything between the arguments and the exit status."""
     parts = check_arguments(arguments)
     from gdnjax.assets import model_directory
@@ -120,6 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         for picture in pictures.draw(result, training(directory).get("history"), pathlib.Path(arguments.pictures)):
             print(f"wrote {picture}", file=sys.stderr)
+    return 0
 
 
 def check_arguments(arguments: argparse.Namespace) -> list[str]:

@@ -13,11 +13,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import jax
-    from tiny_batches import BatchShape
+from command import exit_status, prepare_environment
+from tiny_learning import VOCABULARY, initial_params, make_step, model_config, optimizer
 
-    from gdnjax.models import HybridModel
+if TYPE_CHECKING:
+    from tiny_batches import BatchShape
 
 DESCRIPTION = """\
 Trains a Qwen3.5-style model of 4.7 million parameters with its MTP head on synthetic text: word problems, stories,
@@ -43,21 +43,9 @@ Exit status: 0 done, 1 training failed, 2 a bad argument (the reason is on stder
 again to resume).
 """
 
-WIDTH = 192
-HEAD_DIM = 64
-LAYERS = 8
-VOCABULARY = 1024
-MTP_DEPTH = 3
-MTP_WEIGHT = 0.3
 TOKENS = 102e6
 LONG_SHARE = 0.2
 """Share of the batches that hold long documents."""
-
-MUON_RATE = 0.01
-ADAM_RATE = 0.003
-WARMUP_STEPS = 100
-DECAY_SHARE = 0.35
-"""Share of the steps at the end over which the learning rate falls to zero."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,204 +71,6 @@ class Settings:
     @property
     def steps(self) -> int:
         return self.tokens // self.batch_tokens
-
-
-def model_config(eos_token_ids: list[int]) -> dict[str, Any]:
-    """config.json, as the published text models spell it."""
-    return {
-        "architectures": ["Qwen3_5ForCausalLM"],
-        "model_type": "qwen3_5_text",
-        "dtype": "bfloat16",
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": 512,
-        "num_hidden_layers": LAYERS,
-        "layer_types": ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(LAYERS)],
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": HEAD_DIM,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": HEAD_DIM,
-        "linear_value_head_dim": HEAD_DIM,
-        "linear_conv_kernel_dim": 4,
-        "mtp_num_hidden_layers": 1,
-        "mtp_use_dedicated_embeddings": False,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "eos_token_id": eos_token_ids,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": [3, 3, 2],
-            "mrope_interleaved": True,
-        },
-    }
-
-
-def initial_params(abstract: Any, key: "jax.Array") -> Any:
-    """Float32 parameters to start from. Decays are slow, so that the state has something to remember with.
-
-    With A = 1 a token's decay is exp(-dt), dt = softplus(dt_bias) log-uniform in 0.001 to 0.1: half-lives of 7 to 700
-    tokens. The usual initialisation (A up to 16) makes them forget within a few.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    from gdnjax import sharding
-
-    def leaf(path, shape, key):
-        name = sharding.path_name(path)
-        kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        size = shape.shape
-        normal = jax.random.normal(key, size)
-        if kind == "A_log":
-            return jnp.zeros(size)
-        if kind == "dt_bias":
-            dt = jnp.exp(jax.random.uniform(key, size, minval=math.log(0.001), maxval=math.log(0.1)))
-            return jnp.log(jnp.expm1(dt))
-        if name.endswith("linear_attn.norm.weight"):
-            return jnp.ones(size)
-        if len(size) == 1:
-            return jnp.zeros(size)
-        if kind == "embed_tokens":
-            return 0.05 * normal
-        if kind == "conv1d":
-            return 0.5 * normal
-        scale = {"in_proj_a": 0.1, "o_proj": 0.25, "out_proj": 0.25, "down_proj": 0.25}.get(kind, 1.0)
-        return scale * size[-1] ** -0.5 * normal
-
-    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree_util.tree_unflatten(tree, [leaf(path, x, k) for (path, x), k in zip(leaves, keys, strict=True)])
-
-
-def optimizer(params: Any, steps: int) -> Any:
-    """Muon for the matrices of the layers, AdamW for embedding, gates, convolutions and vectors."""
-    import jax
-    import optax
-    from optax.contrib import MuonDimensionNumbers, muon
-
-    from gdnjax import sharding
-
-    def dimensions(path, leaf):
-        name = sharding.path_name(path)
-        by_adam = leaf.ndim != 2 or name.endswith(("embed_tokens.weight", "in_proj_a.weight", "in_proj_b.weight"))
-        return None if by_adam else MuonDimensionNumbers(reduction_axis=1, output_axis=0)
-
-    decay = max(1, int(DECAY_SHARE * steps))
-    warmup = min(WARMUP_STEPS, max(1, steps // 10))
-    shape = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, 1.0, warmup),
-            optax.constant_schedule(1.0),
-            optax.linear_schedule(1.0, 0.0, decay),
-        ],
-        [warmup, steps - decay],
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        muon(
-            learning_rate=lambda step: MUON_RATE * shape(step),
-            adam_learning_rate=lambda step: ADAM_RATE * shape(step),
-            adam_b2=0.98,
-            weight_decay=0.1,
-            muon_weight_dimension_numbers=jax.tree_util.tree_map_with_path(dimensions, params),
-        ),
-    )
-
-
-def hidden_states(model: "HybridModel", params: Any, longest: int, sequence: dict[str, Any]) -> Any:
-    """Final hidden states of one packed sequence, and those of the MTP head: [1 + MTP_DEPTH, t, d].
-
-    The same layers as in serving, over pools of this sequence alone. A document that attention does not see has its
-    queries masked, which makes the layers' outputs zero.
-    """
-    import jax.numpy as jnp
-    from tiny_batches import CHUNK
-
-    from gdnjax import step
-    from gdnjax.batch import PrefillBatch
-    from gdnjax.config import EngineConfig
-    from gdnjax.memory import MemoryPlan
-    from gdnjax.models.context import prefill_context
-    from gdnjax.state import empty_state
-    from gdnjax.step import StepOptions
-
-    rows, chunks = sequence["start"].shape[0], sequence["chunk_row"].shape[0]
-    # Gradients of keys and values that several queries read are summed in the pool's dtype.
-    geometry = dataclasses.replace(model.geometry(CHUNK, "float32"), kv_dtype="float32")
-    plan = MemoryPlan.of_counts(geometry, num_slots=rows, num_blocks=chunks, num_logit_rows=0)
-    state = empty_state(geometry, plan, EngineConfig(max_num_seqs=rows, block_size=CHUNK), longest)
-    table = jnp.pad(sequence["block_table"], ((1, 0), (0, 0)))
-    state = dataclasses.replace(state, slots=dataclasses.replace(state.slots, block_table=table))
-    names = ("tokens", "token_row", "token_valid", "start", "length", "chunk_row", "chunk_start", "chunk_length")
-    batch = PrefillBatch(
-        **{name: sequence[name] for name in names},
-        slot=jnp.arange(1, rows + 1, dtype=jnp.int32),
-        is_last=jnp.ones((rows,), bool),
-        target=sequence["tokens"],
-    )
-    context = prefill_context(step.pools_of(state, StepOptions()), batch)
-    seen = sequence["attends"][sequence["chunk_row"]][:, None]
-    tiles = dataclasses.replace(context.tiles, position=jnp.where(seen, context.tiles.position, -1), longest=longest)
-    context = dataclasses.replace(context, tiles=tiles)
-    hidden, gdn, kv = model.forward(params, batch.tokens, context, state.gdn, state.kv)
-    outputs, previous = [hidden], jnp.roll(hidden, 1, axis=0)
-    for depth in range(MTP_DEPTH):
-        drafted, kv = model.draft(params, batch.tokens, previous, context, gdn, kv)
-        outputs.append(drafted)
-        # The next draft feeds this one's output, where so many tokens lie before it.
-        previous = jnp.where((context.position > depth + 1)[:, None], jnp.roll(drafted, 1, axis=0), previous)
-    return jnp.stack(outputs), context.position
-
-
-def loss_and_counts(model: "HybridModel", abstract: Any, longest: int, params: Any, batch: dict[str, Any]) -> Any:
-    """The loss, and for each kind of document: learned targets, and how many the model and each draft got right."""
-    import jax
-    import jax.numpy as jnp
-    import tiny_data
-
-    rounded = jax.tree.map(lambda p, shape: p.astype(shape.dtype), params, abstract)
-    hidden, position = jax.vmap(functools.partial(hidden_states, model, rounded, longest))(batch)
-    # [1 + depth, sequences, tokens, V]
-    logits = model.logits(rounded, hidden.swapaxes(0, 1).reshape(-1, hidden.shape[-1]))
-    logits = logits.reshape(1 + MTP_DEPTH, *batch["tokens"].shape, -1)
-    target = jnp.roll(batch["tokens"], -1, axis=1)
-    chosen = jnp.take_along_axis(logits, target[None, ..., None], axis=-1)[..., 0]
-    entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
-    # Draft d exists where d tokens lie before.
-    depth = jnp.arange(1 + MTP_DEPTH)[:, None, None]
-    weight = jnp.where(position >= depth, batch["weight"], 0.0)
-    mean = jnp.sum(entropy * weight, axis=(1, 2)) / jnp.sum(weight, axis=(1, 2))
-    loss = mean[0] + MTP_WEIGHT * jnp.mean(mean[1:])
-    learned = weight == 1.0
-    right = learned & (jnp.argmax(logits, axis=-1) == target)
-    kinds = jax.nn.one_hot(batch["kind"], len(tiny_data.KINDS))
-    counts = {
-        "learned": jnp.einsum("dnt,ntk->dk", learned.astype(jnp.float32), kinds),
-        "right": jnp.einsum("dnt,ntk->dk", right.astype(jnp.float32), kinds),
-        "losses": mean,
-        "tokens": jnp.sum(batch["token_valid"]),
-    }
-    return loss, counts
-
-
-def make_step(model: "HybridModel", abstract: Any, transform: Any, longest: int) -> Any:
-    """Jits one training step: (params, optimizer state, batch) -> the same two, donated, and the counts."""
-    import jax
-    import optax
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params, state, batch):
-        gradient_of = jax.grad(functools.partial(loss_and_counts, model, abstract, longest), has_aux=True)
-        gradient, counts = gradient_of(params, batch)
-        updates, state = transform.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, counts
-
-    return train_step
 
 
 @dataclasses.dataclass
@@ -504,44 +294,35 @@ def checked_settings(arguments: argparse.Namespace) -> Settings:
     return settings
 
 
-def prepare_environment() -> None:
-    """What must be settled before jax and transformers are imported."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    # transformers advises to install PyTorch, of which nothing is used.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     arguments = parse_arguments(argv)
-    try:
-        settings = checked_settings(arguments)
-        prepare_environment()
-        began = time.perf_counter()
-        import tiny_data
-        import tiny_export
-        import tiny_tokenizer
+    return exit_status("train_tiny.py", lambda: run(arguments))
 
-        tokenizer = tiny_tokenizer.train_tokenizer(settings.seed, VOCABULARY)
-        vocabulary = tokenizer.get_vocab()
-        config = model_config([vocabulary[token] for token in (tiny_data.END_OF_TURN, tiny_data.END_OF_TEXT)])
-        checkpoints = Checkpoints(arguments.work, settings)
-        try:
-            run = train(settings, tokenizer, config, checkpoints, arguments.checkpoint_every)
-        finally:
-            checkpoints.close()
-        tiny_export.export(run.params, tokenizer, config, arguments.directory)
-        content = record(run, settings, time.perf_counter() - began)
-        tiny_export.report(content, last_accuracy(run.history), arguments.directory)
+
+def run(arguments: argparse.Namespace) -> int:
+    """Everything between the arguments and the exit status."""
+    settings = checked_settings(arguments)
+    prepare_environment()
+    began = time.perf_counter()
+    import tiny_data
+    import tiny_export
+    import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer.train_tokenizer(settings.seed, VOCABULARY)
+    vocabulary = tokenizer.get_vocab()
+    config = model_config([vocabulary[token] for token in (tiny_data.END_OF_TURN, tiny_data.END_OF_TEXT)])
+    checkpoints = Checkpoints(arguments.work, settings)
+    try:
+        trained = train(settings, tokenizer, config, checkpoints, arguments.checkpoint_every)
     except (ChildProcessError, FloatingPointError) as error:
         print(f"train_tiny.py: training failed: {error}", file=sys.stderr)
         return 1
-    except (OSError, ValueError) as error:
-        print(f"train_tiny.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train_tiny.py: interrupted", file=sys.stderr)
-        return 130
+    finally:
+        checkpoints.close()
+    tiny_export.export(trained.params, tokenizer, config, arguments.directory)
+    content = record(trained, settings, time.perf_counter() - began)
+    tiny_export.report(content, last_accuracy(trained.history), arguments.directory)
     print(f"wrote {arguments.directory}")
     return 0
 

@@ -22,7 +22,7 @@ SCRIPTS = (
     "measure_tiny",
     "train_tiny",
 )
-PARTS_OF_SCRIPTS = re.compile(r"tiny_\w+")
+PARTS_OF_SCRIPTS = re.compile(r"tiny_\w+|command")
 """Modules that scripts import, and nobody runs."""
 
 

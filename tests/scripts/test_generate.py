@@ -12,7 +12,7 @@ import pytest
 
 from gdnjax import LLM
 from gdnjax.serving.tokenizer import Tokenizer
-from scripts import generate
+from scripts import command, generate
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -41,8 +41,8 @@ def test_help_explains_by_examples(capsys):
 
 
 def test_parsing_imports_no_jax():
-    code = "import sys; from scripts import generate; generate.build_parser(); print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = "import sys, generate; generate.build_parser(); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
@@ -202,7 +202,7 @@ def test_nearby_prompts_share_their_compiled_shapes():
 def test_memory_fraction_is_set_for_jax(monkeypatch, flags, already, expected):
     if already is not None:
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", already)
-    generate.prepare_environment(_arguments(*flags))
+    command.prepare_environment(_arguments(*flags).memory_fraction)
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == expected
 
 

@@ -22,6 +22,7 @@ import pytest
 import tiny_batches
 import tiny_data
 import tiny_export
+import tiny_learning
 import tiny_tokenizer
 import tokenizers
 import train_tiny
@@ -38,7 +39,7 @@ SHIPPED = ROOT / "gdnjax" / "assets" / "tiny"
 SHAPES = (tiny_batches.short_shape(8192), tiny_batches.long_shape(8192))
 
 # One layer of each kind, narrow: the real step compiles for most of a minute on a CPU.
-CONFIG = train_tiny.model_config([2, 0])
+CONFIG = tiny_learning.model_config([2, 0])
 CONFIG |= {
     "dtype": "float32",
     "hidden_size": 64,
@@ -260,7 +261,7 @@ def params():
 @pytest.fixture(scope="module")
 def hidden_states(model, sequence):
     arrays, shape = sequence
-    compiled = jax.jit(functools.partial(train_tiny.hidden_states, model, longest=shape.longest))
+    compiled = jax.jit(functools.partial(tiny_learning.hidden_states, model, longest=shape.longest))
 
     def run(params, **changed):
         return compiled(params, sequence={name: array[0] for name, array in (arrays | changed).items()})
@@ -323,7 +324,7 @@ def test_documents_ignore_their_neighbours(params, sequence, hidden_states):
 def gradient_and_counts(model, params, sequence):
     arrays, shape = sequence
     abstract = abstract_params(model.config, 1, "float32", mtp=True)
-    loss = functools.partial(train_tiny.loss_and_counts, model, abstract, shape.longest)
+    loss = functools.partial(tiny_learning.loss_and_counts, model, abstract, shape.longest)
     return jax.jit(jax.grad(loss, has_aux=True))(params, arrays)
 
 
@@ -333,7 +334,7 @@ def test_loss_is_the_weighted_mean_over_learned_and_prompt(model, params, sequen
     logits = np.float64(jax.vmap(functools.partial(model.logits, params))(hidden_states(params)[0]))
     entropy = np.log(np.exp(logits).sum(-1))
     losses, learned, right = [], np.zeros_like(counts["learned"]), np.zeros_like(counts["right"])
-    for depth in range(1 + train_tiny.MTP_DEPTH):
+    for depth in range(1 + tiny_learning.MTP_DEPTH):
         total = weights = 0.0
         for span in documents(arrays):
             for i in range(span.start + depth, span.stop - 1):
@@ -363,14 +364,14 @@ def test_every_parameter_has_a_finite_gradient(gradient_and_counts):
 
 def test_shipped_configuration_is_that_of_the_script(tokenizer):
     eos = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    assert json.loads((SHIPPED / "config.json").read_text()) == train_tiny.model_config(eos)
+    assert json.loads((SHIPPED / "config.json").read_text()) == tiny_learning.model_config(eos)
 
 
 @pytest.fixture(scope="module")
 def initial_params():
     """The start of the small model, as a function of the seed."""
     abstract = abstract_params(ModelConfig.from_hf(CONFIG), 1, "bfloat16", mtp=True)
-    compiled = jax.jit(functools.partial(train_tiny.initial_params, abstract))
+    compiled = jax.jit(functools.partial(tiny_learning.initial_params, abstract))
     return lambda seed: compiled(jax.random.key(seed))
 
 
@@ -394,9 +395,9 @@ def test_start_is_a_function_of_the_seed_in_float32(initial_params):
 
 def test_muon_gets_the_matrices_of_the_layers():
     """In the shipped model's own shapes."""
-    config = ModelConfig.from_hf(train_tiny.model_config([2, 0]))
+    config = ModelConfig.from_hf(tiny_learning.model_config([2, 0]))
     start = abstract_params(config, 1, "float32", mtp=True)
-    state = jax.eval_shape(train_tiny.optimizer(start, 100).init, start)
+    state = jax.eval_shape(tiny_learning.optimizer(start, 100).init, start)
     groups = {group: set(named(inner.inner_state[0].mu)) for group, inner in state[1].inner_states.items()}
     matrices = r"linear_attn.in_proj_qkv linear_attn.in_proj_z linear_attn.out_proj self_attn.q_proj self_attn.k_proj "
     matrices += "self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj mtp.fc"
@@ -431,7 +432,7 @@ def train(tokenizer):
         checkpoints = train_tiny.Checkpoints(work, settings)
         with pytest.MonkeyPatch.context() as patch, contextlib.closing(checkpoints):
             patch.setattr(train_tiny, "LONG_SHARE", 0.0)
-            patch.setattr(train_tiny, "MTP_DEPTH", 1)
+            patch.setattr(tiny_learning, "MTP_DEPTH", 1)
             if train_tiny.compile_steps is compile_steps:
                 patch.setattr(train_tiny, "compile_steps", compile_once)
             return train_tiny.train(settings, tokenizer, CONFIG, checkpoints, every=2)
@@ -453,7 +454,7 @@ def trained(train, tokenizer, tmp_path_factory):
 
 def test_training_changes_every_parameter(trained):
     abstract = abstract_params(ModelConfig.from_hf(CONFIG), 1, "float32", mtp=True)
-    start = named(train_tiny.initial_params(abstract, jax.random.key(SETTINGS.seed)))
+    start = named(tiny_learning.initial_params(abstract, jax.random.key(SETTINGS.seed)))
     for name, leaf in named(trained.run.params).items():
         assert np.isfinite(leaf).all(), name
         assert not np.array_equal(leaf, start[name]), name
@@ -496,7 +497,7 @@ def test_number_of_workers_may_change(trained):
 
 def test_loss_that_is_not_finite_ends_the_run(train, monkeypatch):
     def step(params, state, batch):
-        kinds = np.zeros((1 + train_tiny.MTP_DEPTH, len(tiny_data.KINDS)))
+        kinds = np.zeros((1 + tiny_learning.MTP_DEPTH, len(tiny_data.KINDS)))
         return params, state, {"learned": kinds, "right": kinds, "losses": np.array([np.nan] * 4), "tokens": 1}
 
     monkeypatch.setattr(
@@ -650,7 +651,7 @@ def test_missing_libraries_are_told_first(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("end", "status", "message"),
     [
-        (KeyboardInterrupt(), 130, "train_tiny.py: interrupted"),
+        (KeyboardInterrupt(), 130, "\ninterrupted"),
         (ChildProcessError("a process died"), 1, "train_tiny.py: training failed: a process died"),
         (FloatingPointError("the loss is nan"), 1, "train_tiny.py: training failed: the loss is nan"),
     ],

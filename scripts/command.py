@@ -1,0 +1,51 @@
+"""What the commands of this directory share: exit statuses, one line for an error, the environment before jax."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+INTERRUPTED = 130
+CLOSED_PIPE = 141
+
+
+def exit_status(script: str, run: Callable[[], int], *, verbose: bool = False) -> int:
+    """The status of `run`, or of what ends it. An error that a user can cause becomes one line on stderr.
+
+    `verbose` shows where it came from, too.
+    """
+    try:
+        return run()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has left (head, less): nothing is wrong, and the interpreter must not flush into the pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except (OSError, ValueError, MemoryError, RuntimeError, ImportError) as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"{script}: error: {in_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, without the line breaks and error numbers of those who raised it."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def prepare_environment(memory_fraction: float | None = None, *, verbose: bool = False) -> None:
+    """What must be settled before jax and transformers are imported. ValueError for a fraction that is none."""
+    if memory_fraction is not None and not 0 < memory_fraction <= 1:
+        raise ValueError(f"--memory-fraction must be in (0, 1], got {memory_fraction:g}")
+    if memory_fraction is not None:
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(memory_fraction)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    # transformers advises to install PyTorch, of which nothing is used.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("gdnjax").setLevel(logging.INFO if verbose else logging.WARNING)
