@@ -1,5 +1,6 @@
 """Two and four ranks: the table covers every leaf, and ranks that hold the same thing hold the same values."""
 
+import dataclasses
 import re
 
 import jax
@@ -39,7 +40,8 @@ def test_table_covers_every_leaf_and_divides_it(tp):
 
 
 def test_every_line_of_the_table_is_used():
-    names = leaf_names(abstract_params(MICRO, 1, "float32")) + leaf_names(abstract_state(1))
+    with_head = dataclasses.replace(MICRO, mtp_layers=1)
+    names = leaf_names(abstract_params(with_head, 1, "float32", mtp=True)) + leaf_names(abstract_state(1))
     first = [next(pattern for pattern, _ in TABLE if re.fullmatch(pattern, name)) for name in names]
     assert {pattern for pattern, _ in TABLE} == set(first)
 
