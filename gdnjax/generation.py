@@ -172,7 +172,7 @@ def draft_logits(
     count = tokens.shape[0]
     options = StepOptions()
     # Blocks of one token, so that every position can have drafts of its own behind a shared past: block 1 + i holds
-    # the token i of the sequence, block 1 + d count + i the draft d at position i.
+    # token i with the target's hidden state before it, block 1 + d count + i with the output of draft d before it.
     state = _state_for(model, 1, count, "float32", block_size=1, spare_blocks=(depth - 1) * count)
     whole = jnp.full((1,), count if length is None else length, jnp.int32)
     seeds = jnp.zeros((1, 2), jnp.uint32)
