@@ -4,7 +4,7 @@ import pathlib
 
 from gdnjax import checkpoint, sharding
 from gdnjax.assets import EMBEDDED_MODEL, model_directory
-from gdnjax.config import ModelConfig
+from gdnjax.config import DTYPES, ModelConfig
 from gdnjax.models import HybridModel, abstract_params, build_model
 from gdnjax.shapes import Params
 
@@ -18,6 +18,8 @@ def load_model(
     multi-token-prediction head too. Raises FileNotFoundError or ValueError for what is no checkpoint of a supported
     model, or has no MTP head.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     directory = model_directory(model)
     config = ModelConfig.from_hf(directory)
     dtype = config.dtype if dtype == "auto" else dtype

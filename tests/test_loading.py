@@ -36,6 +36,11 @@ def test_dtype_is_that_asked_for_and_values_are_the_checkpoints():
         np.testing.assert_array_equal(leaf, stored[name].astype(np.float32))
 
 
+def test_other_dtype_is_an_error():
+    with pytest.raises(ValueError, match="dtype must be one of auto, float32, bfloat16, got 'float16'"):
+        load_model(dtype="float16")
+
+
 def test_directory_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="no such directory; a model is a local checkpoint directory, or 'tiny'"
