@@ -349,11 +349,13 @@ class EngineConfig:
 
     Capacity
       max_num_seqs            requests that run at once: live slots of the state pool.
+      num_checkpoint_slots    slots of the state pool for the prefix cache, beside the live ones; None: what a quarter
+                              of the memory that is left holds, at most twice max_num_seqs (0 without the cache).
       max_num_batched_tokens  prompt tokens that one step may prefill; longer prompts are cut into pieces.
       max_model_len           prompt + output tokens of one request; None: min(the model's context, 8192).
       block_size              tokens in a KV block.
-      num_kv_blocks           KV blocks besides the null one; None: what memory allows, at most what
-                              max_num_seqs requests of max_model_len can use.
+      num_kv_blocks           KV blocks besides the null one; None: what memory allows, at most what as many requests
+                              of max_model_len as there are slots can use.
       gpu_memory_utilization  share of the device's memory for weights, pools and workspace.
       max_logit_rows          running requests that may use penalties, logit_bias, bad_words, allowed_token_ids or
                               min_tokens at once (each holds vocabulary-sized rows); further ones wait.
@@ -373,8 +375,16 @@ class EngineConfig:
       warmup                  compile every step at start; False compiles each at its first use.
       compilation_cache_dir   JAX's persistent compilation cache; None: the one JAX is configured with, or
                               ~/.cache/gdnjax; "" switches it off.
+    Prefix cache
+      enable_prefix_caching   keep KV blocks and states of what has been computed, for requests that begin alike.
+      state_checkpoint_interval  tokens between checkpoints of the recurrent state within a long sequence, a multiple of
+                              block_size; None: the larger of 1024 and block_size. Checkpoints at the end of a prompt,
+                              before a chat's generation prompt, at a branch and at the end of a turn come on top.
+      batch_invariant         the same tokens whatever the load, the cache and the neighbours: one prefill bucket, one
+                              decode bucket, one sampler, states checkpointed on the grid of chunks only, and all blocks
+                              reserved at admission, so that nothing is preempted. Costs throughput; README.md has how
+                              much.
     Later steps of the project; these raise until then
-      enable_prefix_caching   must be False.
       num_speculative_tokens  must be 0.
     """
 
@@ -396,7 +406,10 @@ class EngineConfig:
     max_logprobs: int = 20
     warmup: bool = True
     compilation_cache_dir: str | None = None
-    enable_prefix_caching: bool = False
+    enable_prefix_caching: bool = True
+    num_checkpoint_slots: int | None = None
+    state_checkpoint_interval: int | None = None
+    batch_invariant: bool = False
     num_speculative_tokens: int = 0
 
     def __post_init__(self):
@@ -407,6 +420,11 @@ class EngineConfig:
                 _check_int(name, getattr(self, name), 1)
         _check_int("max_logprobs", self.max_logprobs, 0)
         _check_int("seed", self.seed, 0)
+        if self.num_checkpoint_slots is not None:
+            _check_int("num_checkpoint_slots", self.num_checkpoint_slots, 0)
+        for name in ("enable_prefix_caching", "batch_invariant", "warmup"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two, got {self.block_size}")
         if self.max_num_batched_tokens % CHUNK:
@@ -421,17 +439,44 @@ class EngineConfig:
         _check_choice("ssm_dtype", self.ssm_dtype, ("float32", "bfloat16"))
         _check_choice("state_layout", self.state_layout, STATE_LAYOUTS)
         _check_choice("kernels", self.kernels, KERNELS)
-        if self.enable_prefix_caching:
-            raise ValueError("enable_prefix_caching=True is not supported yet; allowed: False")
+        if self.num_checkpoint_slots and not self.enable_prefix_caching:
+            raise ValueError(
+                f"num_checkpoint_slots={self.num_checkpoint_slots} are of no use with enable_prefix_caching=False; "
+                "allowed: None or 0"
+            )
+        if self.state_checkpoint_interval is not None:
+            _check_int("state_checkpoint_interval", self.state_checkpoint_interval, 1)
+            if self.state_checkpoint_interval % self.block_size:
+                raise ValueError(
+                    f"state_checkpoint_interval must be a multiple of block_size={self.block_size}, "
+                    f"got {self.state_checkpoint_interval}"
+                )
         if self.num_speculative_tokens != 0:
             raise ValueError(f"num_speculative_tokens={self.num_speculative_tokens} is not supported yet; allowed: 0")
-        _set_buckets(self, "prefill_buckets", self.max_num_batched_tokens, (64, 256))
-        _set_buckets(self, "decode_buckets", self.max_num_seqs, (1, 8))
+        _set_buckets(self, "prefill_buckets", self.max_num_batched_tokens, () if self.batch_invariant else (64, 256))
+        _set_buckets(self, "decode_buckets", self.max_num_seqs, () if self.batch_invariant else (1, 8))
+        if self.batch_invariant and (len(self.prefill_buckets) > 1 or len(self.decode_buckets) > 1):
+            raise ValueError(
+                f"batch_invariant=True needs one prefill bucket and one decode bucket, got {self.prefill_buckets} and "
+                f"{self.decode_buckets}"
+            )
 
     @property
     def num_logit_rows(self) -> int:
         """`max_logit_rows`, or its default."""
         return min(self.max_num_seqs, 16) if self.max_logit_rows is None else self.max_logit_rows
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """`state_checkpoint_interval`, or its default."""
+        return self.state_checkpoint_interval or max(1024, self.block_size)
+
+    @property
+    def checkpoint_grid(self) -> int:
+        """Checkpoints within a prompt stand at multiples of this many tokens. On multiples of CHUNK, too, a sequence
+        that goes on from a checkpoint is cut into the chunks of one that was never cut.
+        """
+        return max(CHUNK, self.block_size) if self.batch_invariant else self.block_size
 
     @property
     def prefill_rows(self) -> int:

@@ -11,9 +11,11 @@ SMALL_GEOMETRY = StateGeometry(
     attention_layers=2,
     kv_heads=2,
     head_dim=32,
+    hidden_size=40,
     vocab_size=401,
     block_size=16,
     ssm_dtype="float32",
     conv_dtype="bfloat16",
     kv_dtype="bfloat16",
+    hidden_dtype="bfloat16",
 )

@@ -1,6 +1,7 @@
-"""Bytes to the byte: slots, blocks, plans and shortfalls."""
+"""Bytes to the byte: slots, blocks, plans and shortfalls; and the command that prints them."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import sys
 import pytest
 
 from gdnjax import memory
+from gdnjax.assets import EMBEDDED_MODEL, PRESETS
 from gdnjax.config import AttentionConfig, DeltaConfig, EngineConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
+from gdnjax.memory.__main__ import main
 from tests.geometries import SMALL_GEOMETRY as SMALL
 
 PATTERN = (LayerKind.DELTA,) * 3 + (LayerKind.ATTENTION,)
@@ -58,7 +61,11 @@ def test_decoupled_pools_hold_180_times_the_packed_blocks():
     geometry = large_geometry()
     budget = 6_906 * geometry.packed_block_bytes
     assert budget / GIB == pytest.approx(157.88, abs=0.005)
-    engine = EngineConfig(max_num_seqs=128, max_num_batched_tokens=1024)
+    assert memory.packed_blocks(geometry, budget) == 6_906
+    blocks = memory.decoupled_blocks(geometry, budget, 128)
+    assert blocks == (budget - 128 * 24_422_400) // 124_800 == 1_333_308
+    assert blocks > 180 * 6_906
+    engine = EngineConfig(max_num_seqs=128, max_num_batched_tokens=1024, enable_prefix_caching=False)
     plan = memory.plan(geometry, engine, max_model_len=262_144, budget_bytes=budget)
     assert plan.num_slots == 128
     assert 1_300_000 < plan.num_blocks < 1_340_000
@@ -77,6 +84,7 @@ def test_small_geometry_is_exact():
     assert SMALL.slot_bytes == 3 * (3 * 208 * 2 + 6 * 16 * 24 * 4)
     assert SMALL.block_bytes == 2 * 2 * 16 * 2 * 32 * 2
     assert SMALL.logit_row_bytes == 401 * 9
+    assert SMALL.hidden_bytes == 40 * 2
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
@@ -85,47 +93,96 @@ def test_ranks_share_the_state_and_replicate_kv_heads_beyond_their_number(tp):
     assert geometry.slot_bytes * tp == whole.slot_bytes
     assert geometry.block_bytes * min(tp, 2) == whole.block_bytes
     assert geometry.vocab_size * tp >= LARGE.vocab_size
+    # Every rank holds the last hidden state whole.
+    assert geometry.hidden_bytes == whole.hidden_bytes == 2 * 4096
 
 
 def test_model_without_attention_needs_no_block_bytes():
     geometry = dataclasses.replace(SMALL, attention_layers=0)
     assert geometry.block_bytes == geometry.equivalent_blocks == 0
-    plan = memory.plan(geometry, EngineConfig(max_num_seqs=2), max_model_len=64, budget_bytes=1 << 20)
-    assert plan.num_blocks == 2 * 4
+    plan = memory.plan(geometry, EngineConfig(max_num_seqs=2), max_model_len=64, budget_bytes=8 << 20)
+    assert plan.num_blocks == (2 + 4) * 4
     assert plan.kv_bytes == 0
+    with pytest.raises(ValueError, match="no KV blocks"):
+        memory.decoupled_blocks(geometry, 1 << 20, 2)
+
+
+SLOT = SMALL.slot_bytes + SMALL.hidden_bytes
+"""What one more slot takes of a budget."""
 
 
 def engine(**overrides):
     return EngineConfig(**({"max_num_seqs": 4, "max_num_batched_tokens": 64, "block_size": 16} | overrides))
 
 
+def uncached(**overrides):
+    return engine(enable_prefix_caching=False, **overrides)
+
+
 def floor_bytes(config, weights=0, workspace=0):
-    slots = (config.max_num_seqs + 1) * SMALL.slot_bytes
+    slots = (config.max_num_seqs + 1) * SLOT
     return slots + (config.num_logit_rows + 1) * SMALL.logit_row_bytes + weights + workspace
 
 
 def test_plan_reserves_state_first_and_gives_the_rest_to_blocks():
-    config = engine()
+    config = uncached()
     budget = floor_bytes(config, weights=1000, workspace=77) + 21 * SMALL.block_bytes + SMALL.block_bytes - 1
     plan = memory.plan(SMALL, config, max_model_len=256, budget_bytes=budget, weight_bytes=1000, workspace_bytes=77)
     # One of the 21 is the null block.
     assert (plan.num_slots, plan.num_blocks, plan.num_logit_rows) == (4, 20, 4)
+    assert plan.num_checkpoint_slots == 0
     assert plan.state_bytes == 5 * SMALL.slot_bytes
+    assert plan.hidden_bytes == 5 * SMALL.hidden_bytes
     assert plan.kv_bytes == 21 * SMALL.block_bytes
     assert plan.logit_row_bytes == 5 * SMALL.logit_row_bytes
     assert plan.total_bytes == budget - (SMALL.block_bytes - 1)
 
 
 def test_plan_stops_at_what_the_requests_can_use():
-    plan = memory.plan(SMALL, engine(), max_model_len=250, budget_bytes=GIB)
-    assert plan.num_blocks == 4 * 16
-    asked = memory.plan(SMALL, engine(num_kv_blocks=7), max_model_len=250, budget_bytes=GIB)
-    assert asked.num_blocks == 7
+    """As many of the full length as there are slots, so that checkpoints have blocks to go with them."""
+    plan = memory.plan(SMALL, uncached(), max_model_len=250, budget_bytes=GIB)
+    assert (plan.num_slots, plan.num_checkpoint_slots, plan.num_blocks) == (4, 0, 4 * 16)
+    cached = memory.plan(SMALL, engine(), max_model_len=250, budget_bytes=GIB)
+    assert (cached.num_slots, cached.num_checkpoint_slots, cached.num_blocks) == (12, 8, 12 * 16)
+    asked = memory.plan(SMALL, engine(num_kv_blocks=7, num_checkpoint_slots=3), max_model_len=250, budget_bytes=GIB)
+    assert (asked.num_slots, asked.num_checkpoint_slots, asked.num_blocks) == (7, 3, 7)
+
+
+@pytest.mark.parametrize("extra", [0, 1, 4 * SLOT - 1, 4 * SLOT, 9 * SLOT, 31 * SLOT, 32 * SLOT, 1000 * SLOT])
+def test_checkpoint_slots_take_at_most_a_quarter_of_what_is_left(extra):
+    config = engine()
+    least = floor_bytes(config) + (16 + 1) * SMALL.block_bytes
+    plan = memory.plan(SMALL, config, max_model_len=250, budget_bytes=least + extra)
+    assert plan.num_checkpoint_slots == min(2 * 4, extra // 4 // SLOT)
+    assert plan.num_slots == 4 + plan.num_checkpoint_slots
+    assert plan.num_blocks >= 16
+    assert plan.total_bytes <= least + extra
+
+
+def test_cache_never_makes_a_plan_fail():
+    """What fits without a prefix cache fits with one, though it may get no checkpoint slot."""
+    config = engine()
+    budget = floor_bytes(config) + (16 + 1) * SMALL.block_bytes
+    for each in (config, uncached()):
+        plan = memory.plan(SMALL, each, max_model_len=250, budget_bytes=budget)
+        assert (plan.num_slots, plan.num_checkpoint_slots, plan.num_blocks) == (4, 0, 16)
+
+
+@pytest.mark.parametrize("count", [0, 5, 40])
+def test_checkpoint_slots_that_were_asked_for_are_granted_or_an_error(count):
+    config = engine(num_checkpoint_slots=count)
+    budget = floor_bytes(config) + count * SLOT + (16 + 1) * SMALL.block_bytes
+    plan = memory.plan(SMALL, config, max_model_len=250, budget_bytes=budget)
+    assert (plan.num_slots, plan.num_checkpoint_slots, plan.num_blocks) == (4 + count, count, 16)
+    assert plan.total_bytes == budget
+    with pytest.raises(MemoryError, match=r"^7 bytes short") as error:
+        memory.plan(SMALL, config, max_model_len=250, budget_bytes=budget - 7)
+    assert ("checkpoint" in str(error.value)) == (count > 0)
 
 
 def test_nearly_equal_budgets_give_equal_shapes():
     """So that the compilation cache hits; at most a sixteenth of the blocks is given up for it, and none is made up."""
-    config = engine(max_num_seqs=64)
+    config = uncached(max_num_seqs=64)
     floor = floor_bytes(config)
     counts = {}
     for available in range(100, 700):
@@ -136,10 +193,22 @@ def test_nearly_equal_budgets_give_equal_shapes():
     assert len(set(counts.values())) < 50
 
 
+def test_nearly_equal_budgets_give_equal_checkpoint_slots():
+    config = engine(max_num_seqs=512)
+    least = floor_bytes(config) + (16 + 1) * SMALL.block_bytes
+    counts = {}
+    for available in range(100, 700):
+        plan = memory.plan(SMALL, config, max_model_len=256, budget_bytes=least + 4 * available * SLOT)
+        counts[available] = plan.num_checkpoint_slots
+    assert all(available * 15 / 16 < count <= available for available, count in counts.items())
+    assert len(set(counts.values())) < 50
+
+
+@pytest.mark.parametrize("num_checkpoint_slots", [None, 0, 6])
 @pytest.mark.parametrize("num_kv_blocks", [None, 40])
 @pytest.mark.parametrize("weights", [0, 123_457])
-def test_shortfall_is_exact(num_kv_blocks, weights):
-    config = engine(num_kv_blocks=num_kv_blocks)
+def test_shortfall_is_exact(num_checkpoint_slots, num_kv_blocks, weights):
+    config = engine(num_checkpoint_slots=num_checkpoint_slots, num_kv_blocks=num_kv_blocks)
     options = {"max_model_len": 250, "weight_bytes": weights, "workspace_bytes": 11}
     budget = floor_bytes(config, weights) // 2
     with pytest.raises(MemoryError, match="bytes short") as error:
@@ -154,28 +223,128 @@ def test_shortfall_is_exact(num_kv_blocks, weights):
 
 def test_shortfall_names_every_part_and_every_remedy():
     with pytest.raises(MemoryError) as error:
-        memory.plan(SMALL, engine(), max_model_len=250, budget_bytes=12_345, weight_bytes=777_777)
+        memory.plan(SMALL, engine(num_checkpoint_slots=9), max_model_len=250, budget_bytes=12_345, weight_bytes=777_777)
     for part in (
         "weights 777,777",
-        "5 slots",
-        f"{5 * SMALL.slot_bytes:,}",
-        "17 KV blocks",
+        f"5 slots {5 * SLOT:,}",
+        f"9 checkpoint slots {9 * SLOT:,}",
+        f"5 logit rows {5 * SMALL.logit_row_bytes:,}",
+        f"17 KV blocks {17 * SMALL.block_bytes:,}",
         "budget of 12,345 bytes",
+        "max_num_seqs (now 4)",
+        "num_checkpoint_slots (now 9)",
+        "max_model_len (now 250)",
+        "gpu_memory_utilization",
+        "tensor_parallel_size",
     ):
         assert part in str(error.value)
-    for setting in ("max_num_seqs", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size"):
-        assert setting in str(error.value)
+
+
+def test_shortfall_names_no_setting_that_would_not_help():
+    with pytest.raises(MemoryError) as error:
+        memory.plan(SMALL, engine(num_kv_blocks=40), max_model_len=250, budget_bytes=12_345)
+    assert "num_kv_blocks (now 40)" in str(error.value)
+    assert "max_model_len" not in str(error.value)
+    assert "checkpoint" not in str(error.value)
 
 
 def test_printed_plan_adds_up():
-    plan = MemoryPlan.of_counts(SMALL, num_slots=4, num_blocks=20, num_logit_rows=2, weight_bytes=1 << 20)
+    plan = MemoryPlan.of_counts(
+        SMALL, num_slots=6, num_checkpoint_slots=2, num_blocks=20, num_logit_rows=2, weight_bytes=1 << 20
+    )
     text = str(plan)
-    assert f"4 slots of {SMALL.slot_bytes:,} B" in text
+    assert f"6 slots of {SMALL.slot_bytes:,} B: 4 live, 2 checkpoints" in text
     assert f"20 blocks of {SMALL.block_bytes:,} B" in text
-    assert f"total            {plan.total_bytes / (1 << 20):>10.1f} MiB" in text
+    assert f"a slot is worth {SMALL.equivalent_blocks} blocks" in text
+    *parts, total = (float(row.split(" MiB")[0].split()[-1]) for row in text.splitlines())
+    assert total == pytest.approx(plan.total_bytes / (1 << 20), abs=0.05)
+    assert sum(parts) == pytest.approx(total, abs=0.05 * (len(parts) + 1))
+
+
+def test_accountings_count_requests_by_their_blocks():
+    """Packed, a request of n tokens holds as many whole states as it has blocks; decoupled, one."""
+    budget = 100 * SMALL.packed_block_bytes + 1
+    packed, decoupled = memory.accountings(SMALL, budget, max_num_seqs=20, max_model_len=100, num_checkpoint_slots=5)
+    assert (packed.num_blocks, packed.num_tokens, packed.num_requests) == (100, 1600, 100 // 7)
+    blocks = (budget - 25 * SMALL.slot_bytes) // SMALL.block_bytes
+    assert (decoupled.num_blocks, decoupled.num_tokens) == (blocks, 16 * blocks)
+    assert decoupled.num_requests == 20
+
+
+def test_slots_beyond_the_pools_are_an_error_with_the_shortfall():
+    with pytest.raises(MemoryError, match=r"^3 bytes short: 4 slots"):
+        memory.decoupled_blocks(SMALL, 4 * SMALL.slot_bytes - 3, 4)
+    assert memory.decoupled_blocks(SMALL, 4 * SMALL.slot_bytes, 4) == 0
 
 
 def test_memory_imports_no_jax():
     program = "import sys, gdnjax.memory; print('jax' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+PUBLISHED = ["--config", "qwen3.5-397b-a17b", "--tp", "4", "--kv-dtype", "fp8", "--ssm-dtype", "bfloat16"]
+
+
+def test_command_prints_the_published_arithmetic(capsys):
+    # 157.88 GiB, the budget as published, is rounded: 6,906 packed blocks are 600 kB more.
+    assert main([*PUBLISHED, "--budget-gib", "157.8806", "--max-num-seqs", "128"]) == 0
+    text = capsys.readouterr().out
+    for part in ("24,422,400 B", "124,800 B", "24,547,200 B", "96.1%", " 6,906 ", "196 blocks", "193.1x"):
+        assert part in text
+    assert "weights and workspace are not known" in text
+
+
+def test_command_prints_the_same_as_json(capsys):
+    assert main([*PUBLISHED, "--budget-gib", "157.8806", "--max-num-seqs", "128", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["bytes"]["slot_bytes"], report["bytes"]["block_bytes"]) == (24_422_400, 124_800)
+    assert report["packed"]["num_blocks"] == 6_906
+    assert report["packed"]["num_requests"] == 6_906 // 512
+    assert report["decoupled"]["num_requests"] == 128
+    assert report["ratio"] == report["decoupled"]["num_blocks"] / 6_906 > 180
+
+
+def test_command_without_a_budget_prints_costs_alone(capsys):
+    assert main(["--config", EMBEDDED_MODEL]) == 0
+    text = capsys.readouterr().out
+    assert "a slot" in text
+    assert "GiB" not in text
+
+
+def test_command_lists_the_presets(capsys):
+    assert main(["--list"]) == 0
+    assert capsys.readouterr().out.split() == list(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--config", "qwen3.5"], "no such file; a configuration is .*qwen3.5-9b"),
+        (["--config", EMBEDDED_MODEL, "--tp", "5"], "tensor_parallel_size=5 does not divide"),
+        (["--config", EMBEDDED_MODEL, "--block-size", "12"], "block_size must be a power of two, got 12"),
+        (["--config", EMBEDDED_MODEL, "--max-num-seqs", "0"], "max_num_seqs must be an integer of at least 1"),
+        (["--config", EMBEDDED_MODEL, "--max-model-len", "9999999"], "exceeds the model's context"),
+        (["--config", EMBEDDED_MODEL, "--budget-gib", "0.0001"], r"bytes short: 8 slots"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(capsys, arguments, problem):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(rf"gdnjax\.memory: .*{problem}.*\n", printed.err)
+
+
+@pytest.mark.parametrize("given", ["x", "0", "-1", "nan", "1/0"])
+def test_budget_that_is_no_size_is_refused(capsys, given):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--config", EMBEDDED_MODEL, f"--budget-gib={given}"])
+    assert exit_.value.code == 2
+    assert "--budget-gib" in capsys.readouterr().err
+
+
+def test_command_runs_as_a_module():
+    result = subprocess.run(
+        [sys.executable, "-m", "gdnjax.memory", "--list"], capture_output=True, text=True, check=True
+    )
+    assert "qwen3.5-9b" in result.stdout

@@ -1,9 +1,24 @@
-"""The small trained model that ships with the package. scripts/train_tiny.py made it."""
+"""What ships with the package: the small trained model (made by scripts/train_tiny.py), and presets, which are
+configurations of published models without their weights.
+"""
 
 import pathlib
 
 EMBEDDED_MODEL = "tiny"
 """The name of the embedded model wherever a checkpoint directory is expected; `./tiny` is a directory of one's own."""
+
+PRESETS = (
+    "qwen3.5-0.8b",
+    "qwen3.5-2b",
+    "qwen3.5-4b",
+    "qwen3.5-9b",
+    "qwen3.5-27b",
+    "qwen3.5-35b-a3b",
+    "qwen3.5-122b-a10b",
+    "qwen3.5-397b-a17b",
+    "qwen3-next-80b-a3b",
+)
+"""Published models whose configuration ships as presets/NAME.json; presets/README.md has where they are from."""
 
 _ASSETS = pathlib.Path(__file__).parent
 
@@ -20,3 +35,20 @@ def model_directory(model: str | pathlib.Path) -> pathlib.Path:
             "embedded one (nothing is downloaded: fetch the checkpoint first)"
         )
     return directory
+
+
+def config_file(config: str | pathlib.Path) -> pathlib.Path:
+    """The config.json that `config` names: a preset's, the embedded model's, the file itself, or a directory's.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if str(config) in PRESETS:
+        return _ASSETS / "presets" / f"{config}.json"
+    path = _ASSETS / EMBEDDED_MODEL if str(config) == EMBEDDED_MODEL else pathlib.Path(config)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file}: no such file; a configuration is a config.json, a directory that holds one, or one of "
+            f"{', '.join((EMBEDDED_MODEL, *PRESETS))}"
+        )
+    return file

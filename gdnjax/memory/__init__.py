@@ -1,0 +1,347 @@
+"""Bytes: what one slot and one block cost, and how a device's memory is divided. Pure, imports no jax.
+
+slot  = delta layers * (conv window + recurrent state)                              per tensor-parallel rank
+block = 2 * attention layers * block_size * kv heads * head width * bytes + scales
+
+`python -m gdnjax.memory` prints these for a config.json or a preset, without weights.
+"""
+
+import dataclasses
+import functools
+
+from gdnjax.config import EngineConfig, ModelConfig
+
+ITEMSIZE = {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "fp8": 1}
+
+# 8-bit KV carries one float32 scale per token and head, for keys and for values.
+KV_SCALE_BYTES = {"fp8": 4}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateGeometry:
+    """Shapes and dtypes of everything that outlives a step, for one tensor-parallel rank.
+
+    delta_layers, value_heads, state_size    `ssm [delta_layers, slots, value_heads, state_size]` in `ssm_dtype`
+    conv_rows, conv_dim                      `conv [delta_layers, slots, conv_rows, conv_dim]` in `conv_dtype`
+    attention_layers, kv_heads, head_dim     `k, v [attention_layers, blocks, block_size, kv_heads, head_dim]`
+    hidden_size                              `hidden [slots, hidden_size]` in `hidden_dtype`, whole on every rank
+    vocab_size                               width of a logit row
+    """
+
+    delta_layers: int
+    value_heads: int
+    state_size: int
+    conv_rows: int
+    conv_dim: int
+    attention_layers: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    block_size: int
+    ssm_dtype: str
+    conv_dtype: str
+    kv_dtype: str
+    hidden_dtype: str
+
+    @classmethod
+    def of(
+        cls, model: ModelConfig, *, tp: int, block_size: int, dtype: str, ssm_dtype: str, kv_dtype: str | None = None
+    ) -> "StateGeometry":
+        """The geometry of one of `tp` ranks of a model. `kv_dtype` None means `dtype`."""
+        rank = model.shard(tp)
+        return cls(
+            delta_layers=model.num_delta_layers,
+            value_heads=rank.delta.num_value_heads,
+            state_size=rank.delta.key_head_dim * rank.delta.value_head_dim,
+            conv_rows=rank.delta.conv_kernel - 1,
+            conv_dim=rank.delta.conv_dim,
+            attention_layers=model.num_attention_layers,
+            kv_heads=rank.attention.num_kv_heads,
+            head_dim=rank.attention.head_dim,
+            hidden_size=model.hidden_size,
+            vocab_size=rank.vocab_size,
+            block_size=block_size,
+            ssm_dtype=ssm_dtype,
+            conv_dtype=dtype,
+            kv_dtype=kv_dtype or dtype,
+            hidden_dtype=dtype,
+        )
+
+    @property
+    def conv_bytes(self) -> int:
+        """One request's convolution window in one layer."""
+        return self.conv_rows * self.conv_dim * ITEMSIZE[self.conv_dtype]
+
+    @property
+    def ssm_bytes(self) -> int:
+        """One request's recurrent state in one layer."""
+        return self.value_heads * self.state_size * ITEMSIZE[self.ssm_dtype]
+
+    @property
+    def slot_bytes(self) -> int:
+        """One request's recurrent state and convolution windows, all layers."""
+        return self.delta_layers * (self.conv_bytes + self.ssm_bytes)
+
+    @property
+    def block_bytes(self) -> int:
+        """One KV block, all layers, scales included."""
+        per_head = self.head_dim * ITEMSIZE[self.kv_dtype] + KV_SCALE_BYTES.get(self.kv_dtype, 0)
+        return 2 * self.attention_layers * self.block_size * self.kv_heads * per_head
+
+    @property
+    def hidden_bytes(self) -> int:
+        """The last hidden state of one slot, which the MTP head starts from. Not a part of `slot_bytes`."""
+        return self.hidden_size * ITEMSIZE[self.hidden_dtype]
+
+    @property
+    def logit_row_bytes(self) -> int:
+        """The vocabulary-sized rows of one request with penalties or bans: counts, bias, prompt flags."""
+        return self.vocab_size * (4 + 4 + 1)
+
+    @property
+    def packed_block_bytes(self) -> int:
+        """A block of the old layout, which holds a whole recurrent state beside its KV: the field's baseline."""
+        return self.slot_bytes + self.block_bytes
+
+    @property
+    def equivalent_blocks(self) -> int:
+        """KV blocks that take the place of one slot, rounded up; for operators who compare, never charged."""
+        return -(-self.slot_bytes // self.block_bytes) if self.block_bytes else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """How the bytes of one rank are divided. Counts leave out slot 0, block 0 and logit row 0; bytes include them.
+
+    `num_slots` counts all other slots; `num_checkpoint_slots` of them are there for the prefix cache.
+    """
+
+    num_slots: int
+    num_checkpoint_slots: int
+    num_blocks: int
+    num_logit_rows: int
+    slot_bytes: int
+    block_bytes: int
+    weight_bytes: int
+    state_bytes: int
+    hidden_bytes: int
+    kv_bytes: int
+    logit_row_bytes: int
+    workspace_bytes: int
+    equivalent_blocks: int
+
+    @classmethod
+    def of_counts(
+        cls,
+        geometry: StateGeometry,
+        *,
+        num_slots: int,
+        num_blocks: int,
+        num_logit_rows: int,
+        num_checkpoint_slots: int = 0,
+        weight_bytes: int = 0,
+        workspace_bytes: int = 0,
+    ) -> "MemoryPlan":
+        """The plan that holds so many slots (all of them), blocks and logit rows, whatever the budget."""
+        return cls(
+            num_slots=num_slots,
+            num_checkpoint_slots=num_checkpoint_slots,
+            num_blocks=num_blocks,
+            num_logit_rows=num_logit_rows,
+            slot_bytes=geometry.slot_bytes,
+            block_bytes=geometry.block_bytes,
+            weight_bytes=weight_bytes,
+            state_bytes=(num_slots + 1) * geometry.slot_bytes,
+            hidden_bytes=(num_slots + 1) * geometry.hidden_bytes,
+            kv_bytes=(num_blocks + 1) * geometry.block_bytes,
+            logit_row_bytes=(num_logit_rows + 1) * geometry.logit_row_bytes,
+            workspace_bytes=workspace_bytes,
+            equivalent_blocks=geometry.equivalent_blocks,
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        pools = self.state_bytes + self.hidden_bytes + self.kv_bytes + self.logit_row_bytes
+        return self.weight_bytes + pools + self.workspace_bytes
+
+    def __str__(self) -> str:
+        mib = 1 << 20
+        live = self.num_slots - self.num_checkpoint_slots
+        slots = f"{self.num_slots} slots of {self.slot_bytes:,} B: {live} live, {self.num_checkpoint_slots} checkpoints"
+        rows = [
+            ("weights", self.weight_bytes, ""),
+            ("recurrent state", self.state_bytes, slots),
+            ("last hidden", self.hidden_bytes, "one a slot"),
+            ("KV cache", self.kv_bytes, f"{self.num_blocks} blocks of {self.block_bytes:,} B"),
+            ("logit rows", self.logit_row_bytes, f"{self.num_logit_rows} rows"),
+            ("workspace", self.workspace_bytes, ""),
+            ("total", self.total_bytes, f"a slot is worth {self.equivalent_blocks} blocks"),
+        ]
+        return "\n".join(f"  {name:<16} {size / mib:>10.1f} MiB  {note}".rstrip() for name, size, note in rows)
+
+
+def packed_blocks(geometry: StateGeometry, pool_bytes: int) -> int:
+    """Blocks in `pool_bytes` where every block holds a whole recurrent state: the older layout. No null block."""
+    return pool_bytes // geometry.packed_block_bytes
+
+
+def decoupled_blocks(geometry: StateGeometry, pool_bytes: int, num_slots: int) -> int:
+    """Blocks in what `num_slots` slots leave of `pool_bytes`. Neither null block nor null slot.
+
+    Raises MemoryError, with the shortfall in bytes, where the slots do not fit, and ValueError where the model has no
+    attention layers.
+    """
+    if not geometry.block_bytes:
+        raise ValueError("a model without attention layers has no KV blocks to count")
+    left = pool_bytes - num_slots * geometry.slot_bytes
+    if left < 0:
+        raise MemoryError(
+            f"{-left:,} bytes short: {num_slots} slots of {geometry.slot_bytes:,} bytes exceed the pools' "
+            f"{pool_bytes:,} bytes"
+        )
+    return left // geometry.block_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accounting:
+    """What a way to divide the pools' bytes gives.
+
+    `block_bytes` is what one block takes, `num_blocks` how many there are, `num_tokens` what they hold, and
+    `num_requests` how many requests of the full length run at once.
+    """
+
+    block_bytes: int
+    num_blocks: int
+    num_tokens: int
+    num_requests: int
+
+    @classmethod
+    def of_blocks(
+        cls, geometry: StateGeometry, *, block_bytes: int, num_blocks: int, max_num_seqs: int, max_model_len: int
+    ) -> "Accounting":
+        """The accounting of so many blocks, of which a request of n tokens needs ceil(n / block_size)."""
+        return cls(
+            block_bytes=block_bytes,
+            num_blocks=num_blocks,
+            num_tokens=num_blocks * geometry.block_size,
+            num_requests=min(max_num_seqs, num_blocks // _blocks_of(max_model_len, geometry.block_size)),
+        )
+
+
+def accountings(
+    geometry: StateGeometry,
+    pool_bytes: int,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+    num_checkpoint_slots: int = 0,
+) -> tuple[Accounting, Accounting]:
+    """The same bytes of pools packed (a state in every block) and decoupled (slots first, the rest blocks).
+
+    Closed forms, as in `packed_blocks` and `decoupled_blocks`; the latter's errors.
+    """
+    of_blocks = functools.partial(
+        Accounting.of_blocks, geometry, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+    )
+    num_slots = max_num_seqs + num_checkpoint_slots
+    packed = of_blocks(block_bytes=geometry.packed_block_bytes, num_blocks=packed_blocks(geometry, pool_bytes))
+    decoupled = of_blocks(
+        block_bytes=geometry.block_bytes, num_blocks=decoupled_blocks(geometry, pool_bytes, num_slots)
+    )
+    return packed, decoupled
+
+
+def plan(
+    geometry: StateGeometry,
+    engine: EngineConfig,
+    *,
+    max_model_len: int,
+    budget_bytes: int,
+    weight_bytes: int = 0,
+    workspace_bytes: int = 0,
+) -> MemoryPlan:
+    """Divides `budget_bytes` of one rank: weights, workspace and live slots, then checkpoint slots, then blocks.
+
+    The state floor comes first: every one of `max_num_seqs` requests has a slot before anything else is counted.
+    Checkpoint slots are as many as the settings say; else, with a prefix cache, as many as a quarter of what is left
+    beside one request's blocks holds, at most twice `max_num_seqs`. Blocks stop at what as many requests of
+    `max_model_len` tokens as there are slots can use. Raises MemoryError that names the shortfall in bytes and the
+    settings that change it.
+    """
+    live, logit_rows = engine.max_num_seqs + 1, engine.num_logit_rows + 1
+    slot_bytes = geometry.slot_bytes + geometry.hidden_bytes
+    row_bytes = logit_rows * geometry.logit_row_bytes
+    floor = weight_bytes + workspace_bytes + live * slot_bytes + row_bytes
+    per_request = _blocks_of(max_model_len, engine.block_size)
+    least = engine.num_kv_blocks or per_request
+    # What is left beside the floor and the least blocks; below 0 where not even those fit.
+    left = budget_bytes - floor - (least + 1) * geometry.block_bytes
+    checkpoints = _checkpoint_slots(engine, left, slot_bytes)
+    left -= checkpoints * slot_bytes
+    if left < 0:
+        shortfall = _shortfall(
+            -left,
+            budget_bytes,
+            parts={
+                "weights": weight_bytes,
+                "workspace": workspace_bytes,
+                f"{live} slots": live * slot_bytes,
+                f"{checkpoints} checkpoint slots": checkpoints * slot_bytes,
+                f"{logit_rows} logit rows": row_bytes,
+                f"{least + 1} KV blocks": (least + 1) * geometry.block_bytes,
+            },
+            settings={
+                "max_num_seqs": engine.max_num_seqs,
+                "num_checkpoint_slots": checkpoints,
+                "num_kv_blocks": engine.num_kv_blocks,
+                "max_model_len": None if engine.num_kv_blocks else max_model_len,
+                "max_num_batched_tokens": engine.max_num_batched_tokens,
+            },
+        )
+        raise MemoryError(shortfall)
+    num_slots = engine.max_num_seqs + checkpoints
+    blocks = engine.num_kv_blocks or num_slots * per_request
+    if geometry.block_bytes and blocks > least + left // geometry.block_bytes:
+        blocks = max(least, _coarse(least + left // geometry.block_bytes))
+    return MemoryPlan.of_counts(
+        geometry,
+        num_slots=num_slots,
+        num_checkpoint_slots=checkpoints,
+        num_blocks=blocks,
+        num_logit_rows=logit_rows - 1,
+        weight_bytes=weight_bytes,
+        workspace_bytes=workspace_bytes,
+    )
+
+
+def _checkpoint_slots(engine: EngineConfig, left: int, slot_bytes: int) -> int:
+    """Checkpoint slots: those that were asked for, or what a quarter of `left` bytes holds."""
+    if engine.num_checkpoint_slots is not None:
+        return engine.num_checkpoint_slots
+    if not engine.enable_prefix_caching:
+        return 0
+    wanted, available = 2 * engine.max_num_seqs, max(0, left) // 4 // slot_bytes
+    return wanted if available >= wanted else _coarse(available)
+
+
+def _shortfall(missing: int, budget: int, *, parts: dict[str, int], settings: dict[str, int | None]) -> str:
+    """The message for `missing` bytes: what takes the budget, and which settings (0 and None have no part) to lower."""
+    taken = " + ".join(f"{name} {size:,}" for name, size in parts.items() if size)
+    lower = ", ".join(f"{name} (now {value})" for name, value in settings.items() if value)
+    return (
+        f"{missing:,} bytes short: {taken} exceed the budget of {budget:,} bytes. Lower {lower}, or raise "
+        "gpu_memory_utilization or tensor_parallel_size"
+    )
+
+
+def _blocks_of(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)
+
+
+def _coarse(count: int) -> int:
+    """`count` rounded down to five significant bits, so that a little more or less free memory gives the same shapes
+    and the compilation cache hits.
+    """
+    grid = 1 << max(0, count.bit_length() - 5)
+    return count // grid * grid

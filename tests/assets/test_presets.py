@@ -1,0 +1,102 @@
+"""Presets: they load, have the shapes of the models that they are named for, and ship with the package."""
+
+import math
+import pathlib
+
+import jax
+import pytest
+
+from gdnjax import assets
+from gdnjax.assets import EMBEDDED_MODEL, PRESETS, config_file
+from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
+from gdnjax.models import abstract_params
+
+BILLION = 1e9
+
+SIZES = {
+    "qwen3.5-0.8b": 0.8,
+    "qwen3.5-2b": 2,
+    "qwen3.5-4b": 4,
+    "qwen3.5-9b": 9,
+    "qwen3.5-27b": 27,
+    "qwen3.5-35b-a3b": 35,
+    "qwen3.5-122b-a10b": 122,
+    "qwen3.5-397b-a17b": 397,
+    "qwen3-next-80b-a3b": 80,
+}
+
+PUBLISHED_TOTALS = {"qwen3.5-0.8b": 0.87, "qwen3.5-2b": 2.27, "qwen3.5-4b": 4.66, "qwen3.5-9b": 9.65}
+"""Billions of parameters in the published files: with the MTP head and the vision encoder."""
+
+
+def num_parameters(config, *, mtp=False):
+    leaves = jax.tree.leaves(abstract_params(config, 1, config.dtype, mtp=mtp))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def test_every_file_is_a_preset():
+    files = (pathlib.Path(assets.__file__).parent / "presets").glob("*.json")
+    assert {file.stem for file in files} == set(PRESETS) == set(SIZES)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_the_hybrid_pattern(name):
+    config = ModelConfig.from_hf(config_file(name))
+    assert config.num_layers % 4 == 0
+    period = (LayerKind.DELTA,) * 3 + (LayerKind.ATTENTION,)
+    assert config.layer_kinds == period * (config.num_layers // 4)
+    mlp = MlpKind.MOE if config.moe else MlpKind.DENSE
+    assert set(config.mlp_kinds) == {mlp}
+    assert bool(config.moe) == ("-a" in name)
+    assert config.delta.key_head_dim == config.delta.value_head_dim == 128
+    assert config.max_position_embeddings == 262_144
+    assert config.dtype == "bfloat16"
+    assert config.mtp_layers == (0 if name.startswith("qwen3-next") else 1)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_as_many_parameters_as_its_name_says(name):
+    """Names are rounded, by 6% at most."""
+    count = num_parameters(ModelConfig.from_hf(config_file(name)))
+    assert count / BILLION == pytest.approx(SIZES[name], rel=0.065)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_TOTALS)
+def test_rest_of_the_published_parameters_is_a_vision_encoder(name):
+    """An MTP head of another number of layers, or an untied head, would leave a rest that no encoder has."""
+    count = num_parameters(ModelConfig.from_hf(config_file(name)), mtp=True)
+    assert 0.09 < PUBLISHED_TOTALS[name] - count / BILLION < 0.47
+
+
+def test_largest_preset_is_exact():
+    config = ModelConfig.from_hf(config_file("qwen3.5-397b-a17b"))
+    assert (config.num_layers, config.hidden_size, config.vocab_size) == (60, 4096, 248_320)
+    assert (config.num_delta_layers, config.num_attention_layers) == (45, 15)
+    assert config.delta == DeltaConfig(
+        num_key_heads=16, num_value_heads=64, key_head_dim=128, value_head_dim=128, conv_kernel=4
+    )
+    assert config.attention == AttentionConfig(
+        num_heads=32, num_kv_heads=2, head_dim=256, rotary_dim=64, rope_theta=1e7
+    )
+    assert config.moe == MoeConfig(
+        num_experts=512,
+        experts_per_token=10,
+        intermediate_size=1024,
+        shared_intermediate_size=1024,
+        normalise_top_k=True,
+    )
+    assert not config.tie_word_embeddings
+
+
+def test_config_file_takes_names_files_and_directories(tmp_path):
+    assert config_file(EMBEDDED_MODEL).name == "config.json"
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    assert config_file(file) == config_file(tmp_path) == config_file(str(tmp_path)) == file
+
+
+def test_unknown_configuration_is_an_error_that_names_the_presets(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file.*tiny.*qwen3\.5-9b"):
+        config_file("qwen3.5-10b")
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        config_file(tmp_path)
