@@ -14,9 +14,15 @@ from gdnjax.shapes import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdmitBatch:
-    """Requests that take over a slot. Each field replaces the slot's row of the SlotTable field of that name."""
+    """Requests that take over a slot. Each field up to `logit_row` replaces the slot's row of the SlotTable field of
+    that name.
+
+    A request whose prefix is cached starts at its `length`. Where the cached prefix ends within a block, the request
+    gets a block of its own with what is in there: `copy_from[i]` is copied to `copy_to[i]`, null to null for nothing.
+    """
 
     slot: Leaf  # [r] int32
+    length: Leaf  # [r] int32: tokens whose state and KV are cached; 0 for a fresh start
     max_length: Leaf  # [r] int32
     min_length: Leaf  # [r] int32
     stop_tokens: Leaf  # [r, MAX_STOP_TOKENS] int32
@@ -27,6 +33,8 @@ class AdmitBatch:
     min_p: Leaf  # [r] float32
     seed: Leaf  # [r, 2] uint32
     logit_row: Leaf  # [r] int32
+    copy_from: Leaf = None  # [r] int32 blocks, or None: nothing is copied
+    copy_to: Leaf = None  # [r] int32 blocks
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +44,8 @@ class LogitRowBatch:
 
     row: Leaf  # [] int32
     in_prompt: Leaf  # [V] bool
+    counts: Leaf  # [V] int32: tokens produced before this admission; zeros for a new request
+    recent: Leaf  # [MAX_BAD_WORD_TOKENS - 1] int32: the last of them, newest last
     bias: Leaf  # [V] float32
     repetition: Leaf  # [] float32
     frequency: Leaf  # [] float32
@@ -49,7 +59,7 @@ class PrefillBatch:
     """Pieces of prompts, packed one after another, with the chunk table.
 
     A row's tokens stand at `tokens[start : start + length]` and continue its slot at SlotTable.length. Chunks of one
-    row are in order, at most CHUNK tokens long, and cut at absolute multiples of CHUNK.
+    row are in order, at most CHUNK tokens long, and cut at absolute multiples of CHUNK and at checkpoints.
     """
 
     tokens: Leaf  # [t] int32
@@ -63,14 +73,34 @@ class PrefillBatch:
     chunk_start: Leaf  # [c] int32: place in `tokens`
     chunk_length: Leaf  # [c] int32, 0 for a padded chunk
     target: Leaf  # [t] int32: the prompt's next token, for prompt_logprobs; NO_TOKEN where there is none
+    read_slot: Leaf = None  # [r] int32: where a row's state is read, if not in `slot`: a fork of a checkpoint
+    block_table: Leaf = None  # [r, m] int32: the rows' blocks; None leaves the tables as they are
+    kv_start: Leaf = None  # [r] int32: position before which keys and values are cached and not stored; None: 0
+    chunk_checkpoint: Leaf = None  # [c] int32: slot that keeps what stands after the chunk, 0 = none; None: never
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeBatch:
-    """Slots that produce their next token."""
+    """Slots that produce their next token.
+
+    A request that has outgrown its blocks gets another with the step: `grown_block[i]` becomes entry `grown_index[i]`
+    of its block table, before the step reads it. An index past the table changes nothing.
+    """
 
     slot: Leaf  # [n] int32
+    grown_index: Leaf = None  # [n] int32; None: nobody grows
+    grown_block: Leaf = None  # [n] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CopyBatch:
+    """Rows of the state pools to copy: `source[i]` to `target[i]` for i below `count`, in order."""
+
+    source: Leaf  # [c] int32 slots
+    target: Leaf  # [c] int32 slots
+    count: Leaf  # [] int32
 
 
 @jax.tree_util.register_dataclass

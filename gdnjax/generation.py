@@ -236,6 +236,7 @@ def _admission(state, max_length, sampling: SamplingParams, stop_token_ids, seed
 
     return AdmitBatch(
         slot=jnp.arange(1, rows + 1, dtype=jnp.int32),
+        length=every_row(0, jnp.int32),
         max_length=max_length.astype(jnp.int32),
         min_length=every_row(0, jnp.int32),
         stop_tokens=jnp.tile(stops, (rows, 1)),

@@ -28,7 +28,7 @@ class GDNState:
     """The recurrent state of all Gated DeltaNet layers, one row a slot.
 
     `layout[slot]` says how that row of `ssm` is stored, for all layers at once (LAYOUT_KV: k outer, v inner). It is
-    reset when a slot is handed out and written by every step that writes the row.
+    reset when a slot is handed out, written by every step that writes the row, and goes with the row in every copy.
     """
 
     ssm: Leaf  # [L, s, hv, k * v] float32 or bfloat16; flat rows, because K and V may differ between layouts
@@ -63,6 +63,7 @@ class SlotTable:
     min_p: Leaf  # [s] float32, 0 = all
     seed: Leaf  # [s, 2] uint32
     logit_row: Leaf  # [s] int32: row of LogitRows, 0 = none
+    hidden: Leaf  # [s, d] the last committed hidden state after the final norm: the MTP head's input
 
 
 @jax.tree_util.register_dataclass
@@ -109,12 +110,12 @@ def empty_state(geometry: StateGeometry, plan: MemoryPlan, engine: EngineConfig,
             layout=jnp.zeros((slots,), jnp.int8),
         ),
         kv=KVBlocks(k=jnp.zeros(kv_shape, g.kv_dtype), v=jnp.zeros(kv_shape, g.kv_dtype)),
-        slots=_empty_slots(slots, table_width),
+        slots=_empty_slots(g, slots, table_width),
         logit_rows=_empty_logit_rows(rows, g.vocab_size * tp),
     )
 
 
-def _empty_slots(slots: int, table_width: int) -> SlotTable:
+def _empty_slots(geometry: StateGeometry, slots: int, table_width: int) -> SlotTable:
     def zeros(dtype, *shape):
         return jnp.zeros((slots, *shape), dtype)
 
@@ -132,6 +133,7 @@ def _empty_slots(slots: int, table_width: int) -> SlotTable:
         min_p=zeros(jnp.float32),
         seed=zeros(jnp.uint32, 2),
         logit_row=zeros(jnp.int32),
+        hidden=zeros(geometry.hidden_dtype, geometry.hidden_size),
     )
 
 

@@ -1,4 +1,5 @@
-"""The steps: admit, fill a logit row, prefill, decode. Pure: `(params, ServeState, batch) -> (ServeState, Emitted)`.
+"""The steps: admit, fill a logit row, prefill, decode, copy rows. Pure: `(params, ServeState, batch) -> (ServeState,
+Emitted)`, those without a model without params and Emitted.
 
 Everything per-step (masks, indices, places) is made here, before the layers. No step reads a value back.
 """
@@ -14,12 +15,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from gdnjax import sampling, sharding
-from gdnjax.batch import AdmitBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch
+from gdnjax.batch import AdmitBatch, CopyBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch
 from gdnjax.models import Model
 from gdnjax.models.context import Pools, decode_context, prefill_context
 from gdnjax.sampling import Draw, Vocab
 from gdnjax.shapes import Array, Params
-from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN, NULL_SLOT, LogitRows, ServeState, SlotTable
+from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN, NULL_SLOT, GDNState, LogitRows, ServeState, SlotTable
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once: [64, V] float32 instead of the whole prompt's."""
@@ -42,22 +43,30 @@ class StepOptions:
 
 
 def admit(state: ServeState, batch: AdmitBatch, options: StepOptions) -> ServeState:
-    """Hands slots to new requests: nothing of the last owner is left that a later step could read."""
+    """Hands slots to new requests: nothing of the last owner is left that a later step could read.
+
+    A request with a cached prefix has `length` tokens behind it; its first prefill step reads their state from another
+    slot. Blocks are copied as they stood before the step, all of `copy_from` before any of `copy_to`.
+    """
     slot = batch.slot
-    replaced = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "slot"}
-    replaced |= {"length": 0, "last_token": 0, "done": slot == NULL_SLOT}
+    kept = ("slot", "copy_from", "copy_to")
+    replaced = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in kept}
+    replaced |= {"last_token": 0, "done": slot == NULL_SLOT, "hidden": 0}
     table = {name: getattr(state.slots, name).at[slot].set(value) for name, value in replaced.items()}
+    kv = state.kv
+    if batch.copy_from is not None:
+        kv = jax.tree.map(lambda pool: pool.at[:, batch.copy_to].set(pool[:, batch.copy_from]), kv)
     return dataclasses.replace(
         state,
         slots=SlotTable(**table),
         gdn=dataclasses.replace(state.gdn, layout=state.gdn.layout.at[slot].set(_layout(options, LAYOUT_KV))),
+        kv=kv,
     )
 
 
 def fill_logit_row(state: ServeState, batch: LogitRowBatch) -> ServeState:
-    """Hands a logit row to a request. `in_prompt` and `bias` are this rank's part of the vocabulary."""
+    """Hands a logit row to a request. `in_prompt`, `counts` and `bias` are this rank's part of the vocabulary."""
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "row"}
-    values |= {"counts": 0, "recent": NO_TOKEN}
     rows = {name: getattr(state.logit_rows, name).at[batch.row].set(value) for name, value in values.items()}
     return dataclasses.replace(state, logit_rows=LogitRows(**rows))
 
@@ -65,16 +74,28 @@ def fill_logit_row(state: ServeState, batch: LogitRowBatch) -> ServeState:
 def prefill(
     model: Model, options: StepOptions, params: Params, state: ServeState, batch: PrefillBatch
 ) -> tuple[ServeState, Emitted]:
-    """Folds pieces of prompts into state and KV; rows whose prompt ends here draw their first token."""
+    """Folds pieces of prompts into state and KV; rows whose prompt ends here draw their first token.
+
+    A row reads its state at `read_slot` and writes it to `slot`, so a fork costs no copy. Chunks with a checkpoint
+    leave state, window, layout bit and last hidden state there, too.
+    """
+    if batch.block_table is not None:
+        table = state.slots.block_table.at[batch.slot].set(batch.block_table)
+        state = _with_slots(state, block_table=table)
     context = prefill_context(pools_of(state, options), batch)
     hidden, gdn, kv = model.forward(params, batch.tokens, context, state.gdn, state.kv)
-    last = jnp.clip(batch.start + batch.length - 1, 0, batch.tokens.shape[0] - 1)
+    last = hidden[jnp.maximum(batch.start + batch.length - 1, 0)]
     length = state.slots.length[batch.slot] + batch.length
     active = batch.is_last & (batch.slot != NULL_SLOT)
-    drawn = _draw(model, options, params, state, hidden[last], batch.slot, length, active)
+    drawn = _draw(model, options, params, state, last, batch.slot, length, active)
     prompt = _prompt_logprobs(model, options, params, hidden, batch.target) if options.prompt_logprobs else None
-    gdn = dataclasses.replace(gdn, layout=gdn.layout.at[batch.slot].set(_layout(options, LAYOUT_KV)))
-    state = dataclasses.replace(state, gdn=gdn, kv=kv)
+    layout = _layout(options, LAYOUT_KV)
+    # A row without tokens has no hidden state in this step: what it had stays.
+    last = jnp.where((batch.length > 0)[:, None], last, state.slots.hidden[batch.slot])
+    state = _written(dataclasses.replace(state, gdn=gdn, kv=kv), batch.slot, last, layout)
+    if batch.chunk_checkpoint is not None:
+        behind = hidden[jnp.maximum(context.chunks.end - 1, 0)]
+        state = _written(state, batch.chunk_checkpoint, behind, layout)
     return _commit(state, drawn, batch.slot, length, active, prompt)
 
 
@@ -84,13 +105,35 @@ def decode(
     """Feeds each slot's last token and draws its next. Rows that are done, or null, change nothing."""
     slot = batch.slot
     active = (slot != NULL_SLOT) & ~state.slots.done[slot]
+    if batch.grown_index is not None:
+        table = state.slots.block_table.at[slot, batch.grown_index].set(batch.grown_block, mode="drop")
+        state = _with_slots(state, block_table=table)
     context = decode_context(pools_of(state, options), slot, active)
     hidden, gdn, kv = model.forward(params, state.slots.last_token[slot], context, state.gdn, state.kv)
     length = state.slots.length[slot] + active
     drawn = _draw(model, options, params, state, hidden, slot, length, active)
-    layout = gdn.layout.at[context.write_slot].set(_layout(options, LAYOUT_VK))
-    state = dataclasses.replace(state, gdn=dataclasses.replace(gdn, layout=layout), kv=kv)
+    state = dataclasses.replace(state, gdn=gdn, kv=kv)
+    state = _written(state, context.write_slot, hidden, _layout(options, LAYOUT_VK))
     return _commit(state, drawn, slot, length, active, None)
+
+
+def copy_rows(state: ServeState, batch: CopyBatch) -> ServeState:
+    """Copies rows one after another: state and window, and with them the layout bit and the last hidden state."""
+
+    def copy_one(i, pools):
+        source, target = batch.source[i], batch.target[i]
+
+        def copy(pool, axis):
+            row = lax.dynamic_slice_in_dim(pool, source, 1, axis)
+            return lax.dynamic_update_slice_in_dim(pool, row, target, axis)
+
+        ssm, conv, layout, hidden = pools
+        return copy(ssm, 1), copy(conv, 1), copy(layout, 0), copy(hidden, 0)
+
+    gdn = state.gdn
+    pools = (gdn.ssm, gdn.conv, gdn.layout, state.slots.hidden)
+    ssm, conv, layout, hidden = lax.fori_loop(0, batch.count, copy_one, pools)
+    return _with_slots(dataclasses.replace(state, gdn=GDNState(ssm=ssm, conv=conv, layout=layout)), hidden=hidden)
 
 
 def pools_of(state: ServeState, options: StepOptions) -> Pools:
@@ -106,6 +149,18 @@ def pools_of(state: ServeState, options: StepOptions) -> Pools:
 def _layout(options: StepOptions, mixed: int) -> int:
     """The bit of a row that a step wrote; `mixed` is what the step writes in a mixed pool."""
     return {"kv": LAYOUT_KV, "vk": LAYOUT_VK, "mixed": mixed}[options.state_layout]
+
+
+def _with_slots(state: ServeState, **fields: Array) -> ServeState:
+    """The state with other fields of its SlotTable."""
+    return dataclasses.replace(state, slots=dataclasses.replace(state.slots, **fields))
+
+
+def _written(state: ServeState, slot: Array, hidden: Array, layout: int) -> ServeState:
+    """The layout bit and last hidden state of slots whose rows the layers have written."""
+    kept = state.slots.hidden
+    state = _with_slots(state, hidden=kept.at[slot].set(hidden.astype(kept.dtype)))
+    return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=state.gdn.layout.at[slot].set(layout)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +235,7 @@ class Steps:
     fill_logit_row: Callable[[ServeState, LogitRowBatch], ServeState]
     prefill: Callable[[StepOptions], Any]  # jitted (params, state, PrefillBatch) -> (state, Emitted)
     decode: Callable[[StepOptions], Any]  # jitted (params, state, DecodeBatch) -> (state, Emitted)
+    copy_rows: Callable[[ServeState, CopyBatch], ServeState]
     num_traces: Callable[[], int]
 
 
@@ -194,7 +250,7 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
     whole = NamedSharding(mesh, replicated)
     row_specs = LogitRowBatch(
         **{f.name: replicated for f in dataclasses.fields(LogitRowBatch)}
-        | {"in_prompt": sharding.P(sharding.AXIS), "bias": sharding.P(sharding.AXIS)}
+        | {name: sharding.P(sharding.AXIS) for name in ("in_prompt", "counts", "bias")}
     )
 
     traces: list[None] = []
@@ -227,5 +283,6 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
         fill_logit_row=over_state(fill_logit_row, row_specs),
         prefill=functools.partial(over_model, prefill),
         decode=functools.partial(over_model, decode),
+        copy_rows=over_state(copy_rows, replicated),
         num_traces=lambda: len(traces),
     )

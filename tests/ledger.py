@@ -63,6 +63,8 @@ class LedgerModel:
             ssm_dtype="uint32",
             conv_dtype="uint32",
             kv_dtype="float32",
+            hidden_size=1,
+            hidden_dtype="uint32",
         )
 
     def params(self) -> dict:
@@ -105,7 +107,7 @@ class LedgerModel:
                 out, kv = _attention_layer(weights["self_attn"], x, context, kv, row)
             x = _mix(x + sharding.psum(out, self.tp))
             rows[kind] += 1
-        return x, gdn, kv
+        return x[:, None], gdn, kv
 
     def _embed(self, weight, tokens):
         local = tokens - sharding.rank(self.tp) * weight.shape[0]
@@ -115,7 +117,7 @@ class LedgerModel:
     def logits(self, params, hidden):
         weight = params["lm_head"]["weight"]
         token = jnp.arange(weight.shape[0]) + sharding.rank(self.tp) * weight.shape[0]
-        bits = _mix(hidden[:, None] ^ weight) >> (32 - LOGIT_BITS)
+        bits = _mix(hidden ^ weight) >> (32 - LOGIT_BITS)
         # 0 to 16, exact: wide enough that sampling has favourites, narrow enough that it has choices.
         logits = bits.astype(jnp.float32) * 2.0 ** (4 - LOGIT_BITS)
         return jnp.where(token < self.vocab_size, logits, -jnp.inf)
@@ -134,7 +136,7 @@ def _delta_layer(weights, x, context, gdn, layer):
     taps = weights["conv1d"]["weight"]
     match context:
         case PrefillContext():
-            u, conv = _conv_prefill(channels, taps, gdn.conv, layer, context.rows)
+            u, conv = _conv_prefill(channels, taps, gdn.conv, layer, context)
             states, ssm = _delta_prefill(u, *multipliers, gdn.ssm, layer, context)
         case DecodeContext():
             u, conv = _conv_decode(channels, taps, gdn.conv, layer, context)
@@ -143,7 +145,8 @@ def _delta_layer(weights, x, context, gdn, layer):
     return out, GDNState(ssm=ssm, conv=conv, layout=gdn.layout)
 
 
-def _conv_prefill(x, taps, conv, layer, rows):
+def _conv_prefill(x, taps, conv, layer, context):
+    rows, chunks = context.rows, context.chunks
     width = taps.shape[1] - 1
     window = jnp.where(rows.fresh[:, None, None], 0, conv[layer, rows.read_slot])
 
@@ -155,11 +158,17 @@ def _conv_prefill(x, taps, conv, layer, rows):
 
     place = jnp.arange(x.shape[0])
     inputs = [back(rows.token_offset, place, rows.token_row, width - tap) for tap in range(width + 1)]
-    row = jnp.arange(rows.length.shape[0])
-    after = rows.start + rows.length
-    last = jnp.stack([back(rows.length, after, row, width - i) for i in range(width)], axis=1)
     u = sum(inputs[tap] * taps[:, tap] for tap in range(width + 1))
-    return u, conv.at[layer, rows.write_slot].set(last)
+
+    def window_at(offset, place, row):
+        return jnp.stack([back(offset, place, row, width - i) for i in range(width)], axis=1)
+
+    row = jnp.arange(rows.length.shape[0])
+    conv = conv.at[layer, rows.write_slot].set(window_at(rows.length, rows.start + rows.length, row))
+    if chunks.checkpoint is not None:
+        kept = window_at(chunks.end - rows.start[chunks.row], chunks.end, chunks.row)
+        conv = conv.at[layer, chunks.checkpoint].set(kept)
+    return u, conv
 
 
 def _conv_decode(x, taps, conv, layer, context):
@@ -201,10 +210,13 @@ def _delta_prefill(u, a, b, ssm, layer, context):
         row, inputs, count = chunk
         after = powers * (states[row] + jnp.cumsum(inputs, axis=0, dtype=jnp.uint32))
         last = jnp.where(count > 0, after[jnp.maximum(count - 1, 0)], states[row])
-        return states.at[row].set(last), after
+        return states.at[row].set(last), (after, last)
 
-    states, after = lax.scan(one_chunk, states, (chunks.row, inputs, count))
-    return chunks.scatter(after), _write_states(ssm, layer, rows.write_slot, states, context.order.write)
+    states, (after, last) = lax.scan(one_chunk, states, (chunks.row, inputs, count))
+    ssm = _write_states(ssm, layer, rows.write_slot, states, context.order.write)
+    if chunks.checkpoint is not None:
+        ssm = _write_states(ssm, layer, chunks.checkpoint, last, context.order.write)
+    return chunks.scatter(after), ssm
 
 
 def _inverse(a):

@@ -1,4 +1,4 @@
-"""Two and four ranks: the table covers every leaf, and ranks that hold the same thing hold the same values."""
+"""Ranks: the table covers every leaf, what several hold is the same, and forks work as on one."""
 
 import dataclasses
 import re
@@ -10,9 +10,12 @@ from jax.sharding import NamedSharding
 
 from gdnjax import EngineConfig, SamplingParams, abstract_params
 from gdnjax.memory import MemoryPlan
+from gdnjax.serving import packing
 from gdnjax.serving.llm import LLM
 from gdnjax.sharding import AXIS, TABLE, P, make_mesh, path_name, shardings_of, spec_of, specs_of
 from gdnjax.state import empty_state
+from tests.driver import Admission, Driver, Piece
+from tests.ledger import LedgerModel, Oracle
 from tests.micro import MICRO, micro_model, micro_params
 
 
@@ -83,6 +86,43 @@ def llm(request) -> LLM:
     llm.generate(prompts, params, use_tqdm=False)
     llm.emitted = emitted
     return llm
+
+
+@pytest.fixture(scope="module")
+def ledger() -> Driver:
+    """Integers on two ranks, in a mixed pool."""
+    model = LedgerModel(tp=2)
+    return Driver(model, model.params(), "mixed")
+
+
+def test_forks_on_two_ranks_equal_the_oracle(ledger):
+    """From a checkpoint within a block that prefill wrote, and from a copy of what decode wrote."""
+    prompt, suffix = (np.random.default_rng(i).integers(0, 61, 40).tolist() for i in range(2))
+    oracle = Oracle(LedgerModel())
+    ledger.admit(Admission(1))
+    first = ledger.prefill(Piece(1, [1, 2, 3], prompt, checkpoints={23: 5})).tokens[0, 0]
+    produced = [int(first), *ledger.decode(1)]
+    assert produced == oracle.solo_run(prompt, 2)
+    ledger.copy_rows((1, 6))
+    ledger.admit(Admission(2, length=23, copy=(2, 7)), Admission(3, length=41, copy=(3, 11)))
+    emitted = ledger.prefill(
+        Piece(2, [1, 7, 8, 9], suffix, 23, read_slot=5), Piece(3, [1, 2, 11, 12, 13, 14], suffix, 41, read_slot=6)
+    )
+    runs = [[int(token)] for token in emitted.tokens[:2, 0]]
+    for run, token in zip(runs, ledger.decode(2, 3), strict=True):
+        run.append(token)
+    assert runs[0] == oracle.solo_run(prompt[:23] + suffix, 2)
+    assert runs[1] == oracle.solo_run([*prompt, produced[0], *suffix], 2)
+    assert_equal_on_all_ranks(ledger.state.slots.hidden)
+
+
+def test_counts_of_a_logit_row_go_to_the_ranks_of_their_tokens(ledger):
+    vocab = ledger.state.logit_rows.counts.shape[1]
+    counts = np.arange(vocab, dtype=np.int32)
+    batch = dataclasses.replace(packing.pack_logit_row(None, 61, vocab), row=np.int32(1), counts=counts)
+    ledger.state = ledger.steps.fill_logit_row(ledger.state, batch)
+    found = [part[1] for part in rank_values(ledger.state.logit_rows.counts)]
+    np.testing.assert_array_equal(found, np.split(counts, 2))
 
 
 def rank_values(array: jax.Array) -> list[np.ndarray]:

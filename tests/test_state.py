@@ -32,6 +32,8 @@ def test_pools_take_exactly_the_planned_bytes(ssm_dtype, tp):
     state = jax.eval_shape(lambda: empty(geometry, tensor_parallel_size=tp))
     assert size_of((state.gdn.ssm, state.gdn.conv)) == tp * plan.state_bytes
     assert size_of(state.kv) == tp * plan.kv_bytes
+    # Every rank holds all of it.
+    assert size_of(state.slots.hidden) == plan.hidden_bytes
     rows = state.logit_rows
     assert size_of((rows.counts, rows.bias, rows.in_prompt)) == tp * plan.logit_row_bytes
 
@@ -39,7 +41,7 @@ def test_pools_take_exactly_the_planned_bytes(ssm_dtype, tp):
 def test_uncounted_fields_are_small():
     """What the plan leaves out is a few words a slot and a logit row, whatever the model's size."""
     state = jax.eval_shape(empty)
-    slots = size_of(state.slots) + size_of(state.gdn.layout)
+    slots = size_of(state.slots) - size_of(state.slots.hidden) + size_of(state.gdn.layout)
     assert slots / 5 < 256 + 4 * state.slots.block_table.shape[1]
     rows = state.logit_rows
     assert size_of((rows.bad_words, rows.recent, rows.repetition, rows.frequency, rows.presence)) / 3 < 4096
@@ -82,6 +84,7 @@ def test_check_accepts_an_empty_state():
     [
         ("slots", "temperature", (4,), r"SlotTable\.temperature has shape \(4,\), expected 5 rows"),
         ("slots", "block_table", (6, 6), r"SlotTable\.block_table"),
+        ("slots", "hidden", (4, 40), r"SlotTable\.hidden has shape \(4, 40\), expected 5 rows"),
         ("logit_rows", "bias", (2, 101), r"LogitRows\.bias has shape \(2, 101\), expected 3 rows"),
         ("gdn", "ssm", (3, 4, 6, 384), "GDNState holds 4, 5 and 5 slots, SlotTable 5"),
         ("gdn", "conv", (3, 6, 3, 208), "GDNState holds 5, 6 and 5 slots"),

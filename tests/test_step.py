@@ -21,12 +21,17 @@ from tests.ledger import LedgerModel
 from tests.make_tokenizer import write_tokenizer
 from tests.micro import micro_model, micro_params
 
+PLAIN = StepOptions(state_layout="mixed")
 FULL = StepOptions(full=True, max_logprobs=5, state_layout="mixed")
 STEPS = {
-    "decode, plain": ("decode", StepOptions(state_layout="mixed")),
+    "admit": ("admit", PLAIN),
+    "fill a logit row": ("fill_logit_row", PLAIN),
+    "copy rows": ("copy_rows", PLAIN),
+    "decode, plain": ("decode", PLAIN),
     "decode, full": ("decode", FULL),
     "prefill, full": ("prefill", FULL),
     "prefill, prompt_logprobs": ("prefill", dataclasses.replace(FULL, prompt_logprobs=True)),
+    "prefill, no checkpoints": ("prefill", PLAIN),
 }
 CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=128, block_size=16)
 MAX_MODEL_LEN = 256
@@ -42,18 +47,29 @@ def abstract_state(num_slots: int, num_blocks: int):
     return jax.eval_shape(lambda: empty_state(geometry, plan, CONFIG, MAX_MODEL_LEN))
 
 
-def arguments(kind: str, state):
-    if kind == "decode":
-        batch = packing.pack_decode([], rows=4)
-    else:
-        batch = packing.pack_prefill([], tokens=128, rows=CONFIG.prefill_rows)
-    return micro_params(), state, batch
+def batch_of(name: str, state):
+    """What the engine packs, growth, copies, forks and checkpoints included."""
+    sizes = {"rows": CONFIG.prefill_rows, "table_width": state.slots.block_table.shape[1]}
+    match STEPS[name][0]:
+        case "admit":
+            return packing.pack_admissions([], **sizes)
+        case "fill_logit_row":
+            return packing.pack_logit_row(None, micro_model().vocab_size, state.logit_rows.bias.shape[1])
+        case "copy_rows":
+            return packing.pack_copies([], rows=CONFIG.prefill_rows)
+        case "decode":
+            return packing.pack_decode([], {}, **{**sizes, "rows": 4})
+        case "prefill":
+            return packing.pack_prefill([], tokens=128, **sizes, checkpoints=name != "prefill, no checkpoints")
 
 
 def jitted(name: str, state):
+    """A step and its arguments."""
     kind, options = STEPS[name]
-    steps = build_steps(micro_model(), make_mesh(1), options, micro_params(), state)
-    return getattr(steps, kind)(options), arguments(kind, state)
+    steps, batch = build_steps(micro_model(), make_mesh(1), options, micro_params(), state), batch_of(name, state)
+    if kind in ("prefill", "decode"):
+        return getattr(steps, kind)(options), (micro_params(), state, batch)
+    return getattr(steps, kind), (state, batch)
 
 
 @functools.cache
@@ -125,9 +141,10 @@ def test_state_takes_the_bytes_of_the_memory_plan():
     check_state(state)
     rows = state.logit_rows
     assert num_bytes((state.gdn.ssm, state.gdn.conv)) == plan.state_bytes
+    assert num_bytes(state.slots.hidden) == plan.hidden_bytes
     assert num_bytes(state.kv) == plan.kv_bytes
     assert num_bytes((rows.counts, rows.bias, rows.in_prompt)) == plan.logit_row_bytes
-    others = num_bytes(state) - plan.state_bytes - plan.kv_bytes - plan.logit_row_bytes
+    others = num_bytes(state) - plan.state_bytes - plan.hidden_bytes - plan.kv_bytes - plan.logit_row_bytes
     assert others < 4096 * (plan.num_slots + 1 + plan.num_logit_rows + 1)
 
 
@@ -244,6 +261,7 @@ def sealed(warm, monkeypatch) -> LLM:
         steps,
         admit=through(steps.admit),
         fill_logit_row=through(steps.fill_logit_row),
+        copy_rows=through(steps.copy_rows),
         prefill=lambda options: through(steps.prefill(options)),
         decode=lambda options: through(steps.decode(options)),
     )
@@ -284,7 +302,7 @@ def test_log_probabilities_without_alternatives_have_shapes(name):
     state = abstract_state(4, 16)
     options = dataclasses.replace(options, max_logprobs=0)
     steps = build_steps(micro_model(), make_mesh(1), options, micro_params(), state)
-    _, emitted = jax.eval_shape(getattr(steps, kind)(options), *arguments(kind, state))
+    _, emitted = jax.eval_shape(getattr(steps, kind)(options), micro_params(), state, batch_of(name, state))
     assert emitted.logprobs.top.shape[1] == 0
     if options.prompt_logprobs:
         assert emitted.prompt_logprobs.chosen.shape == (128,)

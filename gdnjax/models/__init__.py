@@ -34,7 +34,10 @@ class Model(Protocol):
     def forward(
         self, params: Params, tokens: Any, context: PrefillContext | DecodeContext, gdn: GDNState, kv: KVBlocks
     ) -> tuple[Any, GDNState, KVBlocks]:
-        """Final hidden states [t, ...] of the step's tokens, and the pools, which are consumed."""
+        """Final hidden states [t, d] of the step's tokens, and the pools, which are consumed.
+
+        Where the context's chunks have checkpoints, the rows of `gdn` behind each chunk are stored there, too.
+        """
         ...
 
     def logits(self, params: Params, hidden: Any) -> Any:

@@ -67,16 +67,26 @@ class Pools:
 def prefill_context(pools: Pools, batch: PrefillBatch) -> PrefillContext:
     """The context of a prefill step. A row with no tokens behind it is fresh: what its slot holds is never read."""
     slots = pools.slots
+    read_slot = batch.slot if batch.read_slot is None else batch.read_slot
     before = slots.length[batch.slot]
     offset = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) - batch.start[batch.token_row]
     position = before[batch.token_row] + offset
     row_blocks = slots.block_table[batch.slot]
+    # A row whose state is behind its cached blocks goes over their tokens again, and leaves those blocks as they are.
+    stored = batch.token_valid
+    if batch.kv_start is not None:
+        stored &= position >= batch.kv_start[batch.token_row]
     chunks = make_chunks(
-        batch.chunk_row, batch.chunk_start, batch.chunk_length, tokens=batch.tokens.shape[0], size=CHUNK
+        batch.chunk_row,
+        batch.chunk_start,
+        batch.chunk_length,
+        tokens=batch.tokens.shape[0],
+        size=CHUNK,
+        checkpoint=batch.chunk_checkpoint,
     )
     return PrefillContext(
         rows=Rows(
-            read_slot=batch.slot,
+            read_slot=read_slot,
             write_slot=batch.slot,
             fresh=before == 0,
             start=batch.start,
@@ -91,8 +101,8 @@ def prefill_context(pools: Pools, batch: PrefillBatch) -> PrefillContext:
             block_table=row_blocks[batch.chunk_row],
             longest=jnp.max(before + batch.length),
         ),
-        places=_places(row_blocks[batch.token_row], position, batch.token_valid, pools.block_size),
-        order=_state_order(pools, batch.slot, writes=LAYOUT_KV),
+        places=_places(row_blocks[batch.token_row], position, stored, pools.block_size),
+        order=_state_order(pools, read_slot, writes=LAYOUT_KV),
         position=position,
         valid=batch.token_valid,
     )
@@ -125,7 +135,7 @@ def _places(blocks: Array, position: Array, valid: Array, block_size: int) -> KV
     return KVPlaces(block=jnp.where(valid & (index < width), block, NULL_BLOCK), offset=position % block_size)
 
 
-def _state_order(pools: Pools, slot: Array, writes: int) -> StateOrder:
+def _state_order(pools: Pools, read_slot: Array, writes: int) -> StateOrder:
     """Static for a pool of one layout. In a mixed pool the slots' bits say how to read; `writes` is the step's own."""
     match pools.state_layout:
         case "kv":
@@ -133,5 +143,5 @@ def _state_order(pools: Pools, slot: Array, writes: int) -> StateOrder:
         case "vk":
             return StateOrder(read=True, write=True)
         case "mixed":
-            return StateOrder(read=pools.layout[slot] == LAYOUT_VK, write=writes == LAYOUT_VK)
+            return StateOrder(read=pools.layout[read_slot] == LAYOUT_VK, write=writes == LAYOUT_VK)
     raise ValueError(f"state_layout must be 'kv', 'vk' or 'mixed', got {pools.state_layout!r}")

@@ -44,7 +44,7 @@ class GatedDeltaNet(nnx.Module):
         weight, width = self.conv1d.weight[:, 0], self.key_head_dim
         match context:
             case PrefillContext(rows=rows, chunks=chunks, order=order):
-                qkv, conv = causal_conv1d.prefill(qkv, weight, gdn.conv, layer, rows)
+                qkv, conv = causal_conv1d.prefill(qkv, weight, gdn.conv, layer, rows, chunks)
                 o, ssm = gated_delta_rule.prefill(qkv, gates, gdn.ssm, layer, rows, chunks, order, key_head_dim=width)
             case DecodeContext(read_slot=read, write_slot=write, order=order):
                 qkv, conv = causal_conv1d.decode(qkv, weight, gdn.conv, layer, read, write)

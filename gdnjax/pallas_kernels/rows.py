@@ -23,12 +23,17 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """The chunk table: at most CHUNK tokens of one row each, the chunks of a row in order."""
+    """The chunk table: at most CHUNK tokens of one row each, the chunks of a row in order.
+
+    A row is cut wherever the table cuts it. No two chunks, and no chunk and row, write one slot but the null slot.
+    """
 
     row: Leaf  # [c] int32
     token: Leaf  # [c, q] int32: place of each token in the packed batch; in range where not valid, too
     valid: Leaf  # [c, q] bool
+    end: Leaf  # [c] int32: place behind the chunk's last token
     place: Leaf  # [t] int32: place of each packed token in the flattened [c, q]
+    checkpoint: Leaf = None  # [c] int32: slot that keeps what stands after the chunk, 0 = none; None: nothing is kept
 
     def gather(self, packed: Array) -> Array:
         """[t, ...] -> [c, q, ...], zero where there is no token (selected, so that padding cannot spread NaN)."""
@@ -41,7 +46,9 @@ class Chunks:
         return tiles.reshape((-1, *tiles.shape[2:]))[self.place]
 
 
-def make_chunks(row: Array, start: Array, length: Array, *, tokens: int, size: int) -> Chunks:
+def make_chunks(
+    row: Array, start: Array, length: Array, *, tokens: int, size: int, checkpoint: Array | None = None
+) -> Chunks:
     """Chunks of a table (row, start, length) over `tokens` packed tokens, `size` tokens wide. Padding has length 0."""
     step = jnp.arange(size, dtype=jnp.int32)
     token = start[:, None] + step
@@ -49,4 +56,5 @@ def make_chunks(row: Array, start: Array, length: Array, *, tokens: int, size: i
     place = jnp.zeros((tokens,), jnp.int32)
     flat = jnp.arange(token.size, dtype=jnp.int32)
     place = place.at[jnp.where(valid, token, tokens).reshape(-1)].set(flat, mode="drop")
-    return Chunks(row=row, token=jnp.clip(token, 0, tokens - 1), valid=valid, place=place)
+    token = jnp.clip(token, 0, tokens - 1)
+    return Chunks(row=row, token=token, valid=valid, end=start + length, place=place, checkpoint=checkpoint)

@@ -1,7 +1,8 @@
 """Packed prefill batches for the ops' tests: rows of given lengths, padded tokens, padded rows, chunk table."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,8 +37,15 @@ def pack_rows(
     read: Sequence[int],
     fresh: Sequence[bool],
     write: Sequence[int] | None = None,
+    cuts: Sequence[Mapping[int, int]] | None = None,
+    behind: Sequence[int] | None = None,
 ) -> Packed:
-    """Rows one after another, then padding that points at slot 0 and row 0."""
+    """Rows one after another, then padding that points at slot 0 and row 0.
+
+    `cuts` says for each row where it is cut besides multiples of CHUNK, and which slot keeps what stands there, 0 for
+    none. Without it the chunks have no checkpoints at all. `behind` counts the tokens before a row's piece, which move
+    the multiples of CHUNK.
+    """
     count = len(lengths)
     total = sum(lengths)
     starts = np.cumsum([0, *lengths[:-1]])
@@ -47,13 +55,14 @@ def pack_rows(
 
     row = np.repeat(np.arange(count), lengths)
     offset = np.arange(total) - np.repeat(starts, lengths)
-    table = [
-        (i, starts[i] + done, min(CHUNK, length - done))
-        for i, length in enumerate(lengths)
-        for done in range(0, length, CHUNK)
-    ]
-    table += [(0, 0, 0)] * (CHUNKS - len(table))
-    chunk_row, chunk_start, chunk_length = (jnp.asarray(part, jnp.int32) for part in zip(*table, strict=True))
+    table = []
+    for i, length in enumerate(lengths):
+        kept = {} if cuts is None else cuts[i]
+        first = 0 if behind is None else -behind[i] % CHUNK
+        places = sorted({0, *range(first, length, CHUNK), *kept, length})
+        table += [(i, starts[i] + begin, end - begin, kept.get(end, 0)) for begin, end in itertools.pairwise(places)]
+    table += [(0, 0, 0, 0)] * (CHUNKS - len(table))
+    *columns, checkpoint = (jnp.asarray(part, jnp.int32) for part in zip(*table, strict=True))
     rows = Rows(
         read_slot=column(read),
         write_slot=column(read if write is None else write),
@@ -65,6 +74,7 @@ def pack_rows(
         token_offset=jnp.asarray([*offset, *range(total, TOKENS)], jnp.int32),
         token_valid=jnp.arange(TOKENS) < total,
     )
-    chunks = make_chunks(chunk_row, chunk_start, chunk_length, tokens=TOKENS, size=CHUNK)
+    checkpoint = None if cuts is None else checkpoint
+    chunks = make_chunks(*columns, tokens=TOKENS, size=CHUNK, checkpoint=checkpoint)
     slices = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     return Packed(rows=rows, chunks=chunks, slices=slices)

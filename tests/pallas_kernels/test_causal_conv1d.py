@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gdnjax.pallas_kernels import causal_conv1d
-from gdnjax.pallas_kernels.rows import Rows
+from gdnjax.pallas_kernels.rows import Chunks, Rows
 from tests.pallas_kernels.packed import pack_rows
 
 CHANNELS, TAPS, SLOTS = 10, 4, 9
@@ -37,8 +37,8 @@ def poisoned_pool(dtype=np.float32, width=WIDTH):
 
 
 @jax.jit
-def _prefill(x, weight, conv, rows):
-    return causal_conv1d.prefill(x, weight, conv, 1, Rows(**rows))
+def _prefill(x, weight, conv, rows, chunks):
+    return causal_conv1d.prefill(x, weight, conv, 1, Rows(**rows), Chunks(**chunks))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -49,7 +49,11 @@ def _decode(x, weight, conv, layer, read, write):
 def prefill(packed, rows, weight, pool, dtype=jnp.float32):
     """Runs the op in layer 1; y per row, and the pool."""
     y, conv = _prefill(
-        packed.pack(rows).astype(dtype), jnp.asarray(weight, dtype), jnp.asarray(pool), vars(packed.rows)
+        packed.pack(rows).astype(dtype),
+        jnp.asarray(weight, dtype),
+        jnp.asarray(pool),
+        vars(packed.rows),
+        vars(packed.chunks),
     )
     return [np.asarray(y)[here] for here in packed.slices], np.asarray(conv)
 
@@ -142,6 +146,39 @@ def test_only_the_write_slots_of_the_layer_change():
     kept[1, [0, 6, 7]] = False
     np.testing.assert_array_equal(conv[kept], pool[kept])
     np.testing.assert_array_equal(conv[1, 7], np.concatenate([pool[1, 2], rows[1]])[-WIDTH:])
+
+
+CUTS = {1: 1, 2: 2, 3: 3, 16: 4, 48: 5, 63: 6, 65: 7, 100: 8}
+"""Checkpoints within the window's reach of the piece's start, on the grid of chunks' neighbours, and anywhere."""
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_checkpoints_hold_the_inputs_up_to_them(fresh):
+    """The second row of a batch, so that places and offsets differ. Kept slots were NaN."""
+    (before, row), weight = random_rows([5, 130])
+    pool = np.concatenate([poisoned_pool()] * 2, axis=1)
+    window = np.zeros((WIDTH, CHANNELS), np.float32)
+    if not fresh:
+        window = pool[1, 10] = np.random.default_rng(5).standard_normal(window.shape).astype(np.float32)
+    packed = pack_rows([5, 130], read=[9, 10], fresh=[True, fresh], cuts=[{}, CUTS])
+    outputs, conv = prefill(packed, [before, row], weight, pool)
+    close(outputs[1], convolve(row, weight, window))
+    inputs = np.concatenate([window, row])
+    for place, slot in {**CUTS, 130: 10}.items():
+        np.testing.assert_array_equal(conv[1, slot], inputs[place : place + WIDTH])
+    np.testing.assert_array_equal(conv[1, 9], before[-WIDTH:])
+
+
+def test_only_checkpoints_and_write_slots_of_the_layer_change():
+    rows, weight = random_rows([70, 2])
+    pool = np.random.default_rng(3).standard_normal(poisoned_pool().shape).astype(np.float32)
+    packed = pack_rows([70, 2], read=[1, 2], write=[6, 7], fresh=[False, False], cuts=[{1: 4, 50: 0}, {2: 5}])
+    _, conv = prefill(packed, rows, weight, pool)
+    kept = np.ones(pool.shape[:2], bool)
+    kept[1, [0, 4, 5, 6, 7]] = False
+    np.testing.assert_array_equal(conv[kept], pool[kept])
+    # A row that is kept where it ends leaves the same in both slots.
+    np.testing.assert_array_equal(conv[1, 5], conv[1, 7])
 
 
 def test_decode_reads_one_slot_and_writes_another():

@@ -355,6 +355,76 @@ def test_pieces_cut_anywhere_equal_the_whole_within_rounding():
     close(pool[1, 2], final[1, 2])
 
 
+CUTS = {1: 3, 16: 4, 48: 5, 63: 6, 65: 7, 100: 8}
+"""Places of checkpoints in a row of 130 tokens, and the slots that keep them."""
+
+
+@pytest.mark.parametrize("vk", [False, True])
+def test_checkpoint_is_the_state_of_the_piece_that_ends_there(vk):
+    """Bit for bit, whatever the slot held before; and so is what a fork of it goes on to."""
+    (row,) = random_inputs(WORK, [130])
+    pool = poisoned_pool(WORK)
+    pool[1, 1] = stored(random_states(WORK, 1)[0], vk)
+    given = {"read": vk, "write": vk}
+    whole, ssm = prefill(WORK, pack_rows([130], read=[1], write=[2], fresh=[False], cuts=[CUTS]), [row], pool, **given)
+    for place, slot in CUTS.items():
+        expected = recurrence(WORK, row[:place], read_back(pool[1, 1], WORK, vk))[1]
+        close(read_back(ssm[1, slot], WORK, vk), expected)
+        earlier = {cut: 0 for cut in CUTS if cut < place}
+        piece = pack_rows([place], read=[1], write=[2], fresh=[False], cuts=[earlier])
+        _, ended = prefill(WORK, piece, [row[:place]], pool, **given)
+        np.testing.assert_array_equal(ssm[1, slot], ended[1, 2])
+        later = {cut - place: 0 for cut in CUTS if cut > place}
+        fork = pack_rows([130 - place], read=[slot], write=[2], fresh=[False], cuts=[later], behind=[place])
+        outputs, forked = prefill(WORK, fork, [row[place:]], poisoned_but(ssm, slot), **given)
+        np.testing.assert_array_equal(outputs[0], whole[0][place:])
+        np.testing.assert_array_equal(forked[1, 2], ssm[1, 2])
+        np.testing.assert_array_equal(forked[1, slot], ssm[1, slot])
+
+
+def poisoned_but(pool, slot):
+    poisoned = np.full_like(pool, np.nan)
+    poisoned[:, slot] = pool[:, slot]
+    return poisoned
+
+
+def test_only_checkpoints_and_write_slots_of_the_layer_change():
+    rows = random_inputs(WORK, [70, 3])
+    pool = np.random.default_rng(3).standard_normal(poisoned_pool(WORK).shape).astype(np.float32)
+    packed = pack_rows([70, 3], read=[1, 2], write=[5, 6], fresh=[False] * 2, cuts=[{1: 7, 50: 0}, {3: 8}])
+    _, ssm = prefill(WORK, packed, rows, pool)
+    kept = np.ones(pool.shape[:2], bool)
+    kept[1, [0, 5, 6, 7, 8]] = False
+    np.testing.assert_array_equal(ssm[kept], pool[kept])
+    np.testing.assert_array_equal(ssm[1, 8], ssm[1, 6])
+
+
+def test_checkpoints_change_nothing_else():
+    """Rows cut in the same places, with and without slots that keep what stands there."""
+    rows = random_inputs(WORK, [130, 65])
+    pool, results = poisoned_pool(WORK), []
+    for cuts in (None, [{}, {}], [{64: 7}, {64: 8}]):
+        packed = pack_rows([130, 65], read=[1, 2], fresh=[True] * 2, cuts=cuts)
+        outputs, ssm = prefill(WORK, packed, rows, pool)
+        results.append((*outputs, ssm[1, [1, 2]]))
+    without, nothing_kept, kept = results
+    for one, other in zip(nothing_kept, kept, strict=True):
+        np.testing.assert_array_equal(one, other)
+    # Another program: XLA may sum in another order.
+    for one, other in zip(without, kept, strict=True):
+        close(other, one)
+
+
+def test_checkpoint_in_a_bfloat16_pool_is_the_state_rounded_once():
+    (row,) = random_inputs(WORK, [130])
+    packed = pack_rows([130], read=[2], fresh=[True], cuts=[CUTS])
+    exact, rounded = (
+        prefill(WORK, packed, [row], poisoned_pool(WORK, dtype))[1] for dtype in (np.float32, ml_dtypes.bfloat16)
+    )
+    slots = [2, *CUTS.values()]
+    np.testing.assert_array_equal(exact[1, slots].astype(ml_dtypes.bfloat16), rounded[1, slots])
+
+
 def test_row_ignores_its_neighbours_bit_for_bit():
     """Same batch shape, other contents in the other rows."""
     rows, others = random_inputs(WORK, LENGTHS), random_inputs(WORK, LENGTHS, seed=9)

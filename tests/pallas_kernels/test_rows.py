@@ -26,6 +26,12 @@ def test_gather_selects_padding_away():
     np.testing.assert_array_equal(tiles, expected)
 
 
+def test_chunk_ends_behind_its_last_token():
+    packed = pack_rows([70, 3], read=[0] * 2, fresh=[True] * 2, cuts=[{5: 6}, {3: 7}])
+    found = {int(slot): int(end) for slot, end in zip(packed.chunks.checkpoint, packed.chunks.end, strict=True)}
+    assert (found[6], found[7]) == (5, 73)
+
+
 def test_chunk_at_the_end_of_the_batch_reads_within_it():
     chunks = make_chunks(*(jnp.asarray([x], jnp.int32) for x in (0, 98, 2)), tokens=100, size=64)
     assert int(chunks.token.max()) == 99

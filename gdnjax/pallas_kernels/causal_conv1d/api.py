@@ -6,7 +6,7 @@
 """
 
 from gdnjax.pallas_kernels.causal_conv1d import reference
-from gdnjax.pallas_kernels.rows import Rows
+from gdnjax.pallas_kernels.rows import Chunks, Rows
 from gdnjax.shapes import Array, Float, Int32, Shaped
 
 
@@ -16,9 +16,13 @@ def prefill(
     conv: Shaped[Array, "L s w x"],
     layer: int,
     rows: Rows,
+    chunks: Chunks,
 ) -> tuple[Float[Array, "t x"], Shaped[Array, "L s w x"]]:
-    """Packed rows of any length. A fresh row starts from a window of zeros."""
-    return reference.prefill(x, weight, conv, layer, rows)
+    """Packed rows of any length. A fresh row starts from a window of zeros.
+
+    Where chunks have checkpoints, the window behind each chunk is stored at its checkpoint's slot, too.
+    """
+    return reference.prefill(x, weight, conv, layer, rows, chunks)
 
 
 def decode(

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from gdnjax.pallas_kernels.rows import Rows
+from gdnjax.pallas_kernels.rows import Chunks, Rows
 from gdnjax.shapes import Array
 
 
-def prefill(x: Array, weight: Array, conv: Array, layer: int, rows: Rows) -> tuple[Array, Array]:
+def prefill(x: Array, weight: Array, conv: Array, layer: int, rows: Rows, chunks: Chunks) -> tuple[Array, Array]:
     taps = weight.shape[1]
     width = taps - 1
     window = jnp.where(rows.fresh[:, None, None], 0, conv[layer, rows.read_slot])
@@ -21,14 +21,19 @@ def prefill(x: Array, weight: Array, conv: Array, layer: int, rows: Rows) -> tup
             earlier = jnp.where(in_piece, earlier, from_window)
         total += earlier.astype(jnp.float32) * weight[:, tap].astype(jnp.float32)
     y = jnp.where(rows.token_valid[:, None], jax.nn.silu(total), 0).astype(x.dtype)
-    return y, conv.at[layer, rows.write_slot].set(_last_inputs(x, window, rows))
+    conv = conv.at[layer, rows.write_slot].set(_last_inputs(x, window, rows.start, rows.length))
+    if chunks.checkpoint is not None:
+        start = rows.start[chunks.row]
+        kept = _last_inputs(x, window[chunks.row], start, chunks.end - start)
+        conv = conv.at[layer, chunks.checkpoint].set(kept)
+    return y, conv
 
 
-def _last_inputs(x: Array, window: Array, rows: Rows) -> Array:
-    """The last `w` inputs of each row, reaching back into its old window where the piece is shorter."""
+def _last_inputs(x: Array, window: Array, start: Array, length: Array) -> Array:
+    """The last `w` of `length` inputs from place `start` on, reaching back into the window before them: [n, w, x]."""
     width = window.shape[1]
-    offset = rows.length[:, None] - width + jnp.arange(width)
-    from_piece = x[jnp.clip(rows.start[:, None] + offset, 0, x.shape[0] - 1)]
+    offset = length[:, None] - width + jnp.arange(width)
+    from_piece = x[jnp.clip(start[:, None] + offset, 0, x.shape[0] - 1)]
     from_window = jnp.take_along_axis(window, jnp.clip(offset + width, 0, width - 1)[:, :, None], axis=1)
     return jnp.where((offset >= 0)[:, :, None], from_piece, from_window)
 

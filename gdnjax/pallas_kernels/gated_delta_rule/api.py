@@ -46,7 +46,10 @@ def prefill(
     *,
     key_head_dim: int,
 ) -> tuple[Float32[Array, "t hv v"], Shaped[Array, "L s hv kv"]]:
-    """Packed rows of any length, in the chunked (WY) form. A fresh row starts from a state of zeros."""
+    """Packed rows of any length, in the chunked (WY) form. A fresh row starts from a state of zeros.
+
+    Where chunks have checkpoints, the state behind each chunk is stored at its checkpoint's slot, too.
+    """
     return reference.prefill(qkv, gates, ssm, layer, rows, chunks, order, key_head_dim)
 
 

@@ -1,12 +1,14 @@
 """The definition: the recurrence, token by token, and the chunked form that equals it. Float32 throughout."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from gdnjax.backend import FLOAT32_DOT
+from gdnjax.pallas_kernels.rows import Chunks
 from gdnjax.shapes import Array
 
 TILE = 16
@@ -55,8 +57,19 @@ def read_states(ssm: Array, layer: int, slot: Array, vk: bool | Array, key_dim: 
 
 def write_states(ssm: Array, layer: int, slot: Array, states: Array, vk: bool) -> Array:
     """The pool with [n, hv, K, V] stored at the slots, in the layout asked for."""
+    return ssm.at[layer, slot].set(_as_rows(states, vk).astype(ssm.dtype))
+
+
+def write_state(ssm: Array, layer: int, slot: Array, state: Array, vk: bool) -> Array:
+    """The same of one state [hv, K, V], in place inside a loop that carries the pool."""
+    row = _as_rows(state, vk).astype(ssm.dtype)
+    return lax.dynamic_update_slice(ssm, row[None, None], (layer, slot, 0, 0))
+
+
+def _as_rows(states: Array, vk: bool) -> Array:
+    """[..., K, V] -> [..., K * V] in the layout asked for."""
     stored = states.swapaxes(-1, -2) if vk else states
-    return ssm.at[layer, slot].set(stored.reshape(*states.shape[:-2], -1).astype(ssm.dtype))
+    return stored.reshape(*states.shape[:-2], -1)
 
 
 def decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_dim) -> tuple[Array, Array]:
@@ -75,12 +88,27 @@ def prefill(qkv, gates, ssm, layer, rows, chunks, order, key_dim) -> tuple[Array
     q, k, v, g, beta = (chunks.gather(x).swapaxes(1, 2) for x in (q, k, v, g, beta))
     states = read_states(ssm, layer, rows.read_slot, order.read, key_dim)
     states = jnp.where(rows.fresh[:, None, None, None], 0, states)
-    o, states = scan_chunks(q, k, v, g, beta, chunks.row, states)
+    terms = chunk_terms(q, k, v, g, beta)
+    if chunks.checkpoint is None:
+        o, states = scan_chunks(terms, chunks.row, states)
+    else:
+        o, states, ssm = scan_and_keep(terms, chunks, states, ssm, layer, order.write)
     return chunks.scatter(o.swapaxes(1, 2)), write_states(ssm, layer, rows.write_slot, states, order.write)
 
 
-def scan_chunks(q, k, v, g, beta, row, states) -> tuple[Array, Array]:
-    """The chunked form. q, k [c, h, i, K], v [c, h, i, V], g, beta [c, h, i], row [c], states [r, h, K, V].
+class ChunkTerms(NamedTuple):
+    """What chunks do to a state, as far as it does not depend on that state. In a scan without the first axis."""
+
+    new_values: Array  # [c, h, i, V]
+    old_keys: Array  # [c, h, i, K]
+    scores: Array  # [c, h, i, i]
+    q_decayed: Array  # [c, h, i, K]
+    k_rest: Array  # [c, h, i, K]
+    keep: Array  # [c, h]
+
+
+def chunk_terms(q, k, v, g, beta) -> ChunkTerms:
+    """The chunked form up to the states. q, k [c, h, i, K], v [c, h, i, V], g, beta [c, h, i].
 
     With G the running sum of g in a chunk and D_ij = exp(G_i - G_j) for i >= j, the new values of a chunk solve
     (I + tril(beta_i k_i.k_j D_ij, -1)) U = beta (v - exp(G) k S), a unit triangular system.
@@ -94,22 +122,48 @@ def scan_chunks(q, k, v, g, beta, row, states) -> tuple[Array, Array]:
     system = _dot("chik,chjk->chij", k_beta, k) * decay
     right = jnp.concatenate([v * beta[..., None], k_beta * jnp.exp(total)[..., None]], axis=-1)
     solved = _dot("chij,chjk->chik", unit_lower_inverse(system), right)
-    new_values, old_keys = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
-    scores = _dot("chik,chjk->chij", q, k) * decay
-    q_decayed = q * jnp.exp(total)[..., None]
-    k_rest = k * jnp.exp(total[..., -1:] - total)[..., None]
-    keep = jnp.exp(total[..., -1])
+    return ChunkTerms(
+        new_values=solved[..., : v.shape[-1]],
+        old_keys=solved[..., v.shape[-1] :],
+        scores=_dot("chik,chjk->chij", q, k) * decay,
+        q_decayed=q * jnp.exp(total)[..., None],
+        k_rest=k * jnp.exp(total[..., -1:] - total)[..., None],
+        keep=jnp.exp(total[..., -1]),
+    )
+
+
+def chunk_step(state: Array, terms: ChunkTerms) -> tuple[Array, Array]:
+    """One chunk: state [h, K, V] -> o [h, i, V], new state."""
+    written = terms.new_values - _dot("hik,hkv->hiv", terms.old_keys, state)
+    o = _dot("hik,hkv->hiv", terms.q_decayed, state) + _dot("hij,hjv->hiv", terms.scores, written)
+    return o, terms.keep[:, None, None] * state + _dot("hik,hiv->hkv", terms.k_rest, written)
+
+
+def scan_chunks(terms: ChunkTerms, row: Array, states: Array) -> tuple[Array, Array]:
+    """All chunks one after another: row [c], states [r, h, K, V] -> o [c, h, i, V], new states."""
 
     def one_chunk(states, chunk):
-        row, new_values, old_keys, scores, q_decayed, k_rest, keep = chunk
-        state = states[row]
-        written = new_values - _dot("hik,hkv->hiv", old_keys, state)
-        o = _dot("hik,hkv->hiv", q_decayed, state) + _dot("hij,hjv->hiv", scores, written)
-        state = keep[:, None, None] * state + _dot("hik,hiv->hkv", k_rest, written)
+        row, terms = chunk
+        o, state = chunk_step(states[row], terms)
         return states.at[row].set(state), o
 
-    states, o = lax.scan(one_chunk, states, (row, new_values, old_keys, scores, q_decayed, k_rest, keep))
+    states, o = lax.scan(one_chunk, states, (row, terms))
     return o, states
+
+
+def scan_and_keep(
+    terms: ChunkTerms, chunks: Chunks, states: Array, ssm: Array, layer: int, vk: bool
+) -> tuple[Array, Array, Array]:
+    """`scan_chunks`, and the pool with the state behind each chunk at the chunk's checkpoint."""
+
+    def one_chunk(carry, chunk):
+        states, ssm = carry
+        row, checkpoint, terms = chunk
+        o, state = chunk_step(states[row], terms)
+        return (states.at[row].set(state), write_state(ssm, layer, checkpoint, state, vk)), o
+
+    (states, ssm), o = lax.scan(one_chunk, (states, ssm), (chunks.row, chunks.checkpoint, terms))
+    return o, states, ssm
 
 
 @jax.custom_jvp

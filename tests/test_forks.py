@@ -1,0 +1,372 @@
+"""Checkpoints, forks from them, copies of rows and of blocks, and growth: in exact integers, and in float32.
+
+The ledger's integers see every wrong slot, position, window, block and layout bit; its oracle knows of none of them.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdnjax import build_model, random_params
+from gdnjax.batch import LogitRowBatch
+from gdnjax.config import MlpKind
+from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS
+from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN
+from gdnjax.step import fill_logit_row
+from tests.driver import BLOCK, NUM_BLOCKS, Admission, Driver, Piece
+from tests.float64 import reference
+from tests.ledger import LedgerModel, Oracle
+from tests.micro import MICRO, A, D
+
+POSITIONS = (1, 16, 48, 63, 65, 100)
+"""Within a window of the start, at the end of a block, and anywhere in a chunk."""
+
+PROMPT_LENGTH = 130
+BLOCKS = tuple(range(1, 11))
+"""Of the request whose prompt is cached; forks share the full ones."""
+
+ROW = ("ssm", "conv", "layout", "hidden")
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    return np.random.default_rng([seed, length]).integers(0, 61, length).tolist()
+
+
+@functools.cache
+def oracle() -> Oracle:
+    return Oracle(LedgerModel())
+
+
+@functools.cache
+def ledger_driver(state_layout: str) -> Driver:
+    return Driver(LedgerModel(), LedgerModel().params(), state_layout)
+
+
+SMALL = dataclasses.replace(
+    MICRO, layer_kinds=(D, A, D, A), mlp_kinds=(MlpKind.DENSE, MlpKind.MOE, MlpKind.DENSE, MlpKind.DENSE)
+)
+"""Float32, two layers of each kind: the second delta layer sees what attention and the experts made of the tokens."""
+
+
+@functools.cache
+def float_driver() -> Driver:
+    return Driver(build_model(SMALL, "float32"), random_params(SMALL, 1, "float32", jax.random.key(3)), "mixed")
+
+
+DRIVERS = {
+    "ledger, kv": functools.partial(ledger_driver, "kv"),
+    "ledger, vk": functools.partial(ledger_driver, "vk"),
+    "ledger, mixed": functools.partial(ledger_driver, "mixed"),
+    "float32, mixed": float_driver,
+}
+
+
+@pytest.fixture(params=DRIVERS)
+def driver(request) -> Driver:
+    """With poisoned pools."""
+    driver = DRIVERS[request.param]()
+    driver.poison()
+    return driver
+
+
+@pytest.fixture(params=["kv", "vk", "mixed"])
+def ledger(request) -> Driver:
+    driver = ledger_driver(request.param)
+    driver.poison()
+    return driver
+
+
+@pytest.fixture
+def mixed() -> Driver:
+    driver = ledger_driver("mixed")
+    driver.poison()
+    return driver
+
+
+def assert_rows_equal(one: dict, other: dict) -> None:
+    for name in ROW:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def run_whole(driver: Driver, prompt, checkpoints, slot: int = 1) -> int:
+    """Prefills a prompt into BLOCKS; the first token."""
+    driver.admit(Admission(slot))
+    emitted = driver.prefill(Piece(slot, BLOCKS, prompt, checkpoints=checkpoints))
+    return int(emitted.tokens[0, 0])
+
+
+def fork_blocks(position: int, own: range) -> tuple[list[int], tuple[int, int]]:
+    """The blocks of a fork at `position` of BLOCKS: what is full is shared, and the copy of what is not."""
+    shared = position // BLOCK
+    copy = (BLOCKS[shared], own[0]) if position % BLOCK else (0, 0)
+    return [*BLOCKS[:shared], *own][: len(BLOCKS)], copy
+
+
+def fork(driver: Driver, slot: int, position: int, read_slot: int, suffix, own: range, cuts=()) -> int:
+    """Goes on from a checkpoint at `position` of BLOCKS; the first token."""
+    blocks, copy = fork_blocks(position, own)
+    driver.admit(Admission(slot, length=position, copy=copy))
+    checkpoints = dict.fromkeys(cuts, 0)
+    emitted = driver.prefill(Piece(slot, blocks, suffix, position, read_slot, checkpoints=checkpoints))
+    return int(emitted.tokens[0, 0])
+
+
+def test_checkpoint_is_what_the_piece_that_ends_there_leaves(driver):
+    """State, window, layout bit and last hidden state, bit for bit: also in float32, where both are cut alike."""
+    prompt = prompt_of(0, PROMPT_LENGTH)
+    checkpoints = {position: 2 + i for i, position in enumerate(POSITIONS)}
+    run_whole(driver, prompt, checkpoints)
+    kept = {position: driver.row(slot) for position, slot in checkpoints.items()}
+    for position in POSITIONS:
+        driver.admit(Admission(10))
+        cuts = {cut: 0 for cut in POSITIONS if cut < position}
+        driver.prefill(Piece(10, range(20, 30), prompt[:position], checkpoints=cuts))
+        assert_rows_equal(kept[position], driver.row(10))
+
+
+def test_fork_goes_on_as_the_whole_run(driver):
+    """What it leaves in its slot is what the whole run left, bit for bit; the checkpoint stays as it was."""
+    prompt = prompt_of(1, PROMPT_LENGTH)
+    checkpoints = {position: 2 + i for i, position in enumerate(POSITIONS)}
+    first = run_whole(driver, prompt, checkpoints)
+    whole = driver.row(1)
+    for position, slot in checkpoints.items():
+        before = driver.row(slot)
+        later = [cut for cut in POSITIONS if cut > position]
+        assert fork(driver, 10, position, slot, prompt[position:], range(20, 30), later) == first
+        assert_rows_equal(driver.row(10), whole)
+        assert_rows_equal(driver.row(slot), before)
+
+
+def test_forks_of_one_checkpoint_equal_solo_runs(ledger):
+    """Side by side, with other continuations, and on through decoding; the tail block is each one's own."""
+    prompt = prompt_of(2, PROMPT_LENGTH)
+    first = run_whole(ledger, prompt, {100: 2})
+    suffixes = [prompt_of(3, 30), prompt_of(4, 1)]
+    owns = (range(11, 16), range(16, 21))
+    pieces = []
+    for slot, suffix, own in zip((3, 4), suffixes, owns, strict=True):
+        blocks, copy = fork_blocks(100, own)
+        ledger.admit(Admission(slot, length=100, copy=copy))
+        pieces.append(Piece(slot, blocks, suffix, 100, read_slot=2))
+    emitted = ledger.prefill(*pieces)
+    produced = [[first], *[[int(token)] for token in emitted.tokens[:2, 0]]]
+    for _ in range(5):
+        for tokens, token in zip(produced, ledger.decode(1, 3, 4), strict=True):
+            tokens.append(token)
+    prompts = [prompt, *[prompt[:100] + suffix for suffix in suffixes]]
+    assert produced == [oracle().solo_run(whole, 6) for whole in prompts]
+
+
+def test_fork_from_before_its_cached_blocks_leaves_those_as_they_are(driver):
+    """The state stands at 48 and the blocks up to 112: the tokens between are folded again, and not stored again."""
+    prompt = prompt_of(13, PROMPT_LENGTH)
+    first = run_whole(driver, prompt, {48: 2, 65: 0})
+    whole = driver.row(1)
+    piece = Piece(3, [*BLOCKS[:7], 20, 21, 22], prompt[48:], 48, read_slot=2, checkpoints={65: 0}, kv_start=112)
+    driver.admit(Admission(3, length=48))
+    assert driver.prefill(piece).tokens[0, 0] == first
+    assert_rows_equal(driver.row(3), whole)
+    # Stored again, keys would be the same; so others stand there.
+    driver.state = dataclasses.replace(driver.state, kv=jax.tree.map(jnp.ones_like, driver.state.kv))
+    before = leaves_of(driver)
+    driver.admit(Admission(3, length=48))
+    driver.prefill(piece)
+    assert_unchanged_but(before, leaves_of(driver), slots=(3,), blocks=(20, 21))
+
+
+@pytest.mark.parametrize("length", [63, 64, 65])
+def test_rows_copied_from_decode_serve_forks(ledger, length):
+    """A checkpoint of the end of a turn: in a mixed pool it is VK, and the fork's prefill reads it so."""
+    prompt, more = prompt_of(5, length), prompt_of(6, 40)
+    produced = [run_whole(ledger, prompt, {})]
+    for _ in range(7):
+        produced += ledger.decode(1)
+    ledger.copy_rows((1, 5))
+    held = prompt + produced[:-1]
+    suffix = [produced[-1], *more]
+    token = fork(ledger, 3, len(held), 5, suffix, range(11, 16))
+    assert [token, *ledger.decode(3), *ledger.decode(3)] == oracle().solo_run(held + suffix, 3)
+    assert_rows_equal(ledger.row(5), ledger.row(1))
+
+
+def test_checkpoint_with_a_stale_layout_bit_is_seen(mixed):
+    prompt = prompt_of(5, 64)
+    produced = [run_whole(mixed, prompt, {}), *mixed.decode(1)]
+    mixed.copy_rows((1, 5))
+    assert mixed.row(5)["layout"] == LAYOUT_VK
+    expected = oracle().solo_run(prompt + produced, 1)
+    gdn = mixed.state.gdn
+    mixed.state = dataclasses.replace(mixed.state, gdn=dataclasses.replace(gdn, layout=gdn.layout.at[5].set(LAYOUT_KV)))
+    assert [fork(mixed, 3, 65, 5, produced[1:], range(11, 16))] != expected
+
+
+def leaves_of(driver: Driver) -> dict[str, np.ndarray]:
+    """Copies of every leaf of the state, by path."""
+    found = jax.tree_util.tree_flatten_with_path(jax.device_get(driver.state))[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.array(leaf) for path, leaf in found}
+
+
+def assert_unchanged_but(before: dict, after: dict, slots=(), blocks=()) -> None:
+    """All leaves are the same, but for the rows of slots and blocks named here and the null ones."""
+    for name, leaf in before.items():
+        axis = 1 if name in ("gdn.ssm", "gdn.conv", "kv.k", "kv.v") else 0
+        changed = [0, *(blocks if name.startswith("kv.") else slots)]
+        if name.startswith("logit_rows."):
+            changed = []
+        np.testing.assert_array_equal(
+            np.delete(leaf, changed, axis), np.delete(after[name], changed, axis), err_msg=name
+        )
+
+
+def test_prefill_changes_its_slots_checkpoints_and_blocks_alone(driver):
+    before = leaves_of(driver)
+    driver.admit(Admission(1))
+    driver.prefill(Piece(1, BLOCKS[:3], prompt_of(7, 40), checkpoints={30: 6}))
+    after = leaves_of(driver)
+    assert_unchanged_but(before, after, slots=(1, 6), blocks=BLOCKS[:3])
+    # Of a checkpoint's slot nothing but the row changes: it is nobody's request.
+    for name, leaf in before.items():
+        if name.startswith("slots.") and name != "slots.hidden":
+            np.testing.assert_array_equal(leaf[6], after[name][6], err_msg=name)
+
+
+def test_row_without_tokens_keeps_its_hidden_state(ledger):
+    run_whole(ledger, prompt_of(8, 20), {})
+    before = ledger.row(1)
+    ledger.prefill(Piece(1, BLOCKS, []))
+    np.testing.assert_array_equal(ledger.row(1)["hidden"], before["hidden"])
+
+
+def test_done_rows_write_no_hidden_state(ledger):
+    run_whole(ledger, prompt_of(8, 20), {})
+    ledger.decode(1)
+    slots = ledger.state.slots
+    ledger.state = dataclasses.replace(ledger.state, slots=dataclasses.replace(slots, done=slots.done.at[1].set(True)))
+    before = leaves_of(ledger)
+    assert ledger.decode(1) == [NO_TOKEN]
+    assert_unchanged_but(before, leaves_of(ledger))
+
+
+def test_admission_forgets_the_hidden_state_and_takes_the_length(ledger):
+    ledger.admit(Admission(2, length=33), Admission(3))
+    slots = jax.device_get(ledger.state.slots)
+    assert not slots.hidden[[2, 3]].any()
+    assert (slots.length[2], slots.length[3]) == (33, 0)
+
+
+def test_admission_copies_its_blocks_and_nothing_else(driver):
+    """All copies see the blocks as they stood before."""
+    numbers = np.random.default_rng(1)
+    shape = driver.state.kv.k.shape
+    kv = jax.tree.map(lambda pool: numbers.integers(0, 1 << 20, shape).astype(pool.dtype), driver.state.kv)
+    driver.state = dataclasses.replace(driver.state, kv=jax.device_put(kv))
+    before = leaves_of(driver)
+    driver.admit(Admission(2, length=5, copy=(7, 8)), Admission(3, length=5, copy=(8, NUM_BLOCKS)))
+    after = leaves_of(driver)
+    assert_unchanged_but(before, after, slots=(2, 3), blocks=(8, NUM_BLOCKS))
+    for name in ("kv.k", "kv.v"):
+        np.testing.assert_array_equal(after[name][:, 8], before[name][:, 7])
+        np.testing.assert_array_equal(after[name][:, NUM_BLOCKS], before[name][:, 8])
+
+
+def test_copied_rows_are_whole_and_nothing_else_changes(driver):
+    """In order, so a row can be handed on; what stands past the count is not looked at."""
+    before = leaves_of(driver)
+    driver.copy_rows((1, 5), (5, 6), (3, 4), count=2)
+    after = leaves_of(driver)
+    for name in ("gdn.ssm", "gdn.conv", "gdn.layout", "slots.hidden"):
+        axis = 1 if name in ("gdn.ssm", "gdn.conv") else 0
+        expected = np.delete(before[name], [], axis)
+        index = (slice(None),) * axis + ([5, 6],)
+        expected[index] = before[name][(slice(None),) * axis + ([1, 1],)]
+        np.testing.assert_array_equal(after.pop(name), expected, err_msg=name)
+        before.pop(name)
+    for name, leaf in before.items():
+        np.testing.assert_array_equal(leaf, after[name], err_msg=name)
+
+
+def test_no_copies_change_nothing(mixed):
+    before = leaves_of(mixed)
+    mixed.copy_rows((1, 5), count=0)
+    for name, leaf in leaves_of(mixed).items():
+        np.testing.assert_array_equal(leaf, before[name], err_msg=name)
+
+
+def test_request_that_grows_equals_its_solo_run(ledger):
+    """Its blocks come with the steps that write into them. Its neighbour has all it can use, and keeps them."""
+    prompts = [prompt_of(9, 30), prompt_of(10, 20)]
+    whole = list(range(20, 20 + ledger.table_width))
+    ledger.admit(Admission(1), Admission(2))
+    emitted = ledger.prefill(Piece(1, [1, 2], prompts[0]), Piece(2, whole, prompts[1]))
+    produced = [[int(token)] for token in emitted.tokens[:2, 0]]
+    for position in range(30, 65):
+        grown = {1: (position // BLOCK, 10 + position // BLOCK)} if position % BLOCK == 0 else None
+        for tokens, token in zip(produced, ledger.decode(1, 2, grown=grown), strict=True):
+            tokens.append(token)
+    assert produced == [oracle().solo_run(prompt, 36) for prompt in prompts]
+    table = np.asarray(ledger.state.slots.block_table)
+    assert table[1].tolist() == [1, 2, 12, 13, 14, *[0] * (ledger.table_width - 5)]
+    assert table[2].tolist() == whole
+    assert not table[0].any()
+
+
+def test_refilled_logit_row_remembers_what_was_produced():
+    """A request that comes back after preemption has its counts and last tokens as they were."""
+    state = ledger_driver("mixed").state
+    vocab = state.logit_rows.bias.shape[1]
+    counts = np.arange(vocab, dtype=np.int32) % 3
+    recent = np.arange(MAX_BAD_WORD_TOKENS - 1, dtype=np.int32)
+    batch = LogitRowBatch(
+        row=np.int32(1),
+        in_prompt=np.zeros(vocab, bool),
+        counts=counts,
+        recent=recent,
+        bias=np.zeros(vocab, np.float32),
+        repetition=np.float32(1),
+        frequency=np.float32(0),
+        presence=np.float32(0),
+        bad_words=np.full((MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS), NO_TOKEN, np.int32),
+    )
+    rows = fill_logit_row(state, batch).logit_rows
+    np.testing.assert_array_equal(rows.counts[1], counts)
+    np.testing.assert_array_equal(rows.recent[1], recent)
+    assert not np.asarray(rows.counts[0]).any()
+    assert (np.asarray(rows.recent[0]) == NO_TOKEN).all()
+
+
+BOUND = 1e-5
+"""Of max|x - float64| / max|x|, as in tests/serving/test_exactness.py; a state of another position is off by 0.1."""
+
+
+def assert_near_float64(row: dict, params, tokens) -> None:
+    """Of a row that a prefill step wrote: states in KV order."""
+    expected = reference(SMALL, params, tokens)
+    ssm = row["ssm"].reshape(row["ssm"].shape[0], *expected.states[0].shape)
+    pairs = [*zip(ssm, expected.states, strict=True), *zip(row["conv"], expected.windows, strict=True)]
+    for found, exact in [*pairs, (row["hidden"], expected.hidden[-1])]:
+        assert np.abs(found - exact).max() <= BOUND * np.abs(exact).max()
+
+
+def test_float32_checkpoints_and_forks_are_within_the_float64_bound():
+    """However their runs are cut, and after a fork of what decode wrote."""
+    driver = float_driver()
+    driver.poison()
+    prompt = prompt_of(11, PROMPT_LENGTH)
+    run_whole(driver, prompt, {position: 2 + i for i, position in enumerate(POSITIONS)})
+    for i, position in enumerate(POSITIONS):
+        assert_near_float64(driver.row(2 + i), driver.params, prompt[:position])
+    for position, slot in ((48, 4), (65, 6)):
+        fork(driver, 10, position, slot, prompt[position:], range(20, 30))
+        assert_near_float64(driver.row(10), driver.params, prompt)
+    last = int(driver.state.slots.last_token[1])
+    driver.decode(1)
+    driver.copy_rows((1, 2))
+    assert driver.row(2)["layout"] == LAYOUT_VK
+    suffix = prompt_of(12, 21)
+    fork(driver, 10, PROMPT_LENGTH + 1, 2, suffix, range(20, 30))
+    assert_near_float64(driver.row(10), driver.params, [*prompt, last, *suffix])
