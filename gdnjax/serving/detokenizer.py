@@ -64,6 +64,9 @@ class Detokenizer:
         """
         if self._finished:
             raise RuntimeError("append() after finish(): the text of this sample is closed")
+        if self._tokenizer is None:
+            self._num_tokens += len(token_ids)
+            return ""
         released = ""
         for token_id in token_ids:
             if self._stop_reason is not None:

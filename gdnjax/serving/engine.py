@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,11 @@ from gdnjax.memory import MemoryPlan
 from gdnjax.models import Model
 from gdnjax.serving import packing
 from gdnjax.serving.allocator import Allocator
+from gdnjax.serving.metrics import Metrics
 from gdnjax.serving.outputs import Logprob
-from gdnjax.serving.request import Request
-from gdnjax.serving.scheduler import Piece, Plan, Scheduler
+from gdnjax.serving.plan import Admission, Copy, Growth, Piece, Plan, max_chunks
+from gdnjax.serving.request import Request, Status
+from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.shapes import Params
 from gdnjax.state import ServeState, empty_state
@@ -37,18 +39,6 @@ class InFlight:
     plan: Plan
     prefill: Emitted | None
     decode: Emitted | None
-
-
-@dataclasses.dataclass
-class Counters:
-    """What the engine has done since it was built."""
-
-    num_requests: int = 0
-    num_turns: int = 0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    num_padded_tokens: int = 0
-    num_device_reads: int = 0
 
 
 class Engine:
@@ -67,8 +57,7 @@ class Engine:
         self.model, self.params, self.mesh, self.config = model, params, mesh, config
         self.memory_plan, self.max_model_len, self.tokenizer = plan, max_model_len, tokenizer
         self.scheduler = Scheduler(config, Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows))
-        self.counters = Counters()
-        self.started = time.monotonic()
+        self.metrics = Metrics()
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._plain = StepOptions(state_layout=config.state_layout)
         self._full = _full_options(model, config)
@@ -77,6 +66,8 @@ class Engine:
         self.steps: Steps = build_steps(model, mesh, self._plain, params, self.state)
         if config.warmup:
             self._warm_up()
+            # Padding and compiling are not what users ask the statistics about.
+            self.metrics = Metrics()
 
     def _make_state(self) -> ServeState:
         geometry = self.model.geometry(self.config.block_size, self.config.ssm_dtype)
@@ -96,6 +87,10 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._in_flight)
 
+    @property
+    def counters(self):
+        return self.metrics.counters
+
     def add(self, request: Request) -> None:
         """Queues a request."""
         self.counters.num_requests += 1
@@ -105,22 +100,37 @@ class Engine:
         """Ends a request wherever it is; what it has produced so far stays."""
         self.scheduler.finish(request, "abort")
 
+    def preempt(self, request: Request) -> None:
+        """Harvests what is in flight, then sends a running request back to the queue, as want of blocks would."""
+        while self._in_flight:
+            self._harvest(self._in_flight.popleft())
+        if request.status is Status.RUNNING:
+            self.scheduler.preempt(request)
+
     def step(self) -> list[Request]:
-        """One turn: dispatches the next plan, then reads the turn before it. Returns the requests that moved on."""
-        plan = self.scheduler.plan()
+        """One turn: dispatches the next plan, then reads the turn before it. Returns the requests that moved on.
+
+        Where the plan has to know what is in flight, nothing is dispatched, and what is in flight is read.
+        """
+        with self.metrics.timed("plan"):
+            plan = self.scheduler.plan(in_flight=bool(self._in_flight))
         if plan is not None:
-            self._in_flight.append(self._dispatch_or_abort(plan))
+            self._in_flight.append(self._dispatch_or_reset(plan))
+        if self.metrics.line_is_due():
+            self._log_line()
         if self._in_flight and (plan is None or len(self._in_flight) > 1):
             return self._harvest(self._in_flight.popleft())
         return []
 
-    def _dispatch_or_abort(self, plan: Plan) -> InFlight:
-        """Dispatches; if that fails, or is interrupted, nobody waits for tokens that will never come."""
+    def _dispatch_or_reset(self, plan: Plan) -> InFlight:
+        """Dispatches; if that fails, or is interrupted, nobody waits for tokens that will never come, and nothing that
+        was promised to be computed is taken for computed.
+        """
         try:
             return self._dispatch(plan)
         except BaseException:
-            for request in list(self.scheduler.running):
-                self.abort(request)
+            self._in_flight.clear()
+            self.scheduler.reset()
             raise
 
     def _dispatch(self, plan: Plan) -> InFlight:
@@ -128,7 +138,8 @@ class Engine:
         self.counters.num_turns += 1
         self._admit(plan.admitted)
         prefill = self._prefill(plan.pieces) if plan.pieces else None
-        decode = self._decode(plan.decoding) if plan.decoding else None
+        decode = self._decode(plan.decoding, plan.growth) if plan.decoding else None
+        self._copy(plan.copies)
         turn = InFlight(plan, prefill, decode)
         self._start_copies(turn)
         return turn
@@ -138,36 +149,57 @@ class Engine:
         for leaf in jax.tree.leaves((turn.prefill, turn.decode)):
             leaf.copy_to_host_async()
 
-    def _admit(self, requests: list[Request]) -> None:
-        if not requests:
+    def _run(self, step: Callable, batch: Any, *arguments: Any) -> Any:
+        with self.metrics.timed("dispatch"):
+            return step(*arguments, self.state, batch)
+
+    def _admit(self, admissions: list[Admission]) -> None:
+        if not admissions:
             return
-        batch = packing.pack_admissions(
-            requests, rows=self.config.prefill_rows, table_width=self.state.slots.block_table.shape[1]
-        )
-        self.state = self.steps.admit(self.state, batch)
-        for request in requests:
-            if request.logit_row:
-                self._fill_logit_row(request)
+        self._run_admit(admissions)
+        for admission in admissions:
+            if admission.request.logit_row:
+                self._fill_logit_row(admission.request)
+
+    def _run_admit(self, admissions: list[Admission]) -> None:
+        with self.metrics.timed("pack"):
+            batch = packing.pack_admissions(admissions, rows=self.config.prefill_rows, table_width=self._table_width)
+        self.state = self._run(self.steps.admit, batch)
+
+    @property
+    def _table_width(self) -> int:
+        return self.state.slots.block_table.shape[1]
 
     def _fill_logit_row(self, request: Request | None) -> None:
         width = self.state.logit_rows.bias.shape[1]
-        self.state = self.steps.fill_logit_row(
-            self.state, packing.pack_logit_row(request, self.model.vocab_size, width)
-        )
+        with self.metrics.timed("pack"):
+            batch = packing.pack_logit_row(request, self.model.vocab_size, width)
+        self.state = self._run(self.steps.fill_logit_row, batch)
 
     def _prefill(self, pieces: list[Piece]) -> Emitted:
         # A prefill step draws a few rows only, so it has no variant with the plain sampler.
-        wants_prompt = any(piece.request.params.prompt_logprobs is not None for piece in pieces)
+        wants_prompt = any(piece.request.wants_prompt_logprobs for piece in pieces)
         options = self._with_prompt if wants_prompt else self._full
         length = sum(piece.length for piece in pieces)
-        tokens = packing.bucket_for(length, self._prefill_buckets(options))
+        chunks = sum(len(piece.chunks()) for piece in pieces)
+        rows = self.config.prefill_rows
+        # A bucket has to hold the chunk table, too.
+        fits = [size for size in self._prefill_buckets(options) if chunks <= max_chunks(size, rows)]
+        tokens = packing.bucket_for(length, fits)
         self.counters.num_prompt_tokens += length
         self.counters.num_padded_tokens += tokens - length
         return self._run_prefill(options, pieces, tokens)
 
     def _run_prefill(self, options: StepOptions, pieces: list[Piece], tokens: int) -> Emitted:
-        batch = packing.pack_prefill(pieces, tokens=tokens, rows=self.config.prefill_rows)
-        self.state, emitted = self.steps.prefill(options)(self.params, self.state, batch)
+        with self.metrics.timed("pack"):
+            batch = packing.pack_prefill(
+                pieces,
+                tokens=tokens,
+                rows=self.config.prefill_rows,
+                table_width=self._table_width,
+                checkpoints=self.config.enable_prefix_caching,
+            )
+        self.state, emitted = self._run(self.steps.prefill(options), batch, self.params)
         return emitted
 
     def _prefill_buckets(self, options: StepOptions) -> tuple[int, ...]:
@@ -175,27 +207,42 @@ class Engine:
         buckets = self.config.prefill_buckets
         return buckets[-1:] if options.prompt_logprobs else buckets
 
-    def _decode(self, requests: list[Request]) -> Emitted:
-        options = self._full if any(r.params.needs_full_sampler for r in requests) else self._plain
+    def _decode(self, requests: list[Request], growth: dict[int, Growth]) -> Emitted:
+        full = self.config.batch_invariant or any(r.params.needs_full_sampler for r in requests)
         rows = packing.bucket_for(len(requests), self.config.decode_buckets)
         self.counters.num_padded_tokens += rows - len(requests)
-        return self._run_decode(options, requests, rows)
+        return self._run_decode(self._full if full else self._plain, requests, growth, rows)
 
-    def _run_decode(self, options: StepOptions, requests: list[Request], rows: int) -> Emitted:
-        batch = packing.pack_decode(requests, rows=rows)
-        self.state, emitted = self.steps.decode(options)(self.params, self.state, batch)
+    def _run_decode(
+        self, options: StepOptions, requests: list[Request], growth: dict[int, Growth], rows: int
+    ) -> Emitted:
+        with self.metrics.timed("pack"):
+            batch = packing.pack_decode(requests, growth, rows=rows, table_width=self._table_width)
+        self.state, emitted = self._run(self.steps.decode(options), batch, self.params)
         return emitted
+
+    def _copy(self, copies: Sequence[Copy]) -> None:
+        rows = self.config.prefill_rows
+        for start in range(0, len(copies), rows):
+            self._run_copy(copies[start : start + rows])
+
+    def _run_copy(self, copies: Sequence[Copy]) -> None:
+        with self.metrics.timed("pack"):
+            batch = packing.pack_copies(copies, rows=self.config.prefill_rows)
+        self.state = self._run(self.steps.copy_rows, batch)
 
     def _warm_up(self) -> None:
         """Compiles every step by running it on padding, which changes nothing but the null slot, block and row."""
         runs: list[tuple[str, Callable[[], Any]]]
-        runs = [("admit", self._admit_nobody), ("logit row", lambda: self._fill_logit_row(None))]
+        runs = [("admit", lambda: self._run_admit([])), ("logit row", lambda: self._fill_logit_row(None))]
+        if self.config.enable_prefix_caching:
+            runs.append(("copy", lambda: self._run_copy([])))
         for options in (self._full, self._with_prompt):
             for tokens in self._prefill_buckets(options):
                 runs.append((f"prefill {tokens}", lambda o=options, t=tokens: self._run_prefill(o, [], t)))
-        for options in (self._plain, self._full):
+        for options in (self._full,) if self.config.batch_invariant else (self._plain, self._full):
             for rows in self.config.decode_buckets:
-                runs.append((f"decode {rows}", lambda o=options, r=rows: self._run_decode(o, [], r)))
+                runs.append((f"decode {rows}", lambda o=options, r=rows: self._run_decode(o, [], {}, r)))
         began = time.monotonic()
         progress = tqdm(runs, desc="compiling steps", unit="step", disable=None, leave=False)
         for name, run in progress:
@@ -204,48 +251,61 @@ class Engine:
         jax.block_until_ready(self.state)
         log.info("compiled %d steps in %.1f s", len(runs), time.monotonic() - began)
 
-    def _admit_nobody(self) -> None:
-        rows, width = self.config.prefill_rows, self.state.slots.block_table.shape[1]
-        self.state = self.steps.admit(self.state, packing.pack_admissions([], rows=rows, table_width=width))
-
     def _read(self, turn: InFlight) -> tuple[Emitted | None, Emitted | None]:
         """The one place where the host waits for the device."""
         self.counters.num_device_reads += 1
-        return jax.device_get((turn.prefill, turn.decode))
+        with self.metrics.timed("read"):
+            return jax.device_get((turn.prefill, turn.decode))
 
     def _harvest(self, turn: InFlight) -> list[Request]:
         """Commits what a turn emitted to the requests of its own plan."""
         prefill, decode = self._read(turn)
+        spent = self.scheduler.detokenise_seconds
         moved = []
-        if prefill is not None:
-            self._collect_prompt_logprobs(turn.plan.pieces, prefill)
-            rows = [(row, piece.request) for row, piece in enumerate(turn.plan.pieces) if piece.is_last]
-            moved += self._commit(rows, prefill)
-        if decode is not None:
-            moved += self._commit(enumerate(turn.plan.decoding), decode)
+        with self.metrics.timed("commit"):
+            if prefill is not None:
+                self._collect_prompt_logprobs(turn.plan.pieces, prefill)
+                rows = [(row, piece.request) for row, piece in enumerate(turn.plan.pieces) if piece.is_last]
+                moved += self._commit(rows, prefill)
+            if decode is not None:
+                self._confirm(turn.plan, decode)
+                moved += self._commit(enumerate(turn.plan.decoding), decode)
+        spent = self.scheduler.detokenise_seconds - spent
+        self.metrics.seconds.commit -= spent
+        self.metrics.seconds.detokenise += spent
         return moved
+
+    def _confirm(self, plan: Plan, emitted: Emitted) -> None:
+        """Tells the scheduler which of the plan's copies hold a state; those of rows that were done hold nothing."""
+        if plan.copies:
+            rows = {request: row for row, request in enumerate(plan.decoding)}
+            for copy in plan.copies:
+                self.scheduler.confirm(copy, bool(emitted.count[rows[copy.request]]))
 
     def _commit(self, rows, emitted: Emitted) -> list[Request]:
         moved = []
+        tokens, counts, dones = emitted.tokens.tolist(), emitted.count.tolist(), emitted.done.tolist()
         for row, request in rows:
-            token_ids = emitted.tokens[row, : emitted.count[row]].tolist()
-            if request.finished or not token_ids:
+            token_ids = tokens[row][: counts[row]]
+            if request.status is Status.FINISHED or not token_ids:
                 continue
             if request.params.logprobs is not None:
                 found = self._logprob_entries(emitted.logprobs, row, token_ids[0], request.params.logprobs)
                 request.output_logprobs.append(found)
-                request.cumulative_logprob += float(emitted.logprobs.chosen[row])
-            self.scheduler.commit(request, token_ids, bool(emitted.done[row]))
-            self.counters.num_output_tokens += len(token_ids)
+            self.scheduler.commit(request, token_ids, dones[row])
             moved.append(request)
+            if request.status is Status.FINISHED:
+                self.metrics.finished(request)
+        self.metrics.produced(len(moved))
         return moved
 
     def _collect_prompt_logprobs(self, pieces: list[Piece], emitted: Emitted) -> None:
         place = 0
         for piece in pieces:
             request, most = piece.request, piece.request.params.prompt_logprobs
-            if most is not None and not request.finished:
-                successors = request.prompt_token_ids[piece.start + 1 : piece.start + piece.length + 1]
+            # A request that was preempted prefills its prompt again, but knows these already.
+            if most is not None and not request.finished and len(request.prompt_logprobs) == piece.start:
+                successors = request.prompt_token_ids[piece.start + 1 : piece.end + 1]
                 for offset, token in enumerate(successors):
                     entry = self._logprob_entries(emitted.prompt_logprobs, place + offset, token, most)
                     request.prompt_logprobs.append(entry)
@@ -271,6 +331,59 @@ class Engine:
         while not all(request.finished for request in requests):
             yield self.step()
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached block and state. Requests that run keep what they have."""
+        self.scheduler.cache.reset()
+
+    def stats(self) -> dict[str, Any]:
+        """See LLM.stats."""
+        scheduler, metrics = self.scheduler, self.metrics
+        allocator, cache = scheduler.allocator, scheduler.cache
+        counters = cache.counters
+        return {
+            "num_running": len(scheduler.running),
+            "num_waiting": len(scheduler.waiting),
+            "num_preemptions": scheduler.num_preemptions,
+            "num_compilations": self.num_compilations,
+            "slots_used": allocator.slots.num_used - cache.num_states,
+            "slots_total": allocator.slots.size,
+            "blocks_used": allocator.blocks.num_used - cache.num_evictable_blocks,
+            "blocks_total": allocator.blocks.size,
+            "uptime": time.monotonic() - metrics.started,
+            "output_tokens_per_second": metrics.output_tokens_per_second(),
+            "padding_waste": metrics.padding_waste(),
+            **dataclasses.asdict(metrics.counters),
+            "prefix_cache": {
+                **dataclasses.asdict(counters),
+                "hit_rate": counters.hit_tokens / max(1, counters.queried_tokens),
+                "cached_blocks": cache.num_blocks,
+                "cached_states": cache.num_states,
+            },
+            "seconds": dataclasses.asdict(metrics.seconds),
+            **metrics.latencies(),
+        }
+
+    def _log_line(self) -> None:
+        stats = self.stats()
+        first, per_token = stats["time_to_first_token"], stats["time_per_output_token"]
+        log.info(
+            "running %d, waiting %d | slots %d/%d, blocks %d/%d | cache hits %.0f%%, preemptions %d, padding %.0f%%, "
+            "compilations %d | %.1f output tok/s, first token p50/p99 %.0f/%.0f ms, per token %.1f/%.1f ms",
+            stats["num_running"],
+            stats["num_waiting"],
+            stats["slots_used"],
+            stats["slots_total"],
+            stats["blocks_used"],
+            stats["blocks_total"],
+            100 * stats["prefix_cache"]["hit_rate"],
+            stats["num_preemptions"],
+            100 * stats["padding_waste"],
+            stats["num_compilations"],
+            stats["output_tokens_per_second"],
+            *(1e3 * first.get(name, float("nan")) for name in ("p50", "p99")),
+            *(1e3 * per_token.get(name, float("nan")) for name in ("p50", "p99")),
+        )
+
     def close(self) -> None:
         """Drops everything in flight and frees the pools and parameters. The engine is unusable afterwards."""
         self._in_flight.clear()
@@ -294,7 +407,13 @@ def step_workspace(model: Model, config: EngineConfig, mesh: Mesh, max_model_len
     options = dataclasses.replace(_full_options(model, config), prompt_logprobs=True)
     state = jax.eval_shape(lambda: empty_state(geometry, plan, config, max_model_len))
     params, state = (_with_shardings(tree, mesh) for tree in (params, state))
-    batch = packing.pack_prefill([], tokens=config.max_num_batched_tokens, rows=config.prefill_rows)
+    batch = packing.pack_prefill(
+        [],
+        tokens=config.max_num_batched_tokens,
+        rows=config.prefill_rows,
+        table_width=blocks,
+        checkpoints=config.enable_prefix_caching,
+    )
     prefill = build_steps(model, mesh, options, params, state).prefill(options)
     return prefill.lower(params, state, batch).compile().memory_analysis().temp_size_in_bytes
 

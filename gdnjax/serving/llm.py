@@ -22,8 +22,9 @@ from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.engine import Engine, step_workspace
-from gdnjax.serving.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from gdnjax.serving.outputs import RequestOutput
 from gdnjax.serving.request import Request
+from gdnjax.serving.submission import Submission, Urgency, urgencies
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generation_defaults
 from gdnjax.shapes import Params
 
@@ -151,15 +152,21 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts (texts, or lists of token ids) and returns their outputs in order.
 
-        One SamplingParams for all prompts or one each; None takes the checkpoint's defaults. Raises ValueError that
-        names the prompt by its index, before any of them is queued.
+        One SamplingParams for all prompts or one each; None takes the checkpoint's defaults. `priority`, one for all
+        or one each: lower comes first, by 64 places in the queue for each step, so that nobody waits for ever.
+        `timeout`: seconds from now after which what has not ended is aborted, with stop_reason "timeout". Raises
+        ValueError that names the prompt by its index, before any of them is queued.
         """
         prompts = _as_list(prompts)
         params = self._params_for(prompts, sampling_params)
-        groups = self._make_groups(prompts, params)
+        urgent = urgencies(len(prompts), priority, timeout)
+        groups = self._make_groups(prompts, params, urgent)
         return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
 
     def chat(
@@ -169,16 +176,65 @@ class LLM:
         use_tqdm: bool = True,
         *,
         add_generation_prompt: bool = True,
+        priority: int | Sequence[int] = 0,
+        timeout: float | None = None,
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
-        """Answers a conversation, or each of several, through the tokenizer's chat template. Text only."""
+        """Answers a conversation, or each of several, through the tokenizer's chat template. Text only.
+
+        `priority` and `timeout` are as in `generate`; other keywords go to the template.
+        """
         several = isinstance(messages, Sequence) and messages and isinstance(messages[0], list | tuple)
         tokenizer = self._require_tokenizer("chat")
-        prompts = [
+        chats = messages if several else [messages]
+        prompts: list[Prompt] = [
             tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, **template_kwargs)
-            for chat in (messages if several else [messages])
+            for chat in chats
         ]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        params = self._params_for(prompts, sampling_params)
+        groups = self._make_groups(prompts, params, urgencies(len(prompts), priority, timeout))
+        if add_generation_prompt and self.config.enable_prefix_caching:
+            # The next turn renders the answer anew, so it parts from this one at the generation prompt.
+            for chat, group in zip(chats, groups, strict=True):
+                turn = tokenizer.apply_chat_template(chat, add_generation_prompt=False, **template_kwargs)
+                for request in group.requests:
+                    request.turn_start = _common_length(self._token_ids(turn, "chat"), request.prompt_token_ids)
+        return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Submission:
+        """Queues one prompt and returns at once; `step()` moves it on. For drivers with a loop of their own.
+
+        Arguments and errors as in `generate`.
+        """
+        params = self._params_for([prompt], sampling_params)
+        (group,) = self._make_groups([prompt], params, urgencies(1, priority, timeout))
+        for request in group.requests:
+            self.engine.add(request)
+        return group
+
+    def step(self) -> bool:
+        """One turn of the engine for everything that is queued. Whether work is left."""
+        self._check_open()
+        self.engine.step()
+        return self.engine.has_work
+
+    def abort(self, submission: Submission) -> None:
+        """Ends what was submitted, wherever it is; what it has produced so far stays."""
+        for request in submission.requests:
+            self.engine.abort(request)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets every cached prefix: what is submitted from now on computes its own. Always True."""
+        self._check_open()
+        self.engine.reset_prefix_cache()
+        return True
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
         """Yields a completion as its tokens come. Leaving the loop early aborts the request.
@@ -190,7 +246,7 @@ class LLM:
             raise ValueError(f"stream yields one sample, got n={params.n}; use generate for several")
         return self._stream(self._make_requests(prompt, params, 0))
 
-    def _stream(self, group: "_Group") -> Iterator[StreamOutput]:
+    def _stream(self, group: Submission) -> Iterator[StreamOutput]:
         (request,) = group.requests
         shown_text, shown_tokens, finished = 0, 0, False
         self.engine.add(request)
@@ -216,19 +272,17 @@ class LLM:
             self.engine.abort(request)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start: requests, tokens, turns, compilations, pool use, device reads."""
-        engine, allocator = self.engine, self.engine.scheduler.allocator
-        return {
-            "num_running": len(engine.scheduler.running),
-            "num_waiting": len(engine.scheduler.waiting),
-            "num_compilations": engine.num_compilations,
-            "slots_used": allocator.num_slots - allocator.num_free_slots,
-            "slots_total": allocator.num_slots,
-            "blocks_used": allocator.num_blocks - allocator.num_free_blocks,
-            "blocks_total": allocator.num_blocks,
-            "uptime": time.monotonic() - engine.started,
-            **dataclasses.asdict(engine.counters),
-        }
+        """What the engine holds now and has done since the start.
+
+        num_running, num_waiting, num_preemptions, num_requests, num_turns, num_prompt_tokens (computed, so without
+        cached ones), num_output_tokens, num_compilations, num_device_reads, uptime in seconds; slots_used and
+        blocks_used (by running requests) of slots_total and blocks_total; output_tokens_per_second over the last ten
+        seconds; padding_waste, the share of all steps' places that held nothing; prefix_cache, a dictionary of its
+        counters (gdnjax.serving.prefix_cache.CacheCounters), hit_rate, cached_blocks and cached_states; seconds, the
+        host's time by what it did (gdnjax.serving.metrics.Seconds); time_to_first_token and time_per_output_token,
+        percentiles p50, p90 and p99 in seconds over the last 1024 requests, empty before the first has ended.
+        """
+        return self.engine.stats()
 
     def close(self) -> None:
         """Frees pools and parameters. Whatever generates raises RuntimeError from then on, streams in progress too."""
@@ -264,18 +318,23 @@ class LLM:
             raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling params; give one for all or one each")
         return params
 
-    def _make_groups(self, prompts: list[Prompt], params: list[SamplingParams]) -> "list[_Group]":
+    def _make_groups(
+        self, prompts: list[Prompt], params: list[SamplingParams], urgent: list[Urgency]
+    ) -> list[Submission]:
         """All prompts checked, none queued. A call that fails takes no numbers, so it changes no later seed."""
         first = self._num_requests
         try:
-            return [self._make_requests(p, s, i) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
+            given = enumerate(zip(prompts, params, urgent, strict=True))
+            return [self._make_requests(prompt, each, index, urgency) for index, (prompt, each, urgency) in given]
         except BaseException:
             self._num_requests = first
             raise
 
-    def _make_requests(self, prompt: Prompt, params: SamplingParams, index: int) -> "_Group":
+    def _make_requests(
+        self, prompt: Prompt, params: SamplingParams, index: int, urgency: Urgency | None = None
+    ) -> Submission:
         """The samples of one prompt, checked, not queued."""
-        where = f"prompt {index}"
+        where, urgency = f"prompt {index}", urgency or Urgency()
         if isinstance(prompt, Mapping):
             prompt = _prompt_of_mapping(prompt, where)
         text = prompt if isinstance(prompt, str) else None
@@ -311,10 +370,12 @@ class LLM:
                 bad_words=bad_words,
                 index=sample,
                 arrival_time=time.monotonic(),
+                priority=urgency.priority,
+                deadline=urgency.deadline,
             )
             for sample, detokenizer in enumerate(detokenizers)
         ]
-        return _Group(request_id, text, token_ids, requests)
+        return Submission(request_id, text, token_ids, requests)
 
     def _next_seed(self) -> int:
         """A seed of its own for each request that brings none, the same in every run of the same program."""
@@ -362,7 +423,7 @@ class LLM:
         _check_something_is_allowed(params, stop_token_ids)
         return stop_token_ids
 
-    def _run(self, requests: list[Request], groups: list["_Group"], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, requests: list[Request], groups: list[Submission], use_tqdm: bool) -> list[RequestOutput]:
         progress = tqdm(total=len(requests), desc="generating", unit="seq", disable=not use_tqdm)
         try:
             finished = 0
@@ -378,54 +439,6 @@ class LLM:
         finally:
             progress.close()
         return [group.output() for group in groups]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    """The samples of one prompt."""
-
-    request_id: str
-    prompt: str | None
-    token_ids: list[int]
-    requests: list[Request]
-
-    def output(self) -> RequestOutput:
-        first = self.requests[0]
-        times = [request.first_token_time for request in self.requests if request.first_token_time is not None]
-        ends = [request.finished_time for request in self.requests if request.finished_time is not None]
-        finished = all(request.finished for request in self.requests)
-        metrics = RequestMetrics(
-            arrival_time=first.arrival_time,
-            first_scheduled_time=first.first_scheduled_time,
-            first_token_time=min(times, default=None),
-            finished_time=max(ends) if finished else None,
-            num_prompt_tokens=len(self.token_ids),
-            num_output_tokens=sum(len(request.output_token_ids) for request in self.requests),
-        )
-        wants_prompt = first.params.prompt_logprobs is not None
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=tuple(self.token_ids),
-            prompt_logprobs=[None, *first.prompt_logprobs] if wants_prompt else None,
-            outputs=tuple(_completion(request) for request in self.requests),
-            finished=finished,
-            metrics=metrics,
-            num_cached_tokens=0,
-        )
-
-
-def _completion(request: Request) -> CompletionOutput:
-    wanted = request.params.logprobs is not None
-    return CompletionOutput(
-        index=request.index,
-        text=request.detokenizer.text,
-        token_ids=tuple(request.output_token_ids),
-        cumulative_logprob=request.cumulative_logprob if wanted else None,
-        logprobs=list(request.output_logprobs) if wanted else None,
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-    )
 
 
 def _check_something_is_allowed(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> None:
@@ -453,6 +466,12 @@ def _prompt_of_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:
     if len(prompt) != 1:
         raise ValueError(f"{where} must have exactly one of 'prompt' and 'prompt_token_ids', got {len(prompt)}")
     return next(iter(prompt.values()))
+
+
+def _common_length(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two sequences have in common before they part."""
+    most = min(len(tokens), len(others))
+    return next((i for i in range(most) if tokens[i] != others[i]), most)
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

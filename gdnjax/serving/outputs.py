@@ -106,6 +106,7 @@ class RequestOutput:
     finished           whether every sample has ended.
     metrics            its times; None where they were not kept.
     num_cached_tokens  prompt tokens that the prefix cache saved from being computed.
+    cache_miss_reason  why there were not more of them; None where everything that was cached was used.
     """
 
     request_id: str
@@ -116,3 +117,4 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
+    cache_miss_reason: str | None = None

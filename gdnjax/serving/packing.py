@@ -1,14 +1,13 @@
 """Plans to padded batches: numpy arrays of a compiled size. A size that no bucket covers is an error."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gdnjax.batch import AdmitBatch, DecodeBatch, LogitRowBatch, PrefillBatch
-from gdnjax.config import CHUNK
+from gdnjax.batch import AdmitBatch, CopyBatch, DecodeBatch, LogitRowBatch, PrefillBatch
 from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS
+from gdnjax.serving.plan import Admission, Copy, Growth, Piece, max_chunks
 from gdnjax.serving.request import Request
-from gdnjax.serving.scheduler import Piece
 from gdnjax.state import NO_TOKEN
 
 
@@ -20,8 +19,9 @@ def bucket_for(size: int, buckets: Sequence[int]) -> int:
     raise ValueError(f"{size} exceeds the largest compiled bucket; compiled: {tuple(buckets)}")
 
 
-def pack_admissions(requests: Sequence[Request], *, rows: int, table_width: int) -> AdmitBatch:
-    """Up to `rows` requests; the padding rows reset slot 0 to what it is."""
+def pack_admissions(admissions: Sequence[Admission], *, rows: int, table_width: int) -> AdmitBatch:
+    """Up to `rows` requests; the padding rows reset slot 0 to what it is and copy block 0 to itself."""
+    requests = [admission.request for admission in admissions]
 
     def column(values, dtype, padding):
         out = np.full((rows,), padding, dtype)
@@ -38,6 +38,7 @@ def pack_admissions(requests: Sequence[Request], *, rows: int, table_width: int)
     params = [request.params for request in requests]
     return AdmitBatch(
         slot=column((r.slot for r in requests), np.int32, 0),
+        length=column((admission.position for admission in admissions), np.int32, 0),
         max_length=column((r.max_length for r in requests), np.int32, 0),
         # Past max_length a minimum changes nothing, and it may exceed an int32.
         min_length=column((min(r.prompt_length + r.params.min_tokens, r.max_length) for r in requests), np.int32, 0),
@@ -49,6 +50,8 @@ def pack_admissions(requests: Sequence[Request], *, rows: int, table_width: int)
         min_p=column((p.min_p for p in params), np.float32, 0),
         seed=seed,
         logit_row=column((r.logit_row for r in requests), np.int32, 0),
+        copy_from=column((admission.copy_from for admission in admissions), np.int32, 0),
+        copy_to=column((admission.copy_to for admission in admissions), np.int32, 0),
     )
 
 
@@ -56,11 +59,18 @@ def pack_logit_row(request: Request | None, vocab_size: int, padded_vocab_size: 
     """The rows of a request that needs them; None gives what resets the null row."""
     bias = np.zeros((padded_vocab_size,), np.float32)
     in_prompt = np.zeros((padded_vocab_size,), bool)
+    counts = np.zeros((padded_vocab_size,), np.int32)
+    recent = np.full((MAX_BAD_WORD_TOKENS - 1,), NO_TOKEN, np.int32)
     bad_words = np.full((MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS), NO_TOKEN, np.int32)
     repetition, frequency, presence = 1.0, 0.0, 0.0
     if request is not None:
         params = request.params
         in_prompt[request.prompt_token_ids] = True
+        # A request that was preempted has produced tokens already.
+        produced = request.output_token_ids
+        np.add.at(counts, produced, 1)
+        last = produced[-len(recent) :]
+        recent[len(recent) - len(last) :] = last
         if params.allowed_token_ids is not None:
             bias[:vocab_size] = -np.inf
             bias[list(params.allowed_token_ids)] = 0.0
@@ -76,6 +86,8 @@ def pack_logit_row(request: Request | None, vocab_size: int, padded_vocab_size: 
     return LogitRowBatch(
         row=np.int32(request.logit_row if request is not None else 0),
         in_prompt=in_prompt,
+        counts=counts,
+        recent=recent,
         bias=bias,
         repetition=np.float32(repetition),
         frequency=np.float32(frequency),
@@ -84,9 +96,14 @@ def pack_logit_row(request: Request | None, vocab_size: int, padded_vocab_size: 
     )
 
 
-def pack_prefill(pieces: Sequence[Piece], *, tokens: int, rows: int) -> PrefillBatch:
-    """Pieces one after another in `tokens` places, with the chunk table. Pieces start at multiples of CHUNK."""
-    num_chunks = tokens // CHUNK + rows
+def pack_prefill(
+    pieces: Sequence[Piece], *, tokens: int, rows: int, table_width: int, checkpoints: bool = True
+) -> PrefillBatch:
+    """Pieces one after another in `tokens` places, with the chunk table and the rows' block tables.
+
+    Without `checkpoints` no piece may want one, and the step has no code for them.
+    """
+    num_chunks = max_chunks(tokens, rows)
     batch = PrefillBatch(
         tokens=np.zeros((tokens,), np.int32),
         token_row=np.zeros((tokens,), np.int32),
@@ -99,28 +116,51 @@ def pack_prefill(pieces: Sequence[Piece], *, tokens: int, rows: int) -> PrefillB
         chunk_start=np.zeros((num_chunks,), np.int32),
         chunk_length=np.zeros((num_chunks,), np.int32),
         target=np.full((tokens,), NO_TOKEN, np.int32),
+        read_slot=np.zeros((rows,), np.int32),
+        block_table=np.zeros((rows, table_width), np.int32),
+        kv_start=np.zeros((rows,), np.int32),
+        chunk_checkpoint=np.zeros((num_chunks,), np.int32) if checkpoints else None,
     )
     place = chunk = 0
     for row, piece in enumerate(pieces):
-        prompt = piece.request.prompt_token_ids
+        request = piece.request
         here = slice(place, place + piece.length)
-        batch.tokens[here] = prompt[piece.start : piece.start + piece.length]
-        successors = prompt[piece.start + 1 : piece.start + piece.length + 1]
+        batch.tokens[here] = request.tokens(piece.start, piece.end)
+        successors = request.prompt_token_ids[piece.start + 1 : piece.end + 1]
         batch.target[place : place + len(successors)] = successors
         batch.token_row[here] = row
         batch.token_valid[here] = True
-        batch.slot[row] = piece.request.slot
+        batch.slot[row], batch.read_slot[row] = request.slot, piece.read_slot
+        batch.block_table[row, : len(request.blocks)] = request.blocks
+        batch.kv_start[row] = request.num_cached
         batch.start[row], batch.length[row], batch.is_last[row] = place, piece.length, piece.is_last
-        for offset in range(0, piece.length, CHUNK):
+        for start, length, slot in piece.chunks():
             batch.chunk_row[chunk] = row
-            batch.chunk_start[chunk] = place + offset
-            batch.chunk_length[chunk] = min(CHUNK, piece.length - offset)
+            batch.chunk_start[chunk] = place + start - piece.start
+            batch.chunk_length[chunk] = length
+            if slot:
+                batch.chunk_checkpoint[chunk] = slot
             chunk += 1
         place += piece.length
     return batch
 
 
-def pack_decode(requests: Sequence[Request], *, rows: int) -> DecodeBatch:
+def pack_decode(
+    requests: Sequence[Request], growth: Mapping[int, Growth], *, rows: int, table_width: int
+) -> DecodeBatch:
+    """Rows of decoding requests; `growth` is by row. An index past the table is one that nobody has."""
     slot = np.zeros((rows,), np.int32)
     slot[: len(requests)] = [request.slot for request in requests]
-    return DecodeBatch(slot=slot)
+    index = np.full((rows,), table_width, np.int32)
+    block = np.zeros((rows,), np.int32)
+    for row, grown in growth.items():
+        index[row], block[row] = grown.index, grown.block
+    return DecodeBatch(slot=slot, grown_index=index, grown_block=block)
+
+
+def pack_copies(copies: Sequence[Copy], *, rows: int) -> CopyBatch:
+    """Up to `rows` copies."""
+    source, target = np.zeros((rows,), np.int32), np.zeros((rows,), np.int32)
+    source[: len(copies)] = [copy.source for copy in copies]
+    target[: len(copies)] = [copy.target for copy in copies]
+    return CopyBatch(source=source, target=target, count=np.int32(len(copies)))

@@ -2,9 +2,13 @@
 
 import dataclasses
 import enum
+from typing import TYPE_CHECKING
 
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from gdnjax.serving.prefix_cache import Node
 
 
 class Status(enum.Enum):
@@ -20,9 +24,20 @@ class Request:
     max_length      prompt and output tokens at which it ends: max_tokens, or the model's length if that is shorter.
     stop_token_ids  everything that ends it on the device, EOS included unless ignored.
     seed            64 bits that key its noise.
-    slot, blocks, logit_row   what it holds while RUNNING; 0 and empty otherwise.
-    num_prefilled   prompt tokens dispatched so far.
+    priority        places in the queue, in steps of `scheduler.PLACES_PER_PRIORITY`; lower comes first.
+    deadline        `time.monotonic()` at which it is aborted; None: never.
+    turn_start      prompt tokens before a chat's generation prompt, where the next turn of the chat parts; 0: no chat.
+    order           its place in the queue, (place, arrival): what comes first is admitted first and preempted last.
+
+    While it runs it holds `slot`, `logit_row` and `blocks`, of which the first `num_shared` belong to the prefix cache,
+    up to `node`. `unpublished` are (position, slot) of checkpoints that the cache has not taken over yet; a request
+    that is `detached` found somebody else's blocks in the place of its own, and publishes when it ends.
+
+    prefill_length  tokens to prefill: the prompt, and what it had produced when it was preempted.
+    num_computed    tokens that dispatched steps fold into state and KV, if nothing ends it before.
     num_dispatched  output tokens dispatched so far; the host learns of them one step late.
+    num_cached      tokens whose KV was cached when it was admitted; their blocks are not its to write.
+    num_placed      blocks that the device's block table holds.
     """
 
     request_id: str
@@ -35,38 +50,85 @@ class Request:
     bad_words: list[list[int]] = dataclasses.field(default_factory=list)
     index: int = 0
     arrival_time: float = 0.0
+    priority: int = 0
+    deadline: float | None = None
+    turn_start: int = 0
+    order: tuple[int, int] = (0, 0)
 
     status: Status = Status.WAITING
     slot: int = 0
     blocks: list[int] = dataclasses.field(default_factory=list)
     logit_row: int = 0
-    num_prefilled: int = 0
+    num_shared: int = 0
+    node: "Node | None" = None
+    detached: bool = False
+    unpublished: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    wanted: tuple[int, ...] = ()
+    prefill_length: int = 0
+    num_computed: int = 0
     num_dispatched: int = 0
+    num_cached: int = 0
+    num_placed: int = 0
 
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list = dataclasses.field(default_factory=list)
     prompt_logprobs: list = dataclasses.field(default_factory=list)
-    cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    num_cached_tokens: int | None = None
+    cache_miss_reason: str | None = None
+    num_preemptions: int = 0
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    _block_keys: list[tuple[int, ...]] = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def prompt_length(self) -> int:
         return len(self.prompt_token_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that the host knows: the prompt and the output so far."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
     def finished(self) -> bool:
         return self.status is Status.FINISHED
 
     @property
-    def prompt_dispatched(self) -> bool:
-        """Whether every prompt token has been dispatched, and with the last of them the first output token."""
-        return self.num_prefilled == self.prompt_length
+    def filled(self) -> bool:
+        """Whether every token to prefill has been dispatched, and with the last of them the next output token."""
+        return self.num_computed >= self.prefill_length > 0
 
     @property
     def may_decode(self) -> bool:
-        """Whether another output token may be dispatched."""
-        return self.prompt_dispatched and self.prompt_length + self.num_dispatched < self.max_length
+        """Of a running request: whether another output token may be dispatched."""
+        # Every token but the last is fed, once.
+        return self.prefill_length <= self.num_computed < self.max_length - 1
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed: they need every position, cached or not."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length - 1
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """Sum over the output tokens, as far as their log-probabilities were asked for."""
+        pairs = zip(self.output_token_ids, self.output_logprobs, strict=False)
+        return sum(entries[token].logprob for token, entries in pairs)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Known tokens `start` to `stop` of prompt and output."""
+        prompt = len(self.prompt_token_ids)
+        if stop <= prompt:
+            return self.prompt_token_ids[start:stop]
+        return self.prompt_token_ids[start:] + self.output_token_ids[max(0, start - prompt) : stop - prompt]
+
+    def block_keys(self, count: int, block_size: int) -> list[tuple[int, ...]]:
+        """The tokens of each of the first `count` blocks, all of which are known. Built once, block by block."""
+        keys = self._block_keys
+        while len(keys) < count:
+            start = len(keys) * block_size
+            keys.append(tuple(self.tokens(start, start + block_size)))
+        return keys[:count]

@@ -1,0 +1,439 @@
+"""What has been computed, by its tokens: a radix tree over KV blocks whose nodes may own a state. Plain ints, no jax.
+
+Attention needs the KV of every token before it, a recurrent layer only the state behind the last of them. So a sequence
+can go on from a position where both are there: a node that has a checkpoint, all of whose blocks up to the root are in
+the tree. The two are evicted apart. A node whose state is gone is a tombstone: its KV shows where sequences have been,
+so that the next one that comes by leaves a checkpoint there.
+"""
+
+import collections
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Iterable, Sequence
+
+from gdnjax.serving.allocator import Allocator
+from gdnjax.serving.request import Request
+
+Key = tuple[int, ...]
+
+NOTHING_CACHED = "nothing cached begins like it"
+NO_CHECKPOINT = "its blocks are cached, but no state at their end"
+TOO_SHORT = "shorter than a block"
+BYPASSED = "prompt_logprobs need every position"
+DISABLED = "the prefix cache is off"
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Node:
+    """A run of whole blocks below its parent, or a tail: one block that is filled in part and has no children.
+
+    keys      the tokens of each block.
+    end       tokens from the root to the end of the run.
+    slot      the checkpoint of the state at `end`; 0: none.
+    written   the turn whose steps write that state.
+    locks     running requests whose blocks go through this node; what is locked stays.
+    used      when it was last of use, in ticks of the cache.
+    """
+
+    parent: "Node | None"
+    keys: list[Key]
+    blocks: list[int]
+    end: int
+    children: dict[Key, "Node"] = dataclasses.field(default_factory=dict)
+    tails: dict[Key, "Node"] = dataclasses.field(default_factory=dict)
+    slot: int = 0
+    written: int = 0
+    locks: int = 0
+    used: int = 0
+
+    @property
+    def is_leaf(self) -> bool:
+        return not self.children and not self.tails
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """The deepest place at which a sequence can go on.
+
+    position  tokens behind it; 0: it starts afresh.
+    slot      the checkpoint to read, 0 for a fresh start.
+    seen      tokens whose KV is there in whole blocks, with a state behind them or not.
+    node      the node in which these end.
+    depth     how many of the node's blocks are among them.
+    tail      the block to copy where the checkpoint stands within a block that is not among them; 0: none.
+    pending   the state is written by the turn being planned, and can be read from the next one on.
+    """
+
+    position: int
+    slot: int
+    seen: int
+    node: Node
+    depth: int
+    tail: int
+    pending: bool
+
+
+@dataclasses.dataclass
+class CacheCounters:
+    """What the cache has done since it was built. Tokens are of first admissions, not of resumed requests.
+
+    queried_tokens    prompt tokens of admitted requests.
+    hit_tokens        of those, tokens that needed no computing.
+    lost_tokens       of those, tokens whose KV was there, but no state that goes with it.
+    evicted_blocks, evicted_states   given up for want of room.
+    orphaned_states   states given up because blocks before them were.
+    kept_states       checkpoints taken over.
+    skipped_states    checkpoints that were wanted and found no slot.
+    """
+
+    queried_tokens: int = 0
+    hit_tokens: int = 0
+    lost_tokens: int = 0
+    evicted_blocks: int = 0
+    evicted_states: int = 0
+    orphaned_states: int = 0
+    kept_states: int = 0
+    skipped_states: int = 0
+
+
+class PrefixCache:
+    """Owns blocks and slots of the allocator's pools that no request holds, and gives them back when asked."""
+
+    def __init__(self, block_size: int, allocator: Allocator):
+        self.block_size = block_size
+        self.counters = CacheCounters()
+        self.turn = 0
+        self.num_evictable_blocks = 0
+        self._blocks, self._slots = allocator.blocks, allocator.slots
+        self._ticks = itertools.count(1)
+        self.root = self._new_root()
+        self._nodes: set[Node] = set()
+        # Owners of checkpoints by slot, the one that was of use longest ago first: those that nobody has asked for yet,
+        # and those that somebody has. The former go first, or the ends of requests would push out what they share.
+        self._untried: collections.OrderedDict[int, Node] = collections.OrderedDict()
+        self._proven: collections.OrderedDict[int, Node] = collections.OrderedDict()
+        # Slots that the turn being planned reads or writes.
+        self._busy: set[int] = set()
+        # Leaves that may be evicted, oldest first; entries that no longer hold are skipped.
+        self._leaves: list[tuple[int, int, Node]] = []
+
+    @staticmethod
+    def _new_root() -> Node:
+        return Node(parent=None, keys=[], blocks=[], end=0)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(node.blocks) for node in self._nodes)
+
+    @property
+    def num_states(self) -> int:
+        return len(self._untried) + len(self._proven)
+
+    @property
+    def num_busy_states(self) -> int:
+        """Checkpoints that the turn being planned reads or writes."""
+        return len(self._busy)
+
+    def begin_turn(self) -> None:
+        """Another turn is planned. What the last one reads and writes happens before it, in the device's order."""
+        self.turn += 1
+        self._busy.clear()
+
+    # Looking up.
+
+    def match(self, request: Request, limit: int) -> Match:
+        """The deepest place within the first `limit` tokens of a request. Changes nothing."""
+        keys = request.block_keys(limit // self.block_size, self.block_size)
+        node = best = self.root
+        index, depth = 0, 0
+        while True:
+            best = self._longest_tail(node, request, limit) or (node if node.slot else best)
+            child = node.children.get(keys[index]) if index < len(keys) else None
+            if child is None:
+                break
+            common = _common(child.keys, keys, index)
+            node, depth, index = child, common, index + common
+            if common < len(child.keys):
+                break
+        seen = index * self.block_size
+        return Match(
+            position=best.end,
+            slot=best.slot,
+            seen=seen,
+            node=node,
+            depth=depth,
+            tail=best.blocks[0] if best.end > seen else 0,
+            pending=best is not self.root and best.written == self.turn,
+        )
+
+    def _longest_tail(self, node: Node, request: Request, limit: int) -> Node | None:
+        if not node.tails:
+            return None
+        rest = tuple(request.tokens(node.end, min(limit, node.end + self.block_size - 1)))
+        found = [tail for key, tail in node.tails.items() if rest[: len(key)] == key]
+        return max(found, key=lambda tail: tail.end, default=None)
+
+    def hold(self, slot: int) -> bool:
+        """The turn being planned reads or writes this checkpoint, so it stays for as long. False if it did already."""
+        if not slot or slot in self._busy:
+            return False
+        self._busy.add(slot)
+        node = self._untried.pop(slot, None) or self._proven.pop(slot, None)
+        if node is not None:
+            self._prove(slot, node)
+        return True
+
+    def _prove(self, slot: int, node: Node) -> None:
+        """A checkpoint is of use. At most half of all slots are kept apart for such, so that none stays for ever."""
+        self._proven[slot] = node
+        if len(self._proven) > max(1, self._slots.size // 2):
+            oldest, owner = self._proven.popitem(last=False)
+            self._untried[oldest] = owner
+
+    def let_go(self, slot: int) -> None:
+        """Takes a `hold` back."""
+        self._busy.remove(slot)
+
+    def share(self, match: Match) -> tuple[Node, list[int]]:
+        """Locks the blocks that a match has seen. Returns the node that ends with the last of them, and all of them."""
+        node = match.node
+        if 0 < match.depth < len(node.keys):
+            node = self._split(node, match.depth)
+        self.lock(node)
+        return node, _path_blocks(node)
+
+    def node_at(self, node: Node, position: int) -> Node:
+        """The node on the way to `node` that ends at a multiple of blocks, parted from what follows if need be."""
+        while node.parent is not None and node.parent.end >= position:
+            node = node.parent
+        return (
+            self._split(node, len(node.keys) - (node.end - position) // self.block_size)
+            if node.end > position
+            else node
+        )
+
+    # Locks.
+
+    def lock(self, node: Node, above: Node | None = None) -> None:
+        """A request's blocks go through `node` and all nodes above it, up to but without `above`."""
+        while node is not above and node.parent is not None:
+            if node.locks == 0:
+                self.num_evictable_blocks -= len(node.blocks)
+            node.locks += 1
+            node = node.parent
+
+    def unlock(self, node: Node) -> None:
+        """The opposite of `lock`, up to the root."""
+        tick = next(self._ticks)
+        while node.parent is not None:
+            node.locks -= 1
+            node.used = tick
+            if node.locks == 0:
+                self.num_evictable_blocks += len(node.blocks)
+                self._offer(node)
+            node = node.parent
+
+    # Taking over.
+
+    def has_child(self, node: Node, key: Key) -> bool:
+        """Whether somebody's block with these tokens already follows `node`."""
+        return key in node.children
+
+    def insert(self, node: Node, keys: Sequence[Key], blocks: Sequence[int]) -> tuple[Node, int]:
+        """Takes over blocks that follow `node`. Returns the node that ends with the last of them, and how many of the
+        first blocks the tree had already: those stay the caller's.
+        """
+        index = 0
+        while index < len(keys):
+            child = node.children.get(keys[index])
+            if child is None:
+                return self._add(node, list(keys[index:]), list(blocks[index:])), index
+            common = _common(child.keys, keys, index)
+            node = child if common == len(child.keys) else self._split(child, common)
+            index += common
+        return node, index
+
+    def _add(self, parent: Node, keys: list[Key], blocks: list[int]) -> Node:
+        length = sum(map(len, keys))
+        node = Node(parent=parent, keys=keys, blocks=blocks, end=parent.end + length, used=next(self._ticks))
+        siblings = parent.children if length % self.block_size == 0 else parent.tails
+        siblings[keys[0]] = node
+        self._nodes.add(node)
+        self.num_evictable_blocks += len(blocks)
+        self._offer(node)
+        return node
+
+    def _split(self, node: Node, count: int) -> Node:
+        """Parts a node after `count` blocks and returns the upper part. The lower one stays what it is to others: it
+        keeps its state, its children, and the requests that hold it.
+        """
+        upper = Node(
+            parent=node.parent,
+            keys=node.keys[:count],
+            blocks=node.blocks[:count],
+            end=node.end - (len(node.keys) - count) * self.block_size,
+            locks=node.locks,
+            used=node.used,
+        )
+        assert upper.parent is not None
+        upper.parent.children[upper.keys[0]] = upper
+        del node.keys[:count], node.blocks[:count]
+        node.parent = upper
+        upper.children[node.keys[0]] = node
+        self._nodes.add(upper)
+        return upper
+
+    def keep_state(self, node: Node, slot: int) -> None:
+        """Takes over a slot whose state stands at the node's end. One that is there already is kept, the slot freed.
+
+        Where others have gone on already, more are likely to come by.
+        """
+        if node.slot:
+            self._slots.give([slot])
+            return
+        node.slot, node.written = slot, self.turn
+        self.counters.kept_states += 1
+        if node.children:
+            self._prove(slot, node)
+        else:
+            self._untried[slot] = node
+
+    def keep_tail(self, node: Node, key: Key, block: int, slot: int) -> bool:
+        """Takes over a state that stands within a block, and that block. False if it is there already."""
+        if key in node.tails:
+            return False
+        self.keep_state(self._add(node, [key], [block]), slot)
+        return True
+
+    # Giving back.
+
+    def make_room(self, count: int) -> bool:
+        """Evicts blocks until `count` are free. False where that cannot be."""
+        if self._blocks.num_free + self.num_evictable_blocks < count:
+            return False
+        held = []
+        while self._blocks.num_free < count and self._leaves:
+            entry = heapq.heappop(self._leaves)
+            node = entry[2]
+            if not self._may_evict(entry):
+                continue
+            if node.slot in self._busy:
+                held.append(entry)
+                continue
+            self._shorten(node, count - self._blocks.num_free)
+        for entry in held:
+            heapq.heappush(self._leaves, entry)
+        return self._blocks.num_free >= count
+
+    def _shorten(self, node: Node, count: int) -> None:
+        """Gives back up to `count` blocks from the end of a leaf, and the state that stood behind them."""
+        if node.slot:
+            self.counters.orphaned_states += 1
+            self._give_slot(node)
+        count = min(count, len(node.blocks))
+        self._blocks.give(node.blocks[-count:])
+        self.num_evictable_blocks -= count
+        self.counters.evicted_blocks += count
+        if count == len(node.blocks):
+            self._remove(node)
+            return
+        del node.blocks[-count:], node.keys[-count:]
+        node.end -= count * self.block_size
+        self._offer(node)
+
+    def take_slot(self) -> int:
+        """A free slot, or that of the state that is given up first; 0 where every one is needed."""
+        taken = self._slots.take(1)
+        if taken is None and self._evict_state():
+            taken = self._slots.take(1)
+        return taken[0] if taken else 0
+
+    def _evict_state(self) -> bool:
+        for slot, node in itertools.chain(self._untried.items(), self._proven.items()):
+            if slot not in self._busy:
+                self.counters.evicted_states += 1
+                self._give_slot(node)
+                if node.end % self.block_size:
+                    # A tail is of no use without its state.
+                    self._shorten(node, 1)
+                return True
+        return False
+
+    def _give_slot(self, node: Node) -> None:
+        if self._untried.pop(node.slot, None) is None:
+            del self._proven[node.slot]
+        self._slots.give([node.slot])
+        node.slot = 0
+
+    def _remove(self, node: Node) -> None:
+        parent = node.parent
+        assert parent is not None
+        siblings = parent.children if node.end % self.block_size == 0 else parent.tails
+        siblings.pop(node.keys[0])
+        self._nodes.remove(node)
+        self._offer(parent)
+
+    def _offer(self, node: Node) -> None:
+        """Puts a node that may be evicted in line."""
+        if node.parent is None or node.locks or not node.is_leaf:
+            return
+        heapq.heappush(self._leaves, (node.used, id(node), node))
+        if len(self._leaves) > 4 * len(self._nodes) + 64:
+            # Where nothing is evicted, entries that no longer hold would pile up.
+            self._leaves = [entry for entry in self._leaves if self._may_evict(entry)]
+            heapq.heapify(self._leaves)
+
+    def _may_evict(self, entry: tuple[int, int, Node]) -> bool:
+        used, _, node = entry
+        return node in self._nodes and node.used == used and node.locks == 0 and node.is_leaf
+
+    def reset(self) -> None:
+        """Forgets everything. What running requests share is found no more, and given back for want of room."""
+        for node in [*self._untried.values(), *self._proven.values()]:
+            self._give_slot(node)
+        self.make_room(self._blocks.num_free + self.num_evictable_blocks)
+        self.root = self._new_root()
+
+    def check_integrity(self) -> tuple[list[int], list[int]]:
+        """Returns the blocks and the slots that the cache owns. Raises AssertionError for a broken tree."""
+        evictable, locks = 0, collections.Counter()
+        states = self._untried | self._proven
+        assert len(states) == self.num_states
+        for node in self._nodes:
+            assert node.blocks, "a node without blocks"
+            assert len(node.blocks) == len(node.keys)
+            assert node.parent is not None
+            assert node.parent.parent is None or node.parent in self._nodes
+            siblings = node.parent.tails if node.end % self.block_size else node.parent.children
+            assert siblings.get(node.keys[0]) is node, "a node that its parent does not know"
+            assert node.end == node.parent.end + sum(map(len, node.keys))
+            assert all(len(key) == self.block_size for key in node.keys) or (len(node.keys) == 1 and node.is_leaf)
+            assert not node.slot or states.get(node.slot) is node
+            evictable += len(node.blocks) if node.locks == 0 else 0
+            locks[node.parent] += node.locks
+            if node.locks == 0 and node.is_leaf:
+                assert any(entry[2] is node and entry[0] == node.used for entry in self._leaves), "a leaf out of line"
+        for node in self._nodes:
+            assert node.locks >= locks[node], "a node that is locked less than those below it"
+        assert evictable == self.num_evictable_blocks, f"{evictable} blocks may be evicted"
+        assert all(node in self._nodes and node.slot == slot for slot, node in states.items())
+        return [block for node in self._nodes for block in node.blocks], list(states)
+
+
+def _common(run: Sequence[Key], keys: Sequence[Key], start: int) -> int:
+    """How many blocks of a run are those of `keys` from `start` on."""
+    most = min(len(run), len(keys) - start)
+    return next((count for count in range(most) if run[count] != keys[start + count]), most)
+
+
+def _path_blocks(node: Node) -> list[int]:
+    """The blocks from the root to the end of a node."""
+    runs: list[Iterable[int]] = []
+    while node.parent is not None:
+        runs.append(node.blocks)
+        node = node.parent
+    return [block for run in reversed(runs) for block in run]
+
+
+__all__ = ["CacheCounters", "Match", "Node", "PrefixCache"]
