@@ -41,14 +41,22 @@ examples:
 The matrix, f32 for float32, bf16 for bfloat16:
 {
     textwrap.fill(
-        ", ".join(cell.name for cell in cells.MATRIX),
+        ", ".join(cell.name for cell in cells.MATRIX if cell not in cells.CROSS),
         110,
         initial_indent="  ",
         subsequent_indent="  ",
         break_on_hyphens=False,
     )
 }
-Without --matrix and --cells one cell runs: {cells.DEFAULT.name}, in the checkpoint's dtype.
+and f32-LAYOUT-PIECES-CACHE-MEMORY in every combination:
+  LAYOUT   {", ".join(cells.LAYOUTS)}
+  PIECES   {", ".join(cells.PIECES)}: prompts are cut at 64 tokens
+  CACHE    {", ".join(cells.CACHES)}: all prompts run twice, and the second time counts
+  MEMORY   {", ".join(cells.MEMORIES)}: few blocks, and every {cells.TURNS_BETWEEN_DRILLS} turns a request is preempted
+--pairwise runs {len(cells.COVERING)} of these {len(cells.CROSS)}: every two settings meet in one of them. The columns
+"cached" and "preempted" say that it happened.
+
+Without --matrix, --pairwise and --cells one cell runs: {cells.DEFAULT.name}, in the checkpoint's dtype.
 
 Every cell is compared with the first float32 cell (the first cell, where there is none): on how many problems both
 answers, and all tokens, are the same. Where another float32 cell parts from it, the logits there are computed anew by
@@ -80,10 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=256, metavar="N", help="most tokens of a completion (default: 256)")
     add = parser.add_argument_group("cells").add_argument
     add("--matrix", action="store_true", help="run all cells of the matrix")
+    add("--pairwise", action="store_true", help="run the matrix with fewer combinations: every two settings meet")
     add("--cells", metavar="A,B", help="run these cells")
     add = parser.add_argument_group("output").add_argument
     add("--floor", type=float, metavar="F", help="the least share of strict matches that every cell must reach")
     add("--output", metavar="FILE", help="write settings, prompts, completions and scores there, as JSON")
+    add("--brief", action="store_true", help="leave prompts and completions out of that file")
     add("--verbose", action="store_true", help="log what the engine does, and show where an error came from")
     return parser
 
@@ -105,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     reports = run_cells(chosen, directory, own_dtype, work, solve)
     print(report.table(reports))
     if arguments.output:
-        content = report.as_json(settings(arguments, len(shots)), solve, prompts, reports)
+        content = report.as_json(settings(arguments, len(shots)), solve, prompts, reports, brief=arguments.brief)
         pathlib.Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     complaints = verdict(reports, arguments.floor)
     for complaint in complaints:
@@ -129,6 +139,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError("--num-shots needs --form few-shot or chat; plain has no place for shots")
     if arguments.no_thinking and arguments.form != "chat":
         raise ValueError("--no-thinking needs --form chat")
+    if arguments.brief and not arguments.output:
+        raise ValueError("--brief needs --output FILE")
     # A long run must not end with the news that its result cannot be written.
     if arguments.output and not pathlib.Path(arguments.output).absolute().parent.is_dir():
         raise ValueError(f"--output {arguments.output}: no such directory")
@@ -136,10 +148,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def choose_cells(arguments: argparse.Namespace) -> list[Cell]:
     """The cells to run, in order. Raises ValueError for a name that is none."""
-    if arguments.matrix and arguments.cells is not None:
-        raise ValueError("--matrix runs all cells; leave it or --cells out")
+    if arguments.matrix + arguments.pairwise + (arguments.cells is not None) > 1:
+        raise ValueError("--matrix, --pairwise and --cells each name the cells to run; give one of them")
     if arguments.matrix:
         return list(cells.MATRIX)
+    if arguments.pairwise:
+        return list(cells.PAIRWISE)
     if arguments.cells is None:
         return [cells.DEFAULT]
     names = list(dict.fromkeys(name.strip() for name in arguments.cells.split(",")))

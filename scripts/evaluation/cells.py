@@ -1,6 +1,7 @@
 """Cells of the matrix: ways to compute the same completions, each a setting of the engine or the loop on the device."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
 CHUNK = 64
 SMALLEST_LENGTH = 512
 PREFILL_TOKENS = 1024
+SCARCE_BLOCK = 4
+SCARCE_SHARE = 40
+"""Per cent of the blocks that the longest prompts would fill in all rows."""
+TURNS_BETWEEN_DRILLS = 7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +27,8 @@ class Cell:
     dtype         as EngineConfig's; "auto" is the checkpoint's.
     max_num_seqs  requests that run at once, or rows of a batch; None leaves it to the user.
     options       further fields of EngineConfig.
+    repeat        run the prompts twice and take the second completions: those that the prefix cache has a part in.
+    scarce        few and small KV blocks, and every few turns the request that came last is made to give up its own.
     """
 
     name: str
@@ -29,12 +36,14 @@ class Cell:
     dtype: str = "auto"
     max_num_seqs: int | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    repeat: bool = False
+    scarce: bool = False
 
     def __post_init__(self):
         if self.driver not in DRIVERS:
             raise ValueError(f"driver must be one of {', '.join(DRIVERS)}, got {self.driver!r}")
-        if self.driver == "device loop" and self.options:
-            raise ValueError(f"the device loop takes no engine options, got {', '.join(self.options)}")
+        if self.driver == "device loop" and (self.options or self.repeat or self.scarce):
+            raise ValueError(f"the device loop takes no engine options, got {', '.join(self.options) or self.name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +79,18 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class CellRun:
-    """What a cell gave. `seconds` hold no loading and no compilation."""
+    """What a cell gave. `seconds` hold no loading and no compilation.
+
+    hit_rate     share of the prompts' tokens that the prefix cache saved.
+    preemptions  how often a request had to make room for another.
+    """
 
     cell: Cell
     dtype: str
     completions: list[Completion]
     seconds: float
+    hit_rate: float = 0.0
+    preemptions: int = 0
 
     @property
     def output_tokens(self) -> int:
@@ -99,11 +114,10 @@ def load(directory: Any, dtype: str, progress: bool = False) -> "LLM":
 
 def run_cell(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> CellRun:
     """Computes all completions of the workload in the cell's way. `dtype` is what the cell's own stands for."""
-    completions, seconds = DRIVERS[cell.driver](cell, loaded, work)
-    return CellRun(cell, dtype, completions, seconds)
+    return DRIVERS[cell.driver](cell, dtype, loaded, work)
 
 
-def _run_engine(cell: Cell, loaded: "LLM", work: Workload) -> tuple[list[Completion], float]:
+def _run_engine(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> CellRun:
     from gdnjax import LLM
 
     prompts = [{"prompt_token_ids": prompt} for prompt in work.prompts]
@@ -121,11 +135,35 @@ def _run_engine(cell: Cell, loaded: "LLM", work: Workload) -> tuple[list[Complet
         # Each step has one bucket, so that a short request compiles all that the others need.
         rehearsal = dataclasses.replace(params, max_tokens=min(2, work.max_tokens), ignore_eos=True, stop=None)
         llm.generate(prompts[:1], rehearsal, use_tqdm=False)
+        if cell.repeat:
+            llm.generate(prompts, params, use_tqdm=work.progress)
         began = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=work.progress)
+        outputs = (
+            _generate_with_drills(llm, prompts, params) if cell.scarce else llm.generate(prompts, params, work.progress)
+        )
         seconds = time.perf_counter() - began
+        preemptions = llm.stats()["num_preemptions"]
     firsts = [output.outputs[0] for output in outputs]
-    return [Completion(first.text, first.token_ids, first.finish_reason) for first in firsts], seconds
+    return CellRun(
+        cell,
+        dtype,
+        [Completion(first.text, first.token_ids, first.finish_reason) for first in firsts],
+        seconds,
+        hit_rate=sum(output.num_cached_tokens for output in outputs) / max(1, sum(map(len, work.prompts))),
+        preemptions=preemptions,
+    )
+
+
+def _generate_with_drills(llm: "LLM", prompts: Sequence[Any], params: Any) -> list[Any]:
+    """`llm.generate`, in which the request that came last is preempted every few turns."""
+    submissions = [llm.submit(prompt, params) for prompt in prompts]
+    engine = llm.engine
+    turns = 0
+    while llm.step():
+        turns += 1
+        if turns % TURNS_BETWEEN_DRILLS == 0 and len(engine.scheduler.running) > 1:
+            engine.preempt(engine.scheduler.running[-1])
+    return [submission.output() for submission in submissions]
 
 
 def _engine_config(cell: Cell, loaded: "LLM", work: Workload):
@@ -140,12 +178,17 @@ def _engine_config(cell: Cell, loaded: "LLM", work: Workload):
         "dtype": loaded.config.dtype,
         **cell.options,
     }
+    if cell.scarce:
+        # Enough for the longest request alone, and far from enough for all rows at once.
+        fields["block_size"] = SCARCE_BLOCK
+        longest, prompt = (-(-tokens // SCARCE_BLOCK) for tokens in (work.max_length, work.longest))
+        fields["num_kv_blocks"] = max(longest, SCARCE_SHARE * rows * prompt // 100)
     fields.setdefault("prefill_buckets", (fields["max_num_batched_tokens"],))
     fields.setdefault("decode_buckets", (fields["max_num_seqs"],))
     return EngineConfig(**fields, warmup=False)
 
 
-def _run_device_loop(cell: Cell, loaded: "LLM", work: Workload) -> tuple[list[Completion], float]:
+def _run_device_loop(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> CellRun:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -184,10 +227,10 @@ def _run_device_loop(cell: Cell, loaded: "LLM", work: Workload) -> tuple[list[Co
                 close(tokens[row, : counts[row]].tolist(), loaded.tokenizer, work, eos) for row in range(len(prompts))
             ]
             bar.update(len(prompts))
-    return completions, time.perf_counter() - began
+    return CellRun(cell, dtype, completions, time.perf_counter() - began)
 
 
-DRIVERS: dict[str, Callable[[Cell, "LLM", Workload], tuple[list[Completion], float]]] = {
+DRIVERS: dict[str, Callable[[Cell, str, "LLM", Workload], CellRun]] = {
     "engine": _run_engine,
     "device loop": _run_device_loop,
 }
@@ -228,16 +271,58 @@ def doubled(start: int, needed: int) -> int:
 
 DEFAULT = Cell(name="batched")
 
-MATRIX = (
-    Cell(name="f32-one-by-one", dtype="float32", max_num_seqs=1),
+PLAIN = {"enable_prefix_caching": False}
+
+LAYOUTS = ("kv", "vk", "mixed")
+PIECES = {"whole": {}, "pieces": {"max_num_batched_tokens": CHUNK}}
+CACHES = {"fresh": PLAIN, "cached": {}}
+MEMORIES = ("ample", "scarce")
+
+
+def _crossed(layout: str, pieces: str, cache: str, memory: str) -> Cell:
+    """A float32 cell of the cross of settings under which a request may not change its answer."""
+    return Cell(
+        name=f"f32-{layout}-{pieces}-{cache}-{memory}",
+        dtype="float32",
+        options={"state_layout": layout, **PIECES[pieces], **CACHES[cache]},
+        repeat=cache == "cached",
+        scarce=memory == "scarce",
+    )
+
+
+CROSS = tuple(itertools.starmap(_crossed, itertools.product(LAYOUTS, PIECES, CACHES, MEMORIES)))
+
+COVERING = tuple(
+    itertools.starmap(
+        _crossed,
+        (
+            ("kv", "whole", "fresh", "ample"),
+            ("kv", "pieces", "cached", "scarce"),
+            ("vk", "whole", "cached", "scarce"),
+            ("vk", "pieces", "fresh", "ample"),
+            ("mixed", "whole", "fresh", "scarce"),
+            ("mixed", "pieces", "cached", "ample"),
+        ),
+    )
+)
+"""Cells of the cross in which every two settings of different kinds meet."""
+
+_WAYS = (
+    Cell(name="f32-one-by-one", dtype="float32", max_num_seqs=1, options=PLAIN),
     Cell(name="f32-batched", dtype="float32"),
     Cell(name="f32-device-loop", dtype="float32", driver="device loop"),
-    Cell(name="f32-pieces", dtype="float32", options={"max_num_batched_tokens": CHUNK}),
-    Cell(name="f32-mixed-layout", dtype="float32", options={"state_layout": "mixed"}),
-    Cell(name="bf16-one-by-one", dtype="bfloat16", max_num_seqs=1),
+    Cell(name="f32-invariant", dtype="float32", options={"batch_invariant": True}, repeat=True),
+)
+_ROUNDED = (
+    Cell(name="bf16-one-by-one", dtype="bfloat16", max_num_seqs=1, options=PLAIN),
     Cell(name="bf16-batched", dtype="bfloat16"),
     Cell(name="bf16-device-loop", dtype="bfloat16", driver="device loop"),
 )
+
+MATRIX = (*_WAYS, *CROSS, *_ROUNDED)
 """What --matrix runs. The first float32 cell is what the others are compared with."""
+
+PAIRWISE = (*_WAYS, *COVERING, *_ROUNDED)
+"""What --pairwise runs."""
 
 BY_NAME = {cell.name: cell for cell in (DEFAULT, *MATRIX)}

@@ -18,6 +18,8 @@ COLUMNS = (
     "same tokens",
     "near ties",
     "differ",
+    "cached",
+    "preempted",
     "tokens",
     "seconds",
     "tokens/s",
@@ -91,6 +93,8 @@ class CellReport:
             _with_interval([score.strict_match for score in self.scores]),
             _with_interval([score.flexible_match for score in self.scores]),
             *same,
+            f"{run.hit_rate:.0%}",
+            str(run.preemptions),
             str(run.output_tokens),
             f"{run.seconds:.2f}",
             f"{_rate(run):.1f}",
@@ -108,6 +112,10 @@ class CellReport:
             "dtype": run.dtype,
             "max_num_seqs": run.cell.max_num_seqs,
             "options": dict(run.cell.options),
+            "repeat": run.cell.repeat,
+            "scarce": run.cell.scarce,
+            "hit_rate": run.hit_rate,
+            "preemptions": run.preemptions,
             "strict_match": _share_json(strict),
             "flexible_extract": _share_json(flexible),
             "same_answers": self.same_answers,
@@ -154,16 +162,26 @@ def table(reports: Sequence[CellReport]) -> str:
 
 
 def as_json(
-    settings: dict[str, Any], problems: Sequence[Problem], prompts: Sequence[Prompt], reports: Sequence[CellReport]
+    settings: dict[str, Any],
+    problems: Sequence[Problem],
+    prompts: Sequence[Prompt],
+    reports: Sequence[CellReport],
+    *,
+    brief: bool = False,
 ) -> dict[str, Any]:
-    """The whole result; outputs of every cell are in the order of the problems."""
+    """The whole result; outputs of every cell are in the order of the problems. `brief` has neither of these."""
+    cells = [report.as_json() for report in reports]
+    if brief:
+        for cell in cells:
+            del cell["outputs"]
+        return {"settings": settings, "num_problems": len(problems), "cells": cells}
     return {
         "settings": settings,
         "problems": [
             {**dataclasses.asdict(problem), "prompt": prompt.text}
             for problem, prompt in zip(problems, prompts, strict=True)
         ],
-        "cells": [report.as_json() for report in reports],
+        "cells": cells,
     }
 
 
