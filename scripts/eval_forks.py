@@ -1,0 +1,268 @@
+"""Takes up many answers where they were cut, from states that decode wrote, and breaks these on purpose."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from command import exit_status, prepare_environment
+from evaluation import agreement, problems
+
+from gdnjax.assets import EMBEDDED_MODEL, model_directory
+
+if TYPE_CHECKING:
+    from gdnjax import LLM
+
+DESCRIPTION = """\
+A mixed pool holds states in two layouts: prefill writes KV, decode writes VK, and a bit of each slot says which. At the
+end of a turn the request's slot becomes a checkpoint, written by decode; the next turn forks it, in a prefill step. A
+bit that did not come along is the worst fault that such a system has had: the state is read transposed, and text goes
+on as if nothing were wrong.
+
+Every problem is answered greedily in two turns: the first is cut in mid-answer, the second takes it up. That one is
+computed
+  fresh    by an engine without a prefix cache, in the KV layout: the reference
+  forked   in the mixed layout, from the checkpoint at the end of the first turn
+  broken   the same with the bit forced to KV whenever a checkpoint is forked
+In float32. A forked run is clean if its tokens are those of the fresh one, near ties counted. States are compared right
+after the fork, layer by layer: |forked - fresh| / max|fresh|.
+"""
+
+EXAMPLES = """\
+examples:
+  python scripts/eval_forks.py                              250 runs of the embedded model
+  python scripts/eval_forks.py --runs 20 --output forks.json
+
+Exit status: 0 all forked runs are clean and every broken state is seen, 1 not so, 2 a bad argument or checkpoint (the
+reason is on stderr), 130 interrupted.
+"""
+
+ROWS = 16
+STATE_BOUND = 1e-4
+"""Of the relative difference of a state. Clean forks of the embedded model differ by some 1e-6, broken ones by 1."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Imports no jax: --help and mistakes answer at once."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR", default=EMBEDDED_MODEL, help="checkpoint directory (default: the embedded model)")
+    add("--data", metavar="FILE", help="problems, as scripts/eval.py takes them (default: the embedded model's)")
+    add("--runs", type=int, default=250, metavar="N", help="answers (default: 250)")
+    add("--states", type=int, default=20, metavar="N", help="runs whose states are compared, too (default: 20)")
+    add("--first-tokens", type=int, default=6, metavar="N", help="tokens of the first turn (default: 6)")
+    add("--max-tokens", type=int, default=96, metavar="N", help="most tokens of the second turn (default: 96)")
+    add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
+    add("--output", metavar="FILE", help="write what was found there, as JSON")
+    add("--verbose", action="store_true", help="log what the engine does, and show where an error came from")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    return exit_status("eval_forks.py", lambda: run(arguments), verbose=arguments.verbose)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Everything between the arguments and the exit status."""
+    for name, least in (("runs", 1), ("states", 0), ("first_tokens", 2), ("max_tokens", 1)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
+    if arguments.output and not pathlib.Path(arguments.output).absolute().parent.is_dir():
+        raise ValueError(f"--output {arguments.output}: no such directory")
+    directory = model_directory(arguments.model)
+    file = problems.problem_file(arguments.model, arguments.data, "problems.jsonl", "--data")
+    questions = [problem.question for problem in problems.read_problems(file)]
+    prepare_environment(arguments.memory_fraction, verbose=arguments.verbose)
+    found = measure(directory, questions, arguments)
+    print(table(found))
+    if arguments.output:
+        content = json.dumps(dataclasses.asdict(found), indent=2) + "\n"
+        pathlib.Path(arguments.output).write_text(content, encoding="utf-8")
+    return 0 if found.is_as_it_should_be else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Forks:
+    """What was found over all runs. Tokens and states are in the order of the runs.
+
+    hits          second turns that went on from the very end of the first.
+    clean         of these, answers equal to the fresh one's; near_ties are counted apart.
+    broken        answers that the forced bit changed, and `first_changes`, the token at which each of them parts.
+    clean_states, broken_states   the largest relative difference over layers, run by run.
+    """
+
+    runs: int
+    hits: int
+    clean: int
+    near_ties: int
+    broken: int
+    first_changes: list[int]
+    clean_states: list[float]
+    broken_states: list[float]
+
+    @property
+    def is_as_it_should_be(self) -> bool:
+        states_are_told_apart = (
+            max(self.clean_states, default=0.0) <= STATE_BOUND < min(self.broken_states, default=1.0)
+        )
+        return self.hits == self.runs == self.clean + self.near_ties and states_are_told_apart
+
+
+def measure(directory: pathlib.Path, questions: Sequence[str], arguments: argparse.Namespace) -> Forks:
+    """Runs all conversations in three engines."""
+    from evaluation import cells
+
+    with cells.load(directory, "float32") as loaded:
+        assert loaded.tokenizer is not None
+        firsts = [loaded.tokenizer.encode(questions[i % len(questions)]) for i in range(arguments.runs)]
+        # Room for the checkpoints of a batch's first turns until the second turns have read them.
+        mixed = {"state_layout": "mixed", "num_checkpoint_slots": 4 * ROWS}
+        engines = {
+            "fresh": _engine(loaded, firsts, arguments, state_layout="kv", enable_prefix_caching=False),
+            "forked": _engine(loaded, firsts, arguments, **mixed),
+            "broken": _engine(loaded, firsts, arguments, **mixed),
+        }
+        _force_bits(engines["broken"])
+        cut = [answer for answer, _ in _complete(engines["fresh"], firsts, arguments.first_tokens)]
+        prompts = [first + answer for first, answer in zip(firsts, cut, strict=True)]
+        fresh = _complete(engines["fresh"], prompts, arguments.max_tokens)
+        reference = [answer for answer, _ in fresh]
+        hits, answers, states = 0, {}, {}
+        for name in ("forked", "broken"):
+            answers[name], states[name] = [], []
+            for start in range(0, len(prompts), ROWS):
+                part = slice(start, start + ROWS)
+                # Each batch of first turns is followed by its second turns, before their checkpoints are given up.
+                _complete(engines[name], firsts[part], arguments.first_tokens)
+                completed = _complete(engines[name], prompts[part], arguments.max_tokens)
+                answers[name] += [answer for answer, _ in completed]
+                if name == "forked":
+                    pairs = zip(prompts[part], completed, strict=True)
+                    hits += sum(cached == len(prompt) - 1 for prompt, (_, cached) in pairs)
+            for first, prompt in list(zip(firsts, prompts, strict=True))[: arguments.states]:
+                _complete(engines[name], [first], arguments.first_tokens)
+                exact = _state_behind(engines["fresh"], prompt)
+                states[name].append(_difference(_state_behind(engines[name], prompt), exact))
+        judge = agreement.Teacher(loaded, prompts, reference)
+        differences = agreement.compare(reference, answers["forked"], judge)
+        changes = agreement.compare(answers["forked"], answers["broken"])
+        for llm in engines.values():
+            llm.close()
+    return Forks(
+        runs=arguments.runs,
+        hits=hits,
+        clean=arguments.runs - len(differences),
+        near_ties=sum(difference.near_tie for difference in differences),
+        broken=len(changes),
+        first_changes=[change.position for change in changes],
+        clean_states=states["forked"],
+        broken_states=states["broken"],
+    )
+
+
+def _engine(loaded: "LLM", firsts: Sequence[list[int]], arguments: argparse.Namespace, **options: Any) -> "LLM":
+    from gdnjax import LLM, EngineConfig
+
+    longest = max(map(len, firsts)) + arguments.first_tokens + arguments.max_tokens
+    config = EngineConfig(
+        max_num_seqs=ROWS,
+        max_num_batched_tokens=256,
+        prefill_buckets=(256,),
+        decode_buckets=(ROWS,),
+        dtype="float32",
+        warmup=False,
+        **options,
+    )
+    return LLM.from_model(
+        loaded.model, loaded.params, config, max_model_len=longest, tokenizer=loaded.tokenizer,
+        eos_token_ids=loaded.eos_token_ids,
+    )  # fmt: skip
+
+
+def _force_bits(llm: "LLM") -> None:
+    """Makes every fork read its checkpoint as if prefill had written it."""
+    import jax.numpy as jnp
+
+    steps, config = llm.engine.steps, llm.engine.config
+
+    def prefill(options):
+        step = steps.prefill(options)
+
+        def forgetful(params, state, batch):
+            assert config.state_layout == "mixed"
+            forked = batch.read_slot[batch.read_slot != batch.slot]
+            layout = jnp.array(state.gdn.layout).at[forked].set(0)
+            return step(params, dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=layout)), batch)
+
+        return forgetful
+
+    llm.engine.steps = dataclasses.replace(steps, prefill=prefill)
+
+
+def _complete(llm: "LLM", prompts: Sequence[list[int]], max_tokens: int) -> list[tuple[list[int], int]]:
+    """Greedy answers as tokens, and how many tokens of each prompt were cached."""
+    from gdnjax import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    return [(list(output.outputs[0].token_ids), output.num_cached_tokens) for output in outputs]
+
+
+def _state_behind(llm: "LLM", prompt: list[int]) -> Any:
+    """The states of all layers behind a prompt, [L, hv, K, V]: what its prefill leaves in the request's slot."""
+    import numpy as np
+
+    from gdnjax import SamplingParams
+
+    submission = llm.submit({"prompt_token_ids": prompt}, SamplingParams(temperature=0.0, max_tokens=1))
+    (request,) = submission.requests
+    slot = 0
+    while not request.filled:
+        llm.engine.step()
+        slot = request.slot or slot
+    gdn = llm.engine.state.gdn
+    flat = np.array(gdn.ssm[:, slot])
+    while llm.step():
+        pass
+    delta = llm.model.config.delta
+    if int(gdn.layout[slot]):
+        flat = flat.reshape(*flat.shape[:2], delta.value_head_dim, delta.key_head_dim).swapaxes(2, 3)
+    return flat.reshape(*flat.shape[:2], delta.key_head_dim, delta.value_head_dim)
+
+
+def _difference(states: Any, exact: Any) -> float:
+    """The largest over layers of max|states - exact| / max|exact|."""
+    import numpy as np
+
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(states, exact, strict=True))
+
+
+def table(found: Forks) -> str:
+    """What was found, a line each."""
+
+    def span(values: Sequence[float]) -> str:
+        return f"{min(values):.1e} to {max(values):.1e}" if values else "not compared"
+
+    parts = f", the first change at token {min(found.first_changes)}, " if found.first_changes else ""
+    median = f"the median at {statistics.median(found.first_changes):.0f}" if found.first_changes else ""
+    return "\n".join(
+        (
+            f"second turns from the end of the first   {found.hits} of {found.runs}",
+            f"clean                                    {found.clean} of {found.runs}, near ties {found.near_ties}",
+            f"state behind a fork, clean               {span(found.clean_states)}",
+            f"state behind a fork, broken              {span(found.broken_states)}",
+            f"answers changed by the broken bit        {found.broken} of {found.runs}{parts}{median}",
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
