@@ -367,7 +367,17 @@ BAD_ENGINE = [
     ({"prefill_buckets": (0, 1024)}, "prefill_buckets must be an integer of at least 1, got 0"),
     ({"decode_buckets": (1, 4)}, "decode_buckets must ascend and end with 8"),
     ({"max_logprobs": -1}, "max_logprobs must be an integer of at least 0"),
-    ({"enable_prefix_caching": True}, "enable_prefix_caching=True is not supported yet; allowed: False"),
+    ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
+    ({"batch_invariant": 1}, "batch_invariant must be True or False, got 1"),
+    ({"batch_invariant": True, "decode_buckets": (1, 8)}, "batch_invariant=True needs one prefill bucket and one"),
+    ({"warmup": None}, "warmup must be True or False, got None"),
+    ({"num_checkpoint_slots": -1}, "num_checkpoint_slots must be an integer of at least 0"),
+    (
+        {"num_checkpoint_slots": 2, "enable_prefix_caching": False},
+        "num_checkpoint_slots=2 are of no use with enable_prefix_caching=False; allowed: None or 0",
+    ),
+    ({"state_checkpoint_interval": 0}, "state_checkpoint_interval must be an integer of at least 1"),
+    ({"state_checkpoint_interval": 40}, "state_checkpoint_interval must be a multiple of block_size=16, got 40"),
     ({"num_speculative_tokens": 2}, "num_speculative_tokens=2 is not supported yet; allowed: 0"),
 ]
 
@@ -382,7 +392,7 @@ def test_bad_engine_setting_is_named(values, message):
 def test_every_engine_setting_has_a_bad_value_tested():
     tested = {name for values, _ in BAD_ENGINE for name in values}
     fields = {field.name for field in dataclasses.fields(EngineConfig)}
-    assert fields - tested == {"warmup", "compilation_cache_dir"}
+    assert fields - tested == {"compilation_cache_dir"}
 
 
 def test_default_buckets_cover_every_step():

@@ -13,9 +13,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 WORKSPACE = (ROOT / "WORKSPACE.md").read_text()
 SCRIPTS = (
+    "bench_serving",
     "bench_start",
     "convert",
     "eval",
+    "eval_forks",
     "generate",
     "lm_eval_gdnjax",
     "make_random_checkpoint",

@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from gdnjax import LLM, EngineConfig, RequestOutput, SamplingParams, StreamOutput, full_logits
 from gdnjax.serving import llm as llm_module
+from gdnjax.serving import metrics as metrics_module
 from tests.make_tokenizer import write_tokenizer
 from tests.models.test_parity import GOLDENS
 
@@ -679,7 +680,7 @@ def test_bad_checkpoint_is_named_before_anything_is_allocated(checkpoint_copy, m
         ({"tensor_parallel_size": 8}, "tensor_parallel_size=8 needs 8 devices, JAX sees 4"),
         ({"kernels": "pallas"}, "the Pallas kernels are not written yet"),
         ({"max_seqs": 3}, "unknown engine options: max_seqs; allowed: max_num_seqs"),
-        ({"enable_prefix_caching": True}, "enable_prefix_caching=True is not supported yet"),
+        ({"num_speculative_tokens": 1}, "num_speculative_tokens=1 is not supported yet"),
         ({"dtype": "float16"}, "dtype must be one of"),
     ],
     ids=str,
@@ -729,16 +730,140 @@ def test_checkpoint_without_tokenizer_takes_token_ids_only(checkpoint_copy):
 
 
 def test_stats_count_what_was_done(llm):
+    llm.reset_prefix_cache()
     run(llm, ids(10))
     before = llm.stats()
     run(llm, [ids(10), ids(20)], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
     after = llm.stats()
-    gained = {name: after[name] - before[name] for name in before}
+    gained = {name: after[name] - before[name] for name in before if isinstance(before[name], int | float)}
     assert (gained["num_requests"], gained["num_prompt_tokens"], gained["num_output_tokens"]) == (2, 30, 6)
     assert gained["num_turns"] == gained["num_device_reads"] > 0
-    assert gained["num_compilations"] == 0
+    assert gained["num_compilations"] == gained["num_preemptions"] == 0
     assert gained["uptime"] > 0
-    assert (after["slots_total"], after["blocks_total"]) == (4, 20)
+    assert after["output_tokens_per_second"] > 0
+    assert 0 < after["padding_waste"] < 1
+    assert (after["slots_total"], after["blocks_total"]) == (12, 20)
+    assert after["prefix_cache"]["queried_tokens"] - before["prefix_cache"]["queried_tokens"] == 30
+    for name in ("time_to_first_token", "time_per_output_token"):
+        assert 0 < after[name]["p50"] <= after[name]["p90"] <= after[name]["p99"]
+    for name in ("plan", "pack", "dispatch", "read", "commit", "detokenise"):
+        assert after["seconds"][name] > before["seconds"][name]
+
+
+def test_stats_are_logged_while_the_engine_works(llm, monkeypatch, caplog):
+    monkeypatch.setattr(metrics_module, "WINDOW", 0.0)
+    with caplog.at_level("INFO", logger="gdnjax"):
+        run(llm, ids(10))
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("running 1, waiting 0 | slots 1/12, blocks" in line and "output tok/s" in line for line in lines)
+
+
+# The prefix cache, as callers see it.
+
+
+def test_repeated_prompt_is_cached_and_answered_alike(llm):
+    llm.reset_prefix_cache()
+    prompt = ids(70)
+    first, second = run(llm, [prompt])[0], run(llm, [prompt])[0]
+    assert (first.num_cached_tokens, first.cache_miss_reason) == (0, "nothing cached begins like it")
+    assert (second.num_cached_tokens, second.cache_miss_reason) == (64, None)
+    assert tokens_of(second) == tokens_of(first)
+    assert llm.reset_prefix_cache() is True
+    assert run(llm, [prompt])[0].num_cached_tokens == 0
+
+
+def test_generated_tokens_are_cached_up_to_the_last(llm):
+    llm.reset_prefix_cache()
+    prompt = ids(37)
+    (first,) = run(llm, [prompt])
+    (longer,) = run(llm, [prompt + tokens_of(first) + ids(3)])
+    # Its last token was drawn and never fed.
+    assert longer.num_cached_tokens == len(prompt) + len(tokens_of(first)) - 1
+
+
+def test_reason_of_a_miss_is_told(llm, directory):
+    llm.reset_prefix_cache()
+    assert run(llm, ids(9))[0].cache_miss_reason == "shorter than a block"
+    asking = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=1)
+    run(llm, [ids(40)])
+    (output,) = run(llm, [ids(40)], asking)
+    assert (output.num_cached_tokens, output.cache_miss_reason) == (0, "prompt_logprobs need every position")
+    with LLM(directory, use_tqdm=False, **(OPTIONS | {"enable_prefix_caching": False})) as off:
+        for _ in range(2):
+            (output,) = run(off, [ids(40)])
+            assert (output.num_cached_tokens, output.cache_miss_reason) == (0, "the prefix cache is off")
+
+
+def test_samples_of_a_prompt_share_it(llm):
+    llm.reset_prefix_cache()
+    before = llm.stats()["num_prompt_tokens"]
+    run(llm, [ids(70)], SamplingParams(temperature=1.0, seed=1, n=3, max_tokens=2, ignore_eos=True))
+    assert llm.stats()["num_prompt_tokens"] - before == 70 + 2 * 6
+
+
+def test_next_turn_of_a_chat_goes_on_from_the_last(llm):
+    llm.reset_prefix_cache()
+    chat = [{"role": "user", "content": "How are you? " * 4}]
+    (first,) = llm.chat(chat, GREEDY, use_tqdm=False)
+    chat += [{"role": "assistant", "content": "Fine."}, {"role": "user", "content": "And now?"}]
+    (second,) = llm.chat(chat, GREEDY, use_tqdm=False)
+    # What was answered is not what the next turn says was answered, so they part at the generation prompt.
+    common = llm_module._common_length(first.prompt_token_ids, second.prompt_token_ids)
+    assert second.num_cached_tokens == common // 16 * 16 > 0
+
+
+# Order, deadlines, and loops of one's own.
+
+
+def test_urgent_prompt_comes_first(llm):
+    outputs = llm.generate([ids(20, seed) for seed in range(6)], GREEDY, use_tqdm=False, priority=[0, 0, 0, 0, 0, -1])
+    started = [output.metrics.first_scheduled_time for output in outputs]
+    assert started[5] <= min(started[:5])
+    assert started[5] < started[4]
+
+
+def test_overdue_requests_are_aborted_and_others_go_on(llm):
+    late = llm.submit(ids(20), SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True), timeout=1e-6)
+    beside = llm.submit(ids(20, 1), GREEDY)
+    while llm.step():
+        pass
+    assert (late.output().outputs[0].finish_reason, late.output().outputs[0].stop_reason) == ("abort", "timeout")
+    assert tokens_of(beside.output()) == tokens_of(run(llm, [ids(20, 1)])[0])
+
+
+def test_submitted_prompt_is_moved_on_by_steps_and_can_be_aborted(llm):
+    kept, dropped = llm.submit(ids(20), GREEDY), llm.submit(ids(21), GREEDY)
+    assert not kept.finished
+    for _ in range(4):
+        assert llm.step()
+    llm.abort(dropped)
+    while llm.step():
+        pass
+    assert kept.finished
+    assert dropped.output().outputs[0].finish_reason == "abort"
+    assert tokens_of(kept.output()) == tokens_of(run(llm, [ids(20)])[0])
+    so_far = tokens_of(dropped.output())
+    assert so_far == tokens_of(run(llm, [ids(21)])[0])[: len(so_far)]
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"priority": "high"}, "priority must be an integer or a list of them, got 'high'"),
+        ({"priority": 1.5}, "priority must be an integer or a list of them, got 1.5"),
+        ({"priority": [0, 1, 2]}, "2 prompts but 3 priorities; give one for all or one each"),
+        ({"priority": [0, True]}, "priority must be an integer, got True"),
+        ({"timeout": 0}, "timeout must be a number of seconds above 0, or None, got 0"),
+        ({"timeout": "soon"}, "timeout must be a number of seconds above 0, or None, got 'soon'"),
+    ],
+    ids=str,
+)
+def test_bad_priority_or_timeout_queues_nothing(llm, given, message):
+    before = llm.stats()["num_requests"]
+    with pytest.raises(ValueError, match=message):
+        llm.generate([TEXT, TEXT], GREEDY, use_tqdm=False, **given)
+    assert llm.stats()["num_requests"] == before
 
 
 def test_interrupted_call_leaves_nothing_behind(llm, monkeypatch):

@@ -1,0 +1,498 @@
+"""Measures serving without a server: throughput and latencies of a workload, and what a setting changes."""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from command import exit_status, prepare_environment
+from serving_bench import engines, workloads
+from serving_bench.engines import Arm, Loaded, Sizes
+from serving_bench.workloads import Conversation, Spec
+
+from gdnjax.assets import EMBEDDED_MODEL, config_file, model_directory
+
+if TYPE_CHECKING:
+    from serving_bench.measurement import Plan
+    from serving_bench.report import ClosedForm
+
+    from gdnjax import ModelConfig
+    from gdnjax.memory import StateGeometry
+
+DESCRIPTION = """\
+Serves a workload as fast as it can, or at a rate of arrivals, and prints throughput, the time to the first token
+(TTFT), the time per output token after it (TPOT) and the latencies between tokens (ITL). Times count from when a
+request was due. Steps are compiled, and one request is served, before the clock starts. All output tokens that are
+asked for are produced: EOS is ignored.
+
+Workloads:
+  random         prompts of random tokens
+  shared-prefix  the same with one of a few long prefixes
+  multi-turn     conversations: each prompt is all before it and a few tokens more, sent when the reply is complete
+  FILE           JSON Lines of {"prompt": "text"} or {"prompt_token_ids": [...]}, with "max_tokens" and "arrival" (in
+                 seconds) where wanted; {"turns": [...]} of such is a conversation
+
+Comparisons run two settings by turns on one workload, and print what the second is of the first:
+  --compare accounting    packed against decoupled, in pools of the same bytes, without a prefix cache
+  --compare prefix-cache  the cache off against on, in pools that hold all requests (or in --pool-gib)
+
+Accounting is who pays for the recurrent state. Packed is the field's old way: every KV block carries a whole state, so
+that the same bytes give few blocks. What is emulated is its scheduling: the engine gets the number of blocks that such
+a pool would have, admits and preempts by them alone, and has a state for every request. What is not: blocks of that
+width. Memory traffic and kernels are those of the decoupled pool, so the ratio is of capacity, not of layout. Blocks
+that no request could use are left out of either pool.
+
+--overhead prints what plan, pack and commit, the host's own work in a step, take while 256 requests decode, and
+detokenising, dispatching and reading apart. Where the device is the CPU itself, its threads interrupt the host's: then
+the median says what the work takes.
+"""
+
+EXAMPLES = """\
+examples:
+  python scripts/bench_serving.py                                            32 random requests at once
+  python scripts/bench_serving.py --request-rate 4 --output result.json --plot result.png
+  python scripts/bench_serving.py --compare accounting --num-requests 128 --input-len 1024 --output-len 1024
+  python scripts/bench_serving.py --compare prefix-cache --repeat 3
+  python scripts/bench_serving.py --compare prefix-cache --workload multi-turn
+  python scripts/bench_serving.py --overhead                                 the host's work with 256 running requests
+  python scripts/bench_serving.py --workload requests.jsonl --model Qwen3.5-4B
+  python scripts/bench_serving.py --random-weights qwen3.5-9b --dtype bfloat16   a geometry without its weights
+
+Exit status: 0 done, 2 a bad argument, file or checkpoint (the reason is on stderr), 130 interrupted.
+"""
+
+GIB = 1 << 30
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "random": {"num_requests": 32, "input_len": 256, "output_len": 64},
+    "shared-prefix": {"num_requests": 32, "input_len": 64, "output_len": 16, "prefix_len": 768, "num_prefixes": 4},
+    "multi-turn": {"num_requests": 8, "input_len": 64, "output_len": 32, "turns": 6},
+    "overhead": {"num_requests": 256, "input_len": 16, "output_len": 128},
+}
+"""Of flags that describe a workload, by workload."""
+
+OPTIONAL = {
+    "random": {"range_ratio": 0.0},
+    "shared-prefix": {"range_ratio": 0.0},
+    "multi-turn": {"range_ratio": 0.0, "prefix_len": 0, "num_prefixes": 1},
+    "overhead": {},
+}
+"""Flags that apply to a workload, too, and change nothing where they are not given."""
+
+FILE_DEFAULTS = {"output_len": 64}
+
+SHAPE = ("num_requests", "input_len", "output_len", "range_ratio", "prefix_len", "num_prefixes", "turns")
+"""All flags that describe a workload."""
+
+MOST_ROWS = 128
+
+PUBLISHED_CONFIG, PUBLISHED_TP, PUBLISHED_BLOCKS, PUBLISHED_REQUESTS = "qwen3.5-397b-a17b", 4, 6906, 128
+"""The geometry of the field's published figure: so many packed blocks, in 157.88 GiB."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Imports no jax: --help and mistakes answer at once."""
+    from gdnjax.config import DTYPES, KERNELS, STATE_LAYOUTS
+
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="DIR", default=EMBEDDED_MODEL, help="checkpoint directory (default: the embedded model)")
+    add(
+        "--random-weights",
+        metavar="PRESET",
+        help="random weights: a preset (python -m gdnjax.memory --list) or config.json",
+    )
+    add("--dtype", choices=DTYPES, default="auto", help="of weights and activations; auto: the checkpoint's")
+    add("--ssm-dtype", choices=DTYPES[1:], default="float32", help="of the recurrent state (default: float32)")
+    add("--state-layout", choices=STATE_LAYOUTS, default="kv", help="of the recurrent state (default: kv)")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
+    add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
+    add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
+    add = parser.add_argument_group("workload").add_argument
+    add("--workload", metavar="KIND|FILE", help="random, shared-prefix, multi-turn or a file (default: random)")
+    add(
+        "--num-requests",
+        type=int,
+        metavar="N",
+        help=f"requests; of multi-turn: conversations ({by_workload('num_requests')})",
+    )
+    add(
+        "--input-len",
+        type=int,
+        metavar="N",
+        help=f"prompt tokens, those of a prefix or of earlier turns aside ({by_workload('input_len')})",
+    )
+    add(
+        "--output-len",
+        type=int,
+        metavar="N",
+        help=f"output tokens of a request ({by_workload('output_len')}, file {FILE_DEFAULTS['output_len']})",
+    )
+    add(
+        "--range-ratio", type=float, metavar="R", help="lengths are uniform from 1 - R to 1 + R times that (default: 0)"
+    )
+    add(
+        "--prefix-len",
+        type=int,
+        metavar="N",
+        help=f"tokens of a prefix; of multi-turn: of a system prompt ({by_workload('prefix_len')})",
+    )
+    add("--num-prefixes", type=int, metavar="N", help=f"different prefixes ({by_workload('num_prefixes')})")
+    add("--turns", type=int, metavar="N", help=f"requests of a conversation ({by_workload('turns')})")
+    add("--request-rate", type=float, metavar="R", help="Poisson arrivals a second (default: all at once)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of workload and random weights (default: 0)")
+    add = parser.add_argument_group("engine").add_argument
+    add("--max-num-seqs", type=int, metavar="N", help=f"requests at once (default: all, at most {MOST_ROWS})")
+    add("--max-num-batched-tokens", type=int, default=1024, metavar="N", help="prompt tokens of a step (default: 1024)")
+    add("--block-size", type=int, default=16, metavar="N", help="tokens of a KV block (default: 16)")
+    add("--accounting", choices=engines.ACCOUNTINGS, help="who pays for the recurrent state (default: decoupled)")
+    add("--prefix-cache", choices=("on", "off"), help="default: on, and off with packed accounting")
+    add(
+        "--pool-gib",
+        type=float,
+        metavar="F",
+        help="bytes of states and KV blocks of a device (default: what is needed)",
+    )
+    add("--pool-requests", type=int, metavar="N", help="in its place: what packed accounting needs for N requests "
+        "(default with packed accounting: half of those at once)")  # fmt: skip
+    add("--num-checkpoint-slots", type=int, metavar="N", help="states that the prefix cache may keep")
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--compare", choices=tuple(engines.COMPARISONS), help="run two settings and print ratios")
+    add(
+        "--repeat",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs of every setting, by turns; medians are shown (default: 1)",
+    )
+    add("--overhead", action="store_true", help="what a step costs the host while all of 256 requests decode")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", metavar="FILE", help="write settings, figures and requests there, as JSON")
+    add("--plot", metavar="FILE", help="draw distributions and times there, as PNG (needs matplotlib)")
+    add("--verbose", action="store_true", help="log what the engine does, and show where an error came from")
+    return parser
+
+
+def by_workload(name: str) -> str:
+    """The defaults of a flag that describes a workload."""
+    found = {kind: {**OPTIONAL[kind], **flags}.get(name) for kind, flags in DEFAULTS.items()}
+    return "default: " + ", ".join(f"{kind} {value}" for kind, value in found.items() if value is not None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    return exit_status("bench_serving.py", lambda: run(arguments), verbose=arguments.verbose)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Everything between the arguments and the exit status."""
+    check_arguments(arguments)
+    prepare_environment(arguments.memory_fraction, verbose=arguments.verbose)
+    config, directory = read_model(arguments)
+    conversations = make_workload(arguments, config, directory)
+    arms = choose_arms(arguments)
+    sizes = choose_sizes(arguments, arms, conversations)
+    geometry = geometry_of(arguments, config)
+    for arm in arms:
+        # Pools that hold too little are an error before anything is loaded.
+        engines.pools(arm, geometry, sizes)
+    loaded = load(arguments, config, directory)
+    plan = make_plan(arguments, arms, sizes, conversations)
+    result = measure_host_work(loaded, plan) if arguments.overhead else measure(arguments, loaded, plan, geometry)
+    if arguments.output:
+        content = {"settings": settings(arguments, plan), **result}
+        pathlib.Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for values that cannot work, and fills in the defaults that depend on others."""
+    for name in ("num_requests", "input_len", "output_len", "num_prefixes", "turns", "max_num_seqs", "pool_requests"):
+        _check_least(arguments, name, 1)
+    _check_least(arguments, "repeat", 1)
+    for name in ("prefix_len", "num_checkpoint_slots", "seed"):
+        _check_least(arguments, name, 0)
+    if arguments.range_ratio is not None and not 0 <= arguments.range_ratio <= 1:
+        raise ValueError(f"--range-ratio must be in [0, 1], got {arguments.range_ratio:g}")
+    for name in ("request_rate", "pool_gib"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{flag(name)} must be a number above 0, got {value:g}")
+    if arguments.random_weights and arguments.model != EMBEDDED_MODEL:
+        raise ValueError("--random-weights makes a model of its own; leave it or --model out")
+    _check_settings(arguments)
+    _check_workload(arguments)
+    _check_outputs(arguments)
+
+
+def _check_least(arguments: argparse.Namespace, name: str, least: int) -> None:
+    value = getattr(arguments, name)
+    if value is not None and value < least:
+        raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
+
+
+def _check_settings(arguments: argparse.Namespace) -> None:
+    """What is measured: flags that exclude one another."""
+    compare = arguments.compare
+    if arguments.overhead and (compare or arguments.plot or arguments.repeat > 1):
+        raise ValueError("--overhead is a measurement of its own; leave --compare, --plot and --repeat out")
+    if compare and arguments.accounting:
+        raise ValueError(f"--compare {compare} chooses the accounting; leave --accounting out")
+    if compare and arguments.prefix_cache:
+        raise ValueError(f"--compare {compare} chooses the cache; leave --prefix-cache out")
+    packed = arguments.accounting == "packed"
+    if packed and arguments.prefix_cache == "on":
+        raise ValueError("--accounting packed is emulated without a cache; allowed with it: --prefix-cache off")
+    if arguments.pool_gib is not None and arguments.pool_requests is not None:
+        raise ValueError("--pool-gib and --pool-requests both size the pools; give one")
+    arguments.accounting = arguments.accounting or "decoupled"
+    arguments.prefix_cache = arguments.prefix_cache or ("off" if packed else "on")
+
+
+def _check_workload(arguments: argparse.Namespace) -> None:
+    """Fills in what the flags of the workload leave open. A flag of another workload is an error."""
+    if arguments.workload is None:
+        arguments.workload = "shared-prefix" if arguments.compare == "prefix-cache" else "random"
+    kind = arguments.workload
+    if arguments.overhead and (kind != "random" or arguments.request_rate):
+        raise ValueError("--overhead has random requests at once; leave --workload and --request-rate out")
+    if kind in workloads.KINDS:
+        described = "overhead" if arguments.overhead else kind
+        allowed = DEFAULTS[described] | OPTIONAL[described]
+    elif pathlib.Path(kind).is_file():
+        allowed = FILE_DEFAULTS
+        if arguments.request_rate is not None:
+            raise ValueError('--request-rate: a file says itself when requests come ("arrival")')
+    else:
+        raise ValueError(f"--workload {kind}: no such file; allowed: {', '.join(workloads.KINDS)}, or a file")
+    for name in SHAPE:
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, allowed.get(name))
+        elif name not in allowed:
+            raise ValueError(f"{flag(name)} is nothing of this workload; allowed: {', '.join(map(flag, allowed))}")
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """A long run must not end with the news that its result cannot be written."""
+    for name in ("output", "plot"):
+        value = getattr(arguments, name)
+        if value and not pathlib.Path(value).absolute().parent.is_dir():
+            raise ValueError(f"{flag(name)} {value}: no such directory")
+    if arguments.plot:
+        if pathlib.Path(arguments.plot).suffix != ".png":
+            raise ValueError(f"--plot {arguments.plot}: a picture is a .png")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("--plot needs matplotlib: pip install matplotlib")
+
+
+def flag(name: str) -> str:
+    """An argument as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def read_model(arguments: argparse.Namespace) -> "tuple[ModelConfig, pathlib.Path | None]":
+    """The model's configuration, and its directory unless its weights are to be random."""
+    from gdnjax.config import ModelConfig
+
+    if arguments.random_weights:
+        return ModelConfig.from_hf(config_file(arguments.random_weights)), None
+    directory = model_directory(arguments.model)
+    return ModelConfig.from_hf(directory), directory
+
+
+def make_workload(
+    arguments: argparse.Namespace, config: "ModelConfig", directory: pathlib.Path | None
+) -> list[Conversation]:
+    """The workload in token ids. Raises ValueError where it does not fit the model's context."""
+    if arguments.workload in workloads.KINDS:
+        given = {name: getattr(arguments, name) for name in SHAPE if getattr(arguments, name) is not None}
+        spec = Spec(kind=arguments.workload, request_rate=arguments.request_rate, seed=arguments.seed, **given)
+        conversations = workloads.draw(spec, config.vocab_size)
+    else:
+        conversations = workloads.read(pathlib.Path(arguments.workload), arguments.output_len)
+        conversations = workloads.encode(conversations, functools.partial(_encode, directory))
+    longest = max(item.length for item in conversations)
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"the longest request has {longest} tokens with its output, more than the model's context of "
+            f"{config.max_position_embeddings}; shorten the workload"
+        )
+    return conversations
+
+
+def _encode(directory: pathlib.Path | None, text: str) -> list[int]:
+    if directory is None:
+        raise ValueError("the workload has texts, and random weights have no tokenizer; give prompt_token_ids")
+    return _tokenizer(directory).encode(text)
+
+
+@functools.cache
+def _tokenizer(directory: pathlib.Path) -> Any:
+    from gdnjax.serving.tokenizer import Tokenizer
+
+    return Tokenizer.from_directory(directory)
+
+
+def choose_arms(arguments: argparse.Namespace) -> Sequence[Arm]:
+    """The settings to run, one or two."""
+    if arguments.compare:
+        return engines.COMPARISONS[arguments.compare]
+    name = f"{arguments.accounting}, cache {arguments.prefix_cache}"
+    return (Arm(name, arguments.accounting, arguments.prefix_cache == "on"),)
+
+
+def choose_sizes(arguments: argparse.Namespace, arms: Sequence[Arm], conversations: Sequence[Conversation]) -> Sizes:
+    """What the engines are to hold."""
+    rows = arguments.max_num_seqs or min(len(conversations), len(conversations) if arguments.overhead else MOST_ROWS)
+    requests = arguments.pool_requests
+    if requests is None and arguments.pool_gib is None and any(arm.accounting == "packed" for arm in arms):
+        requests = max(1, rows // 2)
+    return Sizes(
+        rows=rows,
+        longest=max(item.length for item in conversations),
+        block_size=arguments.block_size,
+        pool_bytes=None if arguments.pool_gib is None else math.floor(arguments.pool_gib * GIB),
+        pool_requests=requests,
+        checkpoints=arguments.num_checkpoint_slots,
+    )
+
+
+def geometry_of(arguments: argparse.Namespace, config: "ModelConfig") -> "StateGeometry":
+    """What a slot and a block of the model are, on one rank."""
+    from gdnjax.memory import StateGeometry
+
+    return StateGeometry.of(
+        config,
+        tp=arguments.tensor_parallel_size,
+        block_size=arguments.block_size,
+        dtype=config.dtype if arguments.dtype == "auto" else arguments.dtype,
+        ssm_dtype=arguments.ssm_dtype,
+    )
+
+
+def load(arguments: argparse.Namespace, config: "ModelConfig", directory: pathlib.Path | None) -> Loaded:
+    """The model that all engines share."""
+    options = {name: getattr(arguments, name) for name in ("dtype", "tensor_parallel_size", "kernels")}
+    if directory is None:
+        return engines.load_random(config, options, arguments.seed)
+    return engines.load(directory, options, progress=sys.stderr.isatty())
+
+
+def make_plan(
+    arguments: argparse.Namespace, arms: Sequence[Arm], sizes: Sizes, conversations: Sequence[Conversation]
+) -> "Plan":
+    """What is measured, as the arguments say."""
+    from serving_bench.measurement import Plan
+
+    names = ("dtype", "ssm_dtype", "state_layout", "tensor_parallel_size", "kernels", "max_num_batched_tokens")
+    return Plan(
+        arms=arms,
+        sizes=sizes,
+        conversations=conversations,
+        options={name: getattr(arguments, name) for name in names},
+        temperature=arguments.temperature,
+        repeat=arguments.repeat,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def measure(arguments: argparse.Namespace, loaded: Loaded, plan: "Plan", geometry: "StateGeometry") -> dict[str, Any]:
+    """Runs the workload, prints the tables, draws the picture, and returns what goes into the JSON."""
+    from serving_bench import measurement, report
+
+    arms = measurement.compare(loaded, plan)
+    print(report.table(arms, title(arguments, plan)))
+    result: dict[str, Any] = {
+        "arms": [arm.as_json() for arm in arms],
+        "ratios": {name: ratio.as_json() for name, ratio in report.ratios(arms).items()},
+    }
+    budget = plan.sizes.bytes_of(geometry)
+    if arguments.compare == "accounting" and budget is not None:
+        name = arguments.random_weights or arguments.model
+        forms = [report.closed_form(name, geometry, budget, plan.sizes.rows), published_form()]
+        print(f"\n{report.closed_form_table(forms)}")
+        result["closed_forms"] = [form.as_json() for form in forms]
+    if arguments.plot:
+        from serving_bench import pictures
+
+        pictures.draw({arm.arm.name: arm.logs for arm in arms}, pathlib.Path(arguments.plot))
+        print(f"wrote {arguments.plot}", file=sys.stderr)
+    return result
+
+
+def measure_host_work(loaded: Loaded, plan: "Plan") -> dict[str, Any]:
+    """Runs the workload, prints what the host's part of a step takes, and returns what goes into the JSON."""
+    from serving_bench import measurement, report
+
+    parts, steps = measurement.host_work(loaded, plan)
+    running = len(plan.conversations)
+    print(report.host_table(parts, f"The host in a step, {running} requests decoding, over {steps} steps"))
+    return {"host_step": {"running": running, "steps": steps, "parts": parts}}
+
+
+def published_form() -> "ClosedForm":
+    """The geometry of the field's published figure, with 8-bit KV and a bfloat16 state."""
+    from serving_bench import report
+
+    from gdnjax.config import ModelConfig
+    from gdnjax.memory import StateGeometry
+
+    config = ModelConfig.from_hf(config_file(PUBLISHED_CONFIG))
+    geometry = StateGeometry.of(
+        config, tp=PUBLISHED_TP, block_size=16, dtype="bfloat16", ssm_dtype="bfloat16", kv_dtype="fp8"
+    )
+    return report.closed_form(
+        f"{PUBLISHED_CONFIG}, tp {PUBLISHED_TP}",
+        geometry,
+        PUBLISHED_BLOCKS * geometry.packed_block_bytes,
+        PUBLISHED_REQUESTS,
+    )
+
+
+def title(arguments: argparse.Namespace, plan: "Plan") -> str:
+    """What the table is of, in a line."""
+    import jax
+
+    requests = sum(len(item.turns) for item in plan.conversations)
+    when = f"{arguments.request_rate:g} a second" if arguments.request_rate else "at once"
+    if arguments.workload not in workloads.KINDS:
+        when = "as the file says"
+    runs = f", medians of {plan.repeat} runs" if plan.repeat > 1 else ""
+    model = arguments.random_weights or arguments.model
+    return f"{model} on {jax.devices()[0].device_kind}: {arguments.workload}, {requests} requests, {when}{runs}"
+
+
+def settings(arguments: argparse.Namespace, plan: "Plan") -> dict[str, Any]:
+    """What a result depends on, for the record."""
+    import platform
+
+    import jax
+
+    import gdnjax
+
+    leave = ("output", "plot", "verbose")
+    return {
+        **{name: value for name, value in vars(arguments).items() if name not in leave},
+        "sizes": dataclasses.asdict(plan.sizes),
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "cpu_cores": os.cpu_count(),
+        "gdnjax": gdnjax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

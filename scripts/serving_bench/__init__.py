@@ -1,0 +1,1 @@
+"""What serving is measured with: workloads, driver, engines, figures, tables. See scripts/bench_serving.py."""

@@ -1,0 +1,178 @@
+"""The settings that are compared, the pools that they get for the same bytes, and engines of them."""
+
+import dataclasses
+import math
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from gdnjax import memory
+from gdnjax.memory import StateGeometry
+
+if TYPE_CHECKING:
+    from gdnjax import LLM, ModelConfig
+
+ACCOUNTINGS = ("packed", "decoupled")
+
+GRID = 256
+"""The engine's longest sequence is rounded up to a multiple of this: few lengths, so few compilations."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One setting. `accounting` is one of ACCOUNTINGS."""
+
+    name: str
+    accounting: str = "decoupled"
+    prefix_cache: bool = False
+
+
+COMPARISONS = {
+    "accounting": (Arm("packed", "packed"), Arm("decoupled")),
+    "prefix-cache": (Arm("cache off"), Arm("cache on", prefix_cache=True)),
+}
+"""Pairs of arms; ratios are what the second is of the first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What an engine is to hold.
+
+    rows           requests that run at once, at most.
+    longest        tokens of the longest conversation.
+    pool_bytes     for states and KV blocks of one rank, null ones aside; None: what all rows and checkpoints can use.
+    pool_requests  in place of pool_bytes: what a packed pool needs for so many of the longest conversations.
+    checkpoints    slots for the prefix cache; None: two a row, of a quarter of the bytes at most.
+    """
+
+    rows: int
+    longest: int
+    block_size: int
+    pool_bytes: int | None = None
+    pool_requests: int | None = None
+    checkpoints: int | None = None
+
+    @property
+    def blocks_per_request(self) -> int:
+        """Blocks of the longest conversation. Its last token is drawn, never fed, and needs no place."""
+        return -(-(self.longest - 1) // self.block_size)
+
+    def bytes_of(self, geometry: StateGeometry) -> int | None:
+        """The bytes of the pools; None: no limit."""
+        if self.pool_requests is not None:
+            return self.pool_requests * self.blocks_per_request * geometry.packed_block_bytes
+        return self.pool_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Pools:
+    """Checkpoint slots and blocks of an arm, null ones aside.
+
+    `afforded` blocks fit the bytes; `blocks` leaves out those that nobody could use.
+    """
+
+    checkpoints: int
+    blocks: int
+    afforded: int
+
+
+def pools(arm: Arm, geometry: StateGeometry, sizes: Sizes) -> Pools:
+    """The pools of an arm. Raises ValueError where its bytes do not hold the longest conversation."""
+    budget = sizes.bytes_of(geometry)
+    checkpoints = _checkpoints(arm, geometry, sizes, budget)
+    slots = sizes.rows + checkpoints
+    wanted = slots * sizes.blocks_per_request
+    if budget is None:
+        return Pools(checkpoints, wanted, wanted)
+    if arm.accounting == "packed":
+        afforded = memory.packed_blocks(geometry, budget)
+    else:
+        afforded = memory.decoupled_blocks(geometry, budget, slots)
+    if afforded < sizes.blocks_per_request:
+        raise ValueError(
+            f"{arm.name}: pools of {budget:,} bytes have {max(0, afforded)} blocks for {slots} slots, and a "
+            f"conversation of {sizes.longest} tokens needs {sizes.blocks_per_request}; raise --pool-gib or "
+            "--pool-requests, lower --max-num-seqs or --num-checkpoint-slots, or shorten the workload"
+        )
+    return Pools(checkpoints, min(wanted, afforded), afforded)
+
+
+def _checkpoints(arm: Arm, geometry: StateGeometry, sizes: Sizes, budget: int | None) -> int:
+    if not arm.prefix_cache:
+        return 0
+    if sizes.checkpoints is not None:
+        return sizes.checkpoints
+    if budget is None:
+        return 2 * sizes.rows
+    spare = max(0, budget - sizes.rows * geometry.slot_bytes)
+    return min(2 * sizes.rows, spare // 4 // geometry.slot_bytes)
+
+
+def decode_buckets(rows: int) -> tuple[int, ...]:
+    """The engine's own, and halves of the largest: a pool that holds half of the rows must not pay for empty ones."""
+    return (*sorted({1, *(size for size in (8, rows // 4, rows // 2) if 8 <= size < rows), rows}),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model in memory, from which engines are made."""
+
+    model: Any
+    params: Any
+    tokenizer: Any = None
+
+
+def load(directory: pathlib.Path, options: dict[str, Any], *, progress: bool) -> Loaded:
+    """A checkpoint. `options` are fields of EngineConfig."""
+    from gdnjax import LLM
+
+    # In an engine of the smallest pools, since it is the engine that reads checkpoints onto several devices.
+    with LLM(
+        directory,
+        max_num_seqs=1,
+        max_num_batched_tokens=64,
+        max_model_len=64,
+        enable_prefix_caching=False,
+        warmup=False,
+        use_tqdm=progress,
+        **options,
+    ) as llm:
+        return Loaded(llm.model, llm.params, llm.tokenizer)
+
+
+def load_random(config: "ModelConfig", options: dict[str, Any], seed: int) -> Loaded:
+    """A model of random weights, made where they stay. `options` are fields of EngineConfig."""
+    import functools
+
+    import jax
+
+    from gdnjax import abstract_params, build_model, random_params, sharding
+
+    tp, dtype = options["tensor_parallel_size"], options["dtype"]
+    dtype = config.dtype if dtype == "auto" else dtype
+    shardings = sharding.shardings_of(abstract_params(config, tp, dtype), sharding.make_mesh(tp))
+    make = jax.jit(functools.partial(random_params, config, tp, dtype), out_shardings=shardings)
+    # This generator compiles fastest.
+    return Loaded(build_model(config, dtype, tp), make(jax.random.key(seed, impl="unsafe_rbg")))
+
+
+def build(loaded: Loaded, arm: Arm, sizes: Sizes, options: dict[str, Any]) -> "tuple[LLM, Pools]":
+    """A warmed-up engine of an arm. `options` are further fields of EngineConfig."""
+    from gdnjax import LLM, EngineConfig
+
+    geometry = loaded.model.geometry(sizes.block_size, options["ssm_dtype"])
+    chosen = pools(arm, geometry, sizes)
+    config = EngineConfig(
+        max_num_seqs=sizes.rows,
+        max_model_len=math.ceil(sizes.longest / GRID) * GRID,
+        block_size=sizes.block_size,
+        num_kv_blocks=chosen.blocks,
+        num_checkpoint_slots=chosen.checkpoints,
+        enable_prefix_caching=arm.prefix_cache,
+        decode_buckets=decode_buckets(sizes.rows),
+        # No request of a workload needs one.
+        max_logit_rows=1,
+        **options,
+    )
+    length = config.max_model_len or GRID
+    llm = LLM.from_model(loaded.model, loaded.params, config, max_model_len=length, tokenizer=loaded.tokenizer)
+    return llm, chosen
