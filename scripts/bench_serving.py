@@ -42,6 +42,7 @@ Workloads:
 Comparisons run two settings by turns on one workload, and print what the second is of the first:
   --compare accounting    packed against decoupled, in pools of the same bytes, without a prefix cache
   --compare prefix-cache  the cache off against on, in pools that hold all requests (or in --pool-gib)
+  --compare invariance    the engine as it is against batch_invariant=True, the cache on in both
 
 Accounting is who pays for the recurrent state. Packed is the field's old way: every KV block carries a whole state, so
 that the same bytes give few blocks. What is emulated is its scheduling: the engine gets the number of blocks that such

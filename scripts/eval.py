@@ -53,8 +53,8 @@ and f32-LAYOUT-PIECES-CACHE-MEMORY in every combination:
   PIECES   {", ".join(cells.PIECES)}: prompts are cut at 64 tokens
   CACHE    {", ".join(cells.CACHES)}: all prompts run twice, and the second time counts
   MEMORY   {", ".join(cells.MEMORIES)}: few blocks, and every {cells.TURNS_BETWEEN_DRILLS} turns a request is preempted
---pairwise runs {len(cells.COVERING)} of these {len(cells.CROSS)}: every two settings meet in one of them. The columns
-"cached" and "preempted" say that it happened.
+--pairwise runs {len(cells.COVERING)} of these {len(cells.CROSS)}, in which every two settings meet, and one bf16 cell.
+The columns "cached" and "preempted" say that it happened.
 
 Without --matrix, --pairwise and --cells one cell runs: {cells.DEFAULT.name}, in the checkpoint's dtype.
 

@@ -19,16 +19,18 @@ GRID = 256
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One setting. `accounting` is one of ACCOUNTINGS."""
+    """One setting. `accounting` is one of ACCOUNTINGS; `invariant` is EngineConfig's batch_invariant."""
 
     name: str
     accounting: str = "decoupled"
     prefix_cache: bool = False
+    invariant: bool = False
 
 
 COMPARISONS = {
     "accounting": (Arm("packed", "packed"), Arm("decoupled")),
     "prefix-cache": (Arm("cache off"), Arm("cache on", prefix_cache=True)),
+    "invariance": (Arm("free", prefix_cache=True), Arm("invariant", prefix_cache=True, invariant=True)),
 }
 """Pairs of arms; ratios are what the second is of the first."""
 
@@ -168,7 +170,8 @@ def build(loaded: Loaded, arm: Arm, sizes: Sizes, options: dict[str, Any]) -> "t
         num_kv_blocks=chosen.blocks,
         num_checkpoint_slots=chosen.checkpoints,
         enable_prefix_caching=arm.prefix_cache,
-        decode_buckets=decode_buckets(sizes.rows),
+        batch_invariant=arm.invariant,
+        decode_buckets=(sizes.rows,) if arm.invariant else decode_buckets(sizes.rows),
         # No request of a workload needs one.
         max_logit_rows=1,
         **options,

@@ -1,6 +1,7 @@
 """scripts/eval.py: what counts as an answer, as a prompt, as agreement; and its exit status."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -292,6 +293,17 @@ def test_cells_have_names_of_their_own_and_fit_their_driver():
         Cell(name="x", driver="host loop")
 
 
+def test_every_two_settings_of_the_cross_meet_in_the_covering_cells():
+    def settings(cell):
+        return cell.name.removeprefix("f32-").split("-")
+
+    for first, second in itertools.combinations(range(4), 2):
+        meetings = {(settings(cell)[first], settings(cell)[second]) for cell in cells.CROSS}
+        assert meetings == {(settings(cell)[first], settings(cell)[second]) for cell in cells.COVERING}
+    assert all(cell in cells.CROSS for cell in cells.COVERING)
+    assert len(cells.CROSS) == 24
+
+
 ENGINES = [cell for cell in cells.BY_NAME.values() if cell.driver == "engine"]
 
 
@@ -335,7 +347,9 @@ def test_parsing_imports_no_jax():
         (["--model", "{model}", "--data", "{data}", "--limit", "0"], "--limit must be at least 1"),
         (["--model", "{model}", "--data", "{data}", "--floor", "95"], "--floor must be in [0, 1], got 95"),
         (["--model", "{model}", "--data", "{data}", "--cells", "f32"], "no cell 'f32'; allowed: batched, f32-one"),
-        (["--model", "{model}", "--data", "{data}", "--cells", "batched", "--matrix"], "leave it or --cells out"),
+        (["--model", "{model}", "--data", "{data}", "--cells", "batched", "--matrix"], "give one of them"),
+        (["--model", "{model}", "--data", "{data}", "--pairwise", "--matrix"], "give one of them"),
+        (["--model", "{model}", "--data", "{data}", "--brief"], "--brief needs --output FILE"),
         (["--model", "{model}", "--data", "{data}", "--output", "{tmp}/none/x.json"], "no such directory"),
         (["--model", "{model}", "--data", "{data}", "--memory-fraction", "2", "--num-shots", "0"], "(0, 1], got 2"),
         (["--model", "{model}", "--data", "{data}", "--num-shots", "0", "--max-tokens", "5000"], "context of 4096"),
