@@ -385,7 +385,7 @@ def test_cells_of_one_dtype_agree_and_the_result_is_complete(capsys, flags, tmp_
 
 def _comparison(line: str) -> list[str]:
     """Same answers, same tokens, near ties and differ of a line of the table."""
-    return line.split()[-7:-3]
+    return line.split()[-9:-5]
 
 
 def test_limit_takes_the_first_problems_and_a_floor_fails_noise(capsys, flags, tmp_path):
@@ -404,12 +404,12 @@ def test_limit_takes_the_first_problems_and_a_floor_fails_noise(capsys, flags, t
 def test_wrong_token_in_one_cell_is_status_1(capsys, flags, monkeypatch):
     drive = cells.DRIVERS["device loop"]
 
-    def faulty(cell, loaded, work):
-        completions, seconds = drive(cell, loaded, work)
-        tokens = list(completions[1].token_ids)
+    def faulty(cell, dtype, loaded, work):
+        run = drive(cell, dtype, loaded, work)
+        tokens = list(run.completions[1].token_ids)
         tokens[3] = (tokens[3] + 1) % loaded.model.vocab_size
-        completions[1] = dataclasses.replace(completions[1], token_ids=tuple(tokens))
-        return completions, seconds
+        run.completions[1] = dataclasses.replace(run.completions[1], token_ids=tuple(tokens))
+        return run
 
     monkeypatch.setitem(cells.DRIVERS, "device loop", faulty)
     assert script.main(flags) == 1
