@@ -1,13 +1,17 @@
 """Faults that this kind of system has had, done to a running engine: the rungs must see each of them.
 
-A fault `(engine, victim, neighbour)` changes `engine.state` between two turns; `victim` and `neighbour` are running
-requests. MISSING_RESET is done to the engine before the victim is admitted.
+A fault of BETWEEN_TURNS `(engine, victim, neighbour)` changes `engine.state` between two turns; `victim` and
+`neighbour` are running requests. The others `(engine)` change its steps: `missing_reset` before the victim is admitted,
+those of FORKS before it goes on from a checkpoint, those of CHECKPOINTS before that one is written.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from gdnjax.state import LAYOUT_KV
 
 
 def _replace(engine, part: str, **leaves) -> None:
@@ -84,6 +88,97 @@ def missing_reset(engine) -> None:
 
     engine.steps = dataclasses.replace(engine.steps, admit=forgetful)
 
+
+def _before_prefill(engine, change) -> None:
+    """`change(state, batch)` gives what each prefill step works on instead."""
+    prefill = engine.steps.prefill
+
+    def changed(options):
+        step = prefill(options)
+        return lambda params, state, batch: step(params, *change(state, batch))
+
+    engine.steps = dataclasses.replace(engine.steps, prefill=changed)
+
+
+def _forks(batch) -> np.ndarray:
+    """Rows that read another slot than they write."""
+    return (batch.read_slot != batch.slot) & (batch.length > 0)
+
+
+def stale_layout_bit_of_checkpoint(engine) -> None:
+    """A fork takes the checkpoint for one that prefill wrote, whoever wrote it."""
+
+    def change(state, batch):
+        layout = state.gdn.layout.at[batch.read_slot[_forks(batch)]].set(LAYOUT_KV)
+        return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=layout)), batch
+
+    _before_prefill(engine, change)
+
+
+def wrong_checkpoint(engine) -> None:
+    """A fork reads the slot beside its checkpoint."""
+
+    def change(state, batch):
+        beside = (batch.read_slot - 2) % (len(state.gdn.layout) - 1) + 1
+        return state, dataclasses.replace(batch, read_slot=np.where(_forks(batch), beside, batch.read_slot))
+
+    _before_prefill(engine, change)
+
+
+def own_slot_instead_of_checkpoint(engine) -> None:
+    """A fork reads the slot that it was given, with whatever its last owner left there."""
+
+    def change(state, batch):
+        return state, dataclasses.replace(batch, read_slot=batch.slot)
+
+    _before_prefill(engine, change)
+
+
+def tail_not_copied(engine) -> None:
+    """A fork within a block goes on in a block of its own that nobody has filled."""
+    admit = engine.steps.admit
+
+    def forgetful(state, batch):
+        null = np.zeros_like(batch.copy_from)
+        return admit(state, dataclasses.replace(batch, copy_from=null, copy_to=null))
+
+    engine.steps = dataclasses.replace(engine.steps, admit=forgetful)
+
+
+def checkpoint_one_chunk_early(engine) -> None:
+    """What is kept stands before the last chunk that it is taken for."""
+
+    def change(state, batch):
+        same_row = (batch.chunk_row[1:] == batch.chunk_row[:-1]) & (batch.chunk_length[1:] > 0)
+        early = np.append(np.where(same_row, batch.chunk_checkpoint[1:], 0), 0)
+        return state, dataclasses.replace(batch, chunk_checkpoint=early)
+
+    _before_prefill(engine, change)
+
+
+def copy_without_layout_bit(engine) -> None:
+    """A checkpoint of a decode step gets the state, and keeps the bit of what stood there."""
+    copy_rows = engine.steps.copy_rows
+
+    def forgetful(state, batch):
+        layout = jnp.array(state.gdn.layout, copy=True)
+        state = copy_rows(state, batch)
+        return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=layout))
+
+    engine.steps = dataclasses.replace(engine.steps, copy_rows=forgetful)
+
+
+FORKS = (
+    stale_layout_bit_of_checkpoint,
+    wrong_checkpoint,
+    own_slot_instead_of_checkpoint,
+    tail_not_copied,
+)
+
+CHECKPOINTS = (
+    checkpoint_one_chunk_early,
+    copy_without_layout_bit,
+)
 
 BETWEEN_TURNS = (
     stale_layout_bit,

@@ -33,7 +33,7 @@ ONLY = {
     "shapes": set(),
     "version": set(),
     "assets": set(),
-    "memory": {"config"},
+    "memory": {"config", "assets"},
     "backend": set(),
     "sharding": set(),
     "batch": {"shapes"},
@@ -46,10 +46,11 @@ ONLY = {
 """Where the design allows less than the layers do: these and nothing else of the package."""
 
 HOST_ONLY = ("assets", "config", "sampling_params", "memory", "version", "serving.outputs", "serving.tokenizer")
-HOST_ONLY += ("serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler")
+HOST_ONLY += ("serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler", "serving.plan")
+HOST_ONLY += ("serving.prefix_cache", "serving.metrics", "serving.submission")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
-PLANNERS = ("serving.request", "serving.allocator", "serving.scheduler", "serving.prefix_cache")
+PLANNERS = ("serving.request", "serving.allocator", "serving.plan", "serving.scheduler", "serving.prefix_cache")
 PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
 
 

@@ -191,6 +191,10 @@ class PrefixCache:
             oldest, owner = self._proven.popitem(last=False)
             self._untried[oldest] = owner
 
+    def is_held(self, slot: int) -> bool:
+        """Whether the turn being planned reads or writes this checkpoint."""
+        return slot in self._busy
+
     def let_go(self, slot: int) -> None:
         """Takes a `hold` back."""
         self._busy.remove(slot)

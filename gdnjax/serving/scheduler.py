@@ -6,8 +6,9 @@ decode between the pieces, and get another block whenever they have filled their
 that the prefix cache could do without, the request that came last is preempted: it goes back to its place in the queue,
 what it has computed goes to the prefix cache, and it resumes from what is left of that.
 
-Nobody starves: the first in order is never preempted, and every plan moves it on by a chunk or a token. A priority is
-worth a fixed number of places, so a later request overtakes a bounded number of earlier ones.
+Nobody starves. Once the first in order runs it is never preempted, and every plan made with nothing in flight moves it
+on by a chunk or a token. While it waits, such plans fill prompts of those that run, or preempt one of them, with at
+most two exceptions in a row. A priority is worth a fixed number of places: a bounded number of later requests overtakes.
 """
 
 import bisect
@@ -248,7 +249,7 @@ class Scheduler:
         # Room for everybody who runs to grow by a block, or whoever comes in would be the next to be preempted.
         headroom = 0 if self.config.batch_invariant else len(self.running)
         enough = self.allocator.blocks.num_free + self.cache.num_evictable_blocks >= needed + headroom
-        slot = self.cache.take_slot() if enough and self.cache.make_room(needed) else 0
+        slot = self._take_live_slot() if enough and self.cache.make_room(needed) else 0
         if not slot:
             self.cache.unlock(node)
             if newly_held:
@@ -258,6 +259,18 @@ class Scheduler:
         request.blocks = shared + (self.allocator.blocks.take(needed) or [])
         request.num_cached = len(shared) * self.config.block_size
         return True
+
+    def _take_live_slot(self) -> int:
+        """A slot for a request: a free one, a cached state's, or one that a detached request keeps for later."""
+        slot = self.cache.take_slot()
+        if slot:
+            return slot
+        for request in self.running:
+            for mark in request.unpublished:
+                if not self.cache.is_held(mark[1]):
+                    request.unpublished.remove(mark)
+                    return mark[1]
+        return 0
 
     def _match(self, request: Request) -> Match:
         """What of a request is cached. At least its last token is always computed: something has to be drawn from."""

@@ -1,90 +1,92 @@
-"""Slots, blocks and logit rows are conserved, whatever is asked for and given back."""
+"""The numbers of a pool are conserved, whatever is asked for and given back."""
 
 import hypothesis
 import pytest
 from hypothesis import stateful
 from hypothesis import strategies as st
 
-from gdnjax.serving.allocator import Allocator
+from gdnjax.serving.allocator import Allocator, Pool
 
-SLOTS, BLOCKS, ROWS = 4, 11, 2
+SIZE = 11
 
 
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=100, stateful_step_count=40)
-class AllocatorMachine(stateful.RuleBasedStateMachine):
-    """Random grants and releases, beside a model that only counts."""
+class PoolMachine(stateful.RuleBasedStateMachine):
+    """Numbers taken and given back in any order, beside a model that only counts."""
 
     def __init__(self):
         super().__init__()
-        self.allocator = Allocator(SLOTS, BLOCKS, ROWS)
-        self.grants = []
+        self.pool = Pool("block", SIZE)
+        self.held = []
 
-    def free(self):
-        return self.allocator.num_free_slots, self.allocator.num_free_blocks, self.allocator.num_free_logit_rows
-
-    @stateful.rule(blocks=st.integers(0, BLOCKS + 2), row=st.booleans())
-    def grant(self, blocks, row):
-        before = self.free()
-        grant = self.allocator.grant(blocks, row)
-        if before[0] < 1 or before[1] < blocks or before[2] < row:
-            assert grant is None
-            assert self.free() == before
+    @stateful.rule(count=st.integers(0, SIZE + 2))
+    def take(self, count):
+        free = self.pool.num_free
+        numbers = self.pool.take(count)
+        if count > free:
+            assert numbers is None
+            assert self.pool.num_free == free
             return
-        assert self.free() == (before[0] - 1, before[1] - blocks, before[2] - row)
-        assert len(grant.blocks) == blocks
-        assert bool(grant.logit_row) == row
-        self.grants.append(grant)
+        assert len(numbers) == count
+        assert self.pool.num_free == free - count
+        self.held += numbers
 
-    @stateful.precondition(lambda self: self.grants)
     @stateful.rule(data=st.data())
-    def release(self, data):
-        grant = self.grants.pop(data.draw(st.integers(0, len(self.grants) - 1)))
-        self.allocator.release(grant.slot)
-        with pytest.raises(KeyError):
-            self.allocator.release(grant.slot)
+    def give(self, data):
+        order = data.draw(st.permutations(self.held))
+        count = data.draw(st.integers(0, len(order)))
+        self.pool.give(order[:count])
+        self.held = order[count:]
 
     @stateful.invariant()
     def nothing_is_lost_or_held_twice(self):
-        self.allocator.check_integrity()
-        slots = [grant.slot for grant in self.grants]
-        blocks = [block for grant in self.grants for block in grant.blocks]
-        rows = [grant.logit_row for grant in self.grants if grant.logit_row]
-        for held, count, free in zip((slots, blocks, rows), (SLOTS, BLOCKS, ROWS), self.free(), strict=True):
-            assert len(set(held)) == len(held) == count - free
-            assert all(1 <= number <= count for number in held)
+        self.pool.check_integrity(self.held)
+        assert len(set(self.held)) == len(self.held) == self.pool.num_used == SIZE - self.pool.num_free
+        assert all(1 <= number <= SIZE for number in self.held)
 
 
-test_allocator_conserves_slots_blocks_and_rows = AllocatorMachine.TestCase
+test_pool_conserves_its_numbers = PoolMachine.TestCase
 
 
 def test_null_is_never_handed_out():
-    allocator = Allocator(2, 3, 1)
-    first, second = allocator.grant(2, True), allocator.grant(1, False)
-    assert {first.slot, second.slot} == {1, 2}
-    assert {*first.blocks, *second.blocks} == {1, 2, 3}
-    assert (first.logit_row, second.logit_row) == (1, 0)
+    pool = Pool("slot", 3)
+    assert sorted(pool.take(3)) == [1, 2, 3]
+    assert pool.take(1) is None
+    assert pool.take(0) == []
 
 
-def test_last_released_is_handed_out_first():
+def test_lowest_numbers_come_first():
+    assert Pool("slot", 5).take(3) == [1, 2, 3]
+
+
+def test_last_given_back_is_handed_out_first():
     """What was used last is used next: its memory is warm, and faults of reuse show early."""
-    allocator = Allocator(3, 6, 0)
-    grants = [allocator.grant(2, False) for _ in range(3)]
-    allocator.release(grants[1].slot)
-    assert allocator.grant(2, False) == grants[1]
+    pool = Pool("block", 6)
+    taken = pool.take(4)
+    pool.give(taken[1:3])
+    assert pool.take(3) == [taken[1], taken[2], 5]
 
 
-@pytest.mark.parametrize(
-    ("pool", "number", "named"),
-    [("_slots", 1, "slots are lost or held twice"), ("_blocks", 2, "blocks are"), ("_logit_rows", 1, "logit rows are")],
-)
-@pytest.mark.parametrize("fault", ["lost", "doubled", "null"])
-def test_integrity_check_sees_every_fault(pool, number, named, fault):
-    allocator = Allocator(3, 5, 2)
-    allocator.grant(2, True)
-    free = getattr(allocator, pool)
-    if fault == "lost":
-        free.pop()
-    else:
-        free.append(number if fault == "doubled" else 0)
-    with pytest.raises(AssertionError, match=named):
-        allocator.check_integrity()
+def test_pools_of_an_engine_are_apart():
+    allocator = Allocator(num_slots=2, num_blocks=3, num_logit_rows=0)
+    assert allocator.slots.take(2) == [1, 2]
+    assert allocator.blocks.take(3) == [1, 2, 3]
+    assert allocator.logit_rows.take(1) is None
+
+
+@pytest.mark.parametrize("fault", ["lost", "held twice", "free and held", "null"])
+def test_integrity_check_sees_every_fault(fault):
+    pool = Pool("logit row", 4)
+    held = pool.take(2)
+    pool.check_integrity(held)
+    match fault:
+        case "lost":
+            held.pop()
+        case "held twice":
+            held.append(held[0])
+        case "free and held":
+            pool.give(held[:1])
+        case "null":
+            held.append(0)
+    with pytest.raises(AssertionError, match="logit rows are lost or held twice"):
+        pool.check_integrity(held)

@@ -1,9 +1,10 @@
-"""Rung 1: exact integers through the real step and scheduler equal a plain Python run of each request alone.
+"""Rung 1: exact integers through the real step, scheduler and cache equal a plain Python run of each request alone.
 
-Every bookkeeping fault (a slot, block, window, position, length, layout bit or row that is not the request's own)
-changes a token, so random schedules compare tokens and nothing else.
+Every bookkeeping fault (a slot, block, window, position, length, layout bit, checkpoint or row that is not the
+request's own) changes a token, so random interleavings compare tokens and nothing else.
 """
 
+import collections
 import dataclasses
 import functools
 
@@ -12,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, settings, stateful
 
 from gdnjax import LLM, EngineConfig, SamplingParams
 from gdnjax.batch import DecodeBatch
+from gdnjax.serving.request import Status
 from gdnjax.serving.tokenizer import Tokenizer
+from gdnjax.state import LAYOUT_KV, LAYOUT_VK
 from tests import faults
 from tests.ledger import KEY_DIM, LedgerModel, Oracle
 from tests.make_tokenizer import write_tokenizer
@@ -24,26 +27,44 @@ from tests.make_tokenizer import write_tokenizer
 EOS = 3
 STOPS = (5, 7, 11, 13, 17, 19)
 MAX_MODEL_LEN = 256
-LENGTHS = (1, 2, 3, 5, 17, 62, 63, 64, 65, 66, 100, 127, 128, 129, 191, 192, 200, 250)
 
 GEOMETRIES = {
     "kv, room for all, small and large buckets": EngineConfig(
-        state_layout="kv", max_num_seqs=8, max_num_batched_tokens=256, decode_buckets=(1, 8), block_size=16
+        state_layout="kv", max_num_seqs=8, max_num_batched_tokens=256, decode_buckets=(1, 8), block_size=16,
+        num_kv_blocks=128, num_checkpoint_slots=16, state_checkpoint_interval=48,
     ),
     "vk, one piece of 64 a step, scarce blocks, one logit row": EngineConfig(
         state_layout="vk", max_num_seqs=3, max_num_batched_tokens=64, decode_buckets=(3,), block_size=4,
-        num_kv_blocks=70, max_logit_rows=1,
+        num_kv_blocks=70, max_logit_rows=1, num_checkpoint_slots=4, state_checkpoint_interval=32,
     ),
     "mixed, scarce slots and blocks": EngineConfig(
         state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
-        decode_buckets=(1, 4), block_size=32, num_kv_blocks=18, max_logit_rows=2,
+        decode_buckets=(1, 4), block_size=16, num_kv_blocks=26, max_logit_rows=2, num_checkpoint_slots=6,
+        state_checkpoint_interval=16,
     ),
     "mixed, two ranks": EngineConfig(
         state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
-        decode_buckets=(4,), block_size=16, tensor_parallel_size=2,
+        decode_buckets=(4,), block_size=16, num_kv_blocks=40, num_checkpoint_slots=5, tensor_parallel_size=2,
+        state_checkpoint_interval=32,
+    ),
+    "mixed, no slots for checkpoints": EngineConfig(
+        state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
+        decode_buckets=(4,), block_size=8, num_kv_blocks=50, num_checkpoint_slots=0, state_checkpoint_interval=40,
+    ),
+    "kv, a block is two chunks": EngineConfig(
+        state_layout="kv", max_num_seqs=4, max_num_batched_tokens=64, decode_buckets=(4,), block_size=128,
+        num_kv_blocks=6, num_checkpoint_slots=3,
+    ),
+    "mixed, no cache": EngineConfig(
+        state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
+        decode_buckets=(4,), block_size=16, num_kv_blocks=26, enable_prefix_caching=False,
+    ),
+    "mixed, batch_invariant": EngineConfig(
+        state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, block_size=16, num_kv_blocks=50,
+        num_checkpoint_slots=4, batch_invariant=True, state_checkpoint_interval=64,
     ),
 }  # fmt: skip
-KV, VK, MIXED, TWO_RANKS = GEOMETRIES
+KV, VK, MIXED, TWO_RANKS, NO_SLOTS, LARGE_BLOCKS, NO_CACHE, INVARIANT = GEOMETRIES
 
 # Beside greedy ones, which the oracle knows. All of them are compared with the engine's own run of one request.
 DRAWN = (
@@ -58,10 +79,27 @@ DRAWN = (
 
 @functools.cache
 def engine_of(name: str) -> LLM:
-    """Built once; every schedule uses the slots and blocks that the schedules before it left behind."""
+    """Built once; every run uses the slots and blocks that the runs before it left behind."""
     config = dataclasses.replace(GEOMETRIES[name], warmup=False, compilation_cache_dir="")
     model = LedgerModel(tp=config.tensor_parallel_size)
     return LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN, eos_token_ids=(EOS,))
+
+
+@pytest.fixture(params=[KV, VK, MIXED])
+def llm(request) -> LLM:
+    """Of each layout, with an empty cache."""
+    return fresh(request.param)
+
+
+def fresh(name: str) -> LLM:
+    """The engine, idle, whatever the last test did to it, and its cache empty."""
+    llm = engine_of(name)
+    scheduler = llm.engine.scheduler
+    for request in [*scheduler.running, *scheduler.waiting]:
+        llm.engine.abort(request)
+    drain(llm, 8)
+    llm.reset_prefix_cache()
+    return llm
 
 
 @functools.cache
@@ -76,16 +114,22 @@ def prompt_of(seed: int, length: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """One request of a schedule: `arrives` is a turn, `aborted` counts turns from then (None: never)."""
+    """A prompt that begins with `shared` tokens of a family and goes on with `own` ones, and how it is continued."""
 
-    prompt: tuple[int, int]
+    family: int
+    shared: int
+    own: int
     max_tokens: int
-    stop_token_ids: tuple[int, ...]
-    ignore_eos: bool
-    n: int
-    drawn: int | None
-    arrives: int
-    aborted: int | None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = True
+    n: int = 1
+    drawn: int | None = None
+    tail: int = 0
+
+    @property
+    def prompt(self) -> list[int]:
+        begin = prompt_of(self.family, 256)[: self.shared]
+        return [*begin, *prompt_of(10 + self.tail, max(self.own, self.shared == 0))]
 
     @property
     def params(self) -> SamplingParams:
@@ -94,55 +138,20 @@ class Wanted:
             how = how | {"min_tokens": self.max_tokens}
         return SamplingParams(
             max_tokens=self.max_tokens, stop_token_ids=self.stop_token_ids, ignore_eos=self.ignore_eos, n=self.n,
-            seed=self.prompt[0] + (1 << 40), **how,
+            seed=self.family + (1 << 40), **how,
         )  # fmt: skip
 
-    def expected(self, name: str, sample: int) -> list[int]:
-        prompt, params = prompt_of(*self.prompt), self.params
-        if self.drawn is not None:
-            return solo_on_engine(name, self, sample)
-        longest = min(params.max_tokens, MAX_MODEL_LEN - len(prompt))
-        return oracle().solo_run(prompt, longest, self.stop_token_ids + (() if self.ignore_eos else (EOS,)))
+
+def queue(llm: LLM, prompt, params: SamplingParams, priority: int = 0) -> list:
+    """Queues the samples of a prompt without running anything."""
+    return llm.submit(list(prompt), params, priority=priority).requests
 
 
-def solo_on_engine(name: str, wanted: Wanted, sample: int) -> list[int]:
-    """The request alone in the idle engine."""
-    return _solo(name, dataclasses.replace(wanted, arrives=0, aborted=None, n=1), sample)
+def greedy(max_tokens: int, **params) -> SamplingParams:
+    return SamplingParams(**({"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True} | params))
 
 
-@functools.lru_cache(maxsize=4096)
-def _solo(name: str, wanted: Wanted, sample: int) -> list[int]:
-    llm = engine_of(name)
-    assert not llm.engine.has_work
-    params = dataclasses.replace(wanted.params, seed=wanted.params.seed ^ (sample << 32))
-    (request,) = queue(llm, prompt_of(*wanted.prompt), params)
-    drain(llm, 64)
-    return request.output_token_ids
-
-
-def wanted_requests(drawn: bool, max_n: int) -> st.SearchStrategy[Wanted]:
-    return st.builds(
-        Wanted,
-        prompt=st.tuples(st.integers(0, 5), st.sampled_from(LENGTHS)),
-        max_tokens=st.sampled_from((1, 2, 3, 5, 9, 17, 30)),
-        stop_token_ids=st.sampled_from(((), STOPS[:2], STOPS)),
-        ignore_eos=st.booleans(),
-        n=st.integers(1, max_n),
-        drawn=st.one_of(st.none(), st.integers(0, len(DRAWN) - 1)) if drawn else st.none(),
-        arrives=st.integers(0, 15),
-        aborted=st.one_of(st.none(), st.none(), st.integers(0, 15)),
-    )
-
-
-def queue(llm: LLM, prompt, params: SamplingParams) -> list:
-    """Queues the samples of a prompt, checked as `generate` checks them, without running anything."""
-    requests = llm._make_requests(list(prompt), params, 0).requests
-    for request in requests:
-        llm.engine.add(request)
-    return requests
-
-
-def drain(llm: LLM, turns: int) -> None:
+def drain(llm: LLM, turns: int = 400) -> None:
     for _ in range(turns):
         if not llm.engine.has_work:
             return
@@ -151,96 +160,628 @@ def drain(llm: LLM, turns: int) -> None:
     raise AssertionError(f"work is left after {turns} turns")
 
 
-def check_nothing_is_held(llm: LLM) -> None:
-    allocator = llm.engine.scheduler.allocator
-    assert not llm.engine.has_work
-    assert allocator.num_free_slots == allocator.num_slots
-    assert allocator.num_free_blocks == allocator.num_blocks
-    assert allocator.num_free_logit_rows == allocator.num_logit_rows
+def harvest_all(llm: LLM) -> None:
+    while llm.engine._in_flight:
+        llm.engine._harvest(llm.engine._in_flight.popleft())
 
 
-def run_schedule(name: str, schedule: list[Wanted]) -> None:
-    llm = engine_of(name)
-    # Solo runs need the idle engine, so they come first.
-    expected = [[wanted.expected(name, sample) for sample in range(wanted.n)] for wanted in schedule]
-    groups: list[list] = [[] for _ in schedule]
-    try:
-        for turn in range(32):
-            for i, wanted in enumerate(schedule):
-                if wanted.arrives == turn:
-                    groups[i] = queue(llm, prompt_of(*wanted.prompt), wanted.params)
-                if wanted.aborted is not None and wanted.arrives + wanted.aborted == turn:
-                    for request in groups[i]:
-                        llm.engine.abort(request)
-            llm.engine.step()
-            llm.engine.scheduler.check_integrity()
-        # Alone, one after another, would take this long; the queue may not take longer.
-        drain(llm, sum(w.n * (w.max_tokens + w.prompt[1] // 64 + 3) for w in schedule))
-        check_nothing_is_held(llm)
-    finally:
-        for request in [request for group in groups for request in group]:
-            llm.engine.abort(request)
-        drain(llm, 8)
-    for wanted, group, samples in zip(schedule, groups, expected, strict=True):
-        for request, tokens in zip(group, samples, strict=True):
-            check_request(wanted, request, tokens)
+def generate(llm: LLM, prompt, max_tokens: int, **params):
+    """One greedy request, alone; held to the oracle. Returns the request."""
+    (request,) = queue(llm, prompt, greedy(max_tokens, **params))
+    drain(llm)
+    check_greedy(request)
+    return request
 
 
-def check_request(wanted: Wanted, request, expected: list[int]) -> None:
-    produced = request.output_token_ids
+def check_greedy(request) -> None:
+    """Against the oracle, to the end that the request came to."""
+    longest = request.max_length - request.prompt_length
+    expected = oracle().solo_run(request.prompt_token_ids, longest, request.stop_token_ids)
     assert request.finished
     if request.finish_reason == "abort":
-        assert wanted.aborted is not None
-        assert produced == expected[: len(produced)]
-        return
-    assert produced == expected
-    ends = wanted.stop_token_ids + (() if wanted.ignore_eos else (EOS,))
-    assert request.finish_reason == ("stop" if expected[-1] in ends else "length")
+        expected = expected[: len(request.output_token_ids)]
+    assert request.output_token_ids == expected
 
 
-def schedules(name: str, examples: int, *, drawn: bool, max_n: int = 2, longest: int = 8):
-    """A property over random schedules on one engine."""
+def check_nothing_is_held(llm: LLM) -> None:
+    """Without the cache's part every pool is full again."""
+    assert not llm.engine.has_work
+    llm.reset_prefix_cache()
+    scheduler = llm.engine.scheduler
+    scheduler.check_integrity()
+    for pool in (scheduler.allocator.slots, scheduler.allocator.blocks, scheduler.allocator.logit_rows):
+        assert pool.num_free == pool.size
 
-    @settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+
+@functools.lru_cache(maxsize=4096)
+def solo_on_engine(name: str, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
+    """Each sample of the request alone in the idle engine, with nothing cached."""
+    llm, found = engine_of(name), []
+    for sample in range(wanted.n):
+        llm.reset_prefix_cache()
+        params = dataclasses.replace(wanted.params, n=1, seed=wanted.params.seed ^ (sample << 32))
+        (request,) = queue(llm, wanted.prompt, params)
+        drain(llm)
+        found.append(tuple(request.output_token_ids))
+    return tuple(found)
+
+
+SEEN: collections.Counter = collections.Counter()
+"""What happened over all examples of one geometry: interleavings in which nothing happens would show nothing."""
+
+
+class LedgerMachine(stateful.RuleBasedStateMachine):
+    """Requests of all kinds come at any time, are aborted and preempted, and the cache is kept or not."""
+
+    geometry: str
+    draws = True
+
+    def __init__(self):
+        super().__init__()
+        self.llm = engine_of(self.geometry)
+        self.asked: list[tuple[Wanted, list]] = []
+        self.turns_allowed = 20
+        self.last_turn = None
+        self.preempted_before = self.scheduler.num_preemptions
+        self.drills = 0
+        self.before = dataclasses.replace(self.llm.engine.scheduler.cache.counters)
+
+    @property
+    def scheduler(self):
+        return self.llm.engine.scheduler
+
+    wanted = st.builds(
+        Wanted,
+        family=st.integers(0, 2),
+        shared=st.sampled_from((0, 15, 16, 17, 48, 63, 64, 65, 128, 130, 192)),
+        own=st.sampled_from((0, 1, 2, 15, 17, 50)),
+        max_tokens=st.sampled_from((1, 2, 9, 20, 40)),
+        stop_token_ids=st.sampled_from(((), (), STOPS[:2], STOPS)),
+        ignore_eos=st.booleans(),
+        n=st.sampled_from((1, 1, 1, 2)),
+        drawn=st.none() | st.none() | st.integers(0, len(DRAWN) - 1),
+        tail=st.integers(0, 1),
+    )
+
+    @stateful.rule(several=st.lists(st.tuples(wanted, st.sampled_from((0, 0, 0, 1, -1))), min_size=1, max_size=3))
+    def arrive(self, several):
+        for wanted, priority in several:
+            if not self.draws:
+                wanted = dataclasses.replace(wanted, drawn=None)
+            self.ask(wanted, wanted.prompt, wanted.params, priority)
+
+    def ask(self, wanted, prompt, params, priority):
+        self.asked.append((wanted, queue(self.llm, prompt, params, priority)))
+        self.turns_allowed += wanted.n * (wanted.max_tokens + len(prompt) // 64 + 3)
+
+    @stateful.precondition(lambda self: any(r.finished for _, group in self.asked for r in group))
+    @stateful.rule(which=st.integers(0, 20), more=st.sampled_from((1, 5, 20)), max_tokens=st.sampled_from((3, 25)))
+    def follow_up(self, which, more, max_tokens):
+        """The next turn of a conversation: prompt, answer, and what comes then."""
+        ended = [r for _, group in self.asked for r in group if r.finished]
+        last = ended[which % len(ended)]
+        prompt = [*last.tokens(0, last.num_tokens), *prompt_of(20, more)]
+        if len(prompt) < MAX_MODEL_LEN:
+            self.ask(Wanted(0, 0, 1, max_tokens), prompt, greedy(max_tokens), 0)
+
+    @stateful.rule(turns=st.integers(1, 20), harvest=st.booleans())
+    def go_on(self, turns, harvest):
+        for _ in range(turns):
+            self.step()
+        if harvest:
+            harvest_all(self.llm)
+            self.scheduler.check_integrity()
+
+    @stateful.rule(which=st.integers(0, 12))
+    def abort(self, which):
+        if which < len(self.asked):
+            SEEN["aborted"] += 1
+            for request in self.asked[which][1]:
+                self.llm.engine.abort(request)
+
+    @stateful.precondition(lambda self: self.scheduler.running)
+    @stateful.rule(which=st.integers(0, 7))
+    def preempt(self, which):
+        """As want of blocks would."""
+        if self.llm.config.batch_invariant:
+            return
+        self.turns_allowed += 8
+        request = self.scheduler.running[which % len(self.scheduler.running)]
+        before = request.num_preemptions
+        self.llm.engine.preempt(request)
+        self.drills += request.num_preemptions - before
+
+    def step(self):
+        engine = self.llm.engine
+        engine.step()
+        self.scheduler.check_integrity()
+        turn = engine._in_flight[-1] if engine._in_flight else None
+        if turn is not None and turn is not self.last_turn:
+            self.last_turn = turn
+            self.look_at(turn.plan)
+
+    def look_at(self, plan):
+        """Counts what the plan has asked of the device."""
+        own = {admission.request: admission for admission in plan.admitted}
+        reads = collections.Counter(p.read_slot for p in plan.pieces if p.request in own and own[p.request].position)
+        SEEN["hit"] += reads.total()
+        SEEN["two forks of one checkpoint in a step"] += sum(count > 1 for count in reads.values())
+        SEEN["fork of a tail"] += sum(bool(admission.copy_from) for admission in plan.admitted)
+        SEEN["resumed"] += sum(bool(a.position and a.request.num_preemptions) for a in plan.admitted)
+        SEEN["states recomputed over shared blocks"] += sum(a.position < a.request.num_cached for a in plan.admitted)
+        SEEN["checkpoint in a piece"] += sum(len(piece.checkpoints) for piece in plan.pieces)
+        SEEN["checkpoint at a branch"] += sum(
+            own[piece.request].request.num_cached in dict(piece.checkpoints)
+            for piece in plan.pieces
+            if piece.request in own
+        )
+        SEEN["checkpoint of a decode step"] += len(plan.copies)
+        SEEN["grown"] += len(plan.growth)
+
+    def teardown(self):
+        try:
+            for _ in range(self.turns_allowed):
+                if not self.llm.engine.has_work:
+                    break
+                self.step()
+            self.check()
+        finally:
+            fresh_if_failed(self.llm)
+
+    def check(self):
+        assert not self.llm.engine.has_work, "the queue has not drained"
+        counters = self.scheduler.cache.counters
+        for name in ("evicted_states", "evicted_blocks", "orphaned_states", "lost_tokens"):
+            SEEN[name] += getattr(counters, name) - getattr(self.before, name)
+        SEEN["preempted for want of room"] += self.scheduler.num_preemptions - self.preempted_before - self.drills
+        for wanted, group in self.asked:
+            if wanted.drawn is None:
+                for request in group:
+                    check_greedy(request)
+        # The cache stays for the next example, unless something has to be run alone.
+        for wanted, group in self.asked:
+            if wanted.drawn is not None:
+                for request, expected in zip(group, solo_on_engine(self.geometry, wanted), strict=True):
+                    produced = tuple(request.output_token_ids)
+                    cut = len(produced) if request.finish_reason == "abort" else None
+                    assert produced == expected[:cut]
+        if len(self.asked) % 4 == 0:
+            check_nothing_is_held(self.llm)
+
+
+def fresh_if_failed(llm: LLM) -> None:
+    """Ends what a failed example has left, so that shrinking starts from an idle engine."""
+    if llm.engine.has_work:
+        harvest_all(llm)
+        llm.engine.scheduler.reset()
+        for request in list(llm.engine.scheduler.waiting):
+            llm.engine.abort(request)
+
+
+def interleave(name: str, examples: int, *, draws: bool = True, sees: tuple[str, ...]) -> None:
+    """Random interleavings on one engine; `sees` is what must have happened in them."""
+    llm = fresh(name)
+    SEEN.clear()
+    machine = type("Machine", (LedgerMachine,), {"geometry": name, "draws": draws})
+    how = settings(
+        max_examples=examples, stateful_step_count=10, derandomize=True, deadline=None, database=None,
+        suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(st.lists(wanted_requests(drawn, max_n), min_size=1, max_size=longest))
-    def check(schedule):
-        run_schedule(name, schedule)
-
-    return check
-
-
-def test_random_schedules_with_room_equal_solo_runs():
-    schedules(KV, 250, drawn=True)()
+    stateful.run_state_machine_as_test(machine, settings=how)
+    print(dict(SEEN))
+    check_nothing_is_held(llm)
+    assert not [event for event in sees if not SEEN[event]]
 
 
-def test_random_schedules_with_scarce_blocks_equal_solo_runs():
-    schedules(VK, 250, drawn=True)()
+unchecked = pytest.mark.usefixtures("without_type_checks")
+"""Types are checked by every other test; here that would take half of the time."""
+
+CACHED = ("hit", "aborted", "resumed", "checkpoint in a piece", "grown", "lost_tokens")
+SCARCE = ("preempted for want of room", "evicted_states", "evicted_blocks", "orphaned_states")
 
 
-def test_random_schedules_in_a_mixed_pool_equal_solo_runs():
-    schedules(MIXED, 400, drawn=True)()
+@unchecked
+def test_random_interleavings_with_room_equal_solo_runs():
+    forks = ("fork of a tail", "two forks of one checkpoint in a step", "checkpoint at a branch")
+    rest = ("states recomputed over shared blocks", "checkpoint of a decode step", "evicted_states")
+    interleave(KV, 250, sees=CACHED + forks + rest)
 
 
-def test_random_schedules_on_two_ranks_equal_solo_runs():
-    schedules(TWO_RANKS, 100, drawn=False)()
+@unchecked
+def test_random_interleavings_with_scarce_blocks_equal_solo_runs():
+    interleave(VK, 220, sees=CACHED + SCARCE)
+
+
+@unchecked
+def test_random_interleavings_in_a_mixed_pool_equal_solo_runs():
+    interleave(MIXED, 250, sees=(*CACHED, *SCARCE, "fork of a tail", "checkpoint of a decode step"))
+
+
+@unchecked
+def test_random_interleavings_on_two_ranks_equal_solo_runs():
+    interleave(TWO_RANKS, 50, draws=False, sees=("hit", "resumed"))
+
+
+@unchecked
+def test_random_interleavings_without_slots_for_checkpoints_equal_solo_runs():
+    interleave(NO_SLOTS, 80, draws=False, sees=("hit", "resumed", "evicted_states"))
+
+
+@unchecked
+def test_random_interleavings_with_large_blocks_equal_solo_runs():
+    interleave(LARGE_BLOCKS, 60, draws=False, sees=("hit", "preempted for want of room", "evicted_blocks"))
+
+
+@unchecked
+def test_random_interleavings_without_the_cache_equal_solo_runs():
+    interleave(NO_CACHE, 50, draws=False, sees=("preempted for want of room", "aborted", "grown"))
+    assert not SEEN["hit"]
+
+
+@unchecked
+def test_random_interleavings_in_invariant_mode_equal_solo_runs():
+    interleave(INVARIANT, 60, sees=("hit", "aborted", "checkpoint in a piece"))
+    assert not SEEN["preempted for want of room"]
+
+
+# Named invariants, each through the real steps of every layout.
+
+
+def in_flight_plan(llm: LLM):
+    return llm.engine._in_flight[-1].plan
+
+
+def start(llm: LLM, prompt, max_tokens: int, tokens: int = 1, **params):
+    """A greedy request that has produced at least so many tokens, with a step in flight."""
+    (request,) = queue(llm, prompt, greedy(max_tokens, **params))
+    while len(request.output_token_ids) < tokens:
+        llm.engine.step()
+        llm.engine.scheduler.check_integrity()
+    return request
+
+
+@pytest.mark.parametrize("length", [5, 16, 17, 63, 64, 65, 100, 128, 129, 200])
+def test_hit_equals_fresh(llm, length):
+    """An identical prompt goes on below its last token, which is always computed."""
+    prompt = prompt_of(0, length)
+    first, second = generate(llm, prompt, 12), generate(llm, prompt, 12)
+    assert first.num_cached_tokens == 0
+    block = llm.config.block_size
+    assert second.num_cached_tokens == (length - 1) // block * block
+    assert (second.num_cached_tokens > 0) == (length > block)
+
+
+def test_whole_prompt_in_the_cache_still_computes_a_token(llm):
+    """Prompt and answer are cached to the last token; asked for them, the model has something to draw from."""
+    first = generate(llm, prompt_of(0, 64), 33)
+    known = first.tokens(0, first.num_tokens)
+    again = generate(llm, known[:-1], 5)
+    assert 0 < again.num_cached_tokens < again.prompt_length
+    assert again.output_token_ids[0] == known[-1]
+
+
+@pytest.mark.parametrize("name", [KV, VK, MIXED, LARGE_BLOCKS, INVARIANT])
+@pytest.mark.parametrize("lengths", [(64, 129, 200), (50, 63, 111), (1, 15, 250)])
+def test_chunked_equals_whole(name, lengths):
+    """Pieces of 64 and more, side by side and cut by one another; blocks of 4 to 128; intervals on no common grid."""
+    llm = fresh(name)
+    for _ in range(2):
+        requests = [queue(llm, prompt_of(i, length), greedy(6))[0] for i, length in enumerate(lengths)]
+        drain(llm)
+        for request in requests:
+            check_greedy(request)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 30])
+def test_preempted_equals_uninterrupted(llm, tokens):
+    """It goes on where its own state stands, and computes no token twice but the last that it knows."""
+    request = start(llm, prompt_of(0, 70), 40, tokens)
+    llm.engine.preempt(request)
+    llm.engine.scheduler.check_integrity()
+    assert request.status is Status.WAITING
+    llm.engine.step()
+    (admission,) = in_flight_plan(llm).admitted
+    assert admission.position == request.prompt_length + len(request.output_token_ids) - 1
+    drain(llm)
+    check_greedy(request)
+    assert (request.num_preemptions, request.num_cached_tokens) == (1, 0)
+
+
+def test_preempted_between_pieces_equals_uninterrupted():
+    llm = fresh(VK)
+    (request,) = queue(llm, prompt_of(0, 250), greedy(5))
+    for _ in range(3):
+        llm.engine.step()
+        llm.engine.preempt(request)
+    drain(llm)
+    check_greedy(request)
+    assert request.num_preemptions == 3
+    assert llm.engine.scheduler.cache.counters.kept_states >= 3
+
+
+def test_preempted_again_and_again_equals_uninterrupted(llm):
+    request = start(llm, prompt_of(0, 30), 40)
+    while not request.finished:
+        llm.engine.preempt(request)
+        while not request.finished and request.status is Status.WAITING:
+            llm.engine.step()
+        for _ in range(3):
+            llm.engine.step()
+    drain(llm)
+    check_greedy(request)
+    assert request.num_preemptions > 5
+
+
+def test_preempted_without_the_cache_equals_uninterrupted():
+    llm = fresh(NO_CACHE)
+    request = start(llm, prompt_of(0, 70), 40, 20)
+    llm.engine.preempt(request)
+    llm.engine.step()
+    (admission,) = in_flight_plan(llm).admitted
+    assert admission.position == 0
+    drain(llm)
+    check_greedy(request)
+
+
+@pytest.mark.parametrize("drawn", range(len(DRAWN)))
+def test_preempted_keeps_its_noise_and_its_penalties(llm, drawn):
+    """Logit rows are filled again with what had been produced; noise knows positions alone."""
+    params = SamplingParams(max_tokens=40, ignore_eos=True, seed=11, **DRAWN[drawn])
+    produced = []
+    for interrupted in (False, True):
+        llm.reset_prefix_cache()
+        (request,) = queue(llm, prompt_of(0, 40), params)
+        while interrupted and len(request.output_token_ids) < 25:
+            llm.engine.step()
+        if interrupted:
+            llm.engine.preempt(request)
+        drain(llm)
+        produced.append(request.output_token_ids)
+    assert produced[0] == produced[1]
+    assert len(produced[0]) == 40
+
+
+def test_preempted_keeps_its_log_probabilities(llm):
+    """Of the output, one entry a token; of the prompt, though that is computed again from its start."""
+    params = greedy(20, logprobs=2, prompt_logprobs=1)
+    found = []
+    for preempted_after in (None, 0, 8):
+        llm.reset_prefix_cache()
+        (request,) = queue(llm, prompt_of(0, 200), params)
+        while preempted_after is not None and (not request.slot or len(request.output_token_ids) < preempted_after):
+            llm.engine.step()
+        if preempted_after is not None:
+            llm.engine.preempt(request)
+        drain(llm)
+        check_greedy(request)
+        found.append((request.prompt_logprobs, request.output_logprobs))
+        assert (len(request.prompt_logprobs), len(request.output_logprobs)) == (199, 20)
+    assert found[0] == found[1] == found[2]
+
+
+def test_recycled_slot_remembers_nothing(llm):
+    """Every slot is used by one request after another, all of them fresh."""
+    for seed in range(2 * llm.memory_plan.num_slots):
+        llm.reset_prefix_cache()
+        assert generate(llm, prompt_of(seed, 1 + 13 * seed % 90), 4).num_cached_tokens == 0
+
+
+def test_split_node_serves_both_sides(llm):
+    """The second prompt parts within a run of blocks; both, and what they share, can be gone on with."""
+    trunk = prompt_of(0, 100)
+    first, second = [*trunk, *prompt_of(1, 50)], [*trunk, *prompt_of(2, 50)]
+    generate(llm, first, 8)
+    assert generate(llm, second, 8).num_cached_tokens < 100
+    for prompt in (first, second):
+        assert generate(llm, prompt, 8).num_cached_tokens > 100
+    # The branch that the second one saw has got a checkpoint.
+    third = generate(llm, [*trunk, *prompt_of(3, 50)], 8)
+    assert third.num_cached_tokens >= 100 // llm.config.block_size * llm.config.block_size - 16
+
+
+def test_evicted_state_is_recomputed_and_hit_again(llm):
+    """Its blocks are still there; the next request that comes by computes the state over them, and leaves it."""
+    prompt = prompt_of(0, 129)
+    generate(llm, prompt, 8)
+    cache = llm.engine.scheduler.cache
+    cache.begin_turn()
+    while cache._evict_state():
+        pass
+    blocks = np.array([block for node in cache._nodes for block in node.blocks])
+    before = jax.tree.map(lambda pool: np.array(pool[:, blocks]), llm.engine.state.kv)
+    lost = generate(llm, prompt, 8)
+    assert lost.num_cached_tokens == 0
+    assert lost.cache_miss_reason == "its blocks are cached, but no state at their end"
+    # What others may be reading is left as it is, to the bit.
+    after = jax.tree.map(lambda pool: np.array(pool[:, blocks]), llm.engine.state.kv)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert generate(llm, prompt, 8).num_cached_tokens == 128
+
+
+def test_request_that_recomputes_states_leaves_shared_blocks_as_they_are(llm):
+    """Poisoned with a mark, the shared blocks still hold it afterwards: nothing has been written there."""
+    prompt = prompt_of(0, 128)
+    generate(llm, prompt, 2)
+    cache = llm.engine.scheduler.cache
+    cache.begin_turn()
+    while cache._evict_state():
+        pass
+    (request,) = queue(llm, [*prompt, *prompt_of(1, 20)], greedy(2))
+    llm.engine.step()
+    shared = request.num_cached // llm.config.block_size
+    assert shared == 128 // llm.config.block_size
+    held = list(request.blocks[:shared])
+    llm.engine.abort(request)
+    drain(llm)
+    marked = llm.engine.state.kv.k.at[:, jnp.array(held)].set(7.0)
+    faults._replace(llm.engine, "kv", k=marked)
+    cache.begin_turn()
+    while cache._evict_state():
+        pass
+    queue(llm, [*prompt, *prompt_of(2, 20)], greedy(2))
+    drain(llm)
+    assert (np.asarray(llm.engine.state.kv.k[:, jnp.array(held)]) == 7.0).all()
+    llm.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("length", [65, 100])
+def test_two_requests_fork_one_checkpoint_while_it_is_evicted(llm, length):
+    """Both read it in one step; the slots and blocks it leaves are somebody else's in the next."""
+    prompt = prompt_of(0, length)
+    generate(llm, prompt, 20)
+    cache = llm.engine.scheduler.cache
+    continued = [[*prompt, *prompt_of(seed, 30)] for seed in (1, 2)]
+    forks = [queue(llm, whole, greedy(10))[0] for whole in continued]
+    llm.engine.step()
+    pieces = [piece for piece in in_flight_plan(llm).pieces if piece.start]
+    if llm.config.max_num_batched_tokens > 64:
+        assert len({piece.read_slot for piece in pieces}) == 1
+        assert len(pieces) == 2
+    (other,) = queue(llm, prompt_of(9, 64), greedy(3))
+    cache.begin_turn()
+    while cache._evict_state():
+        pass
+    cache.make_room(llm.engine.scheduler.allocator.blocks.num_free + cache.num_evictable_blocks)
+    llm.engine.scheduler.check_integrity()
+    drain(llm)
+    for request in (*forks, other):
+        check_greedy(request)
+
+
+def test_forks_of_a_tail_have_blocks_of_their_own(llm):
+    """The end of a turn stands within a block: each follow-up gets a copy, and none sees another's tokens."""
+    block = llm.config.block_size
+    first = generate(llm, prompt_of(0, 64), block + block // 2)
+    held = first.tokens(0, first.num_tokens - 1)
+    assert len(held) % block
+    followers = [queue(llm, [*held, *prompt_of(seed, 40)], greedy(8))[0] for seed in (1, 2)]
+    copies = []
+    while llm.engine.has_work:
+        llm.engine.step()
+        if llm.engine._in_flight:
+            copies += [(a.copy_from, a.copy_to) for a in in_flight_plan(llm).admitted]
+    assert len(set(copies)) == 2
+    assert len({source for source, _ in copies}) == 1
+    for request in followers:
+        assert request.num_cached_tokens == len(held)
+        check_greedy(request)
+
+
+def test_generated_tokens_are_cached_for_the_next_turn(llm):
+    """The sealed end of a turn is where the next one goes on: all but the last token, which was never fed."""
+    conversation = list(prompt_of(0, 40))
+    for turn in range(4):
+        answer = generate(llm, conversation, 21)
+        expected = 0 if turn == 0 else len(conversation) - 11
+        assert answer.num_cached_tokens == expected
+        conversation = [*answer.tokens(0, answer.num_tokens), *prompt_of(turn, 10)]
+
+
+def test_prefix_longer_than_the_pool_is_served_in_turn():
+    """Prompts of which only one fits at a time, again and again."""
+    llm = fresh(MIXED)
+    prompts = [prompt_of(seed, 250) for seed in range(3)]
+    for _ in range(2):
+        requests = [queue(llm, prompt, greedy(6))[0] for prompt in prompts]
+        drain(llm)
+        for request in requests:
+            check_greedy(request)
+    assert llm.engine.scheduler.cache.counters.evicted_blocks > 0
+    # One that leaves no room for the checkpoint it would go on from.
+    request = generate(llm, [*prompts[2], *prompt_of(7, 3)], 3)
+    assert request.num_tokens == MAX_MODEL_LEN
+
+
+@pytest.mark.parametrize(("block_size", "interval"), [(4, 96), (16, 48)])
+def test_odd_ratios_of_chunk_block_and_interval_equal_solo_runs(block_size, interval):
+    """Checkpoints within chunks, at their ends, and in decode; pieces of 64."""
+    model = LedgerModel()
+    config = EngineConfig(
+        state_layout="mixed", max_num_seqs=2, max_num_batched_tokens=64, decode_buckets=(2,), block_size=block_size,
+        num_kv_blocks=400 // block_size, num_checkpoint_slots=12, state_checkpoint_interval=interval, warmup=False,
+        compilation_cache_dir="",
+    )  # fmt: skip
+    llm = LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN)
+    trunk = prompt_of(0, 200)
+    generate(llm, trunk, 50)
+    for cut in (31, 48, 65, 97, 130, 199):
+        request = generate(llm, [*trunk[:cut], *prompt_of(1, 20)], 30)
+        assert request.num_cached_tokens > 0 or cut <= interval
+    llm.close()
+
+
+def test_prompt_logprobs_bypass_a_hit(llm):
+    """Every position is computed, and none of it takes the place of what is cached."""
+    prompt = prompt_of(0, 100)
+    first = generate(llm, prompt, 5, prompt_logprobs=1)
+    second = generate(llm, prompt, 5, prompt_logprobs=1)
+    assert first.prompt_logprobs == second.prompt_logprobs
+    assert (second.num_cached_tokens, second.cache_miss_reason) == (0, "prompt_logprobs need every position")
+    assert generate(llm, prompt, 5).num_cached_tokens > 0
+    check_nothing_is_held(llm)
+
+
+def test_last_come_is_preempted_for_want_of_blocks_and_equals_its_solo_run():
+    llm = fresh(MIXED)
+    requests = [queue(llm, prompt_of(seed, 60), greedy(120))[0] for seed in range(4)]
+    drain(llm)
+    for request in requests:
+        check_greedy(request)
+    counts = [request.num_preemptions for request in requests]
+    assert counts[0] == 0
+    assert sum(counts) > 0
+
+
+def test_failed_dispatch_leaves_an_engine_that_works_and_an_empty_cache(llm, monkeypatch):
+    """The plan had handed out slots and blocks, and promised states that were never written."""
+    prompt = prompt_of(0, 129)
+    generate(llm, prompt, 20)
+    running = start(llm, prompt_of(1, 70), 40, 3)
+    follower, waiting = [queue(llm, [*prompt, *prompt_of(seed, 30)], greedy(5))[0] for seed in (2, 3)]
+    monkeypatch.setattr(llm.engine, "_prefill", lambda pieces: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        llm.engine.step()
+    monkeypatch.undo()
+    llm.engine.scheduler.check_integrity()
+    assert running.finish_reason == "abort"
+    assert follower.finish_reason == "abort"
+    assert llm.stats()["prefix_cache"]["cached_states"] == 0
+    drain(llm)
+    for request in (running, follower, waiting):
+        check_greedy(request)
+    again = generate(llm, prompt, 20)
+    assert again.num_cached_tokens <= waiting.prompt_length
+    check_nothing_is_held(llm)
+
+
+def test_cache_can_be_reset_while_requests_run(llm):
+    """They keep what they share; whoever comes next finds nothing."""
+    prompt = prompt_of(0, 100)
+    generate(llm, prompt, 5)
+    request = start(llm, [*prompt, *prompt_of(1, 30)], 40, 3)
+    assert request.num_cached_tokens > 0
+    llm.reset_prefix_cache()
+    llm.engine.scheduler.check_integrity()
+    (late,) = queue(llm, prompt, greedy(9))
+    drain(llm)
+    for one in (request, late):
+        check_greedy(one)
+    assert late.num_cached_tokens == 0
+    check_nothing_is_held(llm)
 
 
 def test_slot_of_an_aborted_request_serves_the_next_at_once():
     """What is in flight for the old owner reaches nobody, and the new owner's tokens are all its own."""
-    llm = engine_of(VK)
-    greedy = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    llm = fresh(VK)
     prompts = [prompt_of(seed, 17) for seed in range(4)]
-    old, *others = [queue(llm, prompt, greedy)[0] for prompt in prompts[:3]]
+    old, *others = [queue(llm, prompt, greedy(20))[0] for prompt in prompts[:3]]
     for _ in range(6):
         llm.engine.step()
     slot, kept = old.slot, list(old.output_token_ids)
     assert len(kept) >= 2
     assert any(old in turn.plan.decoding for turn in llm.engine._in_flight)
     llm.engine.abort(old)
-    (new,) = queue(llm, prompts[3], greedy)
+    (new,) = queue(llm, prompts[3], greedy(20))
     llm.engine.step()
     assert new.slot == slot
     drain(llm, 40)
@@ -251,15 +792,14 @@ def test_slot_of_an_aborted_request_serves_the_next_at_once():
 
 def test_request_aborted_between_pieces_leaves_its_slot_clean():
     """The next owner of the slot starts afresh, though the old one never finished its prompt."""
-    llm = engine_of(VK)
-    greedy = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
-    (old,) = queue(llm, prompt_of(0, 200), greedy)
+    llm = fresh(VK)
+    (old,) = queue(llm, prompt_of(0, 200), greedy(9))
     llm.engine.step()
     llm.engine.step()
-    assert 0 < old.num_prefilled < old.prompt_length
+    assert 0 < old.num_computed < old.prompt_length
     slot = old.slot
     llm.engine.abort(old)
-    (new,) = queue(llm, prompt_of(1, 129), greedy)
+    (new,) = queue(llm, prompt_of(1, 129), greedy(9))
     llm.engine.step()
     assert new.slot == slot
     drain(llm, 40)
@@ -305,8 +845,8 @@ def _greedy_run_with_stop(model: Oracle, tokenizer: Tokenizer) -> tuple[list[int
 def _running(llm: LLM, prompt, max_tokens: int):
     """A request that has produced a token and goes on, with nothing in flight."""
     (request,) = queue(llm, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True))
-    while not request.prompt_dispatched or llm.engine._in_flight:
-        if not request.prompt_dispatched:
+    while not request.filled or llm.engine._in_flight:
+        if not request.filled:
             llm.engine.step()
         while llm.engine._in_flight:
             llm.engine._harvest(llm.engine._in_flight.popleft())
@@ -328,7 +868,7 @@ def _slots_and_blocks(state) -> list:
 
 def test_step_in_flight_past_the_end_changes_nothing():
     """A request that has ended on the device may be dispatched once more before the host knows."""
-    llm = engine_of(MIXED)
+    llm = fresh(MIXED)
     request = _running(llm, prompt_of(2, 65), 2)
     batch = DecodeBatch(slot=np.array([request.slot], np.int32))
     decode = llm.engine.steps.decode(llm.engine._plain)
@@ -346,7 +886,7 @@ def test_step_in_flight_past_the_end_changes_nothing():
 @pytest.mark.parametrize("length", [40, MAX_MODEL_LEN - 6])
 def test_writes_beyond_the_reservation_go_to_the_null_block(length):
     """A row that runs on and on, past its blocks and past max_model_len, touches nobody's block."""
-    llm = engine_of(MIXED)
+    llm = fresh(MIXED)
     engine = llm.engine
     request = _running(llm, prompt_of(1, length), 5)
     decode = engine.steps.decode(engine._plain)
@@ -371,10 +911,9 @@ def test_writes_beyond_the_reservation_go_to_the_null_block(length):
 
 def _tokens_under(fault) -> list[tuple[list[int], list[int]]]:
     """(produced, expected) of two requests in a mixed pool, one of which the fault befalls in mid-decode."""
-    llm = engine_of(MIXED)
-    greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+    llm = fresh(MIXED)
     prompts = [prompt_of(3, 65), prompt_of(4, 100)]
-    victim, neighbour = [queue(llm, prompt, greedy)[0] for prompt in prompts]
+    victim, neighbour = [queue(llm, prompt, greedy(16))[0] for prompt in prompts]
     for _ in range(5):
         llm.engine.step()
     fault(llm.engine, victim, neighbour)
@@ -398,10 +937,104 @@ def test_ledger_sees_nothing_without_a_fault():
 
 
 def test_ledger_sees_a_missing_reset(monkeypatch):
-    llm = engine_of(MIXED)
-    prompt, greedy = prompt_of(3, 65), SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-    llm.generate(list(prompt), greedy, use_tqdm=False)
+    llm = fresh(MIXED)
+    prompt = prompt_of(3, 65)
+    llm.generate(list(prompt), greedy(8), use_tqdm=False)
     monkeypatch.setattr(llm.engine, "steps", llm.engine.steps)
     faults.missing_reset(llm.engine)
-    (result,) = llm.generate(list(prompt), greedy, use_tqdm=False)
+    (result,) = llm.generate(list(prompt), greedy(8), use_tqdm=False)
     assert list(result.outputs[0].token_ids) != oracle().solo_run(prompt, 8)
+
+
+def test_layout_bit_moves_with_its_row_in_forks_and_copies():
+    """Decode writes VK, so its checkpoints say VK, and a fork's own slot says what prefill wrote."""
+    llm = fresh(MIXED)
+    request = start(llm, prompt_of(0, 60), 30, 10)
+    cache = llm.engine.scheduler.cache
+    positions = {node.end: node.slot for node in (cache._untried | cache._proven).values()}
+    layout = np.asarray(llm.engine.state.gdn.layout)
+    # Of the prompt's checkpoints and of the interval that decoding has passed.
+    assert {end: int(layout[slot]) for end, slot in positions.items()} == {16: 0, 32: 0, 48: 0, 64: 1}
+    (fork,) = queue(llm, [*request.tokens(0, 64), *prompt_of(1, 20)], greedy(5))
+    llm.engine.step()
+    (piece,) = in_flight_plan(llm).pieces
+    assert (piece.start, piece.read_slot) == (64, positions[64])
+    layout = np.asarray(llm.engine.state.gdn.layout)
+    assert (layout[fork.slot], layout[piece.read_slot]) == (LAYOUT_KV, LAYOUT_VK)
+    drain(llm)
+    for one in (request, fork):
+        check_greedy(one)
+
+
+def go_on_from_decode(llm: LLM, seed: int):
+    """A conversation whose second turn goes on from a state that decode wrote, in its middle or at its end.
+
+    Returns the second request, ended, and the layout bit of what it read.
+    """
+    rng = np.random.default_rng(seed)
+    first = start(llm, prompt_of(seed, int(rng.integers(15, 60))), int(rng.integers(3, 8)))
+    drain(llm)
+    (second,) = queue(
+        llm, [*first.tokens(0, first.num_tokens), *prompt_of(seed + 1, int(rng.integers(1, 12)))], greedy(3)
+    )
+    read = None
+    while read is None:
+        llm.engine.step()
+        pieces = [piece for turn in llm.engine._in_flight for piece in turn.plan.pieces if piece.request is second]
+        read = pieces[0].read_slot if pieces else None
+    layout = int(llm.engine.state.gdn.layout[read])
+    drain(llm)
+    assert second.num_cached_tokens == first.num_tokens - 1
+    return second, layout
+
+
+def test_forks_of_what_decode_wrote_are_right_250_times_out_of_250():
+    """In a mixed pool, where a stale layout bit would show."""
+    llm = fresh(MIXED)
+    for seed in range(250):
+        second, layout = go_on_from_decode(llm, seed)
+        check_greedy(second)
+        assert layout == LAYOUT_VK
+
+
+def expected_of(request) -> list[int]:
+    return oracle().solo_run(request.prompt_token_ids, request.params.max_tokens)
+
+
+@pytest.mark.parametrize("fault", faults.FORKS, ids=lambda fault: fault.__name__)
+def test_ledger_sees_the_fault_of_a_fork_at_its_first_token(fault, monkeypatch):
+    llm = fresh(MIXED)
+    monkeypatch.setattr(llm.engine, "steps", llm.engine.steps)
+    fault(llm.engine)
+    for seed in range(5):
+        second, _ = go_on_from_decode(llm, seed)
+        # A fork within a block is one where the cached tokens are no whole blocks.
+        if fault is not faults.tail_not_copied or second.num_cached_tokens % llm.config.block_size:
+            assert second.output_token_ids[0] != expected_of(second)[0]
+    llm.reset_prefix_cache()
+
+
+def test_ledger_sees_a_checkpoint_that_is_a_chunk_early(monkeypatch):
+    llm = fresh(MIXED)
+    monkeypatch.setattr(llm.engine, "steps", llm.engine.steps)
+    faults.checkpoint_one_chunk_early(llm.engine)
+    generate(llm, prompt_of(0, 129), 3)
+    (request,) = queue(llm, prompt_of(0, 129), greedy(3))
+    drain(llm)
+    assert request.num_cached_tokens == 128
+    assert request.output_token_ids[0] != expected_of(request)[0]
+    llm.reset_prefix_cache()
+
+
+def test_ledger_sees_a_copy_without_its_layout_bit(monkeypatch):
+    """The slot was a prefill's before, so the bit that stays says KV."""
+    llm = fresh(MIXED)
+    monkeypatch.setattr(llm.engine, "steps", llm.engine.steps)
+    faults.copy_without_layout_bit(llm.engine)
+    faults._replace(llm.engine, "gdn", layout=jnp.zeros_like(llm.engine.state.gdn.layout))
+    first = generate(llm, prompt_of(0, 60), 10)
+    (request,) = queue(llm, [*first.tokens(0, 64), *prompt_of(1, 20)], greedy(3))
+    drain(llm)
+    assert request.num_cached_tokens == 64
+    assert request.output_token_ids[0] != expected_of(request)[0]
+    llm.reset_prefix_cache()

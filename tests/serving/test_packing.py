@@ -9,8 +9,8 @@ from gdnjax.config import CHUNK
 from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
 from gdnjax.serving import packing
 from gdnjax.serving.detokenizer import Detokenizer
+from gdnjax.serving.plan import Admission, Copy, Growth, Piece, max_chunks
 from gdnjax.serving.request import Request
-from gdnjax.serving.scheduler import Piece
 from gdnjax.state import NO_TOKEN
 
 ROWS = 4
@@ -40,46 +40,84 @@ def test_size_past_the_buckets_is_an_error():
         packing.bucket_for(21, (1, 8, 20))
 
 
-PIECES = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 150), st.booleans(), st.integers(1, 30)), max_size=ROWS)
+PIECES = st.lists(
+    st.tuples(
+        st.integers(0, 150), st.integers(1, 150), st.booleans(), st.integers(1, 30), st.sets(st.integers(1, 300))
+    ),
+    max_size=ROWS,
+)
 
 
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=200)
 @hypothesis.given(PIECES, st.integers(0, 100))
 def test_prefill_batch_holds_every_token_once(drawn, padding):
-    """For any pieces that start at multiples of CHUNK and any bucket, also one that is no multiple of CHUNK."""
+    """For any pieces, forks and checkpoints, and any bucket, also one that is no multiple of CHUNK."""
     pieces = []
-    for slot, (chunks, length, is_last, rest) in enumerate(drawn, start=1):
-        start = chunks * CHUNK
-        is_last = is_last or length % CHUNK != 0
+    for slot, (start, length, is_last, rest, positions) in enumerate(drawn, start=1):
         request = make_request(start + length + (0 if is_last else rest), slot=slot)
-        pieces.append(Piece(request, start, length, is_last))
-    tokens = max(1, sum(piece.length for piece in pieces)) + padding
-    batch = packing.pack_prefill(pieces, tokens=tokens, rows=ROWS)
+        request.blocks, request.num_cached = [slot, 10 + slot], start // 2
+        # At most one off the grid, which is what the chunk table has room for.
+        inside = sorted(p for p in positions if start < p <= start + length)
+        kept = [p for p in inside if p % CHUNK == 0] + [p for p in inside if p % CHUNK][:1]
+        checkpoints = tuple((p, 50 + i) for i, p in enumerate(sorted(kept)))
+        pieces.append(Piece(request, start, length, is_last, slot if start % 2 else 30 + slot, checkpoints))
+    # A bucket is at least a chunk for each cut piece.
+    tokens = max(1, sum(piece.length for piece in pieces)) + padding + CHUNK * len(pieces)
+    batch = packing.pack_prefill(pieces, tokens=tokens, rows=ROWS, table_width=3)
     place = 0
-    chunks = [c for c in zip(batch.chunk_row, batch.chunk_start, batch.chunk_length, strict=True) if c[2]]
     for row, piece in enumerate(pieces):
         prompt = piece.request.prompt_token_ids
         here = slice(place, place + piece.length)
         assert (batch.slot[row], batch.start[row], batch.length[row]) == (piece.request.slot, place, piece.length)
-        assert batch.is_last[row] == piece.is_last
-        np.testing.assert_array_equal(batch.tokens[here], prompt[piece.start : piece.start + piece.length])
+        assert (batch.is_last[row], batch.read_slot[row]) == (piece.is_last, piece.read_slot)
+        assert batch.kv_start[row] == piece.request.num_cached
+        np.testing.assert_array_equal(batch.block_table[row], [*piece.request.blocks, 0])
+        np.testing.assert_array_equal(batch.tokens[here], prompt[piece.start : piece.end])
         assert (batch.token_row[here] == row).all()
         assert batch.token_valid[here].all()
-        following = prompt[piece.start + 1 : piece.start + piece.length + 1]
+        following = prompt[piece.start + 1 : piece.end + 1]
         expected = [*following, *[NO_TOKEN] * (piece.length - len(following))]
         np.testing.assert_array_equal(batch.target[here], expected)
-        own = [(int(start), int(length)) for r, start, length in chunks if r == row]
-        # In order, gapless, whole but for the last.
-        assert [start for start, _ in own] == list(range(place, place + piece.length, CHUNK))
-        assert sum(length for _, length in own) == piece.length
-        assert all(length == CHUNK for _, length in own[:-1])
+        check_chunks(batch, row, piece)
         place += piece.length
     assert not batch.token_valid[place:].any()
     assert (batch.target[place:] == NO_TOKEN).all()
-    for values in (batch.slot, batch.length, batch.is_last):
+    for values in (batch.slot, batch.length, batch.is_last, batch.read_slot, batch.block_table, batch.kv_start):
         assert not values[len(pieces) :].any()
+    assert not batch.chunk_checkpoint[batch.chunk_length == 0].any()
     # The shapes depend on the bucket alone.
-    assert len(batch.chunk_row) == tokens // CHUNK + ROWS
+    assert len(batch.chunk_row) == len(batch.chunk_checkpoint) == max_chunks(tokens, ROWS)
+
+
+def check_chunks(batch, row, piece):
+    """In order, gapless, never across a multiple of CHUNK; a checkpoint stands at the end of its chunk."""
+    position, kept = piece.start, {}
+    table = np.stack([batch.chunk_row, batch.chunk_start, batch.chunk_length, batch.chunk_checkpoint], axis=1)
+    for _, start, length, slot in table[(batch.chunk_row == row) & (batch.chunk_length > 0)].tolist():
+        assert start - batch.start[row] == position - piece.start
+        assert position // CHUNK == (position + length - 1) // CHUNK
+        position += length
+        assert position in (piece.end, *dict(piece.checkpoints)) or position % CHUNK == 0
+        if slot:
+            kept[position] = slot
+    assert position == piece.end
+    assert kept == dict(piece.checkpoints)
+
+
+def test_step_without_checkpoints_has_no_code_for_them():
+    piece = Piece(make_request(70), 0, 70, True, 1)
+    assert (
+        packing.pack_prefill([piece], tokens=128, rows=ROWS, table_width=1, checkpoints=False).chunk_checkpoint is None
+    )
+
+
+def test_resumed_request_is_fed_what_it_had_produced():
+    request = make_request(5)
+    request.output_token_ids = [7, 8, 9]
+    batch = packing.pack_prefill([Piece(request, 3, 5, True, 1)], tokens=8, rows=1, table_width=1)
+    np.testing.assert_array_equal(batch.tokens, [103, 104, 7, 8, 9, 0, 0, 0])
+    # Prompt log-probabilities are of the prompt alone.
+    np.testing.assert_array_equal(batch.target, [104, *[NO_TOKEN] * 7])
 
 
 def test_admission_fields_are_those_of_the_request():
@@ -100,7 +138,10 @@ def test_admission_fields_are_those_of_the_request():
     requests[0].blocks, requests[0].logit_row = [9, 4], 2
     requests[0].seed = 0x1122334455667788
     requests[1].seed = (1 << 64) - 1
-    batch = packing.pack_admissions(requests, rows=ROWS, table_width=5)
+    admissions = [Admission(requests[0], 20, 7, 4), Admission(requests[1], 0, 0, 0)]
+    batch = packing.pack_admissions(admissions, rows=ROWS, table_width=5)
+    np.testing.assert_array_equal(batch.length, [20, 0, 0, 0])
+    np.testing.assert_array_equal([batch.copy_from, batch.copy_to], [[7, 0, 0, 0], [4, 0, 0, 0]])
     np.testing.assert_array_equal(batch.slot, [3, 1, 0, 0])
     np.testing.assert_array_equal(batch.max_length, [11, 10, 0, 0])
     np.testing.assert_array_equal(batch.min_length, [9, 2, 0, 0])
@@ -120,7 +161,7 @@ def test_huge_limits_do_not_overflow():
     """max_tokens beyond any model is cut to the model's length; the minimum must follow it."""
     request = make_request(5, max_tokens=1 << 40, min_tokens=1 << 40, top_k=(1 << 31) - 1)
     request.max_length = 300
-    batch = packing.pack_admissions([request], rows=1, table_width=1)
+    batch = packing.pack_admissions([Admission(request, 0, 0, 0)], rows=1, table_width=1)
     assert batch.min_length[0] == 300
     assert batch.top_k[0] == (1 << 31) - 1
 
@@ -140,6 +181,18 @@ def test_logit_row_holds_prompt_bias_and_bans():
     np.testing.assert_array_equal(batch.bad_words[1], [*[NO_TOKEN] * (MAX_BAD_WORD_TOKENS - 3), 6, 7, 8])
     assert (batch.bad_words[2:] == NO_TOKEN).all()
     assert batch.repetition == np.float32(1.2)
+    assert not batch.counts.any()
+    assert (batch.recent == NO_TOKEN).all()
+
+
+@pytest.mark.parametrize("produced", [[9], [9, 4, 9], [*range(10, 30), 4, 4]], ids=len)
+def test_logit_row_of_a_resumed_request_counts_what_it_had_produced(produced):
+    request = make_request(3, repetition_penalty=1.2)
+    request.output_token_ids = produced
+    batch = packing.pack_logit_row(request, vocab_size=200, padded_vocab_size=204)
+    np.testing.assert_array_equal(batch.counts, np.bincount(produced, minlength=204))
+    recent = produced[-(MAX_BAD_WORD_TOKENS - 1) :]
+    np.testing.assert_array_equal(batch.recent, [NO_TOKEN] * (MAX_BAD_WORD_TOKENS - 1 - len(recent)) + recent)
 
 
 def test_logit_row_of_nobody_is_neutral():
@@ -153,4 +206,15 @@ def test_logit_row_of_nobody_is_neutral():
 
 def test_decode_batch_lists_slots_and_pads_with_null():
     requests = [make_request(slot=4), make_request(slot=2)]
-    np.testing.assert_array_equal(packing.pack_decode(requests, rows=5).slot, [4, 2, 0, 0, 0])
+    batch = packing.pack_decode(requests, {1: Growth(3, 17)}, rows=5, table_width=6)
+    np.testing.assert_array_equal(batch.slot, [4, 2, 0, 0, 0])
+    # An index past the table changes nothing.
+    np.testing.assert_array_equal(batch.grown_index, [6, 3, 6, 6, 6])
+    np.testing.assert_array_equal(batch.grown_block, [0, 17, 0, 0, 0])
+
+
+def test_copies_are_listed_and_counted():
+    batch = packing.pack_copies([Copy(make_request(), 8, 3, 5), Copy(make_request(), 8, 1, 6)], rows=4)
+    np.testing.assert_array_equal(batch.source, [3, 1, 0, 0])
+    np.testing.assert_array_equal(batch.target, [5, 6, 0, 0])
+    assert batch.count == 2

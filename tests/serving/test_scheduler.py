@@ -1,4 +1,4 @@
-"""The scheduler under random arrivals, steps, late harvests and aborts: nobody overtaken, nothing lost."""
+"""The scheduler over a device of plain Python: nobody overtaken without bound, nothing lost, every token right."""
 
 import collections
 
@@ -7,219 +7,261 @@ import pytest
 from hypothesis import stateful
 from hypothesis import strategies as st
 
-from gdnjax.config import CHUNK, EngineConfig
-from gdnjax.sampling_params import SamplingParams
-from gdnjax.serving.allocator import Allocator
-from gdnjax.serving.detokenizer import Detokenizer
-from gdnjax.serving.request import Request, Status
-from gdnjax.serving.scheduler import Scheduler
-from gdnjax.serving.tokenizer import Tokenizer
+from gdnjax.config import CHUNK
+from gdnjax.serving import scheduler as scheduler_module
+from gdnjax.serving.request import Status
+from tests.serving.paper import (
+    EOS,
+    MAX_MODEL_LEN,
+    Loop,
+    check_nothing_is_held,
+    check_output,
+    make_request,
+    make_scheduler,
+    next_token,
+    solo_run,
+)
 
-MAX_MODEL_LEN = 400
-EOS = 9
+PLACES = 3
+"""What a priority is worth here, so that its bound is reached."""
 
+FAMILIES = tuple([next_token(hash((family, i))) for i in range(MAX_MODEL_LEN)] for family in range(2))
+"""Prompts begin with the first tokens of one of these."""
 
-class Letters:
-    """Stands for a transformers tokenizer: token i is the i-th letter."""
-
-    eos_token_id = EOS
-
-    def __init__(self):
-        self.added_tokens_decoder = {}
-
-    def __len__(self):
-        return 26
-
-    def decode(self, token_ids, **_):
-        return "".join(chr(ord("a") + token) for token in token_ids)
+SEEN = collections.Counter()
+"""What happened over all runs of the machine: it would show nothing if nothing happened."""
 
 
-LETTERS = Tokenizer(Letters())
-
-
-def make_scheduler(*, seqs=3, tokens=128, blocks=40, rows=1, block_size=16):
-    config = EngineConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, block_size=block_size)
-    return Scheduler(config, Allocator(seqs, blocks, rows))
-
-
-def make_request(prompt_length, *, name="r", **params):
-    params = SamplingParams(**({"max_tokens": 8} | params))
-    return Request(
-        request_id=name,
-        prompt_token_ids=list(range(prompt_length)),
-        params=params,
-        max_length=min(prompt_length + params.max_tokens, MAX_MODEL_LEN),
-        stop_token_ids=(*(() if params.ignore_eos else (EOS,)), *params.stop_token_ids),
-        seed=0,
-        detokenizer=Detokenizer(LETTERS, params),
-    )
-
-
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=120, stateful_step_count=60)
+@hypothesis.settings(derandomize=True, deadline=None, database=None, max_examples=500, stateful_step_count=40)
 class SchedulerMachine(stateful.RuleBasedStateMachine):
-    """Drives a scheduler as the engine does: plans are dispatched, and harvested later. The device is a model of it."""
+    """Drives a scheduler as the engine does, with up to two turns in flight, over pools of every scarcity."""
 
     @stateful.initialize(
-        seqs=st.integers(1, 4), chunks=st.integers(1, 4), blocks=st.integers(26, 60), rows=st.integers(1, 2)
+        seqs=st.integers(1, 4),
+        chunks=st.integers(1, 3),
+        block_size=st.sampled_from((4, 16, 64, 128)),
+        spare_blocks=st.sampled_from((0, 1, 3, 8, 20)),
+        rows=st.integers(1, 2),
+        checkpoints=st.sampled_from((0, 1, 2, 5, 9)),
+        interval=st.integers(1, 4),
+        mode=st.sampled_from(("cache", "cache", "cache", "no cache", "invariant")),
     )
-    def build(self, seqs, chunks, blocks, rows):
-        self.scheduler = make_scheduler(seqs=seqs, tokens=chunks * CHUNK, blocks=blocks, rows=rows)
-        self.requests, self.arrivals = [], []
-        self.in_flight = collections.deque()
-        self.folded = collections.Counter()  # prompt tokens dispatched, as this test counts them
-        self.drawn = collections.defaultdict(list)  # tokens the device drew
-        self.device_done = set()
-        self.admitted = []
+    def build(self, seqs, chunks, block_size, spare_blocks, rows, checkpoints, interval, mode):
+        cached = mode != "no cache"
+        self.scheduler = make_scheduler(
+            seqs=seqs,
+            tokens=chunks * CHUNK,
+            block_size=block_size,
+            blocks=-(-(MAX_MODEL_LEN - 1) // block_size) + spare_blocks,
+            rows=rows,
+            checkpoints=checkpoints if cached else 0,
+            state_checkpoint_interval=interval * block_size,
+            enable_prefix_caching=cached,
+            batch_invariant=mode == "invariant",
+        )
+        self.loop = Loop(self.scheduler)
+        self.requests, self.admitted = [], []
+        self.stood = 0
 
     @stateful.rule(
-        length=st.integers(1, 390), max_tokens=st.integers(1, 20), row=st.booleans(), stop=st.sampled_from([None, "bc"])
+        family=st.integers(0, 1),
+        shared=st.sampled_from((0, 16, 40, 64, 65, 128, 130, 200, 256)),
+        own=st.sampled_from((0, 1, 2, 5, 17, 60, 64, 130)),
+        max_tokens=st.sampled_from((1, 2, 5, 40, 100)),
+        priority=st.sampled_from((0, 0, 0, 1, -1, -2)),
+        patience=st.sampled_from((None, None, None, None, 1, 12)),
+        row=st.sampled_from((False, False, True)),
+        ends=st.sampled_from(("eos", "length", "length", "stop string", "prompt_logprobs")),
     )
-    def add(self, length, max_tokens, row, stop):
-        bias = {"logit_bias": {0: 1.0}} if row else {}
-        request = make_request(length, name=str(len(self.requests)), max_tokens=max_tokens, stop=stop, **bias)
-        self.scheduler.check_fits(request.max_length, length)
+    def add(self, family, shared, own, max_tokens, priority, patience, row, ends):
+        number = len(self.requests)
+        prompt = FAMILIES[family][:shared] + [next_token(hash((number, i))) for i in range(max(own, shared == 0))]
+        self.queue(prompt, max_tokens, priority, patience, row, ends)
+
+    @stateful.precondition(lambda self: any(request.finished for request in self.requests))
+    @stateful.rule(which=st.integers(0, 99), more=st.sampled_from((0, 1, 3, 20)), max_tokens=st.sampled_from((5, 40)))
+    def follow_up(self, which, more, max_tokens):
+        """The next turn of a conversation, or all that was folded of the last one: its end is cached then."""
+        ended = [request for request in self.requests if request.finished]
+        last = ended[which % len(ended)]
+        known = last.tokens(0, last.num_tokens if more else last.num_tokens - 1)
+        prompt = known + [next_token(hash((which, i))) for i in range(more)]
+        if 0 < len(prompt) < MAX_MODEL_LEN:
+            self.queue(prompt, max_tokens, 0, None, False, "length")
+
+    def queue(self, prompt, max_tokens, priority, patience, row, ends):
+        number = len(self.requests)
+        how = {
+            "eos": {},
+            "length": {"ignore_eos": True},
+            "stop string": {"ignore_eos": True, "stop": "bc"},
+            "prompt_logprobs": {"prompt_logprobs": 0},
+        }
+        request = make_request(
+            prompt,
+            name=str(number),
+            max_tokens=max_tokens,
+            priority=priority,
+            deadline=None if patience is None else self.loop.now + patience,
+            turn_start=max(0, len(prompt) - 5),
+            **how[ends],
+            **({"logit_bias": {0: 1.0}} if row else {}),
+        )
+        self.scheduler.check_fits(request.max_length, request.prompt_length)
         self.scheduler.add(request)
         self.requests.append(request)
-        self.arrivals.append(request)
 
-    @stateful.precondition(lambda self: len(self.in_flight) < 2)
-    @stateful.rule(data=st.data())
-    def dispatch(self, data):
-        running = list(self.scheduler.running)
-        ready = [request for request in running if request.may_decode]
-        plan = self.scheduler.plan()
+    @stateful.rule(steps=st.lists(st.booleans(), min_size=4, max_size=16))
+    def go_on(self, steps):
+        """Dispatches and harvests in any order, late by up to two turns."""
+        for dispatch in steps:
+            if dispatch and len(self.loop.in_flight) < 2:
+                self.dispatch()
+            elif self.loop.in_flight:
+                self.loop.harvest()
+            self.nothing_is_lost_and_everything_is_right()
+
+    def dispatch(self) -> bool:
+        """Plans, and holds the plan to the promise that the first in order moves on."""
+        scheduler, waited = self.scheduler, bool(self.loop.in_flight)
+        overdue = [r for r in self.requests if r.deadline is not None and r.deadline <= self.loop.now + 1]
+        live = [r for r in scheduler.running + scheduler.waiting if r not in overdue]
+        first = min(live, key=lambda request: request.order, default=None)
+        was_running = [request for request in scheduler.running if request not in overdue]
+        ready = [request for request in was_running if request.may_decode]
+        before = scheduler.num_preemptions
+        plan = self.loop.dispatch()
+        assert all(request.finish_reason == "abort" for request in overdue if request.stop_reason == "timeout")
+        assert not [request for request in overdue if request.status is not Status.FINISHED]
+        preempted = scheduler.num_preemptions - before
+        SEEN["preempted"] += preempted
+        if waited:
+            assert not preempted, "preemption waits for the truth"
+        elif not preempted and not overdue:
+            assert (plan is not None) == bool(live)
+        if first is not None and not waited and not scheduler.config.batch_invariant:
+            self.check_first(first, was_running, plan, preempted)
         if plan is None:
-            # Nothing to do but to wait for what is in flight.
-            assert not ready
-            assert all(request.prompt_dispatched for request in self.scheduler.running)
-            assert self.scheduler.running or not self.scheduler.waiting
-            return
-        self.check_plan(plan, ready)
-        emitted = {}
-        for request in [piece.request for piece in plan.pieces if piece.is_last] + plan.decoding:
-            emitted[request] = self.draw(request, data)
-        self.in_flight.append((plan, emitted))
-
-    def check_plan(self, plan, ready):
-        config = self.scheduler.config
-        assert plan.decoding == ready, "decode goes on between pieces"
-        assert len(plan.decoding) <= config.max_num_seqs
-        assert len(plan.pieces) <= config.prefill_rows
-        assert sum(piece.length for piece in plan.pieces) <= config.max_num_batched_tokens
+            SEEN["harvest first"] += waited and bool(ready)
+            return False
+        assert plan.decoding == [r for r in ready if r.status is Status.RUNNING], "decode goes on between pieces"
         assert plan.pieces or plan.decoding
-        assert len({piece.request for piece in plan.pieces}) == len(plan.pieces)
-        for request in plan.admitted:
-            assert request.status is Status.RUNNING
-            assert len(request.blocks) * config.block_size >= request.max_length - 1
-            assert bool(request.logit_row) == request.params.needs_logit_row
-        # Those who came first are admitted first.
-        self.admitted += plan.admitted
-        waiting = [request for request in self.arrivals if request.status is Status.WAITING]
-        assert list(self.scheduler.waiting) == waiting
-        order = [self.requests.index(request) for request in self.admitted]
-        assert order == sorted(order)
-        assert all(self.requests.index(request) > max(order) for request in waiting)
-        # And get their prompts' tokens first: only the last piece may leave its prompt unfinished.
-        places = [self.requests.index(piece.request) for piece in plan.pieces]
-        assert places == sorted(places)
-        assert all(piece.is_last for piece in plan.pieces[:-1])
-        for piece in plan.pieces:
-            assert piece.length > 0
-            assert piece.start % CHUNK == 0
-            assert piece.start == self.folded[piece.request], "pieces tile the prompt"
-            self.folded[piece.request] += piece.length
-            assert piece.is_last == (self.folded[piece.request] == piece.request.prompt_length)
-        unfinished = [r for r in self.scheduler.running if not r.prompt_dispatched]
-        if unfinished and plan.pieces:
-            assert min(map(self.requests.index, unfinished)) >= max(places)
+        for admission in plan.admitted:
+            assert admission.position < admission.request.num_tokens, "at least one token is computed"
+            self.admitted += [admission.request] if admission.request not in self.admitted else []
+            SEEN["hit"] += bool(admission.position)
+            SEEN["tail"] += bool(admission.copy_from)
+            SEEN["resumed"] += bool(admission.position and admission.request.num_preemptions)
+        SEEN["grown"] += len(plan.growth)
+        SEEN["copied"] += len(plan.copies)
+        return True
 
-    def draw(self, request, data):
-        """What the device emits for a row: nothing if it is done, else a token, and whether that ends it."""
-        if request in self.device_done:
-            return [], False
-        assert self.folded[request] == request.prompt_length
-        token = data.draw(st.integers(0, EOS))
-        self.drawn[request].append(token)
-        length = request.prompt_length + len(self.drawn[request])
-        assert length <= request.max_length
-        done = token in request.stop_token_ids or length == request.max_length
-        if done:
-            self.device_done.add(request)
-        return [token], done
-
-    @stateful.precondition(lambda self: self.in_flight)
-    @stateful.rule()
-    def harvest(self):
-        plan, emitted = self.in_flight.popleft()
-        del plan
-        for request, (tokens, done) in emitted.items():
-            self.scheduler.commit(request, tokens, done)
+    def check_first(self, first, was_running, plan, preempted):
+        """It moves on by a chunk or a token; while it waits, somebody makes room for it or ends a prompt."""
+        if first in was_running:
+            assert first.status is Status.RUNNING, "the first in order is never preempted"
+            assert first in plan.decoding or first in [piece.request for piece in plan.pieces]
+        elif first.status is Status.WAITING and not (preempted or any(p.request in was_running for p in plan.pieces)):
+            # What it was promised has just been taken by a request that grew, or by a state that was being written.
+            self.stood += 1
+            assert self.stood <= 2
+            return
+        self.stood = 0
 
     @stateful.precondition(lambda self: self.requests)
-    @stateful.rule(data=st.data())
-    def abort(self, data):
-        request = data.draw(st.sampled_from(self.requests))
-        finished = request.finished
+    @stateful.rule(which=st.integers(0, 20))
+    def abort(self, which):
+        if which >= len(self.requests):
+            return
+        request = self.requests[which]
         reason = request.finish_reason
         self.scheduler.finish(request, "abort")
-        assert request.finish_reason == (reason if finished else "abort")
+        assert request.finish_reason == (reason or "abort")
+
+    @stateful.precondition(lambda self: self.scheduler.running)
+    @stateful.rule(which=st.integers(0, 3))
+    def preempt(self, which):
+        """As want of blocks would, whoever it is."""
+        self.loop.harvest_all()
+        if which < len(self.scheduler.running):
+            self.scheduler.preempt(self.scheduler.running[which])
+
+    @stateful.rule(fail=st.booleans(), chance=st.integers(0, 5))
+    def forget(self, fail, chance):
+        """Now and then: the user resets the cache, or a dispatch fails."""
+        if chance == 0 and fail:
+            self.loop.fail()
+            assert not self.scheduler.running
+            assert not self.scheduler.cache.num_states
+        elif chance == 0:
+            self.scheduler.cache.reset()
 
     @stateful.invariant()
-    def nothing_is_lost(self):
-        self.scheduler.check_integrity()
-        allocator = self.scheduler.allocator
-        running = self.scheduler.running
-        assert allocator.num_blocks - allocator.num_free_blocks == sum(len(r.blocks) for r in running)
-        held = sum(bool(request.logit_row) for request in running)
-        assert allocator.num_logit_rows - allocator.num_free_logit_rows == held
-        for request in self.requests:
-            if request.finished:
-                assert (request.slot, request.blocks, request.logit_row) == (0, [], 0)
-            tokens, drawn = request.output_token_ids, self.drawn[request]
-            assert tokens == drawn[: len(tokens)], "what is committed is what was drawn, in order"
-
-    def teardown(self):
-        """Everything ends by itself: no request is starved or forgotten."""
+    def nothing_is_lost_and_everything_is_right(self):
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(10_000):
-            plan = self.scheduler.plan()
-            if plan is not None:
-                emitted = {}
-                for request in [piece.request for piece in plan.pieces if piece.is_last] + plan.decoding:
-                    done = request in self.device_done
-                    if not done:
-                        self.drawn[request].append(0)
-                        length = request.prompt_length + len(self.drawn[request])
-                        if length == request.max_length:
-                            self.device_done.add(request)
-                    emitted[request] = ([] if done else [0], request in self.device_done)
-                self.in_flight.append((plan, emitted))
-            if self.in_flight and (plan is None or len(self.in_flight) > 1):
-                self.harvest()
-            if not self.scheduler.has_work and not self.in_flight:
-                break
-        assert all(request.finished for request in self.requests)
-        allocator = self.scheduler.allocator
-        assert allocator.num_free_slots == allocator.num_slots
-        assert allocator.num_free_blocks == allocator.num_blocks
+        self.loop.check()
+        assert len(self.scheduler.running) <= self.scheduler.config.max_num_seqs
         for request in self.requests:
-            tokens, limit = request.output_token_ids, request.max_length - request.prompt_length
-            match request.finish_reason:
-                case "length":
-                    assert len(tokens) == limit
-                case "stop":
-                    assert tokens[-1] == EOS or request.stop_reason == "bc"
+            if request.status is not Status.RUNNING:
+                assert (request.slot, request.blocks, request.logit_row, request.unpublished) == (0, [], 0, [])
+
+    def teardown(self):
+        """Everything ends by itself, in a bounded number of turns."""
+        if not hasattr(self, "scheduler"):
+            return
+        alone = sum(-(-r.prompt_length // CHUNK) + r.params.max_tokens + 3 for r in self.requests)
+        for _ in range(3 * alone + 3):
+            if not self.scheduler.has_work and not self.loop.in_flight:
+                break
+            dispatched = self.dispatch()
+            if self.loop.in_flight and (not dispatched or len(self.loop.in_flight) > 1):
+                self.loop.harvest()
+            self.nothing_is_lost_and_everything_is_right()
+        for request in self.requests:
+            check_output(request)
+        self.check_order()
+        SEEN["evicted states"] += self.scheduler.cache.counters.evicted_states
+        SEEN["evicted blocks"] += self.scheduler.cache.counters.evicted_blocks
+        SEEN["orphaned states"] += self.scheduler.cache.counters.orphaned_states
+        SEEN["lost tokens"] += self.scheduler.cache.counters.lost_tokens
+        check_nothing_is_held(self.scheduler)
+
+    def check_order(self):
+        """A later request comes before an earlier one by its priority alone, and no more than so many of them do."""
+        for request in self.admitted:
+            place = self.requests.index(request)
+            ahead = self.admitted[: self.admitted.index(request)]
+            passed = collections.Counter(r.priority for r in ahead if self.requests.index(r) > place)
+            SEEN["overtaken"] += passed.total()
+            for priority, count in passed.items():
+                assert count <= PLACES * (request.priority - priority)
 
 
-test_scheduler_serves_everyone_in_order_and_loses_nothing = SchedulerMachine.TestCase
+@pytest.fixture
+def few_places(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "PLACES_PER_PRIORITY", PLACES)
 
 
-def run_to_first_token(scheduler, request):
-    """Adds a request and dispatches until its whole prompt is in flight."""
-    scheduler.add(request)
-    while not request.prompt_dispatched:
-        scheduler.plan()
+@pytest.mark.usefixtures("few_places", "without_type_checks")
+def test_scheduler_serves_everyone_and_loses_nothing():
+    SEEN.clear()
+    stateful.run_state_machine_as_test(SchedulerMachine)
+    print(dict(SEEN))
+    for name in (
+        "preempted", "hit", "tail", "resumed", "grown", "copied", "overtaken", "harvest first",
+        "evicted states", "evicted blocks", "orphaned states", "lost tokens",
+    ):  # fmt: skip
+        assert SEEN[name] >= 5, name
+
+
+def fill(loop, *requests):
+    """Queues requests and dispatches until all their prompts are in flight, harvested as it goes."""
+    for request in requests:
+        loop.scheduler.add(request)
+    while not all(request.filled for request in requests):
+        assert not any(request.finished for request in requests)
+        loop.turn()
 
 
 def test_request_of_one_piece_is_admitted_and_prefilled_at_once():
@@ -227,28 +269,29 @@ def test_request_of_one_piece_is_admitted_and_prefilled_at_once():
     request = make_request(30)
     scheduler.add(request)
     plan = scheduler.plan()
-    assert plan.admitted == [request]
+    assert [(a.request, a.position, a.copy_from, a.copy_to) for a in plan.admitted] == [(request, 0, 0, 0)]
     (piece,) = plan.pieces
-    assert (piece.start, piece.length, piece.is_last) == (0, 30, True)
+    assert (piece.start, piece.length, piece.is_last, piece.read_slot) == (0, 30, True, request.slot)
     assert plan.decoding == []
     assert request.status is Status.RUNNING
 
 
 def test_long_prompt_is_cut_at_chunks_while_others_decode():
-    scheduler = make_scheduler(tokens=128)
-    short, long = make_request(10, max_tokens=20), make_request(300)
-    run_to_first_token(scheduler, short)
-    scheduler.add(long)
+    loop = Loop(make_scheduler(tokens=128))
+    short, long = make_request(10, max_tokens=20, ignore_eos=True), make_request(300)
+    fill(loop, short)
+    loop.scheduler.add(long)
     pieces = []
-    while not long.prompt_dispatched:
-        plan = scheduler.plan()
+    while not long.filled:
+        plan = loop.turn()
         assert plan.decoding == [short]
         pieces += [(piece.start, piece.length, piece.is_last) for piece in plan.pieces]
     assert pieces == [(0, 128, False), (128, 128, False), (256, 44, True)]
+    loop.drain()
 
 
 def test_prefill_step_takes_no_more_rows_than_it_is_compiled_for():
-    scheduler = make_scheduler(seqs=20)
+    scheduler = make_scheduler(seqs=20, blocks=60)
     requests = [make_request(2) for _ in range(12)]
     for request in requests:
         scheduler.add(request)
@@ -256,18 +299,17 @@ def test_prefill_step_takes_no_more_rows_than_it_is_compiled_for():
     assert [piece.request for piece in scheduler.plan().pieces] == requests[8:]
 
 
-def test_head_of_the_queue_is_never_overtaken():
+def test_head_of_the_queue_is_not_overtaken_by_who_would_fit():
     """The second request would fit where the first does not: it waits, or the first might wait for ever."""
-    scheduler = make_scheduler(seqs=3, blocks=20)
-    running, large, small = make_request(100), make_request(250), make_request(1)
-    run_to_first_token(scheduler, running)
-    scheduler.add(large)
-    scheduler.add(small)
-    plan = scheduler.plan()
-    assert plan.admitted == []
-    assert list(scheduler.waiting) == [large, small]
-    scheduler.finish(running, "abort")
-    assert scheduler.plan().admitted == [large]
+    loop = Loop(make_scheduler(seqs=3, blocks=20))
+    running, large, small = make_request(100, max_tokens=50), make_request(250), make_request(1)
+    fill(loop, running)
+    loop.scheduler.add(large)
+    loop.scheduler.add(small)
+    assert loop.turn().admitted == []
+    assert loop.scheduler.waiting == [large, small]
+    loop.scheduler.finish(running, "abort")
+    assert [admission.request for admission in loop.dispatch().admitted] == [large]
 
 
 def test_request_waits_for_a_logit_row():
@@ -275,15 +317,154 @@ def test_request_waits_for_a_logit_row():
     first, second = (make_request(5, logit_bias={0: 1.0}) for _ in range(2))
     scheduler.add(first)
     scheduler.add(second)
-    assert scheduler.plan().admitted == [first]
+    assert [admission.request for admission in scheduler.plan().admitted] == [first]
+    assert first.logit_row == 1
     scheduler.finish(first, "abort")
-    assert scheduler.plan().admitted == [second]
+    assert [admission.request for admission in scheduler.plan().admitted] == [second]
+
+
+def test_lower_priority_number_comes_first_by_a_bounded_number_of_places():
+    scheduler = make_scheduler(seqs=1)
+    places = scheduler_module.PLACES_PER_PRIORITY
+    plain = make_request(5)
+    scheduler.add(plain)
+    urgent = [make_request(5, priority=-1) for _ in range(places + 2)]
+    for request in urgent:
+        scheduler.add(request)
+    # The one that came `places` later stands in the very place, and who came first goes first.
+    assert scheduler.waiting == [*urgent[: places - 1], plain, *urgent[places - 1 :]]
+
+
+def test_urgent_request_takes_the_place_of_a_less_urgent_one():
+    """The one preempted keeps its tokens and its place, and resumes from what it had computed."""
+    loop = Loop(make_scheduler(seqs=1))
+    slow, urgent = make_request(40, max_tokens=30, ignore_eos=True), make_request(50, priority=-1, ignore_eos=True)
+    fill(loop, slow)
+    for _ in range(5):
+        loop.turn()
+    loop.scheduler.add(urgent)
+    assert loop.turn() is None
+    assert loop.turn() is None
+    produced = len(slow.output_token_ids)
+    assert (slow.status, slow.num_preemptions) == (Status.WAITING, 1)
+    assert produced > 3
+    loop.drain()
+    assert urgent.finished_time < slow.finished_time
+    # Of the tokens that were computed twice there is the last alone.
+    assert slow.prefill_length == 0
+    for request in (slow, urgent):
+        check_output(request)
+
+
+def test_last_come_is_preempted_when_no_block_is_left():
+    loop = Loop(make_scheduler(seqs=3, blocks=9, checkpoints=0))
+    first, second = (make_request(60, name=name, max_tokens=60, ignore_eos=True) for name in "ab")
+    second.prompt_token_ids = [token + 1 for token in second.prompt_token_ids]
+    fill(loop, first)
+    loop.scheduler.add(second)
+    loop.drain()
+    assert (first.num_preemptions, second.num_preemptions > 0) == (0, True)
+    for request in (first, second):
+        check_output(request)
+
+
+def test_preempted_request_resumes_from_its_deepest_checkpoint():
+    loop = Loop(make_scheduler(seqs=2))
+    request = make_request(100, max_tokens=40, ignore_eos=True)
+    fill(loop, request)
+    for _ in range(10):
+        loop.turn()
+    loop.harvest_all()
+    computed = request.num_computed
+    loop.scheduler.preempt(request)
+    loop.check()
+    (admission,) = loop.turn().admitted
+    assert admission.position == computed == request.num_tokens - 1
+    assert request.num_cached_tokens == 0, "what its first admission found"
+    loop.drain()
+    check_output(request)
+
+
+def test_request_preempted_between_pieces_resumes_there():
+    loop = Loop(make_scheduler(seqs=2, tokens=64))
+    request = make_request(200)
+    loop.scheduler.add(request)
+    loop.turn()
+    loop.turn()
+    loop.harvest_all()
+    loop.scheduler.preempt(request)
+    (admission,) = loop.turn().admitted
+    assert admission.position == 128
+    loop.drain()
+    check_output(request)
+
+
+@pytest.mark.parametrize("how", ["preempted", "aborted"])
+def test_state_behind_its_cached_blocks_makes_no_tail(how):
+    """A request that recomputes states over shared blocks has less behind it than the blocks that it shares."""
+    loop = Loop(make_scheduler(seqs=1, tokens=64, block_size=128, blocks=8, checkpoints=2))
+    loop.run(make_request(300))
+    loop.scheduler.cache.begin_turn()
+    while loop.scheduler.cache._evict_state():
+        pass
+    request = make_request(300, name="again")
+    loop.scheduler.add(request)
+    loop.turn()
+    assert (request.num_computed, request.num_cached) == (64, 256)
+    loop.harvest_all()
+    if how == "preempted":
+        loop.scheduler.preempt(request)
+    else:
+        loop.scheduler.finish(request, "abort")
+    loop.check()
+    loop.drain()
+    check_output(request)
+    check_nothing_is_held(loop.scheduler)
+
+
+def test_nobody_is_preempted_in_invariant_mode():
+    """All blocks are reserved at admission, so whoever does not fit waits, urgent or not."""
+    loop = Loop(make_scheduler(seqs=3, blocks=12, batch_invariant=True))
+    requests = [make_request(60 + i, priority=-i, max_tokens=60, ignore_eos=True) for i in range(4)]
+    loop.run(*requests)
+    assert [request.num_preemptions for request in requests] == [0] * 4
+    for request in requests:
+        check_output(request)
+
+
+def test_overdue_request_ends_wherever_it_is():
+    loop = Loop(make_scheduler(seqs=1))
+    running, waiting = (make_request(20, deadline=5.0, max_tokens=50, ignore_eos=True) for _ in range(2))
+    patient = make_request(21)
+    loop.run(running, waiting, patient)
+    for request in (running, waiting):
+        assert (request.finish_reason, request.stop_reason) == ("abort", "timeout")
+    assert 0 < len(running.output_token_ids) < 5
+    assert waiting.output_token_ids == []
+    check_output(patient)
 
 
 def test_blocks_cover_all_tokens_but_the_last():
     """The last token is drawn and never fed."""
     scheduler = make_scheduler(block_size=16)
     assert [scheduler.num_blocks_for(n) for n in (2, 17, 18, 33, 34)] == [1, 1, 2, 2, 3]
+
+
+def test_blocks_come_as_a_request_grows():
+    """It begins with room for its prompt and a token, and gets the next block with the step that writes into it."""
+    loop = Loop(make_scheduler(block_size=4, blocks=20))
+    request = make_request(7, max_tokens=20, ignore_eos=True)
+    loop.scheduler.add(request)
+    loop.turn()
+    held = [len(request.blocks)]
+    while not request.finished:
+        plan = loop.turn()
+        if request.status is Status.RUNNING:
+            held.append(len(request.blocks))
+            assert len(request.blocks) == -(-request.num_computed // 4)
+            assert not plan or not plan.growth or plan.growth[0].index == len(request.blocks) - 1
+    assert held[0] == 2
+    assert max(held) == 7
 
 
 def test_request_that_can_never_fit_is_refused_by_its_numbers():
@@ -299,24 +480,129 @@ def test_no_plan_without_work():
     assert make_scheduler().plan() is None
 
 
+# Late harvest: what is in flight is an upper bound.
+
+
 def test_request_is_never_dispatched_past_its_length():
     scheduler = make_scheduler()
     request = make_request(10, max_tokens=3)
-    run_to_first_token(scheduler, request)
-    assert scheduler.plan().decoding == [request]
-    assert scheduler.plan().decoding == [request]
-    assert scheduler.plan() is None, "three tokens are in flight"
+    scheduler.add(request)
+    scheduler.plan()
+    assert scheduler.plan(in_flight=True).decoding == [request]
+    assert scheduler.plan(in_flight=True).decoding == [request]
+    assert scheduler.plan(in_flight=True) is None, "three tokens are in flight"
     scheduler.commit(request, [0], False)
-    assert scheduler.plan() is None
+    assert scheduler.plan(in_flight=True) is None
     scheduler.commit(request, [1], False)
     scheduler.commit(request, [2], True)
     assert (request.finish_reason, request.output_token_ids) == ("length", [0, 1, 2])
 
 
+def test_nobody_is_preempted_while_steps_are_in_flight():
+    """They may have ended somebody already: the plan is put off until they are harvested."""
+    loop = Loop(make_scheduler(seqs=2, blocks=9, checkpoints=0))
+    requests = [make_request([token + i for token in range(60)], max_tokens=60, ignore_eos=True) for i in range(2)]
+    fill(loop, *requests)
+    while loop.dispatch() is not None:
+        if len(loop.in_flight) == 2:
+            loop.harvest()
+    assert loop.in_flight
+    assert loop.scheduler.num_preemptions == 0
+    loop.harvest_all()
+    loop.dispatch()
+    assert loop.scheduler.num_preemptions == 1
+    loop.drain()
+
+
+def test_blocks_of_steps_in_flight_are_reserved():
+    loop = Loop(make_scheduler(seqs=2, block_size=4, blocks=40))
+    request = make_request(6, max_tokens=30, ignore_eos=True)
+    loop.scheduler.add(request)
+    for _ in range(6):
+        loop.dispatch()
+    assert len(loop.in_flight) == 6
+    assert len(request.blocks) * 4 >= request.num_computed == 11
+    assert request.output_token_ids == []
+    loop.harvest_all()
+    loop.drain()
+    check_output(request)
+
+
+def test_step_belongs_to_the_requests_of_its_plan():
+    """The slot has a new owner when the old one's tokens arrive."""
+    loop = Loop(make_scheduler(seqs=1, checkpoints=0, enable_prefix_caching=False))
+    old, new = (make_request(length, max_tokens=20, ignore_eos=True) for length in (20, 30))
+    fill(loop, old)
+    loop.turn()
+    slot, kept = old.slot, list(old.output_token_ids)
+    loop.scheduler.finish(old, "abort")
+    loop.scheduler.add(new)
+    loop.dispatch()
+    assert new.slot == slot
+    loop.drain()
+    assert old.output_token_ids == kept
+    check_output(new)
+
+
+def stopping_late():
+    """A request whose stop string ends at a token that two others follow in flight, and the tokens kept."""
+    for length in range(20, 200):
+        request = make_request(length, max_tokens=60, ignore_eos=True, stop="bc")
+        if 20 < len(solo_run(request)) < 50:
+            return request, solo_run(request)
+    raise AssertionError("no prompt leads to the stop string")
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_nothing_past_a_late_found_stop_string_is_published(late):
+    """The deepest earlier checkpoint stands, and a follow-up goes on from it; after one step, the state itself does."""
+    loop = Loop(make_scheduler(seqs=2, block_size=4, blocks=100, checkpoints=8, state_checkpoint_interval=4))
+    request, kept = stopping_late()
+    loop.scheduler.add(request)
+    while not request.finished:
+        if len(loop.in_flight) <= late and loop.dispatch() is not None:
+            continue
+        loop.harvest()
+        loop.check()
+    assert (request.output_token_ids, request.stop_reason) == (kept, "bc")
+    known = request.prompt_length + len(kept)
+    ends = {node.end for node in loop.scheduler.cache._nodes}
+    assert max(ends) <= known
+    follow_up = make_request([*request.tokens(0, known), 3, 4, 5])
+    loop.scheduler.add(follow_up)
+    plan = loop.dispatch()
+    loop.check()
+    # One step more than the host knew of has folded the last token itself.
+    expected = {0: known - 1, 1: known, 2: (known - 1) // 4 * 4}
+    assert plan.admitted[0].position == expected[late]
+    loop.drain()
+    check_output(follow_up)
+
+
+def test_checkpoint_of_a_row_that_was_done_is_given_back():
+    """The device found the end first, so the copy holds another state than it was asked for."""
+    loop = Loop(make_scheduler(block_size=4, blocks=60, checkpoints=8, state_checkpoint_interval=4))
+    for length in range(10, 100):
+        request = make_request(length, max_tokens=40)
+        produced = solo_run(request)
+        # It draws EOS with a state that ends one token before the interval.
+        if produced[-1] == EOS and (length + len(produced)) % 4 == 0 and len(produced) > 2:
+            break
+    loop.scheduler.add(request)
+    while not request.finished:
+        loop.turn()
+    assert any(copy.position == request.num_tokens for plan, *_ in loop.in_flight for copy in plan.copies)
+    loop.harvest_all()
+    loop.check()
+    check_output(request)
+    check_nothing_is_held(loop.scheduler)
+
+
 def committed(tokens, ended=False, **params):
     scheduler = make_scheduler()
     request = make_request(5, **({"max_tokens": 20} | params))
-    run_to_first_token(scheduler, request)
+    scheduler.add(request)
+    scheduler.plan()
     scheduler.commit(request, tokens, ended)
     scheduler.check_integrity()
     return request
@@ -372,8 +658,9 @@ def test_ignored_eos_is_a_token_like_any_other():
 def test_tokens_of_a_finished_request_are_dropped():
     scheduler = make_scheduler()
     request = make_request(5, stop="b")
-    run_to_first_token(scheduler, request)
+    scheduler.add(request)
     scheduler.plan()
+    scheduler.plan(in_flight=True)
     scheduler.commit(request, [1], False)
     assert request.finish_reason == "stop"
     scheduler.commit(request, [2], False)
@@ -386,22 +673,40 @@ def test_abort_frees_everything_wherever_a_request_is(when):
     request = make_request(100, logit_bias={0: 1.0})
     scheduler.add(request)
     for _ in range(("waiting", "prefilling", "decoding").index(when)):
-        scheduler.plan()
+        scheduler.plan(in_flight=True)
     assert (request.status is Status.WAITING) == (when == "waiting")
-    assert request.prompt_dispatched == (when == "decoding")
+    assert request.filled == (when == "decoding")
     scheduler.finish(request, "abort")
-    allocator = scheduler.allocator
-    assert (allocator.num_free_slots, allocator.num_free_blocks, allocator.num_free_logit_rows) == (3, 40, 1)
+    scheduler.check_integrity()
+    check_nothing_is_held(scheduler)
     assert (request.finish_reason, scheduler.has_work) == ("abort", False)
     scheduler.finish(request, "length")
     assert request.finish_reason == "abort"
 
 
-def test_integrity_check_sees_a_running_request_without_its_blocks():
+@pytest.mark.parametrize("pool", ["blocks", "slots", "logit_rows"])
+def test_integrity_check_sees_what_nobody_holds(pool):
     scheduler = make_scheduler()
-    request = make_request(30)
-    run_to_first_token(scheduler, request)
+    scheduler.add(make_request(30, logit_bias={0: 1.0}))
+    scheduler.plan()
     scheduler.check_integrity()
-    request.blocks = request.blocks[1:]
-    with pytest.raises(AssertionError, match="r holds 2 blocks"):
+    getattr(scheduler.allocator, pool).take(1)
+    if pool == "logit_rows":
+        scheduler.running[0].logit_row = 0
+    with pytest.raises(AssertionError, match="are lost or held twice"):
         scheduler.check_integrity()
+
+
+def test_plans_skip_requests_that_a_failed_dispatch_ended():
+    """Nothing that was promised to be computed is taken for computed."""
+    loop = Loop(make_scheduler())
+    first, second = make_request(100, max_tokens=20), make_request(100)
+    fill(loop, first)
+    loop.scheduler.add(second)
+    loop.fail()
+    assert (first.finish_reason, second.finish_reason) == ("abort", "abort")
+    assert not loop.scheduler.has_work
+    third = make_request(100)
+    loop.run(third)
+    assert third.num_cached_tokens == 0
+    check_output(third)
