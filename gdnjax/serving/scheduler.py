@@ -8,7 +8,7 @@ what it has computed goes to the prefix cache, and it resumes from what is left 
 
 Nobody starves. Once the first in order runs it is never preempted, and every plan made with nothing in flight moves it
 on by a chunk or a token. While it waits, such plans fill prompts of those that run, or preempt one of them, with at
-most two exceptions in a row. A priority is worth a fixed number of places: a bounded number of later requests overtakes.
+most two exceptions in a row. A priority is worth a fixed number of places, so boundedly many later requests overtake.
 """
 
 import bisect
