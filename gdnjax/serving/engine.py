@@ -103,7 +103,7 @@ class Engine:
     def preempt(self, request: Request) -> None:
         """Harvests what is in flight, then sends a running request back to the queue, as want of blocks would."""
         while self._in_flight:
-            self._harvest(self._in_flight.popleft())
+            self._harvest(self._in_flight[0])
         if request.status is Status.RUNNING:
             self.scheduler.preempt(request)
 
@@ -119,7 +119,7 @@ class Engine:
         if self.metrics.line_is_due():
             self._log_line()
         if self._in_flight and (plan is None or len(self._in_flight) > 1):
-            return self._harvest(self._in_flight.popleft())
+            return self._harvest(self._in_flight[0])
         return []
 
     def _dispatch_or_reset(self, plan: Plan) -> InFlight:
@@ -260,6 +260,9 @@ class Engine:
     def _harvest(self, turn: InFlight) -> list[Request]:
         """Commits what a turn emitted to the requests of its own plan."""
         prefill, decode = self._read(turn)
+        # Not before it is read: a call that is interrupted while it waits loses nobody's tokens.
+        if self._in_flight and self._in_flight[0] is turn:
+            self._in_flight.popleft()
         spent = self.scheduler.detokenise_seconds
         moved = []
         with self.metrics.timed("commit"):

@@ -866,6 +866,25 @@ def test_bad_priority_or_timeout_queues_nothing(llm, given, message):
     assert llm.stats()["num_requests"] == before
 
 
+def test_interrupted_wait_for_the_device_loses_no_tokens_of_others(llm, monkeypatch):
+    read, calls = llm.engine._read, []
+    other = llm.submit(ids(20), GREEDY)
+
+    def interrupted(turn):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return read(turn)
+
+    monkeypatch.setattr(llm.engine, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, [ids(10)])
+    while llm.step():
+        pass
+    monkeypatch.undo()
+    assert tokens_of(other.output()) == tokens_of(run(llm, [ids(20)])[0])
+
+
 def test_interrupted_call_leaves_nothing_behind(llm, monkeypatch):
     step, calls = llm.engine.step, []
 
