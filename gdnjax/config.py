@@ -20,6 +20,9 @@ SUPPORTED_MODEL_TYPES = (
     "qwen3_next",
 )
 
+DEFAULT_MAX_MODEL_LEN = 8192
+"""The most tokens of a request where nobody says: memory is not promised to lengths that nobody uses."""
+
 DTYPES = ("auto", "float32", "bfloat16")
 KERNELS = ("auto", "pallas", "interpret", "reference")
 STATE_LAYOUTS = ("kv", "vk", "mixed")
@@ -465,6 +468,14 @@ class EngineConfig:
     def num_logit_rows(self) -> int:
         """`max_logit_rows`, or its default."""
         return min(self.max_num_seqs, 16) if self.max_logit_rows is None else self.max_logit_rows
+
+    def length_within(self, context: int) -> int:
+        """`max_model_len`, or its default, for a model of so many tokens of context. Raises ValueError beyond that."""
+        if self.max_model_len is None:
+            return min(context, DEFAULT_MAX_MODEL_LEN)
+        if self.max_model_len > context:
+            raise ValueError(f"max_model_len={self.max_model_len} exceeds the model's context of {context} tokens")
+        return self.max_model_len
 
     @property
     def checkpoint_interval(self) -> int:

@@ -184,11 +184,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
         ssm_dtype=engine.ssm_dtype,
         kv_dtype=None if arguments.kv_dtype == "auto" else arguments.kv_dtype,
     )
-    max_model_len = engine.max_model_len or min(model.max_position_embeddings, 8192)
-    if max_model_len > model.max_position_embeddings:
-        raise ValueError(
-            f"max_model_len={max_model_len} exceeds the model's context of {model.max_position_embeddings} tokens"
-        )
+    max_model_len = engine.length_within(model.max_position_embeddings)
     packed = decoupled = None
     if arguments.budget_gib is not None:
         packed, decoupled = memory.accountings(

@@ -19,7 +19,7 @@ from gdnjax.memory import MemoryPlan
 from gdnjax.models import Model
 from gdnjax.serving import packing
 from gdnjax.serving.allocator import Allocator
-from gdnjax.serving.metrics import Metrics
+from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.outputs import Logprob
 from gdnjax.serving.plan import Admission, Copy, Growth, Piece, Plan, max_chunks
 from gdnjax.serving.request import Request, Status
@@ -88,7 +88,7 @@ class Engine:
         return self.scheduler.has_work or bool(self._in_flight)
 
     @property
-    def counters(self):
+    def counters(self) -> Counters:
         return self.metrics.counters
 
     def add(self, request: Request) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gdnjax import backend, checkpoint, memory, sharding
 from gdnjax.assets import model_directory
-from gdnjax.config import EngineConfig, ModelConfig
+from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
@@ -29,8 +29,6 @@ from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generat
 from gdnjax.shapes import Params
 
 log = logging.getLogger("gdnjax")
-
-DEFAULT_MAX_MODEL_LEN = 8192
 
 JAX_CACHE_THRESHOLD = 1.0
 """JAX's own least compile time, in seconds, of what it caches: it would leave the small steps out."""
@@ -87,7 +85,7 @@ class LLM:
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         hybrid = build_model(model_config, dtype, config.tensor_parallel_size)
         abstract = abstract_params(model_config, config.tensor_parallel_size, dtype)
-        max_model_len = _max_model_len(config, model_config.max_position_embeddings)
+        max_model_len = config.length_within(model_config.max_position_embeddings)
         plan = _plan(hybrid, config, mesh, max_model_len, abstract)
         reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
         defaults = load_generation_defaults(directory)
@@ -116,7 +114,7 @@ class LLM:
         _configure_compilation_cache(config)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         backend.resolve(config.kernels, jax.default_backend())
-        length = _max_model_len(config, max_model_len)
+        length = config.length_within(max_model_len)
         plan = _plan(model, config, mesh, length, params)
         llm = cls.__new__(cls)
         placed = jax.device_put(params, sharding.shardings_of(params, mesh))
@@ -496,14 +494,6 @@ def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> Engin
     if unknown:
         raise ValueError(f"unknown engine options: {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     return EngineConfig(**kwargs)
-
-
-def _max_model_len(config: EngineConfig, context: int) -> int:
-    if config.max_model_len is None:
-        return min(context, DEFAULT_MAX_MODEL_LEN)
-    if config.max_model_len > context:
-        raise ValueError(f"max_model_len={config.max_model_len} exceeds the model's context of {context} tokens")
-    return config.max_model_len
 
 
 def _plan(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> memory.MemoryPlan:
