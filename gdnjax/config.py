@@ -26,6 +26,37 @@ DEFAULT_MAX_MODEL_LEN = 8192
 DTYPES = ("auto", "float32", "bfloat16")
 KERNELS = ("auto", "pallas", "interpret", "reference")
 STATE_LAYOUTS = ("kv", "vk", "mixed")
+DRAFT_ACCEPTANCES = ("shared_noise", "rejection")
+
+MAX_SPECULATIVE_TOKENS = 7
+"""Draft tokens of a step: with the token before them a verification has at most 8 rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MtpKeys:
+    """Where a family's config.json, or the text_config in it, describes the multi-token-prediction head.
+
+    layers      key that counts the head's decoder layers
+    default     that count where the key is absent or null
+    dedicated   key that is true where the head has an embedding of its own; None: the family has no such key
+    """
+
+    layers: str
+    default: int
+    dedicated: str | None
+
+
+_QWEN3_5_MTP = MtpKeys(layers="mtp_num_hidden_layers", default=0, dedicated="mtp_use_dedicated_embeddings")
+
+MTP_KEYS: dict[str, MtpKeys] = {
+    "qwen3_5": _QWEN3_5_MTP,
+    "qwen3_5_moe": _QWEN3_5_MTP,
+    "qwen3_5_moe_text": _QWEN3_5_MTP,
+    "qwen3_5_text": _QWEN3_5_MTP,
+    # Published files have the head's tensors and do not count its layers; vLLM takes one, under this key, too.
+    "qwen3_next": MtpKeys(layers="num_nextn_predict_layers", default=1, dedicated=None),
+}
+"""model_type -> how the MTP head is configured. Tables of its own beside shared ones are found by the loader."""
 
 
 class LayerKind(enum.Enum):
@@ -159,7 +190,9 @@ class ModelConfig:
 
     `interleaved_projections` says that the checkpoint stores q, k, v, z (and b, a) grouped by key head, as
     Qwen3-Next does; the modules never see it, the loader undoes it. `mtp_layers` counts the decoder layers of the
-    checkpoint's multi-token-prediction head, 0 where it has none.
+    checkpoint's multi-token-prediction head, 0 where it has none; `mtp_dedicated_embeddings` says that this head has
+    an embedding of its own. Both are read by `MTP_KEYS`, and what the engine cannot run is refused by `require_mtp`:
+    without the head such a checkpoint is as good as any other.
     """
 
     model_type: str
@@ -172,6 +205,7 @@ class ModelConfig:
     attention: AttentionConfig
     moe: MoeConfig | None = None
     mtp_layers: int = 0
+    mtp_dedicated_embeddings: bool = False
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
@@ -199,6 +233,22 @@ class ModelConfig:
     def num_attention_layers(self) -> int:
         return self.layer_kinds.count(LayerKind.ATTENTION)
 
+    def require_mtp(self) -> None:
+        """Raises ValueError unless the model has an MTP head that the engine runs: one layer, which shares the
+        embedding and the head of the target.
+        """
+        key = MTP_KEYS[self.model_type].layers if self.model_type in MTP_KEYS else "mtp_layers"
+        needs = "num_speculative_tokens above 0 needs a model with an MTP head"
+        if self.mtp_layers == 0:
+            raise ValueError(f"{needs}, and config.json counts none ({key}); allowed: num_speculative_tokens=0")
+        if self.mtp_layers != 1:
+            raise ValueError(f"{needs} of one layer, got {key}={self.mtp_layers}; allowed: num_speculative_tokens=0")
+        if self.mtp_dedicated_embeddings:
+            raise ValueError(
+                f"{needs} that shares the target's embedding, and config.json asks for one of its own "
+                "(mtp_use_dedicated_embeddings=true); allowed: num_speculative_tokens=0"
+            )
+
     def padded_vocab_size(self, tp: int) -> int:
         """Vocabulary rounded up to a multiple of `tp`; the padding never wins a sampling step."""
         return -(-self.vocab_size // tp) * tp
@@ -222,9 +272,10 @@ class ModelConfig:
     def from_hf(cls, source: str | pathlib.Path | dict[str, Any]) -> "ModelConfig":
         """Reads a Hugging Face `config.json` (a directory that holds one, the file itself, or its parsed dict).
 
-        Multimodal wrappers are read through their `text_config`. Raises FileNotFoundError where there is no
-        config.json, and ValueError for an unknown model_type, a quantised checkpoint or a feature that the engine
-        does not compute.
+        Multimodal wrappers are read through their `text_config`. A count of MTP layers is what the file says, whether
+        or not the tensors are there: the loader sees those, where the head is wanted. Raises FileNotFoundError where
+        there is no config.json, and ValueError for an unknown model_type, a quantised checkpoint or a feature that the
+        engine does not compute.
         """
         raw = source if isinstance(source, dict) else _read_config_json(pathlib.Path(source))
         return _from_hf_dict(raw)
@@ -288,6 +339,7 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
             shared_intermediate_size=hf.shared_expert_intermediate_size,
             normalise_top_k=getattr(hf, "norm_topk_prob", True),
         )
+    mtp_layers, mtp_dedicated_embeddings = _mtp_head(raw)
     eos = hf.eos_token_id if hf.eos_token_id is not None else raw.get("eos_token_id")
     return ModelConfig(
         model_type=model_type,
@@ -311,7 +363,8 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
             rope_theta=float(rope["rope_theta"]),
         ),
         moe=moe,
-        mtp_layers=getattr(hf, "mtp_num_hidden_layers", None) or 0,
+        mtp_layers=mtp_layers,
+        mtp_dedicated_embeddings=mtp_dedicated_embeddings,
         rms_norm_eps=hf.rms_norm_eps,
         # A wrapper may state the tying outside its text_config; either place counts.
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", hf.tie_word_embeddings) or hf.tie_word_embeddings),
@@ -320,6 +373,20 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
         interleaved_projections=hf.model_type == "qwen3_next",
         eos_token_ids=as_id_tuple(eos),
     )
+
+
+def _mtp_head(raw: dict[str, Any]) -> tuple[int, bool]:
+    """Decoder layers of the MTP head, and whether it has an embedding of its own, by the table of families."""
+    keys = MTP_KEYS[raw["model_type"]]
+    # What a wrapper's text_config states counts before what the wrapper states.
+    stated = raw | (raw.get("text_config") or {})
+    layers = stated.get(keys.layers)
+    layers = keys.default if layers is None else layers
+    _check_int(keys.layers, layers, 0)
+    dedicated = keys.dedicated is not None and stated.get(keys.dedicated)
+    if not isinstance(dedicated, bool | None):
+        raise ValueError(f"{keys.dedicated} must be true or false, got {dedicated!r}")
+    return layers, bool(dedicated)
 
 
 def _mlp_kind(hf: Any, layer: int, moe: MoeConfig | None) -> MlpKind:
@@ -387,8 +454,15 @@ class EngineConfig:
                               decode bucket, one sampler, states checkpointed on the grid of chunks only, and all blocks
                               reserved at admission, so that nothing is preempted. Costs throughput; README.md has how
                               much.
-    Later steps of the project; these raise until then
-      num_speculative_tokens  must be 0.
+    Speculation, by the model's MTP head
+      num_speculative_tokens  tokens drafted and verified in each decode step, 0 to 7; 0: no speculation.
+      draft_acceptance        "shared_noise": drafts and target draw with the same noise, and a draft is kept if it is
+                              the target's own token, so that a seed gives the same tokens with and without speculation;
+                              "rejection": classic rejection sampling, which keeps more drafts at a temperature, and
+                              gives the same distribution, not the same tokens.
+      adaptive_speculation    draft in those steps only where that pays, by what the engine measures as it runs.
+      spec_acceptance_length  force this many tokens a step on average, 1 to 1 + num_speculative_tokens, for benchmarks
+                              with random weights. The outputs are marked: they are not the model's.
     """
 
     max_num_seqs: int = 8
@@ -414,6 +488,9 @@ class EngineConfig:
     state_checkpoint_interval: int | None = None
     batch_invariant: bool = False
     num_speculative_tokens: int = 0
+    draft_acceptance: str = "shared_noise"
+    adaptive_speculation: bool = False
+    spec_acceptance_length: float | None = None
 
     def __post_init__(self):
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size"):
@@ -425,7 +502,7 @@ class EngineConfig:
         _check_int("seed", self.seed, 0)
         if self.num_checkpoint_slots is not None:
             _check_int("num_checkpoint_slots", self.num_checkpoint_slots, 0)
-        for name in ("enable_prefix_caching", "batch_invariant", "warmup"):
+        for name in ("enable_prefix_caching", "batch_invariant", "warmup", "adaptive_speculation"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.block_size & (self.block_size - 1):
@@ -454,14 +531,36 @@ class EngineConfig:
                     f"state_checkpoint_interval must be a multiple of block_size={self.block_size}, "
                     f"got {self.state_checkpoint_interval}"
                 )
-        if self.num_speculative_tokens != 0:
-            raise ValueError(f"num_speculative_tokens={self.num_speculative_tokens} is not supported yet; allowed: 0")
+        self._check_speculation()
         _set_buckets(self, "prefill_buckets", self.max_num_batched_tokens, () if self.batch_invariant else (64, 256))
         _set_buckets(self, "decode_buckets", self.max_num_seqs, () if self.batch_invariant else (1, 8))
         if self.batch_invariant and (len(self.prefill_buckets) > 1 or len(self.decode_buckets) > 1):
             raise ValueError(
                 f"batch_invariant=True needs one prefill bucket and one decode bucket, got {self.prefill_buckets} and "
                 f"{self.decode_buckets}"
+            )
+
+    def _check_speculation(self) -> None:
+        drafts = self.num_speculative_tokens
+        _check_int("num_speculative_tokens", drafts, 0)
+        if drafts > MAX_SPECULATIVE_TOKENS:
+            raise ValueError(f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {drafts}")
+        _check_choice("draft_acceptance", self.draft_acceptance, DRAFT_ACCEPTANCES)
+        if self.adaptive_speculation and (not drafts or self.batch_invariant):
+            raise ValueError(
+                "adaptive_speculation=True needs num_speculative_tokens above 0 and batch_invariant=False, "
+                f"got {drafts} and {self.batch_invariant}"
+            )
+        length = self.spec_acceptance_length
+        if length is not None and (not isinstance(length, int | float) or not drafts or not 1 <= length <= 1 + drafts):
+            raise ValueError(
+                f"spec_acceptance_length must be between 1 and 1 + num_speculative_tokens={1 + drafts}, and needs "
+                f"speculation, got {length!r}"
+            )
+        if self.checkpoint_interval < 1 + drafts:
+            raise ValueError(
+                f"state_checkpoint_interval must be at least the {1 + drafts} tokens that a step may produce, "
+                f"got {self.checkpoint_interval}"
             )
 
     @property

@@ -16,12 +16,14 @@ def load_model(
 
     `dtype` of weights and activations: "auto" (the checkpoint's), "float32" or "bfloat16". `mtp` loads the
     multi-token-prediction head too. Raises FileNotFoundError or ValueError for what is no checkpoint of a supported
-    model, or has no MTP head.
+    model, or has no MTP head, or one that the engine does not run (`ModelConfig.require_mtp`).
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     directory = model_directory(model)
     config = ModelConfig.from_hf(directory)
+    if mtp:
+        config.require_mtp()
     dtype = config.dtype if dtype == "auto" else dtype
     hybrid = build_model(config, dtype, mtp=mtp)
     abstract = abstract_params(config, 1, dtype, mtp=mtp)

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from gdnjax import EngineConfig, LayerKind, ModelConfig
-from gdnjax.config import SUPPORTED_MODEL_TYPES, AttentionConfig, DeltaConfig, MlpKind, MoeConfig
+from gdnjax.config import MTP_KEYS, SUPPORTED_MODEL_TYPES, AttentionConfig, DeltaConfig, MlpKind, MoeConfig
 
 DELTA, ATTENTION = LayerKind.DELTA, LayerKind.ATTENTION
 KINDS = ("linear_attention", "full_attention", "linear_attention")
@@ -151,10 +151,80 @@ def test_eos_may_be_absent_one_or_several(eos, expected):
     assert from_hf("qwen3_5_text", eos_token_id=eos).eos_token_ids == expected
 
 
-@pytest.mark.parametrize(("stated", "layers"), [({}, 0), ({"mtp_num_hidden_layers": 1}, 1)])
-@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_text", "qwen3_5_moe"])
-def test_layers_of_the_mtp_head_are_read(model_type, stated, layers):
-    assert from_hf(model_type, text=stated).mtp_layers == layers
+def test_every_supported_model_type_says_where_its_mtp_head_is_configured():
+    assert set(MTP_KEYS) == set(SUPPORTED_MODEL_TYPES)
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("stated", [0, 1, 2])
+def test_layers_of_the_mtp_head_are_read_under_the_family_s_key(model_type, stated):
+    assert from_hf(model_type, text={MTP_KEYS[model_type].layers: stated}).mtp_layers == stated
+
+
+@pytest.mark.parametrize("stated", [{}, {"mtp_num_hidden_layers": None, "num_nextn_predict_layers": None}])
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_mtp_head_that_is_not_counted_is_none_and_in_qwen3_next_one_layer(model_type, stated):
+    config = from_hf(model_type, text=stated)
+    assert (config.mtp_layers, config.mtp_dedicated_embeddings) == (int(model_type == "qwen3_next"), False)
+
+
+@pytest.mark.parametrize(("model_type", "key"), [("qwen3_5", "num_nextn_predict_layers"), ("qwen3_next", "mtp_layers")])
+def test_key_of_another_family_counts_no_mtp_layers(model_type, key):
+    assert from_hf(model_type, text={key: 3}).mtp_layers == MTP_KEYS[model_type].default
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize(("inside", "outside", "layers"), [(1, 0, 1), (0, 1, 0), (None, 1, 1), (1, None, 1)])
+def test_count_of_mtp_layers_in_a_wrapper_is_that_of_its_text_config(model_type, inside, outside, layers):
+    raw = hf_dict(model_type)
+    for place, value in ((raw, outside), (raw["text_config"], inside)):
+        if value is not None:
+            place["mtp_num_hidden_layers"] = value
+    assert ModelConfig.from_hf(raw).mtp_layers == layers
+
+
+@pytest.mark.parametrize("model_type", [name for name in CLASSES if name != "qwen3_next"])
+def test_mtp_head_with_an_embedding_of_its_own_is_refused_only_where_it_is_wanted(model_type):
+    shared, own = (
+        from_hf(model_type, text={"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": dedicated})
+        for dedicated in (False, True)
+    )
+    assert (shared.mtp_dedicated_embeddings, own.mtp_dedicated_embeddings) == (False, True)
+    shared.require_mtp()
+    with pytest.raises(ValueError, match=r"mtp_use_dedicated_embeddings=true.*allowed: num_speculative_tokens=0"):
+        own.require_mtp()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text", "message"),
+    [
+        ("qwen3_5", {}, r"num_speculative_tokens above 0.*counts none \(mtp_num_hidden_layers\)"),
+        ("qwen3_5_moe_text", {"mtp_num_hidden_layers": 0}, r"counts none \(mtp_num_hidden_layers\)"),
+        ("qwen3_5_text", {"mtp_num_hidden_layers": 2}, "of one layer, got mtp_num_hidden_layers=2"),
+        ("qwen3_next", {"num_nextn_predict_layers": 0}, r"counts none \(num_nextn_predict_layers\)"),
+        ("qwen3_next", {"num_nextn_predict_layers": 3}, "of one layer, got num_nextn_predict_layers=3"),
+    ],
+)
+def test_model_without_an_mtp_head_to_run_says_so(model_type, text, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        from_hf(model_type, text=text).require_mtp()
+    assert str(raised.value).endswith("allowed: num_speculative_tokens=0")
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, "1", True])
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_text", "qwen3_next"])
+def test_count_of_mtp_layers_that_is_none_is_refused(model_type, value):
+    key = MTP_KEYS[model_type].layers
+    raw = hf_dict(model_type)
+    raw.get("text_config", raw)[key] = value
+    with pytest.raises(ValueError, match=f"{key} must be an integer of at least 0, got {value!r}"):
+        ModelConfig.from_hf(raw)
+
+
+@pytest.mark.parametrize("value", [1, "yes"])
+def test_dedicated_embeddings_that_are_neither_true_nor_false_are_refused(value):
+    with pytest.raises(ValueError, match=f"mtp_use_dedicated_embeddings must be true or false, got {value!r}"):
+        ModelConfig.from_hf(hf_dict("qwen3_5_text") | {"mtp_use_dedicated_embeddings": value})
 
 
 def test_config_is_read_from_directory_file_and_dict_alike(tmp_path):
@@ -378,7 +448,24 @@ BAD_ENGINE = [
     ),
     ({"state_checkpoint_interval": 0}, "state_checkpoint_interval must be an integer of at least 1"),
     ({"state_checkpoint_interval": 40}, "state_checkpoint_interval must be a multiple of block_size=16, got 40"),
-    ({"num_speculative_tokens": 2}, "num_speculative_tokens=2 is not supported yet; allowed: 0"),
+    ({"num_speculative_tokens": -1}, "num_speculative_tokens must be an integer of at least 0, got -1"),
+    ({"num_speculative_tokens": True}, "num_speculative_tokens must be an integer of at least 0, got True"),
+    ({"num_speculative_tokens": 8}, "num_speculative_tokens must be at most 7, got 8"),
+    ({"draft_acceptance": "greedy"}, "draft_acceptance must be one of 'shared_noise', 'rejection', got 'greedy'"),
+    ({"adaptive_speculation": 1}, "adaptive_speculation must be True or False, got 1"),
+    ({"adaptive_speculation": True}, "adaptive_speculation=True needs num_speculative_tokens above 0"),
+    (
+        {"adaptive_speculation": True, "num_speculative_tokens": 2, "batch_invariant": True},
+        "adaptive_speculation=True needs num_speculative_tokens above 0 and batch_invariant=False, got 2 and True",
+    ),
+    ({"spec_acceptance_length": 2}, r"between 1 and 1 \+ num_speculative_tokens=1, and needs speculation, got 2"),
+    ({"spec_acceptance_length": 0.5, "num_speculative_tokens": 2}, r"between 1 and 1 \+ num_speculative_tokens=3"),
+    ({"spec_acceptance_length": 3.5, "num_speculative_tokens": 2}, r"spec_acceptance_length must be between 1 and 1 "),
+    ({"spec_acceptance_length": "3", "num_speculative_tokens": 2}, "spec_acceptance_length must be between 1 and 1 "),
+    (
+        {"state_checkpoint_interval": 2, "block_size": 2, "num_speculative_tokens": 2},
+        "state_checkpoint_interval must be at least the 3 tokens that a step may produce, got 2",
+    ),
 ]
 
 

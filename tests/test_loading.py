@@ -1,5 +1,6 @@
 """A checkpoint without an engine: what `load_model` gives, and what it refuses."""
 
+import json
 import shutil
 
 import jax
@@ -70,15 +71,47 @@ def test_head_that_is_stored_in_part_is_an_error(copy, missing):
     directory, tensors = copy
     del tensors[missing]
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(ValueError, match=f"1 missing: {missing}"):
+    with pytest.raises(ValueError, match=rf"1 missing: {missing}\. Without the MTP head \(num_speculative_tokens=0\)"):
         load_model(directory, mtp=True)
     # Without the head the rest is a whole model.
     load_model(directory)
 
 
-def test_head_with_an_embedding_of_its_own_is_an_error(copy):
+@pytest.mark.parametrize(
+    "name", ["mtp.embed_tokens.weight", "mtp.lm_head.weight", "mtp.layers.0.shared_head.norm.bias"]
+)
+def test_head_with_an_embedding_or_a_head_of_its_own_is_an_error(copy, name):
     directory, tensors = copy
-    tensors["mtp.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+    tensors[name] = tensors["model.embed_tokens.weight"]
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(ValueError, match=r"1 unexpected: mtp\.embed_tokens\.weight"):
+    with pytest.raises(ValueError, match=rf"or a head of its own: {name}\. Supported are .*; num_speculative_tokens=0"):
+        load_model(directory, mtp=True)
+    load_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mtp_num_hidden_layers": 0}, "num_speculative_tokens above 0 .* counts none"),
+        ({"mtp_num_hidden_layers": 2}, "num_speculative_tokens above 0 .* got mtp_num_hidden_layers=2"),
+        (
+            {"mtp_use_dedicated_embeddings": True},
+            r"num_speculative_tokens above 0 .*_embeddings=true\)",
+        ),
+    ],
+)
+def test_head_that_the_configuration_does_not_allow_is_an_error(copy, change, message):
+    directory, _ = copy
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load_model(directory, mtp=True)
+    load_model(directory)
+
+
+def test_head_that_is_counted_and_not_stored_is_an_error(copy):
+    directory, tensors = copy
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("mtp.")}
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no tensor here begins with mtp\.; allowed: num_speculative_tokens=0"):
         load_model(directory, mtp=True)

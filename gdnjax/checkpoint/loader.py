@@ -25,7 +25,9 @@ log = logging.getLogger("gdnjax")
 class LoadReport:
     """What became of the tensors of a checkpoint. Counts are of checkpoint tensors.
 
-    loaded            became parameters
+    loaded            became parameters, those of the MTP head included
+    mtp_loaded        belong to the multi-token-prediction head, and became parameters
+    mtp_shared        modules of the target that the loaded MTP head uses in place of its own; empty without a head
     skipped_vision    belong to the vision tower, which the engine does not run
     skipped_mtp       belong to the multi-token-prediction head, which `abstract` does not have
     skipped_tied      the lm_head of a model whose lm_head is its embedding
@@ -33,14 +35,19 @@ class LoadReport:
     """
 
     loaded: int
+    mtp_loaded: int
+    mtp_shared: tuple[str, ...]
     skipped_vision: int
     skipped_mtp: int
     skipped_tied: int
     parameter_bytes: int
 
     def __str__(self) -> str:
+        head = ""
+        if self.mtp_shared:
+            head = f"; {self.mtp_loaded} of them are the MTP head, which shares {' and '.join(self.mtp_shared)}"
         return (
-            f"{self.loaded} tensors, {self.parameter_bytes / (1 << 30):.2f} GiB of parameters; skipped: "
+            f"{self.loaded} tensors, {self.parameter_bytes / (1 << 30):.2f} GiB of parameters{head}; skipped: "
             f"{self.skipped_vision} of the vision tower, {self.skipped_mtp} of the MTP head, "
             f"{self.skipped_tied} tied to the embedding"
         )
@@ -57,8 +64,8 @@ def load_params(
 
     Names, shapes and dtypes of all tensors are checked before anything is read. Host memory holds one parameter at a
     time. Raises FileNotFoundError where the directory is no checkpoint, and ValueError that names the tensors where
-    some are missing, unexpected, of another shape or dtype, where a file is damaged, or where the ranks of `mesh` do
-    not divide the model.
+    some are missing, unexpected, of another shape or dtype, where a file is damaged, where the MTP head is wanted and
+    not stored, or has an embedding or a head of its own, or where the ranks of `mesh` do not divide the model.
     """
     tp = mesh.shape[sharding.AXIS]
     # For its errors: what the ranks cannot divide is named before any index vector is cut.
@@ -71,8 +78,12 @@ def load_params(
             _load_parameter(source, names.language, origins[name], leaf, NamedSharding(mesh, sharding.spec_of(name)))
             for name, leaf in tqdm(parameters.items(), desc="loading", unit="parameter", disable=not progress)
         ]
+    mtp_loaded = sum(map(_is_of_head, names.language))
+    tables = ("embed_tokens",) if cfg.tie_word_embeddings else ("embed_tokens", "lm_head")
     report = LoadReport(
         loaded=len(names.language),
+        mtp_loaded=mtp_loaded,
+        mtp_shared=tables if mtp_loaded else (),
         skipped_vision=len(names.vision),
         skipped_mtp=len(names.mtp),
         skipped_tied=len(names.tied),
@@ -91,13 +102,19 @@ def _resolve(
 ) -> tuple[Names, dict[str, Origin]]:
     """Finds every parameter in the checkpoint. Raises one ValueError that names all that does not fit."""
     try:
-        mtp_wanted = any(name.startswith("mtp.") for name in parameters)
+        mtp_wanted = any(map(_is_of_head, parameters))
         names = sort_names(source.names(), tied_lm_head=cfg.tie_word_embeddings, mtp_wanted=mtp_wanted)
-        experts_apart = stores_experts_apart(list(names.language))
+        # Either part may store its experts one by one or together, whatever the other does.
+        experts_apart = {
+            head: stores_experts_apart([name for name in names.language if _is_of_head(name) == head])
+            for head in (False, True)
+        }
+        _check_head(names, mtp_wanted)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
     origins = {
-        name: origin_of(name, leaf.shape, cfg, tp, experts_apart=experts_apart) for name, leaf in parameters.items()
+        name: origin_of(name, leaf.shape, cfg, tp, experts_apart=experts_apart[_is_of_head(name)])
+        for name, leaf in parameters.items()
     }
     expected = {part.tensor: part.shape for origin in origins.values() for part in origin.parts}
     missing = [name for name in expected if name not in names.language]
@@ -113,8 +130,30 @@ def _resolve(
         if found
     ]
     if problems:
+        # The rest may be a whole model.
+        if any(_is_of_head(name) for name in (*missing, *unexpected)):
+            problems.append("Without the MTP head (num_speculative_tokens=0) nothing that begins with mtp. is read")
         raise ValueError(f"{directory}: the tensors do not fit the model's config.json. {'. '.join(problems)}")
     return names, origins
+
+
+def _is_of_head(name: str) -> bool:
+    """Whether a parameter or a tensor, in module names, belongs to the MTP head."""
+    return name.startswith("mtp.")
+
+
+def _check_head(names: Names, mtp_wanted: bool) -> None:
+    """Raises ValueError where the MTP head is wanted and not stored, or brings tables that should be the target's."""
+    if names.mtp_tables:
+        raise ValueError(
+            f"the MTP head has an embedding or a head of its own: {abbreviate(list(names.mtp_tables))}. Supported are "
+            "heads that share those of the model; num_speculative_tokens=0 does without the MTP head"
+        )
+    if mtp_wanted and not any(map(_is_of_head, names.language)):
+        raise ValueError(
+            "num_speculative_tokens above 0 needs the MTP head, and no tensor here begins with mtp.; allowed: "
+            "num_speculative_tokens=0"
+        )
 
 
 def _load_parameter(

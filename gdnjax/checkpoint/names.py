@@ -14,6 +14,9 @@ LANGUAGE = re.compile(
 VISION = re.compile(r"(?:model\.)?visual\..+")
 MTP = re.compile(r"mtp\..+")
 
+# An embedding or a head that the MTP head has for itself, in the spellings of the families that do so.
+MTP_TABLES = re.compile(r"mtp\.(?:.+\.)?(?:embed_tokens|lm_head|shared_head)\..+")
+
 LM_HEAD = "lm_head.weight"
 
 
@@ -24,6 +27,7 @@ class Names:
     language    module name -> checkpoint name, for the language model, and for its MTP head where that is wanted
     vision      the vision tower, which the engine does not run
     mtp         the multi-token-prediction head where it is not wanted
+    mtp_tables  an embedding or a head of the MTP head's own, where it is wanted: the engine has no place for them
     tied        a stored lm_head of a model whose lm_head is its embedding
     unknown     everything else
     """
@@ -31,6 +35,7 @@ class Names:
     language: dict[str, str]
     vision: tuple[str, ...]
     mtp: tuple[str, ...]
+    mtp_tables: tuple[str, ...]
     tied: tuple[str, ...]
     unknown: tuple[str, ...]
 
@@ -41,16 +46,18 @@ def sort_names(names: Iterable[str], *, tied_lm_head: bool, mtp_wanted: bool = F
     `mtp_wanted`: the MTP head is a part of the model; its modules have the checkpoint's own names.
     """
     language: dict[str, str] = {}
-    vision, mtp, tied, unknown, clashes = [], [], [], [], []
+    vision, mtp, mtp_tables, tied, unknown, clashes = [], [], [], [], [], []
     for name in names:
         match = LANGUAGE.fullmatch(name)
         if VISION.fullmatch(name):
             vision.append(name)
         elif MTP.fullmatch(name):
-            if mtp_wanted:
-                language[name] = name
-            else:
+            if not mtp_wanted:
                 mtp.append(name)
+            elif MTP_TABLES.fullmatch(name):
+                mtp_tables.append(name)
+            else:
+                language[name] = name
         elif match is None:
             unknown.append(name)
         elif tied_lm_head and match[1] == LM_HEAD:
@@ -61,4 +68,11 @@ def sort_names(names: Iterable[str], *, tied_lm_head: bool, mtp_wanted: bool = F
             language[match[1]] = name
     if clashes:
         raise ValueError(f"tensors that name one parameter twice: {abbreviate(clashes)}")
-    return Names(language=language, vision=tuple(vision), mtp=tuple(mtp), tied=tuple(tied), unknown=tuple(unknown))
+    return Names(
+        language=language,
+        vision=tuple(vision),
+        mtp=tuple(mtp),
+        mtp_tables=tuple(mtp_tables),
+        tied=tuple(tied),
+        unknown=tuple(unknown),
+    )

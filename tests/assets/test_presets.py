@@ -51,7 +51,7 @@ def test_preset_has_the_hybrid_pattern(name):
     assert config.delta.key_head_dim == config.delta.value_head_dim == 128
     assert config.max_position_embeddings == 262_144
     assert config.dtype == "bfloat16"
-    assert config.mtp_layers == (0 if name.startswith("qwen3-next") else 1)
+    assert config.mtp_layers == 1
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,5 +1,7 @@
 """Loaded parameters, compared with arrays built head by head."""
 
+import dataclasses
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -114,14 +116,49 @@ def test_report_counts_what_is_loaded_and_what_is_skipped(tmp_path, caplog):
     ]
 
 
-def test_head_is_loaded_where_the_tree_has_it(tmp_path):
-    """Its modules have the checkpoint's own names. What the tree has not, is skipped and counted."""
-    model = tiny.model_tensors(tiny.TIED)
-    stored = tiny.stored_tensors(model, tiny.TIED) | tiny.other_tensors()
-    tiny.write_single(tmp_path, stored)
-    params, report = _load(tmp_path, tiny.TIED, model | {"mtp.fc.weight": stored["mtp.fc.weight"]}, 1)
-    np.testing.assert_array_equal(params["mtp"]["fc"]["weight"], stored["mtp.fc.weight"])
-    assert report.skipped_mtp == 0
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize(
+    ("cfg", "prefix", "fused", "mtp_fused"),
+    [
+        (tiny.DENSE, PREFIX, True, True),
+        (tiny.TIED, "model.", True, True),
+        (tiny.MOE, PREFIX, True, False),
+        (tiny.MOE, PREFIX, True, True),
+        (tiny.MOE, "model.", False, True),
+        (tiny.NEXT, "model.", False, False),
+    ],
+    ids=["dense", "tied", "moe-head-apart", "moe-fused", "moe-head-fused", "next-apart"],
+)
+def test_every_rank_holds_its_part_of_the_head(tmp_path, cfg, prefix, fused, mtp_fused, tp):
+    """Its modules have the checkpoint's own names, whatever the prefix of the others. A tree without it skips it."""
+    model = tiny.model_tensors(cfg, mtp=True)
+    stored = tiny.stored_tensors(model, cfg, prefix=prefix, fused=fused, mtp_fused=mtp_fused)
+    tiny.write_sharded(tmp_path, stored)
+    params, report = _load(tmp_path, cfg, model, tp)
+    _assert_equal(params, tiny.global_tensors(model, cfg, tp))
+    of_head = sum(name.startswith("mtp.") for name in stored)
+    shared = ("embed_tokens",) if cfg.tie_word_embeddings else ("embed_tokens", "lm_head")
+    assert (report.loaded, report.mtp_loaded, report.skipped_mtp) == (len(stored), of_head, 0)
+    assert report.mtp_shared == shared
+    assert f"; {of_head} of them are the MTP head, which shares {' and '.join(shared)}; skipped: " in str(report)
+
+    without = {name: tensor for name, tensor in model.items() if not name.startswith("mtp.")}
+    params, report = _load(tmp_path, cfg, without, tp)
+    _assert_equal(params, tiny.global_tensors(without, cfg, tp))
+    assert (report.loaded, report.mtp_loaded, report.skipped_mtp) == (len(stored) - of_head, 0, of_head)
+    assert report.mtp_shared == ()
+    assert "shares" not in str(report)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("cfg", [tiny.DENSE, tiny.TIED, tiny.MOE, tiny.NEXT], ids=["dense", "tied", "moe", "next"])
+def test_modules_of_the_head_ask_for_the_global_arrays(cfg, tp):
+    cfg = dataclasses.replace(cfg, mtp_layers=1)
+    expected = tiny.abstract_of(tiny.global_tensors(tiny.model_tensors(cfg, mtp=True), cfg, tp))
+    abstract = abstract_params(cfg, tp, "float32", mtp=True)
+    assert jax.tree_util.tree_map(lambda leaf: leaf.shape, abstract) == jax.tree_util.tree_map(
+        lambda leaf: leaf.shape, expected
+    )
 
 
 @pytest.fixture
@@ -169,6 +206,42 @@ def test_wrong_dtype_is_named(tmp_path):
     model = tiny.model_tensors(tiny.DENSE)
     stored = tiny.stored_tensors(model, tiny.DENSE) | {PREFIX + "norm.weight": np.zeros(6, np.float16)}
     _assert_rejected(tmp_path, tiny.DENSE, model, stored, r"allowed: float32, bfloat16.*norm\.weight \(F16\)")
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+@pytest.mark.parametrize("cfg", [tiny.DENSE, tiny.MOE], ids=["dense", "moe"])
+def test_head_that_is_wanted_and_not_stored_is_an_error(tmp_path, cfg):
+    model = tiny.model_tensors(cfg, mtp=True)
+    stored = {n: tensor for n, tensor in tiny.stored_tensors(model, cfg).items() if not n.startswith("mtp.")}
+    _assert_rejected(tmp_path, cfg, model, stored, "num_speculative_tokens above 0 needs the MTP head, and no tensor")
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+@pytest.mark.parametrize("missing", ["mtp.fc.weight", "mtp.layers.0.mlp.experts.2.up_proj.weight"])
+def test_missing_tensor_of_the_head_is_named(tmp_path, missing):
+    model = tiny.model_tensors(tiny.MOE, mtp=True)
+    stored = tiny.stored_tensors(model, tiny.MOE)
+    del stored[missing]
+    match = rf"1 missing: {missing}\. Without the MTP head \(num_speculative_tokens=0\)"
+    _assert_rejected(tmp_path, tiny.MOE, model, stored, match)
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_layer_too_many_in_the_head_is_named(tmp_path):
+    model = tiny.model_tensors(tiny.DENSE, mtp=True)
+    extra = {"mtp.layers.1.input_layernorm.weight": np.zeros(6, np.float32)}
+    stored = tiny.stored_tensors(model, tiny.DENSE) | extra
+    match = r"1 unexpected: mtp\.layers\.1\.input_layernorm\.weight\. Without the MTP head"
+    _assert_rejected(tmp_path, tiny.DENSE, model, stored, match)
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_tables_of_the_head_s_own_are_an_error_that_names_them(tmp_path):
+    model = tiny.model_tensors(tiny.DENSE, mtp=True)
+    own = {f"mtp.{name}.weight": model["embed_tokens.weight"] for name in ("embed_tokens", "lm_head")}
+    stored = tiny.stored_tensors(model, tiny.DENSE) | own
+    match = r"of its own: mtp\.embed_tokens\.weight, mtp\.lm_head\.weight\. Supported are heads that share"
+    _assert_rejected(tmp_path, tiny.DENSE, model, stored, match)
 
 
 @pytest.mark.usefixtures("nothing_is_read")

@@ -28,6 +28,16 @@ def test_every_name_is_sorted_into_one_place():
     assert found.vision == ("model.visual.patch_embed.bias", "visual.merger.weight")
     assert found.mtp == ("mtp.layers.0.mlp.up_proj.weight", "mtp.norm.weight")
     assert found.unknown == ("model.surprise.weight",)
+    assert found.mtp_tables == ()
+
+
+def test_names_of_a_wanted_head_are_its_modules_but_for_tables_of_its_own():
+    modules = ["mtp.fc.weight", "mtp.layers.0.mlp.up_proj.weight", "mtp.norm.weight"]
+    tables = ["mtp.embed_tokens.weight", "mtp.lm_head.weight", "mtp.layers.0.shared_head.head.weight"]
+    found = sort_names([*modules, *tables], tied_lm_head=False, mtp_wanted=True)
+    assert found.language == {name: name for name in modules}
+    assert (found.mtp_tables, found.mtp, found.unknown) == (tuple(tables), (), ())
+    assert sort_names(tables, tied_lm_head=False).mtp == tuple(tables)
 
 
 def test_one_parameter_named_twice_is_an_error():

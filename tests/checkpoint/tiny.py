@@ -41,66 +41,85 @@ NEXT = dataclasses.replace(
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
 
 
-def model_tensors(cfg: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+def model_tensors(cfg: ModelConfig, seed: int = 0, *, mtp: bool = False) -> dict[str, np.ndarray]:
     """Random float32 tensors under module names, in plain order: heads one after another, experts fused."""
-    d, delta, attention = cfg.hidden_size, cfg.delta, cfg.attention
+    d = cfg.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (cfg.vocab_size, d), "norm.weight": (d,)}
     if not cfg.tie_word_embeddings:
         shapes["lm_head.weight"] = (cfg.vocab_size, d)
     for i, (kind, mlp) in enumerate(zip(cfg.layer_kinds, cfg.mlp_kinds, strict=True)):
-        layer = f"layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (d,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (d,)
-        if kind is LayerKind.DELTA:
-            heads = delta.num_value_heads
-            shapes[f"{layer}.linear_attn.in_proj_qkv.weight"] = (delta.conv_dim, d)
-            shapes[f"{layer}.linear_attn.in_proj_z.weight"] = (delta.value_dim, d)
-            shapes[f"{layer}.linear_attn.in_proj_b.weight"] = (heads, d)
-            shapes[f"{layer}.linear_attn.in_proj_a.weight"] = (heads, d)
-            shapes[f"{layer}.linear_attn.conv1d.weight"] = (delta.conv_dim, 1, delta.conv_kernel)
-            shapes[f"{layer}.linear_attn.A_log"] = (heads,)
-            shapes[f"{layer}.linear_attn.dt_bias"] = (heads,)
-            shapes[f"{layer}.linear_attn.norm.weight"] = (delta.value_head_dim,)
-            shapes[f"{layer}.linear_attn.out_proj.weight"] = (d, delta.value_dim)
-        else:
-            width = attention.num_heads * attention.head_dim
-            kv_width = attention.num_kv_heads * attention.head_dim
-            shapes[f"{layer}.self_attn.q_proj.weight"] = (2 * width, d)
-            shapes[f"{layer}.self_attn.k_proj.weight"] = (kv_width, d)
-            shapes[f"{layer}.self_attn.v_proj.weight"] = (kv_width, d)
-            shapes[f"{layer}.self_attn.o_proj.weight"] = (d, width)
-            shapes[f"{layer}.self_attn.q_norm.weight"] = (attention.head_dim,)
-            shapes[f"{layer}.self_attn.k_norm.weight"] = (attention.head_dim,)
-        dense = f"{layer}.mlp"
-        size = cfg.intermediate_size
-        if mlp is MlpKind.MOE:
-            experts, width = cfg.moe.num_experts, cfg.moe.intermediate_size
-            shapes[f"{layer}.mlp.gate.weight"] = (experts, d)
-            shapes[f"{layer}.mlp.experts.gate_up_proj"] = (experts, 2 * width, d)
-            shapes[f"{layer}.mlp.experts.down_proj"] = (experts, d, width)
-            shapes[f"{layer}.mlp.shared_expert_gate.weight"] = (1, d)
-            dense, size = f"{layer}.mlp.shared_expert", cfg.moe.shared_intermediate_size
-        shapes[f"{dense}.gate_proj.weight"] = (size, d)
-        shapes[f"{dense}.up_proj.weight"] = (size, d)
-        shapes[f"{dense}.down_proj.weight"] = (d, size)
+        shapes |= _layer_shapes(f"layers.{i}", kind, mlp, cfg)
+    if mtp:
+        shapes["mtp.fc.weight"] = (d, 2 * d)
+        for norm in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+            shapes[f"mtp.{norm}.weight"] = (d,)
+        shapes |= _layer_shapes("mtp.layers.0", LayerKind.ATTENTION, cfg.mlp_kinds[-1], cfg)
     rng = np.random.default_rng(seed)
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+def _layer_shapes(layer: str, kind: LayerKind, mlp: MlpKind, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    d, delta, attention = cfg.hidden_size, cfg.delta, cfg.attention
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{layer}.input_layernorm.weight": (d,),
+        f"{layer}.post_attention_layernorm.weight": (d,),
+    }
+    if kind is LayerKind.DELTA:
+        heads = delta.num_value_heads
+        shapes[f"{layer}.linear_attn.in_proj_qkv.weight"] = (delta.conv_dim, d)
+        shapes[f"{layer}.linear_attn.in_proj_z.weight"] = (delta.value_dim, d)
+        shapes[f"{layer}.linear_attn.in_proj_b.weight"] = (heads, d)
+        shapes[f"{layer}.linear_attn.in_proj_a.weight"] = (heads, d)
+        shapes[f"{layer}.linear_attn.conv1d.weight"] = (delta.conv_dim, 1, delta.conv_kernel)
+        shapes[f"{layer}.linear_attn.A_log"] = (heads,)
+        shapes[f"{layer}.linear_attn.dt_bias"] = (heads,)
+        shapes[f"{layer}.linear_attn.norm.weight"] = (delta.value_head_dim,)
+        shapes[f"{layer}.linear_attn.out_proj.weight"] = (d, delta.value_dim)
+    else:
+        width = attention.num_heads * attention.head_dim
+        kv_width = attention.num_kv_heads * attention.head_dim
+        shapes[f"{layer}.self_attn.q_proj.weight"] = (2 * width, d)
+        shapes[f"{layer}.self_attn.k_proj.weight"] = (kv_width, d)
+        shapes[f"{layer}.self_attn.v_proj.weight"] = (kv_width, d)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (d, width)
+        shapes[f"{layer}.self_attn.q_norm.weight"] = (attention.head_dim,)
+        shapes[f"{layer}.self_attn.k_norm.weight"] = (attention.head_dim,)
+    dense = f"{layer}.mlp"
+    size = cfg.intermediate_size
+    if mlp is MlpKind.MOE:
+        experts, width = cfg.moe.num_experts, cfg.moe.intermediate_size
+        shapes[f"{layer}.mlp.gate.weight"] = (experts, d)
+        shapes[f"{layer}.mlp.experts.gate_up_proj"] = (experts, 2 * width, d)
+        shapes[f"{layer}.mlp.experts.down_proj"] = (experts, d, width)
+        shapes[f"{layer}.mlp.shared_expert_gate.weight"] = (1, d)
+        dense, size = f"{layer}.mlp.shared_expert", cfg.moe.shared_intermediate_size
+    shapes[f"{dense}.gate_proj.weight"] = (size, d)
+    shapes[f"{dense}.up_proj.weight"] = (size, d)
+    shapes[f"{dense}.down_proj.weight"] = (d, size)
+    return shapes
+
+
 def stored_tensors(
-    model: dict[str, np.ndarray], cfg: ModelConfig, *, prefix: str = "model.language_model.", fused: bool = True
+    model: dict[str, np.ndarray],
+    cfg: ModelConfig,
+    *,
+    prefix: str = "model.language_model.",
+    fused: bool = True,
+    mtp_fused: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The same tensors as a checkpoint stores them."""
+    """The same tensors as a checkpoint stores them. `mtp_fused` is `fused` for the experts of the MTP head."""
     stored = {}
     for name, tensor in model.items():
+        head = name.startswith("mtp.")
+        before = "" if head else prefix
         if name == "lm_head.weight":
             stored[name] = tensor
-        elif ".mlp.experts." in name and not fused:
-            stored.update({prefix + part: values for part, values in _split_experts(name, tensor)})
+        elif ".mlp.experts." in name and not (mtp_fused if head else fused):
+            stored.update({before + part: values for part, values in _split_experts(name, tensor)})
         elif cfg.interleaved_projections and ".in_proj_" in name:
             continue
         else:
-            stored[prefix + name] = tensor
+            stored[before + name] = tensor
     if cfg.interleaved_projections:
         for i in (i for i, kind in enumerate(cfg.layer_kinds) if kind is LayerKind.DELTA):
             path = f"layers.{i}.linear_attn"
