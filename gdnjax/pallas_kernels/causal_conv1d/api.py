@@ -1,8 +1,9 @@
-"""Contract of the op. Both functions return the activated channels and the pool with the rows' new windows.
+"""Contract of the op. Every function returns the activated channels and the pool with the rows' new windows.
 
     y_i = silu(sum_j weight[j] x_(i - w + j)),  j = 0..w;  inputs before the row's first stand in its window
 
-`conv [L, s, w, x]` is consumed (donate it); windows hold raw inputs, oldest first.
+`conv [L, s, w, x]` is consumed (donate it); windows hold raw inputs, oldest first. With speculation a slot has P rows
+more, behind the window: the raw inputs of the tokens that the last step verified, of which the first are pending.
 """
 
 from gdnjax.pallas_kernels.causal_conv1d import reference
@@ -33,5 +34,34 @@ def decode(
     read_slot: Int32[Array, "n"],
     write_slot: Int32[Array, "n"],
 ) -> tuple[Float[Array, "n x"], Shaped[Array, "L s w x"]]:
-    """One token a row."""
+    """One token a row. The pool has no rows behind the window."""
     return reference.decode(x, weight, conv, layer, read_slot, write_slot)
+
+
+def verify(
+    x: Float[Array, "n T x"],
+    weight: Float[Array, "x taps"],
+    conv: Shaped[Array, "L s w x"],
+    layer: int,
+    read_slot: Int32[Array, "n"],
+    write_slot: Int32[Array, "n"],
+    pending: Int32[Array, "n"],
+) -> tuple[Float[Array, "n rows x"], Shaped[Array, "L s w x"]]:
+    """T tokens a row, at most P, behind the row's `pending` ones.
+
+    Returns P + T rows of channels: those of the pending tokens, as they were computed first (rows past their count mean
+    nothing), then those of `x`. The window moves on by the pending tokens, and `x` takes their place behind it.
+    """
+    return reference.verify(x, weight, conv, layer, read_slot, write_slot, pending)
+
+
+def fold(
+    weight: Float[Array, "x taps"],
+    conv: Shaped[Array, "L s w x"],
+    layer: int,
+    read_slot: Int32[Array, "n"],
+    write_slot: Int32[Array, "n"],
+    count: Int32[Array, "n"],
+) -> tuple[Float[Array, "n P x"], Shaped[Array, "L s w x"]]:
+    """The channels of P pending rows, of which the first `count` mean something; the window moves on by those."""
+    return reference.fold(weight, conv, layer, read_slot, write_slot, count)

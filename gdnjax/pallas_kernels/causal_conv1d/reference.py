@@ -10,7 +10,7 @@ from gdnjax.shapes import Array
 def prefill(x: Array, weight: Array, conv: Array, layer: int, rows: Rows, chunks: Chunks) -> tuple[Array, Array]:
     taps = weight.shape[1]
     width = taps - 1
-    window = jnp.where(rows.fresh[:, None, None], 0, conv[layer, rows.read_slot])
+    window = jnp.where(rows.fresh[:, None, None], 0, conv[layer, rows.read_slot, :width])
     total = jnp.zeros(x.shape, jnp.float32)
     for tap in range(taps):
         back = width - tap
@@ -21,11 +21,11 @@ def prefill(x: Array, weight: Array, conv: Array, layer: int, rows: Rows, chunks
             earlier = jnp.where(in_piece, earlier, from_window)
         total += earlier.astype(jnp.float32) * weight[:, tap].astype(jnp.float32)
     y = jnp.where(rows.token_valid[:, None], jax.nn.silu(total), 0).astype(x.dtype)
-    conv = conv.at[layer, rows.write_slot].set(_last_inputs(x, window, rows.start, rows.length))
+    conv = conv.at[layer, rows.write_slot, :width].set(_last_inputs(x, window, rows.start, rows.length))
     if chunks.checkpoint is not None:
         start = rows.start[chunks.row]
         kept = _last_inputs(x, window[chunks.row], start, chunks.end - start)
-        conv = conv.at[layer, chunks.checkpoint].set(kept)
+        conv = conv.at[layer, chunks.checkpoint, :width].set(kept)
     return y, conv
 
 
@@ -44,3 +44,42 @@ def decode(
     inputs = jnp.concatenate([conv[layer, read_slot], x[:, None].astype(conv.dtype)], axis=1)
     total = jnp.sum(inputs.astype(jnp.float32) * weight.T.astype(jnp.float32), axis=1)
     return jax.nn.silu(total).astype(x.dtype), conv.at[layer, write_slot].set(inputs[:, 1:])
+
+
+def verify(x, weight, conv, layer: int, read_slot, write_slot, pending) -> tuple[Array, Array]:
+    width = weight.shape[1] - 1
+    stored, new = conv[layer, read_slot], x.astype(conv.dtype)
+    # The new inputs stand behind the pending ones, of which every row has its own number.
+    place = jnp.arange(stored.shape[1] + new.shape[1]) - (width + pending)[:, None]
+    inputs = jnp.where(
+        (place >= 0)[:, :, None],
+        jnp.take_along_axis(new, jnp.clip(place, 0, new.shape[1] - 1)[:, :, None], axis=1),
+        jnp.pad(stored, ((0, 0), (0, new.shape[1]), (0, 0))),
+    )
+    y = _convolve(inputs, weight, x.dtype)
+    rows, tokens = stored.shape[1] - width, new.shape[1]
+    y = jnp.concatenate([y[:, :rows], _rows_from(y, pending, tokens)], axis=1)
+    return y, conv.at[layer, write_slot, : width + tokens].set(_rows_from(inputs, pending, width + tokens))
+
+
+def fold(weight, conv, layer: int, read_slot, write_slot, count) -> tuple[Array, Array]:
+    width = weight.shape[1] - 1
+    inputs = conv[layer, read_slot]
+    window = _rows_from(inputs, count, width)
+    return _convolve(inputs, weight, conv.dtype), conv.at[layer, write_slot, :width].set(window)
+
+
+def _convolve(inputs: Array, weight: Array, dtype) -> Array:
+    """[n, w + i, x] -> [n, i, x]: the activated channels of all inputs but the first w."""
+    taps = weight.shape[1]
+    count = inputs.shape[1] - taps + 1
+    total = sum(
+        inputs[:, tap : tap + count].astype(jnp.float32) * weight[:, tap].astype(jnp.float32) for tap in range(taps)
+    )
+    return jax.nn.silu(jnp.asarray(total)).astype(dtype)
+
+
+def _rows_from(x: Array, start: Array, count: int) -> Array:
+    """[n, i, x] -> [n, count, x]: each row's own part, from `start` on."""
+    index = start[:, None] + jnp.arange(count)
+    return jnp.take_along_axis(x, index[:, :, None], axis=1)

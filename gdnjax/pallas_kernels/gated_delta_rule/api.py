@@ -1,4 +1,4 @@
-"""Contract of the op. Both functions return the outputs, before the gated norm, and the pool with the new states.
+"""Contract of the op. The functions return the outputs, before the gated norm, and the pool with the new states.
 
     g = -exp(A_log) softplus(a + dt_bias)    beta = sigmoid(b)    q, k: L2-normalised (eps 1e-6), q scaled by K^-1/2
     S_t = exp(g_t) S_(t-1) + k_t beta_t (v_t - exp(g_t) S_(t-1)^T k_t)^T;  o_t = S_t^T q_t
@@ -18,8 +18,8 @@ from gdnjax.shapes import Array, Bool, Float, Float32, Int32, Leaf, Shaped
 class Gates:
     """The inputs of decay and write strength."""
 
-    a: Leaf  # [t, hv]
-    b: Leaf  # [t, hv]
+    a: Leaf  # [t, hv], or [n, rows, hv] where requests have several rows
+    b: Leaf  # the same
     A_log: Leaf  # [hv] float32
     dt_bias: Leaf  # [hv] float32
 
@@ -66,3 +66,40 @@ def decode(
 ) -> tuple[Float32[Array, "n hv v"], Shaped[Array, "L s hv kv"]]:
     """One token a row, in the recurrent form."""
     return reference.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim)
+
+
+def verify(
+    qkv: Float[Array, "n rows x"],
+    gates: Gates,
+    ssm: Shaped[Array, "L s hv kv"],
+    layer: int,
+    read_slot: Int32[Array, "n"],
+    write_slot: Int32[Array, "n"],
+    pending: Int32[Array, "n"],
+    order: StateOrder,
+    *,
+    key_head_dim: int,
+    new: int,
+) -> tuple[Float32[Array, "n T hv v"], Shaped[Array, "L s hv kv"]]:
+    """Pending rows, then T = `new` rows (static), which are the last ones of `rows`.
+
+    The state with the first `pending` rows folded in is stored; the outputs are those of the new rows, which go on from
+    there and change nothing that is stored. One read and one write of the state, however many rows.
+    """
+    return reference.verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_head_dim, new)
+
+
+def fold(
+    qkv: Float[Array, "n rows x"],
+    gates: Gates,
+    ssm: Shaped[Array, "L s hv kv"],
+    layer: int,
+    read_slot: Int32[Array, "n"],
+    write_slot: Int32[Array, "n"],
+    count: Int32[Array, "n"],
+    order: StateOrder,
+    *,
+    key_head_dim: int,
+) -> Shaped[Array, "L s hv kv"]:
+    """The state with the first `count` rows folded in is stored."""
+    return reference.fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_head_dim)

@@ -80,6 +80,43 @@ def decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_dim) -> tup
     return o, write_states(ssm, layer, write_slot, states, order.write)
 
 
+def verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_dim, new) -> tuple[Array, Array]:
+    inputs = _row_inputs(qkv, gates, ssm, key_dim)
+    old = qkv.shape[1] - new
+    states = read_states(ssm, layer, read_slot, order.read, key_dim)
+    states = _fold(states, [x[:old] for x in inputs], pending)
+    _, o = lax.scan(_one_row, states, [x[old:] for x in inputs])
+    return o.swapaxes(0, 1), write_states(ssm, layer, write_slot, states, order.write)
+
+
+def fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_dim) -> Array:
+    states = read_states(ssm, layer, read_slot, order.read, key_dim)
+    states = _fold(states, _row_inputs(qkv, gates, ssm, key_dim), count)
+    return write_states(ssm, layer, write_slot, states, order.write)
+
+
+def _row_inputs(qkv, gates, ssm, key_dim) -> list[Array]:
+    """q, k, v, g, beta of [n, rows, ...] as [rows, n, ...]: one row of every request after another."""
+    q, k, v = split_qkv(qkv, ssm.shape[2], key_dim, ssm.shape[3] // key_dim)
+    return [x.swapaxes(0, 1) for x in (q, k, v, *decay_and_beta(gates))]
+
+
+def _fold(states: Array, inputs: list[Array], count: Array) -> Array:
+    """The states with the first `count[i]` rows of request i folded in. Others are selected away."""
+
+    def one_row(j, states):
+        folded, _ = _one_row(states, [x[j] for x in inputs])
+        return jnp.where((j < count)[:, None, None, None], folded, states)
+
+    # Rows that no request has pending cost nothing.
+    return lax.fori_loop(0, jnp.max(count), one_row, states)
+
+
+def _one_row(states: Array, row: list[Array]) -> tuple[Array, Array]:
+    o, states = delta_step(states, *row)
+    return states, o
+
+
 def prefill(qkv, gates, ssm, layer, rows, chunks, order, key_dim) -> tuple[Array, Array]:
     heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
     q, k, v = split_qkv(qkv, heads, key_dim, value_dim)
