@@ -1,7 +1,8 @@
 """Logits to tokens, on the device, over a vocabulary that may be split over ranks. No sort of the vocabulary anywhere.
 
 Noise is a function of (request seed, absolute position, token): the drawn token is argmax(logits / T + Gumbel noise).
-So a request draws the same tokens whatever its neighbours, its slot, and how its prompt was cut.
+So a request draws the same tokens whatever its neighbours, its slot, and how its prompt was cut. What needs noise of
+its own at the same position (speculative.py) takes it from another stream.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from jax.extend.random import threefry_2x32
 
 from gdnjax import sharding
 from gdnjax.batch import Logprobs
-from gdnjax.shapes import Array, Bool, Float, Float32, Int32, Leaf, UInt32
+from gdnjax.shapes import Array, Float, Float32, Int32, Leaf, UInt32
 from gdnjax.state import NO_TOKEN, LogitRows, SlotTable
 
 RADIX_BITS = 4
@@ -54,17 +55,35 @@ class Draw:
             seed=slots.seed[slot],
         )
 
+    def take(self, row: Int32[Array, "m"]) -> "Draw":
+        """These rows, in this order."""
+        return Draw(**{f.name: getattr(self, f.name)[row] for f in dataclasses.fields(self)})
+
 
 def draw_plain(logits: Float32[Array, "n V"], draw: Draw, vocab: Vocab) -> Int32[Array, "n"]:
     """Tokens by temperature and min_p alone (greedy where the temperature is 0)."""
-    return _argmax(_noisy(_min_p(_scaled(logits, draw), draw, vocab), draw, vocab), vocab)
+    return choose(scores(logits, draw, vocab, full=False), draw, vocab)
 
 
 def draw_full(logits: Float32[Array, "n V"], draw: Draw, vocab: Vocab) -> Int32[Array, "n"]:
     """Tokens by temperature, min_p, top_k and top_p, in this order."""
+    return choose(scores(logits, draw, vocab, full=True), draw, vocab)
+
+
+def scores(logits: Float32[Array, "n V"], draw: Draw, vocab: Vocab, full: bool) -> Float32[Array, "n V"]:
+    """Log-weights that rows draw by: logits over temperature, -inf where a token may not be drawn; not normalised.
+
+    `full`: by min_p, top_k and top_p, in this order; else by min_p alone. Greedy rows are not scaled.
+    """
     scaled = _min_p(_scaled(logits, draw), draw, vocab)
-    scaled = _top_k(scaled, draw.top_k, vocab)
-    return _argmax(_noisy(_top_p(scaled, draw.top_p, vocab), draw, vocab), vocab)
+    if not full:
+        return scaled
+    return _top_p(_top_k(scaled, draw.top_k, vocab), draw.top_p, vocab)
+
+
+def choose(scores: Float32[Array, "n V"], draw: Draw, vocab: Vocab, stream: int = 0) -> Int32[Array, "n"]:
+    """Tokens drawn with probability softmax(scores), by the noise of a stream; the best where the temperature is 0."""
+    return argmax(_noisy(scores, draw, vocab, stream), vocab)
 
 
 def _scaled(logits: Array, draw: Draw) -> Array:
@@ -77,27 +96,41 @@ def _min_p(scaled: Array, draw: Draw, vocab: Vocab) -> Array:
     return jnp.where(scaled >= (top + jnp.log(draw.min_p))[:, None], scaled, -jnp.inf)
 
 
-def _noisy(scaled: Array, draw: Draw, vocab: Vocab) -> Array:
-    token = jnp.arange(scaled.shape[1], dtype=jnp.uint32) + jnp.uint32(vocab.offset(scaled.shape[1]))
-    noise = gumbel(draw.seed, draw.position, token)
-    return scaled + jnp.where(draw.temperature[:, None] > 0, noise, 0.0)
+def _noisy(scores: Array, draw: Draw, vocab: Vocab, stream: int) -> Array:
+    token = jnp.arange(scores.shape[1], dtype=jnp.uint32) + jnp.uint32(vocab.offset(scores.shape[1]))
+    noise = gumbel(draw.seed, draw.position, token, stream)
+    return scores + jnp.where(draw.temperature[:, None] > 0, noise, 0.0)
 
 
-def gumbel(seed: UInt32[Array, "n 2"], position: Int32[Array, "n"], token: UInt32[Array, "V"]) -> Float32[Array, "n V"]:
-    """Standard Gumbel noise, a function of (seed, position, token) alone: Threefry of the token, keyed by the rest."""
+def gumbel(
+    seed: UInt32[Array, "n 2"], position: Int32[Array, "n"], token: UInt32[Array, "V"], stream: int = 0
+) -> Float32[Array, "n V"]:
+    """Standard Gumbel noise, a function of (seed, position, token, stream) alone. Streams are independent."""
+    # 1 - u keeps full relative precision where it matters: near u = 1, whose tokens win.
+    return -jnp.log(-jnp.log1p(-_uniform(seed, position, token, stream)))
+
+
+def uniform(seed: UInt32[Array, "n 2"], position: Int32[Array, "n"], stream: int) -> Float32[Array, "n"]:
+    """Uniform noise, above 0 and below 1, a function of (seed, position, stream) alone.
+
+    It takes the numbers of token 0's Gumbel noise, so a stream serves one of the two.
+    """
+    return _uniform(seed, position, jnp.zeros((1,), jnp.uint32), stream)[:, 0]
+
+
+def _uniform(seed: Array, position: Array, token: Array, stream: int) -> Float32[Array, "n V"]:
+    """Above 0 and below 1: Threefry of the token, keyed by the rest."""
 
     def one_row(seed, position):
-        key = threefry_2x32(seed, jnp.stack([position.astype(jnp.uint32), jnp.uint32(0)]))
+        key = threefry_2x32(seed, jnp.stack([position.astype(jnp.uint32), jnp.uint32(stream)]))
         bits = threefry_2x32(key, jnp.concatenate([token, jnp.zeros_like(token)]))
         return bits[: token.shape[0]]
 
     bits = jax.vmap(one_row)(seed, position)
-    # 1 - u keeps full relative precision where it matters: near u = 1, whose tokens win.
-    complement = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    return -jnp.log(-jnp.log1p(-complement))
+    return jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
 
 
-def _argmax(scores: Array, vocab: Vocab) -> Array:
+def argmax(scores: Float32[Array, "n V"], vocab: Vocab) -> Int32[Array, "n"]:
     """The best token over all ranks; the lowest of those that tie."""
     best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     if vocab.tp == 1:
@@ -148,24 +181,47 @@ def _threshold(keys: Array, weight: Array, wanted: Array, vocab: Vocab) -> UInt3
 
 
 def adjust(
-    logits: Float32[Array, "n V"], rows: LogitRows, row: Int32[Array, "n"], banned: Int32[Array, "n bans"], vocab: Vocab
+    logits: Float32[Array, "n V"],
+    rows: LogitRows,
+    row: Int32[Array, "n"],
+    banned: Int32[Array, "n bans"],
+    vocab: Vocab,
+    drafted: Int32[Array, "n j"] | None = None,
 ) -> Float32[Array, "n V"]:
     """Bias, bans and penalties. `banned` holds token ids (NO_TOKEN for none) that may not be drawn now, beside the
     request's bad words. Row 0 of `rows` changes nothing.
+
+    `drafted` are tokens between what `rows` has counted and the token to draw, in order, NO_TOKEN after the last. They
+    count as if they had been produced: the result is that of `adjust` after `count_tokens` of them, bit for bit.
     """
     width = logits.shape[1]
+    counts, recent = rows.counts[row], rows.recent[row]
+    if drafted is not None:
+        counts = jax.vmap(lambda line, ids: line.at[ids].add(1, mode="drop"))(counts, _local(drafted, width, vocab))
+        recent = _followed(recent, drafted, jnp.sum(drafted != NO_TOKEN, axis=1))
     logits = logits + rows.bias[row]
-    banned = jnp.concatenate([banned, _bad_word_ends(rows.bad_words[row], rows.recent[row])], axis=1)
-    local = banned - vocab.offset(width)
-    # A token of another rank, or none, lands past the end and is dropped.
-    local = jnp.where((banned >= 0) & (local >= 0) & (local < width), local, width)
+    banned = jnp.concatenate([banned, _bad_word_ends(rows.bad_words[row], recent)], axis=1)
+    local = _local(banned, width, vocab)
     logits = jax.vmap(lambda line, ids: line.at[ids].set(-jnp.inf, mode="drop"))(logits, local)
-    counts = rows.counts[row]
     seen = (counts > 0) | rows.in_prompt[row]
     repetition = rows.repetition[row][:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
     logits = logits - rows.frequency[row][:, None] * counts
     return logits - rows.presence[row][:, None] * (counts > 0)
+
+
+def _local(token: Array, width: int, vocab: Vocab) -> Array:
+    """Places of tokens in this rank's part; those of another rank, and NO_TOKEN, land past its end, to be dropped."""
+    local = token - vocab.offset(width)
+    return jnp.where((token >= 0) & (local >= 0) & (local < width), local, width)
+
+
+def _followed(
+    recent: Int32[Array, "n tail"], tokens: Int32[Array, "n j"], count: Int32[Array, "n"]
+) -> Int32[Array, "n tail"]:
+    """The last output tokens after the first `count` of `tokens` followed them."""
+    line = jnp.concatenate([recent, tokens], axis=1)
+    return jax.vmap(lambda line, start: lax.dynamic_slice_in_dim(line, start, recent.shape[1]))(line, count)
 
 
 def _bad_word_ends(words: Int32[Array, "n words length"], recent: Int32[Array, "n tail"]) -> Int32[Array, "n words"]:
@@ -176,40 +232,50 @@ def _bad_word_ends(words: Int32[Array, "n words length"], recent: Int32[Array, "
 
 
 def count_tokens(
-    rows: LogitRows, row: Int32[Array, "n"], token: Int32[Array, "n"], active: Bool[Array, "n"], vocab: Vocab
+    rows: LogitRows, row: Int32[Array, "n"], tokens: Int32[Array, "n T"], count: Int32[Array, "n"], vocab: Vocab
 ) -> LogitRows:
-    """The rows after each active row drew its token. `rows` is consumed."""
-    count, width = rows.counts.shape
-    row = jnp.where(active & (row > 0), row, count)  # others land past the end and are dropped
-    local = token - vocab.offset(width)
-    local = jnp.where((local >= 0) & (local < width), local, width)
-    recent = rows.recent.at[row].get(mode="clip")
-    recent = jnp.concatenate([recent[:, 1:], token[:, None]], axis=1)
+    """The rows after each drew the first `count` of its tokens. `rows` is consumed. A row of `rows` other than 0 may be
+    given once only among those that count.
+    """
+    past, width = rows.counts.shape
+    row = jnp.where((count > 0) & (row > 0), row, past)  # others land past the end and are dropped
+    counted = jnp.arange(tokens.shape[1]) < count[:, None]
+    local = _local(jnp.where(counted, tokens, NO_TOKEN), width, vocab)
+    recent = _followed(rows.recent.at[row].get(mode="clip"), tokens, count)
     return dataclasses.replace(
         rows,
-        counts=rows.counts.at[row, local].add(1, mode="drop"),
+        counts=rows.counts.at[row[:, None], local].add(1, mode="drop"),
         recent=rows.recent.at[row].set(recent, mode="drop"),
     )
 
 
 def logprobs(logits: Float32[Array, "n V"], chosen: Int32[Array, "n"], most: int, vocab: Vocab) -> Logprobs:
     """Log-probabilities of the chosen tokens and of the `most` most probable, under the logits as given."""
-    width = logits.shape[1]
-    top = sharding.pmax(logits.max(-1), vocab.tp)
-    total = sharding.psum(jnp.exp(logits - top[:, None]).sum(-1), vocab.tp)
-    normaliser = (top + jnp.log(total))[:, None]
-    local = chosen - vocab.offset(width)
-    mine = (local >= 0) & (local < width)
-    value = jnp.take_along_axis(logits, jnp.clip(local, 0, width - 1)[:, None], axis=1)[:, 0]
-    value = sharding.psum(jnp.where(mine, value, 0.0), vocab.tp)
+    normaliser = log_total(logits, vocab)
+    value = score_of(logits, chosen, vocab)
     above = sharding.psum(jnp.sum(logits > value[:, None], axis=-1), vocab.tp)
     best, tokens = _most_probable(logits, most, vocab)
     return Logprobs(
-        chosen=value - normaliser[:, 0],
+        chosen=value - normaliser,
         rank=1 + above.astype(jnp.int32),
         top_tokens=tokens,
-        top=best - normaliser,
+        top=best - normaliser[:, None],
     )
+
+
+def log_total(scores: Float32[Array, "n V"], vocab: Vocab) -> Float32[Array, "n"]:
+    """log(sum(exp(scores))) over all ranks: scores less this are log-probabilities."""
+    top = sharding.pmax(scores.max(-1), vocab.tp)
+    return top + jnp.log(sharding.psum(jnp.exp(scores - top[:, None]).sum(-1), vocab.tp))
+
+
+def score_of(scores: Float32[Array, "n V"], token: Int32[Array, "n"], vocab: Vocab) -> Float32[Array, "n"]:
+    """The score of one token of each row, whichever rank has it."""
+    width = scores.shape[1]
+    local = token - vocab.offset(width)
+    mine = (local >= 0) & (local < width)
+    value = jnp.take_along_axis(scores, jnp.clip(local, 0, width - 1)[:, None], axis=1)[:, 0]
+    return sharding.psum(jnp.where(mine, value, 0.0), vocab.tp)
 
 
 def _most_probable(logits: Array, most: int, vocab: Vocab) -> tuple[Float[Array, "n most"], Int32[Array, "n most"]]:

@@ -7,7 +7,9 @@ letter    axis
 ``t``     packed tokens of a prefill step (the tokens of all rows, one after another, padded)
 ``r``     rows of a prefill step (one request each, padded)
 ``c``     chunks of a prefill step (at most 64 tokens of one row each, padded)
-``q``     query tokens of one tile: 64 in prefill, 1 (later 1 + k) in decode
+``q``     query tokens of one tile: 64 in prefill, T in decode
+``T``     tokens of a request in a decode step: the last one and its drafts
+``P``     pending rows of a slot: as many as T can be, 0 without speculation
 ``s``     slots of the per-request pools; slot 0 is null
 ``b``     KV blocks; block 0 is null
 ``p``     positions in a block (``block_size``)
@@ -19,7 +21,7 @@ letter    axis
 ``hk hv`` key heads and value heads of a GDN layer
 ``k v``   width of a key head and of a value head
 ``x``     channels of the convolution: ``2 hk k + hv v``
-``w``     rows of a convolution window: ``conv_kernel - 1``
+``w``     rows of a convolution window: ``conv_kernel - 1``; of its pool, with speculation, ``w + P``
 ``h kh``  query heads and key/value heads of an attention layer
 ``hd``    width of an attention head
 ``V``     vocabulary (of one rank, where it is sharded)

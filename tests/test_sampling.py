@@ -13,75 +13,30 @@ from gdnjax.sampling import Draw, Vocab
 from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS
 from gdnjax.state import NO_TOKEN, LogitRows
 from gdnjax.step import PROMPT_LOGPROB_ROWS
+from tests.draws import (
+    IMPOSSIBLE,
+    fit,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    make_draw,
+    masked,
+    over_ranks,
+    padded,
+    primitives,
+    softmax,
+    whole,
+)
 
 LIKELY = 1e-4
-"""p-values of a correct sampler are uniform: of the fifty in this file, all with fixed seeds, one falls below this by
+"""p-values of a correct sampler are uniform: of the seventy in this file, all with fixed seeds, one falls below this by
 accident in one of two hundred choices of seeds."""
-
-IMPOSSIBLE = 1e-9
-"""p-value that a wrong rule must fall below, so that the test that passes the right one can see."""
-
-
-def softmax(x):
-    weights = np.exp(np.asarray(x, np.float64) - np.max(x, axis=-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
 
 
 def log_softmax(x):
     x = np.asarray(x, np.float64)
     top = x.max(-1, keepdims=True)
     return x - top - np.log(np.exp(x - top).sum(-1, keepdims=True))
-
-
-def keep_min_p(x, min_p):
-    probability = softmax(x)
-    return probability >= min_p * probability.max()
-
-
-def keep_top_k(x, k):
-    if k <= 0 or k > len(x):
-        return np.ones(len(x), bool)
-    return x >= np.sort(x)[::-1][k - 1]
-
-
-def keep_top_p(x, p):
-    """The most probable tokens up to the one whose running sum reaches p, and all that tie with it."""
-    if p >= 1:
-        return np.ones(len(x), bool)
-    ordered = np.sort(x)[::-1]
-    total = np.cumsum(softmax(ordered))
-    # Float32 sums could decide otherwise on a nearer boundary between unequal tokens, and neither would be wrong.
-    boundaries = total[:-1][ordered[:-1] > ordered[1:]]
-    assert (np.abs(boundaries - p) > 1e-6).all(), "the test's own numbers are too close to a boundary"
-    return x >= ordered[np.searchsorted(total, p)]
-
-
-def masked(x, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Temperature, min_p, top_k, top_p, in this order: float32 [V], -inf where a token may not be drawn."""
-    x = np.asarray(x, np.float32) / np.float32(temperature or 1.0)
-    for keep, value in ((keep_min_p, min_p), (keep_top_k, top_k), (keep_top_p, top_p)):
-        x = np.where(keep(x, value), x, np.float32(-np.inf))
-    return x
-
-
-def make_draw(rows, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=(0, 0), position=None):
-    """A Draw of `rows` rows; scalars are the same for all, positions count from 0 where not given."""
-
-    def column(value, dtype):
-        return jnp.asarray(np.broadcast_to(np.asarray(value, dtype), (rows,)))
-
-    return Draw(
-        position=column(np.arange(rows) if position is None else position, np.int32),
-        temperature=column(temperature, np.float32),
-        top_k=column(top_k, np.int32),
-        top_p=column(top_p, np.float32),
-        min_p=column(min_p, np.float32),
-        seed=jnp.asarray(np.broadcast_to(np.asarray(seed, np.uint32), (rows, 2))),
-    )
-
-
-def whole(size):
-    return Vocab(size=size, tp=1)
 
 
 # Compiled once a shape; called as they are, every call would compile its loops again.
@@ -108,15 +63,6 @@ def tokens_of(function, logits, draw):
     logits = jnp.asarray(logits, jnp.float32)
     floats = (draw.temperature, draw.top_p, draw.min_p)
     return np.asarray(_tokens(function, logits, draw.position, floats, draw.top_k, draw.seed, logits.shape[-1]))
-
-
-def fit(tokens, probability):
-    """p-value of the chi-square test of drawn tokens against probabilities; 0 for a token that cannot be drawn."""
-    observed = np.bincount(tokens, minlength=len(probability))
-    possible = probability > 0
-    if observed[~possible].any():
-        return 0.0
-    return stats.chisquare(observed[possible], len(tokens) * probability[possible]).pvalue
 
 
 def dependence(left, right):
@@ -259,6 +205,32 @@ def test_full_draw_equals_definition_for_any_parameters():
     np.testing.assert_array_equal(tokens_of(sampling.draw_full, logits, draw), expected)
 
 
+def test_scores_are_what_the_draw_adds_noise_to():
+    rng = np.random.default_rng(10)
+    logits = 4 * rng.standard_normal((24, 60)).astype(np.float32)
+    options = {"temperature": np.where(np.arange(24) % 4, rng.uniform(0.2, 2.0, 24), 0), "min_p": np.full(24, 0.01)}
+    full = {"top_k": rng.integers(-1, 20, 24), "top_p": rng.uniform(0.3, 1.0, 24)}
+    draw = make_draw(24, **options, **full, seed=(7, 8))
+    jitted = jax.jit(lambda x, full: sampling.scores(x, draw, whole(60), full), static_argnums=1)
+    for values, chosen, function in (
+        (options, jitted(logits, False), sampling.draw_plain),
+        (options | full, jitted(logits, True), sampling.draw_full),
+    ):
+        expected = np.stack([masked(row, **{name: v[i] for name, v in values.items()}) for i, row in enumerate(logits)])
+        # The compiler may divide by a constant temperature with its reciprocal: two roundings instead of one.
+        np.testing.assert_allclose(np.asarray(chosen), expected, rtol=2.5e-7)
+        tokens = tokens_of(function, logits, draw)
+        noisy = expected + np.where(np.asarray(draw.temperature)[:, None] > 0, noise(draw, 60), 0)
+        np.testing.assert_array_equal(tokens, noisy.argmax(-1))
+
+
+def test_rows_of_a_draw_are_taken_with_all_their_fields():
+    draw = make_draw(5, temperature=np.arange(5), top_k=np.arange(5), top_p=np.linspace(0.1, 1, 5), seed=(1, 2))
+    taken = draw.take(jnp.array([3, 0, 3]))
+    for name, value in vars(draw).items():
+        np.testing.assert_array_equal(getattr(taken, name), np.asarray(value)[[3, 0, 3]], err_msg=name)
+
+
 def test_full_draw_equals_plain_draw_without_top_k_and_top_p():
     logits = 3 * np.random.default_rng(9).standard_normal((32, 100)).astype(np.float32)
     draw = make_draw(32, temperature=np.linspace(0, 2, 32), min_p=np.linspace(0, 0.3, 32), seed=(1, 2))
@@ -294,6 +266,62 @@ def test_noise_depends_on_seed_words_and_position():
     off_diagonal = np.corrcoef(rows)[~np.eye(len(rows), dtype=bool)]
     # 64 values: a correlation of independent rows has a standard deviation of 1/8.
     assert np.abs(off_diagonal).max() < 4.5 / 8
+
+
+def test_streams_are_pinned():
+    """The uniforms behind the noise, exactly: a seed must give the same tokens in every version."""
+    seed = jnp.asarray([[0, 0], [1, 0], [2**32 - 1, 7]], jnp.uint32)
+    position = jnp.asarray([0, 5, 1 << 20], jnp.int32)
+    token = jnp.asarray([0, 1, 248_319], jnp.uint32)
+    pinned = {
+        0: [
+            ["0x1.f09d06p-1", "0x1.8b63eep-2", "0x1.52f854p-1"],
+            ["0x1.42f26ap-2", "0x1.56266ep-1", "0x1.30210ap-1"],
+            ["0x1.05f456p-2", "0x1.a5952ap-1", "0x1.94457ap-2"],
+        ],
+        1: [
+            ["0x1.4a3cc6p-4", "0x1.85b222p-2", "0x1.3d477ap-1"],
+            ["0x1.20369ap-1", "0x1.f47de0p-2", "0x1.1723b6p-1"],
+            ["0x1.2f98a4p-4", "0x1.4ef028p-2", "0x1.52529cp-1"],
+        ],
+        2: [
+            ["0x1.4dc8c0p-1", "0x1.8de3d0p-1", "0x1.59c998p-3"],
+            ["0x1.9f7ed6p-1", "0x1.625dbap-1", "0x1.45bd06p-3"],
+            ["0x1.c9c712p-2", "0x1.a1e10ep-1", "0x1.e54fa4p-4"],
+        ],
+    }
+    for stream, rows in pinned.items():
+        values = np.asarray([[float.fromhex(value) for value in row] for row in rows], np.float32)
+        np.testing.assert_array_equal(sampling._uniform(seed, position, token, stream), values)
+        np.testing.assert_array_equal(sampling.uniform(seed, position, stream), values[:, 0])
+        # Two logarithms, whose last bits are the platform's.
+        expected = -np.log(-np.log1p(-values.astype(np.float64)))
+        np.testing.assert_allclose(sampling.gumbel(seed, position, token, stream), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(sampling.gumbel(seed, position, token), sampling.gumbel(seed, position, token, 0))
+
+
+def test_streams_are_independent():
+    def stream(number):
+        return lambda logits, draw, vocab: sampling.choose(logits, draw, vocab, number)
+
+    draw = make_draw(DRAWS, seed=(31, 32))
+    drawn = [tokens_of(stream(number), LOGITS, draw) for number in range(4)]
+    np.testing.assert_array_equal(drawn[0], tokens_of(sampling.draw_plain, LOGITS, draw))
+    for number, tokens in enumerate(drawn):
+        assert fit(tokens, softmax(LOGITS)) > LIKELY
+        for other in drawn[:number]:
+            assert dependence(tokens, other) > LIKELY
+
+
+def test_uniforms_are_uniform_and_independent_of_position_and_stream():
+    draw = make_draw(DRAWS, seed=(33, 34))
+    values = {stream: np.asarray(sampling.uniform(draw.seed, draw.position, stream)) for stream in (2, 3)}
+    for column in values.values():
+        assert 0 < column.min() < column.max() < 1
+        assert stats.kstest(column, "uniform").pvalue > LIKELY
+        tenth = (10 * column).astype(int)
+        assert dependence(tenth[:-1], tenth[1:]) > LIKELY
+    assert dependence((10 * values[2]).astype(int), (10 * values[3]).astype(int)) > LIKELY
 
 
 def test_noise_is_standard_gumbel():
@@ -452,13 +480,17 @@ def adjust_by_formula(logits, rows, row, banned, words):
     return x
 
 
-LINES = 7
-"""Rows of logits in every call of `adjust`."""
+LINES, DRAFTED = 7, 9
+"""Rows of logits in every call of `adjust`, and room for drafted tokens: more than `recent` remembers."""
 
 
-def adjust(logits, rows, row, banned):
-    """Adjusted [n, SIZE]; the call is padded to LINES rows and 3 bans, so that one compilation serves all tests."""
+def adjust(logits, rows, row, banned, drafted=()):
+    """Adjusted [n, SIZE]; the call is padded to LINES rows, 3 bans and DRAFTED drafted tokens, so that one compilation
+    serves all tests."""
     count = len(logits)
+    drafted_table = np.full((LINES, DRAFTED), NO_TOKEN, np.int32)
+    for line, tokens in zip(drafted_table, drafted, strict=False):
+        line[: len(tokens)] = tokens
     padding = ((0, LINES - count), (0, 0))
     banned = np.pad(np.asarray(banned, np.int32), ((0, 0), (0, 3 - np.shape(banned)[1])), constant_values=NO_TOKEN)
     adjusted = _adjust(
@@ -467,6 +499,7 @@ def adjust(logits, rows, row, banned):
         jnp.asarray(np.pad(row, padding[0]), jnp.int32),
         jnp.asarray(np.pad(banned, padding, constant_values=NO_TOKEN)),
         whole(SIZE),
+        jnp.asarray(drafted_table),
     )
     return np.asarray(adjusted)[:count]
 
@@ -542,24 +575,90 @@ def test_last_token_of_a_bad_word_is_forbidden_after_its_beginning(word, recent,
     rows = LogitRows(**{**vars(empty), "recent": jnp.full_like(empty.recent, NO_TOKEN)})
     rows = set_bad_words(rows, 1, [word, [30, 31]])
     for token in recent:
-        rows = _count_tokens(rows, jnp.array([1]), jnp.array([token], jnp.int32), jnp.array([True]), whole(SIZE))
+        rows = _count_tokens(rows, jnp.array([1]), jnp.array([[token]], jnp.int32), jnp.array([1]), whole(SIZE))
     rows = LogitRows(**{**vars(rows), "bias": jnp.zeros_like(rows.bias)})
     actual = adjust(np.zeros((1, SIZE)), rows, [1], np.full((1, 1), NO_TOKEN, np.int32))
     np.testing.assert_array_equal(np.flatnonzero(np.isinf(actual[0])), [5] if forbidden else [])
 
 
-def test_counts_follow_active_rows_only():
+def test_counts_follow_rows_that_count_only():
     rows = random_rows(np.random.default_rng(45))
     row = jnp.array([1, 0, 3, 4, 0], jnp.int32)
     token = jnp.array([5, 6, 36, 8, 9], jnp.int32)
-    active = jnp.array([True, True, True, False, False])
-    after = _count_tokens(rows, row, token, active, whole(SIZE))
+    active = jnp.array([1, 1, 1, 0, 0])
+    after = _count_tokens(rows, row, token[:, None], active, whole(SIZE))
     counts, recent = np.asarray(rows.counts).copy(), np.asarray(rows.recent).copy()
     for r, t in ((1, 5), (3, 36)):
         counts[r, t] += 1
         recent[r] = [*recent[r, 1:], t]
     np.testing.assert_array_equal(np.asarray(after.counts), counts)
     np.testing.assert_array_equal(np.asarray(after.recent), recent)
+
+
+def with_spare_tokens(tokens, rng):
+    """Tokens [1, DRAFTED] whose first are those given; none of the others may count."""
+    line = rng.integers(0, SIZE, (1, DRAFTED)).astype(np.int32)
+    line[0, : len(tokens)] = tokens
+    return jnp.asarray(line)
+
+
+def test_counting_many_tokens_equals_counting_them_one_by_one():
+    rng = np.random.default_rng(46)
+    rows = random_rows(rng)
+    row = jnp.array([4, 1, 0, 3, 2], jnp.int32)
+    tokens = jnp.asarray(rng.integers(0, SIZE, (5, DRAFTED)), jnp.int32)
+    tokens = tokens.at[1].set(7).at[3, :3].set(jnp.array([36, 0, 36]))
+    count = jnp.array([3, DRAFTED, 5, 8, 0], jnp.int32)
+    at_once = _count_tokens(rows, row, tokens, count, whole(SIZE))
+    one_by_one = rows
+    for i in range(DRAFTED):
+        now = (count > i).astype(jnp.int32)
+        one_by_one = _count_tokens(one_by_one, row, tokens[:, i : i + 1], now, whole(SIZE))
+    assert int(at_once.counts.sum() - rows.counts.sum()) == 3 + DRAFTED + 8
+    for name, value in vars(at_once).items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(getattr(one_by_one, name)), err_msg=name)
+
+
+def test_rows_that_count_nothing_leave_no_trace_in_a_row_that_counts():
+    """A slot that is done may still name a row that another request holds by now."""
+    rows = random_rows(np.random.default_rng(47))
+    row = jnp.array([2, 2, 2], jnp.int32)
+    tokens = jnp.array([[5, 6], [7, 8], [9, 10]], jnp.int32)
+    after = _count_tokens(rows, row, tokens, jnp.array([0, 2, 0]), whole(SIZE))
+    np.testing.assert_array_equal(after.recent[2], [*np.asarray(rows.recent)[2, 2:], 7, 8])
+    changed = np.argwhere(np.asarray(after.counts) != np.asarray(rows.counts))
+    np.testing.assert_array_equal(changed, [[2, 7], [2, 8]])
+
+
+def test_drafted_tokens_adjust_as_counted_ones_bit_for_bit():
+    rng = np.random.default_rng(48)
+    rows = random_rows(rng)
+    # Ends whose beginnings are drafted in whole, drafted in part, and longer ago than the last draft.
+    for r in range(1, 5):
+        last = int(rows.recent[r, -1])
+        rows = set_bad_words(rows, r, [[11, 12, 13], [last, 11, 14], [last, 15], [12, 11, 16], [17]])
+    drafts = [[], [11], [11, 12], [3, 3, 11], [12, 11], list(range(20, 20 + DRAFTED)), [0, 36, 12, 12, 11, 12]]
+    banned = rng.integers(-1, SIZE, (LINES, 3)).astype(np.int32)
+    for r in range(5):
+        logits = 5 * rng.standard_normal((LINES, SIZE)).astype(np.float32)
+        actual = adjust(logits, rows, [r] * LINES, banned, drafts)
+        for i, tokens in enumerate(drafts):
+            counted = _count_tokens(
+                rows, jnp.array([r]), with_spare_tokens(tokens, rng), jnp.array([len(tokens)]), whole(SIZE)
+            )
+            expected = adjust(logits, counted, [r] * LINES, banned)[i]
+            np.testing.assert_array_equal(actual[i].view(np.uint32), expected.view(np.uint32), err_msg=f"{r} {tokens}")
+            if r and tokens:
+                assert (actual[i] != adjust(logits, rows, [r] * LINES, banned)[i]).any(), "drafted tokens count"
+
+
+def test_drafted_tokens_complete_bad_words():
+    rows = random_rows(np.random.default_rng(49))
+    rows = LogitRows(**{**vars(rows), "bias": jnp.zeros_like(rows.bias), "recent": rows.recent.at[1, -2:].set([8, 9])})
+    rows = set_bad_words(rows, 1, [[9, 20, 5], [8, 9, 6], [20, 21, 7]])
+    drafts = [[], [20], [20, 21], [21]]
+    actual = adjust(np.zeros((4, SIZE)), rows, [1] * 4, np.full((4, 1), NO_TOKEN), drafts)
+    assert [list(np.flatnonzero(np.isinf(line))) for line in actual] == [[6], [5], [7], []]
 
 
 def logprobs(logits, chosen, most):
@@ -593,24 +692,6 @@ def test_logprobs_give_no_more_alternatives_than_tokens():
     np.testing.assert_array_equal(found.top_tokens, [[1, 2, 0]])
 
 
-def over_ranks(tp, function, *arguments, specs):
-    """`function(*arguments)` per rank; every rank's result, to be compared."""
-    mesh = sharding.make_mesh(tp)
-    if tp == 1:
-        return [jax.tree.map(np.asarray, jax.jit(function)(*arguments))]
-
-    def one_rank(*arguments):
-        return jax.tree.map(lambda x: x[None], function(*arguments))
-
-    mapped = jax.jit(sharding.shard_step(one_rank, mesh, specs, sharding.P(sharding.AXIS)))
-    results = jax.tree.map(np.asarray, mapped(*arguments))
-    return [jax.tree.map(lambda x, r=r: x[r], results) for r in range(tp)]
-
-
-def padded(x, tp, value):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tp)), constant_values=value)
-
-
 @pytest.mark.parametrize("tp", [2, 4])
 def test_sharded_draw_equals_one_rank(tp):
     """Tokens, counts and log-probabilities, with penalties, bans and every filter, on every rank."""
@@ -630,15 +711,19 @@ def test_sharded_draw_equals_one_rank(tp):
         min_p=rng.uniform(0, 0.1, count),
         seed=(3, 1),
     )
-    active = jnp.asarray(rng.random(count) < 0.8)
+    active = jnp.asarray([2, 0, 1])
     specs = LogitRows(**{name: sharding.spec_of(f"logit_rows.{name}") for name in vars(rows)})
 
+    drafted = jnp.asarray(
+        np.where(np.arange(3) < rng.integers(0, 4, count)[:, None], rng.integers(0, SIZE, (count, 3)), -1)
+    )
+
     def run(logits, rows, vocab):
-        adjusted = sampling.adjust(logits, rows, row, banned, vocab)
+        adjusted = sampling.adjust(logits, rows, row, banned, vocab, drafted.astype(jnp.int32))
         # Rows of LogitRows are owned by one request each in a step; counted one after another they may repeat.
         full = sampling.draw_full(adjusted, draw, vocab)
         plain = sampling.draw_plain(adjusted, draw, vocab)
-        counted = sampling.count_tokens(rows, jnp.arange(1, 4), full[:3], active[:3], vocab)
+        counted = sampling.count_tokens(rows, jnp.arange(1, 4), full[:6].reshape(3, 2), active, vocab)
         return full, plain, sampling.logprobs(logits, full, 6, vocab), counted.recent
 
     def at(tp):
@@ -669,15 +754,16 @@ def test_sharded_counts_equal_one_rank(tp):
     parts = {name: padded(getattr(rows, name), tp, 0) for name in ("counts", "in_prompt", "bias")}
     rows = LogitRows(**{**vars(rows), **parts})
     specs = LogitRows(**{name: sharding.spec_of(f"logit_rows.{name}") for name in vars(rows)})
-    row, token = jnp.arange(1, 5), jnp.asarray([0, 9, 20, 36], jnp.int32)
-    active = jnp.ones((4,), bool)
+    row, tokens = jnp.arange(1, 5), jnp.asarray([[0, 36], [9, 9], [20, 3], [36, 1]], jnp.int32)
+    active = jnp.asarray([2, 2, 1, 0])
 
     def run(rows):
-        return sampling.count_tokens(rows, row, token, active, Vocab(size=SIZE, tp=tp))
+        return sampling.count_tokens(rows, row, tokens, active, Vocab(size=SIZE, tp=tp))
 
     mapped = sharding.shard_step(run, sharding.make_mesh(tp), (specs,), specs)
     expected = np.asarray(rows.counts).copy()
-    expected[np.arange(1, 5), np.asarray(token)] += 1
+    for r, token in ((1, 0), (1, 36), (2, 9), (2, 9), (3, 20)):
+        expected[r, token] += 1
     np.testing.assert_array_equal(np.asarray(jax.jit(mapped)(rows).counts), expected)
 
 
@@ -689,16 +775,6 @@ def test_padded_vocabulary_is_never_drawn():
     run = functools.partial(sampling.draw_full, draw=draw, vocab=Vocab(size=size, tp=tp))
     for tokens in over_ranks(tp, run, logits, specs=(sharding.P(None, sharding.AXIS),)):
         assert set(tokens) == set(range(size))
-
-
-def primitives(jaxpr):
-    """Every (primitive, largest operand) of a jaxpr and of those inside it."""
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name, max((np.prod(v.aval.shape) for v in equation.invars), default=0)
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from primitives(inner)
 
 
 @pytest.mark.parametrize("function", [sampling.draw_plain, sampling.draw_full])
