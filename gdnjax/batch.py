@@ -82,31 +82,39 @@ class PrefillBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeBatch:
-    """Slots that produce their next token.
+    """Slots that produce their next tokens.
 
-    A request that has outgrown its blocks gets another with the step: `grown_block[i]` becomes entry `grown_index[i]`
-    of its block table, before the step reads it. An index past the table changes nothing.
+    A request that has outgrown its blocks gets others with the step: `grown_block[i, j]` becomes entry
+    `grown_index[i, j]` of its block table, before the step reads it. An index past the table changes nothing.
     """
 
     slot: Leaf  # [n] int32
-    grown_index: Leaf = None  # [n] int32; None: nobody grows
-    grown_block: Leaf = None  # [n] int32
+    grown_index: Leaf = None  # [n, j] int32; None: nobody grows
+    grown_block: Leaf = None  # [n, j] int32
+    max_drafts: Leaf = None  # [n] int32: drafts of the row that may be verified in this step; None: all there are
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CopyBatch:
-    """Rows of the state pools to copy: `source[i]` to `target[i]` for i below `count`, in order."""
+class SealBatch:
+    """States to seal, `i` below `count`, in order: what stands in `read_slot[i]`, with so many of its pending rows
+    folded in that it is `position[i]` tokens long, goes to `write_slot[i]`, which may be the same slot.
 
-    source: Leaf  # [c] int32 slots
-    target: Leaf  # [c] int32 slots
+    Nothing is written where the slot has no state of that length: its own is longer, or its pending rows do not reach.
+    """
+
+    read_slot: Leaf  # [c] int32
+    write_slot: Leaf  # [c] int32
+    position: Leaf  # [c] int32
     count: Leaf  # [] int32
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities under the model itself: before temperature, penalties and masks."""
+    """Log-probabilities under the model itself: before temperature, penalties and masks. Of what a step emits the
+    axis n is two: [n, T].
+    """
 
     chosen: Leaf  # [n] float32: of the token in question
     rank: Leaf  # [n] int32: 1 = the most probable
@@ -117,10 +125,11 @@ class Logprobs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Emitted:
-    """What a step produced, row by row of its batch. The second axis has room for 1 + k tokens; k is 0 for now."""
+    """What a step produced, row by row of its batch. T is 1 in a prefill step."""
 
-    tokens: Leaf  # [n, 1] int32
+    tokens: Leaf  # [n, T] int32, NO_TOKEN past the last that counts
     count: Leaf  # [n] int32: how many of them count
     done: Leaf  # [n] bool: the request ended on the device (stop token or max_length)
-    logprobs: Leaf  # Logprobs of `tokens[:, 0]`, or None
+    drafted: Leaf  # [n] int32: drafts that were put to the test; the first `count` - 1 of them were kept
+    logprobs: Leaf  # Logprobs of `tokens`, or None
     prompt_logprobs: Leaf  # Logprobs of the targets [t], or None

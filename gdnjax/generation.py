@@ -190,7 +190,8 @@ def draft_logits(
         own = 1 + d * count - (index[:, None] - index[None]) * count + index[None]
         table = jnp.where((index[:, None] - index[None] < d) & (index[None] <= index[:, None]), own, table)
         slots = dataclasses.replace(state.slots, length=index, block_table=table)
-        context = decode_context(dataclasses.replace(step.pools_of(state, options), slots=slots), index, index >= d)
+        pools = dataclasses.replace(step.pools_of(state, options), slots=slots)
+        context = decode_context(pools, index, index, (index >= d)[:, None])
         drafted, kv = model.draft(params, tokens, jnp.roll(drafted, 1, axis=0), context, gdn, kv)
         drafts.append(model.logits(params, drafted))
     return model.logits(params, hidden), jnp.stack(drafts)

@@ -45,7 +45,8 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     # State: heads, channels and vocabulary are split, slots and blocks are not.
     (r"gdn\.ssm", P(None, None, AXIS)),
     (r"gdn\.conv", P(None, None, None, AXIS)),
-    (r"gdn\.layout", P()),
+    (r"gdn\.pending_ab", P(None, None, None, AXIS)),
+    (r"gdn\.(layout|pending)", P()),
     (r"kv\.(k|v)", P(None, None, None, AXIS)),
     (r"logit_rows\.(counts|bias|in_prompt)", P(None, AXIS)),
     (r"logit_rows\..*", P()),

@@ -27,13 +27,20 @@ NO_TOKEN = -1
 class GDNState:
     """The recurrent state of all Gated DeltaNet layers, one row a slot.
 
+    With speculation a step folds the tokens that the step before it accepted, and verifies new ones without writing
+    what comes of them. Until then the accepted ones are pending: `ssm` stands behind `SlotTable.length - pending`
+    tokens, the first w rows of `conv` before them, and the next P hold the inputs of the last step's tokens, of which
+    the first `pending` are accepted. P is one more than the most drafts of a step.
+
     `layout[slot]` says how that row of `ssm` is stored, for all layers at once (LAYOUT_KV: k outer, v inner). It is
     reset when a slot is handed out, written by every step that writes the row, and goes with the row in every copy.
     """
 
     ssm: Leaf  # [L, s, hv, k * v] float32 or bfloat16; flat rows, because K and V may differ between layouts
-    conv: Leaf  # [L, s, w, x] the last raw inputs of the convolution, oldest first
+    conv: Leaf  # [L, s, w + P, x] the last raw inputs of the convolution, oldest first; then those of pending rows
     layout: Leaf  # [s] int8
+    pending: Leaf = None  # [s] int32: rows that are accepted, and not folded into `ssm` yet; None without speculation
+    pending_ab: Leaf = None  # [L, s, P, 2 hv] the gate inputs of pending rows: a, then b
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +70,11 @@ class SlotTable:
     min_p: Leaf  # [s] float32, 0 = all
     seed: Leaf  # [s, 2] uint32
     logit_row: Leaf  # [s] int32: row of LogitRows, 0 = none
-    hidden: Leaf  # [s, d] the last committed hidden state after the final norm: the MTP head's input
+    hidden: Leaf  # [s, d] final hidden state of the last token in the recurrent state: the MTP head's input
+    pending_hidden: Leaf = None  # [s, P, d] those of the pending rows; None without speculation
+    drafts: Leaf = None  # [s, P - 1] int32: the tokens that the next decode step verifies
+    num_drafts: Leaf = None  # [s] int32: how many of them there are
+    draft_hidden: Leaf = None  # [s, P - 1, d] what the head drew them from; None where acceptance does not need it
 
 
 @jax.tree_util.register_dataclass
@@ -108,11 +119,34 @@ def empty_state(geometry: StateGeometry, plan: MemoryPlan, engine: EngineConfig,
             ssm=jnp.zeros((g.delta_layers, slots, g.value_heads * tp, g.state_size), g.ssm_dtype),
             conv=jnp.zeros((g.delta_layers, slots, g.conv_rows, g.conv_dim * tp), g.conv_dtype),
             layout=jnp.zeros((slots,), jnp.int8),
+            **_empty_pending(g, slots, tp),
         ),
         kv=KVBlocks(k=jnp.zeros(kv_shape, g.kv_dtype), v=jnp.zeros(kv_shape, g.kv_dtype)),
         slots=_empty_slots(g, slots, table_width),
         logit_rows=_empty_logit_rows(rows, g.vocab_size * tp),
     )
+
+
+def _empty_pending(g: StateGeometry, slots: int, tp: int) -> dict[str, Leaf]:
+    if not g.pending_rows:
+        return {}
+    gates = (g.delta_layers, slots, g.pending_rows, 2 * g.value_heads * tp)
+    return {"pending": jnp.zeros((slots,), jnp.int32), "pending_ab": jnp.zeros(gates, g.conv_dtype)}
+
+
+def _empty_drafts(g: StateGeometry, slots: int) -> dict[str, Leaf]:
+    if not g.pending_rows:
+        return {}
+
+    def hidden(rows):
+        return jnp.zeros((slots, rows, g.hidden_size), g.hidden_dtype)
+
+    return {
+        "pending_hidden": hidden(g.pending_rows),
+        "drafts": jnp.zeros((slots, g.pending_rows - 1), jnp.int32),
+        "num_drafts": jnp.zeros((slots,), jnp.int32),
+        "draft_hidden": hidden(g.draft_rows) if g.draft_rows else None,
+    }
 
 
 def _empty_slots(geometry: StateGeometry, slots: int, table_width: int) -> SlotTable:
@@ -134,6 +168,7 @@ def _empty_slots(geometry: StateGeometry, slots: int, table_width: int) -> SlotT
         seed=zeros(jnp.uint32, 2),
         logit_row=zeros(jnp.int32),
         hidden=zeros(geometry.hidden_dtype, geometry.hidden_size),
+        **_empty_drafts(geometry, slots),
     )
 
 
@@ -156,7 +191,10 @@ def check_state(state: ServeState) -> None:
     rows = state.logit_rows.counts.shape[0]
     for owner, size, axis in ((state.slots, slots, 0), (state.logit_rows, rows, 0)):
         for field in dataclasses.fields(owner):
-            shape = getattr(owner, field.name).shape
+            leaf = getattr(owner, field.name)
+            if leaf is None:
+                continue
+            shape = leaf.shape
             if shape[axis] != size:
                 raise ValueError(f"{type(owner).__name__}.{field.name} has shape {shape}, expected {size} rows")
     if state.gdn.ssm.shape[1] != slots or state.gdn.conv.shape[1] != slots or state.gdn.layout.shape != (slots,):

@@ -1,5 +1,8 @@
-"""The steps: admit, fill a logit row, prefill, decode, copy rows. Pure: `(params, ServeState, batch) -> (ServeState,
-Emitted)`, those without a model without params and Emitted.
+"""The steps: admit, fill a logit row, prefill, decode, seal. Pure: `(params, ServeState, batch) -> (ServeState,
+Emitted)`, those without a model without params, those that draw nothing without Emitted.
+
+A decode step that speculates verifies the drafts of the step before and makes the next ones, so that nothing is read
+back in between. What it accepts is pending: the next step folds it into the recurrent state (see GDNState).
 
 Everything per-step (masks, indices, places) is made here, before the layers. No step reads a value back.
 """
@@ -14,13 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from gdnjax import sampling, sharding
-from gdnjax.batch import AdmitBatch, CopyBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch
+from gdnjax import sampling, sharding, speculative
+from gdnjax.batch import AdmitBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch, SealBatch
 from gdnjax.models import Model
-from gdnjax.models.context import Pools, decode_context, prefill_context
+from gdnjax.models.context import Pools, decode_context, fold_context, prefill_context
 from gdnjax.sampling import Draw, Vocab
 from gdnjax.shapes import Array, Params
-from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN, NULL_SLOT, GDNState, LogitRows, ServeState, SlotTable
+from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN, NULL_SLOT, LogitRows, ServeState, SlotTable
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once: [64, V] float32 instead of the whole prompt's."""
@@ -34,12 +37,23 @@ class StepOptions:
     prompt_logprobs  prefill only: log-probabilities of the prompt's own tokens.
     max_logprobs     alternatives reported with each log-probability.
     state_layout     "kv", "vk" or "mixed"; see EngineConfig.
+    num_drafts       drafts that a decode step verifies, and that the steps make for the next one; at most the k that
+                     the state has room for.
+    acceptance, forced_length   EngineConfig.draft_acceptance and spec_acceptance_length.
     """
 
     full: bool = False
     prompt_logprobs: bool = False
     max_logprobs: int = 0
     state_layout: str = "kv"
+    num_drafts: int = 0
+    acceptance: str = "shared_noise"
+    forced_length: float | None = None
+
+    @property
+    def draft_stream(self) -> int:
+        """Which noise drafts are drawn with: the target's own, or one that rejection sampling may compare it with."""
+        return speculative.DRAFT_STREAM if self.acceptance == "rejection" else 0
 
 
 def admit(state: ServeState, batch: AdmitBatch, options: StepOptions) -> ServeState:
@@ -52,14 +66,18 @@ def admit(state: ServeState, batch: AdmitBatch, options: StepOptions) -> ServeSt
     kept = ("slot", "copy_from", "copy_to")
     replaced = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in kept}
     replaced |= {"last_token": 0, "done": slot == NULL_SLOT, "hidden": 0}
+    gdn = dataclasses.replace(state.gdn, layout=state.gdn.layout.at[slot].set(_layout(options, LAYOUT_KV)))
+    if gdn.pending is not None:
+        replaced |= {"num_drafts": 0}
+        gdn = dataclasses.replace(gdn, pending=gdn.pending.at[slot].set(0))
     table = {name: getattr(state.slots, name).at[slot].set(value) for name, value in replaced.items()}
     kv = state.kv
     if batch.copy_from is not None:
         kv = jax.tree.map(lambda pool: pool.at[:, batch.copy_to].set(pool[:, batch.copy_from]), kv)
     return dataclasses.replace(
         state,
-        slots=SlotTable(**table),
-        gdn=dataclasses.replace(state.gdn, layout=state.gdn.layout.at[slot].set(_layout(options, LAYOUT_KV))),
+        slots=dataclasses.replace(state.slots, **table),
+        gdn=gdn,
         kv=kv,
     )
 
@@ -74,7 +92,7 @@ def fill_logit_row(state: ServeState, batch: LogitRowBatch) -> ServeState:
 def prefill(
     model: Model, options: StepOptions, params: Params, state: ServeState, batch: PrefillBatch
 ) -> tuple[ServeState, Emitted]:
-    """Folds pieces of prompts into state and KV; rows whose prompt ends here draw their first token.
+    """Folds pieces of prompts into state and KV; rows whose prompt ends here draw their first token, and draft.
 
     A row reads its state at `read_slot` and writes it to `slot`, so a fork costs no copy. Chunks with a checkpoint
     leave state, window, layout bit and last hidden state there, too.
@@ -84,56 +102,118 @@ def prefill(
         state = _with_slots(state, block_table=table)
     context = prefill_context(pools_of(state, options), batch)
     hidden, gdn, kv = model.forward(params, batch.tokens, context, state.gdn, state.kv)
+    if state.slots.drafts is not None:
+        # The head's keys have to be there for every token that is, drafting or not.
+        before = state.slots.hidden[context.rows.read_slot][batch.token_row]
+        before = jnp.where(context.rows.token_offset[:, None] > 0, jnp.roll(hidden, 1, axis=0), before)
+        before = jnp.where(context.position[:, None] > 0, before, 0)
+        _, kv = model.draft(params, batch.tokens, before, context, gdn, kv)
     last = hidden[jnp.maximum(batch.start + batch.length - 1, 0)]
     length = state.slots.length[batch.slot] + batch.length
     active = batch.is_last & (batch.slot != NULL_SLOT)
-    drawn = _draw(model, options, params, state, last, batch.slot, length, active)
+    drawn = _draw(model, options, params, state, batch.slot, length, last[:, None], active[:, None], None)
     prompt = _prompt_logprobs(model, options, params, hidden, batch.target) if options.prompt_logprobs else None
     layout = _layout(options, LAYOUT_KV)
     # A row without tokens has no hidden state in this step: what it had stays.
-    last = jnp.where((batch.length > 0)[:, None], last, state.slots.hidden[batch.slot])
-    state = _written(dataclasses.replace(state, gdn=gdn, kv=kv), batch.slot, last, layout)
+    kept = jnp.where((batch.length > 0)[:, None], last, state.slots.hidden[batch.slot])
+    state = _written(dataclasses.replace(state, gdn=gdn, kv=kv), batch.slot, kept, layout)
     if batch.chunk_checkpoint is not None:
         behind = hidden[jnp.maximum(context.chunks.end - 1, 0)]
         state = _written(state, batch.chunk_checkpoint, behind, layout)
-    return _commit(state, drawn, batch.slot, length, active, prompt)
+    state, emitted = _commit(state, drawn, batch.slot, length, active, prompt)
+    return _draft(model, options, params, state, batch.slot, last[:, None], emitted), emitted
 
 
 def decode(
     model: Model, options: StepOptions, params: Params, state: ServeState, batch: DecodeBatch
 ) -> tuple[ServeState, Emitted]:
-    """Feeds each slot's last token and draws its next. Rows that are done, or null, change nothing."""
+    """Feeds each slot's last token and its drafts, and draws what follows. Rows that are done, or null, change
+    nothing.
+    """
     slot = batch.slot
     active = (slot != NULL_SLOT) & ~state.slots.done[slot]
     if batch.grown_index is not None:
-        table = state.slots.block_table.at[slot, batch.grown_index].set(batch.grown_block, mode="drop")
+        table = state.slots.block_table.at[slot[:, None], batch.grown_index].set(batch.grown_block, mode="drop")
         state = _with_slots(state, block_table=table)
-    context = decode_context(pools_of(state, options), slot, active)
-    hidden, gdn, kv = model.forward(params, state.slots.last_token[slot], context, state.gdn, state.kv)
-    length = state.slots.length[slot] + active
-    drawn = _draw(model, options, params, state, hidden, slot, length, active)
+    before = state.slots.length[slot]
+    drafts, num_drafts = _drafts_to_verify(state, options, batch, before)
+    tokens = jnp.concatenate([state.slots.last_token[slot][:, None], drafts], axis=1)
+    valid = active[:, None] & (jnp.arange(tokens.shape[1]) <= num_drafts[:, None])
+    context = decode_context(pools_of(state, options), slot, before, valid)
+    hidden, gdn, kv = model.forward(params, tokens.reshape(-1), context, state.gdn, state.kv)
+    hidden = hidden.reshape(*tokens.shape, -1)
+    drawn = _draw(model, options, params, state, slot, before + 1, hidden, valid, drafts)
     state = dataclasses.replace(state, gdn=gdn, kv=kv)
-    state = _written(state, context.write_slot, hidden, _layout(options, LAYOUT_VK))
-    return _commit(state, drawn, slot, length, active, None)
+    state = _accepted(state, options, context, hidden, drawn.count)
+    state, emitted = _commit(state, drawn, slot, before + drawn.count, active, None)
+    return _draft(model, options, params, state, slot, hidden, emitted), emitted
 
 
-def copy_rows(state: ServeState, batch: CopyBatch) -> ServeState:
-    """Copies rows one after another: state and window, and with them the layout bit and the last hidden state."""
+def seal(model: Model, options: StepOptions, params: Params, state: ServeState, batch: SealBatch) -> ServeState:
+    """Makes checkpoints of what slots hold: so many pending rows are folded in that the state has the wanted length.
 
-    def copy_one(i, pools):
-        source, target = batch.source[i], batch.target[i]
+    State and window, and with them the layout bit and the last hidden state, go to `write_slot`, one row after another.
+    """
 
-        def copy(pool, axis):
-            row = lax.dynamic_slice_in_dim(pool, source, 1, axis)
-            return lax.dynamic_update_slice_in_dim(pool, row, target, axis)
+    def one_row(i, state):
+        read, write, position = (rows[i][None] for rows in (batch.read_slot, batch.write_slot, batch.position))
+        if state.gdn.pending is None:
+            reached = state.slots.length[read] == position
+            return _copied(state, read[0], jnp.where(reached, write, NULL_SLOT)[0])
+        pending = state.gdn.pending[read]
+        count = position - (state.slots.length[read] - pending)
+        reached = (count >= 0) & (count <= pending)
+        write, count = jnp.where(reached, write, NULL_SLOT), jnp.where(reached, count, 0)
+        context = fold_context(pools_of(state, options), read, write, count)
+        hidden = _hidden_behind(state.slots, read, count)
+        gdn = model.fold(params, context, state.gdn)
+        gdn = dataclasses.replace(gdn, pending=gdn.pending.at[write].set(0))
+        return _written(dataclasses.replace(state, gdn=gdn), write, hidden, _layout(options, LAYOUT_VK))
 
-        ssm, conv, layout, hidden = pools
-        return copy(ssm, 1), copy(conv, 1), copy(layout, 0), copy(hidden, 0)
+    return lax.fori_loop(0, batch.count, one_row, state)
+
+
+def _copied(state: ServeState, source: Array, target: Array) -> ServeState:
+    """The state with one slot's row of the pools at another slot, too."""
+
+    def copy(pool, axis):
+        row = lax.dynamic_slice_in_dim(pool, source, 1, axis)
+        return lax.dynamic_update_slice_in_dim(pool, row, target, axis)
 
     gdn = state.gdn
-    pools = (gdn.ssm, gdn.conv, gdn.layout, state.slots.hidden)
-    ssm, conv, layout, hidden = lax.fori_loop(0, batch.count, copy_one, pools)
-    return _with_slots(dataclasses.replace(state, gdn=GDNState(ssm=ssm, conv=conv, layout=layout)), hidden=hidden)
+    gdn = dataclasses.replace(gdn, ssm=copy(gdn.ssm, 1), conv=copy(gdn.conv, 1), layout=copy(gdn.layout, 0))
+    return _with_slots(dataclasses.replace(state, gdn=gdn), hidden=copy(state.slots.hidden, 0))
+
+
+def _drafts_to_verify(state: ServeState, options: StepOptions, batch: DecodeBatch, length) -> tuple[Array, Array]:
+    """The drafts [n, k] of each row, and how many of them count."""
+    slots, slot = state.slots, batch.slot
+    if not options.num_drafts:
+        return jnp.zeros((slot.shape[0], 0), jnp.int32), jnp.zeros(slot.shape, jnp.int32)
+    # The last token that a request may have is drawn, never fed.
+    room = slots.max_length[slot] - 2 - length
+    count = jnp.minimum(slots.num_drafts[slot], jnp.clip(room, 0, options.num_drafts))
+    if batch.max_drafts is not None:
+        count = jnp.minimum(count, batch.max_drafts)
+    return slots.drafts[slot, : options.num_drafts], count
+
+
+def _accepted(state: ServeState, options: StepOptions, context, hidden, count) -> ServeState:
+    """The state after a decode step, whose layers have folded what was pending: `count` new rows are so now."""
+    write, layout = context.write_slot, _layout(options, LAYOUT_VK)
+    if state.gdn.pending is None:
+        return _written(state, write, hidden[:, 0], layout)
+    state = _written(state, write, _hidden_behind(state.slots, context.read_slot, context.pending), layout)
+    rows = state.slots.pending_hidden
+    rows = rows.at[write, : hidden.shape[1]].set(hidden.astype(rows.dtype))
+    gdn = dataclasses.replace(state.gdn, pending=state.gdn.pending.at[write].set(count))
+    return _with_slots(dataclasses.replace(state, gdn=gdn), pending_hidden=rows)
+
+
+def _hidden_behind(slots: SlotTable, slot: Array, count: Array) -> Array:
+    """The hidden state behind a slot's first `count` pending rows."""
+    of_row = slots.pending_hidden[slot, jnp.maximum(count - 1, 0)]
+    return jnp.where((count > 0)[:, None], of_row, slots.hidden[slot])
 
 
 def pools_of(state: ServeState, options: StepOptions) -> Pools:
@@ -141,6 +221,7 @@ def pools_of(state: ServeState, options: StepOptions) -> Pools:
     return Pools(
         slots=state.slots,
         layout=state.gdn.layout,
+        pending=state.gdn.pending,
         state_layout=options.state_layout,
         block_size=state.kv.k.shape[2],
     )
@@ -165,29 +246,142 @@ def _written(state: ServeState, slot: Array, hidden: Array, layout: int) -> Serv
 
 @dataclasses.dataclass(frozen=True)
 class _Drawn:
-    """The tokens a step drew [n], and what else it made on the way."""
+    """The tokens that a step drew [n, T], how many of each row count [n], and what else it made on the way.
 
-    token: Array
+    `drafted` [n] counts the drafts that came to the test: not those behind a stop token that was drafted rightly.
+    """
+
+    tokens: Array
+    count: Array
+    drafted: Array
     logprobs: Logprobs | None
     logit_rows: LogitRows
 
 
-def _draw(model, options, params, state, hidden, slot, length, active) -> _Drawn:
-    """Draws the token at absolute position `length` of each row's sequence."""
-    vocab = Vocab(size=model.vocab_size, tp=model.tp)
-    logits = model.logits(params, hidden)
-    draw = Draw.of_slots(state.slots, slot, length)
+def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> _Drawn:
+    """Draws behind each of T tokens of a row, whose hidden states [n, T, d] these are; the first token drawn has the
+    absolute position `first` [n]. Behind drafts [n, T - 1] those count that are behind right ones.
+    """
+    count, rows = valid.shape
+    sampler = _Sampler.of(model, options, state, slot, first, rows)
+    logits = model.logits(params, hidden.reshape(count * rows, -1))
+    scores = sampler.scores(logits, _produced(drafts) if rows > 1 else None)
+    tokens = sampling.choose(scores, sampler.draw, sampler.vocab).reshape(count, rows)
+    accepted = jnp.zeros((count,), jnp.int32)
+    num_drafts = jnp.sum(valid[:, 1:], axis=1, dtype=jnp.int32)
+    if rows > 1:
+        if options.forced_length is not None:
+            length = options.forced_length
+            tokens, accepted = speculative.accept_forced(drafts, tokens, num_drafts, length, sampler.draw)
+        elif options.acceptance == "rejection":
+            target = scores.reshape(count, rows, -1)
+            proposed = _draft_scores(model, options, params, state, slot, first, drafts)
+            tokens, accepted = speculative.accept_rejection(
+                target, proposed, drafts, num_drafts, sampler.draw, sampler.vocab
+            )
+        else:
+            accepted = speculative.accept_shared(drafts, tokens, num_drafts)
+    # A stop token ends what counts.
+    stops = jnp.any(state.slots.stop_tokens[slot][:, None] == tokens[:, :, None], axis=-1)
+    stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1), rows)
+    kept = jnp.where(valid[:, 0], jnp.minimum(accepted, stop) + 1, 0).astype(jnp.int32)
+    drafted = jnp.where(stop < accepted, kept - 1, num_drafts)
     if not options.full:
-        return _Drawn(sampling.draw_plain(logits, draw, vocab), None, state.logit_rows)
-    row = state.slots.logit_row[slot]
-    # Below its minimum a request may not end, so what would end it may not be drawn.
-    banned = jnp.where((length < state.slots.min_length[slot])[:, None], state.slots.stop_tokens[slot], NO_TOKEN)
-    token = sampling.draw_full(sampling.adjust(logits, state.logit_rows, row, banned, vocab), draw, vocab)
+        return _Drawn(tokens, kept, drafted, None, state.logit_rows)
+    found = sampling.logprobs(logits, tokens.reshape(-1), options.max_logprobs, sampler.vocab)
     return _Drawn(
-        token=token,
-        logprobs=sampling.logprobs(logits, token, options.max_logprobs, vocab),
-        logit_rows=sampling.count_tokens(state.logit_rows, row, token, active, vocab),
+        tokens=tokens,
+        count=kept,
+        drafted=drafted,
+        logprobs=jax.tree.map(lambda x: x.reshape(count, rows, *x.shape[1:]), found),
+        logit_rows=sampling.count_tokens(state.logit_rows, state.slots.logit_row[slot], tokens, kept, sampler.vocab),
     )
+
+
+def _draft_scores(model, options, params, state, slot, first, drafts) -> Array:
+    """The scores [n, k, V] that drafts were drawn by, made again from the head's hidden states, which are small."""
+    count, k = drafts.shape
+    drafter = _Sampler.of(model, options, state, slot, first, k)
+    hidden = state.slots.draft_hidden[slot, :k].reshape(count * k, -1)
+    scores = drafter.scores(model.logits(params, hidden), _produced(drafts[:, :-1]) if k > 1 else None)
+    return scores.reshape(count, k, -1)
+
+
+def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
+    """Runs the MTP head over the tokens [n, T] that were drawn behind `hidden` [n, T, d], and drafts the next ones.
+
+    Every token that counts gets its key and value from the target's hidden state before it, in the place of what a
+    draft may have left there.
+    """
+    if state.slots.drafts is None:
+        return state
+    pools, length = pools_of(state, options), state.slots.length[slot]
+    count, rows = emitted.tokens.shape
+    active = emitted.count > 0
+    valid = jnp.arange(rows) < emitted.count[:, None]
+    tokens = jnp.where(valid, emitted.tokens, 0).reshape(-1)
+    context = decode_context(pools, slot, length - emitted.count + 1, valid)
+    found, kv = model.draft(params, tokens, hidden.reshape(count * rows, -1), context, state.gdn, state.kv)
+    last = found.reshape(count, rows, -1)[jnp.arange(count), jnp.maximum(emitted.count - 1, 0)]
+    drafts, outputs = jnp.zeros((count, 0), jnp.int32), []
+    for depth in range(options.num_drafts):
+        if depth:
+            context = decode_context(pools, slot, length + depth, active[:, None])
+            last, kv = model.draft(params, drafts[:, -1], last, context, state.gdn, kv)
+        outputs.append(last)
+        sampler = _Sampler.of(model, options, state, slot, length + depth + 1, 1)
+        scores = sampler.scores(model.logits(params, last), drafts if depth else None)
+        draft = sampling.choose(scores, sampler.draw, sampler.vocab, options.draft_stream)
+        drafts = jnp.concatenate([drafts, draft[:, None]], axis=1)
+    # Others than those that have drawn a token keep what they have.
+    write = jnp.where(active, slot, NULL_SLOT)
+    made = {"num_drafts": state.slots.num_drafts.at[write].set(options.num_drafts)}
+    if options.num_drafts:
+        made["drafts"] = state.slots.drafts.at[write, : options.num_drafts].set(drafts)
+    if options.num_drafts and state.slots.draft_hidden is not None:
+        kept = state.slots.draft_hidden
+        made["draft_hidden"] = kept.at[write, : options.num_drafts].set(jnp.stack(outputs, axis=1).astype(kept.dtype))
+    return _with_slots(dataclasses.replace(state, kv=kv), **made)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampler:
+    """How the tokens at `position` [t] are drawn, each for the request of its `slot` [t]."""
+
+    options: StepOptions
+    state: ServeState
+    vocab: Vocab
+    slot: Array
+    position: Array
+
+    @classmethod
+    def of(cls, model, options, state, slot, first, rows) -> "_Sampler":
+        """`rows` tokens of each slot, from position `first` on."""
+        position = (first[:, None] + jnp.arange(rows, dtype=jnp.int32)).reshape(-1)
+        return cls(options, state, Vocab(size=model.vocab_size, tp=model.tp), jnp.repeat(slot, rows), position)
+
+    @property
+    def draw(self) -> Draw:
+        return Draw.of_slots(self.state.slots, self.slot, self.position)
+
+    def scores(self, logits: Array, produced: Array | None = None) -> Array:
+        """What they are drawn by. `produced` [t, j] counts as produced, for penalties and bad words."""
+        if not self.options.full:
+            return sampling.scores(logits, self.draw, self.vocab, full=False)
+        slots = self.state.slots
+        # Below its minimum a request may not end, so what would end it may not be drawn.
+        early = self.position < slots.min_length[self.slot]
+        banned = jnp.where(early[:, None], slots.stop_tokens[self.slot], NO_TOKEN)
+        row = slots.logit_row[self.slot]
+        logits = sampling.adjust(logits, self.state.logit_rows, row, banned, self.vocab, produced)
+        return sampling.scores(logits, self.draw, self.vocab, full=True)
+
+
+def _produced(drafts: Array) -> Array:
+    """[n, j] -> [n * (j + 1), j]: what stands before each token of a row that is drawn behind its drafts."""
+    count, most = drafts.shape
+    before = jnp.arange(most) < jnp.arange(most + 1)[:, None]
+    return jnp.where(before, drafts[:, None], NO_TOKEN).reshape(count * (most + 1), most)
 
 
 def _prompt_logprobs(model, options, params, hidden, target) -> Logprobs:
@@ -206,21 +400,24 @@ def _prompt_logprobs(model, options, params, hidden, target) -> Logprobs:
 
 
 def _commit(state, drawn: _Drawn, slot, length, active, prompt_logprobs) -> tuple[ServeState, Emitted]:
-    """Writes progress back to the slots and packs what the host is told."""
+    """Writes progress back to the slots and packs what the host is told. `length` is that behind the tokens fed."""
     slots = state.slots
-    stopped = jnp.any(slots.stop_tokens[slot] == drawn.token[:, None], axis=1)
+    last = jnp.take_along_axis(drawn.tokens, jnp.maximum(drawn.count - 1, 0)[:, None], axis=1)[:, 0]
+    stopped = jnp.any(slots.stop_tokens[slot] == last[:, None], axis=1)
     done = active & (stopped | (length + 1 >= slots.max_length[slot]))
     # Rows of a prompt that goes on have no token yet, but their length counts.
     table = dataclasses.replace(
         slots,
         length=slots.length.at[slot].set(jnp.where(slot == NULL_SLOT, 0, length)),
-        last_token=slots.last_token.at[slot].set(jnp.where(active, drawn.token, slots.last_token[slot])),
+        last_token=slots.last_token.at[slot].set(jnp.where(active, last, slots.last_token[slot])),
         done=slots.done.at[slot].set(jnp.where(active, done, slots.done[slot])),
     )
+    counts = jnp.arange(drawn.tokens.shape[1]) < drawn.count[:, None]
     emitted = Emitted(
-        tokens=jnp.where(active, drawn.token, NO_TOKEN)[:, None],
-        count=active.astype(jnp.int32),
+        tokens=jnp.where(counts, drawn.tokens, NO_TOKEN),
+        count=drawn.count,
         done=done,
+        drafted=drawn.drafted,
         logprobs=drawn.logprobs,
         prompt_logprobs=prompt_logprobs,
     )
@@ -235,7 +432,7 @@ class Steps:
     fill_logit_row: Callable[[ServeState, LogitRowBatch], ServeState]
     prefill: Callable[[StepOptions], Any]  # jitted (params, state, PrefillBatch) -> (state, Emitted)
     decode: Callable[[StepOptions], Any]  # jitted (params, state, DecodeBatch) -> (state, Emitted)
-    copy_rows: Callable[[ServeState, CopyBatch], ServeState]
+    seal: Any  # jitted (params, state, SealBatch) -> state
     num_traces: Callable[[], int]
 
 
@@ -269,20 +466,21 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
         return jax.jit(mapped, donate_argnums=0, out_shardings=state_out)
 
     @functools.cache
-    def over_model(function, options):
+    def over_model(function, options, *, emits=True):
+        out_specs, out = (state_specs, replicated), (state_out, whole)
         mapped = sharding.shard_step(
             counted(functools.partial(function, model, options)),
             mesh,
             (param_specs, state_specs, replicated),
-            (state_specs, replicated),
+            out_specs if emits else out_specs[0],
         )
-        return jax.jit(mapped, donate_argnums=1, out_shardings=(state_out, whole))
+        return jax.jit(mapped, donate_argnums=1, out_shardings=out if emits else out[0])
 
     return Steps(
         admit=over_state(functools.partial(admit, options=options), replicated),
         fill_logit_row=over_state(fill_logit_row, row_specs),
         prefill=functools.partial(over_model, prefill),
         decode=functools.partial(over_model, decode),
-        copy_rows=over_state(copy_rows, replicated),
+        seal=over_model(seal, options, emits=False),
         num_traces=lambda: len(traces),
     )

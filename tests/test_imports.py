@@ -17,7 +17,8 @@ LAYERS = (
     ("state", "batch"),
     ("pallas_kernels",),
     ("models",),
-    ("sampling", "speculative"),
+    ("sampling",),
+    ("speculative",),
     ("step",),
     ("generation",),
     ("checkpoint",),
@@ -47,7 +48,7 @@ ONLY = {
 
 HOST_ONLY = ("assets", "config", "sampling_params", "memory", "version", "serving.outputs", "serving.tokenizer")
 HOST_ONLY += ("serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler", "serving.plan")
-HOST_ONLY += ("serving.prefix_cache", "serving.metrics", "serving.submission")
+HOST_ONLY += ("serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
 PLANNERS = ("serving.request", "serving.allocator", "serving.plan", "serving.scheduler", "serving.prefix_cache")

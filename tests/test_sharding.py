@@ -24,8 +24,10 @@ def leaf_names(tree) -> list[str]:
 
 
 def abstract_state(tp: int):
-    config = EngineConfig(max_num_seqs=2, tensor_parallel_size=tp)
-    geometry = micro_model(tp).geometry(config.block_size, config.ssm_dtype)
+    config = EngineConfig(
+        max_num_seqs=2, tensor_parallel_size=tp, num_speculative_tokens=2, draft_acceptance="rejection"
+    )
+    geometry = micro_model(tp).geometry(config.block_size, config.ssm_dtype).speculating(config)
     plan = MemoryPlan.of_counts(geometry, num_slots=2, num_blocks=5, num_logit_rows=2)
     return jax.eval_shape(lambda: empty_state(geometry, plan, config, 64))
 
@@ -101,16 +103,16 @@ def test_forks_on_two_ranks_equal_the_oracle(ledger):
     oracle = Oracle(LedgerModel())
     ledger.admit(Admission(1))
     first = ledger.prefill(Piece(1, [1, 2, 3], prompt, checkpoints={23: 5})).tokens[0, 0]
-    produced = [int(first), *ledger.decode(1)]
+    produced = [int(first), *ledger.decode(1)[0]]
     assert produced == oracle.solo_run(prompt, 2)
-    ledger.copy_rows((1, 6))
+    ledger.seal((1, 6, 41))
     ledger.admit(Admission(2, length=23, copy=(2, 7)), Admission(3, length=41, copy=(3, 11)))
     emitted = ledger.prefill(
         Piece(2, [1, 7, 8, 9], suffix, 23, read_slot=5), Piece(3, [1, 2, 11, 12, 13, 14], suffix, 41, read_slot=6)
     )
     runs = [[int(token)] for token in emitted.tokens[:2, 0]]
-    for run, token in zip(runs, ledger.decode(2, 3), strict=True):
-        run.append(token)
+    for run, tokens in zip(runs, ledger.decode(2, 3), strict=True):
+        run += tokens
     assert runs[0] == oracle.solo_run(prompt[:23] + suffix, 2)
     assert runs[1] == oracle.solo_run([*prompt, produced[0], *suffix], 2)
     assert_equal_on_all_ranks(ledger.state.slots.hidden)

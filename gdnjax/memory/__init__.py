@@ -1,6 +1,6 @@
 """Bytes: what one slot and one block cost, and how a device's memory is divided. Pure, imports no jax.
 
-slot  = delta layers * (conv window + recurrent state)                              per tensor-parallel rank
+slot  = delta layers * (conv window + recurrent state [+ pending rows])             per tensor-parallel rank
 block = 2 * attention layers * block_size * kv heads * head width * bytes + scales
 
 `python -m gdnjax.memory` prints these for a config.json or a preset, without weights.
@@ -23,6 +23,10 @@ class StateGeometry:
 
     delta_layers, value_heads, state_size    `ssm [delta_layers, slots, value_heads, state_size]` in `ssm_dtype`
     conv_rows, conv_dim                      `conv [delta_layers, slots, conv_rows, conv_dim]` in `conv_dtype`
+    pending_rows                             `pending_ab [delta_layers, slots, pending_rows, 2 value_heads]` in
+                                             `conv_dtype`, and `pending_hidden [slots, pending_rows, hidden_size]`
+                                             in `hidden_dtype`; `conv_rows` counts these rows, too
+    draft_rows                               `draft_hidden [slots, draft_rows, hidden_size]` in `hidden_dtype`
     attention_layers, kv_heads, head_dim     `k, v [attention_layers, blocks, block_size, kv_heads, head_dim]`
     hidden_size                              `hidden [slots, hidden_size]` in `hidden_dtype`, whole on every rank
     vocab_size                               width of a logit row
@@ -43,6 +47,8 @@ class StateGeometry:
     conv_dtype: str
     kv_dtype: str
     hidden_dtype: str
+    pending_rows: int = 0
+    draft_rows: int = 0
 
     @classmethod
     def of(
@@ -68,10 +74,27 @@ class StateGeometry:
             hidden_dtype=dtype,
         )
 
+    def speculating(self, engine: EngineConfig) -> "StateGeometry":
+        """This geometry with what the engine's speculation needs: rows for the tokens that a step may accept."""
+        drafts = engine.num_speculative_tokens
+        if not drafts:
+            return self
+        return dataclasses.replace(
+            self,
+            conv_rows=self.conv_rows + 1 + drafts,
+            pending_rows=1 + drafts,
+            draft_rows=drafts if engine.draft_acceptance == "rejection" else 0,
+        )
+
     @property
     def conv_bytes(self) -> int:
-        """One request's convolution window in one layer."""
+        """One request's convolution window in one layer, with the inputs of pending rows."""
         return self.conv_rows * self.conv_dim * ITEMSIZE[self.conv_dtype]
+
+    @property
+    def pending_bytes(self) -> int:
+        """The gate inputs of one request's pending rows in one layer."""
+        return self.pending_rows * 2 * self.value_heads * ITEMSIZE[self.conv_dtype]
 
     @property
     def ssm_bytes(self) -> int:
@@ -80,8 +103,8 @@ class StateGeometry:
 
     @property
     def slot_bytes(self) -> int:
-        """One request's recurrent state and convolution windows, all layers."""
-        return self.delta_layers * (self.conv_bytes + self.ssm_bytes)
+        """One request's recurrent state, convolution windows and pending rows, all layers."""
+        return self.delta_layers * (self.conv_bytes + self.ssm_bytes + self.pending_bytes)
 
     @property
     def block_bytes(self) -> int:
@@ -91,8 +114,10 @@ class StateGeometry:
 
     @property
     def hidden_bytes(self) -> int:
-        """The last hidden state of one slot, which the MTP head starts from. Not a part of `slot_bytes`."""
-        return self.hidden_size * ITEMSIZE[self.hidden_dtype]
+        """The hidden states that one slot keeps for the MTP head: the last, and those of its pending rows and, for
+        rejection sampling, of its drafts. Not a part of `slot_bytes`.
+        """
+        return (1 + self.pending_rows + self.draft_rows) * self.hidden_size * ITEMSIZE[self.hidden_dtype]
 
     @property
     def logit_row_bytes(self) -> int:

@@ -57,6 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="keys and values (auto: as --dtype); fp8 has a float32 scale for each token and head",
     )
+    add(
+        "--num-speculative-tokens",
+        type=int,
+        default=0,
+        metavar="K",
+        help="drafts of the MTP head in a step (0): a slot keeps their inputs, a block the head's keys and values",
+    )
     add = parser.add_argument_group("budget").add_argument
     add("--budget-gib", type=budget, metavar="GIB", help="GiB for slots and blocks on one rank")
     add("--max-num-seqs", type=int, default=8, metavar="N", help="requests that run at once, each with a slot (8)")
@@ -94,11 +101,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is printed. `budget_bytes` is None, and there are no accountings, where no budget was given."""
+    """What is printed. `budget_bytes` is None, and there are no accountings, where no budget was given.
+
+    `plain` is the geometry without speculation; without drafts it is `geometry`.
+    """
 
     name: str
     tp: int
+    num_drafts: int
     geometry: StateGeometry
+    plain: StateGeometry
     budget_bytes: int | None
     max_num_seqs: int
     num_checkpoint_slots: int
@@ -112,11 +124,18 @@ class Report:
         geometry = self.geometry
         return geometry.delta_layers * geometry.ssm_bytes / geometry.packed_block_bytes
 
+    @property
+    def slot_growth(self) -> float:
+        """What a slot takes, of what it takes without speculation."""
+        return self.geometry.slot_bytes / self.plain.slot_bytes
+
     def as_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
-        names = ("slot_bytes", "conv_bytes", "ssm_bytes", "block_bytes", "packed_block_bytes", "equivalent_blocks")
-        data["bytes"] = {name: getattr(self.geometry, name) for name in (*names, "hidden_bytes", "logit_row_bytes")}
+        parts = ("slot_bytes", "conv_bytes", "ssm_bytes", "pending_bytes", "block_bytes", "packed_block_bytes")
+        names = (*parts, "equivalent_blocks", "hidden_bytes", "logit_row_bytes")
+        data["bytes"] = {name: getattr(self.geometry, name) for name in names}
         data["ssm_share"] = self.ssm_share
+        data["slot_growth"] = self.slot_growth
         if self.packed and self.decoupled and self.packed.num_blocks:
             data["ratio"] = self.decoupled.num_blocks / self.packed.num_blocks
         return data
@@ -128,18 +147,30 @@ class Report:
         g = self.geometry
         rank = f"one of {self.tp} ranks" if self.tp > 1 else "one rank"
         slot = f"{g.delta_layers} layers x ({g.conv_bytes:,} window in {g.conv_dtype} + {g.ssm_bytes:,} state in "
+        gates = f" + {g.pending_bytes:,} gates" if g.pending_rows else ""
+        head = ", one of them the MTP head's" if self.num_drafts else ""
         scales = " + scales" if g.kv_dtype in KV_SCALE_BYTES else ""
         block = f"{g.block_size} tokens x {g.attention_layers} layers x {g.kv_heads} x {g.head_dim} keys and values in "
         rows = [
-            ("a slot", g.slot_bytes, f"{slot}{g.ssm_dtype})"),
-            ("a block", g.block_bytes, f"{block}{g.kv_dtype}{scales}"),
+            ("a slot", g.slot_bytes, f"{slot}{g.ssm_dtype}{gates})"),
+            ("a block", g.block_bytes, f"{block}{g.kv_dtype}{scales}{head}"),
             ("packed block", g.packed_block_bytes, f"both in one: {self.ssm_share:.1%} of it is recurrent state"),
         ]
         table = "\n".join(f"  {name:<12} {size:>13,} B  {note}" for name, size, note in rows)
         return (
             f"{self.name}, {rank}, by geometry alone\n\n{table}\n\n"
             f"  By its bytes a slot is worth {g.equivalent_blocks:,} blocks: "
-            f"{g.equivalent_blocks * g.block_size:,} tokens of keys and values."
+            f"{g.equivalent_blocks * g.block_size:,} tokens of keys and values.{self._drafts()}"
+        )
+
+    def _drafts(self) -> str:
+        if not self.num_drafts:
+            return ""
+        drafts = "1 draft" if self.num_drafts == 1 else f"{self.num_drafts} drafts"
+        more, plain = self.slot_growth - 1, self.plain
+        return (
+            f"\n  With {drafts} a step a slot takes {more:.2%} more than the {plain.slot_bytes:,} B without, for the "
+            f"inputs of {self.geometry.pending_rows} tokens.\n  A block without takes {plain.block_bytes:,} B."
         )
 
     def _holdings(self) -> str:
@@ -174,9 +205,10 @@ def make_report(arguments: argparse.Namespace) -> Report:
         max_num_seqs=arguments.max_num_seqs,
         num_checkpoint_slots=arguments.num_checkpoint_slots,
         max_model_len=arguments.max_model_len,
+        num_speculative_tokens=arguments.num_speculative_tokens,
     )
     model = ModelConfig.from_hf(config_file(arguments.config))
-    geometry = StateGeometry.of(
+    plain = geometry = StateGeometry.of(
         model,
         tp=engine.tensor_parallel_size,
         block_size=engine.block_size,
@@ -184,6 +216,10 @@ def make_report(arguments: argparse.Namespace) -> Report:
         ssm_dtype=engine.ssm_dtype,
         kv_dtype=None if arguments.kv_dtype == "auto" else arguments.kv_dtype,
     )
+    if engine.num_speculative_tokens:
+        model.require_mtp()
+        layers = plain.attention_layers + model.mtp_layers
+        geometry = dataclasses.replace(plain, attention_layers=layers).speculating(engine)
     max_model_len = engine.length_within(model.max_position_embeddings)
     packed = decoupled = None
     if arguments.budget_gib is not None:
@@ -197,7 +233,9 @@ def make_report(arguments: argparse.Namespace) -> Report:
     return Report(
         name=str(arguments.config),
         tp=engine.tensor_parallel_size,
+        num_drafts=engine.num_speculative_tokens,
         geometry=geometry,
+        plain=plain,
         budget_bytes=arguments.budget_gib,
         max_num_seqs=engine.max_num_seqs,
         num_checkpoint_slots=arguments.num_checkpoint_slots,

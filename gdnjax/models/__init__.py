@@ -11,7 +11,7 @@ from flax import nnx
 from gdnjax import sharding
 from gdnjax.config import ModelConfig
 from gdnjax.memory import StateGeometry
-from gdnjax.models.context import DecodeContext, PrefillContext
+from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.qwen3_5 import Qwen3_5
 from gdnjax.shapes import Array, Float, Float32, Int32, Params
 from gdnjax.state import GDNState, KVBlocks
@@ -29,7 +29,14 @@ class Model(Protocol):
         """Tokens that exist, without padding, over all ranks."""
         ...
 
-    def geometry(self, block_size: int, ssm_dtype: str) -> StateGeometry: ...
+    @property
+    def mtp(self) -> bool:
+        """Whether it has a head that drafts. `draft` is called only then, `fold` only where something speculates."""
+        ...
+
+    def geometry(self, block_size: int, ssm_dtype: str) -> StateGeometry:
+        """Of one rank, without speculation; the head's layer is one of `attention_layers`."""
+        ...
 
     def forward(
         self, params: Params, tokens: Any, context: PrefillContext | DecodeContext, gdn: GDNState, kv: KVBlocks
@@ -37,6 +44,26 @@ class Model(Protocol):
         """Final hidden states [t, d] of the step's tokens, and the pools, which are consumed.
 
         Where the context's chunks have checkpoints, the rows of `gdn` behind each chunk are stored there, too.
+        """
+        ...
+
+    def fold(self, params: Params, context: FoldContext, gdn: GDNState) -> GDNState:
+        """The pools with pending rows folded into state and window. `gdn` is consumed."""
+        ...
+
+    def draft(
+        self,
+        params: Params,
+        tokens: Any,
+        previous: Any,
+        context: PrefillContext | DecodeContext,
+        gdn: GDNState,
+        kv: KVBlocks,
+    ) -> tuple[Any, KVBlocks]:
+        """The head's hidden states [t, d] of tokens, given the hidden state before each. `kv` is consumed.
+
+        `logits` of them are those of the token after each. At index 0 there is no hidden state before a token, and
+        `previous` may hold anything finite there.
         """
         ...
 
@@ -76,6 +103,9 @@ class HybridModel:
     ) -> tuple[Array, GDNState, KVBlocks]:
         return nnx.merge(self.graphdef, params)(tokens, context, gdn, kv)
 
+    def fold(self, params: Params, context: FoldContext, gdn: GDNState) -> GDNState:
+        return nnx.merge(self.graphdef, params).fold(context, gdn)
+
     def draft(
         self,
         params: Params,
@@ -85,10 +115,7 @@ class HybridModel:
         gdn: GDNState,
         kv: KVBlocks,
     ) -> tuple[Float[Array, "t d"], KVBlocks]:
-        """The MTP head's hidden states of tokens, given the hidden state before each. `kv` is consumed.
-
-        `logits` of them are those of the token after each. Only for a model built with `mtp`.
-        """
+        """Only for a model built with `mtp`."""
         return nnx.merge(self.graphdef, params).draft(tokens, previous, context, gdn, kv)
 
     def logits(self, params: Params, hidden: Array) -> Float32[Array, "n V"]:

@@ -47,6 +47,8 @@ class GatedAttention(nnx.Module):
             case PrefillContext(chunks=chunks):
                 o = chunks.scatter(paged_attention.attend(chunks.gather(q), k_blocks, v_blocks, layer, context.tiles))
             case DecodeContext():
-                o = paged_attention.attend(q[:, None], k_blocks, v_blocks, layer, context.tiles)[:, 0]
+                q = q.reshape(-1, context.rows_per_slot, *q.shape[1:])
+                o = paged_attention.attend(q, k_blocks, v_blocks, layer, context.tiles)
+                o = o.reshape(tokens, *o.shape[2:])
         o = o.astype(x.dtype) * jax.nn.sigmoid(gate)
         return self.o_proj(o.reshape(tokens, -1)), KVBlocks(k=k_blocks, v=v_blocks)

@@ -43,15 +43,36 @@ class PrefillContext:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeContext:
-    """One token a row. Rows that produce nothing write to slot 0 and block 0."""
+    """T tokens a request, one after another: the last one and its drafts. t = n * T, request by request. Requests that
+    produce nothing write to slot 0 and block 0.
+
+    With `pending` a delta layer folds so many rows of the slot into its state, stores that, and goes on with the new
+    tokens for their outputs alone; what it needs to fold those later takes the place of the pending rows. Without,
+    T is 1, and the token is folded at once.
+    """
 
     read_slot: Leaf  # [n] int32
     write_slot: Leaf  # [n] int32
     tiles: Tiles
     places: KVPlaces
     order: StateOrder
-    position: Leaf  # [n] int32
-    valid: Leaf  # [n] bool
+    position: Leaf  # [t] int32
+    valid: Leaf  # [t] bool
+    pending: Leaf = None  # [n] int32
+
+    @property
+    def rows_per_slot(self) -> int:
+        return self.tiles.position.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldContext:
+    """No tokens: the first `count` pending rows of `read_slot` are folded, and `write_slot` gets what comes of it."""
+
+    read_slot: Leaf  # [n] int32
+    write_slot: Leaf  # [n] int32
+    count: Leaf  # [n] int32
+    order: StateOrder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +81,7 @@ class Pools:
 
     slots: SlotTable
     layout: Leaf  # [s] int8
+    pending: Leaf  # [s] int32, or None
     state_layout: str
     block_size: int
 
@@ -108,23 +130,39 @@ def prefill_context(pools: Pools, batch: PrefillBatch) -> PrefillContext:
     )
 
 
-def decode_context(pools: Pools, slot: Int32[Array, "n"], active: Bool[Array, "n"]) -> DecodeContext:
-    """The context of a decode step: row i feeds the last token of `slot[i]`, if it is active."""
-    slots = pools.slots
-    position = slots.length[slot]
+def decode_context(
+    pools: Pools, slot: Int32[Array, "n"], first: Int32[Array, "n"], valid: Bool[Array, "n T"]
+) -> DecodeContext:
+    """The context of T tokens of each request, at `first` and behind it. The valid ones of a request come first; one
+    that has none is inactive.
+    """
+    blocks = pools.slots.block_table[slot]
+    rows = valid.shape[1]
+    position = first[:, None] + jnp.arange(rows, dtype=jnp.int32)
+    flat, flat_valid = position.reshape(-1), valid.reshape(-1)
+    active = valid[:, 0]
     return DecodeContext(
         read_slot=slot,
         write_slot=jnp.where(active, slot, NULL_SLOT),
         tiles=Tiles(
-            position=jnp.where(active, position, -1)[:, None],
-            block_table=slots.block_table[slot],
-            longest=jnp.max(jnp.where(active, position + 1, 0)),
+            position=jnp.where(valid, position, -1),
+            block_table=blocks,
+            longest=jnp.max(jnp.where(valid, position + 1, 0)),
         ),
-        places=_places(slots.block_table[slot], position, active, pools.block_size),
+        places=_places(jnp.repeat(blocks, rows, axis=0), flat, flat_valid, pools.block_size),
         order=_state_order(pools, slot, writes=LAYOUT_VK),
-        position=position,
-        valid=active,
+        position=flat,
+        valid=flat_valid,
+        pending=None if pools.pending is None else jnp.where(active, pools.pending[slot], 0),
     )
+
+
+def fold_context(
+    pools: Pools, read_slot: Int32[Array, "n"], write_slot: Int32[Array, "n"], count: Int32[Array, "n"]
+) -> FoldContext:
+    """The context of sealing states. They are stored as a decode step stores them."""
+    order = _state_order(pools, read_slot, writes=LAYOUT_VK)
+    return FoldContext(read_slot=read_slot, write_slot=write_slot, count=count, order=order)
 
 
 def _places(blocks: Array, position: Array, valid: Array, block_size: int) -> KVPlaces:

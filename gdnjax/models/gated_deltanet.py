@@ -1,10 +1,12 @@
 """The Gated DeltaNet layer: projections, convolution, delta rule, gated norm."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 
 from gdnjax.config import ModelConfig
-from gdnjax.models.context import DecodeContext, PrefillContext
+from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.layers import GatedRMSNorm, Linear
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule
 from gdnjax.pallas_kernels.gated_delta_rule import Gates
@@ -40,14 +42,69 @@ class GatedDeltaNet(nnx.Module):
     ) -> tuple[Float[Array, "t d"], GDNState]:
         """`layer` counts GDN layers. The pools of `gdn` are consumed."""
         qkv, z = self.in_proj_qkv(x), self.in_proj_z(x)
-        gates = Gates(a=self.in_proj_a(x), b=self.in_proj_b(x), A_log=self.A_log[...], dt_bias=self.dt_bias[...])
-        weight, width = self.conv1d.weight[:, 0], self.key_head_dim
+        a, b = self.in_proj_a(x), self.in_proj_b(x)
         match context:
-            case PrefillContext(rows=rows, chunks=chunks, order=order):
-                qkv, conv = causal_conv1d.prefill(qkv, weight, gdn.conv, layer, rows, chunks)
-                o, ssm = gated_delta_rule.prefill(qkv, gates, gdn.ssm, layer, rows, chunks, order, key_head_dim=width)
-            case DecodeContext(read_slot=read, write_slot=write, order=order):
-                qkv, conv = causal_conv1d.decode(qkv, weight, gdn.conv, layer, read, write)
-                o, ssm = gated_delta_rule.decode(qkv, gates, gdn.ssm, layer, read, write, order, key_head_dim=width)
+            case PrefillContext():
+                o, gdn = self._prefill(qkv, self._gates(a, b), context, gdn, layer)
+            case DecodeContext(pending=None):
+                o, gdn = self._decode(qkv, self._gates(a, b), context, gdn, layer)
+            case DecodeContext():
+                o, gdn = self._verify(qkv, a, b, context, gdn, layer)
         o = self.norm(o, z.reshape(o.shape))
-        return self.out_proj(o.reshape(z.shape)), GDNState(ssm=ssm, conv=conv, layout=gdn.layout)
+        return self.out_proj(o.reshape(z.shape)), gdn
+
+    def fold(self, context: FoldContext, gdn: GDNState, layer: int) -> GDNState:
+        """State and window of `write_slot`: those of `read_slot` with pending rows folded in. `gdn` is consumed."""
+        read, write, count = context.read_slot, context.write_slot, context.count
+        qkv, conv = causal_conv1d.fold(self._taps, gdn.conv, layer, read, write, count)
+        gates = self._gates(*jnp.split(gdn.pending_ab[layer, read], 2, axis=-1))
+        ssm = gated_delta_rule.fold(
+            qkv, gates, gdn.ssm, layer, read, write, count, context.order, key_head_dim=self.key_head_dim
+        )
+        return dataclasses.replace(gdn, ssm=ssm, conv=conv)
+
+    @property
+    def _taps(self) -> Array:
+        return self.conv1d.weight[:, 0]
+
+    def _gates(self, a: Array, b: Array) -> Gates:
+        return Gates(a=a, b=b, A_log=self.A_log[...], dt_bias=self.dt_bias[...])
+
+    def _prefill(self, qkv, gates: Gates, context: PrefillContext, gdn: GDNState, layer: int):
+        rows, chunks, width = context.rows, context.chunks, self.key_head_dim
+        qkv, conv = causal_conv1d.prefill(qkv, self._taps, gdn.conv, layer, rows, chunks)
+        o, ssm = gated_delta_rule.prefill(qkv, gates, gdn.ssm, layer, rows, chunks, context.order, key_head_dim=width)
+        return o, dataclasses.replace(gdn, ssm=ssm, conv=conv)
+
+    def _decode(self, qkv, gates: Gates, context: DecodeContext, gdn: GDNState, layer: int):
+        read, write, width = context.read_slot, context.write_slot, self.key_head_dim
+        qkv, conv = causal_conv1d.decode(qkv, self._taps, gdn.conv, layer, read, write)
+        o, ssm = gated_delta_rule.decode(qkv, gates, gdn.ssm, layer, read, write, context.order, key_head_dim=width)
+        return o, dataclasses.replace(gdn, ssm=ssm, conv=conv)
+
+    def _verify(self, qkv, a, b, context: DecodeContext, gdn: GDNState, layer: int):
+        """Pending rows are folded and stored, then the new ones go on from there and are not.
+
+        The convolution emits the pending rows again from their raw inputs, so that the fold computes the very values
+        of the first pass.
+        """
+        read, write, rows = context.read_slot, context.write_slot, context.rows_per_slot
+        new = jnp.concatenate([a, b], axis=-1).reshape(-1, rows, 2 * a.shape[-1])
+        both = jnp.concatenate([gdn.pending_ab[layer, read], new.astype(gdn.pending_ab.dtype)], axis=1)
+        qkv, conv = causal_conv1d.verify(
+            qkv.reshape(-1, rows, qkv.shape[-1]), self._taps, gdn.conv, layer, read, write, context.pending
+        )
+        o, ssm = gated_delta_rule.verify(
+            qkv,
+            self._gates(*jnp.split(both, 2, axis=-1)),
+            gdn.ssm,
+            layer,
+            read,
+            write,
+            context.pending,
+            context.order,
+            key_head_dim=self.key_head_dim,
+            new=rows,
+        )
+        pending_ab = gdn.pending_ab.at[layer, write, :rows].set(new.astype(gdn.pending_ab.dtype))
+        return o, dataclasses.replace(gdn, ssm=ssm, conv=conv, pending_ab=pending_ab)

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from gdnjax.config import ModelConfig
-from gdnjax.models.context import DecodeContext, PrefillContext
+from gdnjax.config import LayerKind, ModelConfig
+from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.decoder import DecoderLayer
 from gdnjax.models.layers import Embedding, Linear, RMSNorm, linear, mask_padded_vocab, rotary_angles
 from gdnjax.models.mtp import MultiTokenPredictor
@@ -36,6 +36,13 @@ class Qwen3_5(nnx.Module):
         for layer in self.layers:
             x, gdn, kv = layer(x, context, angles, gdn, kv)
         return self.norm(x), gdn, kv
+
+    def fold(self, context: FoldContext, gdn: GDNState) -> GDNState:
+        """Pending rows folded into the states of all layers. The pools are consumed."""
+        for layer in self.layers:
+            if layer.kind is LayerKind.DELTA:
+                gdn = layer.linear_attn.fold(context, gdn, layer.pool_row)
+        return gdn
 
     def draft(
         self,
