@@ -46,6 +46,8 @@ class SamplingParams:
       stop                 strings that end the output; cut off unless include_stop_str_in_output.
       stop_token_ids       token ids that end the output.
       ignore_eos           go on after the model's end-of-sequence token.
+    Speed
+      speculate            draft tokens ahead and verify them, where the engine does so at all; False: a token a step.
     Reporting
       logprobs             None: none; k: the drawn token's log-probability under the model (before any of the above)
                            and those of the k most probable.
@@ -74,6 +76,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    speculate: bool = True
 
     def __post_init__(self):
         _integer("n", self.n, 1)
@@ -101,6 +104,8 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0)
+        if not isinstance(self.speculate, bool):
+            raise ValueError(f"speculate must be True or False, got {self.speculate!r}")
         self._freeze_sequences()
 
     def __hash__(self) -> int:

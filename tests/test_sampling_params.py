@@ -53,6 +53,8 @@ BAD = [
     ({"logit_bias": {3: math.inf}}, r"logit_bias\[3\] must be a number of at most 1e\+30"),
     ({"logit_bias": {3: math.nan}}, r"logit_bias\[3\] must be a number"),
     ({"logit_bias": {3: "much"}}, r"logit_bias\[3\] must be a number"),
+    ({"speculate": 1}, "speculate must be True or False, got 1"),
+    ({"speculate": None}, "speculate must be True or False, got None"),
 ]
 
 
@@ -113,6 +115,7 @@ def test_defaults_are_those_users_know():
         "logit_bias": None,
         "bad_words": None,
         "allowed_token_ids": None,
+        "speculate": True,
     }
 
 
@@ -156,6 +159,7 @@ def test_parameters_cannot_be_changed():
         ({"allowed_token_ids": [1]}, True, True),
         ({"min_tokens": 1}, True, True),
         ({"stop": ["x"], "stop_token_ids": [4], "seed": 5, "n": 3}, False, False),
+        ({"speculate": False}, False, False),
     ],
 )
 def test_only_those_who_need_a_row_or_the_full_sampler_pay_for_it(values, row, full):

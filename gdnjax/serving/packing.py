@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gdnjax.batch import AdmitBatch, CopyBatch, DecodeBatch, LogitRowBatch, PrefillBatch
+from gdnjax.batch import AdmitBatch, DecodeBatch, LogitRowBatch, PrefillBatch, SealBatch
 from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS
-from gdnjax.serving.plan import Admission, Copy, Growth, Piece, max_chunks
+from gdnjax.serving.plan import Admission, Growth, Piece, Seal, max_chunks
 from gdnjax.serving.request import Request
 from gdnjax.state import NO_TOKEN
 
@@ -146,21 +146,37 @@ def pack_prefill(
 
 
 def pack_decode(
-    requests: Sequence[Request], growth: Mapping[int, Growth], *, rows: int, table_width: int
+    requests: Sequence[Request],
+    growth: Mapping[int, Sequence[Growth]],
+    bounds: Sequence[int],
+    *,
+    rows: int,
+    table_width: int,
+    grown_width: int,
+    drafts: bool,
 ) -> DecodeBatch:
-    """Rows of decoding requests; `growth` is by row. An index past the table is one that nobody has."""
+    """Rows of decoding requests with their `bounds`; `growth`, up to `grown_width` blocks each, is by row.
+
+    An index past the table is one that nobody has. Without `drafts` the step has no code for them.
+    """
     slot = np.zeros((rows,), np.int32)
     slot[: len(requests)] = [request.slot for request in requests]
-    index = np.full((rows,), table_width, np.int32)
-    block = np.zeros((rows,), np.int32)
-    for row, grown in growth.items():
-        index[row], block[row] = grown.index, grown.block
-    return DecodeBatch(slot=slot, grown_index=index, grown_block=block)
+    index = np.full((rows, grown_width), table_width, np.int32)
+    block = np.zeros((rows, grown_width), np.int32)
+    for row, blocks in growth.items():
+        for place, grown in enumerate(blocks):
+            index[row, place], block[row, place] = grown.index, grown.block
+    max_drafts = None
+    if drafts:
+        max_drafts = np.zeros((rows,), np.int32)
+        max_drafts[: len(bounds)] = bounds
+        max_drafts[: len(bounds)] -= 1
+    return DecodeBatch(slot=slot, grown_index=index, grown_block=block, max_drafts=max_drafts)
 
 
-def pack_copies(copies: Sequence[Copy], *, rows: int) -> CopyBatch:
-    """Up to `rows` copies."""
-    source, target = np.zeros((rows,), np.int32), np.zeros((rows,), np.int32)
-    source[: len(copies)] = [copy.source for copy in copies]
-    target[: len(copies)] = [copy.target for copy in copies]
-    return CopyBatch(source=source, target=target, count=np.int32(len(copies)))
+def pack_seals(seals: Sequence[Seal], *, rows: int) -> SealBatch:
+    """Up to `rows` seals."""
+    fields = np.zeros((3, rows), np.int32)
+    for i, seal in enumerate(seals):
+        fields[:, i] = seal.read_slot, seal.write_slot, seal.position
+    return SealBatch(read_slot=fields[0], write_slot=fields[1], position=fields[2], count=np.int32(len(seals)))

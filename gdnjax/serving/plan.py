@@ -52,28 +52,49 @@ class Growth:
 
 
 @dataclasses.dataclass(frozen=True)
-class Copy:
-    """After the decode step the request's state, `position` tokens long, is copied to the checkpoint slot `target`."""
+class Seal:
+    """The state of `read_slot`, `position` tokens long, goes to `write_slot`; see SealBatch."""
+
+    read_slot: int
+    write_slot: int
+    position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A seal of this turn is to write a decoding request's checkpoint, if its state has come so far."""
 
     request: Request
     position: int
-    source: int
-    target: int
+    slot: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One turn: admissions, then a prefill step, then a decode step, then copies of states that it reached.
+    """One turn: seals in their order, then admissions, then a prefill step, then a decode step.
 
-    `growth` is by row of `decoding`. Pieces and decoding rows may be empty, not both. What a step emits belongs to the
-    requests named here, whoever owns their slots when it arrives.
+    Pieces and decoding rows may be empty, not both. What a step emits belongs to the requests named here, whoever owns
+    their slots when it arrives.
+
+    growth      by row of `decoding`: what its block table gets, `max_growth` blocks at most.
+    bounds      for each row of `decoding`: the most tokens that it may emit, 1 and the drafts that may be verified.
+    marks       checkpoints that are among the seals, to be confirmed before what the decode step emits is committed.
+    num_drafts  drafts that the decode step has room for in a row.
     """
 
     admitted: list[Admission]
     pieces: list[Piece]
     decoding: list[Request]
-    growth: dict[int, Growth]
-    copies: list[Copy]
+    growth: dict[int, list[Growth]]
+    bounds: list[int]
+    seals: list[Seal]
+    marks: list[Mark]
+    num_drafts: int
+
+
+def max_growth(num_drafts: int, block_size: int) -> int:
+    """Blocks that a row of a decode step may get at once."""
+    return -(-(1 + num_drafts) // block_size)
 
 
 def max_chunks(tokens: int, rows: int) -> int:

@@ -31,13 +31,21 @@ class Request:
 
     While it runs it holds `slot`, `logit_row` and `blocks`, of which the first `num_shared` belong to the prefix cache,
     up to `node`. `unpublished` are (position, slot) of checkpoints that the cache has not taken over yet; a request
-    that is `detached` found somebody else's blocks in the place of its own, and publishes when it ends.
+    that is `detached` found somebody else's blocks in the place of its own, and publishes when it ends. `marks` are
+    (position, slot) of checkpoints that decode steps are asked for and that have not been seen written yet.
 
     prefill_length  tokens to prefill: the prompt, and what it had produced when it was preempted.
-    num_computed    tokens that dispatched steps fold into state and KV, if nothing ends it before.
-    num_dispatched  output tokens dispatched so far; the host learns of them one step late.
+    num_settled     tokens that the device has been fed, as far as the host knows: those of dispatched pieces and of
+                    harvested decode steps.
+    num_ahead       the most that the decode steps in flight feed beyond.
+    num_steps       decode steps in flight.
+    num_folded      tokens in the recurrent state once nothing is in flight. The rest of `num_settled` is pending.
+    next_mark       where the next checkpoint is wanted as it decodes.
     num_cached      tokens whose KV was cached when it was admitted; their blocks are not its to write.
     num_placed      blocks that the device's block table holds.
+
+    num_decode_steps, num_draft_tokens and num_accepted_tokens count over its life: the decode steps that it had a part
+    in, the drafts that they verified, and those of them that were kept.
     """
 
     request_id: str
@@ -65,8 +73,12 @@ class Request:
     unpublished: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     wanted: tuple[int, ...] = ()
     prefill_length: int = 0
-    num_computed: int = 0
-    num_dispatched: int = 0
+    num_settled: int = 0
+    num_ahead: int = 0
+    num_steps: int = 0
+    num_folded: int = 0
+    marks: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    next_mark: int = 0
     num_cached: int = 0
     num_placed: int = 0
 
@@ -78,6 +90,9 @@ class Request:
     num_cached_tokens: int | None = None
     cache_miss_reason: str | None = None
     num_preemptions: int = 0
+    num_decode_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
@@ -97,15 +112,20 @@ class Request:
         return self.status is Status.FINISHED
 
     @property
+    def num_computed(self) -> int:
+        """The most tokens that the device has been fed once everything in flight has run."""
+        # Every token but the last is fed, once.
+        return min(self.num_settled + self.num_ahead, self.max_length - 1)
+
+    @property
     def filled(self) -> bool:
         """Whether every token to prefill has been dispatched, and with the last of them the next output token."""
-        return self.num_computed >= self.prefill_length > 0
+        return self.num_settled >= self.prefill_length > 0
 
     @property
     def may_decode(self) -> bool:
-        """Of a running request: whether another output token may be dispatched."""
-        # Every token but the last is fed, once.
-        return self.prefill_length <= self.num_computed < self.max_length - 1
+        """Of a running request: whether another decode step may be dispatched. Each feeds at least one token."""
+        return self.prefill_length <= self.num_settled and self.num_settled + self.num_steps < self.max_length - 1
 
     @property
     def wants_prompt_logprobs(self) -> bool:

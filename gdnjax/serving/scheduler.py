@@ -4,7 +4,8 @@ Requests are admitted in the order of their places, all or nothing: a slot, a lo
 everything that has to be prefilled. Prompts longer than a step are cut at absolute multiples of CHUNK; other requests
 decode between the pieces, and get another block whenever they have filled theirs. When no block is left, not even one
 that the prefix cache could do without, the request that came last is preempted: it goes back to its place in the queue,
-what it has computed goes to the prefix cache, and it resumes from what is left of that.
+what it has computed goes to the prefix cache, and it resumes from what is left of that. Drafts are verified as far as
+there are blocks for them that nobody else is about to need: they never cost anybody its place.
 
 Nobody starves. Once the first in order runs it is never preempted, and every plan made with nothing in flight moves it
 on by a chunk or a token. While it waits, such plans fill prompts of those that run, or preempt one of them, with at
@@ -20,7 +21,7 @@ import time
 from gdnjax.config import CHUNK, EngineConfig
 from gdnjax.serving import prefix_cache
 from gdnjax.serving.allocator import Allocator
-from gdnjax.serving.plan import Admission, Copy, Growth, Piece, Plan, max_chunks
+from gdnjax.serving.plan import Admission, Growth, Mark, Piece, Plan, Seal, max_chunks, max_growth
 from gdnjax.serving.prefix_cache import Match, PrefixCache
 from gdnjax.serving.request import Request, Status
 
@@ -48,13 +49,13 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.detokenise_seconds = 0.0
+        # The head that drafts keeps a key for the token that is fed next, too.
+        self._places_behind = 1 if config.num_speculative_tokens else 0
         self._arrivals = itertools.count()
         self._deadlines: list[tuple[float, int, Request]] = []
-        # Checkpoint slots of dispatched steps that no harvest has confirmed.
-        self._unconfirmed: set[int] = set()
+        # Of slots that have become checkpoints while tokens were pending there. The next plan takes them along.
+        self._seals: list[Seal] = []
         self._preempting = False
-        # Requests whose newest block the device has not been told of.
-        self._grown: list[Request] = []
 
     @property
     def has_work(self) -> bool:
@@ -84,11 +85,12 @@ class Scheduler:
 
     # Planning.
 
-    def plan(self, in_flight: bool = False, now: float | None = None) -> Plan | None:
+    def plan(self, in_flight: bool = False, now: float | None = None, num_drafts: int | None = None) -> Plan | None:
         """What to dispatch next, with everything it needs reserved; None if nothing can be dispatched now.
 
         With steps `in_flight` lengths are upper bounds, and requests may have ended already: then nobody is preempted,
-        and the answer is None where somebody would have to be, so that the caller harvests first.
+        and the answer is None where somebody would have to be, so that the caller harvests first. A decode row verifies
+        `num_drafts` at most; None: as many as the engine is set up for.
         """
         self.cache.begin_turn()
         self._preempting = False
@@ -109,11 +111,13 @@ class Scheduler:
         admitted = [] if self._preempting else self._admit(room, pieces)
         if not (pieces or decoding):
             return None
-        growth = self._place_growth(decoding) if self._grown else {}
-        for request in decoding:
-            request.num_computed += 1
-            request.num_dispatched += 1
-        return Plan(admitted, pieces, decoding, growth, self._copies_for(decoding))
+        if num_drafts is None:
+            num_drafts = self.config.num_speculative_tokens
+        marks = self._marks_for(decoding)
+        seals = [*self._seals, *(Seal(mark.request.slot, mark.slot, mark.position) for mark in marks)]
+        self._seals.clear()
+        bounds = self._bounds_of(decoding, num_drafts)
+        return Plan(admitted, pieces, decoding, _place_growth(decoding), bounds, seals, marks, num_drafts)
 
     def _abort_overdue(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -138,60 +142,99 @@ class Scheduler:
         return True
 
     def _grow_all(self, in_flight: bool) -> bool:
-        """A block for every decode row that has filled its last one, by preemption if need be."""
-        size = self.config.block_size
-        for request in [r for r in self.running if r.num_computed >= len(r.blocks) * size and r.may_decode]:
-            while request.status is Status.RUNNING and not self._grow(request):
+        """A block for every decode row that may have filled its last one, by preemption if need be."""
+        size, more = self.config.block_size, 1 + self._places_behind
+        # Most have room, and this is asked of everybody in every turn.
+        full = [r for r in self.running if r.num_settled + r.num_ahead + more > len(r.blocks) * size]
+        for request in [r for r in full if r.may_decode and self._num_places(r) > len(r.blocks) * size]:
+            while request.status is Status.RUNNING and not self._grow(request, 1):
                 if in_flight:
                     return False
                 self.preempt(self.running[-1])
         return True
 
-    def _grow(self, request: Request) -> bool:
-        if not self.cache.make_room(1):
+    def _num_places(self, request: Request) -> int:
+        """Tokens for which another decode step without drafts has to have a place."""
+        return min(request.num_settled + request.num_ahead + 1 + self._places_behind, request.max_length - 1)
+
+    def _grow(self, request: Request, count: int) -> bool:
+        """A plan that is given up keeps the blocks, and a later one tells the device."""
+        if not self.cache.make_room(count):
             return False
-        request.blocks += self.allocator.blocks.take(1) or []
-        # A plan that is given up keeps the block, and a later one tells the device.
-        self._grown.append(request)
+        request.blocks += self.allocator.blocks.take(count) or []
         return True
 
-    def _place_growth(self, decoding: list[Request]) -> dict[int, Growth]:
-        grown = set(self._grown)
-        self._grown.clear()
-        growth = {}
-        for row, request in enumerate(decoding):
-            if request in grown and request.num_placed < len(request.blocks):
-                growth[row] = Growth(request.num_placed, request.blocks[request.num_placed])
-                request.num_placed += 1
-        return growth
+    def _bounds_of(self, decoding: list[Request], num_drafts: int) -> list[int]:
+        """The most tokens that each row may emit: one, and as many drafts as its blocks have room for.
 
-    def _copies_for(self, decoding: list[Request]) -> list[Copy]:
-        """Copies of the states that stand at the interval after this turn's decode step."""
+        Blocks for drafts, those to verify and those to make, are taken as long as every other request that runs can
+        still get one.
+        """
+        size = self.config.block_size
+        num_growing = sum(len(r.blocks) < self.num_blocks_for(r.max_length) for r in self.running) if num_drafts else 0
+        bounds = []
+        for request in decoding:
+            drafts = num_drafts if request.params.speculate else 0
+            most = self.num_blocks_for(request.max_length)
+            # Nothing is fed past the length that its last block is for, whatever is in flight.
+            if drafts and len(request.blocks) < most:
+                places = self._num_places(request)
+                wanted = min(-(-(places + 2 * drafts - 1) // size), most)
+                if wanted > len(request.blocks):
+                    self._grow_for_drafts(request, wanted, num_growing - 1)
+                    num_growing -= len(request.blocks) == most
+                if len(request.blocks) < most:
+                    drafts = min(drafts, len(request.blocks) * size - places)
+            bounds.append(1 + drafts)
+            request.num_ahead += 1 + drafts
+            request.num_steps += 1
+        return bounds
+
+    def _grow_for_drafts(self, request: Request, wanted: int, reserved: int) -> None:
+        """Up to `wanted` blocks in all, as far as there are more than `reserved` to be had."""
+        spare = self.allocator.blocks.num_free + self.cache.num_evictable_blocks - reserved
+        # Of those that a step may bring, a plan that was given up may have left some.
+        most = request.num_placed + max_growth(self.config.num_speculative_tokens, self.config.block_size)
+        count = min(wanted - len(request.blocks), spare, most - len(request.blocks))
+        if count > 0:
+            self._grow(request, count)
+
+    def _marks_for(self, decoding: list[Request]) -> list[Mark]:
+        """Checkpoints at the interval that decoding requests may have come to before this turn's decode step.
+
+        A position is asked for from the first turn on in which the state may have come so far, so it was not past it
+        before, and in every turn until it is seen to be written. Where no slot is to be had, it is left out.
+        """
         if not self.config.enable_prefix_caching or self.config.batch_invariant:
             return []
-        interval = self.config.checkpoint_interval
-        copies = []
-        for request in [request for request in decoding if request.num_computed % interval == 0]:
-            slot = self._take_checkpoint_slot()
-            if slot:
-                copies.append(Copy(request, request.num_computed, request.slot, slot))
-        return copies
+        marks = []
+        for request in decoding:
+            if not request.marks and request.num_settled + request.num_ahead < request.next_mark:
+                continue
+            reached = request.num_computed
+            while request.next_mark <= reached:
+                slot = self._take_checkpoint_slot()
+                if slot:
+                    request.marks.append((request.next_mark, slot))
+                request.next_mark += self.config.checkpoint_interval
+            marks += [Mark(request, position, slot) for position, slot in request.marks]
+        return marks
 
     def _take_checkpoint_slot(self) -> int:
-        """A slot for a checkpoint that this turn writes; 0 where that would keep waiting requests out."""
+        """A slot for a checkpoint; 0 where that would keep waiting requests out."""
         slot = 0
         if not self.waiting or self._num_fixed_checkpoints() < self.allocator.slots.size - self.config.max_num_seqs:
             slot = self.cache.take_slot()
-        if slot:
-            self._unconfirmed.add(slot)
-        else:
+        if not slot:
             self.cache.counters.skipped_states += 1
         return slot
 
     def _num_fixed_checkpoints(self) -> int:
-        """Slots of checkpoints that cannot give way to a request in this turn."""
-        unpublished = sum(len(request.unpublished) for request in self.running if request.detached)
-        return len(self._unconfirmed) + self.cache.num_busy_states + unpublished
+        """Slots of checkpoints that are not the cache's to give up, or not in this turn."""
+        fixed = self.cache.num_busy_states
+        for request in self.running:
+            fixed += len(request.marks) + (len(request.unpublished) if request.detached else 0)
+        return fixed
 
     # Admission.
 
@@ -200,8 +243,12 @@ class Scheduler:
         return len(self.running) < self.config.max_num_seqs and free_row
 
     def _blocks_to_admit(self, request: Request) -> int:
-        """Blocks that a request needs to begin, cached ones among them; all of them where nothing may be preempted."""
-        length = request.max_length if self.config.batch_invariant else request.num_tokens + 1
+        """Blocks that a request needs to begin, cached ones among them: for what is to be prefilled, and for the drafts
+        behind it; all of them where nothing may be preempted.
+        """
+        length = request.max_length
+        if not self.config.batch_invariant:
+            length = min(request.num_tokens + 1 + self.config.num_speculative_tokens, length)
         return self.num_blocks_for(length)
 
     def _admit(self, room: _Room, pieces: list[Piece]) -> list[Admission]:
@@ -226,8 +273,8 @@ class Scheduler:
             reserved = self._reserve(request, match)
         if not reserved:
             return None
-        request.num_computed, request.prefill_length = match.position, request.num_tokens
-        request.num_dispatched = len(request.output_token_ids)
+        request.num_settled = request.num_folded = match.position
+        request.prefill_length = request.num_tokens
         request.wanted = self._wanted_checkpoints(request, match)
         if not self._cut_piece(request, match.slot or request.slot, room, pieces):
             self._release(request)
@@ -261,15 +308,18 @@ class Scheduler:
         return True
 
     def _take_live_slot(self) -> int:
-        """A slot for a request: a free one, a cached state's, or one that a detached request keeps for later."""
+        """A slot for a request: a free one, a cached state's, or that of a checkpoint which a running request keeps for
+        later, or has asked for and not seen.
+        """
         slot = self.cache.take_slot()
         if slot:
             return slot
         for request in self.running:
-            for mark in request.unpublished:
-                if not self.cache.is_held(mark[1]):
-                    request.unpublished.remove(mark)
-                    return mark[1]
+            for checkpoints in (request.unpublished, request.marks):
+                for checkpoint in checkpoints:
+                    if not self.cache.is_held(checkpoint[1]):
+                        checkpoints.remove(checkpoint)
+                        return checkpoint[1]
         return 0
 
     def _match(self, request: Request) -> Match:
@@ -316,7 +366,7 @@ class Scheduler:
         """The next tokens of a prompt, as many as there is room for. False, and nothing taken, where there is none."""
         if not room.rows or (self.config.batch_invariant and not _may_share(request, pieces)):
             return False
-        start, end = request.num_computed, request.prefill_length
+        start, end = request.num_settled, request.prefill_length
         if end - start > room.tokens:
             end = (start + room.tokens) // CHUNK * CHUNK
         # Chunks end at multiples of CHUNK, so the first may be a short one.
@@ -330,12 +380,10 @@ class Scheduler:
         room.tokens -= piece.length
         room.rows -= 1
         room.chunks -= len(piece.chunks())
-        request.num_computed, request.num_placed = end, len(request.blocks)
-        request.num_dispatched += piece.is_last
-        for position, slot in checkpoints:
-            self._unconfirmed.discard(slot)
-            request.unpublished.append((position, slot))
-            self.cache.hold(slot)
+        request.num_settled = request.num_folded = end
+        request.num_placed = len(request.blocks)
+        request.next_mark = (end // self.config.checkpoint_interval + 1) * self.config.checkpoint_interval
+        request.unpublished += checkpoints
         # A piece's tokens are known, and every later step runs after it, so what it computes can be shared at once.
         self._publish(request, end)
         return True
@@ -350,6 +398,7 @@ class Scheduler:
             slot = self._take_checkpoint_slot()
             if not slot:
                 break
+            self.cache.hold(slot)
             spare -= cut
             found.append((position, slot))
         return tuple(sorted(found))
@@ -410,20 +459,25 @@ class Scheduler:
             if slot:
                 request.unpublished.remove((position, slot))
                 self.cache.keep_state(self.cache.node_at(node, position), slot)
+        slot = request.slot
         if sealed and computed % size == 0:
-            self.cache.keep_state(self.cache.node_at(node, computed), request.slot)
+            self.cache.keep_state(self.cache.node_at(node, computed), slot)
             request.slot = 0
         elif sealed and computed // size == taken:
             rest = tuple(request.tokens(taken * size, computed))
-            if self.cache.keep_tail(node, rest, request.blocks[taken], request.slot):
+            if self.cache.keep_tail(node, rest, request.blocks[taken], slot):
                 request.slot = 0
                 taken += 1
+        has_decoded = request.num_steps > 0 or request.num_folded < request.num_settled
+        if not request.slot and has_decoded and self.config.num_speculative_tokens:
+            # Should the slot have changed hands by then, its next owner comes after this.
+            self._seals.append(Seal(slot, slot, computed))
         return taken
 
     def _release(self, request: Request, taken: int | None = None) -> None:
         """Gives back what a request holds, but for its first `taken` blocks, which are the cache's."""
         self.allocator.blocks.give(request.blocks[request.num_shared if taken is None else taken :])
-        self.allocator.slots.give([slot for _, slot in request.unpublished])
+        self.allocator.slots.give([slot for _, slot in (*request.unpublished, *request.marks)])
         if request.slot:
             self.allocator.slots.give([request.slot])
         if request.logit_row:
@@ -432,7 +486,9 @@ class Scheduler:
             self.cache.unlock(request.node)
         request.slot, request.logit_row, request.blocks, request.num_shared = 0, 0, [], 0
         request.node, request.detached, request.unpublished, request.wanted = None, False, [], ()
-        request.num_computed = request.prefill_length = request.num_cached = request.num_placed = 0
+        request.marks, request.next_mark = [], 0
+        request.num_settled = request.num_ahead = request.num_steps = request.num_folded = 0
+        request.prefill_length = request.num_cached = request.num_placed = 0
 
     def preempt(self, request: Request) -> None:
         """Sends a running request back to its place in the queue. Nothing of it is in flight."""
@@ -442,38 +498,55 @@ class Scheduler:
         if request.wants_prompt_logprobs:
             request.prompt_logprobs.clear()
         self.running.remove(request)
-        self._retire(request, request.num_computed, sealed=True)
+        self._retire(request, *self._reach_of(request, ended=False))
         request.status = Status.WAITING
         bisect.insort(self.waiting, request, key=_order)
 
+    def _reach_of(self, request: Request, ended: bool) -> tuple[int, bool]:
+        """(tokens whose KV is right and known, whether its slot can be sealed behind them) of a request that stops.
+
+        What has ended on the device does not change any more. Else each step in flight moves the state on: without
+        speculation by a token; with it, to where the step began, which is known of the first alone. Tokens that a stop
+        string has cut off may have been fed already: a state that has folded some of them is of no use.
+        """
+        settled, kept = request.num_settled, request.num_tokens
+        reach = min(settled, kept)
+        if not request.filled:
+            return settled, True
+        if not self.config.num_speculative_tokens:
+            state = settled if ended else settled + request.num_steps
+            return (state, True) if state <= kept else (reach, False)
+        if ended or not request.num_steps:
+            return reach, request.num_folded <= reach
+        return reach, request.num_steps == 1 and settled <= reach
+
     # Harvest.
 
-    def confirm(self, copy: Copy, written: bool) -> None:
-        """What came of a copy that a plan asked for: `written` if the row was not done before that step.
+    def confirm(self, mark: Mark) -> None:
+        """Takes over a checkpoint that a turn was to write, if it did.
 
-        To be called before the tokens of that step are committed: a stop string may cut what the copy holds.
+        To be called when the tokens of all steps before that turn's decode step are committed, and none of its own:
+        then the host knows how far the state could be sealed before that step.
         """
-        self._unconfirmed.discard(copy.target)
-        if written and copy.request.status is Status.RUNNING:
-            copy.request.unpublished.append((copy.position, copy.target))
-        else:
-            self.allocator.slots.give([copy.target])
+        request, checkpoint = mark.request, (mark.position, mark.slot)
+        if checkpoint in request.marks and mark.position <= request.num_settled:
+            request.marks.remove(checkpoint)
+            request.unpublished.append(checkpoint)
 
-    def commit(self, request: Request, token_ids: list[int], ended: bool) -> None:
+    def commit(self, request: Request, token_ids: list[int], ended: bool, bound: int = 0) -> None:
         """Takes what a step emitted for a request: appends its tokens, and finishes it if it has ended.
 
-        `ended` says that the device stopped it with the last of these tokens. Tokens of a request that has finished
-        meanwhile (a stop string seen late, an abort) are dropped.
+        `ended` says that the device stopped it with the last of these tokens; `bound` is the plan's for a row of a
+        decode step, 0 for one of a prefill step. Tokens of a request that has finished meanwhile (a stop string seen
+        late, an abort) are dropped.
         """
         if request.status is Status.FINISHED or not token_ids:
             return
         if request.first_token_time is None:
             request.first_token_time = time.monotonic()
         request.output_token_ids.extend(token_ids)
-        if ended:
-            # What is in flight for it changes nothing: the state stands before its last token.
-            request.num_computed = request.num_tokens - 1
-            request.num_dispatched = len(request.output_token_ids)
+        if bound:
+            self._settle(request, len(token_ids), bound)
         stopped = ended and token_ids[-1] in request.stop_token_ids
         # The text of a token that ends the output is shown only where stop strings are.
         shown = token_ids[:-1] if stopped and not request.params.include_stop_str_in_output else token_ids
@@ -483,33 +556,37 @@ class Scheduler:
         if request.detokenizer.stop_reason is not None:
             kept = request.detokenizer.num_tokens_kept
             del request.output_token_ids[kept:], request.output_logprobs[kept:]
-            self.finish(request, "stop", request.detokenizer.stop_reason, ended=True)
+            self.finish(request, "stop", request.detokenizer.stop_reason, ended=ended)
         elif stopped:
             explicit = token_ids[-1] in (request.params.stop_token_ids or ())
             self.finish(request, "stop", token_ids[-1] if explicit else None, ended=True)
         elif ended:
             self.finish(request, "length", ended=True)
         elif request.unpublished:
-            self._publish(request, request.num_tokens - 1)
+            self._publish(request, request.num_settled)
+
+    def _settle(self, request: Request, count: int, bound: int) -> None:
+        """A decode step has fed `count` tokens, of `bound` that it might have."""
+        speculates = self.config.num_speculative_tokens > 0
+        # A speculating step folds what was pending before it, and leaves its own tokens pending.
+        request.num_folded = request.num_settled if speculates else request.num_settled + count
+        request.num_settled += count
+        request.num_ahead -= bound
+        request.num_steps -= 1
 
     def finish(
         self, request: Request, reason: str, stop_reason: int | str | None = None, *, ended: bool = False
     ) -> None:
         """Ends a request, waiting or running, and frees what it holds. Does nothing to one that has finished.
 
-        `ended` says that everything dispatched for it is accounted for in `num_computed`: it has ended on the device,
-        or its last token was harvested and did not end it there. A step in flight may still write to its slot and
-        blocks; it runs before any step of their next owner.
+        `ended` says that it has ended on the device. A step in flight may still write to its slot and blocks; it runs
+        before any step of their next owner.
         """
         if request.finished:
             return
         if request.status is Status.RUNNING:
             self.running.remove(request)
-            # Between harvests a step in flight may have ended it or not, and nobody knows how long its state is.
-            known = ended or not request.filled or request.num_dispatched == len(request.output_token_ids)
-            sealed = known and request.num_computed <= request.num_tokens
-            computed = request.num_computed if sealed else min(request.num_computed, request.num_tokens - 1)
-            self._retire(request, computed, sealed)
+            self._retire(request, *self._reach_of(request, ended))
         else:
             self.waiting.remove(request)
         request.status = Status.FINISHED
@@ -521,8 +598,7 @@ class Scheduler:
         """After a failure on the device: ends every running request, and forgets everything that was computed."""
         for request in list(self.running):
             self.finish(request, "abort")
-        self.allocator.slots.give(self._unconfirmed)
-        self._unconfirmed.clear()
+        self._seals.clear()
         self.cache.reset()
 
     def check_integrity(self) -> None:
@@ -533,15 +609,21 @@ class Scheduler:
             assert request.status is Status.RUNNING
             assert request.node is not None
             assert request.node.end == request.num_shared * self.config.block_size
-            assert len(request.blocks) * self.config.block_size >= request.num_computed
+            places = request.num_computed + (self._places_behind if request.filled else 0)
+            assert len(request.blocks) * self.config.block_size >= min(places, request.max_length - 1)
+            assert request.num_folded <= request.num_settled
+            assert (
+                request.num_steps <= request.num_ahead <= request.num_steps * (1 + self.config.num_speculative_tokens)
+            )
             blocks += request.blocks[request.num_shared :]
-            slots += [request.slot, *(slot for _, slot in request.unpublished)]
+            slots += [request.slot, *(slot for _, slot in (*request.unpublished, *request.marks))]
         for request in self.waiting:
             assert request.status is Status.WAITING
             assert not request.slot
             assert not request.blocks
+            assert not request.marks
         self.allocator.blocks.check_integrity(blocks)
-        self.allocator.slots.check_integrity([*slots, *self._unconfirmed])
+        self.allocator.slots.check_integrity(slots)
         self.allocator.logit_rows.check_integrity([r.logit_row for r in self.running if r.logit_row])
         for queue in (self.waiting, self.running):
             assert [_order(r) for r in queue] == sorted(_order(r) for r in queue), "a queue is out of order"
@@ -549,6 +631,16 @@ class Scheduler:
 
 def _order(request: Request) -> tuple[int, int]:
     return request.order
+
+
+def _place_growth(decoding: list[Request]) -> dict[int, list[Growth]]:
+    """Blocks that the device has not been told of, by row."""
+    growth = {}
+    for row, request in enumerate(decoding):
+        if request.num_placed < len(request.blocks):
+            growth[row] = [Growth(i, request.blocks[i]) for i in range(request.num_placed, len(request.blocks))]
+            request.num_placed = len(request.blocks)
+    return growth
 
 
 def _may_share(request: Request, pieces: list[Piece]) -> bool:

@@ -2,18 +2,20 @@
 
 Instead of numbers the pools hold what the numbers stand for: a slot the tokens folded into its state, a place of a
 block the tokens up to its own. So every read checks that what stands there is right, and the next token is a hash of
-the tokens before it. Sequences are named by a running hash, `chain`.
+the tokens before it. Sequences are named by a running hash, `chain`. How many drafts are kept is a hash, too, and what
+the others leave behind is junk.
 """
 
 import collections
 import dataclasses
+import functools
 import itertools
 
 from gdnjax.config import EngineConfig
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.detokenizer import Detokenizer
-from gdnjax.serving.plan import Plan, max_chunks
+from gdnjax.serving.plan import Plan, Seal, max_chunks, max_growth
 from gdnjax.serving.prefix_cache import Node
 from gdnjax.serving.request import Request, Status
 from gdnjax.serving.scheduler import Scheduler
@@ -23,6 +25,9 @@ MAX_MODEL_LEN = 400
 EOS = 9
 START = 1
 """The chain of no tokens."""
+
+JUNK = -1
+"""The chain of nothing: no hash is that."""
 
 
 class Letters:
@@ -73,8 +78,19 @@ def chains(tokens) -> list[int]:
     return list(itertools.accumulate(tokens, lambda chain, token: hash((chain, token)), initial=START))
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def key_chains(chain: int, key: tuple[int, ...]) -> list[int]:
+    """The chains after each token of a block behind `chain`."""
+    return list(itertools.accumulate(key, lambda chain, token: hash((chain, token)), initial=chain))[1:]
+
+
 def next_token(chain: int) -> int:
     return chain // 7 % (EOS + 1)
+
+
+def num_kept(chain: int, drafts: int) -> int:
+    """How many of so many drafts are kept behind a chain: each with 3 of 4 chances, if those before it are."""
+    return next((count for count in range(drafts) if hash((chain, count)) // 7 % 4 == 0), drafts)
 
 
 def solo_run(request: Request) -> list[int]:
@@ -92,6 +108,23 @@ def solo_run(request: Request) -> list[int]:
     return tokens
 
 
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A slot's recurrent state: `length` tokens folded, their chain, and the chains of the tokens pending behind."""
+
+    length: int
+    chain: int
+    pending: tuple[int, ...] = ()
+
+    @property
+    def num_fed(self) -> int:
+        return self.length + len(self.pending)
+
+    def folded(self, count: int) -> "State":
+        """With its first `count` pending tokens folded, and the others gone."""
+        return State(self.length + count, self.pending[count - 1] if count else self.chain)
+
+
 @dataclasses.dataclass
 class Row:
     """What the device knows of a slot's request."""
@@ -105,25 +138,40 @@ class Row:
 
 
 class Paper:
-    """Executes plans at once, in the order of the steps, and checks everything that a step reads."""
+    """Executes plans at once, in the order of the steps, and checks everything that a step reads.
 
-    def __init__(self, block_size: int, prefill_rows: int, max_tokens: int):
-        self.block_size, self.prefill_rows, self.max_tokens = block_size, prefill_rows, max_tokens
-        self.states: dict[int, tuple[int, int]] = {}  # slot: (tokens folded, their chain)
-        self.keys: dict[int, dict[int, int]] = collections.defaultdict(dict)  # block: offset: chain up to there
+    `keys` are of the target's layers, `head_keys` of the head that drafts: for each block the chains up to its places.
+    The head makes a token's key when the token is drawn, the target when it is fed.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self.config, self.block_size = config, config.block_size
+        self.num_drafts = config.num_speculative_tokens
+        self.states: dict[int, State] = {}
+        self.keys: dict[int, list[int]] = collections.defaultdict(lambda: [JUNK] * self.block_size)
+        self.head_keys: dict[int, list[int]] = collections.defaultdict(lambda: [JUNK] * self.block_size)
         self.rows: dict[int, Row] = {}
+        self.seen: collections.Counter[str] = collections.Counter()
 
     def execute(self, plan: Plan) -> tuple[list, list]:
         """(tokens, done) of every piece and of every decoding row."""
+        for seal in plan.seals:
+            state, in_place = self.states[seal.read_slot], seal.read_slot == seal.write_slot
+            written = seal_state(self.states, seal)
+            assert written or not in_place, "no request ends with a state that cannot be sealed"
+            self.seen["sealed at the end"] += in_place and bool(state.pending)
+            self.seen["cut by a seal"] += in_place and seal.position < state.num_fed
+            self.seen["marked within a run"] += not in_place and state.length < seal.position < state.num_fed
         self._admit(plan)
         prefill = self._prefill(plan) if plan.pieces else []
+        assert len(plan.bounds) == len(plan.decoding)
         decode = [self._decode(row, request, plan) for row, request in enumerate(plan.decoding)]
-        for copy in plan.copies:
-            self.states[copy.target] = self.states[copy.source]
         return prefill, decode
 
     def _admit(self, plan: Plan) -> None:
-        copied = {admission.copy_to: dict(self.keys[admission.copy_from]) for admission in plan.admitted}
+        for pool in (self.keys, self.head_keys):
+            copied = {admission.copy_to: list(pool[admission.copy_from]) for admission in plan.admitted}
+            pool |= {block: keys for block, keys in copied.items() if block}
         for admission in plan.admitted:
             request = admission.request
             self.rows[request.slot] = Row(
@@ -131,12 +179,12 @@ class Paper:
             )
             # Its layout bit is reset, so nobody can read any more what stood there.
             self.states.pop(request.slot, None)
-        self.keys |= {block: keys for block, keys in copied.items() if block}
 
     def _prefill(self, plan: Plan) -> list:
-        assert len(plan.pieces) <= self.prefill_rows
-        assert sum(piece.length for piece in plan.pieces) <= self.max_tokens
-        assert sum(len(piece.chunks()) for piece in plan.pieces) <= max_chunks(self.max_tokens, self.prefill_rows)
+        max_tokens, max_rows = self.config.max_num_batched_tokens, self.config.prefill_rows
+        assert len(plan.pieces) <= max_rows
+        assert sum(piece.length for piece in plan.pieces) <= max_tokens
+        assert sum(len(piece.chunks()) for piece in plan.pieces) <= max_chunks(max_tokens, max_rows)
         slots = [slot for piece in plan.pieces for slot in (piece.request.slot, *dict(piece.checkpoints).values())]
         assert len(set(slots)) == len(slots), "two writers of a slot in one step"
         known, emitted = [], []
@@ -144,77 +192,128 @@ class Paper:
             request, row = piece.request, self.rows[piece.request.slot]
             chain = chains(request.tokens(0, piece.end))
             assert row.length == piece.start, "pieces tile what is to be prefilled"
-            assert not row.length or self.states[piece.read_slot] == (row.length, chain[row.length])
+            assert not row.length or self.states[piece.read_slot] == State(row.length, chain[row.length])
             row.table = list(request.blocks)
             for position in range(max(piece.start, request.num_cached), piece.end):
-                self._store(row, position, chain[position + 1])
+                self._store(self.keys, row, position, chain[position + 1])
+                self._store(self.head_keys, row, position, chain[position + 1])
             known.append(chain)
         for piece, chain in zip(plan.pieces, known, strict=True):
             row = self.rows[piece.request.slot]
             self._check_keys(row, chain)
-            self.states[piece.request.slot] = (piece.end, chain[-1])
+            self.states[piece.request.slot] = State(piece.end, chain[-1])
             for position, slot in piece.checkpoints:
-                self.states[slot] = (position, chain[position])
+                self.states[slot] = State(position, chain[position])
             row.length = piece.end
-            emitted.append(self._draw(row, chain[-1]) if piece.is_last else ([], False))
+            emitted.append(self._emit(row, chain[-1:], self.num_drafts) if piece.is_last else ([], False))
         return emitted
 
     def _decode(self, index: int, request: Request, plan: Plan) -> tuple[list[int], bool]:
-        row = self.rows[request.slot]
-        if index in plan.growth:
-            growth = plan.growth[index]
+        row, bound = self.rows[request.slot], plan.bounds[index]
+        for growth in plan.growth.get(index, []):
             assert len(row.table) == growth.index
             row.table.append(growth.block)
+        assert len(plan.growth.get(index, [])) <= max_growth(self.num_drafts, self.block_size)
+        assert 1 <= bound <= 1 + (plan.num_drafts if request.params.speculate else 0)
         if row.done:
             return [], False
-        length, chain = self.states[request.slot]
-        assert length == row.length
-        chain = hash((chain, row.last_token))
-        self._store(row, length, chain)
-        self.states[request.slot] = (length + 1, chain)
-        row.length += 1
-        return self._draw(row, chain)
+        state, first = self.states[request.slot], row.length
+        assert state.num_fed == first
+        state = state.folded(len(state.pending))
+        drafts = max(0, min(bound - 1, row.max_length - 2 - first))
+        fed = self._verify(row, hash((state.chain, row.last_token)), drafts)
+        for j in range(1 + drafts):
+            self._store(self.keys, row, first + j, fed[j] if j < len(fed) else JUNK)
+        row.length += len(fed)
+        self.states[request.slot] = dataclasses.replace(state, pending=tuple(fed))
+        if not self.num_drafts:
+            self.states[request.slot] = self.states[request.slot].folded(1)
+        self.seen["kept"] += len(fed) - 1
+        self.seen["refused"] += 1 + drafts - len(fed)
+        self.seen["grown by several"] += len(plan.growth.get(index, [])) > 1
+        self.seen["short of blocks"] += bool(plan.num_drafts and request.params.speculate and bound <= plan.num_drafts)
+        return self._emit(row, fed, plan.num_drafts)
 
-    def _draw(self, row: Row, chain: int) -> tuple[list[int], bool]:
-        row.last_token = next_token(chain)
+    def _verify(self, row: Row, chain: int, drafts: int) -> list[int]:
+        """The chains of the tokens that a decode step has fed for good, `chain` the first of them."""
+        fed = [chain]
+        for _ in range(num_kept(chain, drafts)):
+            if next_token(fed[-1]) in row.stops:
+                break
+            fed.append(hash((fed[-1], next_token(fed[-1]))))
+        return fed
+
+    def _emit(self, row: Row, fed: list[int], num_drafts: int) -> tuple[list[int], bool]:
+        """(tokens, done) of a row: a token behind each chain, the last of them that of everything fed. The head makes
+        their keys, and then those of drafts for the next step.
+        """
+        tokens = [next_token(chain) for chain in fed]
+        row.last_token = tokens[-1]
         row.done = row.last_token in row.stops or row.length + 1 >= row.max_length
-        return [row.last_token], row.done
+        if self.num_drafts:
+            places = len(row.table) * self.block_size
+            assert row.done or row.length < places, "the key of the token that is fed next has a place"
+            made = [hash(pair) for pair in zip(fed, tokens, strict=True)] + [JUNK] * max(0, num_drafts - 1)
+            # What is past the table goes nowhere.
+            for position, chain in zip(range(row.length - len(fed) + 1, places), made, strict=False):
+                self._store(self.head_keys, row, position, chain)
+        return tokens, row.done
 
-    def _store(self, row: Row, position: int, chain: int) -> None:
-        self.keys[row.table[position // self.block_size]][position % self.block_size] = chain
+    def _store(self, pool: dict[int, list[int]], row: Row, position: int, chain: int) -> None:
+        pool[row.table[position // self.block_size]][position % self.block_size] = chain
 
-    def _check_keys(self, row: Row, chain: list[int]) -> None:
-        """Keys and values up to a chain's end are those of its tokens."""
+    def _check_keys(self, row: Row, chain: list[int], num_drawn: int = 0) -> None:
+        """Keys and values up to a chain's end are those of its tokens; of the last `num_drawn` the head's alone."""
         size = self.block_size
-        for position in range(len(chain) - 1):
-            found = self.keys[row.table[position // size]].get(position % size)
-            assert found == chain[position + 1], f"position {position} is not its own"
+        for index in range(-(-(len(chain) - 1) // size)):
+            expected = chain[1 + index * size : 1 + (index + 1) * size]
+            fed = expected[: len(chain) - 1 - num_drawn - index * size]
+            assert self.keys[row.table[index]][: len(fed)] == fed, f"block {index} is not its own"
+            if self.num_drafts:
+                found = self.head_keys[row.table[index]][: len(expected)]
+                assert found == expected, f"block {index} of the head is not its own"
 
     def check_request(self, request: Request) -> None:
         """What a running request has computed stands in its slot and blocks."""
         row = self.rows[request.slot]
-        length, chain = self.states[request.slot]
-        if row.length:
-            assert row.length == length
-            known = chains([*request.tokens(0, request.num_tokens)])
-            if length < len(known):
-                assert chain == known[length]
-            self._check_keys(row, known[: length + 1])
+        if not row.length:
+            return
+        state, known = self.states[request.slot], chains(request.tokens(0, request.num_tokens))
+        assert row.length == state.num_fed
+        for length, chain in enumerate((state.chain, *state.pending), start=state.length):
+            assert length >= len(known) or chain == known[length]
+        drawn = self.num_drafts > 0 and request.filled and not row.done and row.length + 1 < len(known)
+        self._check_keys(row, known[: row.length + 1 + drawn], drawn)
 
-    def check_cache(self, root: Node) -> None:
-        """The cache holds nothing but the truth: every block and every state is that of the tokens before it."""
+    def check_cache(self, root: Node, queued: list[Seal]) -> None:
+        """The cache holds nothing but the truth: every block and every state is that of the tokens before it, once the
+        `queued` seals are executed, which comes before anything can read them.
+        """
+        states = dict(self.states)
+        for seal in queued:
+            assert seal_state(states, seal)
 
         def visit(node: Node, chain: int) -> None:
             for key, block in zip(node.keys, node.blocks, strict=True):
-                for offset, token in enumerate(key):
-                    chain = hash((chain, token))
-                    assert self.keys[block].get(offset) == chain
+                expected = key_chains(chain, key)
+                assert self.keys[block][: len(key)] == expected
+                assert not self.num_drafts or self.head_keys[block][: len(key)] == expected
+                chain = expected[-1]
             if node.slot:
-                assert self.states[node.slot] == (node.end, chain)
+                assert states[node.slot] == State(node.end, chain)
             for child in [*node.children.values(), *node.tails.values()]:
                 visit(child, chain)
 
         visit(root, START)
+
+
+def seal_state(states: dict[int, State], seal: Seal) -> bool:
+    """Seals one state. False, and nothing done, where the slot has none of that length."""
+    state = states[seal.read_slot]
+    if not state.length <= seal.position <= state.num_fed:
+        return False
+    states[seal.write_slot] = state.folded(seal.position - state.length)
+    return True
 
 
 class Loop:
@@ -223,13 +322,13 @@ class Loop:
     def __init__(self, scheduler: Scheduler):
         config = scheduler.config
         self.scheduler = scheduler
-        self.device = Paper(config.block_size, config.prefill_rows, config.max_num_batched_tokens)
+        self.device = Paper(config)
         self.in_flight: collections.deque = collections.deque()
         self.now = 0.0
 
-    def dispatch(self) -> Plan | None:
+    def dispatch(self, num_drafts: int | None = None) -> Plan | None:
         self.now += 1
-        plan = self.scheduler.plan(in_flight=bool(self.in_flight), now=self.now)
+        plan = self.scheduler.plan(in_flight=bool(self.in_flight), now=self.now, num_drafts=num_drafts)
         if plan is not None:
             self.in_flight.append((plan, *self.device.execute(plan)))
         return plan
@@ -245,11 +344,10 @@ class Loop:
         plan, prefill, decode = self.in_flight.popleft()
         for piece, (tokens, done) in zip(plan.pieces, prefill, strict=True):
             self.scheduler.commit(piece.request, tokens, done)
-        count = {request: len(tokens) for request, (tokens, _) in zip(plan.decoding, decode, strict=True)}
-        for copy in plan.copies:
-            self.scheduler.confirm(copy, bool(count[copy.request]))
-        for request, (tokens, done) in zip(plan.decoding, decode, strict=True):
-            self.scheduler.commit(request, tokens, done)
+        for mark in plan.marks:
+            self.scheduler.confirm(mark)
+        for request, bound, (tokens, done) in zip(plan.decoding, plan.bounds, decode, strict=True):
+            self.scheduler.commit(request, tokens, done, bound)
 
     def harvest_all(self) -> None:
         while self.in_flight:
@@ -281,7 +379,7 @@ class Loop:
         self.scheduler.check_integrity()
         for request in self.scheduler.running:
             self.device.check_request(request)
-        self.device.check_cache(self.scheduler.cache.root)
+        self.device.check_cache(self.scheduler.cache.root, self.scheduler._seals)
 
 
 def check_output(request: Request) -> None:

@@ -9,7 +9,7 @@ from gdnjax.config import CHUNK
 from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
 from gdnjax.serving import packing
 from gdnjax.serving.detokenizer import Detokenizer
-from gdnjax.serving.plan import Admission, Copy, Growth, Piece, max_chunks
+from gdnjax.serving.plan import Admission, Growth, Piece, Seal, max_chunks, max_growth
 from gdnjax.serving.request import Request
 from gdnjax.state import NO_TOKEN
 
@@ -204,17 +204,39 @@ def test_logit_row_of_nobody_is_neutral():
     assert (batch.repetition, batch.frequency, batch.presence) == (1, 0, 0)
 
 
-def test_decode_batch_lists_slots_and_pads_with_null():
+@pytest.mark.parametrize("drafts", [False, True])
+def test_decode_batch_lists_slots_and_pads_with_null(drafts):
     requests = [make_request(slot=4), make_request(slot=2)]
-    batch = packing.pack_decode(requests, {1: Growth(3, 17)}, rows=5, table_width=6)
+    growth = {1: [Growth(3, 17), Growth(4, 9)]}
+    batch = packing.pack_decode(requests, growth, [1, 4], rows=5, table_width=6, grown_width=3, drafts=drafts)
     np.testing.assert_array_equal(batch.slot, [4, 2, 0, 0, 0])
     # An index past the table changes nothing.
-    np.testing.assert_array_equal(batch.grown_index, [6, 3, 6, 6, 6])
-    np.testing.assert_array_equal(batch.grown_block, [0, 17, 0, 0, 0])
+    np.testing.assert_array_equal(batch.grown_index, [[6, 6, 6], [3, 4, 6], *[[6, 6, 6]] * 3])
+    np.testing.assert_array_equal(batch.grown_block, [[0, 0, 0], [17, 9, 0], *[[0, 0, 0]] * 3])
+    if drafts:
+        np.testing.assert_array_equal(batch.max_drafts, [0, 3, 0, 0, 0])
+    else:
+        assert batch.max_drafts is None
 
 
-def test_copies_are_listed_and_counted():
-    batch = packing.pack_copies([Copy(make_request(), 8, 3, 5), Copy(make_request(), 8, 1, 6)], rows=4)
-    np.testing.assert_array_equal(batch.source, [3, 1, 0, 0])
-    np.testing.assert_array_equal(batch.target, [5, 6, 0, 0])
+def test_decode_batch_of_nobody_is_padding():
+    batch = packing.pack_decode([], {}, [], rows=2, table_width=6, grown_width=1, drafts=True)
+    assert not batch.slot.any()
+    assert not batch.max_drafts.any()
+    assert (batch.grown_index == 6).all()
+
+
+@pytest.mark.parametrize(
+    ("drafts", "size", "blocks"), [(0, 1, 1), (0, 16, 1), (3, 1, 4), (3, 4, 1), (4, 4, 2), (7, 2, 4)]
+)
+def test_row_gets_at_most_the_blocks_of_what_it_may_emit(drafts, size, blocks):
+    assert max_growth(drafts, size) == blocks
+
+
+def test_seals_are_listed_in_order_and_counted():
+    batch = packing.pack_seals([Seal(3, 3, 17), Seal(1, 6, 1 << 20)], rows=4)
+    np.testing.assert_array_equal(batch.read_slot, [3, 1, 0, 0])
+    np.testing.assert_array_equal(batch.write_slot, [3, 6, 0, 0])
+    np.testing.assert_array_equal(batch.position, [17, 1 << 20, 0, 0])
     assert batch.count == 2
+    assert all(values.dtype == np.int32 for values in (batch.read_slot, batch.write_slot, batch.position, batch.count))

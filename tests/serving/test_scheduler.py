@@ -1,6 +1,7 @@
 """The scheduler over a device of plain Python: nobody overtaken without bound, nothing lost, every token right."""
 
 import collections
+import itertools
 
 import hypothesis
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from gdnjax.config import CHUNK
 from gdnjax.serving import scheduler as scheduler_module
+from gdnjax.serving.plan import Seal, max_growth
 from gdnjax.serving.request import Status
 from tests.serving.paper import (
     EOS,
@@ -32,21 +34,23 @@ SEEN = collections.Counter()
 """What happened over all runs of the machine: it would show nothing if nothing happened."""
 
 
-@hypothesis.settings(derandomize=True, deadline=None, database=None, max_examples=500, stateful_step_count=40)
+@hypothesis.settings(derandomize=True, deadline=None, database=None, max_examples=370, stateful_step_count=40)
 class SchedulerMachine(stateful.RuleBasedStateMachine):
     """Drives a scheduler as the engine does, with up to two turns in flight, over pools of every scarcity."""
 
     @stateful.initialize(
         seqs=st.integers(1, 4),
         chunks=st.integers(1, 3),
-        block_size=st.sampled_from((4, 16, 64, 128)),
+        block_size=st.sampled_from((1, 4, 16, 64, 128)),
         spare_blocks=st.sampled_from((0, 1, 3, 8, 20)),
         rows=st.integers(1, 2),
         checkpoints=st.sampled_from((0, 1, 2, 5, 9)),
         interval=st.integers(1, 4),
         mode=st.sampled_from(("cache", "cache", "cache", "no cache", "invariant")),
+        drafts=st.sampled_from((0, 1, 3)),
+        adaptive=st.booleans(),
     )
-    def build(self, seqs, chunks, block_size, spare_blocks, rows, checkpoints, interval, mode):
+    def build(self, seqs, chunks, block_size, spare_blocks, rows, checkpoints, interval, mode, drafts, adaptive):
         cached = mode != "no cache"
         self.scheduler = make_scheduler(
             seqs=seqs,
@@ -55,10 +59,12 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
             blocks=-(-(MAX_MODEL_LEN - 1) // block_size) + spare_blocks,
             rows=rows,
             checkpoints=checkpoints if cached else 0,
-            state_checkpoint_interval=interval * block_size,
+            state_checkpoint_interval=max(interval, max_growth(drafts, block_size)) * block_size,
             enable_prefix_caching=cached,
             batch_invariant=mode == "invariant",
+            num_speculative_tokens=drafts,
         )
+        self.adaptive = adaptive and mode != "invariant"
         self.loop = Loop(self.scheduler)
         self.requests, self.admitted = [], []
         self.stood = 0
@@ -72,11 +78,12 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         patience=st.sampled_from((None, None, None, None, 1, 12)),
         row=st.sampled_from((False, False, True)),
         ends=st.sampled_from(("eos", "length", "length", "stop string", "prompt_logprobs")),
+        speculate=st.sampled_from((True, True, False)),
     )
-    def add(self, family, shared, own, max_tokens, priority, patience, row, ends):
+    def add(self, family, shared, own, max_tokens, priority, patience, row, ends, speculate):
         number = len(self.requests)
         prompt = FAMILIES[family][:shared] + [next_token(hash((number, i))) for i in range(max(own, shared == 0))]
-        self.queue(prompt, max_tokens, priority, patience, row, ends)
+        self.queue(prompt, max_tokens, priority, patience, row, ends, speculate)
 
     @stateful.precondition(lambda self: any(request.finished for request in self.requests))
     @stateful.rule(which=st.integers(0, 99), more=st.sampled_from((0, 1, 3, 20)), max_tokens=st.sampled_from((5, 40)))
@@ -89,12 +96,12 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         if 0 < len(prompt) < MAX_MODEL_LEN:
             self.queue(prompt, max_tokens, 0, None, False, "length")
 
-    def queue(self, prompt, max_tokens, priority, patience, row, ends):
+    def queue(self, prompt, max_tokens, priority, patience, row, ends, speculate=True):
         number = len(self.requests)
         how = {
             "eos": {},
             "length": {"ignore_eos": True},
-            "stop string": {"ignore_eos": True, "stop": "bc"},
+            "stop string": {"ignore_eos": True, "stop": ["bc", "da", "gf", "hhi"]},
             "prompt_logprobs": {"prompt_logprobs": 0},
         }
         request = make_request(
@@ -104,6 +111,7 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
             priority=priority,
             deadline=None if patience is None else self.loop.now + patience,
             turn_start=max(0, len(prompt) - 5),
+            speculate=speculate,
             **how[ends],
             **({"logit_bias": {0: 1.0}} if row else {}),
         )
@@ -130,7 +138,7 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         was_running = [request for request in scheduler.running if request not in overdue]
         ready = [request for request in was_running if request.may_decode]
         before = scheduler.num_preemptions
-        plan = self.loop.dispatch()
+        plan = self.loop.dispatch(0 if self.adaptive and self.loop.now % 3 == 0 else None)
         assert all(request.finish_reason == "abort" for request in overdue if request.stop_reason == "timeout")
         assert not [request for request in overdue if request.status is not Status.FINISHED]
         preempted = scheduler.num_preemptions - before
@@ -153,7 +161,7 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
             SEEN["tail"] += bool(admission.copy_from)
             SEEN["resumed"] += bool(admission.position and admission.request.num_preemptions)
         SEEN["grown"] += len(plan.growth)
-        SEEN["copied"] += len(plan.copies)
+        SEEN["marked"] += len(plan.marks)
         return True
 
     def check_first(self, first, was_running, plan, preempted):
@@ -171,9 +179,10 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
     @stateful.precondition(lambda self: self.requests)
     @stateful.rule(which=st.integers(0, 20))
     def abort(self, which):
-        if which >= len(self.requests):
+        # Now and then; and rather one of the last, which may still run.
+        if which >= 2 * len(self.requests):
             return
-        request = self.requests[which]
+        request = self.requests[-1 - which // 2]
         reason = request.finish_reason
         self.scheduler.finish(request, "abort")
         assert request.finish_reason == (reason or "abort")
@@ -204,7 +213,8 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         assert len(self.scheduler.running) <= self.scheduler.config.max_num_seqs
         for request in self.requests:
             if request.status is not Status.RUNNING:
-                assert (request.slot, request.blocks, request.logit_row, request.unpublished) == (0, [], 0, [])
+                assert (request.slot, request.blocks, request.logit_row) == (0, [], 0)
+                assert (request.unpublished, request.marks, request.num_steps, request.num_ahead) == ([], [], 0, 0)
 
     def teardown(self):
         """Everything ends by itself, in a bounded number of turns."""
@@ -225,6 +235,7 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         SEEN["evicted blocks"] += self.scheduler.cache.counters.evicted_blocks
         SEEN["orphaned states"] += self.scheduler.cache.counters.orphaned_states
         SEEN["lost tokens"] += self.scheduler.cache.counters.lost_tokens
+        SEEN.update(self.loop.device.seen)
         check_nothing_is_held(self.scheduler)
 
     def check_order(self):
@@ -249,8 +260,9 @@ def test_scheduler_serves_everyone_and_loses_nothing():
     stateful.run_state_machine_as_test(SchedulerMachine)
     print(dict(SEEN))
     for name in (
-        "preempted", "hit", "tail", "resumed", "grown", "copied", "overtaken", "harvest first",
-        "evicted states", "evicted blocks", "orphaned states", "lost tokens",
+        "preempted", "hit", "tail", "resumed", "grown", "marked", "overtaken", "harvest first",
+        "evicted states", "evicted blocks", "orphaned states", "lost tokens", "kept", "refused", "grown by several",
+        "short of blocks", "sealed at the end", "cut by a seal", "marked within a run",
     ):  # fmt: skip
         assert SEEN[name] >= 5, name
 
@@ -368,18 +380,22 @@ def test_last_come_is_preempted_when_no_block_is_left():
         check_output(request)
 
 
-def test_preempted_request_resumes_from_its_deepest_checkpoint():
-    loop = Loop(make_scheduler(seqs=2))
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_preempted_request_resumes_from_its_deepest_checkpoint(drafts):
+    """What was pending when it was preempted is folded, so nothing but its last token is computed twice."""
+    loop = Loop(make_scheduler(seqs=2, num_speculative_tokens=drafts))
     request = make_request(100, max_tokens=40, ignore_eos=True)
     fill(loop, request)
     for _ in range(10):
         loop.turn()
     loop.harvest_all()
-    computed = request.num_computed
+    computed, slot = request.num_computed, request.slot
+    assert (request.num_folded < computed) == (drafts > 0)
     loop.scheduler.preempt(request)
     loop.check()
-    (admission,) = loop.turn().admitted
-    assert admission.position == computed == request.num_tokens - 1
+    plan = loop.turn()
+    assert plan.admitted[0].position == computed == request.num_tokens - 1
+    assert plan.seals == ([Seal(slot, slot, computed)] if drafts else [])
     assert request.num_cached_tokens == 0, "what its first admission found"
     loop.drain()
     check_output(request)
@@ -450,21 +466,30 @@ def test_blocks_cover_all_tokens_but_the_last():
     assert [scheduler.num_blocks_for(n) for n in (2, 17, 18, 33, 34)] == [1, 1, 2, 2, 3]
 
 
-def test_blocks_come_as_a_request_grows():
-    """It begins with room for its prompt and a token, and gets the next block with the step that writes into it."""
-    loop = Loop(make_scheduler(block_size=4, blocks=20))
-    request = make_request(7, max_tokens=20, ignore_eos=True)
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("drafts", [0, 1, 3, 7])
+def test_blocks_come_as_a_request_grows(drafts, size):
+    """It begins with room for its prompt and the drafts behind it, and gets the next blocks with the step that writes
+    into them: for all drafts that the step verifies, and all that it makes.
+    """
+    loop = Loop(make_scheduler(block_size=size, blocks=80, num_speculative_tokens=drafts))
+    request = make_request(7, max_tokens=40, ignore_eos=True)
     loop.scheduler.add(request)
-    loop.turn()
-    held = [len(request.blocks)]
+    held = 0
     while not request.finished:
-        plan = loop.turn()
-        if request.status is Status.RUNNING:
-            held.append(len(request.blocks))
-            assert len(request.blocks) == -(-request.num_computed // 4)
-            assert not plan or not plan.growth or plan.growth[0].index == len(request.blocks) - 1
-    assert held[0] == 2
-    assert max(held) == 7
+        plan = loop.dispatch()
+        if plan is not None:
+            assert plan.bounds == [1 + drafts] * len(plan.decoding)
+            told = [growth.index for growth in plan.growth.get(0, [])]
+            assert told == (list(range(held, len(request.blocks))) if plan.decoding else [])
+            assert len(told) <= max_growth(drafts, size)
+            held = max(held, -(-min(request.num_computed + drafts, 46) // size))
+            assert len(request.blocks) == held
+        if plan is None or len(loop.in_flight) > 1:
+            loop.harvest()
+            loop.check()
+    assert request.prompt_length + len(request.output_token_ids) == 47
+    check_output(request)
 
 
 def test_request_that_can_never_fit_is_refused_by_its_numbers():
@@ -480,11 +505,104 @@ def test_no_plan_without_work():
     assert make_scheduler().plan() is None
 
 
+# Drafts.
+
+
+def test_drafts_take_no_block_that_another_needs():
+    """Of two free blocks one stays for the second request, which may fill its last one at any time."""
+    loop = Loop(make_scheduler(seqs=2, blocks=6, block_size=4, checkpoints=0, num_speculative_tokens=3))
+    requests = [make_request([i] * 5, max_tokens=20, ignore_eos=True) for i in range(2)]
+    fill(loop, *requests)
+    loop.harvest_all()
+    assert [len(request.blocks) for request in requests] == [2, 2]
+    plan = loop.dispatch()
+    assert plan.bounds == [4, 2]
+    assert {row: len(grown) for row, grown in plan.growth.items()} == {0: 1}
+    assert loop.scheduler.allocator.blocks.num_free == 1
+    loop.drain()
+    for request in requests:
+        check_output(request)
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_pool_that_holds_everyone_holds_all_drafts(size):
+    loop = Loop(make_scheduler(blocks=3 * -(-59 // size), block_size=size, checkpoints=0, num_speculative_tokens=3))
+    requests = [make_request([i] * 20, max_tokens=40, ignore_eos=True) for i in range(3)]
+    loop.run(*requests)
+    assert loop.device.seen["kept"] > 30
+    assert loop.device.seen["short of blocks"] == loop.scheduler.num_preemptions == 0
+    for request in requests:
+        check_output(request)
+
+
+def test_invariant_mode_verifies_all_drafts_whatever_is_in_flight():
+    """All blocks are there from the beginning, so that upper bounds of lengths cut nothing."""
+    loop = Loop(make_scheduler(blocks=8, seqs=2, checkpoints=2, batch_invariant=True, num_speculative_tokens=3))
+    requests = [make_request([i] * 8, max_tokens=50, ignore_eos=True) for i in range(2)]
+    for request in requests:
+        loop.scheduler.add(request)
+    for _ in range(18):
+        loop.dispatch()
+    plans = [plan for plan, *_ in loop.in_flight]
+    assert {bound for plan in plans for bound in plan.bounds} == {4}
+    assert not any(plan.seals or plan.growth for plan in plans)
+    loop.harvest_all()
+    loop.drain()
+    for request in requests:
+        check_output(request)
+
+
+def test_request_may_opt_out_of_drafts():
+    loop = Loop(make_scheduler(num_speculative_tokens=3))
+    requests = [make_request(20 + i, max_tokens=30, ignore_eos=True, speculate=i != 1) for i in range(3)]
+    fill(loop, *requests)
+    plan = loop.dispatch()
+    assert (plan.num_drafts, plan.bounds) == (3, [4, 1, 4])
+    loop.drain()
+    for request in requests:
+        check_output(request)
+
+
+def test_step_may_verify_fewer_drafts_than_the_engine_could():
+    loop = Loop(make_scheduler(num_speculative_tokens=3))
+    request = make_request(20, max_tokens=30, ignore_eos=True)
+    fill(loop, request)
+    for drafts in (0, 0, 2, 3, 0, 1):
+        plan = loop.dispatch(drafts)
+        assert (plan.num_drafts, plan.bounds) == (drafts, [1 + drafts])
+    loop.drain()
+    check_output(request)
+
+
+def test_what_is_in_flight_settles_as_it_is_harvested():
+    scheduler = make_scheduler(num_speculative_tokens=3)
+    request = make_request(5, max_tokens=20, ignore_eos=True)
+    scheduler.add(request)
+
+    def progress():
+        scheduler.check_integrity()
+        return request.num_folded, request.num_settled, request.num_computed, request.num_steps
+
+    scheduler.plan()
+    assert progress() == (5, 5, 5, 0)
+    for steps in (1, 2):
+        assert scheduler.plan(in_flight=True).bounds == [4]
+        assert progress() == (5, 5, 5 + 4 * steps, steps)
+    scheduler.commit(request, [0], False)
+    assert progress() == (5, 5, 13, 2)
+    scheduler.commit(request, [1, 2], False, 4)
+    assert progress() == (5, 7, 11, 1)
+    scheduler.commit(request, [3, 4, 5, 6], False, 4)
+    assert progress() == (7, 11, 11, 0)
+
+
 # Late harvest: what is in flight is an upper bound.
 
 
-def test_request_is_never_dispatched_past_its_length():
-    scheduler = make_scheduler()
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_request_is_never_dispatched_past_its_length(drafts):
+    """Each step in flight may feed no more than one token."""
+    scheduler = make_scheduler(num_speculative_tokens=drafts)
     request = make_request(10, max_tokens=3)
     scheduler.add(request)
     scheduler.plan()
@@ -493,8 +611,9 @@ def test_request_is_never_dispatched_past_its_length():
     assert scheduler.plan(in_flight=True) is None, "three tokens are in flight"
     scheduler.commit(request, [0], False)
     assert scheduler.plan(in_flight=True) is None
-    scheduler.commit(request, [1], False)
-    scheduler.commit(request, [2], True)
+    scheduler.commit(request, [1], False, 1 + drafts)
+    assert scheduler.plan(in_flight=True) is None
+    scheduler.commit(request, [2], True, 1 + drafts)
     assert (request.finish_reason, request.output_token_ids) == ("length", [0, 1, 2])
 
 
@@ -545,65 +664,232 @@ def test_step_belongs_to_the_requests_of_its_plan():
 
 
 def stopping_late():
-    """A request whose stop string ends at a token that two others follow in flight, and the tokens kept."""
+    """Requests whose stop string ends at a token that others follow, and the tokens kept."""
     for length in range(20, 200):
         request = make_request(length, max_tokens=60, ignore_eos=True, stop="bc")
         if 20 < len(solo_run(request)) < 50:
-            return request, solo_run(request)
-    raise AssertionError("no prompt leads to the stop string")
+            yield request, solo_run(request)
 
 
+@pytest.mark.parametrize("drafts", [0, 1, 3])
 @pytest.mark.parametrize("late", [0, 1, 2])
-def test_nothing_past_a_late_found_stop_string_is_published(late):
-    """The deepest earlier checkpoint stands, and a follow-up goes on from it; after one step, the state itself does."""
-    loop = Loop(make_scheduler(seqs=2, block_size=4, blocks=100, checkpoints=8, state_checkpoint_interval=4))
-    request, kept = stopping_late()
+def test_nothing_past_a_late_found_stop_string_is_published(late, drafts):
+    """Where the state can be sealed behind what is kept, a follow-up goes on from there; else from an earlier
+    checkpoint.
+    """
+    cut_within_a_run = 0
+    for request, kept in itertools.islice(stopping_late(), 5):
+        options = {"checkpoints": 8, "state_checkpoint_interval": 4, "num_speculative_tokens": drafts}
+        loop = Loop(make_scheduler(seqs=2, block_size=4, blocks=100, **options))
+        loop.scheduler.add(request)
+        while not request.finished:
+            if len(loop.in_flight) <= late and loop.dispatch() is not None:
+                continue
+            before = request.num_settled
+            settled = before + sum(len(tokens) for tokens, _ in loop.in_flight[0][2])
+            loop.harvest()
+            loop.check()
+        assert (request.output_token_ids, request.stop_reason) == (kept, "bc")
+        known = request.prompt_length + len(kept)
+        assert max(node.end for node in loop.scheduler.cache._nodes) <= known
+        follow_up = make_request([*request.tokens(0, known), 3, 4, 5])
+        loop.scheduler.add(follow_up)
+        plan = loop.dispatch()
+        loop.check()
+        # Without drafts a step in flight folds the last token itself; with them it folds what was pending before it.
+        reached = min(settled, known) if late == 0 else (settled if drafts else known)
+        position = reached if late < 2 and reached <= known else before // 4 * 4
+        assert plan.admitted[0].position == position
+        loop.drain()
+        check_output(follow_up)
+        cut_within_a_run += settled > known
+    # The last token of a run is not fed yet.
+    assert (cut_within_a_run > 0) == (drafts > 1)
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+@pytest.mark.parametrize("late", [0, 1, 2, 3])
+@pytest.mark.parametrize("first", ["read", "in flight"])
+def test_abort_keeps_a_state_of_known_length(first, late, drafts):
+    """However many decode steps are in flight, and whether its first token has been read or not."""
+    loop = Loop(make_scheduler(num_speculative_tokens=drafts))
+    request = make_request(30, max_tokens=40, ignore_eos=True)
     loop.scheduler.add(request)
+    loop.dispatch()
+    if first == "read":
+        loop.dispatch()
+        loop.dispatch()
+        loop.harvest_all()
+    settled, known = request.num_settled, request.num_tokens
+    for _ in range(late):
+        loop.dispatch()
+    loop.scheduler.finish(request, "abort")
+    loop.check()
+    loop.scheduler.add(make_request([*request.tokens(0, known), 3, 4, 5]))
+    (admission,) = loop.dispatch().admitted
+    reached = settled if drafts else settled + late
+    # Of a second step in flight nobody knows where it began.
+    sealed = reached <= known and (late <= 1 or not drafts)
+    # The checkpoint of its prompt stands at 16.
+    assert admission.position == (reached if sealed else 16)
+    loop.harvest_all()
+    loop.drain()
+
+
+# Checkpoints that decode steps write.
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_checkpoint_is_asked_for_from_the_first_chance_until_it_is_seen(late, drafts):
+    """Then it is the cache's, and stands at the very position, in the middle of a run of kept drafts as well."""
+    options = {"checkpoints": 20, "state_checkpoint_interval": 8, "num_speculative_tokens": drafts}
+    loop = Loop(make_scheduler(block_size=4, blocks=60, **options))
+    scheduler, request = loop.scheduler, make_request(21, max_tokens=58, ignore_eos=True)
+    scheduler.add(request)
+    wanted, seen = range(24, 120, 8), 21
     while not request.finished:
-        if len(loop.in_flight) <= late and loop.dispatch() is not None:
+        # Its 79th token is drawn and never fed.
+        most = min(request.num_settled + request.num_ahead, 78)
+        plan = loop.dispatch() if len(loop.in_flight) <= late else None
+        if plan is not None:
+            asked = [p for p in wanted if p <= most and p not in seen_at(scheduler)] if plan.decoding else []
+            assert [mark.position for mark in plan.marks] == asked
+            assert plan.seals == [Seal(request.slot, mark.slot, mark.position) for mark in plan.marks]
             continue
+        seen = request.num_settled if loop.in_flight[0][0].decoding else seen
         loop.harvest()
         loop.check()
-    assert (request.output_token_ids, request.stop_reason) == (kept, "bc")
-    known = request.prompt_length + len(kept)
-    ends = {node.end for node in loop.scheduler.cache._nodes}
-    assert max(ends) <= known
-    follow_up = make_request([*request.tokens(0, known), 3, 4, 5])
-    loop.scheduler.add(follow_up)
-    plan = loop.dispatch()
-    loop.check()
-    # One step more than the host knew of has folded the last token itself.
-    expected = {0: known - 1, 1: known, 2: (known - 1) // 4 * 4}
-    assert plan.admitted[0].position == expected[late]
-    loop.drain()
-    check_output(follow_up)
+        if not request.finished:
+            assert [p for p in wanted if p <= seen] == [p for p in seen_at(scheduler) if p >= 24]
+    assert (loop.device.seen["marked within a run"] > 0) == (drafts > 0)
+    check_output(request)
 
 
-def test_checkpoint_of_a_row_that_was_done_is_given_back():
-    """The device found the end first, so the copy holds another state than it was asked for."""
-    loop = Loop(make_scheduler(block_size=4, blocks=60, checkpoints=8, state_checkpoint_interval=4))
-    for length in range(10, 100):
+def seen_at(scheduler):
+    """Positions of the cache's checkpoints."""
+    return sorted(node.end for node in scheduler.cache._nodes if node.slot)
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_checkpoint_that_a_row_never_reached_is_given_back(drafts):
+    """The device found the end first, while a step in flight was asked for a checkpoint behind it."""
+    for length in range(10, 200):
         request = make_request(length, max_tokens=40)
         produced = solo_run(request)
         # It draws EOS with a state that ends one token before the interval.
         if produced[-1] == EOS and (length + len(produced)) % 4 == 0 and len(produced) > 2:
             break
+    options = {"checkpoints": 8, "state_checkpoint_interval": 4, "num_speculative_tokens": drafts}
+    loop = Loop(make_scheduler(block_size=4, blocks=80, **options))
     loop.scheduler.add(request)
     while not request.finished:
-        loop.turn()
-    assert any(copy.position == request.num_tokens for plan, *_ in loop.in_flight for copy in plan.copies)
+        if len(loop.in_flight) > 2 or loop.dispatch() is None:
+            loop.harvest()
+    assert any(mark.position == request.num_tokens for plan, *_ in loop.in_flight for mark in plan.marks)
     loop.harvest_all()
     loop.check()
     check_output(request)
     check_nothing_is_held(loop.scheduler)
 
 
+def test_request_takes_the_slot_of_a_checkpoint_that_nobody_has_seen():
+    """Or it would wait for drafts to be kept, and a step may keep none."""
+    options = {"checkpoints": 1, "state_checkpoint_interval": 4, "num_speculative_tokens": 3}
+    loop = Loop(make_scheduler(seqs=2, block_size=4, blocks=80, **options))
+    first, second = (make_request([i] * 5, max_tokens=40, ignore_eos=True) for i in range(2))
+    loop.scheduler.add(first)
+    for _ in range(4):
+        loop.dispatch()
+    assert len(first.marks) == 2
+    assert loop.scheduler.allocator.slots.num_free == 0
+    loop.scheduler.add(second)
+    plan = loop.dispatch()
+    assert [admission.request for admission in plan.admitted] == [second]
+    assert len(first.marks) == len(plan.marks) == 1
+    loop.scheduler.check_integrity()
+    loop.harvest_all()
+    loop.drain()
+    for request in (first, second):
+        check_output(request)
+
+
+def test_checkpoints_that_nobody_has_seen_leave_a_slot_for_who_waits():
+    """The second request waits for blocks. Of the two slots that are left one is kept for it."""
+    options = {"checkpoints": 1, "state_checkpoint_interval": 4, "num_speculative_tokens": 3}
+    loop = Loop(make_scheduler(seqs=2, block_size=4, blocks=20, **options))
+    first, second = (make_request([i] * length, max_tokens=8 * (5 - 4 * i)) for i, length in enumerate((5, 70)))
+    for request in (first, second):
+        loop.scheduler.add(request)
+    for _ in range(4):
+        loop.dispatch()
+    assert loop.scheduler.waiting == [second]
+    assert (len(first.marks), loop.scheduler.cache.counters.skipped_states) == (1, 1)
+    loop.harvest_all()
+    loop.drain()
+    for request in (first, second):
+        check_output(request)
+
+
+def test_end_of_a_turn_is_sealed_before_anything_reads_it():
+    """The seal waits for the next plan, however long that takes, and comes before everything else in it."""
+    loop = Loop(make_scheduler(num_speculative_tokens=3))
+    request = make_request(30, max_tokens=20, ignore_eos=True)
+    loop.scheduler.add(request)
+    while not request.finished:
+        loop.turn()
+    loop.harvest_all()
+    state = next(s for s in loop.device.states.values() if s.num_fed == 49)
+    assert state.pending
+    assert loop.turn() is None
+    follow_up = make_request([*request.tokens(0, 50), 1, 2])
+    loop.scheduler.add(follow_up)
+    plan = loop.turn()
+    slot = plan.pieces[0].read_slot
+    assert plan.admitted[0].position == 49
+    assert plan.seals == [Seal(slot, slot, 49)]
+    loop.drain()
+    check_output(follow_up)
+
+
+def test_slot_that_is_to_be_sealed_may_have_another_owner_by_then():
+    """The end of a turn gives way to a checkpoint of the plan that seals it: it is sealed all the same, and first."""
+    coincided = 0
+    for length in range(20, 40):
+        loop = Loop(make_scheduler(seqs=2, checkpoints=0, state_checkpoint_interval=16, num_speculative_tokens=3))
+        ending = make_request([3] * 20, max_tokens=8, ignore_eos=True)
+        going_on = make_request([length] * length, max_tokens=30, ignore_eos=True)
+        for request in (ending, going_on):
+            loop.scheduler.add(request)
+        while loop.scheduler.has_work or loop.in_flight:
+            plan = loop.turn()
+            loop.check()
+            if plan is not None and len(plan.seals) == 2:
+                end, mark = plan.seals
+                coincided += end.read_slot == end.write_slot == mark.write_slot != mark.read_slot
+        check_output(going_on)
+    assert coincided
+
+
+def test_what_was_to_be_sealed_is_forgotten_with_a_failed_dispatch():
+    loop = Loop(make_scheduler(num_speculative_tokens=3))
+    fill(loop, make_request(30, max_tokens=20, ignore_eos=True))
+    loop.turn()
+    loop.harvest_all()
+    loop.fail()
+    loop.scheduler.add(make_request(30))
+    assert loop.turn().seals == []
+    loop.drain()
+
+
 def committed(tokens, ended=False, **params):
-    scheduler = make_scheduler()
+    """A request that has got the first token from its prefill step, and the others from one decode step."""
+    scheduler = make_scheduler(num_speculative_tokens=5)
     request = make_request(5, **({"max_tokens": 20} | params))
     scheduler.add(request)
     scheduler.plan()
-    scheduler.commit(request, tokens, ended)
+    scheduler.commit(request, tokens[:1], False)
+    scheduler.commit(request, tokens[1:], ended, scheduler.plan().bounds[0])
     scheduler.check_integrity()
     return request
 
@@ -663,7 +949,7 @@ def test_tokens_of_a_finished_request_are_dropped():
     scheduler.plan(in_flight=True)
     scheduler.commit(request, [1], False)
     assert request.finish_reason == "stop"
-    scheduler.commit(request, [2], False)
+    scheduler.commit(request, [2], False, 1)
     assert request.output_token_ids == [1]
 
 
