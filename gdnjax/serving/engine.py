@@ -2,9 +2,11 @@
 
 import collections
 import dataclasses
+import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +23,10 @@ from gdnjax.serving import packing
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.outputs import Logprob
-from gdnjax.serving.plan import Admission, Copy, Growth, Piece, Plan, max_chunks
+from gdnjax.serving.plan import Admission, Growth, Piece, Plan, Seal, max_chunks, max_growth
 from gdnjax.serving.request import Request, Status
 from gdnjax.serving.scheduler import Scheduler
+from gdnjax.serving.speculation import DraftController
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.shapes import Params
 from gdnjax.state import ServeState, empty_state
@@ -58,9 +61,20 @@ class Engine:
         self.memory_plan, self.max_model_len, self.tokenizer = plan, max_model_len, tokenizer
         self.scheduler = Scheduler(config, Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows))
         self.metrics = Metrics()
+        drafts = config.num_speculative_tokens
+        self._controller = DraftController(drafts, config.decode_buckets) if config.adaptive_speculation else None
+        # When a turn was harvested behind which the device had another to do; None where it had none.
+        self._last_harvest: float | None = None
         self._in_flight: collections.deque[InFlight] = collections.deque()
-        self._plain = StepOptions(state_layout=config.state_layout)
-        self._full = _full_options(model, config)
+        # A program that ends with a step in flight would tear the device down under it.
+        weakref.finalize(self, _wait_for, self._in_flight)
+        self._plain = StepOptions(
+            state_layout=config.state_layout,
+            num_drafts=drafts,
+            acceptance=config.draft_acceptance,
+            forced_length=config.spec_acceptance_length,
+        )
+        self._full = _full_options(model, config, self._plain)
         self._with_prompt = dataclasses.replace(self._full, prompt_logprobs=True)
         self.state = self._make_state()
         self.steps: Steps = build_steps(model, mesh, self._plain, params, self.state)
@@ -70,7 +84,7 @@ class Engine:
             self.metrics = Metrics()
 
     def _make_state(self) -> ServeState:
-        geometry = self.model.geometry(self.config.block_size, self.config.ssm_dtype)
+        geometry = self.model.geometry(self.config.block_size, self.config.ssm_dtype).speculating(self.config)
 
         def empty():
             return empty_state(geometry, self.memory_plan, self.config, self.max_model_len)
@@ -113,7 +127,7 @@ class Engine:
         Where the plan has to know what is in flight, nothing is dispatched, and what is in flight is read.
         """
         with self.metrics.timed("plan"):
-            plan = self.scheduler.plan(in_flight=bool(self._in_flight))
+            plan = self.scheduler.plan(in_flight=bool(self._in_flight), num_drafts=self._choose_drafts())
         if plan is not None:
             self._in_flight.append(self._dispatch_or_reset(plan))
         if self.metrics.line_is_due():
@@ -136,10 +150,10 @@ class Engine:
     def _dispatch(self, plan: Plan) -> InFlight:
         """Sends a plan to the device without waiting for anything."""
         self.counters.num_turns += 1
+        self._seal(plan.seals)
         self._admit(plan.admitted)
         prefill = self._prefill(plan.pieces) if plan.pieces else None
-        decode = self._decode(plan.decoding, plan.growth) if plan.decoding else None
-        self._copy(plan.copies)
+        decode = self._decode(plan) if plan.decoding else None
         turn = InFlight(plan, prefill, decode)
         self._start_copies(turn)
         return turn
@@ -207,42 +221,72 @@ class Engine:
         buckets = self.config.prefill_buckets
         return buckets[-1:] if options.prompt_logprobs else buckets
 
-    def _decode(self, requests: list[Request], growth: dict[int, Growth]) -> Emitted:
+    def _decode(self, plan: Plan) -> Emitted:
+        requests = plan.decoding
         full = self.config.batch_invariant or any(r.params.needs_full_sampler for r in requests)
+        options = dataclasses.replace(self._full if full else self._plain, num_drafts=plan.num_drafts)
         rows = packing.bucket_for(len(requests), self.config.decode_buckets)
         self.counters.num_padded_tokens += rows - len(requests)
-        return self._run_decode(self._full if full else self._plain, requests, growth, rows)
+        return self._run_decode(options, requests, plan.growth, plan.bounds, rows)
 
     def _run_decode(
-        self, options: StepOptions, requests: list[Request], growth: dict[int, Growth], rows: int
+        self,
+        options: StepOptions,
+        requests: list[Request],
+        growth: dict[int, list[Growth]],
+        bounds: list[int],
+        rows: int,
     ) -> Emitted:
+        drafts = self.config.num_speculative_tokens
         with self.metrics.timed("pack"):
-            batch = packing.pack_decode(requests, growth, rows=rows, table_width=self._table_width)
+            batch = packing.pack_decode(
+                requests,
+                growth,
+                bounds,
+                rows=rows,
+                table_width=self._table_width,
+                grown_width=max_growth(drafts, self.config.block_size),
+                drafts=drafts > 0,
+            )
         self.state, emitted = self._run(self.steps.decode(options), batch, self.params)
         return emitted
 
-    def _copy(self, copies: Sequence[Copy]) -> None:
-        rows = self.config.prefill_rows
-        for start in range(0, len(copies), rows):
-            self._run_copy(copies[start : start + rows])
+    def _choose_drafts(self) -> int:
+        """Drafts of the next decode step."""
+        rows = sum(request.may_decode for request in self.scheduler.running) if self._controller else 0
+        return self._controller.choose(rows) if self._controller and rows else self.config.num_speculative_tokens
 
-    def _run_copy(self, copies: Sequence[Copy]) -> None:
+    def _observe(self, turn: InFlight, decode: Emitted | None) -> None:
+        """Tells the controller what a turn has cost, if the device did nothing else in that time."""
+        began, now = self._last_harvest, time.perf_counter()
+        self._last_harvest = now if self._in_flight else None
+        if self._controller and began is not None and decode is not None and turn.prefill is None:
+            counts = decode.count[: len(turn.plan.decoding)]
+            rows, tokens = int(np.count_nonzero(counts)), int(counts.sum())
+            self._controller.observe(len(decode.count), turn.plan.num_drafts, now - began, rows, tokens)
+
+    def _seal(self, seals: Sequence[Seal]) -> None:
+        rows = self.config.prefill_rows
+        for start in range(0, len(seals), rows):
+            self._run_seal(seals[start : start + rows])
+
+    def _run_seal(self, seals: Sequence[Seal]) -> None:
         with self.metrics.timed("pack"):
-            batch = packing.pack_copies(copies, rows=self.config.prefill_rows)
-        self.state = self._run(self.steps.copy_rows, batch)
+            batch = packing.pack_seals(seals, rows=self.config.prefill_rows)
+        self.state = self._run(self.steps.seal, batch, self.params)
 
     def _warm_up(self) -> None:
         """Compiles every step by running it on padding, which changes nothing but the null slot, block and row."""
         runs: list[tuple[str, Callable[[], Any]]]
         runs = [("admit", lambda: self._run_admit([])), ("logit row", lambda: self._fill_logit_row(None))]
         if self.config.enable_prefix_caching:
-            runs.append(("copy", lambda: self._run_copy([])))
+            runs.append(("seal", lambda: self._run_seal([])))
         for options in (self._full, self._with_prompt):
             for tokens in self._prefill_buckets(options):
                 runs.append((f"prefill {tokens}", lambda o=options, t=tokens: self._run_prefill(o, [], t)))
-        for options in (self._full,) if self.config.batch_invariant else (self._plain, self._full):
+        for options in self._decode_options():
             for rows in self.config.decode_buckets:
-                runs.append((f"decode {rows}", lambda o=options, r=rows: self._run_decode(o, [], {}, r)))
+                runs.append((f"decode {rows}", lambda o=options, r=rows: self._run_decode(o, [], {}, [], r)))
         began = time.monotonic()
         progress = tqdm(runs, desc="compiling steps", unit="step", disable=None, leave=False)
         for name, run in progress:
@@ -250,6 +294,16 @@ class Engine:
             run()
         jax.block_until_ready(self.state)
         log.info("compiled %d steps in %.1f s", len(runs), time.monotonic() - began)
+
+    def _decode_options(self) -> list[StepOptions]:
+        """What decode steps are compiled with."""
+        samplers = (self._full,) if self.config.batch_invariant else (self._plain, self._full)
+        drafts = self.config.num_speculative_tokens
+        choices = {drafts, 0} if self._controller else {drafts}
+        return [
+            dataclasses.replace(options, num_drafts=drafts)
+            for options, drafts in itertools.product(samplers, sorted(choices))
+        ]
 
     def _read(self, turn: InFlight) -> tuple[Emitted | None, Emitted | None]:
         """The one place where the host waits for the device."""
@@ -263,44 +317,57 @@ class Engine:
         # Not before it is read: a call that is interrupted while it waits loses nobody's tokens.
         if self._in_flight and self._in_flight[0] is turn:
             self._in_flight.popleft()
+        self._observe(turn, decode)
         spent = self.scheduler.detokenise_seconds
         moved = []
         with self.metrics.timed("commit"):
             if prefill is not None:
                 self._collect_prompt_logprobs(turn.plan.pieces, prefill)
-                rows = [(row, piece.request) for row, piece in enumerate(turn.plan.pieces) if piece.is_last]
+                rows = [(row, piece.request, 0) for row, piece in enumerate(turn.plan.pieces) if piece.is_last]
                 moved += self._commit(rows, prefill)
+            for mark in turn.plan.marks:
+                self.scheduler.confirm(mark)
             if decode is not None:
-                self._confirm(turn.plan, decode)
-                moved += self._commit(enumerate(turn.plan.decoding), decode)
+                rows = zip(itertools.count(), turn.plan.decoding, turn.plan.bounds, strict=False)
+                moved += self._commit(rows, decode)
+                self._account(turn.plan, decode)
         spent = self.scheduler.detokenise_seconds - spent
         self.metrics.seconds.commit -= spent
         self.metrics.seconds.detokenise += spent
         return moved
 
-    def _confirm(self, plan: Plan, emitted: Emitted) -> None:
-        """Tells the scheduler which of the plan's copies hold a state; those of rows that were done hold nothing."""
-        if plan.copies:
-            rows = {request: row for row, request in enumerate(plan.decoding)}
-            for copy in plan.copies:
-                self.scheduler.confirm(copy, bool(emitted.count[rows[copy.request]]))
-
-    def _commit(self, rows, emitted: Emitted) -> list[Request]:
-        moved = []
+    def _commit(self, rows: Iterable[tuple[int, Request, int]], emitted: Emitted) -> list[Request]:
+        """Takes over what each (row, request, bound) emitted. Returns the requests that moved on."""
+        moved, produced = [], 0
         tokens, counts, dones = emitted.tokens.tolist(), emitted.count.tolist(), emitted.done.tolist()
-        for row, request in rows:
+        for row, request, bound in rows:
             token_ids = tokens[row][: counts[row]]
             if request.status is Status.FINISHED or not token_ids:
                 continue
             if request.params.logprobs is not None:
-                found = self._logprob_entries(emitted.logprobs, row, token_ids[0], request.params.logprobs)
-                request.output_logprobs.append(found)
-            self.scheduler.commit(request, token_ids, dones[row])
+                for place, token in enumerate(token_ids):
+                    found = self._logprob_entries(emitted.logprobs, (row, place), token, request.params.logprobs)
+                    request.output_logprobs.append(found)
+            self.scheduler.commit(request, token_ids, dones[row], bound)
             moved.append(request)
+            produced += len(token_ids)
             if request.status is Status.FINISHED:
                 self.metrics.finished(request)
-        self.metrics.produced(len(moved))
+        self.metrics.produced(produced)
         return moved
+
+    def _account(self, plan: Plan, emitted: Emitted) -> None:
+        """Counts drafts and what came of them, for each request and in all."""
+        if not self.config.num_speculative_tokens:
+            return
+        drafted, counts = emitted.drafted.tolist(), emitted.count.tolist()
+        for request, drafts, count in zip(plan.decoding, drafted, counts, strict=False):
+            if count:
+                request.num_decode_steps += 1
+                request.num_draft_tokens += drafts
+                request.num_accepted_tokens += count - 1
+        rows = len(plan.decoding)
+        self.metrics.speculated(drafted[:rows], counts[:rows])
 
     def _collect_prompt_logprobs(self, pieces: list[Piece], emitted: Emitted) -> None:
         place = 0
@@ -310,17 +377,18 @@ class Engine:
             if most is not None and not request.finished and len(request.prompt_logprobs) == piece.start:
                 successors = request.prompt_token_ids[piece.start + 1 : piece.end + 1]
                 for offset, token in enumerate(successors):
-                    entry = self._logprob_entries(emitted.prompt_logprobs, place + offset, token, most)
+                    entry = self._logprob_entries(emitted.prompt_logprobs, (place + offset,), token, most)
                     request.prompt_logprobs.append(entry)
             place += piece.length
 
-    def _logprob_entries(self, found: Logprobs, row: int, token: int, most: int) -> dict[int, Logprob]:
+    def _logprob_entries(self, found: Logprobs, place: tuple[int, ...], token: int, most: int) -> dict[int, Logprob]:
         """The token in question and the `most` most probable, by token id."""
-        entries = {token: self._logprob(token, found.chosen[row], found.rank[row])}
-        for rank in range(min(most, found.top.shape[1])):
-            other = int(found.top_tokens[row, rank])
+        entries = {token: self._logprob(token, found.chosen[place], found.rank[place])}
+        tokens, values = found.top_tokens[place], found.top[place]
+        for rank in range(min(most, len(tokens))):
+            other = int(tokens[rank])
             if other not in entries:
-                entries[other] = self._logprob(other, found.top[row, rank], rank + 1)
+                entries[other] = self._logprob(other, values[rank], rank + 1)
         return entries
 
     def _logprob(self, token: int, value: np.floating, rank: int | np.integer) -> Logprob:
@@ -362,6 +430,11 @@ class Engine:
                 "cached_blocks": cache.num_blocks,
                 "cached_states": cache.num_states,
             },
+            "speculation": {
+                "num_speculative_tokens": self.config.num_speculative_tokens,
+                "forced_acceptance": self.config.spec_acceptance_length is not None,
+                **metrics.speculation(),
+            },
             "seconds": dataclasses.asdict(metrics.seconds),
             **metrics.latencies(),
         }
@@ -369,9 +442,10 @@ class Engine:
     def _log_line(self) -> None:
         stats = self.stats()
         first, per_token = stats["time_to_first_token"], stats["time_per_output_token"]
+        drafts = self.metrics.speculation_line()
         log.info(
             "running %d, waiting %d | slots %d/%d, blocks %d/%d | cache hits %.0f%%, preemptions %d, padding %.0f%%, "
-            "compilations %d | %.1f output tok/s, first token p50/p99 %.0f/%.0f ms, per token %.1f/%.1f ms",
+            "compilations %d%s | %.1f output tok/s, first token p50/p99 %.0f/%.0f ms, per token %.1f/%.1f ms",
             stats["num_running"],
             stats["num_waiting"],
             stats["slots_used"],
@@ -382,6 +456,7 @@ class Engine:
             stats["num_preemptions"],
             100 * stats["padding_waste"],
             stats["num_compilations"],
+            f" | {drafts}" if drafts else "",
             stats["output_tokens_per_second"],
             *(1e3 * first.get(name, float("nan")) for name in ("p50", "p99")),
             *(1e3 * per_token.get(name, float("nan")) for name in ("p50", "p99")),
@@ -395,19 +470,26 @@ class Engine:
         self.params = {}
 
 
+def _wait_for(turns: Iterable[InFlight]) -> None:
+    """Returns when the device is through with these turns."""
+    for turn in turns:
+        jax.block_until_ready((turn.prefill, turn.decode))
+
+
 def step_workspace(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> int:
     """Bytes of temporaries of the largest prefill step on one rank, from an abstract compile.
 
     Pools are not among them: steps update those in place, so the smallest pools give the same answer, and the compile
     comes from the persistent cache whatever memory is free.
     """
-    geometry = model.geometry(config.block_size, config.ssm_dtype)
+    geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
     blocks = -(-max_model_len // config.block_size)
     plan = MemoryPlan.of_counts(
         geometry, num_slots=config.max_num_seqs, num_blocks=blocks, num_logit_rows=config.num_logit_rows
     )
     # The variant with prompt_logprobs holds logits of the prompt beside everything else.
-    options = dataclasses.replace(_full_options(model, config), prompt_logprobs=True)
+    drafts = StepOptions(state_layout=config.state_layout, num_drafts=config.num_speculative_tokens)
+    options = dataclasses.replace(_full_options(model, config, drafts), prompt_logprobs=True)
     state = jax.eval_shape(lambda: empty_state(geometry, plan, config, max_model_len))
     params, state = (_with_shardings(tree, mesh) for tree in (params, state))
     batch = packing.pack_prefill(
@@ -421,9 +503,8 @@ def step_workspace(model: Model, config: EngineConfig, mesh: Mesh, max_model_len
     return prefill.lower(params, state, batch).compile().memory_analysis().temp_size_in_bytes
 
 
-def _full_options(model: Model, config: EngineConfig) -> StepOptions:
-    most = min(config.max_logprobs, model.vocab_size)
-    return StepOptions(full=True, max_logprobs=most, state_layout=config.state_layout)
+def _full_options(model: Model, config: EngineConfig, plain: StepOptions) -> StepOptions:
+    return dataclasses.replace(plain, full=True, max_logprobs=min(config.max_logprobs, model.vocab_size))
 
 
 def _with_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -83,8 +83,11 @@ class LLM:
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         backend.resolve(config.kernels, jax.default_backend())
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-        hybrid = build_model(model_config, dtype, config.tensor_parallel_size)
-        abstract = abstract_params(model_config, config.tensor_parallel_size, dtype)
+        mtp = config.num_speculative_tokens > 0
+        if mtp:
+            model_config.require_mtp()
+        hybrid = build_model(model_config, dtype, config.tensor_parallel_size, mtp=mtp)
+        abstract = abstract_params(model_config, config.tensor_parallel_size, dtype, mtp=mtp)
         max_model_len = config.length_within(model_config.max_position_embeddings)
         plan = _plan(hybrid, config, mesh, max_model_len, abstract)
         reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
@@ -110,6 +113,11 @@ class LLM:
         if model.tp != config.tensor_parallel_size:
             raise ValueError(
                 f"the model was built for {model.tp} ranks, tensor_parallel_size is {config.tensor_parallel_size}"
+            )
+        if config.num_speculative_tokens and not model.mtp:
+            raise ValueError(
+                f"num_speculative_tokens={config.num_speculative_tokens} needs a model with its MTP head: "
+                "build_model(..., mtp=True)"
             )
         _configure_compilation_cache(config)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
@@ -276,9 +284,12 @@ class LLM:
         cached ones), num_output_tokens, num_compilations, num_device_reads, uptime in seconds; slots_used and
         blocks_used (by running requests) of slots_total and blocks_total; output_tokens_per_second over the last ten
         seconds; padding_waste, the share of all steps' places that held nothing; prefix_cache, a dictionary of its
-        counters (gdnjax.serving.prefix_cache.CacheCounters), hit_rate, cached_blocks and cached_states; seconds, the
-        host's time by what it did (gdnjax.serving.metrics.Seconds); time_to_first_token and time_per_output_token,
-        percentiles p50, p90 and p99 in seconds over the last 1024 requests, empty before the first has ended.
+        counters (gdnjax.serving.prefix_cache.CacheCounters), hit_rate, cached_blocks and cached_states; speculation, a
+        dictionary of num_speculative_tokens, num_draft_tokens, num_accepted_draft_tokens, draft_acceptance_rate,
+        acceptance_per_position, mean_acceptance_length (tokens a request and decode step, drafting or not) and
+        forced_acceptance; seconds, the host's time by what it did (gdnjax.serving.metrics.Seconds);
+        time_to_first_token and time_per_output_token, percentiles p50, p90 and p99 in seconds over the last 1024
+        requests, empty before the first has ended.
         """
         return self.engine.stats()
 
@@ -373,7 +384,8 @@ class LLM:
             )
             for sample, detokenizer in enumerate(detokenizers)
         ]
-        return Submission(request_id, text, token_ids, requests)
+        forced = self.config.spec_acceptance_length is not None
+        return Submission(request_id, text, token_ids, requests, forced_acceptance=forced)
 
     def _next_seed(self) -> int:
         """A seed of its own for each request that brings none, the same in every run of the same program."""
@@ -498,7 +510,7 @@ def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> Engin
 
 def _plan(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> memory.MemoryPlan:
     """Divides the memory of one rank. `params` are the parameters or their shapes."""
-    geometry = model.geometry(config.block_size, config.ssm_dtype)
+    geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) // model.tp
     stats = mesh.devices.flat[0].memory_stats() or {}
     if "bytes_limit" in stats:

@@ -4,10 +4,12 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from gdnjax.serving.outputs import acceptance_rate, mean_acceptance_length
 from gdnjax.serving.request import Request
 
 WINDOW = 10.0
@@ -21,7 +23,14 @@ PERCENTILES = (50, 90, 99)
 
 @dataclasses.dataclass
 class Counters:
-    """What the engine has done since it was built. Padded tokens are places of steps that held nothing."""
+    """What the engine has done since it was built. Padded tokens are places of steps that held nothing.
+
+    Counted where the engine speculates, else 0 and empty:
+    num_decode_rows            rows of decode steps that emitted something, each a forward pass for one request.
+    num_draft_tokens           drafts that these verified.
+    num_accepted_draft_tokens  those of them that became output. What stands behind an end is not counted as kept.
+    drafted_at, accepted_at    the same two, draft by draft: entry 0 is the first draft of a row.
+    """
 
     num_requests: int = 0
     num_turns: int = 0
@@ -29,6 +38,11 @@ class Counters:
     num_output_tokens: int = 0
     num_padded_tokens: int = 0
     num_device_reads: int = 0
+    num_decode_rows: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    drafted_at: list[int] = dataclasses.field(default_factory=list)
+    accepted_at: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -79,6 +93,50 @@ class Metrics:
         self._produced.append((now, tokens))
         self._forget(now)
 
+    def speculated(self, drafted: Sequence[int], count: Sequence[int]) -> None:
+        """A decode step of a speculating engine, row by row: how many drafts were verified, how many tokens came.
+
+        Rows without tokens were done before the step, and count for nothing.
+        """
+        counters, tokens = self.counters, np.asarray(count, np.int64)
+        emitted = tokens > 0
+        drafts, accepted = np.where(emitted, np.asarray(drafted, np.int64), 0), np.maximum(tokens - 1, 0)
+        counters.num_decode_rows += int(emitted.sum())
+        counters.num_draft_tokens += int(drafts.sum())
+        counters.num_accepted_draft_tokens += int(accepted.sum())
+        _add_by_position(counters.drafted_at, drafts)
+        _add_by_position(counters.accepted_at, accepted)
+
+    def speculation(self) -> dict[str, Any]:
+        """How speculation has done since the start, for `LLM.stats()`. None where there is nothing to divide by.
+
+        num_draft_tokens, num_accepted_draft_tokens; draft_acceptance_rate, the one over the other;
+        acceptance_per_position, the same for each draft of a row, the first one first; mean_acceptance_length, the
+        tokens of a decode row on average, with and without drafts.
+        """
+        counters = self.counters
+        accepted_at = counters.accepted_at + [0] * len(counters.drafted_at)
+        return {
+            "num_draft_tokens": counters.num_draft_tokens,
+            "num_accepted_draft_tokens": counters.num_accepted_draft_tokens,
+            "draft_acceptance_rate": acceptance_rate(counters.num_accepted_draft_tokens, counters.num_draft_tokens),
+            "acceptance_per_position": [
+                acceptance_rate(accepted, drafted)
+                for accepted, drafted in zip(accepted_at, counters.drafted_at, strict=False)
+            ],
+            "mean_acceptance_length": mean_acceptance_length(
+                counters.num_accepted_draft_tokens, counters.num_decode_rows
+            ),
+        }
+
+    def speculation_line(self) -> str:
+        """What the log says of speculation: "drafts accepted 71%, 2.9 tokens a step". Empty where none was drafted."""
+        found = self.speculation()
+        if found["draft_acceptance_rate"] is None:
+            return ""
+        rate, length = 100 * found["draft_acceptance_rate"], found["mean_acceptance_length"]
+        return f"drafts accepted {rate:.0f}%, {length:.1f} tokens a step"
+
     def finished(self, request: Request) -> None:
         """A request has ended; its times count towards the percentiles."""
         if request.first_token_time is None or request.finished_time is None:
@@ -119,3 +177,12 @@ class Metrics:
             return False
         self._last_line = now
         return True
+
+
+def _add_by_position(totals: list[int], numbers: np.ndarray) -> None:
+    """Adds 1 to the first n totals for each n of `numbers`; the list grows where it is too short."""
+    # Of the rows by their number, those with more than 0, more than 1, ...
+    rows = np.bincount(numbers)[::-1].cumsum()[::-1][1:].tolist()
+    totals.extend([0] * (len(rows) - len(totals)))
+    for position, count in enumerate(rows):
+        totals[position] += count

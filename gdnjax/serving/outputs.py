@@ -56,6 +56,11 @@ class RequestMetrics:
     num_prompt_tokens     tokens of the prompt.
     num_output_tokens     tokens produced so far, over all n samples.
     num_preemptions       times it lost its slot and had to be computed again.
+
+    With speculation:
+    num_draft_tokens           drafts that were verified, over all n samples.
+    num_accepted_draft_tokens  those of them that were kept.
+    num_decode_steps           decode steps that its samples had a part in, each counted for itself.
     """
 
     arrival_time: float
@@ -65,6 +70,19 @@ class RequestMetrics:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    num_decode_steps: int = 0
+
+    @property
+    def draft_acceptance_rate(self) -> float | None:
+        """Share of the drafts that were kept; None where nothing was drafted."""
+        return acceptance_rate(self.num_accepted_draft_tokens, self.num_draft_tokens)
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """Tokens of a decode step on average, 1 without drafts; None before the first."""
+        return mean_acceptance_length(self.num_accepted_draft_tokens, self.num_decode_steps)
 
     @property
     def queue_time(self) -> float | None:
@@ -90,6 +108,16 @@ class RequestMetrics:
         return decode_time / (self.num_output_tokens - 1)
 
 
+def acceptance_rate(accepted: int, drafted: int) -> float | None:
+    """Share of drafts that were kept; None where nothing was drafted."""
+    return accepted / drafted if drafted else None
+
+
+def mean_acceptance_length(accepted: int, steps: int) -> float | None:
+    """Tokens of a decode step on average: one, and the drafts that it kept; None without a step."""
+    return 1 + accepted / steps if steps else None
+
+
 def _elapsed(start: float | None, end: float | None) -> float | None:
     return None if start is None or end is None else end - start
 
@@ -107,6 +135,7 @@ class RequestOutput:
     metrics            its times; None where they were not kept.
     num_cached_tokens  prompt tokens that the prefix cache saved from being computed.
     cache_miss_reason  why there were not more of them; None where everything that was cached was used.
+    forced_acceptance  the outputs are not the model's: spec_acceptance_length was set, which keeps drafts unseen.
     """
 
     request_id: str
@@ -118,3 +147,4 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
     cache_miss_reason: str | None = None
+    forced_acceptance: bool = False

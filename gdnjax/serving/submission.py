@@ -36,12 +36,16 @@ def urgencies(count: int, priority: int | Sequence[int], timeout: float | None) 
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
-    """The samples of one prompt on their way; `output()` is what they have come to so far."""
+    """The samples of one prompt on their way; `output()` is what they have come to so far.
+
+    `forced_acceptance`: the engine keeps drafts unseen (spec_acceptance_length), and the output has to say so.
+    """
 
     request_id: str
     prompt: str | None
     token_ids: list[int]
     requests: list[Request]
+    forced_acceptance: bool = False
 
     @property
     def finished(self) -> bool:
@@ -59,6 +63,9 @@ class Submission:
             num_prompt_tokens=len(self.token_ids),
             num_output_tokens=sum(len(request.output_token_ids) for request in self.requests),
             num_preemptions=sum(request.num_preemptions for request in self.requests),
+            num_draft_tokens=sum(request.num_draft_tokens for request in self.requests),
+            num_accepted_draft_tokens=sum(request.num_accepted_tokens for request in self.requests),
+            num_decode_steps=sum(request.num_decode_steps for request in self.requests),
         )
         wants_prompt = first.params.prompt_logprobs is not None
         return RequestOutput(
@@ -71,6 +78,7 @@ class Submission:
             metrics=metrics,
             num_cached_tokens=first.num_cached_tokens or 0,
             cache_miss_reason=first.cache_miss_reason,
+            forced_acceptance=self.forced_acceptance,
         )
 
 

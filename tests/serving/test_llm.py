@@ -680,7 +680,7 @@ def test_bad_checkpoint_is_named_before_anything_is_allocated(checkpoint_copy, m
         ({"tensor_parallel_size": 8}, "tensor_parallel_size=8 needs 8 devices, JAX sees 4"),
         ({"kernels": "pallas"}, "the Pallas kernels are not written yet"),
         ({"max_seqs": 3}, "unknown engine options: max_seqs; allowed: max_num_seqs"),
-        ({"num_speculative_tokens": 1}, "num_speculative_tokens=1 is not supported yet"),
+        ({"num_speculative_tokens": 1}, "needs a model with an MTP head, and config.json counts none"),
         ({"dtype": "float16"}, "dtype must be one of"),
     ],
     ids=str,

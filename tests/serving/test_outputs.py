@@ -4,7 +4,10 @@ import dataclasses
 
 import pytest
 
-from gdnjax import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from gdnjax import CompletionOutput, Logprob, RequestMetrics, RequestOutput, SamplingParams
+from gdnjax.serving.detokenizer import Detokenizer
+from gdnjax.serving.request import Request
+from gdnjax.serving.submission import Submission
 
 
 def metrics(**values):
@@ -28,6 +31,53 @@ def test_times_are_differences_of_events():
     assert times.latency == 5.0
     # Three tokens after the first in three seconds.
     assert times.time_per_output_token == 1.0
+
+
+def test_acceptance_is_that_of_all_drafts_and_its_length_that_of_a_step():
+    drafting = metrics(num_draft_tokens=30, num_accepted_draft_tokens=24, num_decode_steps=10)
+    assert drafting.draft_acceptance_rate == 0.8
+    assert drafting.mean_acceptance_length == 3.4
+    none_kept = metrics(num_draft_tokens=30, num_decode_steps=10)
+    assert (none_kept.draft_acceptance_rate, none_kept.mean_acceptance_length) == (0.0, 1.0)
+    # Decode steps without a draft.
+    plain = metrics(num_decode_steps=3)
+    assert (plain.draft_acceptance_rate, plain.mean_acceptance_length) == (None, 1.0)
+    before = metrics()
+    assert (before.draft_acceptance_rate, before.mean_acceptance_length) == (None, None)
+
+
+def sample(index=0, **counted):
+    request = Request(
+        request_id="0",
+        prompt_token_ids=[1, 2, 3],
+        params=SamplingParams(n=2),
+        max_length=20,
+        stop_token_ids=(),
+        seed=0,
+        detokenizer=Detokenizer(None, SamplingParams()),
+        index=index,
+    )
+    for name, value in counted.items():
+        setattr(request, name, value)
+    return request
+
+
+def test_numbers_of_drafts_are_those_of_all_samples():
+    requests = [
+        sample(0, num_draft_tokens=6, num_accepted_tokens=4, num_decode_steps=2),
+        sample(1, num_draft_tokens=9, num_accepted_tokens=2, num_decode_steps=3),
+    ]
+    output = Submission("0", None, [1, 2, 3], requests).output()
+    found = output.metrics
+    assert (found.num_draft_tokens, found.num_accepted_draft_tokens, found.num_decode_steps) == (15, 6, 5)
+    assert (found.draft_acceptance_rate, found.mean_acceptance_length) == (0.4, 2.2)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_output_says_whether_acceptance_was_forced(forced):
+    submission = Submission("0", None, [1, 2, 3], [sample()], forced_acceptance=forced)
+    assert submission.output().forced_acceptance is forced
+    assert not Submission("0", None, [1, 2, 3], [sample()]).output().forced_acceptance
 
 
 @pytest.mark.parametrize(
@@ -73,6 +123,7 @@ def test_names_are_those_users_know():
         "finished",
         "metrics",
         "num_cached_tokens",
+        "forced_acceptance",
     }
     assert names(Logprob) == {"logprob", "rank", "decoded_token"}
 
