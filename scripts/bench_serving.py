@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from command import exit_status, prepare_environment
+from command import add_speculation_flags, exit_status, prepare_environment, speculation
 from serving_bench import engines, workloads
 from serving_bench.engines import Arm, Loaded, Sizes
 from serving_bench.workloads import Conversation, Spec
@@ -39,10 +39,16 @@ Workloads:
   FILE           JSON Lines of {"prompt": "text"} or {"prompt_token_ids": [...]}, with "max_tokens" and "arrival" (in
                  seconds) where wanted; {"turns": [...]} of such is a conversation
 
-Comparisons run two settings by turns on one workload, and print what the second is of the first:
+Tokens that one step brings are one to ITL: with speculation it is the time between steps, and TPOT that of a token.
+
+Comparisons run settings by turns on one workload, and print what the second is of the first:
   --compare accounting    packed against decoupled, in pools of the same bytes, without a prefix cache
   --compare prefix-cache  the cache off against on, in pools that hold all requests (or in --pool-gib)
   --compare invariance    the engine as it is against batch_invariant=True, the cache on in both
+  --compare speculation   no drafts, one, and so on up to --num-speculative-tokens, against none, the cache on in all
+
+Of random weights the drafts are as random. --spec-acceptance-length forces the tokens of a step on average, so that the
+time of such a model can be measured; everything that comes of it is marked, since the outputs are not the model's.
 
 Accounting is who pays for the recurrent state. Packed is the field's old way: every KV block carries a whole state, so
 that the same bytes give few blocks. What is emulated is its scheduling: the engine gets the number of blocks that such
@@ -62,6 +68,7 @@ examples:
   python scripts/bench_serving.py --compare accounting --num-requests 128 --input-len 1024 --output-len 1024
   python scripts/bench_serving.py --compare prefix-cache --repeat 3
   python scripts/bench_serving.py --compare prefix-cache --workload multi-turn
+  python scripts/bench_serving.py --compare speculation --num-speculative-tokens 3 --workload requests.jsonl
   python scripts/bench_serving.py --overhead                                 the host's work with 256 running requests
   python scripts/bench_serving.py --workload requests.jsonl --model Qwen3.5-4B
   python scripts/bench_serving.py --random-weights qwen3.5-9b --dtype bfloat16   a geometry without its weights
@@ -93,6 +100,9 @@ SHAPE = ("num_requests", "input_len", "output_len", "range_ratio", "prefix_len",
 """All flags that describe a workload."""
 
 MOST_ROWS = 128
+
+SPECULATION = "speculation"
+"""The comparison whose settings depend on --num-speculative-tokens."""
 
 PUBLISHED_CONFIG, PUBLISHED_TP, PUBLISHED_BLOCKS, PUBLISHED_REQUESTS = "qwen3.5-397b-a17b", 4, 6906, 128
 """The geometry of the field's published figure: so many packed blocks, in 157.88 GiB."""
@@ -167,8 +177,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pool-requests", type=int, metavar="N", help="in its place: what packed accounting needs for N requests "
         "(default with packed accounting: half of those at once)")  # fmt: skip
     add("--num-checkpoint-slots", type=int, metavar="N", help="states that the prefix cache may keep")
+    add = parser.add_argument_group("speculation").add_argument
+    add_speculation_flags(add)
+    add(
+        "--spec-acceptance-length",
+        type=float,
+        metavar="L",
+        help="force this many tokens a step on average, 1 to 1 + K: the outputs are not the model's",
+    )
     add = parser.add_argument_group("what is measured").add_argument
-    add("--compare", choices=tuple(engines.COMPARISONS), help="run two settings and print ratios")
+    add("--compare", choices=(*engines.COMPARISONS, SPECULATION), help="run several settings and print ratios")
     add(
         "--repeat",
         type=int,
@@ -203,13 +221,17 @@ def run(arguments: argparse.Namespace) -> int:
     config, directory = read_model(arguments)
     conversations = make_workload(arguments, config, directory)
     arms = choose_arms(arguments)
+    mtp = any(arm.num_drafts for arm in arms)
+    if mtp:
+        config.require_mtp()
     sizes = choose_sizes(arguments, arms, conversations)
-    geometry = geometry_of(arguments, config)
+    geometries = {arm.name: engines.geometry_of(arm, config, vars(arguments), arguments.block_size) for arm in arms}
     for arm in arms:
         # Pools that hold too little are an error before anything is loaded.
-        engines.pools(arm, geometry, sizes)
-    loaded = load(arguments, config, directory)
+        engines.pools(arm, geometries[arm.name], sizes)
+    loaded = load(arguments, config, directory, mtp=mtp)
     plan = make_plan(arguments, arms, sizes, conversations)
+    geometry = geometries[arms[0].name]
     result = measure_host_work(loaded, plan) if arguments.overhead else measure(arguments, loaded, plan, geometry)
     if arguments.output:
         content = {"settings": settings(arguments, plan), **result}
@@ -257,6 +279,16 @@ def _check_settings(arguments: argparse.Namespace) -> None:
         raise ValueError("--accounting packed is emulated without a cache; allowed with it: --prefix-cache off")
     if arguments.pool_gib is not None and arguments.pool_requests is not None:
         raise ValueError("--pool-gib and --pool-requests both size the pools; give one")
+    if compare == SPECULATION:
+        if arguments.pool_requests is not None:
+            raise ValueError("--pool-requests is a packed pool of one width; with --compare speculation: --pool-gib")
+        if arguments.num_speculative_tokens is None:
+            arguments.num_speculative_tokens = engines.DRAFTS
+        elif arguments.num_speculative_tokens < 1:
+            raise ValueError(
+                f"--compare speculation needs --num-speculative-tokens above 0, got {arguments.num_speculative_tokens}"
+            )
+    speculation(arguments)
     arguments.accounting = arguments.accounting or "decoupled"
     arguments.prefix_cache = arguments.prefix_cache or ("off" if packed else "on")
 
@@ -346,11 +378,17 @@ def _tokenizer(directory: pathlib.Path) -> Any:
 
 
 def choose_arms(arguments: argparse.Namespace) -> Sequence[Arm]:
-    """The settings to run, one or two."""
-    if arguments.compare:
-        return engines.COMPARISONS[arguments.compare]
+    """The settings to run: one, the two of a comparison, or one for each number of drafts."""
+    drafts = speculation(arguments)
+    if arguments.compare == SPECULATION:
+        return engines.drafting(drafts)
     name = f"{arguments.accounting}, cache {arguments.prefix_cache}"
-    return (Arm(name, arguments.accounting, arguments.prefix_cache == "on"),)
+    one = (Arm(name, arguments.accounting, arguments.prefix_cache == "on"),)
+    arms = engines.COMPARISONS[arguments.compare] if arguments.compare else one
+    arms = tuple(engines.speculating(arm, drafts) for arm in arms)
+    for arm in arms:
+        arm.check()
+    return arms
 
 
 def choose_sizes(arguments: argparse.Namespace, arms: Sequence[Arm], conversations: Sequence[Conversation]) -> Sizes:
@@ -369,25 +407,12 @@ def choose_sizes(arguments: argparse.Namespace, arms: Sequence[Arm], conversatio
     )
 
 
-def geometry_of(arguments: argparse.Namespace, config: "ModelConfig") -> "StateGeometry":
-    """What a slot and a block of the model are, on one rank."""
-    from gdnjax.memory import StateGeometry
-
-    return StateGeometry.of(
-        config,
-        tp=arguments.tensor_parallel_size,
-        block_size=arguments.block_size,
-        dtype=config.dtype if arguments.dtype == "auto" else arguments.dtype,
-        ssm_dtype=arguments.ssm_dtype,
-    )
-
-
-def load(arguments: argparse.Namespace, config: "ModelConfig", directory: pathlib.Path | None) -> Loaded:
-    """The model that all engines share."""
+def load(arguments: argparse.Namespace, config: "ModelConfig", directory: pathlib.Path | None, *, mtp: bool) -> Loaded:
+    """The model that all engines share, with its MTP head if `mtp`."""
     options = {name: getattr(arguments, name) for name in ("dtype", "tensor_parallel_size", "kernels")}
     if directory is None:
-        return engines.load_random(config, options, arguments.seed)
-    return engines.load(directory, options, progress=sys.stderr.isatty())
+        return engines.load_random(config, options, arguments.seed, mtp=mtp)
+    return engines.load(directory, options, mtp=mtp, progress=sys.stderr.isatty())
 
 
 def make_plan(
@@ -413,11 +438,17 @@ def measure(arguments: argparse.Namespace, loaded: Loaded, plan: "Plan", geometr
     from serving_bench import measurement, report
 
     arms = measurement.compare(loaded, plan)
-    print(report.table(arms, title(arguments, plan)))
+    of_drafts = arguments.compare == SPECULATION
+    print((report.speculation_table if of_drafts else report.table)(arms, title(arguments, plan)))
+    forced = arms[-1].arm.forced_length
+    if forced is not None and not of_drafts:
+        print(f"\nAcceptance was forced to {forced:g} tokens a step: the outputs are not the model's.")
     result: dict[str, Any] = {
         "arms": [arm.as_json() for arm in arms],
         "ratios": {name: ratio.as_json() for name, ratio in report.ratios(arms).items()},
     }
+    if of_drafts:
+        result["speculation"] = report.speculation_rows(arms)
     budget = plan.sizes.bytes_of(geometry)
     if arguments.compare == "accounting" and budget is not None:
         name = arguments.random_weights or arguments.model

@@ -1,10 +1,14 @@
-"""What the commands of this directory share: exit statuses, one line for an error, the environment before jax."""
+"""What the commands of this directory share: exit statuses, one line for an error, the environment before jax, and
+the flags of speculation.
+"""
 
+import argparse
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
@@ -49,3 +53,47 @@ def prepare_environment(memory_fraction: float | None = None, *, verbose: bool =
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("gdnjax").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def add_speculation_flags(add: Callable[..., Any]) -> None:
+    """The flags that `speculation` reads. `add` is an argparse group's add_argument."""
+    from gdnjax.config import DRAFT_ACCEPTANCES, MAX_SPECULATIVE_TOKENS
+
+    add(
+        "--num-speculative-tokens",
+        type=int,
+        metavar="K",
+        help=f"tokens that the model's MTP head drafts for each step, 0 to {MAX_SPECULATIVE_TOKENS} (default: 0)",
+    )
+    add(
+        "--draft-acceptance",
+        choices=DRAFT_ACCEPTANCES,
+        help="shared_noise gives the tokens of a run without drafts; rejection keeps more drafts at a temperature "
+        "(default: shared_noise)",
+    )
+    add("--adaptive-speculation", action="store_true", help="draft in those steps only where it pays, as measured")
+
+
+def speculation(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of EngineConfig by the flags of speculation, those that were given; empty without drafts.
+
+    Raises ValueError for a value that is none, and for a flag that says how to draft where nothing is drafted.
+    """
+    from gdnjax.config import EngineConfig
+
+    given = {
+        "num_speculative_tokens": arguments.num_speculative_tokens,
+        "draft_acceptance": arguments.draft_acceptance,
+        "adaptive_speculation": arguments.adaptive_speculation or None,
+        # Benchmarks alone have this one.
+        "spec_acceptance_length": getattr(arguments, "spec_acceptance_length", None),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given.get("num_speculative_tokens"):
+        for name in given:
+            if name != "num_speculative_tokens":
+                raise ValueError(f"--{name.replace('_', '-')} needs --num-speculative-tokens above 0")
+        return {}
+    # For its errors, before anything slow begins.
+    EngineConfig(**given)
+    return given

@@ -1,6 +1,7 @@
 """Measures how many word problems a model solves, and shows that every way to run it gives the same answers."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -8,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from command import exit_status, prepare_environment
+from command import add_speculation_flags, exit_status, prepare_environment, speculation
 from evaluation import agreement, cells, problems, report
 from evaluation.cells import Cell
 from evaluation.problems import Problem, Prompt
@@ -37,11 +38,12 @@ examples:
   python scripts/eval.py --model Qwen3.5-4B --data gsm8k/test.jsonl --shots gsm8k/train.jsonl     5-shot
   python scripts/eval.py --model Qwen3.5-4B --data gsm8k/test.jsonl --form chat --no-thinking --max-tokens 512
   python scripts/eval.py --floor 0.95                              fails where fewer are solved
+  python scripts/eval.py --num-speculative-tokens 3                with drafts of the MTP head
 
 The matrix, f32 for float32, bf16 for bfloat16:
 {
     textwrap.fill(
-        ", ".join(cell.name for cell in cells.MATRIX if cell not in cells.CROSS),
+        ", ".join(cell.name for cell in cells.MATRIX if cell not in (*cells.CROSS, *cells.SPECULATING)),
         110,
         initial_indent="  ",
         subsequent_indent="  ",
@@ -53,10 +55,13 @@ and f32-LAYOUT-PIECES-CACHE-MEMORY in every combination:
   PIECES   {", ".join(cells.PIECES)}: prompts are cut at 64 tokens
   CACHE    {", ".join(cells.CACHES)}: all prompts run twice, and the second time counts
   MEMORY   {", ".join(cells.MEMORIES)}: few blocks, and every {cells.TURNS_BETWEEN_DRILLS} turns a request is preempted
---pairwise runs {len(cells.COVERING)} of these {len(cells.CROSS)}, in which every two settings meet, and one bf16 cell.
-The columns "cached" and "preempted" say that it happened.
+and, with 1, 2 or 3 drafts of the MTP head, f32-LAYOUT-whole-CACHE-ample-kN in the layouts kv and mixed, and
+f32-mixed-pieces-cached-scarce-kN, in which everything is on.
+--pairwise runs {len(cells.COVERING)} combinations, in which every two settings meet and drafts meet the cache, its
+absence and the mixed layout, and one bf16 cell. The columns "cached", "preempted" and "accepted" say that it happened.
 
-Without --matrix, --pairwise and --cells one cell runs: {cells.DEFAULT.name}, in the checkpoint's dtype.
+Without --matrix, --pairwise and --cells one cell runs: {cells.DEFAULT.name}, in the checkpoint's dtype. It alone takes
+the flags of speculation: the names of the others say how they draft.
 
 Every cell is compared with the first float32 cell (the first cell, where there is none): on how many problems both
 answers, and all tokens, are the same. Where another float32 cell parts from it, the logits there are computed anew by
@@ -90,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--matrix", action="store_true", help="run all cells of the matrix")
     add("--pairwise", action="store_true", help="run the matrix with fewer combinations: every two settings meet")
     add("--cells", metavar="A,B", help="run these cells")
+    add_speculation_flags(parser.add_argument_group("speculation").add_argument)
     add = parser.add_argument_group("output").add_argument
     add("--floor", type=float, metavar="F", help="the least share of strict matches that every cell must reach")
     add("--output", metavar="FILE", help="write settings, prompts, completions and scores there, as JSON")
@@ -150,6 +156,12 @@ def choose_cells(arguments: argparse.Namespace) -> list[Cell]:
     """The cells to run, in order. Raises ValueError for a name that is none."""
     if arguments.matrix + arguments.pairwise + (arguments.cells is not None) > 1:
         raise ValueError("--matrix, --pairwise and --cells each name the cells to run; give one of them")
+    drafting = speculation(arguments)
+    if drafting:
+        if arguments.matrix or arguments.pairwise or arguments.cells is not None:
+            raise ValueError("--num-speculative-tokens: --matrix, --pairwise and --cells say themselves what drafts")
+        name = f"{cells.DEFAULT.name}-k{drafting['num_speculative_tokens']}"
+        return [dataclasses.replace(cells.DEFAULT, name=name, options=drafting)]
     if arguments.matrix:
         return list(cells.MATRIX)
     if arguments.pairwise:
@@ -212,11 +224,10 @@ def run_cells(
     reports: dict[str, CellReport] = {}
     reference: CellReport | None = None
     for dtype in sorted(set(dtypes.values()), key=lambda dtype: dtype != "float32"):
-        with cells.load(directory, dtype, work.progress) as loaded:
+        of_dtype = [cell for cell in chosen if dtypes[cell.name] == dtype]
+        with cells.load(directory, dtype, work.progress, mtp=any(map(cells.speculates, of_dtype))) as loaded:
             judge = None
-            for cell in chosen:
-                if dtypes[cell.name] != dtype:
-                    continue
+            for cell in of_dtype:
                 if work.progress:
                     print(f"{cell.name} ({dtype})", file=sys.stderr)
                 made = cells.run_cell(cell, dtype, loaded, work)
@@ -259,6 +270,7 @@ def settings(arguments: argparse.Namespace, num_shots: int) -> dict[str, Any]:
         "num_shots": num_shots,
         "max_num_seqs": arguments.max_num_seqs,
         "enable_thinking": False if arguments.no_thinking else None,
+        **speculation(arguments),
         "near_tie": agreement.NEAR_TIE,
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,

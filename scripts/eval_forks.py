@@ -28,6 +28,7 @@ computed
   fresh    by an engine without a prefix cache, in the KV layout: the reference
   forked   in the mixed layout, from the checkpoint at the end of the first turn
   broken   the same with the bit forced to KV whenever a checkpoint is forked
+The last two speculate, if they are told to; the first one never does.
 In float32. A forked run is clean if its tokens are those of the fresh one, near ties counted. States are compared right
 after the fork, layer by layer: |forked - fresh| / max|fresh|.
 """
@@ -36,6 +37,7 @@ EXAMPLES = """\
 examples:
   python scripts/eval_forks.py                              250 runs of the embedded model
   python scripts/eval_forks.py --runs 20 --output forks.json
+  python scripts/eval_forks.py --num-speculative-tokens 3   checkpoints written with accepted drafts pending
 
 Exit status: 0 all forked runs are clean and every broken state is seen, 1 not so, 2 a bad argument or checkpoint (the
 reason is on stderr), 130 interrupted.
@@ -58,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--states", type=int, default=20, metavar="N", help="runs whose states are compared, too (default: 20)")
     add("--first-tokens", type=int, default=6, metavar="N", help="tokens of the first turn (default: 6)")
     add("--max-tokens", type=int, default=96, metavar="N", help="most tokens of the second turn (default: 96)")
+    add("--num-speculative-tokens", type=int, default=0, metavar="K", help="drafts a step, 0 to 7 (default: 0)")
     add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
     add("--output", metavar="FILE", help="write what was found there, as JSON")
     add("--verbose", action="store_true", help="log what the engine does, and show where an error came from")
@@ -72,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Everything between the arguments and the exit status."""
-    for name, least in (("runs", 1), ("states", 0), ("first_tokens", 2), ("max_tokens", 1)):
+    limits = (("runs", 1), ("states", 0), ("first_tokens", 2), ("max_tokens", 1), ("num_speculative_tokens", 0))
+    for name, least in limits:
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
     if arguments.output and not pathlib.Path(arguments.output).absolute().parent.is_dir():
@@ -97,6 +101,7 @@ class Forks:
     clean         of these, answers equal to the fresh one's; near_ties are counted apart.
     broken        answers that the forced bit changed, and `first_changes`, the token at which each of them parts.
     clean_states, broken_states   the largest relative difference over layers, run by run.
+    drafted, accepted   tokens that the forked engine's MTP head proposed, and those that were kept.
     """
 
     runs: int
@@ -107,6 +112,8 @@ class Forks:
     first_changes: list[int]
     clean_states: list[float]
     broken_states: list[float]
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def is_as_it_should_be(self) -> bool:
@@ -120,11 +127,12 @@ def measure(directory: pathlib.Path, questions: Sequence[str], arguments: argpar
     """Runs all conversations in three engines."""
     from evaluation import cells
 
-    with cells.load(directory, "float32") as loaded:
+    drafts = arguments.num_speculative_tokens
+    with cells.load(directory, "float32", mtp=drafts > 0) as loaded:
         assert loaded.tokenizer is not None
         firsts = [loaded.tokenizer.encode(questions[i % len(questions)]) for i in range(arguments.runs)]
         # Room for the checkpoints of a batch's first turns until the second turns have read them.
-        mixed = {"state_layout": "mixed", "num_checkpoint_slots": 4 * ROWS}
+        mixed = {"state_layout": "mixed", "num_checkpoint_slots": 4 * ROWS, "num_speculative_tokens": drafts}
         engines = {
             "fresh": _engine(loaded, firsts, arguments, state_layout="kv", enable_prefix_caching=False),
             "forked": _engine(loaded, firsts, arguments, **mixed),
@@ -152,6 +160,7 @@ def measure(directory: pathlib.Path, questions: Sequence[str], arguments: argpar
                 exact = _state_behind(engines["fresh"], prompt)
                 states[name].append(_difference(_state_behind(engines[name], prompt), exact))
         judge = agreement.Teacher(loaded, prompts, reference)
+        speculation = engines["forked"].stats()["speculation"]
         differences = agreement.compare(reference, answers["forked"], judge)
         changes = agreement.compare(answers["forked"], answers["broken"])
         for llm in engines.values():
@@ -165,6 +174,8 @@ def measure(directory: pathlib.Path, questions: Sequence[str], arguments: argpar
         first_changes=[change.position for change in changes],
         clean_states=states["forked"],
         broken_states=states["broken"],
+        drafted=speculation["num_draft_tokens"],
+        accepted=speculation["num_accepted_draft_tokens"],
     )
 
 
@@ -260,6 +271,11 @@ def table(found: Forks) -> str:
             f"state behind a fork, clean               {span(found.clean_states)}",
             f"state behind a fork, broken              {span(found.broken_states)}",
             f"answers changed by the broken bit        {found.broken} of {found.runs}{parts}{median}",
+            *(
+                [f"drafts kept                              {found.accepted} of {found.drafted}"]
+                if found.drafted
+                else []
+            ),
         )
     )
 

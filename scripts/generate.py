@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from command import exit_status, prepare_environment
+from command import add_speculation_flags, exit_status, prepare_environment, speculation
 
 if TYPE_CHECKING:
     from gdnjax import LLM, EngineConfig, RequestOutput, SamplingParams
@@ -34,6 +34,7 @@ examples:
   git diff | python scripts/generate.py --model Qwen3.5-4B --chat -p -          the prompt is what stdin says
   python scripts/generate.py --model Qwen3.5-4B --prompts-file prompts.jsonl    one batch
   python scripts/generate.py --model Qwen3.5-4B -p "a" -p "b" --temp 0          greedy, two prompts in one batch
+  python scripts/generate.py --num-speculative-tokens 3                         the same story in fewer steps
 
 Without --model a small trained model answers that is a part of gdnjax: it solves simple word problems and tells short
 stories, and continues "Once upon a time" where there is no prompt either.
@@ -58,6 +59,9 @@ ROW_GRID = (1, 8)
 PREFILL_GRID = (64, 256, 1024)
 SMALLEST_LENGTH = 512
 
+REHEARSED_STEPS = 12
+"""Decode steps after which adaptive speculation has tried both of its choices."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -74,6 +78,8 @@ class Stats:
     prompt_rate, generation_rate   tokens per second; of one prompt: up to its first token, and after it. Of several:
                                    all tokens over the time of the whole batch.
     time_to_first_token            mean over the prompts, from queueing; nothing is compiled in it.
+    draft_acceptance_rate          share of the drafts that were kept; None where nothing was drafted.
+    mean_acceptance_length         tokens of a decode step on average; None where nothing was drafted.
     import_time, load_time, compile_time   the parts of the start-up.
     peak_bytes, peak_of            the most memory held, and of what.
     """
@@ -88,12 +94,18 @@ class Stats:
     compile_time: float
     peak_bytes: int
     peak_of: str
+    draft_acceptance_rate: float | None = None
+    mean_acceptance_length: float | None = None
 
     def __str__(self) -> str:
         start_up = self.import_time + self.load_time + self.compile_time
+        drafts = ""
+        if self.draft_acceptance_rate is not None:
+            share, length = self.draft_acceptance_rate, self.mean_acceptance_length
+            drafts = f"drafts accepted {share:.0%}, {length:.1f} tokens a step | "
         return (
             f"prompt {self.prompt_tokens} tokens, {self.prompt_rate:.1f} tok/s | "
-            f"generation {self.generation_tokens} tokens, {self.generation_rate:.1f} tok/s | "
+            f"generation {self.generation_tokens} tokens, {self.generation_rate:.1f} tok/s | {drafts}"
             f"first token after {self.time_to_first_token:.3f} s | "
             f"start-up {start_up:.1f} s (import {self.import_time:.1f}, load {self.load_time:.1f}, "
             f"compile {self.compile_time:.1f}) | "
@@ -136,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-p", type=float, metavar="P", help="drop tokens less probable than this share of the best, in [0, 1]")
     add("--seed", type=int, metavar="N", help="of the noise (default: the same in every run)")
     add("--stop", action="append", metavar="TEXT", help="end the output before this text; repeatable")
+    add_speculation_flags(parser.add_argument_group("speculation").add_argument)
     add = parser.add_argument_group("output").add_argument
     add("--stats-json", metavar="FILE", help="also write the numbers of the closing line there")
     add("--verbose", action="store_true", help="log what the engine does, and show where an error came from")
@@ -158,6 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.prompt = [DEMO_PROMPT]
     texts = read_prompts(arguments)
     given = given_sampling(arguments)
+    speculation(arguments)
     began = time.monotonic()
     prepare_environment(arguments.memory_fraction, verbose=arguments.verbose)
     llm, prompts, import_time = start(arguments, directory, texts)
@@ -292,6 +306,7 @@ def fit_engine(arguments: argparse.Namespace, lengths: Sequence[int], context: i
         tensor_parallel_size=arguments.tensor_parallel_size,
         kernels=arguments.kernels,
         warmup=False,
+        **speculation(arguments),
     )
 
 
@@ -302,9 +317,16 @@ def round_up(size: int, grid: Sequence[int]) -> int:
 
 def rehearse(llm: "LLM", prompt: Prompt, params: "SamplingParams") -> None:
     """Compiles what the prompts will need by a short request, so that what is measured after it is not compilation."""
-    short = dataclasses.replace(params, max_tokens=min(params.max_tokens, 2), stop=None, ignore_eos=True)
+    tokens = 2
+    if llm.config.adaptive_speculation:
+        # So many steps that some of them are taken with drafts and some without.
+        tokens = REHEARSED_STEPS * (1 + llm.config.num_speculative_tokens)
+    short = dataclasses.replace(params, max_tokens=min(params.max_tokens, tokens), stop=None, ignore_eos=True)
+    # What is pending at the end of a request is folded in before the next turn, so that step needs another request.
+    runs = 2 if llm.config.num_speculative_tokens else 1
     with notice("compiling (kept for later runs) ..."):
-        llm.generate({"prompt_token_ids": prompt.token_ids[:1]}, short, use_tqdm=False)
+        for _ in range(runs):
+            llm.generate({"prompt_token_ids": prompt.token_ids[:1]}, short, use_tqdm=False)
 
 
 @contextlib.contextmanager
@@ -347,11 +369,17 @@ def headline(text: str, width: int = 60) -> str:
 
 def measure(outputs: Sequence["RequestOutput"]) -> dict[str, Any]:
     """The counts and times of Stats that requests know of."""
+    from gdnjax.serving.outputs import acceptance_rate, mean_acceptance_length
+
     metrics = [output.metrics for output in outputs if output.metrics is not None]
     prompt_tokens = sum(metric.num_prompt_tokens for metric in metrics)
     tokens = sum(metric.num_output_tokens for metric in metrics)
     first_tokens = [metric.time_to_first_token or 0.0 for metric in metrics]
     first_token = sum(first_tokens) / len(metrics)
+    drafted, accepted, steps = (
+        sum(getattr(metric, name) for metric in metrics)
+        for name in ("num_draft_tokens", "num_accepted_draft_tokens", "num_decode_steps")
+    )
     if len(metrics) == 1:
         prompt_rate = rate(prompt_tokens, first_token)
         per_token = metrics[0].time_per_output_token
@@ -365,6 +393,8 @@ def measure(outputs: Sequence["RequestOutput"]) -> dict[str, Any]:
         "generation_tokens": tokens,
         "generation_rate": generation_rate,
         "time_to_first_token": first_token,
+        "draft_acceptance_rate": acceptance_rate(accepted, drafted),
+        "mean_acceptance_length": mean_acceptance_length(accepted, steps) if drafted else None,
     }
 
 

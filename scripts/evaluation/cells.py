@@ -83,6 +83,7 @@ class CellRun:
 
     hit_rate     share of the prompts' tokens that the prefix cache saved.
     preemptions  how often a request had to make room for another.
+    drafted      tokens that the MTP head proposed, in repeated runs too, and `accepted` of them that were kept.
     """
 
     cell: Cell
@@ -91,14 +92,18 @@ class CellRun:
     seconds: float
     hit_rate: float = 0.0
     preemptions: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def output_tokens(self) -> int:
         return sum(len(completion.token_ids) for completion in self.completions)
 
 
-def load(directory: Any, dtype: str, progress: bool = False) -> "LLM":
-    """The parameters in one dtype, in an engine of the smallest pools, from which the cells' engines are made."""
+def load(directory: Any, dtype: str, progress: bool = False, *, mtp: bool = False) -> "LLM":
+    """The parameters in one dtype, with those of the MTP head if `mtp`, in an engine of the smallest pools, from which
+    the cells' engines are made.
+    """
     from gdnjax import LLM
 
     return LLM(
@@ -107,6 +112,7 @@ def load(directory: Any, dtype: str, progress: bool = False) -> "LLM":
         max_num_seqs=1,
         max_num_batched_tokens=CHUNK,
         max_model_len=CHUNK,
+        num_speculative_tokens=int(mtp),
         warmup=False,
         use_tqdm=progress,
     )
@@ -134,7 +140,9 @@ def _run_engine(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> CellRu
     with llm:
         # Each step has one bucket, so that a short request compiles all that the others need.
         rehearsal = dataclasses.replace(params, max_tokens=min(2, work.max_tokens), ignore_eos=True, stop=None)
-        llm.generate(prompts[:1], rehearsal, use_tqdm=False)
+        # What comes after an end may need another step: the seal of what was pending.
+        for _ in range(2):
+            llm.generate(prompts[:1], rehearsal, use_tqdm=False)
         if cell.repeat:
             llm.generate(prompts, params, use_tqdm=work.progress)
         began = time.perf_counter()
@@ -142,7 +150,7 @@ def _run_engine(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> CellRu
             _generate_with_drills(llm, prompts, params) if cell.scarce else llm.generate(prompts, params, work.progress)
         )
         seconds = time.perf_counter() - began
-        preemptions = llm.stats()["num_preemptions"]
+        stats = llm.stats()
     firsts = [output.outputs[0] for output in outputs]
     return CellRun(
         cell,
@@ -150,7 +158,9 @@ def _run_engine(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> CellRu
         [Completion(first.text, first.token_ids, first.finish_reason) for first in firsts],
         seconds,
         hit_rate=sum(output.num_cached_tokens for output in outputs) / max(1, sum(map(len, work.prompts))),
-        preemptions=preemptions,
+        preemptions=stats["num_preemptions"],
+        drafted=stats["speculation"]["num_draft_tokens"],
+        accepted=stats["speculation"]["num_accepted_draft_tokens"],
     )
 
 
@@ -277,14 +287,16 @@ LAYOUTS = ("kv", "vk", "mixed")
 PIECES = {"whole": {}, "pieces": {"max_num_batched_tokens": CHUNK}}
 CACHES = {"fresh": PLAIN, "cached": {}}
 MEMORIES = ("ample", "scarce")
+DRAFTS = (1, 2, 3)
 
 
-def _crossed(layout: str, pieces: str, cache: str, memory: str) -> Cell:
+def _crossed(layout: str, pieces: str, cache: str, memory: str, drafts: int = 0) -> Cell:
     """A float32 cell of the cross of settings under which a request may not change its answer."""
+    speculation = {"num_speculative_tokens": drafts} if drafts else {}
     return Cell(
-        name=f"f32-{layout}-{pieces}-{cache}-{memory}",
+        name=f"f32-{layout}-{pieces}-{cache}-{memory}" + (f"-k{drafts}" if drafts else ""),
         dtype="float32",
-        options={"state_layout": layout, **PIECES[pieces], **CACHES[cache]},
+        options={"state_layout": layout, **PIECES[pieces], **CACHES[cache], **speculation},
         repeat=cache == "cached",
         scarce=memory == "scarce",
     )
@@ -292,20 +304,32 @@ def _crossed(layout: str, pieces: str, cache: str, memory: str) -> Cell:
 
 CROSS = tuple(itertools.starmap(_crossed, itertools.product(LAYOUTS, PIECES, CACHES, MEMORIES)))
 
+SPECULATING = (
+    *(
+        _crossed(layout, "whole", cache, "ample", drafts)
+        for drafts, layout, cache in itertools.product(DRAFTS, ("kv", "mixed"), CACHES)
+    ),
+    *(_crossed("mixed", "pieces", "cached", "scarce", drafts) for drafts in DRAFTS),
+)
+"""So many drafts crossed with the cache and with the mixed layout, and with everything at once."""
+
 COVERING = tuple(
     itertools.starmap(
         _crossed,
         (
-            ("kv", "whole", "fresh", "ample"),
-            ("kv", "pieces", "cached", "scarce"),
-            ("vk", "whole", "cached", "scarce"),
-            ("vk", "pieces", "fresh", "ample"),
-            ("mixed", "whole", "fresh", "scarce"),
-            ("mixed", "pieces", "cached", "ample"),
+            ("kv", "whole", "fresh", "ample", 2),
+            ("kv", "pieces", "cached", "scarce", 3),
+            ("vk", "whole", "cached", "scarce", 1),
+            ("vk", "pieces", "fresh", "ample", 0),
+            ("mixed", "whole", "fresh", "scarce", 3),
+            ("mixed", "whole", "fresh", "ample", 1),
+            ("mixed", "pieces", "cached", "ample", 2),
         ),
     )
 )
-"""Cells of the cross in which every two settings of different kinds meet."""
+"""Cells in which every two settings of the cross meet, and so many drafts meet the cache, its absence and the mixed
+layout.
+"""
 
 _WAYS = (
     Cell(name="f32-one-by-one", dtype="float32", max_num_seqs=1, options=PLAIN),
@@ -317,12 +341,18 @@ _ROUNDED = (
     Cell(name="bf16-one-by-one", dtype="bfloat16", max_num_seqs=1, options=PLAIN),
     Cell(name="bf16-batched", dtype="bfloat16"),
     Cell(name="bf16-device-loop", dtype="bfloat16", driver="device loop"),
+    Cell(name="bf16-k3", dtype="bfloat16", options={"num_speculative_tokens": 3}),
 )
 
-MATRIX = (*_WAYS, *CROSS, *_ROUNDED)
+MATRIX = (*_WAYS, *CROSS, *SPECULATING, *_ROUNDED)
 """What --matrix runs. The first float32 cell is what the others are compared with."""
 
 PAIRWISE = (*_WAYS, *COVERING, _ROUNDED[1])
 """What --pairwise runs."""
 
-BY_NAME = {cell.name: cell for cell in (DEFAULT, *MATRIX)}
+BY_NAME = {cell.name: cell for cell in (DEFAULT, *MATRIX, *COVERING)}
+
+
+def speculates(cell: Cell) -> bool:
+    """Whether a cell needs the model's MTP head."""
+    return bool(cell.options.get("num_speculative_tokens"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import heapq
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,11 @@ COUNTERS = (
     "num_output_tokens",
     "num_padded_tokens",
     "num_compilations",
+    "num_decode_rows",
+    "num_draft_tokens",
+    "num_accepted_draft_tokens",
+    "drafted_at",
+    "accepted_at",
     "prefix_cache",
     "seconds",
 )
@@ -200,6 +206,10 @@ def growth(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         if isinstance(after[name], dict):
             parts = [part for part in after[name] if part not in GAUGES]
             grown[name] = {part: after[name][part] - before[name][part] for part in parts}
+        elif isinstance(after[name], list):
+            # A list of counters grows longer, too.
+            pairs = itertools.zip_longest(before[name], after[name], fillvalue=0)
+            grown[name] = [now - then for then, now in pairs]
         else:
             grown[name] = after[name] - before[name]
     return grown

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gdnjax import memory
@@ -19,12 +20,30 @@ GRID = 256
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One setting. `accounting` is one of ACCOUNTINGS; `invariant` is EngineConfig's batch_invariant."""
+    """One setting. `accounting` is one of ACCOUNTINGS; `invariant` is EngineConfig's batch_invariant; `speculation`
+    are further fields of EngineConfig, empty where nothing is drafted.
+    """
 
     name: str
     accounting: str = "decoupled"
     prefix_cache: bool = False
     invariant: bool = False
+    speculation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_drafts(self) -> int:
+        return self.speculation.get("num_speculative_tokens", 0)
+
+    @property
+    def forced_length(self) -> float | None:
+        """Tokens of a step where acceptance is forced, so that outputs are not the model's; None where it is not."""
+        return self.speculation.get("spec_acceptance_length")
+
+    def check(self) -> None:
+        """Raises ValueError where an engine cannot be set up like this."""
+        from gdnjax.config import EngineConfig
+
+        EngineConfig(batch_invariant=self.invariant, **self.speculation)
 
 
 COMPARISONS = {
@@ -33,6 +52,48 @@ COMPARISONS = {
     "invariance": (Arm("free", prefix_cache=True), Arm("invariant", prefix_cache=True, invariant=True)),
 }
 """Pairs of arms; ratios are what the second is of the first."""
+
+DRAFTS = 3
+"""Most drafts of a comparison of speculation, where nobody says."""
+
+
+def speculating(arm: Arm, speculation: Mapping[str, Any]) -> Arm:
+    """The same setting with drafts."""
+    return dataclasses.replace(arm, speculation=dict(speculation))
+
+
+def drafting(speculation: Mapping[str, Any]) -> tuple[Arm, ...]:
+    """Settings with no drafts, with one, and so on up to `num_speculative_tokens`, alike otherwise.
+
+    A forced acceptance is cut where fewer drafts do not reach it.
+    """
+    arms = []
+    for drafts in range(speculation["num_speculative_tokens"] + 1):
+        own = {**speculation, "num_speculative_tokens": drafts}
+        if "spec_acceptance_length" in own:
+            own["spec_acceptance_length"] = min(own["spec_acceptance_length"], 1.0 + drafts)
+        arms.append(Arm(f"k = {drafts}", prefix_cache=True, speculation=own if drafts else {}))
+    return tuple(arms)
+
+
+def geometry_of(arm: Arm, config: "ModelConfig", options: Mapping[str, Any], block_size: int) -> StateGeometry:
+    """What a slot and a block of a setting are, on one rank. `options` are fields of EngineConfig.
+
+    Drafting takes rows of its own in every slot, and the MTP head's layer in every block.
+    """
+    from gdnjax.config import EngineConfig
+
+    geometry = StateGeometry.of(
+        config,
+        tp=options["tensor_parallel_size"],
+        block_size=block_size,
+        dtype=config.dtype if options["dtype"] == "auto" else options["dtype"],
+        ssm_dtype=options["ssm_dtype"],
+    )
+    if not arm.num_drafts:
+        return geometry
+    geometry = dataclasses.replace(geometry, attention_layers=geometry.attention_layers + config.mtp_layers)
+    return geometry.speculating(EngineConfig(**arm.speculation))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,9 +183,18 @@ class Loaded:
     params: Any
     tokenizer: Any = None
 
+    def for_arm(self, arm: Arm) -> "Loaded":
+        """The same, without its MTP head where nothing is drafted: the head's layer would have KV in every block."""
+        from gdnjax import build_model
 
-def load(directory: pathlib.Path, options: dict[str, Any], *, progress: bool) -> Loaded:
-    """A checkpoint. `options` are fields of EngineConfig."""
+        if arm.num_drafts or not self.model.mtp:
+            return self
+        model = build_model(self.model.config, self.model.dtype, self.model.tp)
+        return Loaded(model, {name: part for name, part in self.params.items() if name != "mtp"}, self.tokenizer)
+
+
+def load(directory: pathlib.Path, options: dict[str, Any], *, mtp: bool, progress: bool) -> Loaded:
+    """A checkpoint, with its MTP head if `mtp`. `options` are fields of EngineConfig."""
     from gdnjax import LLM
 
     # In an engine of the smallest pools, since it is the engine that reads checkpoints onto several devices.
@@ -134,6 +204,7 @@ def load(directory: pathlib.Path, options: dict[str, Any], *, progress: bool) ->
         max_num_batched_tokens=64,
         max_model_len=64,
         enable_prefix_caching=False,
+        num_speculative_tokens=int(mtp),
         warmup=False,
         use_tqdm=progress,
         **options,
@@ -141,8 +212,10 @@ def load(directory: pathlib.Path, options: dict[str, Any], *, progress: bool) ->
         return Loaded(llm.model, llm.params, llm.tokenizer)
 
 
-def load_random(config: "ModelConfig", options: dict[str, Any], seed: int) -> Loaded:
-    """A model of random weights, made where they stay. `options` are fields of EngineConfig."""
+def load_random(config: "ModelConfig", options: dict[str, Any], seed: int, *, mtp: bool) -> Loaded:
+    """A model of random weights, made where they stay, with an MTP head if `mtp`. `options` are fields of
+    EngineConfig.
+    """
     import functools
 
     import jax
@@ -151,18 +224,18 @@ def load_random(config: "ModelConfig", options: dict[str, Any], seed: int) -> Lo
 
     tp, dtype = options["tensor_parallel_size"], options["dtype"]
     dtype = config.dtype if dtype == "auto" else dtype
-    shardings = sharding.shardings_of(abstract_params(config, tp, dtype), sharding.make_mesh(tp))
-    make = jax.jit(functools.partial(random_params, config, tp, dtype), out_shardings=shardings)
+    shardings = sharding.shardings_of(abstract_params(config, tp, dtype, mtp=mtp), sharding.make_mesh(tp))
+    make = jax.jit(functools.partial(random_params, config, tp, dtype, mtp=mtp), out_shardings=shardings)
     # This generator compiles fastest.
-    return Loaded(build_model(config, dtype, tp), make(jax.random.key(seed, impl="unsafe_rbg")))
+    return Loaded(build_model(config, dtype, tp, mtp=mtp), make(jax.random.key(seed, impl="unsafe_rbg")))
 
 
 def build(loaded: Loaded, arm: Arm, sizes: Sizes, options: dict[str, Any]) -> "tuple[LLM, Pools]":
     """A warmed-up engine of an arm. `options` are further fields of EngineConfig."""
     from gdnjax import LLM, EngineConfig
 
-    geometry = loaded.model.geometry(sizes.block_size, options["ssm_dtype"])
-    chosen = pools(arm, geometry, sizes)
+    loaded = loaded.for_arm(arm)
+    chosen = pools(arm, geometry_of(arm, loaded.model.config, options, sizes.block_size), sizes)
     config = EngineConfig(
         max_num_seqs=sizes.rows,
         max_model_len=math.ceil(sizes.longest / GRID) * GRID,
@@ -175,6 +248,7 @@ def build(loaded: Loaded, arm: Arm, sizes: Sizes, options: dict[str, Any]) -> "t
         # No request of a workload needs one.
         max_logit_rows=1,
         **options,
+        **arm.speculation,
     )
     length = config.max_model_len or GRID
     llm = LLM.from_model(loaded.model, loaded.params, config, max_model_len=length, tokenizer=loaded.tokenizer)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from gdnjax.serving.outputs import acceptance_rate, mean_acceptance_length
+
 from .driver import Log, Trace
 
 PERCENTILES = (50, 90, 99)
@@ -32,6 +34,7 @@ def time_per_output_token(trace: Trace) -> float | None:
 
 
 def inter_token_latencies(trace: Trace) -> list[float]:
+    """Seconds between tokens; those that one step brought are one."""
     return np.diff(trace.times).tolist()
 
 
@@ -73,6 +76,11 @@ def of_log(log: Log) -> Figures:
     cache, steps = log.stats["prefix_cache"], log.stats["num_turns"]
     for name in ("hit", "lost"):
         found[f"{name}_rate"] = cache[f"{name}_tokens"] / max(1, cache["queried_tokens"])
+    accepted, drafted = log.stats["num_accepted_draft_tokens"], log.stats["num_draft_tokens"]
+    found |= {
+        "draft_acceptance": acceptance_rate(accepted, drafted),
+        "tokens_per_step": mean_acceptance_length(accepted, log.stats["num_decode_rows"]),
+    }
     found |= {f"{part}_step_ms": log.stats["seconds"][part] / steps * 1e3 for part in HOST_PARTS}
     found["steps"] = steps
     found["compilations"] = log.stats["num_compilations"]

@@ -14,13 +14,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SIZE, DPI = (9.6, 6.4), 100
-COLORS = ("#d9731a", "#1f5fa8")
+COLORS = ("#d9731a", "#1f5fa8", "#2a8a4a", "#8a4fb0", "#b03a3a", "#5a5a5a", "#b8a020", "#20a0a8")
 BINS = 30
 """Spans into which a run is divided for its throughput over time."""
 
 
 def draw(runs: Mapping[str, Sequence[Log]], file: pathlib.Path) -> None:
-    """Draws the runs of one setting or two, by name. Latencies are of all repetitions, times of the first."""
+    """Draws the runs of each setting, by name, as many as there are COLORS. Latencies are of all repetitions, times of
+    the first.
+    """
     figure, ((first, between), (running, rate)) = plt.subplots(2, 2, figsize=SIZE, dpi=DPI, layout="constrained")
     for (name, logs), color in zip(runs.items(), COLORS, strict=False):
         found = [figures.latencies(log.traces) for log in logs]

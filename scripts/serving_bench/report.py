@@ -1,12 +1,14 @@
 """What a benchmark has found: as tables, and as JSON."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from measuring.tables import Table
 
 from gdnjax.memory import StateGeometry
+from gdnjax.serving.outputs import acceptance_rate
 
 from . import figures
 from .driver import Log
@@ -30,6 +32,8 @@ LINES = {
     "preemptions": "preemptions",
     "hit_rate": "prompt tokens from the cache",
     "lost_rate": "cached KV without a state",
+    "draft_acceptance": "drafts accepted",
+    "tokens_per_step": "tokens of a row and decode step",
     **{f"{part}_step_ms": f"host: {part} (ms/step)" for part in figures.HOST_PARTS},
     "duration": "duration (s)",
 }
@@ -55,6 +59,7 @@ class ArmReport:
         """Medians, and every repetition with its requests."""
         return {
             **dataclasses.asdict(self.arm),
+            "forced_acceptance": self.arm.forced_length is not None,
             **dataclasses.asdict(self.pools),
             "median": figures.medians(self.figures),
             "runs": [
@@ -92,6 +97,62 @@ def table(arms: Sequence[ArmReport], title: str) -> str:
             rows.append([label, *map(number, values), *([str(compared.get(name, ""))] if len(arms) == 2 else [])])
     columns = ["", *(arm.arm.name for arm in arms), *(["ratio"] if len(arms) == 2 else [])]
     return Table(title, columns, rows).text()
+
+
+def speculation_rows(arms: Sequence[ArmReport]) -> list[dict[str, Any]]:
+    """What so many drafts bring, for each setting of a comparison of speculation; the first has none.
+
+    num_drafts, forced_length (see Arm), medians of output_throughput, mean_tpot_ms, draft_acceptance and
+    tokens_per_step, acceptance_per_position over all repetitions, and `ratio`, the output throughput over that without
+    drafts.
+    """
+    found = []
+    for arm in arms:
+        medians = figures.medians(arm.figures)
+        ratio = figures.ratios(arms[0].figures, arm.figures)["output_throughput"]
+        found.append(
+            {
+                "num_drafts": arm.arm.num_drafts,
+                "forced_length": arm.arm.forced_length,
+                **{name: medians[name] for name in ("output_throughput", "mean_tpot_ms", "draft_acceptance")},
+                # Nobody counts where nobody drafts.
+                "tokens_per_step": medians["tokens_per_step"] if arm.arm.num_drafts else 1.0,
+                "acceptance_per_position": _acceptance_per_position(arm.logs),
+                "ratio": ratio.as_json(),
+            }
+        )
+    return found
+
+
+def _acceptance_per_position(logs: Sequence[Log]) -> list[float | None]:
+    """Share of the first drafts that were kept, of the second, and so on."""
+
+    def total(name: str) -> list[int]:
+        return [sum(counts) for counts in itertools.zip_longest(*(log.stats[name] for log in logs), fillvalue=0)]
+
+    pairs = itertools.zip_longest(total("accepted_at"), total("drafted_at"), fillvalue=0)
+    return [acceptance_rate(accepted, drafted) for accepted, drafted in pairs]
+
+
+def speculation_table(arms: Sequence[ArmReport], title: str) -> str:
+    """The same as a table."""
+    rows, forced = [], False
+    for arm, found in zip(arms, speculation_rows(arms), strict=True):
+        mark = "" if found["forced_length"] is None else f" (forced to {found['forced_length']:g})"
+        forced = forced or bool(mark)
+        rows.append(
+            [
+                arm.arm.name + mark,
+                *map(number, (found["output_throughput"], found["mean_tpot_ms"])),
+                "-" if found["draft_acceptance"] is None else f"{found['draft_acceptance']:.1%}",
+                ", ".join("-" if rate is None else f"{rate:.0%}" for rate in found["acceptance_per_position"]) or "-",
+                number(found["tokens_per_step"]),
+                str(Ratio(**found["ratio"])),
+            ]
+        )
+    columns = ("drafts", "output tok/s", "mean TPOT (ms)", "accepted", "by position", "tokens/step", "ratio to k = 0")
+    text = Table(title, columns, rows).text()
+    return f"{text}\n\nAcceptance was forced: the outputs are not the model's." if forced else text
 
 
 def host_table(parts: Mapping[str, Figures], title: str) -> str:

@@ -157,6 +157,11 @@ STATS = {
     "num_turns": 4,
     "num_preemptions": 1,
     "num_compilations": 0,
+    "num_decode_rows": 0,
+    "num_draft_tokens": 0,
+    "num_accepted_draft_tokens": 0,
+    "drafted_at": [],
+    "accepted_at": [],
     "prefix_cache": {"queried_tokens": 40, "hit_tokens": 10, "lost_tokens": 4},
     "seconds": dict.fromkeys(figures.HOST_PARTS, 0.002),
 }
@@ -235,6 +240,85 @@ def test_table_has_a_column_for_each_setting_and_one_for_ratios():
     # Nobody reads a ratio of what is no cost.
     (line,) = [line for line in lines if line.startswith("preemptions")]
     assert line.split() == ["preemptions", "1", "1"]
+
+
+DRAFTING = dataclasses.replace(
+    LOG,
+    seconds=1.0,
+    stats=STATS
+    | {
+        "num_decode_rows": 10,
+        "num_draft_tokens": 20,
+        "num_accepted_draft_tokens": 14,
+        "drafted_at": [10, 10],
+        "accepted_at": [9, 5],
+    },
+)
+
+
+def test_acceptance_is_of_drafts_and_length_of_decode_rows():
+    found = figures.of_log(DRAFTING)
+    assert (found["draft_acceptance"], found["tokens_per_step"]) == (0.7, 2.4)
+    assert (figures.of_log(LOG)["draft_acceptance"], figures.of_log(LOG)["tokens_per_step"]) == (None, None)
+    drafting = report.table([report.ArmReport(Arm("one"), engines.Pools(0, 1, 1), [DRAFTING])], "title")
+    lines = [line.split() for line in drafting.splitlines()]
+    assert ["drafts", "accepted", "0.7"] in lines
+    assert ["tokens", "of", "a", "row", "and", "decode", "step", "2.4"] in lines
+    # A run without drafts has no line for them.
+    plain = report.table([report.ArmReport(Arm("one"), engines.Pools(0, 1, 1), [LOG])], "title")
+    assert "drafts" not in plain
+
+
+def _speculation_arms(**given):
+    arms = engines.drafting({"num_speculative_tokens": 2, **given})
+    logs = [[LOG, LOG], [LOG, LOG], [DRAFTING, DRAFTING]]
+    return [report.ArmReport(arm, engines.Pools(0, 1, 1), own) for arm, own in zip(arms, logs, strict=True)]
+
+
+def test_comparison_of_speculation_has_a_row_for_each_number_of_drafts():
+    rows = report.speculation_rows(_speculation_arms())
+    assert [row["num_drafts"] for row in rows] == [0, 1, 2]
+    assert [row["ratio"]["median"] for row in rows] == [1.0, 1.0, 2.0]
+    assert rows[0]["tokens_per_step"] == 1
+    last = rows[2]
+    assert (last["draft_acceptance"], last["tokens_per_step"], last["forced_length"]) == (0.7, 2.4, None)
+    assert last["acceptance_per_position"] == [0.9, 0.5]
+    lines = report.speculation_table(_speculation_arms(), "title").splitlines()
+    assert lines[0] == "title"
+    assert lines[2].split("  ")[0] == "drafts"
+    assert lines[-1].split() == ["k", "=", "2", "4", "150", "70.0%", "90%,", "50%", "2.4", "2.00x"]
+    assert lines[-3].split() == ["k", "=", "0", "2", "150", "-", "-", "1", "1.00x"]
+
+
+def test_forced_acceptance_is_marked_wherever_it_is_reported():
+    arms = _speculation_arms(spec_acceptance_length=2.5)
+    # One draft makes two tokens a step at most.
+    assert [arm.arm.forced_length for arm in arms] == [None, 2, 2.5]
+    assert [row["forced_length"] for row in report.speculation_rows(arms)] == [None, 2, 2.5]
+    text = report.speculation_table(arms, "title")
+    assert "k = 1 (forced to 2)" in text
+    assert "k = 2 (forced to 2.5)" in text
+    assert text.endswith("Acceptance was forced: the outputs are not the model's.")
+    assert [arm.as_json()["forced_acceptance"] for arm in arms] == [False, True, True]
+    assert "forced" not in report.speculation_table(_speculation_arms(), "title")
+
+
+def test_settings_of_speculation_differ_in_their_drafts_alone():
+    arms = engines.drafting({"num_speculative_tokens": 3, "draft_acceptance": "rejection"})
+    assert [arm.num_drafts for arm in arms] == [0, 1, 2, 3]
+    assert {arm.prefix_cache for arm in arms} == {True}
+    assert {arm.speculation.get("draft_acceptance") for arm in arms[1:]} == {"rejection"}
+    assert arms[0].speculation == {}
+
+
+def test_drafts_take_their_part_of_a_slot_and_of_a_block():
+    config = ModelConfig.from_hf(ROOT / "gdnjax" / "assets" / "tiny")
+    options = {"tensor_parallel_size": 1, "dtype": "float32", "ssm_dtype": "float32"}
+    arms = engines.drafting({"num_speculative_tokens": 3})
+    plain, one, _, three = (engines.geometry_of(arm, config, options, 16) for arm in arms)
+    assert plain == GEOMETRY
+    assert plain.slot_bytes < one.slot_bytes < three.slot_bytes
+    assert one.block_bytes == three.block_bytes > plain.block_bytes
 
 
 # Pools of equal bytes.
@@ -368,6 +452,12 @@ def test_next_prompt_is_the_conversation_so_far():
     assert (log.stats["num_turns"], log.stats["prefix_cache"]) == (1, {"hit_tokens": 0})
 
 
+def test_lists_of_counters_grow_longer():
+    before = dict.fromkeys(driver.COUNTERS, 0) | {"prefix_cache": {}, "seconds": {}, "drafted_at": [3]}
+    after = dict.fromkeys(driver.COUNTERS, 1) | {"prefix_cache": {}, "seconds": {}, "drafted_at": [5, 2]}
+    assert driver.growth(before, after)["drafted_at"] == [2, 2]
+
+
 def test_time_to_first_token_counts_from_when_a_request_was_due():
     conversations = [Conversation([Turn([1], 1)], 0.03), Conversation([Turn([2], 1)], 0.0)]
     log = driver.run(_LLM(), conversations, lambda max_tokens: max_tokens)
@@ -411,6 +501,22 @@ def test_parsing_imports_no_jax():
         (["--compare", "accounting", "--accounting", "packed"], "leave --accounting out"),
         (["--compare", "prefix-cache", "--prefix-cache", "on"], "leave --prefix-cache out"),
         (["--accounting", "packed", "--prefix-cache", "on"], "emulated without a cache"),
+        (["--num-speculative-tokens", "8"], "num_speculative_tokens must be at most 7, got 8"),
+        (["--num-speculative-tokens", "-1"], "num_speculative_tokens must be an integer of at least 0, got -1"),
+        (["--draft-acceptance", "rejection"], "--draft-acceptance needs --num-speculative-tokens above 0"),
+        (["--adaptive-speculation"], "--adaptive-speculation needs --num-speculative-tokens above 0"),
+        (["--spec-acceptance-length", "2"], "--spec-acceptance-length needs --num-speculative-tokens above 0"),
+        (
+            ["--num-speculative-tokens", "2", "--spec-acceptance-length", "3.5"],
+            "spec_acceptance_length must be between 1 and 1 + num_speculative_tokens=3, and needs speculation, got 3.5",
+        ),
+        (["--compare", "speculation", "--num-speculative-tokens", "0"], "above 0, got 0"),
+        (["--compare", "speculation", "--pool-requests", "2"], "with --compare speculation: --pool-gib"),
+        (["--compare", "speculation", "--prefix-cache", "on"], "leave --prefix-cache out"),
+        (
+            ["--compare", "invariance", "--num-speculative-tokens", "2", "--adaptive-speculation"],
+            "adaptive_speculation=True needs num_speculative_tokens above 0 and batch_invariant=False",
+        ),
         (["--overhead", "--compare", "accounting"], "--overhead is a measurement of its own"),
         (["--overhead", "--request-rate", "1"], "--overhead has random requests at once"),
         (["--output", "{tmp}/none/x.json"], "no such directory"),
@@ -485,3 +591,35 @@ def test_comparison_is_complete(capsys, tmp_path, small_config):
     assert on["median"]["hit_rate"] == pytest.approx(128 / 216)
     assert result["ratios"]["input_throughput"]["least"] > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_comparison_of_speculation_is_complete(capsys, tmp_path, small_config):
+    output = tmp_path / "result.json"
+    config = json.loads(small_config.read_text())
+    small_config.write_text(json.dumps({**config, "mtp_num_hidden_layers": 1}), encoding="utf-8")
+    shape = ("--num-requests", "2", "--input-len", "8", "--output-len", "12")
+    small = ("--random-weights", str(small_config), "--max-num-seqs", "2", "--max-num-batched-tokens", "64")
+    flags = ("--num-speculative-tokens", "2", "--spec-acceptance-length", "2.5", "--output", str(output))
+    assert script.main([*shape, *small, "--compare", "speculation", *flags]) == 0
+    out, _ = capsys.readouterr()
+    assert "k = 1 (forced to 2)" in out
+    assert out.endswith("Acceptance was forced: the outputs are not the model's.\n")
+    result = json.loads(output.read_text())
+    plain, one, two = result["speculation"]
+    assert [row["num_drafts"] for row in (plain, one, two)] == [0, 1, 2]
+    assert (plain["draft_acceptance"], plain["tokens_per_step"], plain["ratio"]["median"]) == (None, 1, 1)
+    assert one["tokens_per_step"] > 1.5
+    assert two["tokens_per_step"] > one["tokens_per_step"]
+    assert [arm["forced_acceptance"] for arm in result["arms"]] == [False, True, True]
+    for arm in result["arms"]:
+        for run in arm["runs"]:
+            assert [r["output_tokens"] for r in run["requests"]] == [12, 12]
+            assert run["compilations"] == 0
+
+
+def test_model_without_an_mtp_head_is_one_line(capsys, small_config):
+    assert script.main(["--random-weights", str(small_config), "--num-speculative-tokens", "1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "num_speculative_tokens above 0 needs a model with an MTP head" in err
+    assert err.count("\n") == 1

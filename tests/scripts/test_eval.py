@@ -285,7 +285,8 @@ def test_completion_keeps_its_eos_and_shows_none(loaded):
 
 
 def test_cells_have_names_of_their_own_and_fit_their_driver():
-    assert len(cells.BY_NAME) == len(cells.MATRIX) + 1
+    every = [cells.DEFAULT, *cells.MATRIX, *(cell for cell in cells.COVERING if cell not in cells.MATRIX)]
+    assert len(cells.BY_NAME) == len(every)
     assert cells.MATRIX[0].dtype == "float32"
     with pytest.raises(ValueError, match="no engine options"):
         Cell(name="x", driver="device loop", options={"seed": 1})
@@ -295,13 +296,36 @@ def test_cells_have_names_of_their_own_and_fit_their_driver():
 
 def test_every_two_settings_of_the_cross_meet_in_the_covering_cells():
     def settings(cell):
-        return cell.name.removeprefix("f32-").split("-")
+        return cell.name.removeprefix("f32-").split("-")[:4]
 
     for first, second in itertools.combinations(range(4), 2):
         meetings = {(settings(cell)[first], settings(cell)[second]) for cell in cells.CROSS}
         assert meetings == {(settings(cell)[first], settings(cell)[second]) for cell in cells.COVERING}
-    assert all(cell in cells.CROSS for cell in cells.COVERING)
     assert len(cells.CROSS) == 24
+
+
+def test_drafts_meet_the_cache_and_the_mixed_layout():
+    """In the matrix all three at once, in the covering cells by pairs."""
+
+    def settings(cell):
+        _, layout, _, cache, _, drafts = cell.name.split("-")
+        return drafts, layout, cache
+
+    found = {settings(cell) for cell in cells.SPECULATING}
+    assert found == set(itertools.product(("k1", "k2", "k3"), ("kv", "mixed"), ("fresh", "cached")))
+    covering = [settings(cell) for cell in cells.COVERING if cells.speculates(cell)]
+    assert {drafts for drafts, layout, _ in covering if layout == "mixed"} == {"k1", "k2", "k3"}
+    assert {(drafts, cache) for drafts, _, cache in covering} == set(
+        itertools.product(("k1", "k2", "k3"), cells.CACHES)
+    )
+
+
+def test_flags_of_speculation_make_one_cell_of_their_own():
+    given = ("--num-speculative-tokens", "2", "--draft-acceptance", "rejection")
+    (cell,) = script.choose_cells(script.build_parser().parse_args(given))
+    assert (cell.name, cells.speculates(cell)) == ("batched-k2", True)
+    assert cell.options == {"num_speculative_tokens": 2, "draft_acceptance": "rejection"}
+    assert script.choose_cells(script.build_parser().parse_args(["--num-speculative-tokens", "0"])) == [cells.DEFAULT]
 
 
 ENGINES = [cell for cell in cells.BY_NAME.values() if cell.driver == "engine"]
@@ -349,6 +373,9 @@ def test_parsing_imports_no_jax():
         (["--model", "{model}", "--data", "{data}", "--cells", "f32"], "no cell 'f32'; allowed: batched, f32-one"),
         (["--model", "{model}", "--data", "{data}", "--cells", "batched", "--matrix"], "give one of them"),
         (["--model", "{model}", "--data", "{data}", "--pairwise", "--matrix"], "give one of them"),
+        (["--pairwise", "--num-speculative-tokens", "2"], "--pairwise and --cells say themselves what drafts"),
+        (["--num-speculative-tokens", "8"], "num_speculative_tokens must be at most 7, got 8"),
+        (["--adaptive-speculation"], "--adaptive-speculation needs --num-speculative-tokens above 0"),
         (["--model", "{model}", "--data", "{data}", "--brief"], "--brief needs --output FILE"),
         (["--model", "{model}", "--data", "{data}", "--output", "{tmp}/none/x.json"], "no such directory"),
         (["--model", "{model}", "--data", "{data}", "--memory-fraction", "2", "--num-shots", "0"], "(0, 1], got 2"),

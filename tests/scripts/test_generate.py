@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from gdnjax import LLM
+from gdnjax import LLM, RequestMetrics, RequestOutput
+from gdnjax.assets import model_directory
 from gdnjax.serving.tokenizer import Tokenizer
 from scripts import command, generate
 
@@ -66,6 +67,11 @@ def test_unknown_flag_ends_with_status_2(capsys):
         (["--model", "{model}", "-p", "x", "--chat", "--ignore-chat-template"], "contradicts --chat"),
         (["--model", "{model}", "-p", "x", "--top-p", "3"], "top_p must be"),
         (["--model", "{model}", "-p", "x", "--max-tokens", "0"], "max_tokens must be"),
+        (["-p", "x", "--num-speculative-tokens", "8"], "num_speculative_tokens must be at most 7, got 8"),
+        (["-p", "x", "--num-speculative-tokens", "-1"], "num_speculative_tokens must be an integer of at least 0"),
+        (["-p", "x", "--draft-acceptance", "rejection"], "--draft-acceptance needs --num-speculative-tokens above 0"),
+        (["-p", "x", "--adaptive-speculation"], "--adaptive-speculation needs --num-speculative-tokens above 0"),
+        (["--model", "{model}", "-p", "x", "--num-speculative-tokens", "2"], "needs a model with an MTP head"),
         (["--model", "{model}", "-p", "x", "--memory-fraction", "2"], "--memory-fraction must be in (0, 1]"),
         (["--model", "{model}", "-p", "x", "--tensor-parallel-size", "64"], "needs 64 devices"),
         (["--model", "{model}", "-p", "x", "--kernels", "pallas"], "allowed: 'auto', 'reference'"),
@@ -123,6 +129,20 @@ def test_several_prompts_come_under_headers_in_order(capsys, random_model):
     assert "generation" in note
 
 
+@pytest.mark.parametrize("flags", [(), ("--adaptive-speculation",)], ids=["always", "adaptive"])
+def test_drafts_compile_nothing_more_after_the_rehearsal(flags, capsys):
+    directory = model_directory("tiny")
+    arguments = _arguments("--max-tokens", "40", "--num-speculative-tokens", "2", *flags)
+    llm, (prompt,), _ = generate.start(arguments, directory, ["Once upon a time"])
+    with llm:
+        params = llm.default_sampling_params(max_tokens=40, ignore_eos=True)
+        generate.rehearse(llm, prompt, params)
+        compiled = llm.stats()["num_compilations"]
+        generate.stream(llm, prompt, params)
+        assert llm.stats()["num_compilations"] == compiled
+    assert capsys.readouterr().out
+
+
 def test_long_prompt_streams_what_the_engine_generates_and_compiles_nothing_more(random_model, capsys):
     arguments = _arguments("--model", str(random_model), "--max-tokens", "20")
     llm, (prompt,), import_time = generate.start(arguments, random_model, ["One request has one slot. " * 160])
@@ -147,6 +167,51 @@ def test_defaults_are_the_checkpoint_s_own(random_model):
     params = llm.default_sampling_params(**given)
     llm.close()
     assert (params.top_k, params.top_p, params.temperature, params.max_tokens) == (5, 0.95, 1.0, 7)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), (0, "shared_noise", False)),
+        (("--num-speculative-tokens", "0"), (0, "shared_noise", False)),
+        (("--num-speculative-tokens", "3"), (3, "shared_noise", False)),
+        (
+            ("--num-speculative-tokens", "2", "--draft-acceptance", "rejection", "--adaptive-speculation"),
+            (2, "rejection", True),
+        ),
+    ],
+)
+def test_flags_of_speculation_reach_the_engine(flags, expected):
+    config = generate.fit_engine(_arguments(*flags), [70], 4096)
+    assert (config.num_speculative_tokens, config.draft_acceptance, config.adaptive_speculation) == expected
+
+
+def _output(**counted):
+    metrics = RequestMetrics(
+        arrival_time=0.0, first_token_time=1.0, finished_time=3.0, num_prompt_tokens=5, num_output_tokens=9, **counted
+    )
+    return RequestOutput("0", None, (), None, (), finished=True, metrics=metrics)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_closing_line_says_what_became_of_the_drafts(count):
+    rest = {"import_time": 1.0, "load_time": 1.0, "compile_time": 1.0, "peak_bytes": 1, "peak_of": "of a device"}
+    outputs = [_output(num_draft_tokens=12, num_accepted_draft_tokens=6, num_decode_steps=4)] * count
+    drafting = generate.Stats(**generate.measure(outputs), **rest)
+    assert (drafting.draft_acceptance_rate, drafting.mean_acceptance_length) == (0.5, 2.5)
+    assert " tok/s | drafts accepted 50%, 2.5 tokens a step | first token after " in str(drafting)
+    plain = generate.Stats(**generate.measure([_output()] * count), **rest)
+    assert (plain.draft_acceptance_rate, plain.mean_acceptance_length) == (None, None)
+    assert str(plain) == str(drafting).replace("drafts accepted 50%, 2.5 tokens a step | ", "")
+
+
+def test_drafts_change_nothing_but_the_closing_line(capsys):
+    flags = ("-p", "A box has 3 apples. 4 more are put in. How many apples are in the box?", "--temp", "0")
+    plain, _ = _run(capsys, *flags)
+    drafted, note = _run(capsys, *flags, "--num-speculative-tokens", "2")
+    assert drafted == plain
+    assert "drafts accepted " in note
+    assert note.count("\n") == 1
 
 
 def test_chat_template_is_applied_on_request_only(random_model):
