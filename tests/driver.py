@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from gdnjax.batch import AdmitBatch, CopyBatch, DecodeBatch, Emitted, PrefillBatch
+from gdnjax.batch import AdmitBatch, DecodeBatch, Emitted, PrefillBatch, SealBatch
 from gdnjax.config import CHUNK, EngineConfig
 from gdnjax.memory import MemoryPlan
 from gdnjax.sampling_params import MAX_STOP_TOKENS
@@ -108,20 +108,30 @@ def pack_pieces(pieces: Sequence[Piece], *, table_width: int) -> PrefillBatch:
     )
 
 
-def pack_copies(pairs: Sequence[tuple[int, int]], *, room: int = 4, count: int | None = None) -> CopyBatch:
-    """Pairs of source and target, of which `count` (all) are to be copied."""
-    padded = np.array([*pairs, *[(0, 0)] * (room - len(pairs))], np.int32)
-    return CopyBatch(source=padded[:, 0], target=padded[:, 1], count=np.int32(len(pairs) if count is None else count))
+def pack_seals(seals: Sequence[tuple[int, int, int]], *, room: int = 4, count: int | None = None) -> SealBatch:
+    """(slot to read, slot to write, position), of which `count` (all) are looked at."""
+    padded = np.array([*seals, *[(0, 0, 0)] * (room - len(seals))], np.int32)
+    read_slot, write_slot, position = padded.T
+    number = np.int32(len(seals) if count is None else count)
+    return SealBatch(read_slot=read_slot, write_slot=write_slot, position=position, count=number)
 
 
 class Driver:
-    """A model of any kind over pools of its own. Steps are compiled at first use."""
+    """A model of any kind over pools of its own. Steps are compiled at first use.
 
-    def __init__(self, model, params, state_layout: str):
+    With `num_speculative_tokens` the model has to have a head: steps draft so many tokens and verify them.
+    """
+
+    def __init__(self, model, params, state_layout: str, num_speculative_tokens: int = 0):
         self.model, self.params = model, params
-        self.options = StepOptions(state_layout=state_layout)
-        config = EngineConfig(max_num_seqs=4, block_size=BLOCK, tensor_parallel_size=model.tp)
-        geometry = model.geometry(BLOCK, "float32")
+        self.options = StepOptions(state_layout=state_layout, num_drafts=num_speculative_tokens)
+        config = EngineConfig(
+            max_num_seqs=4,
+            block_size=BLOCK,
+            tensor_parallel_size=model.tp,
+            num_speculative_tokens=num_speculative_tokens,
+        )
+        geometry = model.geometry(BLOCK, "float32").speculating(config)
         plan = MemoryPlan.of_counts(geometry, num_slots=NUM_SLOTS, num_blocks=NUM_BLOCKS, num_logit_rows=1)
         self.mesh = make_mesh(model.tp)
         empty = jax.eval_shape(lambda: empty_state(geometry, plan, config, MAX_MODEL_LEN))
@@ -144,8 +154,11 @@ class Driver:
             return jax.device_put(values, leaf.sharding)
 
         state = self.state
-        slots = dataclasses.replace(state.slots, hidden=garbage(state.slots.hidden))
+        rows = {"hidden": state.slots.hidden, "pending_hidden": state.slots.pending_hidden}
+        slots = dataclasses.replace(state.slots, **jax.tree.map(garbage, rows))
         gdn, kv = jax.tree.map(garbage, (state.gdn, state.kv))
+        # How many rows are pending is what the device knows of a slot.
+        gdn = dataclasses.replace(gdn, pending=state.gdn.pending)
         self.state = dataclasses.replace(state, gdn=gdn, kv=kv, slots=slots)
 
     def admit(self, *admissions: Admission) -> None:
@@ -156,24 +169,54 @@ class Driver:
         self.state, emitted = self.steps.prefill(self.options)(self.params, self.state, batch)
         return jax.device_get(emitted)
 
-    def decode(self, *slots: int, grown: Mapping[int, tuple[int, int]] | None = None) -> list[int]:
-        """The next token of each slot. `grown`: for a slot, an index of its table and the block that goes there."""
+    def decode(
+        self,
+        *slots: int,
+        grown: Mapping[int, tuple[int, int]] | None = None,
+        max_drafts: Mapping[int, int] | None = None,
+        num_drafts: int | None = None,
+    ) -> list[list[int]]:
+        """The next tokens of each slot. `grown`: for a slot, an index of its table and the block that goes there.
+        `max_drafts`: for a slot, drafts that may be verified; `num_drafts`: of this step, where it has fewer.
+        """
+        return [tokens for tokens, _ in self.verify(*slots, grown=grown, max_drafts=max_drafts, num_drafts=num_drafts)]
+
+    def verify(self, *slots: int, grown=None, max_drafts=None, num_drafts=None) -> list[tuple[list[int], int]]:
+        """As `decode`, with how many drafts were verified."""
         padded = [*slots, *[0] * (ROWS - len(slots))]
         pairs = [(grown or {}).get(slot, (self.table_width, 0)) for slot in padded]
-        index, block = np.array(pairs, np.int32).T
-        batch = DecodeBatch(slot=np.array(padded, np.int32), grown_index=index, grown_block=block)
-        self.state, emitted = self.steps.decode(self.options)(self.params, self.state, batch)
-        return jax.device_get(emitted).tokens[: len(slots), 0].tolist()
+        index, block = np.array(pairs, np.int32).T[..., None]
+        bounds = None
+        if self.options.num_drafts:
+            bounds = np.array([(max_drafts or {}).get(slot, self.options.num_drafts) for slot in padded], np.int32)
+        batch = DecodeBatch(slot=np.array(padded, np.int32), grown_index=index, grown_block=block, max_drafts=bounds)
+        options = self.options
+        if num_drafts is not None:
+            options = dataclasses.replace(options, num_drafts=num_drafts)
+        self.state, emitted = self.steps.decode(options)(self.params, self.state, batch)
+        emitted = jax.device_get(emitted)
+        rows = zip(emitted.tokens.tolist(), emitted.count.tolist(), emitted.drafted.tolist(), strict=True)
+        return [(tokens[:count], drafted) for tokens, count, drafted in rows][: len(slots)]
 
-    def copy_rows(self, *pairs: tuple[int, int], count: int | None = None) -> None:
-        self.state = self.steps.copy_rows(self.state, pack_copies(pairs, count=count))
+    def produce(self, slot: int, count: int) -> list[int]:
+        """At least so many tokens of a slot, of as many decode steps as that takes."""
+        produced: list[int] = []
+        while len(produced) < count:
+            produced += self.decode(slot)[0]
+        return produced
+
+    def seal(self, *seals: tuple[int, int, int], count: int | None = None) -> None:
+        """(slot to read, slot to write, position) each."""
+        self.state = self.steps.seal(self.params, self.state, pack_seals(seals, count=count))
 
     def row(self, slot: int) -> dict[str, np.ndarray]:
-        """Copies of what a slot knows of its sequence."""
+        """Copies of what a slot knows of its sequence; of `conv` the window alone."""
         gdn, slots = jax.device_get((self.state.gdn, self.state.slots))
+        width = self.model.geometry(BLOCK, "float32").conv_rows
         return {
             "ssm": gdn.ssm[:, slot].copy(),
-            "conv": gdn.conv[:, slot].copy(),
+            "conv": gdn.conv[:, slot, :width].copy(),
             "layout": gdn.layout[slot].copy(),
             "hidden": slots.hidden[slot].copy(),
+            "pending": np.int32(0) if gdn.pending is None else gdn.pending[slot].copy(),
         }

@@ -3,6 +3,9 @@
 A fault of BETWEEN_TURNS `(engine, victim, neighbour)` changes `engine.state` between two turns; `victim` and
 `neighbour` are running requests. The others `(engine)` change its steps: `missing_reset` before the victim is admitted,
 those of FORKS before it goes on from a checkpoint, those of CHECKPOINTS before that one is written.
+
+Those of speculation say what sees them: the tokens, how many drafts each step keeps (the tokens stay right), or, where
+nobody has gone on from it yet, the state that the prefix cache was given.
 """
 
 import dataclasses
@@ -156,16 +159,110 @@ def checkpoint_one_chunk_early(engine) -> None:
     _before_prefill(engine, change)
 
 
-def copy_without_layout_bit(engine) -> None:
-    """A checkpoint of a decode step gets the state, and keeps the bit of what stood there."""
-    copy_rows = engine.steps.copy_rows
+def _around_seal(engine, change) -> None:
+    """`change(seal, params, state, batch)` takes the place of the seals."""
+    seal = engine.steps.seal
+    engine.steps = dataclasses.replace(engine.steps, seal=lambda *given: change(seal, *given))
 
-    def forgetful(state, batch):
+
+def seal_without_layout_bit(engine) -> None:
+    """A checkpoint of a decode step gets the state, and keeps the bit of what stood there."""
+
+    def change(seal, params, state, batch):
         layout = jnp.array(state.gdn.layout, copy=True)
-        state = copy_rows(state, batch)
+        state = seal(params, state, batch)
         return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=layout))
 
-    engine.steps = dataclasses.replace(engine.steps, copy_rows=forgetful)
+    _around_seal(engine, change)
+
+
+def stale_rows_of_the_head(engine, victim, neighbour) -> None:
+    """The head's keys stand one place later than their positions, as rejected drafts would leave them."""
+    k, block = engine.state.kv.k, jnp.array(victim.blocks)
+    moved = jnp.roll(k[-1, block].reshape(-1, *k.shape[3:]), 1, axis=0)
+    _replace(engine, "kv", k=k.at[-1, block].set(moved.reshape(len(victim.blocks), *k.shape[2:])))
+
+
+def drafts_of_neighbour(engine, victim, neighbour) -> None:
+    drafts = engine.state.slots.drafts
+    _replace(engine, "slots", drafts=drafts.at[victim.slot].set(drafts[neighbour.slot]))
+
+
+def pending_rows_of_neighbour(engine, victim, neighbour) -> None:
+    """Raw inputs and gates of the tokens that are to be folded."""
+    gdn, rows = engine.state.gdn, engine.state.gdn.pending_ab.shape[2]
+    conv = gdn.conv.at[:, victim.slot, -rows:].set(gdn.conv[:, neighbour.slot, -rows:])
+    pending_ab = gdn.pending_ab.at[:, victim.slot].set(gdn.pending_ab[:, neighbour.slot])
+    _replace(engine, "gdn", conv=conv, pending_ab=pending_ab)
+
+
+def pending_off_by_one(engine, victim, neighbour) -> None:
+    """One row fewer is folded than was accepted."""
+    pending = engine.state.gdn.pending
+    _replace(engine, "gdn", pending=pending.at[victim.slot].add(-1))
+
+
+def pending_gates_zeroed(engine, victim, neighbour) -> None:
+    pending_ab = engine.state.gdn.pending_ab
+    _replace(engine, "gdn", pending_ab=pending_ab.at[:, victim.slot].set(0))
+
+
+def _after_decode(engine, change) -> None:
+    """`change(before, state)` gives what each decode step leaves instead; `before` is a copy of the pools before it."""
+    decode = engine.steps.decode
+
+    def changed(options):
+        step = decode(options)
+
+        def wrong(params, state, batch):
+            before = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state.gdn)
+            state, emitted = step(params, state, batch)
+            return change(before, state), emitted
+
+        return wrong
+
+    engine.steps = dataclasses.replace(engine.steps, decode=changed)
+
+
+def window_not_shifted(engine) -> None:
+    """Decode steps fold pending rows into the state, and leave the window where it was."""
+
+    def change(before, state):
+        width = before.conv.shape[2] - before.pending_ab.shape[2]
+        conv = state.gdn.conv.at[:, :, :width].set(before.conv[:, :, :width])
+        return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, conv=conv))
+
+    _after_decode(engine, change)
+
+
+def hidden_of_the_row_before(engine) -> None:
+    """The hidden state of a pending row is that of the one before it, and a checkpoint takes it over."""
+
+    def change(_, state):
+        hidden = jnp.roll(state.slots.pending_hidden, 1, axis=1)
+        return dataclasses.replace(state, slots=dataclasses.replace(state.slots, pending_hidden=hidden))
+
+    _after_decode(engine, change)
+
+
+def seal_without_hidden_state(engine) -> None:
+    """A checkpoint of a decode step keeps the last hidden state that stood in its slot."""
+
+    def change(seal, params, state, batch):
+        hidden = jnp.array(state.slots.hidden, copy=True)
+        state = seal(params, state, batch)
+        return dataclasses.replace(state, slots=dataclasses.replace(state.slots, hidden=hidden))
+
+    _around_seal(engine, change)
+
+
+def seal_one_row_early(engine) -> None:
+    """A checkpoint of a decode step lacks the last of the tokens that it is taken for."""
+
+    def change(seal, params, state, batch):
+        return seal(params, state, dataclasses.replace(batch, position=batch.position - 1))
+
+    _around_seal(engine, change)
 
 
 FORKS = (
@@ -177,8 +274,21 @@ FORKS = (
 
 CHECKPOINTS = (
     checkpoint_one_chunk_early,
-    copy_without_layout_bit,
+    seal_without_layout_bit,
 )
+
+SPECULATING = {
+    stale_rows_of_the_head: "drafts",
+    drafts_of_neighbour: "drafts",
+    pending_rows_of_neighbour: "tokens",
+    pending_off_by_one: "tokens",
+    pending_gates_zeroed: "tokens",
+    window_not_shifted: "tokens",
+    hidden_of_the_row_before: "cache",
+    seal_without_hidden_state: "cache",
+    seal_without_layout_bit: "cache",
+    seal_one_row_early: "cache",
+}
 
 BETWEEN_TURNS = (
     stale_layout_bit,

@@ -1,6 +1,7 @@
 """The hybrid model in numpy float64, without chunks, pages, batch or ranks. Float32 is held to it."""
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 
@@ -10,13 +11,19 @@ from gdnjax.config import LayerKind, MlpKind, ModelConfig
 @dataclasses.dataclass(frozen=True)
 class Reference:
     """logits [t, V]; hidden [t, d] after the final norm; states and windows: one [hv, K, V] and one [w, x] for each
-    delta layer, after the last token.
+    delta layer, after the last token, and in `behind` after as many tokens as its keys say.
+
+    keys, values: one [t, kh, hd] for each attention layer, and behind those for the MTP head, if the parameters have
+    one. Nothing stands before the head's token at index 0: what is there means nothing.
     """
 
     logits: np.ndarray
     hidden: np.ndarray
     states: list[np.ndarray]
     windows: list[np.ndarray]
+    behind: dict[int, tuple[list[np.ndarray], list[np.ndarray]]]
+    keys: list[np.ndarray]
+    values: list[np.ndarray]
 
     @property
     def logprobs(self) -> np.ndarray:
@@ -24,25 +31,43 @@ class Reference:
         return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def reference(config: ModelConfig, params, tokens) -> Reference:
-    """One sequence. `params` is the nested dict of one rank (global arrays)."""
+def reference(config: ModelConfig, params, tokens, positions: Collection[int] = ()) -> Reference:
+    """One sequence. `params` is the nested dict of one rank (global arrays); `positions` are those of `behind`."""
     params = _as_float64(params)
-    x = params["embed_tokens"]["weight"][np.asarray(tokens)]
-    states, windows = [], []
+    embedded = x = params["embed_tokens"]["weight"][np.asarray(tokens)]
+    positions = {*positions, len(x)}
+    behind = {position: ([], []) for position in positions}
+    keys, values = [], []
     for i, (kind, mlp) in enumerate(zip(config.layer_kinds, config.mlp_kinds, strict=True)):
         layer = params["layers"][i]
         normal = _rms_norm(x, layer["input_layernorm"]["weight"], config)
         if kind is LayerKind.DELTA:
-            mixed, state, window = _delta(layer["linear_attn"], normal, config)
-            states.append(state)
-            windows.append(window)
+            mixed, kept = _delta(layer["linear_attn"], normal, config, positions)
+            for position, (state, window) in kept.items():
+                behind[position][0].append(state)
+                behind[position][1].append(window)
         else:
-            mixed = _attention(layer["self_attn"], normal, config)
+            mixed, k, v = _attention(layer["self_attn"], normal, config)
+            keys.append(k)
+            values.append(v)
         x = x + mixed
         normal = _rms_norm(x, layer["post_attention_layernorm"]["weight"], config)
         x = x + (_moe(layer["mlp"], normal, config) if mlp is MlpKind.MOE else _dense(layer["mlp"], normal))
     hidden = _rms_norm(x, params["norm"]["weight"], config)
-    return Reference(_head(params, hidden, config), hidden, states, windows)
+    if "mtp" in params:
+        previous = np.concatenate([np.zeros_like(hidden[:1]), hidden[:-1]])
+        _, k, v = _mtp_attention(params["mtp"], embedded, previous, config)
+        keys.append(k)
+        values.append(v)
+    return Reference(
+        logits=_head(params, hidden, config),
+        hidden=hidden,
+        states=behind[len(embedded)][0],
+        windows=behind[len(embedded)][1],
+        behind=behind,
+        keys=keys,
+        values=values,
+    )
 
 
 def drafts(config: ModelConfig, params, tokens, depth: int) -> np.ndarray:
@@ -58,13 +83,7 @@ def drafts(config: ModelConfig, params, tokens, depth: int) -> np.ndarray:
 
     def head_over(previous):
         """The head's outputs over the entries 1.. that have these hidden states before them."""
-        entries = embedded[1 : 1 + len(previous)]
-        normal = [
-            _rms_norm(entries, mtp["pre_fc_norm_embedding"]["weight"], config),
-            _rms_norm(previous, mtp["pre_fc_norm_hidden"]["weight"], config),
-        ]
-        layer, x = mtp["layers"][0], np.concatenate(normal, axis=1) @ mtp["fc"]["weight"].T
-        x = x + _attention(layer["self_attn"], _rms_norm(x, layer["input_layernorm"]["weight"], config), config)
+        layer, (x, _, _) = mtp["layers"][0], _mtp_attention(mtp, embedded[1 : 1 + len(previous)], previous, config)
         normal = _rms_norm(x, layer["post_attention_layernorm"]["weight"], config)
         x = x + (_moe(layer["mlp"], normal, config) if mlp is MlpKind.MOE else _dense(layer["mlp"], normal))
         return _rms_norm(x, mtp["norm"]["weight"], config)
@@ -77,6 +96,19 @@ def drafts(config: ModelConfig, params, tokens, depth: int) -> np.ndarray:
             logits[draft, seen + draft] = _head(params, out, config)[0]
             previous = np.concatenate([previous, out])
     return logits
+
+
+def _mtp_attention(mtp, entries, previous, config):
+    """The head's residual stream behind its attention, its keys and its values, of embedded tokens and the hidden
+    states before them.
+    """
+    normal = [
+        _rms_norm(entries, mtp["pre_fc_norm_embedding"]["weight"], config),
+        _rms_norm(previous, mtp["pre_fc_norm_hidden"]["weight"], config),
+    ]
+    layer, x = mtp["layers"][0], np.concatenate(normal, axis=1) @ mtp["fc"]["weight"].T
+    mixed, k, v = _attention(layer["self_attn"], _rms_norm(x, layer["input_layernorm"]["weight"], config), config)
+    return x + mixed, k, v
 
 
 def _head(params, hidden, config):
@@ -125,7 +157,8 @@ def _moe(mlp, x, config):
     return out
 
 
-def _delta(weights, x, config):
+def _delta(weights, x, config, positions):
+    """The layer's output, and (state, window) behind so many tokens as each of `positions` says."""
     delta = config.delta
     heads, key_dim, value_dim = delta.num_value_heads, delta.key_head_dim, delta.value_head_dim
     raw = x @ weights["in_proj_qkv"]["weight"].T
@@ -140,14 +173,18 @@ def _delta(weights, x, config):
     decay = np.exp(-np.exp(weights["A_log"]) * np.log1p(np.exp(a + weights["dt_bias"])))
     beta = _sigmoid(b)
     state, o = np.zeros((heads, key_dim, value_dim)), np.zeros((len(x), heads, value_dim))
+    states = {0: state.copy()}
     for t in range(len(x)):
-        state = decay[t][:, None, None] * state
-        new = beta[t][:, None] * (v[t] - np.einsum("hkv,hk->hv", state, k[t]))
-        state = state + k[t][:, :, None] * new[:, None, :]
-        o[t] = np.einsum("hkv,hk->hv", state, q[t])
+        state *= decay[t][:, None, None]
+        new = beta[t][:, None] * (v[t] - (k[t][:, None] @ state)[:, 0])
+        state += k[t][:, :, None] * new[:, None, :]
+        o[t] = (q[t][:, None] @ state)[:, 0]
+        if t + 1 in positions:
+            states[t + 1] = state.copy()
     z = (x @ weights["in_proj_z"]["weight"].T).reshape(o.shape)
     o = _rms(o, config.rms_norm_eps) * weights["norm"]["weight"] * _silu(z)
-    return o.reshape(len(x), -1) @ weights["out_proj"]["weight"].T, state, padded[len(padded) - width :]
+    kept = {position: (states[position], padded[position : position + width]) for position in positions}
+    return o.reshape(len(x), -1) @ weights["out_proj"]["weight"].T, kept
 
 
 def _normalise(x):
@@ -155,18 +192,19 @@ def _normalise(x):
 
 
 def _attention(weights, x, config):
+    """The layer's output, and its keys and values [t, kh, hd] as they are cached."""
     attention, tokens = config.attention, len(x)
     heads, width = attention.num_heads, attention.head_dim
     q, gate = np.split((x @ weights["q_proj"]["weight"].T).reshape(tokens, heads, 2 * width), 2, axis=-1)
     k, v = ((x @ weights[name]["weight"].T).reshape(tokens, -1, width) for name in ("k_proj", "v_proj"))
     q = _rotate(_rms_norm(q, weights["q_norm"]["weight"], config), attention)
     k = _rotate(_rms_norm(k, weights["k_norm"]["weight"], config), attention)
-    k, v = (y.repeat(heads // attention.num_kv_heads, axis=1) for y in (k, v))
-    scores = np.einsum("qhd,khd->hqk", q, k) * width**-0.5
+    spread_k, spread_v = (y.repeat(heads // attention.num_kv_heads, axis=1) for y in (k, v))
+    scores = np.einsum("qhd,khd->hqk", q, spread_k) * width**-0.5
     scores = np.where(np.tril(np.ones((tokens, tokens), bool)), scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
-    o = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v) * _sigmoid(gate)
-    return o.reshape(tokens, -1) @ weights["o_proj"]["weight"].T
+    o = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), spread_v) * _sigmoid(gate)
+    return o.reshape(tokens, -1) @ weights["o_proj"]["weight"].T, k, v
 
 
 def _rotate(x, attention):

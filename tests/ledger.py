@@ -1,16 +1,23 @@
 """A model of exact integers in the seats of the real layers, and what it must produce, in plain Python.
 
-Everything is modulo 2^32. A delta layer convolves its input with the last three (the window), folds the result into a
-state of K x V numbers, S <- a S + b u, and reads all of S; an attention layer stores its input in the paged cache and
-adds up a hash of every (key, value, position) up to its own. So a wrong slot, block, window, position, layout bit or
-length changes the hidden number, and with it the next token and every one after it.
+Everything is modulo 2^32. A delta layer convolves its input with the last three (the window), folds the result u into a
+state of K x V numbers under two gates of its own, S <- A a S + B (u + b), and reads all of S; an attention layer stores
+its input in the paged cache and adds up a hash of every (key, value, position) up to its own. So a wrong slot, block,
+window, gate, position, layout bit or length changes the hidden number, and with it the next token and every one after
+it.
+
+With its MTP head (`mtp`) the model is one whose drafts are right about half of the time. Head and target both know a
+guess: a hash of a token, its position and the token before it. The target's final number is the guess where two bits of
+its own say so (three times of four), the head's where two bits of a hash of the sum over its own paged cache say so.
+What the head stores holds the target's hidden state before each token. So the drafts of a step are a function of the
+tokens before it, and a wrong row of the head's cache, or a wrong hidden state, gives other drafts, which are accepted
+or rejected elsewhere.
 
 The numbers go through the real step, pools, contexts and sampler. `Oracle` computes the same with Python integers, one
-sequence at a time, and knows nothing of slots, blocks, chunks or batches.
+sequence at a time, and knows nothing of slots, blocks, chunks, batches or steps.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +25,9 @@ import numpy as np
 from jax import lax
 
 from gdnjax import sharding
-from gdnjax.config import CHUNK
 from gdnjax.memory import StateGeometry
-from gdnjax.models.context import DecodeContext, PrefillContext
+from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
+from gdnjax.models.mtp import FIRST_INDEX
 from gdnjax.pallas_kernels import paged_attention
 from gdnjax.state import GDNState, KVBlocks
 
@@ -29,19 +36,25 @@ HEADS = 2
 KEY_DIM, VALUE_DIM = 2, 3
 """Different, so that a state read in the wrong layout is another state."""
 TAPS = 4
+WINDOW = TAPS - 1
 KV_HEADS, HEAD_DIM = 2, 2
 BITS = 24
 """Integers below 2^24 are exact in float32, the dtype of the paged cache and of logits."""
 LOGIT_BITS = 20
 MASK = (1 << 32) - 1
+DIGEST, STRIDE, ENTRY, JUNK = 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F
+"""Odd constants, so that no two hashes of the head are the same function."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LedgerModel:
-    """A `gdnjax.models.Model` of one of `tp` ranks."""
+    """A `gdnjax.models.Model` of one of `tp` ranks. Its hidden state is two numbers: that of the logits, and a digest
+    of the token for the head.
+    """
 
     vocab_size: int = 61
     tp: int = 1
+    mtp: bool = False
 
     @property
     def padded_vocab_size(self) -> int:
@@ -53,9 +66,9 @@ class LedgerModel:
             delta_layers=PATTERN.count("D"),
             value_heads=HEADS // self.tp,
             state_size=KEY_DIM * VALUE_DIM,
-            conv_rows=TAPS - 1,
+            conv_rows=WINDOW,
             conv_dim=HEADS // self.tp,
-            attention_layers=PATTERN.count("A"),
+            attention_layers=PATTERN.count("A") + self.mtp,
             kv_heads=KV_HEADS // self.tp,
             head_dim=HEAD_DIM,
             vocab_size=self.padded_vocab_size // self.tp,
@@ -63,7 +76,7 @@ class LedgerModel:
             ssm_dtype="uint32",
             conv_dtype="uint32",
             kv_dtype="float32",
-            hidden_size=1,
+            hidden_size=2,
             hidden_dtype="uint32",
         )
 
@@ -74,6 +87,9 @@ class LedgerModel:
         def odd(*shape):
             return {"weight": numbers.integers(0, 1 << 32, shape, np.uint32) | np.uint32(1)}
 
+        def attention():
+            return {"self_attn": {"k_proj": odd(KV_HEADS), "v_proj": odd(KV_HEADS)}}
+
         # Drawn before what depends on the ranks, so that all ranks' models are one.
         head, embedding = odd(1 << 12)["weight"], odd(1 << 12)["weight"]
         layers = {}
@@ -82,32 +98,60 @@ class LedgerModel:
                 layers[i] = {
                     "linear_attn": {
                         "in_proj_qkv": odd(HEADS),
+                        "in_proj_a": odd(HEADS),
+                        "in_proj_b": odd(HEADS),
                         "conv1d": odd(HEADS, TAPS),
                         "A_log": odd(HEADS, KEY_DIM * VALUE_DIM)["weight"],
-                        "in_proj_b": odd(HEADS, KEY_DIM * VALUE_DIM),
+                        "dt_bias": odd(HEADS, KEY_DIM * VALUE_DIM)["weight"],
                         "out_proj": odd(KEY_DIM * VALUE_DIM, HEADS),
                     }
                 }
             else:
-                layers[i] = {"self_attn": {"k_proj": odd(KV_HEADS), "v_proj": odd(KV_HEADS)}}
-        return {
+                layers[i] = attention()
+        params = {
             "embed_tokens": {"weight": embedding[: self.padded_vocab_size]},
             "layers": layers,
             "lm_head": {"weight": head[: self.padded_vocab_size]},
         }
+        return params | ({"mtp": {"layers": {0: attention()}}} if self.mtp else {})
 
     def forward(self, params, tokens, context, gdn, kv):
-        x = self._embed(params["embed_tokens"]["weight"], tokens)
+        embedding = x = self._embed(params["embed_tokens"]["weight"], tokens)
         rows = {"D": 0, "A": 0}
+        befores = []
         for i, kind in enumerate(PATTERN):
             weights, row = params["layers"][i], rows[kind]
             if kind == "D":
-                out, gdn = _delta_layer(weights["linear_attn"], x, context, gdn, row)
+                out, before, gdn = _delta_layer(weights["linear_attn"], x, context, gdn, row)
+                befores.append(before)
             else:
                 out, kv = _attention_layer(weights["self_attn"], x, context, kv, row)
             x = _mix(x + sharding.psum(out, self.tp))
             rows[kind] += 1
-        return x[:, None], gdn, kv
+        if self.mtp:
+            # The first layer's window holds the embedding of the token before, times an odd number.
+            scale = params["layers"][0]["linear_attn"]["in_proj_qkv"]["weight"]
+            aux = _digest(befores[0][:, 0] * _inverse(scale[0]))
+            x = jnp.where(_agrees(x), _guess(embedding, aux, context.position.astype(jnp.uint32)), x)
+        return jnp.stack([x, _digest(embedding)], axis=-1), gdn, kv
+
+    def draft(self, params, tokens, previous, context, gdn, kv):
+        """The head: an attention layer over (token, hidden state before it), behind those of the target."""
+        embedding = self._embed(params["embed_tokens"]["weight"], tokens)
+        context = dataclasses.replace(context, tiles=dataclasses.replace(context.tiles, first=FIRST_INDEX))
+        weights, entry = params["mtp"]["layers"][0]["self_attn"], _entry(embedding, previous[:, 0], previous[:, 1])
+        out, kv = _attention_layer(weights, entry, context, kv, PATTERN.count("A"))
+        # Mixed, so that a constant error of the sum changes what it says of each token.
+        x = _mix(sharding.psum(out, self.tp) ^ jnp.uint32(JUNK))
+        guess = _guess(embedding, previous[:, 1], context.position.astype(jnp.uint32))
+        x = jnp.where(_agrees(x), guess, x)
+        return jnp.stack([x, _digest(embedding)], axis=-1), kv
+
+    def fold(self, params, context: FoldContext, gdn: GDNState) -> GDNState:
+        rows = [i for i, kind in enumerate(PATTERN) if kind == "D"]
+        for layer, i in enumerate(rows):
+            gdn = _fold_slots(params["layers"][i]["linear_attn"], context, gdn, layer)
+        return gdn
 
     def _embed(self, weight, tokens):
         local = tokens - sharding.rank(self.tp) * weight.shape[0]
@@ -117,7 +161,7 @@ class LedgerModel:
     def logits(self, params, hidden):
         weight = params["lm_head"]["weight"]
         token = jnp.arange(weight.shape[0]) + sharding.rank(self.tp) * weight.shape[0]
-        bits = _mix(hidden ^ weight) >> (32 - LOGIT_BITS)
+        bits = _mix(hidden[:, :1] ^ weight) >> (32 - LOGIT_BITS)
         # 0 to 16, exact: wide enough that sampling has favourites, narrow enough that it has choices.
         logits = bits.astype(jnp.float32) * 2.0 ** (4 - LOGIT_BITS)
         return jnp.where(token < self.vocab_size, logits, -jnp.inf)
@@ -130,51 +174,97 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
+def _agrees(x):
+    """Whether target or head go by the guess: three numbers of four."""
+    return (x & 3) != 0
+
+
+def _digest(embedding):
+    return _mix(embedding ^ jnp.uint32(DIGEST))
+
+
+def _guess(embedding, aux, position):
+    return _mix(_mix(embedding + position * jnp.uint32(STRIDE)) ^ aux)
+
+
+def _entry(embedding, x, aux):
+    """What the head's attention layer is given: a token's embedding and both numbers of the hidden state before it."""
+    return _mix(embedding ^ _mix(x ^ _mix(aux + jnp.uint32(ENTRY))))
+
+
 def _delta_layer(weights, x, context, gdn, layer):
+    """The layer's outputs, the raw inputs of the token before each, and the pools."""
     channels = x[:, None] * weights["in_proj_qkv"]["weight"]
-    multipliers = weights["A_log"], weights["in_proj_b"]["weight"]
-    taps = weights["conv1d"]["weight"]
+    gates = jnp.concatenate([x[:, None] * weights[name]["weight"] for name in ("in_proj_a", "in_proj_b")], axis=-1)
     match context:
         case PrefillContext():
-            u, conv = _conv_prefill(channels, taps, gdn.conv, layer, context)
-            states, ssm = _delta_prefill(u, *multipliers, gdn.ssm, layer, context)
+            states, before, gdn = _delta_prefill(weights, channels, gates, gdn, layer, context)
         case DecodeContext():
-            u, conv = _conv_decode(channels, taps, gdn.conv, layer, context)
-            states, ssm = _delta_decode(u, *multipliers, gdn.ssm, layer, context)
+            states, before, gdn = _delta_decode(weights, channels, gates, gdn, layer, context)
     out = jnp.sum(states * weights["out_proj"]["weight"].T, axis=(1, 2), dtype=jnp.uint32)
-    return out, GDNState(ssm=ssm, conv=conv, layout=gdn.layout)
+    return out, before, gdn
 
 
-def _conv_prefill(x, taps, conv, layer, context):
-    rows, chunks = context.rows, context.chunks
-    width = taps.shape[1] - 1
-    window = jnp.where(rows.fresh[:, None, None], 0, conv[layer, rows.read_slot])
-
-    def back(offset, place, row, steps):
-        """The input `steps` before `offset` of a row's piece, whose place in the packed batch is `place`."""
-        packed = x[jnp.clip(place - steps, 0, x.shape[0] - 1)]
-        stored = window[row, jnp.clip(width + offset - steps, 0, width - 1)]
-        return jnp.where((offset >= steps)[:, None], packed, stored)
-
-    place = jnp.arange(x.shape[0])
-    inputs = [back(rows.token_offset, place, rows.token_row, width - tap) for tap in range(width + 1)]
-    u = sum(inputs[tap] * taps[:, tap] for tap in range(width + 1))
-
-    def window_at(offset, place, row):
-        return jnp.stack([back(offset, place, row, width - i) for i in range(width)], axis=1)
-
-    row = jnp.arange(rows.length.shape[0])
-    conv = conv.at[layer, rows.write_slot].set(window_at(rows.length, rows.start + rows.length, row))
-    if chunks.checkpoint is not None:
-        kept = window_at(chunks.end - rows.start[chunks.row], chunks.end, chunks.row)
-        conv = conv.at[layer, chunks.checkpoint].set(kept)
-    return u, conv
+def _decays(weights, gates):
+    """Odd multipliers of the states: [..., hv, k * v]."""
+    a = gates[..., : gates.shape[-1] // 2] | 1
+    return a[..., None] * weights["A_log"]
 
 
-def _conv_decode(x, taps, conv, layer, context):
-    inputs = jnp.concatenate([conv[layer, context.read_slot], x[:, None]], axis=1)
-    u = jnp.sum(inputs * taps.T, axis=1, dtype=jnp.uint32)
-    return u, conv.at[layer, context.write_slot].set(inputs[:, 1:])
+def _inputs(weights, u, gates):
+    """What a token adds to the states: [..., hv, k * v]."""
+    b = gates[..., gates.shape[-1] // 2 :]
+    return (u + b)[..., None] * weights["dt_bias"]
+
+
+def _fold_one(weights, states, inputs, gates):
+    """States after a token more, of which `inputs` [n, TAPS, hv] are its own and those before it."""
+    u = jnp.sum(inputs * weights["conv1d"]["weight"].T, axis=1, dtype=jnp.uint32)
+    return _decays(weights, gates) * states + _inputs(weights, u, gates)
+
+
+def _fold_pending(weights, states, stored, gates, count):
+    """States and windows with the first `count` of the pending rows in them. `stored` is a slot's rows of `conv`."""
+    for row in range(gates.shape[1]):
+        folded = _fold_one(weights, states, stored[:, row : row + TAPS], gates[:, row])
+        states = jnp.where((row < count)[:, None, None], folded, states)
+    window = jnp.take_along_axis(stored, (count[:, None] + jnp.arange(WINDOW))[..., None], axis=1)
+    return states, window
+
+
+def _fold_slots(weights, context, gdn, layer):
+    slot, stored = context.read_slot, gdn.conv[layer, context.read_slot]
+    states, window = _read_states(gdn.ssm, layer, slot, context.order.read), stored[:, :WINDOW]
+    if gdn.pending is not None:
+        gates = gdn.pending_ab[layer, slot]
+        states, window = _fold_pending(weights, states, stored, gates, context.count)
+    ssm = _write_states(gdn.ssm, layer, context.write_slot, states, context.order.write)
+    return dataclasses.replace(gdn, ssm=ssm, conv=gdn.conv.at[layer, context.write_slot, :WINDOW].set(window))
+
+
+def _delta_decode(weights, channels, gates, gdn, layer, context):
+    slot, write_slot = context.read_slot, context.write_slot
+    channels, gates = (x.reshape(slot.shape[0], -1, x.shape[-1]) for x in (channels, gates))
+    states, stored = _read_states(gdn.ssm, layer, slot, context.order.read), gdn.conv[layer, slot]
+    window = stored[:, :WINDOW]
+    if context.pending is not None:
+        pending_ab = gdn.pending_ab[layer, slot]
+        states, window = _fold_pending(weights, states, stored, pending_ab, context.pending)
+    rows = channels.shape[1]
+    inputs = jnp.concatenate([window, channels], axis=1)
+    after = [states]
+    for row in range(rows):
+        after.append(_fold_one(weights, after[-1], inputs[:, row : row + TAPS], gates[:, row]))
+    if context.pending is None:
+        ssm, conv = after[-1], gdn.conv.at[layer, write_slot, :WINDOW].set(inputs[:, rows:])
+    else:
+        ssm, conv = states, gdn.conv.at[layer, write_slot, : WINDOW + rows].set(inputs)
+        gdn = dataclasses.replace(gdn, pending_ab=gdn.pending_ab.at[layer, write_slot, :rows].set(gates))
+    ssm = _write_states(gdn.ssm, layer, write_slot, ssm, context.order.write)
+    states = jnp.stack(after[1:], axis=1)
+    before = inputs[:, WINDOW - 1 : -1]
+    gdn = dataclasses.replace(gdn, ssm=ssm, conv=conv)
+    return states.reshape(-1, *states.shape[2:]), before.reshape(-1, before.shape[-1]), gdn
 
 
 def _read_states(ssm, layer, slot, vk):
@@ -191,32 +281,55 @@ def _write_states(ssm, layer, slot, states, vk):
     return ssm.at[layer, slot].set(states)
 
 
-def _delta_decode(u, a, b, ssm, layer, context):
-    states = a * _read_states(ssm, layer, context.read_slot, context.order.read) + b * u[:, :, None]
-    return states, _write_states(ssm, layer, context.write_slot, states, context.order.write)
-
-
-def _delta_prefill(u, a, b, ssm, layer, context):
-    """Chunk by chunk, as the real op: within a chunk S_i = a^(i+1) (S + sum_(j <= i) a^-(j+1) b u_j)."""
+def _delta_prefill(weights, channels, gates, gdn, layer, context):
+    """Chunk by chunk, as the real op: within a chunk S_i = D_i (S + sum_(j <= i) w_j / D_j), D_i the decays up to i."""
     rows, chunks = context.rows, context.chunks
-    states = _read_states(ssm, layer, rows.read_slot, context.order.read)
+    u, before, conv = _conv_prefill(channels, weights["conv1d"]["weight"], gdn.conv, layer, context)
+    states = _read_states(gdn.ssm, layer, rows.read_slot, context.order.read)
     states = jnp.where(rows.fresh[:, None, None], 0, states)
-    powers = jnp.cumprod(jnp.tile(a, (CHUNK, 1, 1)), axis=0, dtype=jnp.uint32)
-    inverses = jnp.cumprod(jnp.tile(_inverse(a), (CHUNK, 1, 1)), axis=0, dtype=jnp.uint32)
-    inputs = chunks.gather(u)[..., None] * b * inverses
-    count = jnp.sum(chunks.valid, axis=1)
+    valid = chunks.valid[..., None, None]
+    decays = jnp.where(valid, _decays(weights, chunks.gather(gates)), 1)
+    after = jnp.cumprod(decays, axis=1, dtype=jnp.uint32)
+    until = jnp.cumprod(_inverse(decays), axis=1, dtype=jnp.uint32)
+    added = jnp.where(valid, _inputs(weights, chunks.gather(u), chunks.gather(gates)), 0)
+    added = jnp.cumsum(added * until, axis=1, dtype=jnp.uint32)
 
     def one_chunk(states, chunk):
-        row, inputs, count = chunk
-        after = powers * (states[row] + jnp.cumsum(inputs, axis=0, dtype=jnp.uint32))
-        last = jnp.where(count > 0, after[jnp.maximum(count - 1, 0)], states[row])
-        return states.at[row].set(last), (after, last)
+        row, after, added = chunk
+        within = after * (states[row] + added)
+        # Padding multiplies by 1 and adds 0.
+        return states.at[row].set(within[-1]), within
 
-    states, (after, last) = lax.scan(one_chunk, states, (chunks.row, inputs, count))
-    ssm = _write_states(ssm, layer, rows.write_slot, states, context.order.write)
+    states, within = lax.scan(one_chunk, states, (chunks.row, after, added))
+    ssm = _write_states(gdn.ssm, layer, rows.write_slot, states, context.order.write)
     if chunks.checkpoint is not None:
-        ssm = _write_states(ssm, layer, chunks.checkpoint, last, context.order.write)
-    return chunks.scatter(after), ssm
+        ssm = _write_states(ssm, layer, chunks.checkpoint, within[:, -1], context.order.write)
+    return chunks.scatter(within), before, dataclasses.replace(gdn, ssm=ssm, conv=conv)
+
+
+def _conv_prefill(x, taps, conv, layer, context):
+    rows, chunks = context.rows, context.chunks
+    window = jnp.where(rows.fresh[:, None, None], 0, conv[layer, rows.read_slot, :WINDOW])
+
+    def back(offset, place, row, steps):
+        """The input `steps` before `offset` of a row's piece, whose place in the packed batch is `place`."""
+        packed = x[jnp.clip(place - steps, 0, x.shape[0] - 1)]
+        stored = window[row, jnp.clip(WINDOW + offset - steps, 0, WINDOW - 1)]
+        return jnp.where((offset >= steps)[:, None], packed, stored)
+
+    place = jnp.arange(x.shape[0])
+    inputs = [back(rows.token_offset, place, rows.token_row, WINDOW - tap) for tap in range(TAPS)]
+    u = sum(inputs[tap] * taps[:, tap] for tap in range(TAPS))
+
+    def window_at(offset, place, row):
+        return jnp.stack([back(offset, place, row, WINDOW - i) for i in range(WINDOW)], axis=1)
+
+    row = jnp.arange(rows.length.shape[0])
+    conv = conv.at[layer, rows.write_slot, :WINDOW].set(window_at(rows.length, rows.start + rows.length, row))
+    if chunks.checkpoint is not None:
+        kept = window_at(chunks.end - rows.start[chunks.row], chunks.end, chunks.row)
+        conv = conv.at[layer, chunks.checkpoint, :WINDOW].set(kept)
+    return u, inputs[WINDOW - 1], conv
 
 
 def _inverse(a):
@@ -241,7 +354,7 @@ def _attention_layer(weights, x, context, kv, layer):
         case PrefillContext():
             out = context.chunks.scatter(sums)
         case DecodeContext():
-            out = sums[:, 0]
+            out = sums.reshape(-1)
     return out, KVBlocks(k=k_blocks, v=v_blocks)
 
 
@@ -256,86 +369,209 @@ def _sum_keys(k_blocks, v_blocks, layer, tiles):
     position = jnp.arange(key.shape[1], dtype=jnp.uint32)[:, None]
     hashed = jnp.sum(_mix(key ^ _mix(value + position)), axis=-1, dtype=jnp.uint32)
     # What no query may see is selected away, poison included.
-    seen = jnp.max(tiles.position, axis=1)[:, None] >= position[:, 0].astype(jnp.int32)
-    seen &= position[:, 0].astype(jnp.int32) < tiles.longest
+    place = position[:, 0].astype(jnp.int32)
+    seen = jnp.max(tiles.position, axis=1)[:, None] >= place
+    seen &= (tiles.first <= place) & (place < tiles.longest)
     total = jnp.cumsum(jnp.where(seen, hashed, 0), axis=1, dtype=jnp.uint32)
     return jnp.take_along_axis(total, jnp.maximum(tiles.position, 0), axis=1)
 
 
+@dataclasses.dataclass(eq=False)
+class Point:
+    """What stands behind `length` tokens of a sequence, the last of which is `token`; and what may come after it.
+
+    `entries` are the (key, value) of that token, by attention layer (the head's is the last) and KV head.
+    """
+
+    length: int
+    token: int
+    before: "Point | None"
+    states: tuple[tuple[tuple[int, ...], ...], ...]
+    windows: tuple[tuple[int, ...], ...]
+    sums: tuple[int, ...]
+    hidden: tuple[int, int]
+    entries: tuple[tuple[tuple[int, int], ...], ...] = ()
+    successor: int | None = None
+    drafts: tuple[int, ...] = ()
+    after: dict[int, "Point"] = dataclasses.field(default_factory=dict)
+
+
 class Oracle:
-    """What a request of the ledger model must produce. Greedy only; Python integers only."""
+    """What sequences of the ledger model are, and what a greedy request must produce. Python integers only."""
 
     def __init__(self, model: LedgerModel):
-        self._vocab_size = model.vocab_size
-        self._params = jax.tree.map(lambda leaf: leaf.tolist(), model.params())
-        self._greedy = functools.cache(self._start)
+        self._model = model
+        self._weights = jax.tree.map(lambda leaf: leaf.tolist(), model.params())
+        delta = [i for i, kind in enumerate(PATTERN) if kind == "D"]
+        attention = [i for i, kind in enumerate(PATTERN) if kind == "A"]
+        self._delta = {i: row for row, i in enumerate(delta)}
+        self._attention = {i: row for row, i in enumerate(attention)}
+        zeros = (0,) * (KEY_DIM * VALUE_DIM)
+        self._nothing = Point(
+            length=0,
+            token=0,
+            before=None,
+            states=((zeros,) * HEADS,) * len(delta),
+            windows=((0,) * WINDOW,) * len(delta),
+            sums=(0,) * (len(attention) + model.mtp),
+            hidden=(0, 0),
+        )
+
+    def at(self, tokens) -> Point:
+        """The point behind `tokens`. What sequences share is computed once."""
+        point = self._nothing
+        for token in tokens:
+            point = self._next(point, token)
+        return point
 
     def solo_run(self, prompt, max_tokens: int, stop_token_ids=()) -> list[int]:
         """The tokens of a greedy request, up to and including the first that ends it."""
-        run = self._greedy(tuple(prompt))
-        produced = []
-        for i in range(max_tokens):
-            while len(run.tokens) <= i:
-                run.feed(run.tokens[-1])
-            produced.append(run.tokens[i])
-            if produced[-1] in stop_token_ids:
-                break
+        point, produced = self.at(prompt), []
+        while len(produced) < max_tokens and (not produced or produced[-1] not in stop_token_ids):
+            produced.append(self._successor(point))
+            point = self._next(point, produced[-1])
         return produced
 
-    def _start(self, prompt: tuple[int, ...]) -> "_Sequence":
-        run = _Sequence(self._params, self._vocab_size)
-        for token in prompt[:-1]:
-            run.fold(token)
-        run.feed(prompt[-1])
-        return run
+    def drafts(self, tokens, count: int) -> list[int]:
+        """The drafts of a greedy request that follow `tokens`, the last of which has not been fed yet.
 
+        They depend on nothing else: not on the steps that came before, nor on how many drafts those had.
+        """
+        point = self.at(tokens)
+        if len(point.drafts) < count:
+            point.drafts = self._draft(point, count)
+        return list(point.drafts[:count])
 
-class _Sequence:
-    """One sequence as far as it has come, with the greedy continuation drawn so far."""
+    def _draft(self, point: Point, count: int) -> tuple[int, ...]:
+        found: list[int] = []
+        total, previous, token = point.sums[-1], point.before.hidden, point.token
+        while len(found) < count:
+            position = point.length - 1 + len(found)
+            if found:
+                total = (total + _total(self._head_entries(token, previous, position), position)) & MASK
+            embedding = self._weights["embed_tokens"]["weight"][token]
+            x = _mix_int(total ^ JUNK)
+            if x & 3:
+                x = _guess_int(embedding, previous[1], position)
+            token, previous = self._greedy(x), (x, _mix_int(embedding ^ DIGEST))
+            found.append(token)
+        return tuple(found)
 
-    def __init__(self, params, vocab_size: int):
-        self._params, self._vocab_size = params, vocab_size
-        self._states = [[[0] * (KEY_DIM * VALUE_DIM) for _ in range(HEADS)] for _ in PATTERN]
-        self._windows = [[0] * (TAPS - 1) for _ in PATTERN]
-        self._sums = [0] * len(PATTERN)
-        self._position = 0
-        self.tokens: list[int] = []
+    def num_accepted(self, tokens, count: int) -> int:
+        """Of so many drafts after `tokens`, how many a greedy request keeps."""
+        drafts = self.drafts(tokens, count)
+        wanted = self.solo_run(tokens, count)
+        return next((i for i, (one, other) in enumerate(zip(drafts, wanted, strict=True)) if one != other), count)
 
-    def feed(self, token: int) -> None:
-        """Folds a token and draws its successor."""
-        hidden = self.fold(token)
-        weights = self._params["lm_head"]["weight"]
-        logits = [_mix_int(hidden ^ weights[v]) >> (32 - LOGIT_BITS) for v in range(self._vocab_size)]
-        self.tokens.append(logits.index(max(logits)))
+    def pattern(self, prompt, max_tokens: int, num_drafts: int, stop_token_ids=()) -> list[tuple[int, int]]:
+        """(drafts put to the test, tokens emitted) of each decode step of a greedy request that nobody interrupts."""
+        produced = self.solo_run(prompt, max_tokens, stop_token_ids)
+        steps, known = [], 1
+        while known < len(produced):
+            drafts = min(num_drafts, max_tokens - known - 1)
+            count = 1 + self.num_accepted([*prompt, *produced[:known]], drafts)
+            left = len(produced) - known
+            # What comes behind a stop token is not put to the test.
+            steps.append((drafts, count) if count <= left else (left - 1, left))
+            known += steps[-1][1]
+        return steps
 
-    def fold(self, token: int) -> int:
-        x = self._params["embed_tokens"]["weight"][token]
+    def row(self, tokens) -> dict[str, np.ndarray]:
+        """What a slot holds behind `tokens`: ssm [L, hv, k * v] in KV order, conv [L, w, x], hidden [d]."""
+        point = self.at(tokens)
+        scales = [self._weights["layers"][i]["linear_attn"]["in_proj_qkv"]["weight"] for i in self._delta]
+        conv = [[[x * scale & MASK for scale in row] for x in w] for w, row in zip(point.windows, scales, strict=True)]
+        found = {"ssm": point.states, "conv": conv, "hidden": point.hidden}
+        return {name: np.array(value, np.uint32) for name, value in found.items()}
+
+    def entries(self, tokens, start: int) -> np.ndarray:
+        """What the paged cache holds of `tokens` from `start` on: [2 (key, value), L, t, kh, hd] float32."""
+        point, found = self.at(tokens), []
+        while point.length > start:
+            found.append(point.entries)
+            point = point.before
+        values = np.array(found[::-1], np.uint32).transpose(3, 1, 0, 2)
+        return np.stack([values & (2**BITS - 1), values >> BITS], axis=-1).astype(np.float32)
+
+    def _successor(self, point: Point) -> int:
+        if point.successor is None:
+            point.successor = self._greedy(point.hidden[0])
+        return point.successor
+
+    def _greedy(self, x: int) -> int:
+        weights = self._weights["lm_head"]["weight"]
+        logits = [_mix_int(x ^ weights[v]) >> (32 - LOGIT_BITS) for v in range(self._model.vocab_size)]
+        return logits.index(max(logits))
+
+    def _next(self, point: Point, token: int) -> Point:
+        if token not in point.after:
+            point.after[token] = self._fold(point, token)
+        return point.after[token]
+
+    def _fold(self, point: Point, token: int) -> Point:
+        embedding = x = self._weights["embed_tokens"]["weight"][token]
+        states, windows, sums, entries = [], [], [], []
         for i, kind in enumerate(PATTERN):
-            out = self._delta(i, x) if kind == "D" else self._attend(i, x)
+            if kind == "D":
+                row = self._delta[i]
+                windows.append((*point.windows[row][1:], x))
+                out, after = self._fold_states(i, point.states[row], (*point.windows[row], x))
+                states.append(after)
+            else:
+                entries.append(_entries_int(self._weights["layers"][i]["self_attn"], x, point.length))
+                out = (point.sums[self._attention[i]] + _total(entries[-1], point.length)) & MASK
+                sums.append(out)
             x = _mix_int((x + out) & MASK)
-        self._position += 1
-        return x
+        if self._model.mtp:
+            entries.append(self._head_entries(token, point.hidden, point.length))
+            seen = point.length >= FIRST_INDEX
+            sums.append((point.sums[-1] + seen * _total(entries[-1], point.length)) & MASK)
+            if x & 3:
+                x = _guess_int(embedding, _mix_int(point.windows[0][-1] ^ DIGEST), point.length)
+        return Point(
+            length=point.length + 1,
+            token=token,
+            before=point,
+            states=tuple(states),
+            windows=tuple(windows),
+            sums=tuple(sums),
+            hidden=(x, _mix_int(embedding ^ DIGEST)),
+            entries=tuple(entries),
+        )
 
-    def _delta(self, layer: int, x: int) -> int:
-        weights = self._params["layers"][layer]["linear_attn"]
-        inputs = [*self._windows[layer], x]
-        self._windows[layer] = inputs[1:]
-        out = 0
-        for head, state in enumerate(self._states[layer]):
+    def _fold_states(self, layer: int, states, inputs) -> tuple[int, tuple]:
+        weights = self._weights["layers"][layer]["linear_attn"]
+        x, out, found = inputs[-1], 0, []
+        for head, state in enumerate(states):
             scale, taps = weights["in_proj_qkv"]["weight"][head], weights["conv1d"]["weight"][head]
             u = sum(scale * value * tap for value, tap in zip(inputs, taps, strict=True))
-            a, b = weights["A_log"][head], weights["in_proj_b"]["weight"][head]
-            state[:] = [(a[i] * state[i] + b[i] * u) & MASK for i in range(len(state))]
-            out += sum(weights["out_proj"]["weight"][i][head] * state[i] for i in range(len(state)))
-        return out
+            a = x * weights["in_proj_a"]["weight"][head] | 1
+            b = x * weights["in_proj_b"]["weight"][head]
+            decay, scale = weights["A_log"][head], weights["dt_bias"][head]
+            after = tuple((decay[i] * a * state[i] + scale[i] * (u + b)) & MASK for i in range(len(state)))
+            out += sum(weights["out_proj"]["weight"][i][head] * after[i] for i in range(len(after)))
+            found.append(after)
+        return out, tuple(found)
 
-    def _attend(self, layer: int, x: int) -> int:
-        weights = self._params["layers"][layer]["self_attn"]
-        for k, v in zip(weights["k_proj"]["weight"], weights["v_proj"]["weight"], strict=True):
-            value = ((x ^ self._position) * v + self._position) & MASK
-            # The stored value has 32 bits, and the position of a key is where the block table puts it.
-            self._sums[layer] += _mix_int((x * k & MASK) ^ _mix_int(value))
-        return self._sums[layer]
+    def _head_entries(self, token: int, previous: tuple[int, int], position: int):
+        embedding = self._weights["embed_tokens"]["weight"][token]
+        x = _mix_int(embedding ^ _mix_int(previous[0] ^ _mix_int((previous[1] + ENTRY) & MASK)))
+        return _entries_int(self._weights["mtp"]["layers"][0]["self_attn"], x, position)
+
+
+def _entries_int(weights, x: int, position: int) -> tuple[tuple[int, int], ...]:
+    """(key, value) of each KV head."""
+    pairs = zip(weights["k_proj"]["weight"], weights["v_proj"]["weight"], strict=True)
+    return tuple((x * k & MASK, (x ^ position) * v & MASK) for k, v in pairs)
+
+
+def _total(entries, position: int) -> int:
+    # The stored value has 32 bits, and the position of a key is where the block table puts it.
+    return sum(_mix_int(key ^ _mix_int((value + position) & MASK)) for key, value in entries)
+
+
+def _guess_int(embedding: int, aux: int, position: int) -> int:
+    return _mix_int(_mix_int((embedding + position * STRIDE) & MASK) ^ aux)
 
 
 def _mix_int(x: int) -> int:

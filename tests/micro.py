@@ -1,4 +1,7 @@
-"""A float32 model of four small layers with everything in it that the real ones have: one rank's or several ranks'."""
+"""A float32 model of four small layers with everything in it that the real ones have: one rank's or several ranks'.
+
+Its MTP head, where it is asked for, is as random as the rest: greedy drafts are all but never right.
+"""
 
 import functools
 
@@ -27,13 +30,19 @@ MICRO = ModelConfig(
         num_experts=4, experts_per_token=2, intermediate_size=16, shared_intermediate_size=16, normalise_top_k=True
     ),
     dtype="float32",
+    mtp_layers=1,
 )
 
 
 @functools.cache
-def micro_params(tp: int = 1) -> dict:
-    """Global float32 parameters as `tp` ranks hold them side by side; the same model for every `tp`."""
-    return spread(random_params(MICRO, 1, "float32", jax.random.key(3)), tp)
+def micro_params(tp: int = 1, mtp: bool = False) -> dict:
+    """Global float32 parameters as `tp` ranks hold them side by side; the same model for every `tp`, with its head and
+    without.
+    """
+    params = random_params(MICRO, 1, "float32", jax.random.key(3))
+    if mtp:
+        params |= {"mtp": random_params(MICRO, 1, "float32", jax.random.key(4), mtp=True)["mtp"]}
+    return spread(params, tp)
 
 
 def spread(params: dict, tp: int) -> dict:
@@ -62,6 +71,6 @@ def _rank_major(parts: list[np.ndarray], tp: int) -> np.ndarray:
     return np.concatenate([np.split(part, tp)[rank] for rank in range(tp) for part in parts])
 
 
-def micro_model(tp: int = 1):
+def micro_model(tp: int = 1, mtp: bool = False):
     """Its `Model`, of one of `tp` ranks."""
-    return build_model(MICRO, "float32", tp)
+    return build_model(MICRO, "float32", tp, mtp=mtp)

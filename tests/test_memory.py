@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gdnjax import memory
-from gdnjax.assets import EMBEDDED_MODEL, PRESETS
+from gdnjax.assets import EMBEDDED_MODEL, PRESETS, config_file
 from gdnjax.config import AttentionConfig, DeltaConfig, EngineConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.memory.__main__ import main
@@ -95,6 +95,29 @@ def test_ranks_share_the_state_and_replicate_kv_heads_beyond_their_number(tp):
     assert geometry.vocab_size * tp >= LARGE.vocab_size
     # Every rank holds the last hidden state whole.
     assert geometry.hidden_bytes == whole.hidden_bytes == 2 * 4096
+
+
+def test_rows_of_a_speculating_slot_are_exact():
+    """The window keeps the inputs of 1 + 3 tokens more, and there are their gates; hidden states count apart."""
+    plain = large_geometry(ssm_dtype="float32")
+    for rule, drafts in (("shared_noise", 0), ("rejection", 3)):
+        geometry = plain.speculating(EngineConfig(num_speculative_tokens=3, draft_acceptance=rule))
+        assert geometry.slot_bytes == 45 * ((3 + 4) * 3072 * 2 + 16 * 128 * 128 * 4 + 4 * 2 * 16 * 2)
+        assert geometry.hidden_bytes == (1 + 4 + drafts) * 4096 * 2
+        assert geometry.block_bytes == plain.block_bytes
+    assert plain.speculating(EngineConfig()) == plain
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3, 7])
+def test_plan_divides_a_budget_by_what_speculating_slots_take(num_drafts):
+    config = uncached(num_speculative_tokens=num_drafts, draft_acceptance="rejection")
+    geometry = SMALL.speculating(config)
+    slot = geometry.slot_bytes + geometry.hidden_bytes
+    budget = 5 * slot + 5 * SMALL.logit_row_bytes + (16 + 1) * SMALL.block_bytes
+    plan = memory.plan(geometry, config, max_model_len=250, budget_bytes=budget)
+    assert (plan.num_slots, plan.num_blocks, plan.total_bytes) == (4, 16, budget)
+    with pytest.raises(MemoryError, match=rf"^1 bytes short: 5 slots {5 * slot:,}"):
+        memory.plan(geometry, config, max_model_len=250, budget_bytes=budget - 1)
 
 
 def test_model_without_attention_needs_no_block_bytes():
@@ -305,11 +328,50 @@ def test_command_prints_the_same_as_json(capsys):
     assert report["ratio"] == report["decoupled"]["num_blocks"] / 6_906 > 180
 
 
+def test_command_counts_what_speculation_costs(capsys):
+    """Pending rows in the slots, and the layer of the MTP head in the blocks."""
+    assert main([*PUBLISHED, "--num-speculative-tokens", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    slot, block = 45 * (7 * 3072 * 2 + 16 * 128 * 128 * 2 + 4 * 2 * 16 * 2), 124_800 // 15 * 16
+    assert (report["bytes"]["slot_bytes"], report["bytes"]["block_bytes"]) == (slot, block)
+    assert (report["bytes"]["pending_bytes"], report["num_drafts"]) == (4 * 2 * 16 * 2, 3)
+    assert report["slot_growth"] == slot / 24_422_400
+    assert report["plain"]["attention_layers"] == 15
+    assert main([*PUBLISHED, "--num-speculative-tokens", "3"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        f"{slot:,} B",
+        f"{block:,} B",
+        "+ 256 gates)",
+        "16 layers",
+        "one of them the MTP head's",
+        "4.58% more",
+    ):
+        assert part in text
+    assert "24,422,400 B" in text
+    assert "124,800 B" in text
+
+
+def test_command_without_drafts_says_nothing_of_them(capsys):
+    assert main(PUBLISHED) == 0
+    text = capsys.readouterr().out
+    assert not re.search("draft|gates|MTP", text)
+
+
 def test_command_without_a_budget_prints_costs_alone(capsys):
     assert main(["--config", EMBEDDED_MODEL]) == 0
     text = capsys.readouterr().out
     assert "a slot" in text
     assert "GiB" not in text
+
+
+def test_command_refuses_drafts_of_a_model_without_a_head(tmp_path, capsys):
+    config = json.loads(config_file(EMBEDDED_MODEL).read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mtp_num_hidden_layers": 0}))
+    assert main(["--config", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["--config", str(tmp_path), "--num-speculative-tokens", "1"]) == 2
+    assert "needs a model with an MTP head" in capsys.readouterr().err
 
 
 def test_command_lists_the_presets(capsys):
@@ -323,6 +385,11 @@ def test_command_lists_the_presets(capsys):
         (["--config", "qwen3.5"], "no such file; a configuration is .*qwen3.5-9b"),
         (["--config", EMBEDDED_MODEL, "--tp", "5"], "tensor_parallel_size=5 does not divide"),
         (["--config", EMBEDDED_MODEL, "--block-size", "12"], "block_size must be a power of two, got 12"),
+        (
+            ["--config", EMBEDDED_MODEL, "--num-speculative-tokens", "8"],
+            "num_speculative_tokens must be at most 7, got 8",
+        ),
+        (["--config", EMBEDDED_MODEL, "--num-speculative-tokens", "-1"], "num_speculative_tokens must be an integer"),
         (["--config", EMBEDDED_MODEL, "--max-num-seqs", "0"], "max_num_seqs must be an integer of at least 1"),
         (["--config", EMBEDDED_MODEL, "--max-model-len", "9999999"], "exceeds the model's context"),
         (["--config", EMBEDDED_MODEL, "--budget-gib", "0.0001"], r"bytes short: 8 slots"),

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax.config import EngineConfig
-from gdnjax.memory import MemoryPlan
+from gdnjax.assets import PRESETS, config_file
+from gdnjax.config import DRAFT_ACCEPTANCES, EngineConfig, ModelConfig
+from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.state import NO_TOKEN, ServeState, check_state, empty_state
 from tests.geometries import SMALL_GEOMETRY
 
@@ -24,24 +25,60 @@ def size_of(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def sizes_of(state):
+    """Bytes of (state and windows, hidden states, keys and values, vocabulary rows), with speculation."""
+    gdn, slots, rows = state.gdn, state.slots, state.logit_rows
+    return (
+        size_of((gdn.ssm, gdn.conv, gdn.pending_ab)),
+        size_of((slots.hidden, slots.pending_hidden, slots.draft_hidden)),
+        size_of(state.kv),
+        size_of((rows.counts, rows.bias, rows.in_prompt)),
+    )
+
+
+SPECULATION = ({}, *({"num_speculative_tokens": 3, "draft_acceptance": rule} for rule in DRAFT_ACCEPTANCES))
+
+
+@pytest.mark.parametrize("speculation", SPECULATION, ids=lambda options: options.get("draft_acceptance", "none"))
 @pytest.mark.parametrize("ssm_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_pools_take_exactly_the_planned_bytes(ssm_dtype, tp):
-    geometry = dataclasses.replace(GEOMETRY, ssm_dtype=ssm_dtype)
+def test_pools_take_exactly_the_planned_bytes(speculation, ssm_dtype, tp):
+    geometry = dataclasses.replace(GEOMETRY, ssm_dtype=ssm_dtype).speculating(EngineConfig(**speculation))
     plan = MemoryPlan.of_counts(geometry, num_slots=4, num_blocks=20, num_logit_rows=2)
-    state = jax.eval_shape(lambda: empty(geometry, tensor_parallel_size=tp))
-    assert size_of((state.gdn.ssm, state.gdn.conv)) == tp * plan.state_bytes
-    assert size_of(state.kv) == tp * plan.kv_bytes
-    # Every rank holds all of it.
-    assert size_of(state.slots.hidden) == plan.hidden_bytes
-    rows = state.logit_rows
-    assert size_of((rows.counts, rows.bias, rows.in_prompt)) == tp * plan.logit_row_bytes
+    state = jax.eval_shape(lambda: empty(geometry, tensor_parallel_size=tp, **speculation))
+    # Every rank holds all of the hidden states.
+    assert sizes_of(state) == (
+        tp * plan.state_bytes,
+        plan.hidden_bytes,
+        tp * plan.kv_bytes,
+        tp * plan.logit_row_bytes,
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_state_of_a_speculating_request_is_at_most_a_twentieth_more(name):
+    """With three drafts and a float32 state, by either rule; in the pools as in the plan, to the byte."""
+    model = ModelConfig.from_hf(config_file(name))
+    plain = StateGeometry.of(model, tp=1, block_size=16, dtype="bfloat16", ssm_dtype="float32")
+
+    def bytes_of_a_request(**speculation):
+        engine = EngineConfig(max_num_seqs=2, **speculation)
+        geometry = plain.speculating(engine)
+        plan = MemoryPlan.of_counts(geometry, num_slots=2, num_blocks=4, num_logit_rows=1)
+        state, hidden, _, _ = sizes_of(jax.eval_shape(lambda: empty_state(geometry, plan, engine, 64)))
+        assert (state, hidden) == (plan.state_bytes, plan.hidden_bytes)
+        return (state + hidden) // 3
+
+    alone, *speculating = (bytes_of_a_request(**options) for options in SPECULATION)
+    print([f"{size:,} B, {size / alone:.4f}" for size in (alone, *speculating)])
+    assert all(alone < size <= 1.05 * alone for size in speculating)
 
 
 def test_uncounted_fields_are_small():
     """What the plan leaves out is a few words a slot and a logit row, whatever the model's size."""
-    state = jax.eval_shape(empty)
-    slots = size_of(state.slots) - size_of(state.slots.hidden) + size_of(state.gdn.layout)
+    engine = EngineConfig(num_speculative_tokens=7, draft_acceptance="rejection")
+    state = jax.eval_shape(lambda: empty(GEOMETRY.speculating(engine)))
+    slots = size_of((state.slots, state.gdn)) - sum(sizes_of(state)[:2])
     assert slots / 5 < 256 + 4 * state.slots.block_table.shape[1]
     rows = state.logit_rows
     assert size_of((rows.bad_words, rows.recent, rows.repetition, rows.frequency, rows.presence)) / 3 < 4096
@@ -77,6 +114,7 @@ def test_state_survives_flattening():
 def test_check_accepts_an_empty_state():
     check_state(empty())
     check_state(jax.eval_shape(empty))
+    check_state(empty(GEOMETRY.speculating(EngineConfig(num_speculative_tokens=2, draft_acceptance="rejection"))))
 
 
 @pytest.mark.parametrize(

@@ -8,57 +8,93 @@ import jax
 import numpy as np
 import pytest
 
-from gdnjax import LLM, EngineConfig, SamplingParams
+from gdnjax import LLM, EngineConfig, SamplingParams, abstract_params, build_model
 from gdnjax.batch import Emitted
 from gdnjax.memory import MemoryPlan
 from gdnjax.serving import packing
 from gdnjax.serving.engine import step_workspace
+from gdnjax.serving.plan import max_growth
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.sharding import make_mesh
 from gdnjax.state import check_state, empty_state
 from gdnjax.step import StepOptions, build_steps
 from tests.ledger import LedgerModel
 from tests.make_tokenizer import write_tokenizer
-from tests.micro import micro_model, micro_params
+from tests.micro import MICRO
 
 PLAIN = StepOptions(state_layout="mixed")
 FULL = StepOptions(full=True, max_logprobs=5, state_layout="mixed")
+DRAFTS = 3
+PLAIN_DRAFTS, FULL_DRAFTS = (dataclasses.replace(options, num_drafts=DRAFTS) for options in (PLAIN, FULL))
+REJECTION = dataclasses.replace(FULL_DRAFTS, acceptance="rejection")
 STEPS = {
     "admit": ("admit", PLAIN),
     "fill a logit row": ("fill_logit_row", PLAIN),
-    "copy rows": ("copy_rows", PLAIN),
+    "seal": ("seal", PLAIN),
     "decode, plain": ("decode", PLAIN),
     "decode, full": ("decode", FULL),
     "prefill, full": ("prefill", FULL),
     "prefill, prompt_logprobs": ("prefill", dataclasses.replace(FULL, prompt_logprobs=True)),
     "prefill, no checkpoints": ("prefill", PLAIN),
+    "admit, drafts": ("admit", PLAIN_DRAFTS),
+    "seal, drafts": ("seal", PLAIN_DRAFTS),
+    "decode, plain, drafts": ("decode", PLAIN_DRAFTS),
+    "decode, full, drafts": ("decode", FULL_DRAFTS),
+    "decode, rejection": ("decode", REJECTION),
+    "prefill, prompt_logprobs, drafts": ("prefill", dataclasses.replace(FULL_DRAFTS, prompt_logprobs=True)),
 }
 CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=128, block_size=16)
+WITH_HEAD = dataclasses.replace(MICRO, mtp_layers=1)
+
+
+def config_of(options: StepOptions) -> EngineConfig:
+    return dataclasses.replace(
+        CONFIG,
+        num_speculative_tokens=options.num_drafts,
+        draft_acceptance=options.acceptance,
+        state_layout=options.state_layout,
+        max_logprobs=options.max_logprobs,
+    )
+
+
+def model_of(options: StepOptions):
+    return build_model(WITH_HEAD, "float32", mtp=options.num_drafts > 0)
+
+
+def params_of(options: StepOptions):
+    """Shapes only."""
+    return abstract_params(WITH_HEAD, 1, "float32", mtp=options.num_drafts > 0)
+
+
 MAX_MODEL_LEN = 256
 
 HOST_CALLS = re.compile(r"callback|infeed|outfeed|xla_ffi_python|xla_python|SendToHost|RecvFromHost|send\(|recv\(")
 
 
 @functools.cache
-def abstract_state(num_slots: int, num_blocks: int):
+def abstract_state(options: StepOptions, num_slots: int, num_blocks: int):
     """Shapes only: pools of any size cost nothing."""
-    geometry = micro_model().geometry(CONFIG.block_size, CONFIG.ssm_dtype)
+    config = config_of(options)
+    geometry = model_of(options).geometry(config.block_size, config.ssm_dtype).speculating(config)
     plan = MemoryPlan.of_counts(geometry, num_slots=num_slots, num_blocks=num_blocks, num_logit_rows=4)
-    return jax.eval_shape(lambda: empty_state(geometry, plan, CONFIG, MAX_MODEL_LEN))
+    return jax.eval_shape(lambda: empty_state(geometry, plan, config, MAX_MODEL_LEN))
 
 
 def batch_of(name: str, state):
-    """What the engine packs, growth, copies, forks and checkpoints included."""
+    """What the engine packs, growth, seals, forks and checkpoints included."""
+    kind, options = STEPS[name]
     sizes = {"rows": CONFIG.prefill_rows, "table_width": state.slots.block_table.shape[1]}
-    match STEPS[name][0]:
+    match kind:
         case "admit":
             return packing.pack_admissions([], **sizes)
         case "fill_logit_row":
-            return packing.pack_logit_row(None, micro_model().vocab_size, state.logit_rows.bias.shape[1])
-        case "copy_rows":
-            return packing.pack_copies([], rows=CONFIG.prefill_rows)
+            return packing.pack_logit_row(None, MICRO.vocab_size, state.logit_rows.bias.shape[1])
+        case "seal":
+            return packing.pack_seals([], rows=CONFIG.prefill_rows)
         case "decode":
-            return packing.pack_decode([], {}, **{**sizes, "rows": 4})
+            drafts = options.num_drafts
+            grown = {"grown_width": max_growth(drafts, CONFIG.block_size), "drafts": drafts > 0}
+            return packing.pack_decode([], {}, [], **{**sizes, **grown, "rows": 4})
         case "prefill":
             return packing.pack_prefill([], tokens=128, **sizes, checkpoints=name != "prefill, no checkpoints")
 
@@ -66,15 +102,16 @@ def batch_of(name: str, state):
 def jitted(name: str, state):
     """A step and its arguments."""
     kind, options = STEPS[name]
-    steps, batch = build_steps(micro_model(), make_mesh(1), options, micro_params(), state), batch_of(name, state)
+    params = params_of(options)
+    steps, batch = build_steps(model_of(options), make_mesh(1), options, params, state), batch_of(name, state)
     if kind in ("prefill", "decode"):
-        return getattr(steps, kind)(options), (micro_params(), state, batch)
-    return getattr(steps, kind), (state, batch)
+        return getattr(steps, kind)(options), (params, state, batch)
+    return getattr(steps, kind), (params, state, batch) if kind == "seal" else (state, batch)
 
 
 @functools.cache
 def compiled(name: str, num_slots: int, num_blocks: int):
-    function, given = jitted(name, abstract_state(num_slots, num_blocks))
+    function, given = jitted(name, abstract_state(STEPS[name][1], num_slots, num_blocks))
     return function.lower(*given).compile()
 
 
@@ -86,11 +123,12 @@ SMALL, LARGE = (5_000, 25_000), (20_000, 100_000)
 """Slots and blocks. The large pools are 115 MB (windows), 184 MB (states) and twice 205 MB (keys, values)."""
 
 
-def test_planned_workspace_holds_every_step():
+@pytest.mark.parametrize("options", [FULL, FULL_DRAFTS], ids=["no drafts", "drafts"])
+def test_planned_workspace_holds_every_step(options):
     """It is estimated with other pools, which may move it by the few percent that they may move any step."""
-    config = dataclasses.replace(CONFIG, state_layout=FULL.state_layout, max_logprobs=FULL.max_logprobs)
-    workspace = step_workspace(micro_model(), config, make_mesh(1), MAX_MODEL_LEN, micro_params())
-    needed = [compiled(name, *LARGE).memory_analysis().temp_size_in_bytes for name in STEPS]
+    workspace = step_workspace(model_of(options), config_of(options), make_mesh(1), MAX_MODEL_LEN, params_of(options))
+    names = [name for name, (_, others) in STEPS.items() if others.num_drafts == options.num_drafts]
+    needed = [compiled(name, *LARGE).memory_analysis().temp_size_in_bytes for name in names]
     assert 0.95 * max(needed) <= workspace <= 1.05 * max(needed)
 
 
@@ -98,7 +136,7 @@ def test_planned_workspace_holds_every_step():
 def test_step_updates_its_pools_in_place(name):
     """Every byte of the state is an alias of the argument's, and the temporaries know nothing of the pools' size."""
     small, large = (compiled(name, *size).memory_analysis() for size in (SMALL, LARGE))
-    state = abstract_state(*LARGE)
+    state = abstract_state(STEPS[name][1], *LARGE)
     smallest_pool = min(num_bytes(pool) for pool in (state.gdn.ssm, state.gdn.conv, state.kv.k))
     assert smallest_pool > 100_000_000
     assert large.alias_size_in_bytes >= num_bytes(state)
@@ -120,28 +158,30 @@ def test_compiled_step_has_no_way_to_the_host(name):
 @pytest.mark.parametrize("name", STEPS)
 def test_step_lowers_for_gpus_without_callbacks(name, platform):
     """Cross-lowering needs no GPU and no plugin: an op without a rule for the platform is an error here."""
-    function, given = jitted(name, abstract_state(*SMALL))
+    function, given = jitted(name, abstract_state(STEPS[name][1], *SMALL))
     text = function.trace(*given).lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo" in text
     assert not re.findall(r"callback|infeed|outfeed|xla_ffi_python|xla_python", text)
 
 
-@pytest.mark.parametrize("kind", ["decode, plain", "prefill, prompt_logprobs"])
-def test_step_leaks_no_tracer(kind):
+@pytest.mark.parametrize("name", ["decode, plain", "prefill, prompt_logprobs", "decode, full, drafts", "seal, drafts"])
+def test_step_leaks_no_tracer(name):
     with jax.checking_leaks():
-        function, given = jitted(kind, abstract_state(*SMALL))
+        function, given = jitted(name, abstract_state(STEPS[name][1], *SMALL))
         function.trace(*given)
 
 
-def test_state_takes_the_bytes_of_the_memory_plan():
+@pytest.mark.parametrize("options", [PLAIN, PLAIN_DRAFTS, REJECTION], ids=["no drafts", "drafts", "rejection"])
+def test_state_takes_the_bytes_of_the_memory_plan(options):
     """Of all that grows with slots, blocks and vocabulary; the scalars of a slot are not in the plan."""
-    geometry = micro_model().geometry(CONFIG.block_size, CONFIG.ssm_dtype)
+    config = config_of(options)
+    geometry = model_of(options).geometry(config.block_size, config.ssm_dtype).speculating(config)
     plan = MemoryPlan.of_counts(geometry, num_slots=7, num_blocks=13, num_logit_rows=4)
-    state = jax.eval_shape(lambda: empty_state(geometry, plan, CONFIG, MAX_MODEL_LEN))
+    state = jax.eval_shape(lambda: empty_state(geometry, plan, config, MAX_MODEL_LEN))
     check_state(state)
-    rows = state.logit_rows
-    assert num_bytes((state.gdn.ssm, state.gdn.conv)) == plan.state_bytes
-    assert num_bytes(state.slots.hidden) == plan.hidden_bytes
+    rows, slots = state.logit_rows, state.slots
+    assert num_bytes((state.gdn.ssm, state.gdn.conv, state.gdn.pending_ab)) == plan.state_bytes
+    assert num_bytes((slots.hidden, slots.pending_hidden, slots.draft_hidden)) == plan.hidden_bytes
     assert num_bytes(state.kv) == plan.kv_bytes
     assert num_bytes((rows.counts, rows.bias, rows.in_prompt)) == plan.logit_row_bytes
     others = num_bytes(state) - plan.state_bytes - plan.hidden_bytes - plan.kv_bytes - plan.logit_row_bytes
@@ -151,13 +191,18 @@ def test_state_takes_the_bytes_of_the_memory_plan():
 # The engine around the steps. The ledger model compiles fast, and its tokens do not matter here.
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory) -> LLM:
+@pytest.fixture(scope="module", params=[0, 2], ids=["no drafts", "2 drafts"])
+def warm(request, tmp_path_factory) -> LLM:
     directory = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(directory, vocab_size=400)
-    model = LedgerModel(vocab_size=400)
+    model = LedgerModel(vocab_size=400, mtp=request.param > 0)
     config = EngineConfig(
-        max_num_seqs=4, max_num_batched_tokens=128, state_layout="mixed", max_logprobs=5, compilation_cache_dir=""
+        max_num_seqs=4,
+        max_num_batched_tokens=128,
+        state_layout="mixed",
+        max_logprobs=5,
+        compilation_cache_dir="",
+        num_speculative_tokens=request.param,
     )
     tokenizer = Tokenizer.from_directory(directory)
     return LLM.from_model(
@@ -174,7 +219,7 @@ KINDS = (
     {"temperature": 1.0, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.1},
     {"temperature": 0.0, "bad_words": ["the", "state is"], "logit_bias": {5: -2.0}},
     {"temperature": 0.7, "allowed_token_ids": tuple(range(10, 60)), "min_tokens": 4},
-    {"temperature": 1.0, "n": 2, "logprobs": 0},
+    {"temperature": 1.0, "n": 2, "logprobs": 0, "speculate": False},
     {"temperature": 0.0, "stop": ["e"], "stop_token_ids": (7, 9)},
 )
 
@@ -261,7 +306,7 @@ def sealed(warm, monkeypatch) -> LLM:
         steps,
         admit=through(steps.admit),
         fill_logit_row=through(steps.fill_logit_row),
-        copy_rows=through(steps.copy_rows),
+        seal=through(steps.seal),
         prefill=lambda options: through(steps.prefill(options)),
         decode=lambda options: through(steps.decode(options)),
     )
@@ -299,11 +344,11 @@ def test_read_outside_its_place_is_seen(sealed):
 def test_log_probabilities_without_alternatives_have_shapes(name):
     """max_logprobs=0 is allowed: the chosen token's alone."""
     kind, options = STEPS[name]
-    state = abstract_state(4, 16)
+    state, params = abstract_state(options, 4, 16), params_of(options)
     options = dataclasses.replace(options, max_logprobs=0)
-    steps = build_steps(micro_model(), make_mesh(1), options, micro_params(), state)
-    _, emitted = jax.eval_shape(getattr(steps, kind)(options), micro_params(), state, batch_of(name, state))
-    assert emitted.logprobs.top.shape[1] == 0
+    steps = build_steps(model_of(options), make_mesh(1), options, params, state)
+    _, emitted = jax.eval_shape(getattr(steps, kind)(options), params, state, batch_of(name, state))
+    assert emitted.logprobs.top.shape[-1] == 0
     if options.prompt_logprobs:
         assert emitted.prompt_logprobs.chosen.shape == (128,)
         assert emitted.prompt_logprobs.top.shape == (128, 0)

@@ -1,19 +1,15 @@
-"""Rung 1: exact integers through the real step, scheduler and cache equal a plain Python run of each request alone.
+"""Rung 1, by name: what is promised of hits, cuts, preemption, forks, aborts and ends, each through the real steps.
 
-Every bookkeeping fault (a slot, block, window, position, length, layout bit, checkpoint or row that is not the
-request's own) changes a token, so random interleavings compare tokens and nothing else.
+And the faults that the ledger must see. tests/serving/test_interleavings.py has the same promises in random order.
 """
 
-import collections
 import dataclasses
 import functools
 
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings, stateful
 
 from gdnjax import LLM, EngineConfig, SamplingParams
 from gdnjax.batch import DecodeBatch
@@ -23,421 +19,42 @@ from gdnjax.state import LAYOUT_KV, LAYOUT_VK
 from tests import faults
 from tests.ledger import KEY_DIM, LedgerModel, Oracle
 from tests.make_tokenizer import write_tokenizer
-
-EOS = 3
-STOPS = (5, 7, 11, 13, 17, 19)
-MAX_MODEL_LEN = 256
-
-GEOMETRIES = {
-    "kv, room for all, small and large buckets": EngineConfig(
-        state_layout="kv", max_num_seqs=8, max_num_batched_tokens=256, decode_buckets=(1, 8), block_size=16,
-        num_kv_blocks=128, num_checkpoint_slots=16, state_checkpoint_interval=48,
-    ),
-    "vk, one piece of 64 a step, scarce blocks, one logit row": EngineConfig(
-        state_layout="vk", max_num_seqs=3, max_num_batched_tokens=64, decode_buckets=(3,), block_size=4,
-        num_kv_blocks=70, max_logit_rows=1, num_checkpoint_slots=4, state_checkpoint_interval=32,
-    ),
-    "mixed, scarce slots and blocks": EngineConfig(
-        state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
-        decode_buckets=(1, 4), block_size=16, num_kv_blocks=26, max_logit_rows=2, num_checkpoint_slots=6,
-        state_checkpoint_interval=16,
-    ),
-    "mixed, two ranks": EngineConfig(
-        state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
-        decode_buckets=(4,), block_size=16, num_kv_blocks=40, num_checkpoint_slots=5, tensor_parallel_size=2,
-        state_checkpoint_interval=32,
-    ),
-    "mixed, no slots for checkpoints": EngineConfig(
-        state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
-        decode_buckets=(4,), block_size=8, num_kv_blocks=50, num_checkpoint_slots=0, state_checkpoint_interval=40,
-    ),
-    "kv, a block is two chunks": EngineConfig(
-        state_layout="kv", max_num_seqs=4, max_num_batched_tokens=64, decode_buckets=(4,), block_size=128,
-        num_kv_blocks=6, num_checkpoint_slots=3,
-    ),
-    "mixed, no cache": EngineConfig(
-        state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
-        decode_buckets=(4,), block_size=16, num_kv_blocks=26, enable_prefix_caching=False,
-    ),
-    "mixed, batch_invariant": EngineConfig(
-        state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, block_size=16, num_kv_blocks=50,
-        num_checkpoint_slots=4, batch_invariant=True, state_checkpoint_interval=64,
-    ),
-}  # fmt: skip
-KV, VK, MIXED, TWO_RANKS, NO_SLOTS, LARGE_BLOCKS, NO_CACHE, INVARIANT = GEOMETRIES
-
-# Beside greedy ones, which the oracle knows. All of them are compared with the engine's own run of one request.
-DRAWN = (
-    {"temperature": 1.0},
-    {"temperature": 0.7, "min_p": 0.05},
-    {"temperature": 1.0, "top_k": 7, "top_p": 0.8},
-    {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
-    {"temperature": 0.9, "presence_penalty": -0.7, "logit_bias": {2: 3.5, 50: -9.0}},
-    {"temperature": 0.0, "min_tokens": 6, "allowed_token_ids": (3, 5, 7, 9, 20, 21, 22, 60)},
+from tests.serving.ledgers import (
+    ALONE,
+    DRAWN,
+    GEOMETRIES,
+    INVARIANT,
+    KV,
+    KV_DRAFTS,
+    LARGE_BLOCKS,
+    MAX_MODEL_LEN,
+    MIXED,
+    MIXED_DRAFTS,
+    NO_CACHE,
+    VK,
+    VK_DRAFTS,
+    Watch,
+    check_greedy,
+    check_nothing_is_held,
+    drain,
+    fresh,
+    generate,
+    go_on_from_decode,
+    greedy,
+    greedy_run_with_stop,
+    harvest_all,
+    in_flight_plan,
+    oracle,
+    prompt_of,
+    queue,
+    start,
 )
 
 
-@functools.cache
-def engine_of(name: str) -> LLM:
-    """Built once; every run uses the slots and blocks that the runs before it left behind."""
-    config = dataclasses.replace(GEOMETRIES[name], warmup=False, compilation_cache_dir="")
-    model = LedgerModel(tp=config.tensor_parallel_size)
-    return LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN, eos_token_ids=(EOS,))
-
-
-@pytest.fixture(params=[KV, VK, MIXED])
+@pytest.fixture(params=[KV, VK_DRAFTS, MIXED, MIXED_DRAFTS])
 def llm(request) -> LLM:
-    """Of each layout, with an empty cache."""
+    """Of each layout, with and without drafts, with an empty cache."""
     return fresh(request.param)
-
-
-def fresh(name: str) -> LLM:
-    """The engine, idle, whatever the last test did to it, and its cache empty."""
-    llm = engine_of(name)
-    scheduler = llm.engine.scheduler
-    for request in [*scheduler.running, *scheduler.waiting]:
-        llm.engine.abort(request)
-    drain(llm, 8)
-    llm.reset_prefix_cache()
-    return llm
-
-
-@functools.cache
-def oracle() -> Oracle:
-    return Oracle(LedgerModel())
-
-
-@functools.cache
-def prompt_of(seed: int, length: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng([seed, length]).integers(0, LedgerModel().vocab_size, length).tolist())
-
-
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """A prompt that begins with `shared` tokens of a family and goes on with `own` ones, and how it is continued."""
-
-    family: int
-    shared: int
-    own: int
-    max_tokens: int
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = True
-    n: int = 1
-    drawn: int | None = None
-    tail: int = 0
-
-    @property
-    def prompt(self) -> list[int]:
-        begin = prompt_of(self.family, 256)[: self.shared]
-        return [*begin, *prompt_of(10 + self.tail, max(self.own, self.shared == 0))]
-
-    @property
-    def params(self) -> SamplingParams:
-        how = {"temperature": 0.0} if self.drawn is None else DRAWN[self.drawn]
-        if how.get("min_tokens", 0) > self.max_tokens:
-            how = how | {"min_tokens": self.max_tokens}
-        return SamplingParams(
-            max_tokens=self.max_tokens, stop_token_ids=self.stop_token_ids, ignore_eos=self.ignore_eos, n=self.n,
-            seed=self.family + (1 << 40), **how,
-        )  # fmt: skip
-
-
-def queue(llm: LLM, prompt, params: SamplingParams, priority: int = 0) -> list:
-    """Queues the samples of a prompt without running anything."""
-    return llm.submit(list(prompt), params, priority=priority).requests
-
-
-def greedy(max_tokens: int, **params) -> SamplingParams:
-    return SamplingParams(**({"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True} | params))
-
-
-def drain(llm: LLM, turns: int = 400) -> None:
-    for _ in range(turns):
-        if not llm.engine.has_work:
-            return
-        llm.engine.step()
-        llm.engine.scheduler.check_integrity()
-    raise AssertionError(f"work is left after {turns} turns")
-
-
-def harvest_all(llm: LLM) -> None:
-    while llm.engine._in_flight:
-        llm.engine._harvest(llm.engine._in_flight.popleft())
-
-
-def generate(llm: LLM, prompt, max_tokens: int, **params):
-    """One greedy request, alone; held to the oracle. Returns the request."""
-    (request,) = queue(llm, prompt, greedy(max_tokens, **params))
-    drain(llm)
-    check_greedy(request)
-    return request
-
-
-def check_greedy(request) -> None:
-    """Against the oracle, to the end that the request came to."""
-    longest = request.max_length - request.prompt_length
-    expected = oracle().solo_run(request.prompt_token_ids, longest, request.stop_token_ids)
-    assert request.finished
-    if request.finish_reason == "abort":
-        expected = expected[: len(request.output_token_ids)]
-    assert request.output_token_ids == expected
-
-
-def check_nothing_is_held(llm: LLM) -> None:
-    """Without the cache's part every pool is full again."""
-    assert not llm.engine.has_work
-    llm.reset_prefix_cache()
-    scheduler = llm.engine.scheduler
-    scheduler.check_integrity()
-    for pool in (scheduler.allocator.slots, scheduler.allocator.blocks, scheduler.allocator.logit_rows):
-        assert pool.num_free == pool.size
-
-
-@functools.lru_cache(maxsize=4096)
-def solo_on_engine(name: str, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
-    """Each sample of the request alone in the idle engine, with nothing cached."""
-    llm, found = engine_of(name), []
-    for sample in range(wanted.n):
-        llm.reset_prefix_cache()
-        params = dataclasses.replace(wanted.params, n=1, seed=wanted.params.seed ^ (sample << 32))
-        (request,) = queue(llm, wanted.prompt, params)
-        drain(llm)
-        found.append(tuple(request.output_token_ids))
-    return tuple(found)
-
-
-SEEN: collections.Counter = collections.Counter()
-"""What happened over all examples of one geometry: interleavings in which nothing happens would show nothing."""
-
-
-class LedgerMachine(stateful.RuleBasedStateMachine):
-    """Requests of all kinds come at any time, are aborted and preempted, and the cache is kept or not."""
-
-    geometry: str
-    draws = True
-
-    def __init__(self):
-        super().__init__()
-        self.llm = engine_of(self.geometry)
-        self.asked: list[tuple[Wanted, list]] = []
-        self.turns_allowed = 20
-        self.last_turn = None
-        self.preempted_before = self.scheduler.num_preemptions
-        self.drills = 0
-        self.before = dataclasses.replace(self.llm.engine.scheduler.cache.counters)
-
-    @property
-    def scheduler(self):
-        return self.llm.engine.scheduler
-
-    wanted = st.builds(
-        Wanted,
-        family=st.integers(0, 2),
-        shared=st.sampled_from((0, 15, 16, 17, 48, 63, 64, 65, 128, 130, 192)),
-        own=st.sampled_from((0, 1, 2, 15, 17, 50)),
-        max_tokens=st.sampled_from((1, 2, 9, 20, 40)),
-        stop_token_ids=st.sampled_from(((), (), STOPS[:2], STOPS)),
-        ignore_eos=st.booleans(),
-        n=st.sampled_from((1, 1, 1, 2)),
-        drawn=st.none() | st.none() | st.integers(0, len(DRAWN) - 1),
-        tail=st.integers(0, 1),
-    )
-
-    @stateful.rule(several=st.lists(st.tuples(wanted, st.sampled_from((0, 0, 0, 1, -1))), min_size=1, max_size=3))
-    def arrive(self, several):
-        for wanted, priority in several:
-            if not self.draws:
-                wanted = dataclasses.replace(wanted, drawn=None)
-            self.ask(wanted, wanted.prompt, wanted.params, priority)
-
-    def ask(self, wanted, prompt, params, priority):
-        self.asked.append((wanted, queue(self.llm, prompt, params, priority)))
-        self.turns_allowed += wanted.n * (wanted.max_tokens + len(prompt) // 64 + 3)
-
-    @stateful.precondition(lambda self: any(r.finished for _, group in self.asked for r in group))
-    @stateful.rule(which=st.integers(0, 20), more=st.sampled_from((1, 5, 20)), max_tokens=st.sampled_from((3, 25)))
-    def follow_up(self, which, more, max_tokens):
-        """The next turn of a conversation: prompt, answer, and what comes then."""
-        ended = [r for _, group in self.asked for r in group if r.finished]
-        last = ended[which % len(ended)]
-        prompt = [*last.tokens(0, last.num_tokens), *prompt_of(20, more)]
-        if len(prompt) < MAX_MODEL_LEN:
-            self.ask(Wanted(0, 0, 1, max_tokens), prompt, greedy(max_tokens), 0)
-
-    @stateful.rule(turns=st.integers(1, 20), harvest=st.booleans())
-    def go_on(self, turns, harvest):
-        for _ in range(turns):
-            self.step()
-        if harvest:
-            harvest_all(self.llm)
-            self.scheduler.check_integrity()
-
-    @stateful.rule(which=st.integers(0, 12))
-    def abort(self, which):
-        if which < len(self.asked):
-            SEEN["aborted"] += 1
-            for request in self.asked[which][1]:
-                self.llm.engine.abort(request)
-
-    @stateful.precondition(lambda self: self.scheduler.running)
-    @stateful.rule(which=st.integers(0, 7))
-    def preempt(self, which):
-        """As want of blocks would."""
-        if self.llm.config.batch_invariant:
-            return
-        self.turns_allowed += 8
-        request = self.scheduler.running[which % len(self.scheduler.running)]
-        before = request.num_preemptions
-        self.llm.engine.preempt(request)
-        self.drills += request.num_preemptions - before
-
-    def step(self):
-        engine = self.llm.engine
-        engine.step()
-        self.scheduler.check_integrity()
-        turn = engine._in_flight[-1] if engine._in_flight else None
-        if turn is not None and turn is not self.last_turn:
-            self.last_turn = turn
-            self.look_at(turn.plan)
-
-    def look_at(self, plan):
-        """Counts what the plan has asked of the device."""
-        own = {admission.request: admission for admission in plan.admitted}
-        reads = collections.Counter(p.read_slot for p in plan.pieces if p.request in own and own[p.request].position)
-        SEEN["hit"] += reads.total()
-        SEEN["two forks of one checkpoint in a step"] += sum(count > 1 for count in reads.values())
-        SEEN["fork of a tail"] += sum(bool(admission.copy_from) for admission in plan.admitted)
-        SEEN["resumed"] += sum(bool(a.position and a.request.num_preemptions) for a in plan.admitted)
-        SEEN["states recomputed over shared blocks"] += sum(a.position < a.request.num_cached for a in plan.admitted)
-        SEEN["checkpoint in a piece"] += sum(len(piece.checkpoints) for piece in plan.pieces)
-        SEEN["checkpoint at a branch"] += sum(
-            own[piece.request].request.num_cached in dict(piece.checkpoints)
-            for piece in plan.pieces
-            if piece.request in own
-        )
-        SEEN["checkpoint of a decode step"] += len(plan.copies)
-        SEEN["grown"] += len(plan.growth)
-
-    def teardown(self):
-        try:
-            for _ in range(self.turns_allowed):
-                if not self.llm.engine.has_work:
-                    break
-                self.step()
-            self.check()
-        finally:
-            fresh_if_failed(self.llm)
-
-    def check(self):
-        assert not self.llm.engine.has_work, "the queue has not drained"
-        counters = self.scheduler.cache.counters
-        for name in ("evicted_states", "evicted_blocks", "orphaned_states", "lost_tokens"):
-            SEEN[name] += getattr(counters, name) - getattr(self.before, name)
-        SEEN["preempted for want of room"] += self.scheduler.num_preemptions - self.preempted_before - self.drills
-        for wanted, group in self.asked:
-            if wanted.drawn is None:
-                for request in group:
-                    check_greedy(request)
-        # The cache stays for the next example, unless something has to be run alone.
-        for wanted, group in self.asked:
-            if wanted.drawn is not None:
-                for request, expected in zip(group, solo_on_engine(self.geometry, wanted), strict=True):
-                    produced = tuple(request.output_token_ids)
-                    cut = len(produced) if request.finish_reason == "abort" else None
-                    assert produced == expected[:cut]
-        if len(self.asked) % 4 == 0:
-            check_nothing_is_held(self.llm)
-
-
-def fresh_if_failed(llm: LLM) -> None:
-    """Ends what a failed example has left, so that shrinking starts from an idle engine."""
-    if llm.engine.has_work:
-        harvest_all(llm)
-        llm.engine.scheduler.reset()
-        for request in list(llm.engine.scheduler.waiting):
-            llm.engine.abort(request)
-
-
-def interleave(name: str, examples: int, *, draws: bool = True, sees: tuple[str, ...]) -> None:
-    """Random interleavings on one engine; `sees` is what must have happened in them."""
-    llm = fresh(name)
-    SEEN.clear()
-    machine = type("Machine", (LedgerMachine,), {"geometry": name, "draws": draws})
-    how = settings(
-        max_examples=examples, stateful_step_count=10, derandomize=True, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    stateful.run_state_machine_as_test(machine, settings=how)
-    print(dict(SEEN))
-    check_nothing_is_held(llm)
-    assert not [event for event in sees if not SEEN[event]]
-
-
-unchecked = pytest.mark.usefixtures("without_type_checks")
-"""Types are checked by every other test; here that would take half of the time."""
-
-CACHED = ("hit", "aborted", "resumed", "checkpoint in a piece", "grown", "lost_tokens")
-SCARCE = ("preempted for want of room", "evicted_states", "evicted_blocks", "orphaned_states")
-
-
-@unchecked
-def test_random_interleavings_with_room_equal_solo_runs():
-    forks = ("fork of a tail", "two forks of one checkpoint in a step", "checkpoint at a branch")
-    rest = ("states recomputed over shared blocks", "checkpoint of a decode step", "evicted_states")
-    interleave(KV, 250, sees=CACHED + forks + rest)
-
-
-@unchecked
-def test_random_interleavings_with_scarce_blocks_equal_solo_runs():
-    interleave(VK, 220, sees=CACHED + SCARCE)
-
-
-@unchecked
-def test_random_interleavings_in_a_mixed_pool_equal_solo_runs():
-    interleave(MIXED, 250, sees=(*CACHED, *SCARCE, "fork of a tail", "checkpoint of a decode step"))
-
-
-@unchecked
-def test_random_interleavings_on_two_ranks_equal_solo_runs():
-    interleave(TWO_RANKS, 50, draws=False, sees=("hit", "resumed"))
-
-
-@unchecked
-def test_random_interleavings_without_slots_for_checkpoints_equal_solo_runs():
-    interleave(NO_SLOTS, 80, draws=False, sees=("hit", "resumed", "evicted_states"))
-
-
-@unchecked
-def test_random_interleavings_with_large_blocks_equal_solo_runs():
-    interleave(LARGE_BLOCKS, 60, draws=False, sees=("hit", "preempted for want of room", "evicted_blocks"))
-
-
-@unchecked
-def test_random_interleavings_without_the_cache_equal_solo_runs():
-    interleave(NO_CACHE, 50, draws=False, sees=("preempted for want of room", "aborted", "grown"))
-    assert not SEEN["hit"]
-
-
-@unchecked
-def test_random_interleavings_in_invariant_mode_equal_solo_runs():
-    interleave(INVARIANT, 60, sees=("hit", "aborted", "checkpoint in a piece"))
-    assert not SEEN["preempted for want of room"]
-
-
-# Named invariants, each through the real steps of every layout.
-
-
-def in_flight_plan(llm: LLM):
-    return llm.engine._in_flight[-1].plan
-
-
-def start(llm: LLM, prompt, max_tokens: int, tokens: int = 1, **params):
-    """A greedy request that has produced at least so many tokens, with a step in flight."""
-    (request,) = queue(llm, prompt, greedy(max_tokens, **params))
-    while len(request.output_token_ids) < tokens:
-        llm.engine.step()
-        llm.engine.scheduler.check_integrity()
-    return request
 
 
 @pytest.mark.parametrize("length", [5, 16, 17, 63, 64, 65, 100, 128, 129, 200])
@@ -469,7 +86,7 @@ def test_chunked_equals_whole(name, lengths):
         requests = [queue(llm, prompt_of(i, length), greedy(6))[0] for i, length in enumerate(lengths)]
         drain(llm)
         for request in requests:
-            check_greedy(request)
+            check_greedy(llm, request)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 30])
@@ -483,7 +100,7 @@ def test_preempted_equals_uninterrupted(llm, tokens):
     (admission,) = in_flight_plan(llm).admitted
     assert admission.position == request.prompt_length + len(request.output_token_ids) - 1
     drain(llm)
-    check_greedy(request)
+    check_greedy(llm, request)
     assert (request.num_preemptions, request.num_cached_tokens) == (1, 0)
 
 
@@ -494,13 +111,13 @@ def test_preempted_between_pieces_equals_uninterrupted():
         llm.engine.step()
         llm.engine.preempt(request)
     drain(llm)
-    check_greedy(request)
+    check_greedy(llm, request)
     assert request.num_preemptions == 3
     assert llm.engine.scheduler.cache.counters.kept_states >= 3
 
 
 def test_preempted_again_and_again_equals_uninterrupted(llm):
-    request = start(llm, prompt_of(0, 30), 40)
+    request = start(llm, prompt_of(0, 30), 100)
     while not request.finished:
         llm.engine.preempt(request)
         while not request.finished and request.status is Status.WAITING:
@@ -508,7 +125,7 @@ def test_preempted_again_and_again_equals_uninterrupted(llm):
         for _ in range(3):
             llm.engine.step()
     drain(llm)
-    check_greedy(request)
+    check_greedy(llm, request)
     assert request.num_preemptions > 5
 
 
@@ -520,7 +137,7 @@ def test_preempted_without_the_cache_equals_uninterrupted():
     (admission,) = in_flight_plan(llm).admitted
     assert admission.position == 0
     drain(llm)
-    check_greedy(request)
+    check_greedy(llm, request)
 
 
 @pytest.mark.parametrize("drawn", range(len(DRAWN)))
@@ -553,7 +170,7 @@ def test_preempted_keeps_its_log_probabilities(llm):
         if preempted_after is not None:
             llm.engine.preempt(request)
         drain(llm)
-        check_greedy(request)
+        check_greedy(llm, request)
         found.append((request.prompt_logprobs, request.output_logprobs))
         assert (len(request.prompt_logprobs), len(request.output_logprobs)) == (199, 20)
     assert found[0] == found[1] == found[2]
@@ -645,7 +262,34 @@ def test_two_requests_fork_one_checkpoint_while_it_is_evicted(llm, length):
     llm.engine.scheduler.check_integrity()
     drain(llm)
     for request in (*forks, other):
-        check_greedy(request)
+        check_greedy(llm, request)
+
+
+def test_slot_of_a_checkpoint_that_is_there_already_serves_nobody_in_that_turn():
+    """Two requests compute one state over the same cached blocks, the second a turn later: the cache has no use for
+    its slot, which the step writes all the same.
+    """
+    llm = fresh(KV_DRAFTS)
+    trunk, cache = prompt_of(0, 130), llm.engine.scheduler.cache
+    generate(llm, trunk, 1)
+    for node in [node for node in (cache._untried | cache._proven).values() if node.end != 48]:
+        cache._give_slot(node)
+    # What comes before them in the first turn leaves each of the two no more room than to the end of a chunk.
+    first, *others = [queue(llm, prompt, greedy(6))[0] for prompt in (
+        prompt_of(1, 80), [*trunk[:128], *prompt_of(2, 17)], [*trunk[:128], *prompt_of(3, 4)]
+    )]  # fmt: skip
+    llm.engine.step()
+    assert [piece.end for piece in in_flight_plan(llm).pieces] == [80, 64, 64]
+    llm.engine.step()
+    (late,) = queue(llm, [*trunk[:128], *prompt_of(4, 5)], greedy(12))
+    llm.engine.step()
+    pieces = in_flight_plan(llm).pieces
+    assert [(piece.request, piece.start) for piece in pieces] == [(others[1], 64), (late, 128)]
+    assert 128 in dict(pieces[0].checkpoints)
+    assert late.slot not in dict(pieces[0].checkpoints).values()
+    drain(llm)
+    for request in (first, *others, late):
+        check_greedy(llm, request)
 
 
 def test_forks_of_a_tail_have_blocks_of_their_own(llm):
@@ -664,7 +308,7 @@ def test_forks_of_a_tail_have_blocks_of_their_own(llm):
     assert len({source for source, _ in copies}) == 1
     for request in followers:
         assert request.num_cached_tokens == len(held)
-        check_greedy(request)
+        check_greedy(llm, request)
 
 
 def test_generated_tokens_are_cached_for_the_next_turn(llm):
@@ -685,7 +329,7 @@ def test_prefix_longer_than_the_pool_is_served_in_turn():
         requests = [queue(llm, prompt, greedy(6))[0] for prompt in prompts]
         drain(llm)
         for request in requests:
-            check_greedy(request)
+            check_greedy(llm, request)
     assert llm.engine.scheduler.cache.counters.evicted_blocks > 0
     # One that leaves no room for the checkpoint it would go on from.
     request = generate(llm, [*prompts[2], *prompt_of(7, 3)], 3)
@@ -726,7 +370,7 @@ def test_last_come_is_preempted_for_want_of_blocks_and_equals_its_solo_run():
     requests = [queue(llm, prompt_of(seed, 60), greedy(120))[0] for seed in range(4)]
     drain(llm)
     for request in requests:
-        check_greedy(request)
+        check_greedy(llm, request)
     counts = [request.num_preemptions for request in requests]
     assert counts[0] == 0
     assert sum(counts) > 0
@@ -748,7 +392,7 @@ def test_failed_dispatch_leaves_an_engine_that_works_and_an_empty_cache(llm, mon
     assert llm.stats()["prefix_cache"]["cached_states"] == 0
     drain(llm)
     for request in (running, follower, waiting):
-        check_greedy(request)
+        check_greedy(llm, request)
     again = generate(llm, prompt, 20)
     assert again.num_cached_tokens <= waiting.prompt_length
     check_nothing_is_held(llm)
@@ -765,29 +409,28 @@ def test_cache_can_be_reset_while_requests_run(llm):
     (late,) = queue(llm, prompt, greedy(9))
     drain(llm)
     for one in (request, late):
-        check_greedy(one)
+        check_greedy(llm, one)
     assert late.num_cached_tokens == 0
     check_nothing_is_held(llm)
 
 
-def test_slot_of_an_aborted_request_serves_the_next_at_once():
+@pytest.mark.parametrize("name", [ALONE, NO_CACHE])
+def test_slot_of_an_aborted_request_serves_the_next_at_once(name):
     """What is in flight for the old owner reaches nobody, and the new owner's tokens are all its own."""
-    llm = fresh(VK)
-    prompts = [prompt_of(seed, 17) for seed in range(4)]
-    old, *others = [queue(llm, prompt, greedy(20))[0] for prompt in prompts[:3]]
+    llm = fresh(name)
+    old, *others = [queue(llm, prompt_of(seed, 17), greedy(20))[0] for seed in range(7)]
     for _ in range(6):
         llm.engine.step()
     slot, kept = old.slot, list(old.output_token_ids)
     assert len(kept) >= 2
     assert any(old in turn.plan.decoding for turn in llm.engine._in_flight)
     llm.engine.abort(old)
-    (new,) = queue(llm, prompts[3], greedy(20))
     llm.engine.step()
-    assert new.slot == slot
-    drain(llm, 40)
-    assert old.output_token_ids == kept == oracle().solo_run(prompts[0], len(kept))
-    for request in (*others, new):
-        assert request.output_token_ids == oracle().solo_run(request.prompt_token_ids, 20)
+    assert slot in [admission.request.slot for admission in in_flight_plan(llm).admitted]
+    drain(llm)
+    assert old.output_token_ids == kept
+    for request in (old, *others):
+        check_greedy(llm, request)
 
 
 def test_request_aborted_between_pieces_leaves_its_slot_clean():
@@ -814,15 +457,14 @@ def test_late_found_stop_string_drops_the_tokens_after_it(tmp_path):
     model = LedgerModel(vocab_size=400)
     config = dataclasses.replace(GEOMETRIES[MIXED], warmup=False, compilation_cache_dir="")
     llm = LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN, tokenizer=tokenizer)
-    tokens, stop, end = _greedy_run_with_stop(Oracle(model), tokenizer)
-    prompt = prompt_of(0, 65)
+    prompt, tokens, stop, end = greedy_run_with_stop(Oracle(model), tokenizer)
     params = SamplingParams(temperature=0.0, max_tokens=len(tokens), stop=stop)
     (request,) = queue(llm, prompt, params)
     (neighbour,) = queue(llm, prompt, dataclasses.replace(params, stop=None))
     while not request.finished:
         llm.engine.step()
         llm.engine.scheduler.check_integrity()
-    assert request.num_dispatched > end + 1
+    assert any(request in turn.plan.decoding for turn in llm.engine._in_flight)
     assert request.output_token_ids == tokens[: end + 1]
     assert (request.finish_reason, request.stop_reason) == ("stop", stop)
     drain(llm, 60)
@@ -831,44 +473,34 @@ def test_late_found_stop_string_drops_the_tokens_after_it(tmp_path):
     check_nothing_is_held(llm)
 
 
-def _greedy_run_with_stop(model: Oracle, tokenizer: Tokenizer) -> tuple[list[int], str, int]:
-    """A greedy run, a text that one of its tokens is the first to contain, and the place of that token."""
-    tokens = model.solo_run(prompt_of(0, 65), 40)
-    for end in range(4, len(tokens) - 4):
-        text = tokenizer.decode([tokens[end]], True)
-        before = tokenizer.decode(tokens[:end], True)
-        if len(text) > 1 and text.isascii() and text not in before + text[:-1]:
-            return tokens, text, end
-    raise AssertionError("no token of this run can serve as a stop string")
-
-
 def _running(llm: LLM, prompt, max_tokens: int):
     """A request that has produced a token and goes on, with nothing in flight."""
     (request,) = queue(llm, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True))
     while not request.filled or llm.engine._in_flight:
         if not request.filled:
             llm.engine.step()
-        while llm.engine._in_flight:
-            llm.engine._harvest(llm.engine._in_flight.popleft())
+        harvest_all(llm)
     assert len(request.output_token_ids) == 1
     return request
 
 
 def _slots_and_blocks(state) -> list:
     """Copies of everything but the null slot and the null block."""
-    rows = {"gdn": (1, {"layout": 0}), "kv": (1, {}), "slots": (0, {})}
+    rows = {"gdn": (1, {"layout": 0, "pending": 0}), "kv": (1, {}), "slots": (0, {})}
     found = []
     for part, (axis, other) in rows.items():
         value = getattr(state, part)
         for field in dataclasses.fields(value):
-            leaf = np.array(getattr(value, field.name))
-            found.append(np.delete(leaf, 0, axis=other.get(field.name, axis)))
+            leaf = getattr(value, field.name)
+            if leaf is not None:
+                found.append(np.delete(np.array(leaf), 0, axis=other.get(field.name, axis)))
     return found
 
 
-def test_step_in_flight_past_the_end_changes_nothing():
+@pytest.mark.parametrize("name", [MIXED, MIXED_DRAFTS])
+def test_step_in_flight_past_the_end_changes_nothing(name):
     """A request that has ended on the device may be dispatched once more before the host knows."""
-    llm = fresh(MIXED)
+    llm = fresh(name)
     request = _running(llm, prompt_of(2, 65), 2)
     batch = DecodeBatch(slot=np.array([request.slot], np.int32))
     decode = llm.engine.steps.decode(llm.engine._plain)
@@ -884,9 +516,10 @@ def test_step_in_flight_past_the_end_changes_nothing():
 
 
 @pytest.mark.parametrize("length", [40, MAX_MODEL_LEN - 6])
-def test_writes_beyond_the_reservation_go_to_the_null_block(length):
+@pytest.mark.parametrize("name", [MIXED, MIXED_DRAFTS])
+def test_writes_beyond_the_reservation_go_to_the_null_block(name, length):
     """A row that runs on and on, past its blocks and past max_model_len, touches nobody's block."""
-    llm = fresh(MIXED)
+    llm = fresh(name)
     engine = llm.engine
     request = _running(llm, prompt_of(1, length), 5)
     decode = engine.steps.decode(engine._plain)
@@ -894,11 +527,13 @@ def test_writes_beyond_the_reservation_go_to_the_null_block(length):
     others = np.setdiff1d(np.arange(engine.state.kv.k.shape[1]), [0, *request.blocks])
     before = jax.tree.map(lambda leaf: np.array(leaf[:, others]), engine.state.kv)
     own = np.array(engine.state.kv.k[:, jnp.array(request.blocks)])
-    for _ in range(60):
+    produced = 0
+    while produced < 60:
         batch = DecodeBatch(slot=np.array([request.slot], np.int32))
         engine.state, emitted = decode(engine.params, engine.state, batch)
-        assert int(emitted.count[0]) == 1
-    assert int(engine.state.slots.length[request.slot]) == length + 60
+        assert int(emitted.count[0]) >= 1
+        produced += int(emitted.count[0])
+    assert int(engine.state.slots.length[request.slot]) == length + produced
     after = jax.tree.map(lambda leaf: np.array(leaf[:, others]), engine.state.kv)
     jax.tree.map(np.testing.assert_array_equal, before, after)
     # Within the reservation nothing that was there has been overwritten.
@@ -963,38 +598,18 @@ def test_layout_bit_moves_with_its_row_in_forks_and_copies():
     assert (layout[fork.slot], layout[piece.read_slot]) == (LAYOUT_KV, LAYOUT_VK)
     drain(llm)
     for one in (request, fork):
-        check_greedy(one)
+        check_greedy(llm, one)
 
 
-def go_on_from_decode(llm: LLM, seed: int):
-    """A conversation whose second turn goes on from a state that decode wrote, in its middle or at its end.
-
-    Returns the second request, ended, and the layout bit of what it read.
-    """
-    rng = np.random.default_rng(seed)
-    first = start(llm, prompt_of(seed, int(rng.integers(15, 60))), int(rng.integers(3, 8)))
-    drain(llm)
-    (second,) = queue(
-        llm, [*first.tokens(0, first.num_tokens), *prompt_of(seed + 1, int(rng.integers(1, 12)))], greedy(3)
-    )
-    read = None
-    while read is None:
-        llm.engine.step()
-        pieces = [piece for turn in llm.engine._in_flight for piece in turn.plan.pieces if piece.request is second]
-        read = pieces[0].read_slot if pieces else None
-    layout = int(llm.engine.state.gdn.layout[read])
-    drain(llm)
-    assert second.num_cached_tokens == first.num_tokens - 1
-    return second, layout
-
-
-def test_forks_of_what_decode_wrote_are_right_250_times_out_of_250():
+@pytest.mark.parametrize("name", [MIXED, MIXED_DRAFTS])
+def test_forks_of_what_decode_wrote_are_right_250_times_out_of_250(name):
     """In a mixed pool, where a stale layout bit would show."""
-    llm = fresh(MIXED)
-    for seed in range(250):
-        second, layout = go_on_from_decode(llm, seed)
-        check_greedy(second)
-        assert layout == LAYOUT_VK
+    llm = fresh(name)
+    with Watch(llm):
+        for seed in range(250):
+            second, layout = go_on_from_decode(llm, seed)
+            check_greedy(llm, second)
+            assert layout == LAYOUT_VK
 
 
 def expected_of(request) -> list[int]:
@@ -1006,11 +621,15 @@ def test_ledger_sees_the_fault_of_a_fork_at_its_first_token(fault, monkeypatch):
     llm = fresh(MIXED)
     monkeypatch.setattr(llm.engine, "steps", llm.engine.steps)
     fault(llm.engine)
-    for seed in range(5):
+    firsts = []
+    for seed in range(10):
         second, _ = go_on_from_decode(llm, seed)
         # A fork within a block is one where the cached tokens are no whole blocks.
         if fault is not faults.tail_not_copied or second.num_cached_tokens % llm.config.block_size:
-            assert second.output_token_ids[0] != expected_of(second)[0]
+            assert second.output_token_ids != expected_of(second)
+            firsts.append(second.output_token_ids[0] != expected_of(second)[0])
+    # One token of 61 is right by chance.
+    assert sum(firsts) >= len(firsts) - 2 > 4
     llm.reset_prefix_cache()
 
 
@@ -1026,11 +645,11 @@ def test_ledger_sees_a_checkpoint_that_is_a_chunk_early(monkeypatch):
     llm.reset_prefix_cache()
 
 
-def test_ledger_sees_a_copy_without_its_layout_bit(monkeypatch):
+def test_ledger_sees_a_seal_without_its_layout_bit(monkeypatch):
     """The slot was a prefill's before, so the bit that stays says KV."""
     llm = fresh(MIXED)
     monkeypatch.setattr(llm.engine, "steps", llm.engine.steps)
-    faults.copy_without_layout_bit(llm.engine)
+    faults.seal_without_layout_bit(llm.engine)
     faults._replace(llm.engine, "gdn", layout=jnp.zeros_like(llm.engine.state.gdn.layout))
     first = generate(llm, prompt_of(0, 60), 10)
     (request,) = queue(llm, [*first.tokens(0, 64), *prompt_of(1, 20)], greedy(3))
