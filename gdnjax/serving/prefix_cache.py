@@ -115,6 +115,8 @@ class PrefixCache:
         self._proven: collections.OrderedDict[int, Node] = collections.OrderedDict()
         # Slots that the turn being planned reads or writes.
         self._busy: set[int] = set()
+        # Slots that this turn writes for nothing.
+        self._surplus: list[int] = []
         # Leaves that may be evicted, oldest first; entries that no longer hold are skipped.
         self._leaves: list[tuple[int, int, Node]] = []
 
@@ -139,6 +141,11 @@ class PrefixCache:
         """Another turn is planned. What the last one reads and writes happens before it, in the device's order."""
         self.turn += 1
         self._busy.clear()
+        self._give_surplus()
+
+    def _give_surplus(self) -> None:
+        self._slots.give(self._surplus)
+        self._surplus.clear()
 
     # Looking up.
 
@@ -294,7 +301,11 @@ class PrefixCache:
         Where others have gone on already, more are likely to come by.
         """
         if node.slot:
-            self._slots.give([slot])
+            if slot in self._busy:
+                # This turn writes it still, so nobody else may have it before the next.
+                self._surplus.append(slot)
+            else:
+                self._slots.give([slot])
             return
         node.slot, node.written = slot, self.turn
         self.counters.kept_states += 1
@@ -396,6 +407,7 @@ class PrefixCache:
         """Forgets everything. What running requests share is found no more, and given back for want of room."""
         for node in [*self._untried.values(), *self._proven.values()]:
             self._give_slot(node)
+        self._give_surplus()
         self.make_room(self._blocks.num_free + self.num_evictable_blocks)
         self.root = self._new_root()
 
@@ -422,7 +434,7 @@ class PrefixCache:
             assert node.locks >= locks[node], "a node that is locked less than those below it"
         assert evictable == self.num_evictable_blocks, f"{evictable} blocks may be evicted"
         assert all(node in self._nodes and node.slot == slot for slot, node in states.items())
-        return [block for node in self._nodes for block in node.blocks], list(states)
+        return [block for node in self._nodes for block in node.blocks], [*states, *self._surplus]
 
 
 def _common(run: Sequence[Key], keys: Sequence[Key], start: int) -> int:

@@ -51,7 +51,7 @@ from tests.serving.ledgers import (
 )
 
 
-@pytest.fixture(params=[KV, VK_DRAFTS, MIXED, MIXED_DRAFTS])
+@pytest.fixture(params=[KV, VK_DRAFTS, MIXED_DRAFTS])
 def llm(request) -> LLM:
     """Of each layout, with and without drafts, with an empty cache."""
     return fresh(request.param)
