@@ -97,8 +97,9 @@ class DecodeBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SealBatch:
-    """States to seal, `i` below `count`, in order: what stands in `read_slot[i]`, with so many of its pending rows
-    folded in that it is `position[i]` tokens long, goes to `write_slot[i]`, which may be the same slot.
+    """States to seal, `i` below `count`: what stands in `read_slot[i]`, with so many of its pending rows folded in that
+    it is `position[i]` tokens long, goes to `write_slot[i]`, which may be the same slot. No two write one slot, and
+    none reads what another writes.
 
     Nothing is written where the slot has no state of that length: its own is longer, or its pending rows do not reach.
     """

@@ -23,7 +23,7 @@ from gdnjax.models import Model
 from gdnjax.models.context import Pools, decode_context, fold_context, prefill_context
 from gdnjax.sampling import Draw, Vocab
 from gdnjax.shapes import Array, Params
-from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN, NULL_SLOT, LogitRows, ServeState, SlotTable
+from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN, NULL_SLOT, LogitRows, ServeState
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once: [64, V] float32 instead of the whole prompt's."""
@@ -102,9 +102,10 @@ def prefill(
         state = _with_slots(state, block_table=table)
     context = prefill_context(pools_of(state, options), batch)
     hidden, gdn, kv = model.forward(params, batch.tokens, context, state.gdn, state.kv)
+    previous = state.slots.hidden[context.rows.read_slot]
     if state.slots.drafts is not None:
         # The head's keys have to be there for every token that is, drafting or not.
-        before = state.slots.hidden[context.rows.read_slot][batch.token_row]
+        before = previous[batch.token_row]
         before = jnp.where(context.rows.token_offset[:, None] > 0, jnp.roll(hidden, 1, axis=0), before)
         before = jnp.where(context.position[:, None] > 0, before, 0)
         _, kv = model.draft(params, batch.tokens, before, context, gdn, kv)
@@ -115,7 +116,7 @@ def prefill(
     prompt = _prompt_logprobs(model, options, params, hidden, batch.target) if options.prompt_logprobs else None
     layout = _layout(options, LAYOUT_KV)
     # A row without tokens has no hidden state in this step: what it had stays.
-    kept = jnp.where((batch.length > 0)[:, None], last, state.slots.hidden[batch.slot])
+    kept = jnp.where((batch.length > 0)[:, None], last, previous)
     state = _written(dataclasses.replace(state, gdn=gdn, kv=kv), batch.slot, kept, layout)
     if batch.chunk_checkpoint is not None:
         behind = hidden[jnp.maximum(context.chunks.end - 1, 0)]
@@ -152,25 +153,22 @@ def decode(
 def seal(model: Model, options: StepOptions, params: Params, state: ServeState, batch: SealBatch) -> ServeState:
     """Makes checkpoints of what slots hold: so many pending rows are folded in that the state has the wanted length.
 
-    State and window, and with them the layout bit and the last hidden state, go to `write_slot`, one row after another.
+    State and window, and with them the layout bit and the last hidden state, go to `write_slot`.
     """
 
-    def one_row(i, state):
-        read, write, position = (rows[i][None] for rows in (batch.read_slot, batch.write_slot, batch.position))
-        if state.gdn.pending is None:
-            reached = state.slots.length[read] == position
-            return _copied(state, read[0], jnp.where(reached, write, NULL_SLOT)[0])
-        pending = state.gdn.pending[read]
-        count = position - (state.slots.length[read] - pending)
-        reached = (count >= 0) & (count <= pending)
-        write, count = jnp.where(reached, write, NULL_SLOT), jnp.where(reached, count, 0)
-        context = fold_context(pools_of(state, options), read, write, count)
-        hidden = _hidden_behind(state.slots, read, count)
-        gdn = model.fold(params, context, state.gdn)
-        gdn = dataclasses.replace(gdn, pending=gdn.pending.at[write].set(0))
-        return _written(dataclasses.replace(state, gdn=gdn), write, hidden, _layout(options, LAYOUT_VK))
-
-    return lax.fori_loop(0, batch.count, one_row, state)
+    length, read = state.slots.length[batch.read_slot], batch.read_slot
+    if state.gdn.pending is None:
+        write = jnp.where(length == batch.position, batch.write_slot, NULL_SLOT)
+        return lax.fori_loop(0, batch.count, lambda i, state: _copied(state, read[i], write[i]), state)
+    pending = state.gdn.pending[read]
+    count = batch.position - (length - pending)
+    reached = (jnp.arange(read.shape[0]) < batch.count) & (count >= 0) & (count <= pending)
+    write, count = jnp.where(reached, batch.write_slot, NULL_SLOT), jnp.where(reached, count, 0)
+    context = fold_context(pools_of(state, options), read, write, count)
+    hidden = _hidden_behind(state.slots.hidden[read], state.slots.pending_hidden[read], count)
+    gdn = model.fold(params, context, state.gdn)
+    gdn = dataclasses.replace(gdn, pending=gdn.pending.at[write].set(0))
+    return _written(dataclasses.replace(state, gdn=gdn), write, hidden, _layout(options, LAYOUT_VK))
 
 
 def _copied(state: ServeState, source: Array, target: Array) -> ServeState:
@@ -203,17 +201,21 @@ def _accepted(state: ServeState, options: StepOptions, context, hidden, count) -
     write, layout = context.write_slot, _layout(options, LAYOUT_VK)
     if state.gdn.pending is None:
         return _written(state, write, hidden[:, 0], layout)
-    state = _written(state, write, _hidden_behind(state.slots, context.read_slot, context.pending), layout)
-    rows = state.slots.pending_hidden
-    rows = rows.at[write, : hidden.shape[1]].set(hidden.astype(rows.dtype))
+    rows, width = state.slots.pending_hidden, hidden.shape[1]
+    old = rows[context.read_slot]
+    behind = _hidden_behind(state.slots.hidden[context.read_slot], old, context.pending)
+    state = _written(state, write, behind, layout)
+    # What is written follows from what was read, so that XLA need not keep the old pool beside the new one.
+    kept = jnp.where(context.valid.reshape(-1, width, 1), hidden.astype(rows.dtype), old[:, :width])
+    rows = rows.at[write, :width].set(kept)
     gdn = dataclasses.replace(state.gdn, pending=state.gdn.pending.at[write].set(count))
     return _with_slots(dataclasses.replace(state, gdn=gdn), pending_hidden=rows)
 
 
-def _hidden_behind(slots: SlotTable, slot: Array, count: Array) -> Array:
-    """The hidden state behind a slot's first `count` pending rows."""
-    of_row = slots.pending_hidden[slot, jnp.maximum(count - 1, 0)]
-    return jnp.where((count > 0)[:, None], of_row, slots.hidden[slot])
+def _hidden_behind(hidden: Array, pending: Array, count: Array) -> Array:
+    """The hidden state [n, d] behind the first `count` of pending rows [n, P, d]; `hidden` is that before them."""
+    of_row = jnp.take_along_axis(pending, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where((count > 0)[:, None], of_row, hidden)
 
 
 def pools_of(state: ServeState, options: StepOptions) -> Pools:

@@ -89,8 +89,9 @@ class GatedDeltaNet(nnx.Module):
         of the first pass.
         """
         read, write, rows = context.read_slot, context.write_slot, context.rows_per_slot
-        new = jnp.concatenate([a, b], axis=-1).reshape(-1, rows, 2 * a.shape[-1])
-        both = jnp.concatenate([gdn.pending_ab[layer, read], new.astype(gdn.pending_ab.dtype)], axis=1)
+        pending_ab = gdn.pending_ab[layer, read]
+        new = jnp.concatenate([a, b], axis=-1).reshape(-1, rows, 2 * a.shape[-1]).astype(pending_ab.dtype)
+        both = jnp.concatenate([pending_ab, new], axis=1)
         qkv, conv = causal_conv1d.verify(
             qkv.reshape(-1, rows, qkv.shape[-1]), self._taps, gdn.conv, layer, read, write, context.pending
         )
@@ -106,5 +107,7 @@ class GatedDeltaNet(nnx.Module):
             key_head_dim=self.key_head_dim,
             new=rows,
         )
-        pending_ab = gdn.pending_ab.at[layer, write, :rows].set(new.astype(gdn.pending_ab.dtype))
-        return o, dataclasses.replace(gdn, ssm=ssm, conv=conv, pending_ab=pending_ab)
+        # What is written follows from what was read, so that XLA need not keep the old pool beside the new one.
+        kept = jnp.where(context.valid.reshape(-1, rows, 1), new, pending_ab[:, :rows])
+        pool = gdn.pending_ab.at[layer, write, :rows].set(kept)
+        return o, dataclasses.replace(gdn, ssm=ssm, conv=conv, pending_ab=pool)

@@ -114,10 +114,13 @@ class Scheduler:
         if num_drafts is None:
             num_drafts = self.config.num_speculative_tokens
         marks = self._marks_for(decoding)
-        seals = [*self._seals, *(Seal(mark.request.slot, mark.slot, mark.position) for mark in marks)]
+        # A slot that was sealed and has been given up since may be the one that a mark writes: its last owner counts.
+        seals = {seal.write_slot: seal for seal in self._seals}
+        seals |= {mark.slot: Seal(mark.request.slot, mark.slot, mark.position) for mark in marks}
         self._seals.clear()
         bounds = self._bounds_of(decoding, num_drafts)
-        return Plan(admitted, pieces, decoding, _place_growth(decoding), bounds, seals, marks, num_drafts)
+        growth = _place_growth(decoding)
+        return Plan(admitted, pieces, decoding, growth, bounds, list(seals.values()), marks, num_drafts)
 
     def _abort_overdue(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:

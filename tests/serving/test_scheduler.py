@@ -853,7 +853,7 @@ def test_end_of_a_turn_is_sealed_before_anything_reads_it():
 
 
 def test_slot_that_is_to_be_sealed_may_have_another_owner_by_then():
-    """The end of a turn gives way to a checkpoint of the plan that seals it: it is sealed all the same, and first."""
+    """The end of a turn gives way to a checkpoint of the plan that would seal it: one write, that of the checkpoint."""
     coincided = 0
     for length in range(20, 40):
         loop = Loop(make_scheduler(seqs=2, checkpoints=0, state_checkpoint_interval=16, num_speculative_tokens=3))
@@ -862,11 +862,12 @@ def test_slot_that_is_to_be_sealed_may_have_another_owner_by_then():
         for request in (ending, going_on):
             loop.scheduler.add(request)
         while loop.scheduler.has_work or loop.in_flight:
+            queued = {seal.write_slot for seal in loop.scheduler._seals}
             plan = loop.turn()
             loop.check()
-            if plan is not None and len(plan.seals) == 2:
-                end, mark = plan.seals
-                coincided += end.read_slot == end.write_slot == mark.write_slot != mark.read_slot
+            if plan is not None:
+                coincided += any(s.write_slot in queued and s.read_slot != s.write_slot for s in plan.seals)
+                assert len({seal.write_slot for seal in plan.seals}) == len(plan.seals)
         check_output(going_on)
     assert coincided
 
