@@ -217,19 +217,23 @@ def _inputs(weights, u, gates):
     return (u + b)[..., None] * weights["dt_bias"]
 
 
-def _fold_one(weights, states, inputs, gates):
-    """States after a token more, of which `inputs` [n, TAPS, hv] are its own and those before it."""
-    u = jnp.sum(inputs * weights["conv1d"]["weight"].T, axis=1, dtype=jnp.uint32)
-    return _decays(weights, gates) * states + _inputs(weights, u, gates)
+def _folded(weights, states, inputs, gates):
+    """States before and after each of T tokens: T + 1 of them. `inputs` are raw: of the window, then of the tokens."""
+    rows = gates.shape[1]
+    taps = weights["conv1d"]["weight"]
+    u = sum(inputs[:, tap : tap + rows] * taps[:, tap] for tap in range(TAPS))
+    decays, added = _decays(weights, gates), _inputs(weights, u, gates)
+    found = [states]
+    for row in range(rows):
+        found.append(decays[:, row] * found[-1] + added[:, row])
+    return jnp.stack(found, axis=1)
 
 
 def _fold_pending(weights, states, stored, gates, count):
     """States and windows with the first `count` of the pending rows in them. `stored` is a slot's rows of `conv`."""
-    for row in range(gates.shape[1]):
-        folded = _fold_one(weights, states, stored[:, row : row + TAPS], gates[:, row])
-        states = jnp.where((row < count)[:, None, None], folded, states)
+    row = jnp.arange(states.shape[0])
     window = jnp.take_along_axis(stored, (count[:, None] + jnp.arange(WINDOW))[..., None], axis=1)
-    return states, window
+    return _folded(weights, states, stored, gates)[row, count], window
 
 
 def _fold_slots(weights, context, gdn, layer):
@@ -252,19 +256,15 @@ def _delta_decode(weights, channels, gates, gdn, layer, context):
         states, window = _fold_pending(weights, states, stored, pending_ab, context.pending)
     rows = channels.shape[1]
     inputs = jnp.concatenate([window, channels], axis=1)
-    after = [states]
-    for row in range(rows):
-        after.append(_fold_one(weights, after[-1], inputs[:, row : row + TAPS], gates[:, row]))
+    after = _folded(weights, states, inputs, gates)
     if context.pending is None:
-        ssm, conv = after[-1], gdn.conv.at[layer, write_slot, :WINDOW].set(inputs[:, rows:])
+        ssm, conv = after[:, -1], gdn.conv.at[layer, write_slot, :WINDOW].set(inputs[:, rows:])
     else:
         ssm, conv = states, gdn.conv.at[layer, write_slot, : WINDOW + rows].set(inputs)
         gdn = dataclasses.replace(gdn, pending_ab=gdn.pending_ab.at[layer, write_slot, :rows].set(gates))
     ssm = _write_states(gdn.ssm, layer, write_slot, ssm, context.order.write)
-    states = jnp.stack(after[1:], axis=1)
-    before = inputs[:, WINDOW - 1 : -1]
     gdn = dataclasses.replace(gdn, ssm=ssm, conv=conv)
-    return states.reshape(-1, *states.shape[2:]), before.reshape(-1, before.shape[-1]), gdn
+    return after[:, 1:].reshape(-1, *after.shape[2:]), inputs[:, WINDOW - 1 : -1].reshape(-1, inputs.shape[-1]), gdn
 
 
 def _read_states(ssm, layer, slot, vk):

@@ -94,4 +94,6 @@ def test_every_way_gives_the_same_right_answers(tmp_path, capsys):
         assert not cell["scarce"] or cell["preemptions"] > 0, cell["name"]
         assert not cell["name"].startswith("f32-") or "cached" not in cell["name"] or cell["hit_rate"] > 0.3
         drafts = cell["options"].get("num_speculative_tokens", 0)
-        assert not drafts or 0.95 <= cell["accepted"] / cell["drafted"] < 1, cell["name"]
+        assert not drafts or cell["accepted"] >= 0.95 * cell["drafted"] > 0, cell["name"]
+    # Drafts are refused, too: what is shown is that this changes nothing.
+    assert sum(cell["accepted"] for cell in cells) < sum(cell["drafted"] for cell in cells)

@@ -412,7 +412,7 @@ def test_cells_of_one_dtype_agree_and_the_result_is_complete(capsys, flags, tmp_
 
 def _comparison(line: str) -> list[str]:
     """Same answers, same tokens, near ties and differ of a line of the table."""
-    return line.split()[-9:-5]
+    return line.split()[-10:-6]
 
 
 def test_limit_takes_the_first_problems_and_a_floor_fails_noise(capsys, flags, tmp_path):
@@ -450,9 +450,9 @@ def test_parameters_are_loaded_once_for_each_dtype(capsys, flags, monkeypatch):
     loads = []
     load = cells.load
 
-    def counted(directory, dtype, progress=False):
+    def counted(directory, dtype, progress=False, **options):
         loads.append(dtype)
-        return load(directory, dtype, progress)
+        return load(directory, dtype, progress, **options)
 
     monkeypatch.setattr(cells, "load", counted)
     # float32 first, whatever the order: the others are compared with it.

@@ -23,7 +23,7 @@ GEOMETRIES = {
     ),
     "kv, room for all, 2 drafts": EngineConfig(
         state_layout="kv", max_num_seqs=8, max_num_batched_tokens=128, prefill_buckets=(128,), decode_buckets=(8,),
-        block_size=16, num_kv_blocks=160, num_checkpoint_slots=16, state_checkpoint_interval=16,
+        block_size=16, num_kv_blocks=160, num_checkpoint_slots=16, state_checkpoint_interval=48,
         num_speculative_tokens=2,
     ),
     "vk, one piece of 64 a step, scarce blocks, one logit row": EngineConfig(

@@ -352,23 +352,23 @@ FORKS = ("fork of a tail", "two forks of one checkpoint in a step", "checkpoint 
 @unchecked
 def test_random_interleavings_with_room_equal_solo_runs():
     rest = ("states recomputed over shared blocks", "checkpoint of a decode step", "evicted_states")
-    interleave(KV, 90, sees=CACHED + FORKS + rest)
+    interleave(KV, 60, sees=CACHED + FORKS + rest)
 
 
 @unchecked
 def test_random_interleavings_with_room_and_drafts_equal_solo_runs():
-    interleave(KV_DRAFTS, 110, sees=CACHED + FORKS + DRAFTS + STATES + ("stopped among accepted tokens",))
+    interleave(KV_DRAFTS, 50, sees=CACHED + FORKS + DRAFTS + STATES + ("stopped among accepted tokens",))
 
 
 @unchecked
 def test_random_interleavings_with_scarce_blocks_equal_solo_runs():
-    interleave(VK, 60, sees=CACHED + SCARCE)
+    interleave(VK, 45, sees=CACHED + SCARCE)
 
 
 @unchecked
 def test_random_interleavings_with_scarce_blocks_and_drafts_equal_solo_runs():
     rest = ("fork beside its running source", "several blocks at once")
-    interleave(VK_DRAFTS, 90, sees=CACHED + SCARCE + DRAFTS + STATES + rest)
+    interleave(VK_DRAFTS, 50, sees=CACHED + SCARCE + DRAFTS + STATES + rest)
 
 
 @unchecked
@@ -378,12 +378,12 @@ def test_random_interleavings_in_a_mixed_pool_equal_solo_runs():
 
 @unchecked
 def test_random_interleavings_in_a_mixed_pool_with_drafts_equal_solo_runs():
-    interleave(MIXED_DRAFTS, 110, sees=CACHED + SCARCE + DRAFTS + STATES + ("fork of a tail",))
+    interleave(MIXED_DRAFTS, 60, sees=CACHED + SCARCE + DRAFTS + STATES + ("fork of a tail",))
 
 
 @unchecked
 def test_random_interleavings_on_two_ranks_equal_solo_runs():
-    interleave(TWO_RANKS, 40, draws=False, sees=("hit", "resumed", "drafts accepted", "drafts rejected"))
+    interleave(TWO_RANKS, 25, draws=False, sees=("hit", "resumed", "drafts accepted", "drafts rejected"))
 
 
 @unchecked
@@ -394,18 +394,18 @@ def test_random_interleavings_without_slots_for_checkpoints_equal_solo_runs():
 @unchecked
 def test_random_interleavings_with_large_blocks_equal_solo_runs():
     sees = ("hit", "preempted for want of room", "evicted_blocks", "drafts accepted")
-    interleave(LARGE_BLOCKS, 50, draws=False, sees=sees)
+    interleave(LARGE_BLOCKS, 30, draws=False, sees=sees)
 
 
 @unchecked
 def test_random_interleavings_without_the_cache_equal_solo_runs():
     sees = ("preempted for want of room", "aborted", "grown", "drafts accepted", "drafts rejected")
-    interleave(NO_CACHE, 40, draws=False, sees=sees)
+    interleave(NO_CACHE, 25, draws=False, sees=sees)
     assert not SEEN["hit"]
 
 
 @unchecked
 def test_random_interleavings_in_invariant_mode_equal_solo_runs():
     sees = ("hit", "aborted", "checkpoint in a piece", "drafts accepted", "drafts rejected")
-    interleave(INVARIANT, 50, sees=sees)
+    interleave(INVARIANT, 25, sees=sees)
     assert not SEEN["preempted for want of room"]

@@ -251,7 +251,9 @@ def test_checkpoints_of_decode_steps_stand_at_exact_positions(llm):
     """At every multiple of the interval, however many tokens the steps over it have accepted."""
     interval = llm.config.checkpoint_interval
     with Watch(llm) as watch:
-        request = generate(llm, prompt_of(0, 30), 50)
+        for seed in range(6):
+            llm.reset_prefix_cache()
+            request = generate(llm, prompt_of(seed, 30), 150)
     assert watch.num_inside > 0
     cache = llm.engine.scheduler.cache
     found = sorted(node.end for node in (cache._untried | cache._proven).values())
