@@ -1,5 +1,6 @@
 """Four CPU devices, so that tensor parallelism is tested everywhere; tests of a GPU run only where there is one."""
 
+import gc
 import os
 import pathlib
 
@@ -17,6 +18,17 @@ jax.config.update("jax_num_cpu_devices", 4)
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_executables():
+    """Compiled code is mapped memory, and a process may map 65,530 regions: past them XLA's compiler crashes.
+
+    A whole test run compiles more than that. What another module needs again comes from the compilation cache.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
