@@ -64,7 +64,7 @@ class Wanted:
     @property
     def prompt(self) -> list[int]:
         begin = prompt_of(self.family, 256)[: self.shared]
-        return [*begin, *prompt_of(10 + self.tail, max(self.own, self.shared == 0))]
+        return [*begin, *prompt_of(10 + self.tail, max(self.own, int(self.shared == 0)))]
 
     @property
     def params(self) -> SamplingParams:
@@ -176,6 +176,13 @@ class LedgerMachine(stateful.RuleBasedStateMachine):
         prompt = [*source.tokens(0, source.num_tokens), *prompt_of(21, more)]
         if len(prompt) < MAX_MODEL_LEN:
             self.ask(Wanted(0, 0, 1, max_tokens, n=2), prompt, greedy(max_tokens, n=2), 0)
+
+    @stateful.rule(own=st.sampled_from((17, 40, 100)))
+    def crowd(self, own):
+        """Four that go on for long; where blocks are scarce they cannot all stay."""
+        for tail in range(2, 6):
+            wanted = Wanted(0, 0, own, 80, tail=tail)
+            self.ask(wanted, wanted.prompt, wanted.params, 0)
 
     @stateful.rule(turns=st.integers(1, 20), harvest=st.booleans())
     def go_on(self, turns, harvest):
