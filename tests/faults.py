@@ -165,15 +165,20 @@ def _around_seal(engine, change) -> None:
     engine.steps = dataclasses.replace(engine.steps, seal=lambda *given: change(seal, *given))
 
 
-def seal_without_layout_bit(engine) -> None:
-    """A checkpoint of a decode step gets the state, and keeps the bit of what stood there."""
+def _seal_without(engine, pool: str, field: str) -> None:
+    """Seals leave one field of a pool as it stood."""
 
     def change(seal, params, state, batch):
-        layout = jnp.array(state.gdn.layout, copy=True)
+        kept = jnp.array(getattr(getattr(state, pool), field), copy=True)
         state = seal(params, state, batch)
-        return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=layout))
+        return dataclasses.replace(state, **{pool: dataclasses.replace(getattr(state, pool), **{field: kept})})
 
     _around_seal(engine, change)
+
+
+def seal_without_layout_bit(engine) -> None:
+    """A checkpoint of a decode step gets the state, and keeps the bit of what stood there."""
+    _seal_without(engine, "gdn", "layout")
 
 
 def stale_rows_of_the_head(engine, victim, neighbour) -> None:
@@ -247,13 +252,7 @@ def hidden_of_the_row_before(engine) -> None:
 
 def seal_without_hidden_state(engine) -> None:
     """A checkpoint of a decode step keeps the last hidden state that stood in its slot."""
-
-    def change(seal, params, state, batch):
-        hidden = jnp.array(state.slots.hidden, copy=True)
-        state = seal(params, state, batch)
-        return dataclasses.replace(state, slots=dataclasses.replace(state.slots, hidden=hidden))
-
-    _around_seal(engine, change)
+    _seal_without(engine, "slots", "hidden")
 
 
 def seal_one_row_early(engine) -> None:
