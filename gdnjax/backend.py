@@ -1,18 +1,86 @@
 """The only place that decides by platform: which implementation of the ops runs, resolved once, at start."""
 
+import dataclasses
+
 from jax import lax
 
+PALLAS_PLATFORMS = ("rocm", "cuda")
+"""Where Pallas kernels are lowered through Triton."""
 
-def resolve(kernels: str, platform: str) -> str:
-    """The implementation that `EngineConfig.kernels` means on a platform ("cpu", "rocm", "cuda", "gpu").
 
-    Returns "reference", the only implementation of this version. Raises ValueError for one that does not exist yet.
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What every op is told. Static: a step is compiled for one.
+
+    Fields:
+      kernels       "reference": the definitions in XLA; "pallas": the kernels; "interpret": the kernels, interpreted
+                    by XLA on any platform, for tests.
+      architecture  the row of the tile tables: "sm_90", "gfx942", "gfx950", or "cuda", "rocm" where a table has no row
+                    of its own.
     """
-    if kernels in ("auto", "reference"):
-        return "reference"
-    raise ValueError(
-        f"kernels={kernels!r} on {platform}: the Pallas kernels are not written yet; allowed: 'auto', 'reference'"
-    )
+
+    kernels: str = "reference"
+    architecture: str = ""
+
+    @property
+    def is_reference(self) -> bool:
+        return self.kernels == "reference"
+
+    @property
+    def interpret(self) -> bool:
+        return self.kernels == "interpret"
+
+    def tiles(self, table: dict):
+        """The row of a tile table for this architecture, or that of its platform."""
+        if self.interpret:
+            return table["interpret"]
+        if self.architecture in table:
+            return table[self.architecture]
+        return table["rocm" if self.architecture.startswith(("gfx", "rocm")) else "cuda"]
+
+
+REFERENCE = Backend()
+INTERPRET = Backend("interpret", "interpret")
+
+
+def resolve(kernels: str, platform: str, architecture: str = "") -> Backend:
+    """The implementation that `EngineConfig.kernels` means on a platform ("cpu", "rocm", "cuda").
+
+    "auto" is "pallas" on ROCm and CUDA, and "reference" elsewhere. `architecture` is the device's own name for it:
+    "9.0" or "sm_90", "gfx942:sramecc+:xnack-". Raises ValueError for kernels that the platform cannot run.
+    """
+    if kernels == "auto":
+        kernels = "pallas" if platform in PALLAS_PLATFORMS else "reference"
+    if kernels == "pallas" and platform not in PALLAS_PLATFORMS:
+        raise ValueError(
+            f"kernels='pallas' on {platform}: the kernels are compiled for ROCm and CUDA; "
+            "allowed: 'auto', 'reference', 'interpret'"
+        )
+    if kernels not in ("reference", "pallas", "interpret"):
+        raise ValueError(f"kernels={kernels!r}; allowed: 'auto', 'pallas', 'interpret', 'reference'")
+    if kernels == "interpret":
+        return INTERPRET
+    return Backend(kernels, _architecture(platform, architecture) if kernels == "pallas" else "")
+
+
+def of_device(kernels: str, device) -> Backend:
+    """`resolve` for a jax.Device."""
+    return resolve(kernels, platform_of(device), getattr(device, "compute_capability", None) or "")
+
+
+def platform_of(device) -> str:
+    """ "cpu", "rocm" or "cuda". JAX calls both kinds of GPU "gpu"; the version of its runtime says which it is."""
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
+def _architecture(platform: str, name: str) -> str:
+    """ "9.0" -> "sm_90", "gfx942:sramecc+:xnack-" -> "gfx942"; the platform where the device does not say."""
+    name = name.split(":")[0]
+    if name and name[0].isdigit():
+        return "sm_" + name.replace(".", "")
+    return name or platform
 
 
 FLOAT32_DOT = lax.Precision.HIGHEST

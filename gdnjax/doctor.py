@@ -167,6 +167,8 @@ def _start_jax() -> Runtime:
     # jax raises RuntimeError when it is imported beside a jaxlib that does not fit it.
     try:
         import jax
+
+        from gdnjax import backend
     except (ImportError, RuntimeError) as error:
         return Runtime(platform=None, error=str(error))
     # Any: its attributes are made at run time, and a type checker knows none of them.
@@ -186,7 +188,7 @@ def _start_jax() -> Runtime:
         except RuntimeError as error:
             gpu_error = str(error)
     return Runtime(
-        platform=_platform_name(devices[0].platform, devices[0].client.platform_version),
+        platform=backend.platform_of(devices[0]),
         devices=tuple(
             Device(
                 platform=device.platform,
@@ -201,17 +203,10 @@ def _start_jax() -> Runtime:
     )
 
 
-def _platform_name(name: str, version: str) -> str:
-    """JAX calls both kinds of GPU "gpu"; the version of its runtime says which it is."""
-    if name != "gpu":
-        return name
-    return "rocm" if "rocm" in version.lower() else "cuda"
-
-
 def _choose_kernels(platform_name: str) -> str:
     from gdnjax import backend
 
-    return backend.resolve("auto", platform_name)
+    return backend.resolve("auto", platform_name).kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
