@@ -23,7 +23,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """The chunk table: at most CHUNK tokens of one row each, the chunks of a row in order.
+    """The chunk table: at most CHUNK tokens of one row each, the chunks of a row together and in order.
 
     A row is cut wherever the table cuts it. No two chunks, and no chunk and row, write one slot but the null slot.
     """
@@ -32,8 +32,17 @@ class Chunks:
     token: Leaf  # [c, q] int32: place of each token in the packed batch; in range where not valid, too
     valid: Leaf  # [c, q] bool
     end: Leaf  # [c] int32: place behind the chunk's last token
+    length: Leaf  # [c] int32: its tokens, 0 for a padded chunk
     place: Leaf  # [t] int32: place of each packed token in the flattened [c, q]
     checkpoint: Leaf = None  # [c] int32: slot that keeps what stands after the chunk, 0 = none; None: nothing is kept
+
+    def of_rows(self, rows: int) -> tuple[Array, Array]:
+        """First chunk and number of chunks of each row, [r] int32 each."""
+        real = self.length > 0
+        count = jnp.zeros((rows,), jnp.int32).at[self.row].add(real)
+        number = jnp.arange(self.row.shape[0], dtype=jnp.int32)
+        first = jnp.full((rows,), number.size, jnp.int32).at[self.row].min(jnp.where(real, number, number.size))
+        return first, count
 
     def gather(self, packed: Array) -> Array:
         """[t, ...] -> [c, q, ...], zero where there is no token (selected, so that padding cannot spread NaN)."""
@@ -57,4 +66,6 @@ def make_chunks(
     flat = jnp.arange(token.size, dtype=jnp.int32)
     place = place.at[jnp.where(valid, token, tokens).reshape(-1)].set(flat, mode="drop")
     token = jnp.clip(token, 0, tokens - 1)
-    return Chunks(row=row, token=token, valid=valid, end=start + length, place=place, checkpoint=checkpoint)
+    return Chunks(
+        row=row, token=token, valid=valid, end=start + length, length=length, place=place, checkpoint=checkpoint
+    )

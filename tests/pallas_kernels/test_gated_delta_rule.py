@@ -1,7 +1,6 @@
 """The delta rule, chunked and recurrent, against a float64 recurrence written from the formula."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from gdnjax.pallas_kernels import gated_delta_rule
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder
 from gdnjax.pallas_kernels.gated_delta_rule.reference import unit_lower_inverse
 from gdnjax.pallas_kernels.rows import Chunks, Rows
+from tests.pallas_kernels.backends import jit, running
 from tests.pallas_kernels.packed import pack_rows
 
 LENGTHS = (1, 2, 63, 64, 65, 130)
@@ -130,11 +130,13 @@ def poisoned_pool(work, dtype=np.float32):
     return np.full((LAYERS, SLOTS, work.value_heads, work.state_size), np.nan, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "read", "write", "key_dim"))
+@jit(static_argnames=("layer", "read", "write", "key_dim"))
 def _prefill(qkv, gates, ssm, rows, chunks, bits, *, layer, read, write, key_dim):
     order = StateOrder(read=bits if read == "mixed" else read, write=write)
     packed = Rows(**rows), Chunks(**chunks)
-    return gated_delta_rule.prefill(qkv, Gates(**gates), ssm, layer, *packed, order, key_head_dim=key_dim)
+    return gated_delta_rule.prefill(
+        qkv, Gates(**gates), ssm, layer, *packed, order, key_head_dim=key_dim, backend=running()
+    )
 
 
 def prefill(work, packed, rows, pool, *, read=False, write=False):
@@ -156,10 +158,12 @@ def prefill(work, packed, rows, pool, *, read=False, write=False):
     return [o[here] for here in packed.slices], np.asarray(ssm)
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "read", "write", "key_dim"))
+@jit(static_argnames=("layer", "read", "write", "key_dim"))
 def _decode(qkv, gates, ssm, read_slot, write_slot, bits, *, layer, read, write, key_dim):
     order = StateOrder(read=bits if read == "mixed" else read, write=write)
-    return gated_delta_rule.decode(qkv, Gates(**gates), ssm, layer, read_slot, write_slot, order, key_head_dim=key_dim)
+    return gated_delta_rule.decode(
+        qkv, Gates(**gates), ssm, layer, read_slot, write_slot, order, key_head_dim=key_dim, backend=running()
+    )
 
 
 def decode(work, tokens, pool, slots, *, write_slots=None, layer=1, read=False, write=False):

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder
+from tests.pallas_kernels.backends import jit, running
 from tests.pallas_kernels.test_causal_conv1d import CHANNELS, WIDTH, convolve, random_rows
 from tests.pallas_kernels.test_gated_delta_rule import BOUND, WORKLOADS, random_inputs, read_back, recurrence
 
@@ -45,14 +45,14 @@ def both_slots(write):
     return jnp.asarray(SLOT), jnp.asarray(write)
 
 
-@functools.partial(jax.jit, donate_argnums=2)
+@jit(donate_argnums=2)
 def conv_verify(x, weight, conv, pending):
-    return causal_conv1d.verify(x, weight, conv, 1, *both_slots(SLOT), pending)
+    return causal_conv1d.verify(x, weight, conv, 1, *both_slots(SLOT), pending, backend=running())
 
 
-@jax.jit
+@jit
 def conv_fold(weight, conv, count):
-    return causal_conv1d.fold(weight, conv, 1, *both_slots(OTHER), count)
+    return causal_conv1d.fold(weight, conv, 1, *both_slots(OTHER), count, backend=running())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -95,18 +95,29 @@ def test_folded_window_is_the_one_behind_the_last_row_folded(count):
     np.testing.assert_array_equal(np.asarray(conv)[1, SLOT[0]], pool[1, SLOT[0]])
 
 
-@functools.partial(jax.jit, static_argnames=("read", "write", "width"))
+@jit(static_argnames=("read", "write", "width"))
 def delta_verify(qkv, gates, ssm, pending, *, read, write, width):
     order = StateOrder(read=read, write=write)
     return gated_delta_rule.verify(
-        qkv, Gates(**gates), ssm, 1, *both_slots(SLOT), pending, order, key_head_dim=width, new=TOKENS
+        qkv,
+        Gates(**gates),
+        ssm,
+        1,
+        *both_slots(SLOT),
+        pending,
+        order,
+        key_head_dim=width,
+        new=TOKENS,
+        backend=running(),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("read", "write", "width"))
+@jit(static_argnames=("read", "write", "width"))
 def delta_fold(qkv, gates, ssm, count, *, read, write, width):
     order = StateOrder(read=read, write=write)
-    return gated_delta_rule.fold(qkv, Gates(**gates), ssm, 1, *both_slots(OTHER), count, order, key_head_dim=width)
+    return gated_delta_rule.fold(
+        qkv, Gates(**gates), ssm, 1, *both_slots(OTHER), count, order, key_head_dim=width, backend=running()
+    )
 
 
 def both(new, before):

@@ -1,17 +1,21 @@
-"""Contract of the op. The functions return the outputs, before the gated norm, and the pool with the new states.
+"""Contract of the op. The functions return the outputs, before the gated norm, in the dtype of `qkv`, and the pool with
+the new states. All sums are float32.
 
     g = -exp(A_log) softplus(a + dt_bias)    beta = sigmoid(b)    q, k: L2-normalised (eps 1e-6), q scaled by K^-1/2
     S_t = exp(g_t) S_(t-1) + k_t beta_t (v_t - exp(g_t) S_(t-1)^T k_t)^T;  o_t = S_t^T q_t
 
 Gated DeltaNet, arXiv:2412.06464. `qkv` is the packed output of the convolution, [q heads | k heads | v heads], and is
-indexed inside. `ssm [L, s, hv, k * v]` is consumed (donate it). Each value head reads key head `hv // (HV / HK)`.
+indexed inside. `ssm [L, s, hv, k * v]` is consumed (donate it); no row reads a slot that another row writes, and where
+the order of a mixed pool changes in place, that is in decode, verify and fold. Each value head reads key head
+`hv // (HV / HK)`.
 """
 
 import dataclasses
 
-from gdnjax.pallas_kernels.gated_delta_rule import reference
+from gdnjax.backend import REFERENCE, Backend
+from gdnjax.pallas_kernels.gated_delta_rule import chunked, recurrent, reference
 from gdnjax.pallas_kernels.rows import Chunks, Rows
-from gdnjax.shapes import Array, Bool, Float, Float32, Int32, Leaf, Shaped
+from gdnjax.shapes import Array, Bool, Float, Int32, Leaf, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +49,15 @@ def prefill(
     order: StateOrder,
     *,
     key_head_dim: int,
-) -> tuple[Float32[Array, "t hv v"], Shaped[Array, "L s hv kv"]]:
+    backend: Backend = REFERENCE,
+) -> tuple[Float[Array, "t hv v"], Shaped[Array, "L s hv kv"]]:
     """Packed rows of any length, in the chunked (WY) form. A fresh row starts from a state of zeros.
 
     Where chunks have checkpoints, the state behind each chunk is stored at its checkpoint's slot, too.
     """
-    return reference.prefill(qkv, gates, ssm, layer, rows, chunks, order, key_head_dim)
+    if backend.is_reference:
+        return reference.prefill(qkv, gates, ssm, layer, rows, chunks, order, key_head_dim)
+    return chunked.prefill(qkv, gates, ssm, layer, rows, chunks, order, key_head_dim, backend)
 
 
 def decode(
@@ -63,9 +70,12 @@ def decode(
     order: StateOrder,
     *,
     key_head_dim: int,
-) -> tuple[Float32[Array, "n hv v"], Shaped[Array, "L s hv kv"]]:
+    backend: Backend = REFERENCE,
+) -> tuple[Float[Array, "n hv v"], Shaped[Array, "L s hv kv"]]:
     """One token a row, in the recurrent form."""
-    return reference.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim)
+    if backend.is_reference:
+        return reference.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim)
+    return recurrent.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim, backend)
 
 
 def verify(
@@ -80,13 +90,16 @@ def verify(
     *,
     key_head_dim: int,
     new: int,
-) -> tuple[Float32[Array, "n T hv v"], Shaped[Array, "L s hv kv"]]:
+    backend: Backend = REFERENCE,
+) -> tuple[Float[Array, "n T hv v"], Shaped[Array, "L s hv kv"]]:
     """Pending rows, then T = `new` rows (static), which are the last ones of `rows`.
 
     The state with the first `pending` rows folded in is stored; the outputs are those of the new rows, which go on from
     there and change nothing that is stored. One read and one write of the state, however many rows.
     """
-    return reference.verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_head_dim, new)
+    if backend.is_reference:
+        return reference.verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_head_dim, new)
+    return recurrent.verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_head_dim, new, backend)
 
 
 def fold(
@@ -100,6 +113,9 @@ def fold(
     order: StateOrder,
     *,
     key_head_dim: int,
+    backend: Backend = REFERENCE,
 ) -> Shaped[Array, "L s hv kv"]:
     """The state with the first `count` rows folded in is stored."""
-    return reference.fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_head_dim)
+    if backend.is_reference:
+        return reference.fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_head_dim)
+    return recurrent.fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_head_dim, backend)

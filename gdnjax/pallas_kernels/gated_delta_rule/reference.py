@@ -77,7 +77,7 @@ def decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_dim) -> tup
     q, k, v = split_qkv(qkv, heads, key_dim, value_dim)
     g, beta = decay_and_beta(gates)
     o, states = delta_step(read_states(ssm, layer, read_slot, order.read, key_dim), q, k, v, g, beta)
-    return o, write_states(ssm, layer, write_slot, states, order.write)
+    return o.astype(qkv.dtype), write_states(ssm, layer, write_slot, states, order.write)
 
 
 def verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_dim, new) -> tuple[Array, Array]:
@@ -86,7 +86,7 @@ def verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_di
     states = read_states(ssm, layer, read_slot, order.read, key_dim)
     states = _fold(states, [x[:old] for x in inputs], pending)
     _, o = lax.scan(_one_row, states, [x[old:] for x in inputs])
-    return o.swapaxes(0, 1), write_states(ssm, layer, write_slot, states, order.write)
+    return o.swapaxes(0, 1).astype(qkv.dtype), write_states(ssm, layer, write_slot, states, order.write)
 
 
 def fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_dim) -> Array:
@@ -130,7 +130,8 @@ def prefill(qkv, gates, ssm, layer, rows, chunks, order, key_dim) -> tuple[Array
         o, states = scan_chunks(terms, chunks.row, states)
     else:
         o, states, ssm = scan_and_keep(terms, chunks, states, ssm, layer, order.write)
-    return chunks.scatter(o.swapaxes(1, 2)), write_states(ssm, layer, rows.write_slot, states, order.write)
+    o = chunks.scatter(o.swapaxes(1, 2)).astype(qkv.dtype)
+    return o, write_states(ssm, layer, rows.write_slot, states, order.write)
 
 
 class ChunkTerms(NamedTuple):

@@ -1,0 +1,150 @@
+"""The recurrent form in one kernel: decode, verify and fold.
+
+A program holds a tile of one head's state, some value columns by all of K, in registers: it reads the tile once, walks
+over the request's rows, and writes the tile once. Bytes: each state once in and once out, and little else (at 48 heads
+of 128 x 128 in float32, 6.3 MB a request against 30 kB of inputs), so the ceiling is that of a copy.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from gdnjax.backend import Backend
+from gdnjax.pallas_kernels.gated_delta_rule import tiles
+from gdnjax.pallas_kernels.gated_delta_rule.state_tile import StateTile, heads_and_blocks
+from gdnjax.pallas_kernels.launch import barrier, launch, layer_number, power_of_two, sigmoid, softplus
+from gdnjax.shapes import Array
+
+
+def decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_dim, backend: Backend) -> tuple[Array, Array]:
+    o, ssm = _run(
+        "decode",
+        qkv[:, None],
+        gates.a[:, None],
+        gates.b[:, None],
+        gates,
+        ssm,
+        layer,
+        (read_slot, write_slot),
+        order,
+        key_dim,
+        backend,
+        new=1,
+    )
+    return o[:, 0], ssm
+
+
+def verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_dim, new, backend: Backend):
+    slots = (read_slot, write_slot, pending)
+    o, ssm = _run("verify", qkv, gates.a, gates.b, gates, ssm, layer, slots, order, key_dim, backend, new=new)
+    return o, ssm
+
+
+def fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_dim, backend: Backend) -> Array:
+    slots = (read_slot, write_slot, count)
+    return _run("fold", qkv, gates.a, gates.b, gates, ssm, layer, slots, order, key_dim, backend, new=0)[-1]
+
+
+def _run(kind, qkv, a, b, gates, ssm, layer, slots, order, key_dim, backend: Backend, *, new: int):
+    """qkv [n, rows, x], a and b [n, rows, hv]; the last `new` rows give outputs [n, new, hv, V]."""
+    count = qkv.shape[0]
+    heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
+    mixed = not isinstance(order.read, bool)
+    tile = tiles.recurrent(backend, ssm.dtype, order, key_dim, value_dim)
+    columns = min(tile.columns, power_of_two(value_dim))
+    blocks = -(-value_dim // columns)
+    # Only a mixed pool has bits that say how a row is stored.
+    stored = (order.read.astype(jnp.int32),) if mixed else ()
+    out = [jax.ShapeDtypeStruct((count, new, heads, value_dim), qkv.dtype)] if new else []
+    args = (layer_number(layer), *slots, *stored, qkv, a, b, gates.A_log, gates.dt_bias, ssm)
+    return launch(
+        _kernel,
+        backend,
+        name=f"gated_delta_rule_{kind}",
+        programs=count * heads * blocks,
+        args=args,
+        out=[*out, jax.ShapeDtypeStruct(ssm.shape, ssm.dtype)],
+        warps=tile.warps,
+        aliases={len(args) - 1: len(out)},
+        key_dim=key_dim,
+        columns=columns,
+        read_vk=None if mixed else order.read,
+        write_vk=order.write,
+        new=new,
+        keep_new=kind == "decode",
+        interpret=backend.interpret,
+    )
+
+
+def _kernel(layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, write_vk, new, keep_new, interpret):
+    # Decode folds nothing first, and only a mixed pool has bits.
+    count_ref, refs = (None, refs) if keep_new else (refs[0], refs[1:])
+    stored_ref, refs = (None, refs) if read_vk is not None else (refs[0], refs[1:])
+    qkv_ref, a_ref, b_ref, A_log_ref, dt_bias_ref, ssm_ref, *outputs = refs
+    o_ref, out_ref = outputs if new else (None, outputs[0])
+    rows, width = qkv_ref.shape[1:]
+    heads, value_dim = ssm_ref.shape[2], ssm_ref.shape[3] // key_dim
+    keys = (width - heads * value_dim) // 2
+    ratio = heads * key_dim // keys
+
+    blocks = -(-value_dim // columns)
+    row, head, block = heads_and_blocks(heads, blocks, pl.program_id(0))
+    tile = StateTile.of(layer_ref[0], head, block, columns=columns, key_dim=key_dim, value_dim=value_dim)
+    state = tile.load(ssm_ref, read_ref[row], read_vk if stored_ref is None else stored_ref[row] != 0)
+    if stored_ref is not None:
+        # Where the order changes in place, what one thread stores another may not have loaded yet. (The tile is a
+        # whole head then, so that no other program is in it.)
+        barrier(interpret)
+
+    key_start = head // ratio * key_dim
+    value_start = 2 * keys + head * value_dim
+    rate = jnp.exp(A_log_ref[head].astype(jnp.float32))
+    bias = dt_bias_ref[head].astype(jnp.float32)
+
+    def load(j, channel, there, mask):
+        """Channels of a row, 0 where the row is not `there` (a scalar; None: it is)."""
+        if there is not None:
+            there = jnp.broadcast_to(there, channel.shape)
+            mask = there if mask is None else there & mask
+        return plgpu.load(qkv_ref.at[row, j, channel], mask=mask, other=None if mask is None else 0)
+
+    def inputs(j, query: bool, there=None):
+        """What is known of a row without the state: k and q as they came, v, and its two gates."""
+        q = load(j, key_start + tile.k, there, tile.k_mask) if query else None
+        k = load(j, keys + key_start + tile.k, there, tile.k_mask)
+        v = load(j, value_start + tile.v, there, tile.v_mask)
+        return q, k, v, a_ref[row, j, head].astype(jnp.float32), b_ref[row, j, head].astype(jnp.float32)
+
+    # All rows are loaded before the first is used: one latency, not one a row.
+    pending = [j < count_ref[row] for j in range(rows - new)] if not keep_new else []
+    loaded = [inputs(j, False, there) for j, there in enumerate(pending)]
+    loaded += [inputs(len(pending) + j, True) for j in range(new)]
+
+    def used(j):
+        _, k, v, a, b = loaded[j]
+        k = k.astype(jnp.float32)
+        k = k * lax.rsqrt(jnp.sum(k * k) + 1e-6)
+        return k, v.astype(jnp.float32), jnp.exp(-rate * softplus(a + bias)), sigmoid(b)
+
+    for j, there in enumerate(pending):
+        k, v, keep, beta = used(j)
+        # What is not there leaves the state as it is, to the bit: its k is 0. Its gates may be anything.
+        keep, beta = jnp.where(there, keep, 1.0), jnp.where(there, beta, 0.0)
+        written = beta * (v - keep * jnp.sum(state * k[None, :], axis=1))
+        state = keep * state + written[:, None] * k[None, :]
+    if not keep_new:
+        tile.store(out_ref, write_ref[row], state, write_vk)
+    for j in range(new):
+        k, v, keep, beta = used(len(pending) + j)
+        q = loaded[len(pending) + j][0].astype(jnp.float32)
+        scale = lax.rsqrt(jnp.sum(q * q) + 1e-6) * key_dim**-0.5
+        # What the old state gives to k and to q is summed side by side; the row's own part of the output is rank one.
+        written = beta * (v - keep * jnp.sum(state * k[None, :], axis=1))
+        o = scale * (keep * jnp.sum(state * q[None, :], axis=1) + written * jnp.sum(k * q))
+        plgpu.store(o_ref.at[row, j, head, tile.v], o.astype(o_ref.dtype), mask=tile.v_mask)
+        if keep_new or j + 1 < new:
+            state = keep * state + written[:, None] * k[None, :]
+    if keep_new:
+        tile.store(out_ref, write_ref[row], state, write_vk)

@@ -1,0 +1,81 @@
+"""The part of a pool that one program holds: some value columns of one head's state, by all of K."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+
+from gdnjax.pallas_kernels.launch import power_of_two
+from gdnjax.shapes import Array, Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class StateTile:
+    """A tile [v, k] in registers, of either order in memory. `v` and `k` number its columns and rows in the head.
+
+    Blocks have sizes of powers of two: what stands past the head is masked, and is 0 in registers.
+    """
+
+    layer: Leaf  # [] int32
+    head: Leaf  # [] int32
+    v: Leaf  # [columns] int32
+    k: Leaf  # [power of two] int32
+    key_dim: int
+    value_dim: int
+    whole: bool  # nothing stands past the head
+
+    @classmethod
+    def of(cls, layer, head, block, *, columns: int, key_dim: int, value_dim: int, least: int = 1) -> "StateTile":
+        v = block * columns + jnp.arange(columns, dtype=jnp.int32)
+        k = jnp.arange(power_of_two(key_dim, least), dtype=jnp.int32)
+        whole = value_dim % columns == 0 and k.size == key_dim
+        return cls(layer=layer, head=head, v=v, k=k, key_dim=key_dim, value_dim=value_dim, whole=whole)
+
+    @property
+    def v_mask(self) -> Array | None:
+        return None if self.value_dim % self.v.size == 0 else self.v < self.value_dim
+
+    @property
+    def k_mask(self) -> Array | None:
+        return None if self.k.size == self.key_dim else self.k < self.key_dim
+
+    def load(self, ssm_ref, slot, vk: bool | Array, wanted: Array | None = None) -> Array:
+        """The tile in float32, zeros if not `wanted` (a scalar). `vk` is a bool, or a scalar that tells of a slot."""
+
+        def load(vk):
+            mask = self._mask(wanted)
+            at = ssm_ref.at[self.layer, slot, self.head, self._places(vk)]
+            return plgpu.load(at, mask=mask, other=None if mask is None else 0).astype(jnp.float32)
+
+        return load(vk) if isinstance(vk, bool) else lax.cond(vk, lambda: load(True), lambda: load(False))
+
+    def store(self, ssm_ref, slot, tile: Array, vk: bool, when: Array | None = None) -> None:
+        at = ssm_ref.at[self.layer, slot, self.head, self._places(vk)]
+        plgpu.store(at, tile.astype(ssm_ref.dtype), mask=self._mask(when))
+
+    def _places(self, vk: bool) -> Array:
+        v, k = self.v[:, None], self.k[None, :]
+        places = v * self.key_dim + k if vk else k * self.value_dim + v
+        # Nothing masked may stand where something else is stored: the interpreter stores masked places, too, unchanged.
+        return places if self.whole else jnp.where(self._mask(None), places, self.key_dim * self.value_dim)
+
+    def _mask(self, wanted: Array | None) -> Array | None:
+        masks = []
+        if self.v_mask is not None:
+            masks.append(self.v_mask[:, None])
+        if self.k_mask is not None:
+            masks.append(self.k_mask[None, :])
+        if wanted is not None:
+            masks.append(jnp.reshape(wanted, (1, 1)))
+        if not masks:
+            return None
+        mask = jnp.ones((self.v.size, self.k.size), bool)
+        for part in masks:
+            mask &= jnp.broadcast_to(part, mask.shape)
+        return mask
+
+
+def heads_and_blocks(heads: int, blocks: int, program) -> tuple[Array, Array, Array]:
+    """(row, head, block) of a program: tiles of a head are neighbours in time, then heads of a row, as in memory."""
+    return program // (blocks * heads), program // blocks % heads, program % blocks

@@ -1,0 +1,67 @@
+"""Tile tables of the op's kernels, a row per architecture. `scripts/bench_kernels.py --sweep` prints such rows."""
+
+import dataclasses
+
+from gdnjax.backend import Backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrent:
+    """`columns` value columns by all of K in each program."""
+
+    columns: int
+    warps: int
+
+
+# (dtype of the state, order of the pool) -> tile. A mixed pool changes the order of a row in place, which only a
+# program that holds the whole head can do.
+RECURRENT = {
+    "cuda": {
+        ("float32", "vk"): Recurrent(8, 1),
+        ("float32", "kv"): Recurrent(64, 4),
+        ("bfloat16", "vk"): Recurrent(16, 1),
+        ("bfloat16", "kv"): Recurrent(64, 4),
+        "mixed": 8,
+    },
+    "rocm": {
+        ("float32", "vk"): Recurrent(8, 1),
+        ("float32", "kv"): Recurrent(32, 4),
+        ("bfloat16", "vk"): Recurrent(16, 1),
+        ("bfloat16", "kv"): Recurrent(32, 4),
+        "mixed": 8,
+    },
+}
+RECURRENT["interpret"] = {
+    **{(dtype, order): Recurrent(8, 1) for dtype in ("float32", "bfloat16") for order in ("kv", "vk")},
+    "mixed": 1,
+}
+
+
+def recurrent(backend: Backend, dtype, order, key_dim: int, value_dim: int) -> Recurrent:
+    row = backend.tiles(RECURRENT)
+    if not isinstance(order.read, bool):
+        return Recurrent(columns=1 << (value_dim - 1).bit_length(), warps=row["mixed"])
+    return row[str(dtype), "vk" if order.read else "kv"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunked:
+    """`columns` value columns by all of K in each program of the walk."""
+
+    columns: int
+    walk_warps: int
+    walk_stages: int
+    scores_warps: int
+    inverse_warps: int
+
+
+# dtype of the activations -> tile
+CHUNKED = {
+    "cuda": {"bfloat16": Chunked(32, 4, 3, 4, 1), "float32": Chunked(16, 4, 1, 4, 1)},
+    "rocm": {"bfloat16": Chunked(16, 4, 1, 4, 1), "float32": Chunked(16, 4, 1, 4, 1)},
+    "interpret": {"bfloat16": Chunked(16, 1, 1, 1, 1), "float32": Chunked(16, 1, 1, 1, 1)},
+}
+
+
+def chunked(backend: Backend, dtype, key_dim: int, value_dim: int) -> Chunked:
+    return backend.tiles(CHUNKED)[str(dtype)]

@@ -1,0 +1,32 @@
+"""The implementation that a test of an op runs: `conftest.py` runs each test once for every one."""
+
+import functools
+
+import jax
+
+from gdnjax.backend import INTERPRET, REFERENCE, Backend
+
+BACKENDS = {"reference": REFERENCE, "interpret": INTERPRET}
+
+_running = REFERENCE
+
+
+def running() -> Backend:
+    return _running
+
+
+def run(backend: Backend) -> None:
+    global _running
+    _running = backend
+
+
+def jit(function=None, **options):
+    """jax.jit, compiled for each implementation by itself: `function` calls ops with `backend=running()`."""
+    if function is None:
+        return functools.partial(jit, **options)
+
+    def copy():
+        return functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))
+
+    compiled = {backend: jax.jit(copy(), **options) for backend in BACKENDS.values()}
+    return functools.wraps(function)(lambda *args, **kwargs: compiled[running()](*args, **kwargs))

@@ -1,0 +1,13 @@
+"""Every test of an op runs on its definition, and on its kernels in the interpreter."""
+
+import pytest
+
+from gdnjax.backend import REFERENCE
+from tests.pallas_kernels import backends
+
+
+@pytest.fixture(autouse=True, params=backends.BACKENDS.values(), ids=backends.BACKENDS)
+def backend(request):
+    backends.run(request.param)
+    yield request.param
+    backends.run(REFERENCE)
