@@ -1,8 +1,5 @@
 """The convolution against numpy: pieces, windows and steps of one token give what one pass gives."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -10,6 +7,7 @@ import pytest
 
 from gdnjax.pallas_kernels import causal_conv1d
 from gdnjax.pallas_kernels.rows import Chunks, Rows
+from tests.pallas_kernels.backends import jit, running
 from tests.pallas_kernels.packed import pack_rows
 
 CHANNELS, TAPS, SLOTS = 10, 4, 9
@@ -36,14 +34,14 @@ def poisoned_pool(dtype=np.float32, width=WIDTH):
     return np.full((2, SLOTS, width, CHANNELS), np.nan, dtype)
 
 
-@jax.jit
+@jit
 def _prefill(x, weight, conv, rows, chunks):
-    return causal_conv1d.prefill(x, weight, conv, 1, Rows(**rows), Chunks(**chunks))
+    return causal_conv1d.prefill(x, weight, conv, 1, Rows(**rows), Chunks(**chunks), backend=running())
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@jit(static_argnums=3)
 def _decode(x, weight, conv, layer, read, write):
-    return causal_conv1d.decode(x, weight, conv, layer, read, write)
+    return causal_conv1d.decode(x, weight, conv, layer, read, write, backend=running())
 
 
 def prefill(packed, rows, weight, pool, dtype=jnp.float32):

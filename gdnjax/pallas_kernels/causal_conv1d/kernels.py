@@ -1,0 +1,201 @@
+"""The convolution in three kernels: packed rows, the windows behind them, and the rows of a decode step.
+
+Bytes: every input once in and once out, 40 kB a token at 10,240 channels in bfloat16, so the ceiling is that of a copy.
+Taps read their neighbours' rows, which the cache holds.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from gdnjax.backend import Backend
+from gdnjax.pallas_kernels.causal_conv1d import tiles
+from gdnjax.pallas_kernels.launch import launch, layer_number, sigmoid
+from gdnjax.pallas_kernels.rows import Chunks, Rows
+from gdnjax.shapes import Array
+
+
+def prefill(x, weight, conv, layer: int, rows: Rows, chunks: Chunks, backend: Backend) -> tuple[Array, Array]:
+    tokens, channels = x.shape
+    width = weight.shape[1] - 1
+    tile = tiles.of(backend)
+    # All windows are read before any is written: a checkpoint may need the one that its row overwrites.
+    window = jnp.where(rows.fresh[:, None, None], 0, conv[layer, rows.read_slot, :width])
+    blocks = -(-channels // tile.channels)
+    (y,) = launch(
+        _prefill,
+        backend,
+        name="causal_conv1d_prefill",
+        programs=-(-tokens // tile.tokens) * blocks,
+        args=(rows.token_row, rows.token_offset, rows.token_valid.astype(jnp.int32), x, weight, window),
+        out=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        warps=tile.warps,
+        tokens=tile.tokens,
+        columns=tile.channels,
+    )
+    start, length, slot, row = (
+        rows.start,
+        rows.length,
+        rows.write_slot,
+        jnp.arange(rows.start.shape[0], dtype=jnp.int32),
+    )
+    if chunks.checkpoint is not None:
+        first = rows.start[chunks.row]
+        start, length = jnp.concatenate([start, first]), jnp.concatenate([length, chunks.end - first])
+        slot, row = jnp.concatenate([slot, chunks.checkpoint]), jnp.concatenate([row, chunks.row])
+    (conv,) = launch(
+        _store_windows,
+        backend,
+        name="causal_conv1d_windows",
+        programs=slot.shape[0] * blocks,
+        args=(layer_number(layer), start, length, slot, row, x, window, conv),
+        out=[jax.ShapeDtypeStruct(conv.shape, conv.dtype)],
+        warps=tile.warps,
+        aliases={7: 0},
+        columns=tile.channels,
+    )
+    return y, conv
+
+
+def _prefill(row_ref, offset_ref, valid_ref, x_ref, weight_ref, window_ref, y_ref, *, tokens, columns):
+    total, channels = x_ref.shape
+    width = window_ref.shape[1]
+    # Tiles of one stretch of tokens are neighbours.
+    blocks = -(-channels // columns)
+    block, tile = pl.program_id(0) % blocks, pl.program_id(0) // blocks
+    token = tile * tokens + jnp.arange(tokens, dtype=jnp.int32)
+    channel = block * columns + jnp.arange(columns, dtype=jnp.int32)
+    here, there = token < total, channel < channels
+    mask = here[:, None] & there[None, :]
+    offset = plgpu.load(offset_ref.at[token], mask=here, other=0)
+    valid = plgpu.load(valid_ref.at[token], mask=here, other=0) != 0
+
+    def from_window(tap):
+        """Inputs before a row's first token."""
+        row = plgpu.load(row_ref.at[token], mask=here, other=0)
+        behind = valid & (offset + tap < width)
+        at = window_ref.at[row[:, None], (offset + tap)[:, None], channel[None, :]]
+        return plgpu.load(at, mask=mask & behind[:, None], other=0).astype(jnp.float32)
+
+    # Few stretches hold the beginning of a row.
+    begins = jnp.min(jnp.where(valid, offset, width)) < width
+    y = jnp.zeros((tokens, columns), jnp.float32)
+    for tap in range(width + 1):
+        back = width - tap
+        inside = valid & (offset >= back)
+        at = x_ref.at[(token - back)[:, None], channel[None, :]]
+        inputs = plgpu.load(at, mask=mask & inside[:, None], other=0).astype(jnp.float32)
+        if back:
+            inputs = lax.cond(begins, lambda x, tap=tap: x + from_window(tap), lambda x: x, inputs)
+        taps = plgpu.load(weight_ref.at[channel, tap], mask=there, other=0).astype(jnp.float32)
+        y += inputs * taps[None, :]
+    y = jnp.where(valid[:, None], y * sigmoid(y), 0.0)
+    plgpu.store(y_ref.at[token[:, None], channel[None, :]], y.astype(y_ref.dtype), mask=mask)
+
+
+def _store_windows(layer_ref, start_ref, length_ref, slot_ref, row_ref, x_ref, window_ref, _, conv_ref, *, columns):
+    width = window_ref.shape[1]
+    channels = x_ref.shape[1]
+    blocks = -(-channels // columns)
+    block, entry = pl.program_id(0) % blocks, pl.program_id(0) // blocks
+    layer = layer_ref[0]
+    start, length, slot, row = start_ref[entry], length_ref[entry], slot_ref[entry], row_ref[entry]
+    channel = block * columns + jnp.arange(columns, dtype=jnp.int32)
+    there = channel < channels
+
+    def store():
+        for i in range(width):
+            offset = length - width + i
+            inside = there & (offset >= 0)
+            from_piece = plgpu.load(x_ref.at[start + offset, channel], mask=inside, other=0)
+            from_window = plgpu.load(window_ref.at[row, offset + width, channel], mask=there & (offset < 0), other=0)
+            value = jnp.where(offset >= 0, from_piece.astype(conv_ref.dtype), from_window.astype(conv_ref.dtype))
+            plgpu.store(conv_ref.at[layer, slot, i, channel], value, mask=there)
+
+    # The null slot holds nothing.
+    pl.when(slot > 0)(store)
+
+
+def decode(x, weight, conv, layer: int, read_slot, write_slot, backend: Backend) -> tuple[Array, Array]:
+    y, conv = _update("decode", x[:, None], weight, conv, layer, (read_slot, write_slot), backend, x.dtype)
+    return y[:, 0], conv
+
+
+def verify(x, weight, conv, layer: int, read_slot, write_slot, pending, backend: Backend) -> tuple[Array, Array]:
+    return _update("verify", x, weight, conv, layer, (read_slot, write_slot, pending), backend, x.dtype)
+
+
+def fold(weight, conv, layer: int, read_slot, write_slot, count, backend: Backend) -> tuple[Array, Array]:
+    none = jnp.zeros((read_slot.shape[0], 1, conv.shape[3]), conv.dtype)
+    return _update("fold", none, weight, conv, layer, (read_slot, write_slot, count), backend, conv.dtype)
+
+
+def _update(kind, x, weight, conv, layer, slots, backend: Backend, dtype) -> tuple[Array, Array]:
+    count, tokens, channels = x.shape
+    new = 0 if kind == "fold" else tokens
+    pending = 0 if kind == "decode" else conv.shape[2] - weight.shape[1] + 1
+    tile = tiles.of(backend)
+    y, conv = launch(
+        _update_kernel,
+        backend,
+        name=f"causal_conv1d_{kind}",
+        programs=count * -(-channels // tile.update_channels),
+        args=(layer_number(layer), *slots, x, weight, conv),
+        out=[
+            jax.ShapeDtypeStruct((count, pending + new, channels), dtype),
+            jax.ShapeDtypeStruct(conv.shape, conv.dtype),
+        ],
+        warps=tile.update_warps,
+        aliases={len(slots) + 3: 1},
+        columns=tile.update_channels,
+        pending=pending,
+        new=new,
+    )
+    return y, conv
+
+
+def _update_kernel(layer_ref, read_ref, write_ref, *refs, columns, pending, new):
+    layer = layer_ref[0]
+    count_ref, refs = (refs[0], refs[1:]) if pending else (None, refs)
+    x_ref, weight_ref, conv_ref, y_ref, out_ref = refs
+    channels, taps = weight_ref.shape
+    width = taps - 1
+    blocks = -(-channels // columns)
+    block, row = pl.program_id(0) % blocks, pl.program_id(0) // blocks
+    channel = block * columns + jnp.arange(columns, dtype=jnp.int32)
+    mask = None if channels % columns == 0 else channel < channels
+    other = None if mask is None else 0
+
+    def stored(i):
+        return plgpu.load(conv_ref.at[layer, read_ref[row], i, channel], mask=mask, other=other)
+
+    def put(i, value):
+        plgpu.store(out_ref.at[layer, write_ref[row], i, channel], value, mask=mask)
+
+    weights = [
+        plgpu.load(weight_ref.at[channel, tap], mask=mask, other=other).astype(jnp.float32) for tap in range(taps)
+    ]
+
+    def emit(i, inputs):
+        total = sum(x.astype(jnp.float32) * w for x, w in zip(inputs, weights, strict=True))
+        plgpu.store(y_ref.at[row, i, channel], (total * sigmoid(total)).astype(y_ref.dtype), mask=mask)
+
+    # Everything is read before anything is written, since both may be one slot.
+    if pending:
+        inputs = [stored(i) for i in range(width + pending)]
+        done = count_ref[row]
+        window = [stored(done + i) for i in range(width)]
+    else:
+        inputs = []
+        window = [stored(i) for i in range(width)]
+    tokens = [plgpu.load(x_ref.at[row, i, channel], mask=mask, other=other).astype(conv_ref.dtype) for i in range(new)]
+    for i in range(pending):
+        emit(i, inputs[i : i + taps])
+    both = [*window, *tokens]
+    for i in range(new):
+        emit(pending + i, both[i : i + taps])
+    # Without pending rows the token is part of the window at once; with them it takes their place behind it.
+    for i, value in enumerate(both if pending else both[new:]):
+        put(i, value)
