@@ -1,7 +1,5 @@
 """Paged attention against a softmax written out in numpy, with scattered blocks and NaN wherever nothing is stored."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,6 +8,7 @@ import pytest
 
 from gdnjax.pallas_kernels import paged_attention
 from gdnjax.pallas_kernels.paged_attention import Tiles
+from tests.pallas_kernels.backends import jit, running
 
 WIDTH = 16
 LAYERS, BLOCKS = 2, 120
@@ -50,9 +49,9 @@ class Cache:
         return out
 
 
-@functools.partial(jax.jit, static_argnums=(3, 5))
+@jit(static_argnums=(3, 5))
 def _attend(q, k, v, layer, tiles, first):
-    return paged_attention.attend(q, k, v, layer, Tiles(**tiles, first=first))
+    return paged_attention.attend(q, k, v, layer, Tiles(**tiles, first=first), backend=running())
 
 
 def attend(cache, q, position, rows, longest=None, first=0):
@@ -155,23 +154,24 @@ def test_bfloat16_blocks_are_read_exactly():
     check(cache, q, [[69]], [0], attend(cache, q, [[69]], np.array([0])))
 
 
-def test_write_stores_each_token_in_its_place_and_nothing_else():
+def test_write_stores_each_token_in_its_place_and_nothing_else(backend):
     rng = np.random.default_rng(2)
-    pool = rng.standard_normal((LAYERS, 6, 8, 2, WIDTH)).astype(np.float32)
-    values = rng.standard_normal((4, 2, WIDTH)).astype(np.float32)
+    pools = rng.standard_normal((2, LAYERS, 6, 8, 3, WIDTH)).astype(np.float32)
+    values = rng.standard_normal((2, 4, 3, WIDTH)).astype(np.float32)
     block, offset = np.array([3, 5, 0, 3]), np.array([7, 0, 2, 0])
-    arguments = (jnp.asarray(block, jnp.int32), jnp.asarray(offset, jnp.int32))
-    actual = np.asarray(paged_attention.write(jnp.asarray(pool), 1, jnp.asarray(values), *arguments))
-    expected = pool.copy()
-    expected[1, block, offset] = values
-    np.testing.assert_array_equal(actual, expected)
+    arguments = (*map(jnp.asarray, values), jnp.asarray(block, jnp.int32), jnp.asarray(offset, jnp.int32))
+    actual = paged_attention.write(*map(jnp.asarray, pools), 1, *arguments, backend=backend)
+    pools[:, 1, block, offset] = values
+    np.testing.assert_array_equal(np.asarray(actual), pools)
 
 
-def test_write_rounds_to_the_pool():
-    pool = jnp.zeros((1, 2, 8, 1, WIDTH), jnp.bfloat16)
-    values = np.random.default_rng(3).standard_normal((1, 1, WIDTH)).astype(np.float32)
-    actual = paged_attention.write(pool, 0, jnp.asarray(values), jnp.array([1]), jnp.array([3]))
-    np.testing.assert_array_equal(np.asarray(actual)[0, 1, 3], values[0].astype(ml_dtypes.bfloat16))
+def test_write_rounds_to_the_pool(backend):
+    pools = [jnp.zeros((1, 2, 8, 1, WIDTH), jnp.bfloat16) for _ in range(2)]
+    values = np.random.default_rng(3).standard_normal((2, 1, 1, WIDTH)).astype(np.float32)
+    place = (jnp.array([1]), jnp.array([3]))
+    actual = paged_attention.write(*pools, 0, *map(jnp.asarray, values), *place, backend=backend)
+    for pool, value in zip(actual, values, strict=True):
+        np.testing.assert_array_equal(np.asarray(pool)[0, 1, 3], value[0].astype(ml_dtypes.bfloat16))
 
 
 @pytest.mark.parametrize("first", [1, 17, 300])

@@ -8,7 +8,8 @@ written first.
 
 import dataclasses
 
-from gdnjax.pallas_kernels.paged_attention import reference
+from gdnjax.backend import REFERENCE, Backend
+from gdnjax.pallas_kernels.paged_attention import kernels, reference
 from gdnjax.shapes import Array, Float, Int32, Leaf, Shaped
 
 
@@ -28,17 +29,31 @@ def attend(
     v_blocks: Shaped[Array, "L b p kh hd"],
     layer: int,
     tiles: Tiles,
+    *,
+    backend: Backend = REFERENCE,
 ) -> Float[Array, "g q h hd"]:
-    """Query head i reads kv head `i // (h / kh)`. Null blocks and keys past a query are selected away."""
-    return reference.attend(q, k_blocks, v_blocks, layer, tiles)
+    """Query head i reads kv head `i // (h / kh)`. Null blocks and keys past a query are selected away. Sums are
+    float32; the output is in the dtype of `q`.
+    """
+    if backend.is_reference:
+        return reference.attend(q, k_blocks, v_blocks, layer, tiles)
+    return kernels.attend(q, k_blocks, v_blocks, layer, tiles, backend)
 
 
 def write(
-    blocks: Shaped[Array, "L b p kh hd"],
+    k_blocks: Shaped[Array, "L b p kh hd"],
+    v_blocks: Shaped[Array, "L b p kh hd"],
     layer: int,
-    values: Float[Array, "t kh hd"],
+    k: Float[Array, "t kh hd"],
+    v: Float[Array, "t kh hd"],
     block: Int32[Array, "t"],
     offset: Int32[Array, "t"],
-) -> Shaped[Array, "L b p kh hd"]:
-    """Stores one token's heads at (block, offset) each. `blocks` is consumed; padded tokens go to the null block."""
-    return blocks.at[layer, block, offset].set(values.astype(blocks.dtype))
+    *,
+    backend: Backend = REFERENCE,
+) -> tuple[Shaped[Array, "L b p kh hd"], Shaped[Array, "L b p kh hd"]]:
+    """Stores each token's keys and values at its (block, offset). Both pools are consumed; padded tokens go to the null
+    block.
+    """
+    if backend.is_reference:
+        return reference.write(k_blocks, v_blocks, layer, k, v, block, offset)
+    return kernels.write(k_blocks, v_blocks, layer, k, v, block, offset, backend)

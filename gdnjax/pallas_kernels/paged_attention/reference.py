@@ -12,6 +12,7 @@ PAGE = 256
 
 def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles) -> Array:
     count, queries, heads, width = q.shape
+    dtype = q.dtype
     block_size, kv_heads = k_blocks.shape[2], k_blocks.shape[3]
     group = heads // kv_heads
     per_page = max(1, PAGE // block_size)
@@ -47,4 +48,9 @@ def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles) -> Arr
     _, weight, total = lax.fori_loop(0, -(-tiles.longest // page), one_page, start)
     # A query that sees no key has total 0. Divided by its weight of 0 it would be selected away, but not its gradient.
     o = total / jnp.where(weight > 0, weight, 1.0)[..., None]
-    return o.transpose(0, 3, 1, 2, 4).reshape(count, queries, heads, width)
+    return o.transpose(0, 3, 1, 2, 4).reshape(count, queries, heads, width).astype(dtype)
+
+
+def write(k_blocks: Array, v_blocks: Array, layer: int, k: Array, v: Array, block: Array, offset: Array):
+    k_blocks = k_blocks.at[layer, block, offset].set(k.astype(k_blocks.dtype))
+    return k_blocks, v_blocks.at[layer, block, offset].set(v.astype(v_blocks.dtype))
