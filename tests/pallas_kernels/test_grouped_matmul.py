@@ -22,20 +22,22 @@ def random_operands(rows, groups, dtype=np.float32, seed=0):
 @pytest.mark.parametrize(
     "sizes", [[3, 4, 5], [0, 12, 0], [12, 0, 0], [0, 0, 12], [1, 0, 11], [5, 0, 2], [0, 0, 1]], ids=str
 )
-def test_rows_meet_the_weight_of_their_group(sizes):
+def test_rows_meet_the_weight_of_their_group(sizes, backend):
     """Empty groups at either end and in between; rows past the sum belong to none, and hold NaN."""
     x, weight = random_operands(12, 3)
     total = sum(sizes)
     x[total:] = np.nan
-    actual = np.asarray(grouped_matmul(jnp.asarray(x), jnp.asarray(weight), jnp.asarray(sizes, jnp.int32)))
+    actual = np.asarray(
+        grouped_matmul(jnp.asarray(x), jnp.asarray(weight), jnp.asarray(sizes, jnp.int32), backend=backend)
+    )
     assert actual.shape == (12, 17)
     # Float32 sums of 24 products of order one.
     np.testing.assert_allclose(actual[:total], by_rows(x, weight, sizes), rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_products_are_summed_in_float32():
+def test_bfloat16_products_are_summed_in_float32(backend):
     x, weight = random_operands(9, 2, ml_dtypes.bfloat16)
-    actual = grouped_matmul(jnp.asarray(x), jnp.asarray(weight), jnp.asarray([4, 5], jnp.int32))
+    actual = grouped_matmul(jnp.asarray(x), jnp.asarray(weight), jnp.asarray([4, 5], jnp.int32), backend=backend)
     assert actual.dtype == jnp.bfloat16
     expected = by_rows(x, weight, [4, 5])
     # The result is rounded once, by half an ulp (2^-8); products of bfloat16 are exact in float32.

@@ -1,15 +1,22 @@
 """Contract of the op."""
 
-from gdnjax.pallas_kernels.grouped_matmul import reference
+from gdnjax.backend import REFERENCE, Backend
+from gdnjax.pallas_kernels.grouped_matmul import kernels, reference
 from gdnjax.shapes import Array, Float, Int32
 
 
 def grouped_matmul(
-    x: Float[Array, "n d"], weight: Float[Array, "e f d"], group_sizes: Int32[Array, "e"]
+    x: Float[Array, "n d"],
+    weight: Float[Array, "e f d"],
+    group_sizes: Int32[Array, "e"],
+    *,
+    backend: Backend = REFERENCE,
 ) -> Float[Array, "n f"]:
     """Row i of `x` times the transposed weight of its group; rows are sorted by group.
 
     The first `group_sizes[0]` rows are of group 0, and so on. Rows past the sum of the sizes belong to no group; their
     output is unspecified and must be selected away.
     """
-    return reference.grouped_matmul(x, weight, group_sizes)
+    if backend.is_reference:
+        return reference.grouped_matmul(x, weight, group_sizes)
+    return kernels.grouped_matmul(x, weight, group_sizes, backend)

@@ -1,0 +1,86 @@
+"""Products of sorted rows with their group's matrix: a program makes a tile of outputs of one group.
+
+Bytes at decode: the matrices of the groups that have rows, once (512 experts of 2 x 512 x 2048 in bfloat16 with 128
+tokens of 10 experts each: 2.1 GB of gate and up). Operations in prefill: 2 d f a row.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from gdnjax.backend import Backend
+from gdnjax.pallas_kernels.grouped_matmul import tiles
+from gdnjax.pallas_kernels.launch import dot, launch
+from gdnjax.shapes import Array
+
+
+def grouped_matmul(x: Array, weight: Array, group_sizes: Array, backend: Backend) -> Array:
+    rows, depth = x.shape
+    groups, width, _ = weight.shape
+    tile = tiles.of(backend, rows / groups, x.dtype)
+    group, start, end = tile_table(group_sizes, rows, tile.rows)
+    (out,) = launch(
+        _grouped_matmul,
+        backend,
+        name="grouped_matmul",
+        programs=group.shape[0] * -(-width // tile.columns),
+        args=(group, start, end, x, weight),
+        out=[jax.ShapeDtypeStruct((rows, width), x.dtype)],
+        warps=tile.warps,
+        stages=tile.stages,
+        rows=tile.rows,
+        columns=tile.columns,
+        depth=min(tile.depth, max(16, 1 << (depth - 1).bit_length())),
+    )
+    return out
+
+
+def tile_table(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, Array]:
+    """Group, first row and end of each tile of at most `size` rows, none over two groups; unused ones are empty.
+
+    There are at most ceil(rows / size) + min(groups, rows) of them, whatever the sizes.
+    """
+    groups = group_sizes.shape[0]
+    count = -(-rows // size) + min(groups, rows)
+    tiles_of = -(-group_sizes // size)
+    last_tile, last_row = jnp.cumsum(tiles_of), jnp.cumsum(group_sizes)
+    number = jnp.arange(count, dtype=jnp.int32)
+    group = jnp.sum(number[:, None] >= last_tile[None, :], axis=1, dtype=jnp.int32)
+    used = group < groups
+    group = jnp.minimum(group, groups - 1)
+    start = last_row[group] - group_sizes[group] + (number - last_tile[group] + tiles_of[group]) * size
+    end = jnp.minimum(start + size, last_row[group])
+    return group, jnp.where(used, start, 0).astype(jnp.int32), jnp.where(used, end, 0).astype(jnp.int32)
+
+
+def _grouped_matmul(group_ref, start_ref, end_ref, x_ref, weight_ref, out_ref, *, rows, columns, depth):
+    total = x_ref.shape[1]
+    width = weight_ref.shape[1]
+    # Programs of one group are neighbours, so that its rows and its matrix stay in the cache for all of them.
+    blocks = -(-width // columns)
+    tile, block = pl.program_id(0) // blocks, pl.program_id(0) % blocks
+    group, start, end = group_ref[tile], start_ref[tile], end_ref[tile]
+    row = start + jnp.arange(rows, dtype=jnp.int32)
+    column = block * columns + jnp.arange(columns, dtype=jnp.int32)
+    step = jnp.arange(depth, dtype=jnp.int32)
+    real, there = row < end, column < width
+    even = total % depth == 0
+
+    def run():
+        def one_step(i, total_so_far):
+            d = i * depth + step
+            within = d < total
+            x_mask = real[:, None] if even else real[:, None] & within[None, :]
+            w_mask = there[:, None] if even else there[:, None] & within[None, :]
+            x = plgpu.load(x_ref.at[row[:, None], d[None, :]], mask=x_mask, other=0)
+            w = plgpu.load(weight_ref.at[group, column[:, None], d[None, :]], mask=w_mask, other=0)
+            # The matrix is the left operand: few rows are the short side of the product.
+            return total_so_far + dot(w, x, contract=(1, 1))
+
+        out = lax.fori_loop(0, pl.cdiv(total, depth), one_step, jnp.zeros((columns, rows), jnp.float32))
+        mask = there[:, None] & real[None, :]
+        plgpu.store(out_ref.at[row[None, :], column[:, None]], out.astype(out_ref.dtype), mask=mask)
+
+    pl.when(start < end)(run)
