@@ -60,6 +60,10 @@ class LedgerModel:
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.tp) * self.tp
 
+    def on(self, backend) -> "LedgerModel":
+        """It has no ops."""
+        return self
+
     def geometry(self, block_size: int, ssm_dtype: str) -> StateGeometry:
         """Integers whatever `ssm_dtype` says."""
         return StateGeometry(
@@ -347,8 +351,7 @@ def _attention_layer(weights, x, context, kv, layer):
     v = (x ^ position)[:, None] * weights["v_proj"]["weight"]
     k, v = (jnp.stack([y & (2**BITS - 1), y >> BITS], axis=-1).astype(jnp.float32) for y in (k, v))
     places = context.places
-    k_blocks = paged_attention.write(kv.k, layer, k, places.block, places.offset)
-    v_blocks = paged_attention.write(kv.v, layer, v, places.block, places.offset)
+    k_blocks, v_blocks = paged_attention.write(kv.k, kv.v, layer, k, v, places.block, places.offset)
     sums = _sum_keys(k_blocks, v_blocks, layer, context.tiles)
     match context:
         case PrefillContext():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gdnjax import sharding
+from gdnjax.backend import REFERENCE, Backend
 from gdnjax.config import ModelConfig
 from gdnjax.memory import StateGeometry
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
@@ -32,6 +33,10 @@ class Model(Protocol):
     @property
     def mtp(self) -> bool:
         """Whether it has a head that drafts. `draft` is called only then, `fold` only where something speculates."""
+        ...
+
+    def on(self, backend: Backend) -> "Model":
+        """The same model, its ops run by `backend`."""
         ...
 
     def geometry(self, block_size: int, ssm_dtype: str) -> StateGeometry:
@@ -82,6 +87,9 @@ class HybridModel:
     mtp: bool
     graphdef: nnx.GraphDef
 
+    def on(self, backend: Backend) -> "HybridModel":
+        return build_model(self.config, self.dtype, self.tp, mtp=self.mtp, backend=backend)
+
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
@@ -122,18 +130,22 @@ class HybridModel:
         return nnx.merge(self.graphdef, params).logits(hidden)
 
 
-def build_model(config: ModelConfig, dtype: str, tp: int = 1, *, mtp: bool = False) -> HybridModel:
+def build_model(
+    config: ModelConfig, dtype: str, tp: int = 1, *, mtp: bool = False, backend: Backend = REFERENCE
+) -> HybridModel:
     """The model of one rank, without parameters; `mtp` adds its multi-token-prediction head.
+
+    Only the reference implementation of the ops, the default, can be differentiated. An LLM chooses by its `kernels`.
 
     Raises ValueError where the ranks do not divide its heads, or where the configuration has no MTP head to add.
     """
-    graphdef = nnx.split(_abstract(config, dtype, tp, mtp))[0]
+    graphdef = nnx.split(_abstract(config, dtype, tp, mtp, backend))[0]
     return HybridModel(config=config, dtype=dtype, tp=tp, mtp=mtp, graphdef=graphdef)
 
 
 def abstract_params(config: ModelConfig, tp: int, dtype: str, *, mtp: bool = False) -> Params:
     """The nested dict of parameters as ShapeDtypeStructs with global shapes, keyed by the checkpoint's names."""
-    local = nnx.to_pure_dict(nnx.split(_abstract(config, dtype, tp, mtp))[1])
+    local = nnx.to_pure_dict(nnx.split(_abstract(config, dtype, tp, mtp, REFERENCE))[1])
 
     def global_shape(path, leaf):
         spec = sharding.spec_of(sharding.path_name(path))
@@ -143,10 +155,10 @@ def abstract_params(config: ModelConfig, tp: int, dtype: str, *, mtp: bool = Fal
     return jax.tree_util.tree_map_with_path(global_shape, local)
 
 
-@functools.lru_cache(maxsize=1)
-def _abstract(config: ModelConfig, dtype: str, tp: int, mtp: bool) -> Qwen3_5:
+@functools.lru_cache(maxsize=2)
+def _abstract(config: ModelConfig, dtype: str, tp: int, mtp: bool, backend: Backend) -> Qwen3_5:
     """The module with shapes in place of parameters; `build_model` and `abstract_params` both start from it."""
-    return nnx.eval_shape(lambda: Qwen3_5(config, dtype, tp, mtp))
+    return nnx.eval_shape(lambda: Qwen3_5(config, dtype, tp, mtp, backend))
 
 
 def random_params(config: ModelConfig, tp: int, dtype: str, key: Array, *, mtp: bool = False) -> Params:

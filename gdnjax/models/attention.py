@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gdnjax.backend import Backend
 from gdnjax.config import ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.layers import Linear, RMSNorm, rotate
@@ -15,7 +16,7 @@ from gdnjax.state import KVBlocks
 class GatedAttention(nnx.Module):
     """One rank's heads of an attention layer. The result is this rank's term of the sum over ranks."""
 
-    def __init__(self, config: ModelConfig, dtype: str):
+    def __init__(self, config: ModelConfig, dtype: str, backend: Backend):
         attention, width = config.attention, config.hidden_size
         self.q_proj = Linear(width, 2 * attention.num_heads * attention.head_dim, dtype)
         self.k_proj = Linear(width, attention.num_kv_heads * attention.head_dim, dtype)
@@ -24,6 +25,7 @@ class GatedAttention(nnx.Module):
         self.q_norm = RMSNorm(attention.head_dim, config.rms_norm_eps, dtype)
         self.k_norm = RMSNorm(attention.head_dim, config.rms_norm_eps, dtype)
         self.head_dim = attention.head_dim
+        self.backend = backend
 
     def __call__(
         self,
@@ -41,14 +43,17 @@ class GatedAttention(nnx.Module):
         k = rotate(self.k_norm(self.k_proj(x).reshape(tokens, -1, width)), angles)
         v = self.v_proj(x).reshape(tokens, -1, width)
         places = context.places
-        k_blocks = paged_attention.write(kv.k, layer, k, places.block, places.offset)
-        v_blocks = paged_attention.write(kv.v, layer, v, places.block, places.offset)
+        k_blocks, v_blocks = paged_attention.write(
+            kv.k, kv.v, layer, k, v, places.block, places.offset, backend=self.backend
+        )
         match context:
             case PrefillContext(chunks=chunks):
-                o = chunks.scatter(paged_attention.attend(chunks.gather(q), k_blocks, v_blocks, layer, context.tiles))
+                q = chunks.gather(q)
+                o = paged_attention.attend(q, k_blocks, v_blocks, layer, context.tiles, backend=self.backend)
+                o = chunks.scatter(o)
             case DecodeContext():
                 q = q.reshape(-1, context.rows_per_slot, *q.shape[1:])
-                o = paged_attention.attend(q, k_blocks, v_blocks, layer, context.tiles)
+                o = paged_attention.attend(q, k_blocks, v_blocks, layer, context.tiles, backend=self.backend)
                 o = o.reshape(tokens, *o.shape[2:])
-        o = o.astype(x.dtype) * jax.nn.sigmoid(gate)
+        o = o * jax.nn.sigmoid(gate)
         return self.o_proj(o.reshape(tokens, -1)), KVBlocks(k=k_blocks, v=v_blocks)

@@ -3,6 +3,7 @@
 from flax import nnx
 
 from gdnjax import sharding
+from gdnjax.backend import Backend
 from gdnjax.config import LayerKind, MlpKind, ModelConfig
 from gdnjax.models.attention import GatedAttention
 from gdnjax.models.context import DecodeContext, PrefillContext
@@ -16,30 +17,40 @@ from gdnjax.state import GDNState, KVBlocks
 class DecoderLayer(nnx.Module):
     """A token mixer and an MLP, each behind a norm and added to the residual stream, each summed over ranks."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, mlp_kind: MlpKind, pool_row: int, dtype: str, tp: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        kind: LayerKind,
+        mlp_kind: MlpKind,
+        pool_row: int,
+        dtype: str,
+        tp: int,
+        backend: Backend,
+    ):
         """`config` is that of one rank; `pool_row` is the layer's row in the pools, which count layers of one kind."""
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         match kind:
             case LayerKind.DELTA:
-                self.linear_attn = GatedDeltaNet(config, dtype)
+                self.linear_attn = GatedDeltaNet(config, dtype, backend)
             case LayerKind.ATTENTION:
-                self.self_attn = GatedAttention(config, dtype)
+                self.self_attn = GatedAttention(config, dtype, backend)
         match mlp_kind:
             case MlpKind.DENSE:
                 self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, dtype)
             case MlpKind.MOE:
                 assert config.moe is not None  # held by ModelConfig
-                self.mlp = MoeMLP(config, config.moe, dtype)
+                self.mlp = MoeMLP(config, config.moe, dtype, backend)
         self.kind = kind
         self.pool_row = pool_row
         self.tp = tp
 
     @classmethod
-    def of(cls, config: ModelConfig, layer: int, dtype: str, tp: int) -> "DecoderLayer":
+    def of(cls, config: ModelConfig, layer: int, dtype: str, tp: int, backend: Backend) -> "DecoderLayer":
         """Layer number `layer` of a model."""
         kind = config.layer_kinds[layer]
-        return cls(config, kind, config.mlp_kinds[layer], config.layer_kinds[:layer].count(kind), dtype, tp)
+        pool_row = config.layer_kinds[:layer].count(kind)
+        return cls(config, kind, config.mlp_kinds[layer], pool_row, dtype, tp, backend)
 
     def __call__(
         self,

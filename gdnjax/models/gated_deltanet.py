@@ -1,10 +1,12 @@
 """The Gated DeltaNet layer: projections, convolution, delta rule, gated norm."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
+from gdnjax.backend import Backend
 from gdnjax.config import ModelConfig
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.layers import GatedRMSNorm, Linear
@@ -24,7 +26,7 @@ class Conv1d(nnx.Module):
 class GatedDeltaNet(nnx.Module):
     """One rank's heads of a GDN layer. The result is this rank's term of the sum over ranks."""
 
-    def __init__(self, config: ModelConfig, dtype: str):
+    def __init__(self, config: ModelConfig, dtype: str, backend: Backend):
         delta, width = config.delta, config.hidden_size
         self.in_proj_qkv = Linear(width, delta.conv_dim, dtype)
         self.in_proj_z = Linear(width, delta.value_dim, dtype)
@@ -36,6 +38,7 @@ class GatedDeltaNet(nnx.Module):
         self.norm = GatedRMSNorm(delta.value_head_dim, config.rms_norm_eps, dtype)
         self.out_proj = Linear(delta.value_dim, width, dtype)
         self.key_head_dim = delta.key_head_dim
+        self.backend = backend
 
     def __call__(
         self, x: Float[Array, "t d"], context: PrefillContext | DecodeContext, gdn: GDNState, layer: int
@@ -56,12 +59,14 @@ class GatedDeltaNet(nnx.Module):
     def fold(self, context: FoldContext, gdn: GDNState, layer: int) -> GDNState:
         """State and window of `write_slot`: those of `read_slot` with pending rows folded in. `gdn` is consumed."""
         read, write, count = context.read_slot, context.write_slot, context.count
-        qkv, conv = causal_conv1d.fold(self._taps, gdn.conv, layer, read, write, count)
+        qkv, conv = causal_conv1d.fold(self._taps, gdn.conv, layer, read, write, count, backend=self.backend)
         gates = self._gates(*jnp.split(gdn.pending_ab[layer, read], 2, axis=-1))
-        ssm = gated_delta_rule.fold(
-            qkv, gates, gdn.ssm, layer, read, write, count, context.order, key_head_dim=self.key_head_dim
-        )
+        ssm = gated_delta_rule.fold(qkv, gates, gdn.ssm, layer, read, write, count, context.order, **self._static)
         return dataclasses.replace(gdn, ssm=ssm, conv=conv)
+
+    @property
+    def _static(self) -> dict[str, Any]:
+        return {"key_head_dim": self.key_head_dim, "backend": self.backend}
 
     @property
     def _taps(self) -> Array:
@@ -71,15 +76,15 @@ class GatedDeltaNet(nnx.Module):
         return Gates(a=a, b=b, A_log=self.A_log[...], dt_bias=self.dt_bias[...])
 
     def _prefill(self, qkv, gates: Gates, context: PrefillContext, gdn: GDNState, layer: int):
-        rows, chunks, width = context.rows, context.chunks, self.key_head_dim
-        qkv, conv = causal_conv1d.prefill(qkv, self._taps, gdn.conv, layer, rows, chunks)
-        o, ssm = gated_delta_rule.prefill(qkv, gates, gdn.ssm, layer, rows, chunks, context.order, key_head_dim=width)
+        rows, chunks = context.rows, context.chunks
+        qkv, conv = causal_conv1d.prefill(qkv, self._taps, gdn.conv, layer, rows, chunks, backend=self.backend)
+        o, ssm = gated_delta_rule.prefill(qkv, gates, gdn.ssm, layer, rows, chunks, context.order, **self._static)
         return o, dataclasses.replace(gdn, ssm=ssm, conv=conv)
 
     def _decode(self, qkv, gates: Gates, context: DecodeContext, gdn: GDNState, layer: int):
-        read, write, width = context.read_slot, context.write_slot, self.key_head_dim
-        qkv, conv = causal_conv1d.decode(qkv, self._taps, gdn.conv, layer, read, write)
-        o, ssm = gated_delta_rule.decode(qkv, gates, gdn.ssm, layer, read, write, context.order, key_head_dim=width)
+        read, write = context.read_slot, context.write_slot
+        qkv, conv = causal_conv1d.decode(qkv, self._taps, gdn.conv, layer, read, write, backend=self.backend)
+        o, ssm = gated_delta_rule.decode(qkv, gates, gdn.ssm, layer, read, write, context.order, **self._static)
         return o, dataclasses.replace(gdn, ssm=ssm, conv=conv)
 
     def _verify(self, qkv, a, b, context: DecodeContext, gdn: GDNState, layer: int):
@@ -93,7 +98,14 @@ class GatedDeltaNet(nnx.Module):
         new = jnp.concatenate([a, b], axis=-1).reshape(-1, rows, 2 * a.shape[-1]).astype(pending_ab.dtype)
         both = jnp.concatenate([pending_ab, new], axis=1)
         qkv, conv = causal_conv1d.verify(
-            qkv.reshape(-1, rows, qkv.shape[-1]), self._taps, gdn.conv, layer, read, write, context.pending
+            qkv.reshape(-1, rows, qkv.shape[-1]),
+            self._taps,
+            gdn.conv,
+            layer,
+            read,
+            write,
+            context.pending,
+            backend=self.backend,
         )
         o, ssm = gated_delta_rule.verify(
             qkv,
@@ -104,8 +116,8 @@ class GatedDeltaNet(nnx.Module):
             write,
             context.pending,
             context.order,
-            key_head_dim=self.key_head_dim,
             new=rows,
+            **self._static,
         )
         # What is written follows from what was read, so that XLA need not keep the old pool beside the new one.
         kept = jnp.where(context.valid.reshape(-1, rows, 1), new, pending_ab[:, :rows])

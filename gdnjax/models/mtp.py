@@ -16,6 +16,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from gdnjax.backend import Backend
 from gdnjax.config import LayerKind, ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.decoder import DecoderLayer
@@ -30,7 +31,7 @@ FIRST_INDEX = 1
 class MultiTokenPredictor(nnx.Module):
     """One rank's part. Embedding and head are the target's. Its KV is the row after those of the target's layers."""
 
-    def __init__(self, config: ModelConfig, dtype: str, tp: int):
+    def __init__(self, config: ModelConfig, dtype: str, tp: int, backend: Backend):
         if config.mtp_layers != 1:
             raise ValueError(f"the MTP head needs a configuration with 1 MTP layer, got {config.mtp_layers}")
         width, eps = config.hidden_size, config.rms_norm_eps
@@ -38,7 +39,7 @@ class MultiTokenPredictor(nnx.Module):
         self.pre_fc_norm_hidden = RMSNorm(width, eps, dtype)
         self.fc = Linear(2 * width, width, dtype)
         pool_row = config.num_attention_layers
-        layer = DecoderLayer(config, LayerKind.ATTENTION, config.mlp_kinds[-1], pool_row, dtype, tp)
+        layer = DecoderLayer(config, LayerKind.ATTENTION, config.mlp_kinds[-1], pool_row, dtype, tp, backend)
         self.layers = nnx.List([layer])
         self.norm = RMSNorm(width, eps, dtype)
 

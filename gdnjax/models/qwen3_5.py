@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from gdnjax.backend import REFERENCE, Backend
 from gdnjax.config import LayerKind, ModelConfig
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.decoder import DecoderLayer
@@ -15,15 +16,15 @@ from gdnjax.state import GDNState, KVBlocks
 class Qwen3_5(nnx.Module):
     """The whole model of one rank: tokens in, final hidden states out, pools threaded through."""
 
-    def __init__(self, config: ModelConfig, dtype: str, tp: int = 1, mtp: bool = False):
+    def __init__(self, config: ModelConfig, dtype: str, tp: int = 1, mtp: bool = False, backend: Backend = REFERENCE):
         local = config.shard(tp)
         self.embed_tokens = Embedding(local.vocab_size, config.hidden_size, dtype, tp)
-        self.layers = nnx.List([DecoderLayer.of(local, i, dtype, tp) for i in range(config.num_layers)])
+        self.layers = nnx.List([DecoderLayer.of(local, i, dtype, tp, backend) for i in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, local.vocab_size, dtype)
         if mtp:
-            self.mtp = MultiTokenPredictor(local, dtype, tp)
+            self.mtp = MultiTokenPredictor(local, dtype, tp, backend)
         self.config = config
         self.tp = tp
 

@@ -81,12 +81,12 @@ class LLM:
         _configure_compilation_cache(config)
         model_config = ModelConfig.from_hf(directory)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
-        backend.resolve(config.kernels, jax.default_backend())
+        implementation = backend.of_device(config.kernels, mesh.devices.flat[0])
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         mtp = config.num_speculative_tokens > 0
         if mtp:
             model_config.require_mtp()
-        hybrid = build_model(model_config, dtype, config.tensor_parallel_size, mtp=mtp)
+        hybrid = build_model(model_config, dtype, config.tensor_parallel_size, mtp=mtp, backend=implementation)
         abstract = abstract_params(model_config, config.tensor_parallel_size, dtype, mtp=mtp)
         max_model_len = config.length_within(model_config.max_position_embeddings)
         plan = _plan(hybrid, config, mesh, max_model_len, abstract)
@@ -121,7 +121,7 @@ class LLM:
             )
         _configure_compilation_cache(config)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
-        backend.resolve(config.kernels, jax.default_backend())
+        model = model.on(backend.of_device(config.kernels, mesh.devices.flat[0]))
         length = config.length_within(max_model_len)
         plan = _plan(model, config, mesh, length, params)
         llm = cls.__new__(cls)
