@@ -1,0 +1,1 @@
+"""What scripts/bench_kernels.py and scripts/rocm_gate.py run: named workloads of every kernel, and their times."""

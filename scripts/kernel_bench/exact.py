@@ -1,0 +1,154 @@
+"""Every op once more, from its formula, in float64: short, slow, and none of the package's code.
+
+Run under jax.enable_x64(True). Each returns (outputs, the rows that the call writes), to be compared with the op's.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def _double(x):
+    return x.astype(jnp.float64)
+
+
+def _delta_inputs(qkv, gates, heads, key_dim, value_dim):
+    """[..., hv, ...] of every token: q, k, v, exp(g), beta."""
+    qkv = _double(qkv)
+    keys = (qkv.shape[-1] - heads * value_dim) // 2
+    repeats = heads * key_dim // keys
+    q, k, v = jnp.split(qkv, [keys, 2 * keys], axis=-1)
+    lead = qkv.shape[:-1]
+
+    def normal(x):
+        x = x.reshape(*lead, -1, key_dim)
+        return jnp.repeat(x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6), repeats, axis=-2)
+
+    keep = jnp.exp(-jnp.exp(_double(gates.A_log)) * jnp.log1p(jnp.exp(_double(gates.a) + _double(gates.dt_bias))))
+    beta = 1 / (1 + jnp.exp(-_double(gates.b)))
+    return normal(q) * key_dim**-0.5, normal(k), v.reshape(*lead, heads, value_dim), keep, beta
+
+
+def _delta_step(state, token):
+    """state [..., hv, K, V]."""
+    q, k, v, keep, beta = token
+    state = keep[..., None, None] * state
+    written = beta[..., None] * (v - jnp.einsum("...kv,...k->...v", state, k))
+    state = state + k[..., :, None] * written[..., None, :]
+    return state, jnp.einsum("...kv,...k->...v", state, q)
+
+
+def _as_states(rows, vk, key_dim):
+    """[..., hv, K * V] of the pool -> [..., hv, K, V]."""
+    rows = _double(rows)
+    value_dim = rows.shape[-1] // key_dim
+    if vk:
+        return rows.reshape(*rows.shape[:-1], value_dim, key_dim).swapaxes(-1, -2)
+    return rows.reshape(*rows.shape[:-1], key_dim, value_dim)
+
+
+def _as_rows(states, vk):
+    states = states.swapaxes(-1, -2) if vk else states
+    return states.reshape(*states.shape[:-2], -1)
+
+
+def recurrent(x, ssm, layer, *, old, kind, vk, key_dim):
+    heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
+    inputs = _delta_inputs(x["qkv"], x["gates"], heads, key_dim, value_dim)
+    if kind == "decode":
+        state, o = _delta_step(_as_states(ssm[layer, x["slot"]], vk, key_dim), inputs)
+        return o, _as_rows(state, vk)
+    tokens = [part.swapaxes(0, 1) for part in inputs]
+    state = _as_states(ssm[layer, x["slot"]], vk, key_dim)
+    stored, _ = lax.scan(_delta_step, state, [part[:old] for part in tokens])
+    _, o = lax.scan(_delta_step, stored, [part[old:] for part in tokens])
+    return o.swapaxes(0, 1), _as_rows(stored, vk)
+
+
+def chunked(x, ssm, layer, *, lengths, vk, key_dim):
+    heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
+    inputs = _delta_inputs(x["qkv"], x["gates"], heads, key_dim, value_dim)
+    # Rows side by side, padded at their ends with tokens that neither decay nor write.
+    longest = max(lengths)
+    padded, at = [], 0
+    for length in lengths:
+        padded.append([part[at : at + length] for part in inputs])
+        at += length
+
+    def pad(part, fill):
+        width = [(0, longest - part.shape[0])] + [(0, 0)] * (part.ndim - 1)
+        return jnp.pad(part, width, constant_values=fill)
+
+    fills = (0, 0, 0, 1, 0)
+    tokens = [jnp.stack([pad(row[i], fills[i]) for row in padded], axis=1) for i in range(5)]
+    state = jnp.zeros((len(lengths), heads, key_dim, value_dim), jnp.float64)
+    state, o = lax.scan(_delta_step, state, tokens)
+    return jnp.concatenate([o[:length, i] for i, length in enumerate(lengths)]), _as_rows(state, vk)
+
+
+def _silu(x):
+    return x / (1 + jnp.exp(-x))
+
+
+def _convolve(inputs, weight):
+    """[..., w + i, x] -> [..., i, x]."""
+    taps = weight.shape[1]
+    count = inputs.shape[-2] - taps + 1
+    return _silu(sum(inputs[..., tap : tap + count, :] * _double(weight)[:, tap] for tap in range(taps)))
+
+
+def conv_prefill(x, conv, layer, *, lengths):
+    width = x["weight"].shape[1] - 1
+    outputs, windows, at = [], [], 0
+    for length in lengths:
+        inputs = jnp.pad(_double(x["x"][at : at + length]), ((width, 0), (0, 0)))
+        outputs.append(_convolve(inputs, x["weight"]))
+        windows.append(inputs[-width:])
+        at += length
+    return jnp.concatenate(outputs), jnp.stack(windows)
+
+
+def conv_update(x, conv, layer, *, pending):
+    width = x["weight"].shape[1] - 1
+    stored = _double(conv[layer, x["slot"]])
+    new = _double(x["x"] if pending else x["x"][:, None])
+    inputs = jnp.concatenate([stored, new], axis=1)
+    y = _convolve(inputs, x["weight"])
+    if not pending:
+        return y[:, 0], inputs[:, -width:]
+    return y, inputs[:, pending:]
+
+
+def attention(x, pools, layer):
+    """Tile by tile, every head."""
+    group = x["q"].shape[2] // x["k"].shape[3]
+
+    def one_tile(tile):
+        q, position, table = tile
+        k, v = (_double(part[layer, table].reshape(-1, *part.shape[3:])) for part in (x["k"], x["v"]))
+        k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
+        scores = jnp.einsum("qhd,khd->hqk", _double(q), k) * q.shape[-1] ** -0.5
+        seen = jnp.arange(k.shape[0])[None, :] <= position[:, None]
+        return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), v)
+
+    return lax.map(one_tile, (x["q"], x["position"], x["table"])), ()
+
+
+def every(rows: int) -> int:
+    """Of so many rows of a product, each of these is compared: some 2,000 in all."""
+    return -(-rows // 2048)
+
+
+def grouped(x, pools, layer):
+    """Expert by expert, over some of the rows."""
+    step = every(x["x"].shape[0])
+    expert = jnp.repeat(jnp.arange(x["sizes"].size), x["sizes"], total_repeat_length=x["x"].shape[0])[::step]
+    rows = _double(x["x"][::step])
+
+    def one_expert(total, part):
+        number, weight = part
+        return total + jnp.where((expert == number)[:, None], rows, 0) @ _double(weight).T, None
+
+    start = jnp.zeros((rows.shape[0], x["weight"].shape[1]), jnp.float64)
+    total, _ = lax.scan(one_expert, start, (jnp.arange(x["sizes"].size), x["weight"]))
+    return total, ()

@@ -1,0 +1,77 @@
+"""Other tiles for a workload, each as a context in which the op's table has it."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from gdnjax.backend import Backend
+from gdnjax.pallas_kernels.causal_conv1d import tiles as conv
+from gdnjax.pallas_kernels.gated_delta_rule import tiles as delta
+from gdnjax.pallas_kernels.grouped_matmul import tiles as grouped
+from gdnjax.pallas_kernels.paged_attention import tiles as attention
+
+
+def candidates(name: str, backend: Backend) -> Iterator[tuple[object, contextlib.AbstractContextManager]]:
+    """Tiles for the workload of that name, and the context in which each is used."""
+    table, key, tiles = _table(name)
+    for tile in tiles:
+        yield tile, _entry(table, backend, key, tile)
+
+
+@contextlib.contextmanager
+def _entry(table: dict, backend: Backend, key, tile):
+    """The architecture's row with another entry, for as long as it lasts."""
+    had = backend.architecture in table
+    row = backend.tiles(table)
+    table[backend.architecture] = tile if key is None else {**row, key: tile}
+    try:
+        yield
+    finally:
+        if had:
+            table[backend.architecture] = row
+        else:
+            del table[backend.architecture]
+
+
+def _table(name: str):
+    if name.startswith("gdn-prefill"):
+        old = delta.CHUNKED["cuda"]["bfloat16"]
+        tiles = [
+            dataclasses.replace(old, columns=columns, walk_warps=warps, walk_stages=stages)
+            for columns, warps, stages in itertools.product((32, 64, 128), (4, 8), (1, 2, 3))
+        ]
+        tiles += [dataclasses.replace(old, scores_warps=warps) for warps in (2, 8)]
+        tiles += [dataclasses.replace(old, inverse_warps=warps) for warps in (2, 4)]
+        return delta.CHUNKED, "bfloat16", tiles
+    if name.startswith("gdn"):
+        dtype = "bfloat16" if name.endswith("bf16state") else "float32"
+        kv = "-kv" in name
+        sizes = (
+            ((32, 2), (32, 4), (64, 4), (64, 8), (128, 8))
+            if kv
+            else tuple(itertools.product((4, 8, 16, 32), (1, 2, 4)))
+        )
+        return delta.RECURRENT, (dtype, "kv" if kv else "vk"), [delta.Recurrent(*size) for size in sizes]
+    if name.startswith("conv-prefill"):
+        sizes = itertools.product((16, 32, 64), (64, 128, 256), (4, 8))
+        old = conv.TILES["cuda"]
+        return conv.TILES, None, [dataclasses.replace(old, tokens=t, channels=c, warps=w) for t, c, w in sizes]
+    if name.startswith("conv"):
+        old, sizes = conv.TILES["cuda"], itertools.product((256, 512, 1024), (1, 2, 4))
+        return conv.TILES, None, [dataclasses.replace(old, update_channels=c, update_warps=w) for c, w in sizes]
+    if name.startswith("attention-prefill"):
+        sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
+        return attention.TILES, "prefill", [attention.Attention(r, k, w, s) for r, k, w, s in sizes]
+    if name.startswith("attention"):
+        old = attention.TILES["cuda"]["decode"]
+        sizes = itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4))
+        tiles = [dataclasses.replace(old, keys=k, warps=w, stages=s) for k, w, s in sizes]
+        return attention.TILES, "decode", [*tiles, *(dataclasses.replace(old, programs=p) for p in (132, 528, 1056))]
+    few = name.endswith("-128")
+    sizes = (
+        itertools.product((16,), (32, 64, 128), (64, 128, 256), (4,), (2, 3, 4, 5))
+        if few
+        else itertools.product((64, 128), (128, 256), (32, 64), (4, 8), (3, 4))
+    )
+    return grouped.TILES, "few" if few else "many", [grouped.Grouped(*size) for size in sizes]

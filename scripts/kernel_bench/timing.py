@@ -1,0 +1,77 @@
+"""Times of device work: many calls in one jitted function, the clock around it, the median of many runs."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+AT_LEAST = 4e-3
+"""Seconds of device work that one timed run should have, beside which starting it is nothing."""
+
+
+def time_calls(
+    call: Callable, arguments, pools, layers: int, *, chain: str | None = None, runs: int = 12, most: int = 96
+) -> tuple[list[float], object]:
+    """Seconds a call in each of `runs` runs, and the pools. Calls go through the layers in turn; pools are consumed.
+
+    Equal calls are one to XLA. Where a call does not change what the next one reads of the pools, `chain` names an
+    argument of integers that all of its kernels read: to it, and to the layer, each call adds a zero that it computes
+    from the outputs before (a kernel of less than 2 us).
+    """
+    repeat = functools.partial(_repeat, call, layers=layers, chain=chain)
+    once = jax.jit(functools.partial(repeat, count=layers), donate_argnums=1)
+    pools = _wait(once(arguments, pools))
+    begin = time.perf_counter()
+    pools = _wait(once(arguments, pools))
+    each = (time.perf_counter() - begin) / layers
+    count = layers * max(1, min(most // layers, round(AT_LEAST / max(each, 1e-6) / layers)))
+    many = jax.jit(functools.partial(repeat, count=count), donate_argnums=1)
+    for _ in range(2):
+        pools = _wait(many(arguments, pools))
+    times = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        pools = _wait(many(arguments, pools))
+        times.append((time.perf_counter() - begin) / count)
+    return times, pools
+
+
+def _repeat(call, arguments, pools, *, layers, chain, count):
+    """`count` calls one after another."""
+    outputs, zero = None, 0
+    for i in range(count):
+        if chain and outputs is not None:
+            # No product with 0 and no mask of bits, which XLA would fold.
+            first = jnp.ravel(jax.tree.leaves(outputs)[0])[0].astype(jnp.float32)
+            zero = (first > 1e38).astype(jnp.int32)
+        mine = arguments | {chain: arguments[chain] + zero} if chain else arguments
+        outputs, pools = call(mine, pools, i % layers + zero)
+    return outputs, pools
+
+
+def _wait(result):
+    _, pools = jax.block_until_ready(result)
+    return pools
+
+
+def copy_ceiling(gibibytes: float = 2.0) -> float:
+    """Bytes a second, read and written, of copying much more than caches hold."""
+    size = int(gibibytes * 2**30 / 4)
+
+    def call(_, x, __):
+        return (), x + 1.0
+
+    times, _ = time_calls(call, (), jnp.zeros((size,), jnp.float32) + jax.random.normal(jax.random.key(0), (1,)), 4)
+    return 8 * size / statistics.median(times)
+
+
+def matmul_ceiling(size: int = 8192) -> float:
+    """FLOP/s of a large bfloat16 product by XLA, on random values; the left operand is the product before."""
+    keys = jax.random.split(jax.random.key(1))
+    x, y = (jax.random.normal(key, (size, size), jnp.float32) for key in keys)
+    weight = (y * size**-0.5).astype(jnp.bfloat16)
+    times, _ = time_calls(lambda w, x, _: ((), x @ w), weight, x.astype(jnp.bfloat16), 4)
+    return 2 * size**3 / statistics.median(times)

@@ -1,0 +1,378 @@
+"""Every op at the sizes of the published Qwen3.5 models: inputs, the call, the float64 answer, bytes and operations.
+
+A workload's pools have several layers, and its calls go from one to the next as a model's do, so that what is read is
+not in the cache.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdnjax.backend import Backend
+from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, paged_attention
+from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder
+from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
+from gdnjax.pallas_kernels.rows import Rows, make_chunks
+from kernel_bench import exact
+
+CHUNK = 64
+K = V = 128
+TAPS = 4
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One call of one op.
+
+    Fields:
+      name     op, then what is special.
+      inputs   key -> (arguments, pools): what the call reads, and what it changes in place.
+      call     (arguments, pools, layer, backend) -> (outputs, pools).
+      exact    (arguments, pools, layer) -> (outputs, pools) in float64; the pools' rows that the call has to write.
+      written  (pools, arguments, layer) -> the rows of the pools that the call writes, to be compared.
+      limits   relative norm of the error against float64: of outputs, and of what is written.
+      sample   outputs -> those that are compared.
+      chain    see timing.time_calls.
+      bytes    that must be read and written at least.
+      flops    that must be done at least.
+    """
+
+    name: str
+    inputs: Callable[[jax.Array], tuple[Tree, Tree]]
+    call: Callable[[Tree, Tree, int, Backend], tuple[Tree, Tree]]
+    exact: Callable[[Tree, Tree, int], tuple[Tree, Tree]]
+    written: Callable[[Tree, Tree, int], Tree]
+    layers: int
+    bytes: int
+    flops: int
+    limits: tuple[float, float]
+    sample: Callable[[Tree], Tree] = lambda outputs: outputs
+    chain: str | None = None
+
+
+def _random(key, shape, dtype=jnp.bfloat16, scale=1.0):
+    return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def _gates(keys, shape, heads):
+    """Half-lives of 1 to 200 tokens."""
+    half_life = 200.0 ** jnp.linspace(0, 1, heads)
+    return Gates(
+        a=_random(keys[0], (*shape, heads), scale=0.3),
+        b=_random(keys[1], (*shape, heads), scale=2.0),
+        A_log=jnp.zeros((heads,), jnp.float32),
+        dt_bias=jnp.log(jnp.expm1(jnp.log(2.0) / half_life)),
+    )
+
+
+jax.tree_util.register_dataclass(Gates, data_fields=["a", "b", "A_log", "dt_bias"], meta_fields=[])
+
+
+def recurrent(
+    kind: str, rows: int, key_heads: int, heads: int, *, old: int = 0, new: int = 1, state="float32", vk=True
+):
+    """Decode, or verify with `old` pending rows and `new` tokens."""
+    channels = 2 * key_heads * K + heads * V
+    layers = max(2, min(24, 512 // rows))
+    order = StateOrder(read=vk, write=vk)
+    shape = (rows,) if kind == "decode" else (rows, old + new)
+
+    def inputs(key):
+        keys = jax.random.split(key, 4)
+        slot = 1 + jax.random.permutation(jax.random.fold_in(key, 7), rows).astype(jnp.int32)
+        arguments = {
+            "qkv": _random(keys[0], (*shape, channels)),
+            "gates": _gates(jax.random.split(keys[1]), shape, heads),
+            "slot": slot,
+            "pending": jnp.full((rows,), old, jnp.int32),
+        }
+        return arguments, _random(keys[2], (layers, rows + 1, heads, K * V), state, 0.1)
+
+    def call(x, ssm, layer, backend):
+        static = {"key_head_dim": K, "backend": backend}
+        if kind == "decode":
+            return gated_delta_rule.decode(x["qkv"], x["gates"], ssm, layer, x["slot"], x["slot"], order, **static)
+        return gated_delta_rule.verify(
+            x["qkv"], x["gates"], ssm, layer, x["slot"], x["slot"], x["pending"], order, new=new, **static
+        )
+
+    size = jnp.dtype(state).itemsize
+    name = f"gdn-{kind}-{heads}h-{rows}" + (f"-{old}+{new}" if kind == "verify" else "")
+    name += ("" if vk else "-kv") + ("-bf16state" if state == "bfloat16" else "")
+    tokens = old + new if kind == "verify" else 1
+    return Workload(
+        name=name,
+        inputs=inputs,
+        call=call,
+        exact=functools.partial(exact.recurrent, old=0 if kind == "decode" else old, kind=kind, vk=vk, key_dim=K),
+        written=lambda ssm, x, layer: ssm[layer, x["slot"]],
+        layers=layers,
+        bytes=rows * (2 * heads * K * V * size + tokens * (2 * channels + 4 * heads) + new * 2 * heads * V),
+        flops=rows * tokens * heads * 8 * K * V,
+        limits=(4e-3, 1e-5 if state == "float32" else 4e-3),
+    )
+
+
+def chunked(lengths: tuple[int, ...], key_heads: int, heads: int, *, correlated: bool = False, vk: bool = True):
+    """Prefill of fresh prompts, one after another."""
+    tokens, rows = sum(lengths), len(lengths)
+    channels = 2 * key_heads * K + heads * V
+    order = StateOrder(read=vk, write=vk)
+    layers = 2
+
+    def inputs(key):
+        keys = jax.random.split(key, 4)
+        qkv = _random(keys[0], (tokens, channels))
+        if correlated:
+            first = key_heads * K
+            direction = _random(keys[3], (first,))
+            qkv = qkv.at[:, first : 2 * first].set(0.05 * qkv[:, first : 2 * first] + direction)
+        arguments = {
+            "qkv": qkv,
+            "gates": _gates(jax.random.split(keys[1]), (tokens,), heads),
+            **packed_rows(lengths),
+        }
+        return arguments, _random(keys[2], (layers, rows + 1, heads, K * V), jnp.float32, 0.1)
+
+    def call(x, ssm, layer, backend):
+        packed, chunks = rows_and_chunks(x, tokens)
+        return gated_delta_rule.prefill(
+            x["qkv"], x["gates"], ssm, layer, packed, chunks, order, key_head_dim=K, backend=backend
+        )
+
+    per_chunk = 2 * CHUNK * (3 * K * V + CHUNK * (2 * K + 2 * V)) + 2 * CHUNK**3 // 3
+    return Workload(
+        name=f"gdn-prefill-{heads}h-{_lengths(lengths)}" + ("-correlated" if correlated else ""),
+        inputs=inputs,
+        call=call,
+        exact=functools.partial(exact.chunked, lengths=lengths, vk=vk, key_dim=K),
+        written=lambda ssm, x, layer: ssm[layer, x["slot"]],
+        layers=layers,
+        bytes=tokens * (2 * channels + 4 * heads + 2 * heads * V) + rows * 4 * heads * K * V,
+        flops=heads * sum(-(-n // CHUNK) for n in lengths) * per_chunk,
+        limits=(8e-2, 8e-2) if correlated else (1.5e-2, 1.5e-2),
+        chain="chunk_length",
+    )
+
+
+def packed_rows(lengths) -> dict[str, jax.Array]:
+    """The batch of fresh rows of these lengths, as `packing` makes it."""
+    starts = np.cumsum([0, *lengths[:-1]])
+    table = [
+        (i, start + at, min(CHUNK, n - at))
+        for i, (start, n) in enumerate(zip(starts, lengths, strict=True))
+        for at in range(0, n, CHUNK)
+    ]
+    row, start, length = (np.array(x, np.int32) for x in zip(*table, strict=True))
+    columns = {
+        "slot": 1 + np.arange(len(lengths)),
+        "start": starts,
+        "length": np.array(lengths),
+        "chunk_row": row,
+        "chunk_start": start,
+        "chunk_length": length,
+        "token_row": np.repeat(np.arange(len(lengths)), lengths),
+        "token_offset": np.concatenate([np.arange(n) for n in lengths]),
+    }
+    return {name: jnp.asarray(value, jnp.int32) for name, value in columns.items()}
+
+
+def rows_and_chunks(x, tokens: int):
+    rows = Rows(
+        read_slot=x["slot"],
+        write_slot=x["slot"],
+        fresh=jnp.ones(x["slot"].shape, bool),
+        start=x["start"],
+        length=x["length"],
+        token_row=x["token_row"],
+        token_offset=x["token_offset"],
+        token_valid=jnp.ones((tokens,), bool),
+    )
+    return rows, make_chunks(x["chunk_row"], x["chunk_start"], x["chunk_length"], tokens=tokens, size=CHUNK)
+
+
+def conv_prefill(lengths: tuple[int, ...], channels: int):
+    tokens, rows, layers = sum(lengths), len(lengths), 2
+
+    def inputs(key):
+        keys = jax.random.split(key, 3)
+        arguments = {
+            "x": _random(keys[0], (tokens, channels)),
+            "weight": _random(keys[1], (channels, TAPS), scale=0.5),
+            **packed_rows(lengths),
+        }
+        return arguments, _random(keys[2], (layers, rows + 1, TAPS - 1, channels))
+
+    def call(x, conv, layer, backend):
+        packed, chunks = rows_and_chunks(x, tokens)
+        return causal_conv1d.prefill(x["x"], x["weight"], conv, layer, packed, chunks, backend=backend)
+
+    return Workload(
+        name=f"conv-prefill-{channels}-{_lengths(lengths)}",
+        inputs=inputs,
+        call=call,
+        exact=functools.partial(exact.conv_prefill, lengths=lengths),
+        written=lambda conv, x, layer: conv[layer, x["slot"]],
+        layers=layers,
+        bytes=tokens * channels * 4,
+        flops=tokens * channels * 2 * TAPS,
+        limits=(4e-3, 0),
+        chain="chunk_length",
+    )
+
+
+def conv_update(rows: int, channels: int, *, pending: int = 0, new: int = 1):
+    """Decode, or verify of `new` tokens behind `pending` ones."""
+    layers = 24
+
+    def inputs(key):
+        keys = jax.random.split(key, 3)
+        arguments = {
+            "x": _random(keys[0], (rows, new, channels) if pending else (rows, channels)),
+            "weight": _random(keys[1], (channels, TAPS), scale=0.5),
+            "slot": 1 + jnp.arange(rows, dtype=jnp.int32),
+            "pending": jnp.full((rows,), pending, jnp.int32),
+        }
+        return arguments, _random(keys[2], (layers, rows + 1, TAPS - 1 + pending, channels))
+
+    def call(x, conv, layer, backend):
+        slot = x["slot"]
+        if not pending:
+            return causal_conv1d.decode(x["x"], x["weight"], conv, layer, slot, slot, backend=backend)
+        return causal_conv1d.verify(x["x"], x["weight"], conv, layer, slot, slot, x["pending"], backend=backend)
+
+    moved = 2 * (TAPS - 1) + 2 * new if not pending else 2 * (TAPS - 1 + pending) + 2 * new + pending
+    return Workload(
+        name=f"conv-{'verify' if pending else 'decode'}-{channels}-{rows}",
+        inputs=inputs,
+        call=call,
+        exact=functools.partial(exact.conv_update, pending=pending),
+        written=lambda conv, x, layer: conv[layer, x["slot"]],
+        layers=layers,
+        bytes=rows * channels * 2 * moved,
+        flops=rows * channels * (pending + new) * 2 * TAPS,
+        limits=(4e-3, 0),
+    )
+
+
+def attention(
+    requests: int, context: int, queries: int, heads: int, kv_heads: int, width: int, *, block_size: int = 16
+):
+    """`queries` tokens of each request at the end of its context: 1 to 8 in decode, all of a chunk in prefill."""
+    per_tile = min(queries, CHUNK)
+    tiles_of = queries // per_tile
+    blocks_of = -(-context // block_size)
+    layers = max(1, min(4, (8 << 30) // (requests * context * kv_heads * width * 4)))
+
+    def inputs(key):
+        keys = jax.random.split(key, 4)
+        count = requests * blocks_of
+        blocks = 1 + jax.random.permutation(keys[3], count).astype(jnp.int32).reshape(requests, blocks_of)
+        position = context - queries + jnp.arange(queries, dtype=jnp.int32).reshape(1, tiles_of, per_tile)
+        shape = (layers, count + 1, block_size, kv_heads, width)
+        arguments = {
+            "q": _random(keys[0], (requests * tiles_of, per_tile, heads, width)),
+            "position": jnp.broadcast_to(position, (requests, tiles_of, per_tile)).reshape(-1, per_tile),
+            "table": jnp.repeat(blocks, tiles_of, axis=0),
+            "k": _random(keys[1], shape),
+            "v": _random(keys[2], shape),
+        }
+        return arguments, ()
+
+    def call(x, pools, layer, backend):
+        tiles = paged_attention.Tiles(x["position"], x["table"], jnp.max(x["position"]) + 1)
+        return paged_attention.attend(x["q"], x["k"], x["v"], layer, tiles, backend=backend), pools
+
+    pairs = requests * sum(context - queries + i + 1 for i in range(queries))
+    kind = "decode" if queries <= 8 else "prefill"
+    return Workload(
+        name=f"attention-{kind}-{heads}/{kv_heads}x{width}-{requests}x{context}"
+        + (f"-{queries}q" if queries > 1 else ""),
+        inputs=inputs,
+        call=call,
+        exact=exact.attention,
+        written=lambda pools, x, layer: (),
+        layers=layers,
+        bytes=requests * (context * kv_heads * width * 4 + queries * heads * width * 4),
+        flops=pairs * heads * width * 4,
+        limits=(6e-3, 0),
+        chain="position",
+    )
+
+
+def grouped(tokens: int, experts: int, per_token: int, depth: int, width: int):
+    """Tokens that choose experts at random; `width` is gate and up together."""
+    rows = tokens * per_token
+
+    def inputs(key):
+        keys = jax.random.split(key, 3)
+        chosen = jax.vmap(lambda k: jax.random.choice(k, experts, (per_token,), replace=False))(
+            jax.random.split(keys[2], tokens)
+        )
+        arguments = {
+            "x": _random(keys[0], (rows, depth)),
+            "weight": _random(keys[1], (experts, width, depth), scale=depth**-0.5),
+            "sizes": jnp.bincount(chosen.reshape(-1), length=experts).astype(jnp.int32),
+        }
+        return arguments, ()
+
+    def call(x, pools, layer, backend):
+        return grouped_matmul(x["x"], x["weight"], x["sizes"], backend=backend), pools
+
+    # Of many experts few are missed: each with probability (1 - top / experts)^tokens.
+    read = experts * (1 - (1 - per_token / experts) ** tokens)
+    return Workload(
+        name=f"grouped-{experts}e-top{per_token}-{depth}x{width}-{tokens}",
+        inputs=inputs,
+        call=call,
+        exact=exact.grouped,
+        written=lambda pools, x, layer: (),
+        layers=1,
+        bytes=int(read * width * depth * 2) + rows * (depth + width) * 2,
+        flops=2 * rows * depth * width,
+        limits=(4e-3, 0),
+        sample=lambda out: out[:: exact.every(rows)],
+        chain="sizes",
+    )
+
+
+def _lengths(lengths) -> str:
+    return str(lengths[0]) if len(lengths) == 1 else f"{len(lengths)}x{lengths[0]}"
+
+
+WORKLOADS = {
+    work.name: work
+    for work in (
+        *(recurrent("decode", rows, 16, heads) for heads in (32, 48, 64) for rows in (1, 16, 128, 256)),
+        recurrent("decode", 128, 16, 48, vk=False),
+        recurrent("decode", 128, 16, 48, state="bfloat16"),
+        *(recurrent("verify", 128, 16, 48, old=old, new=4) for old in (0, 1, 4)),
+        recurrent("verify", 128, 16, 32, old=4, new=4),
+        recurrent("verify", 1, 16, 48, old=4, new=4),
+        *(chunked((n,), 16, 48) for n in (1024, 8192, 32768)),
+        chunked((1024,) * 8, 16, 48),
+        chunked((8192,), 16, 48, correlated=True),
+        chunked((8192,), 16, 32),
+        conv_prefill((8192,), 10240),
+        conv_prefill((8192,), 8192),
+        conv_update(128, 10240),
+        conv_update(128, 10240, pending=4, new=4),
+        attention(128, 2048, 1, 24, 4, 256),
+        attention(128, 2048, 4, 24, 4, 256),
+        attention(128, 2048, 1, 16, 4, 256),
+        attention(128, 2048, 1, 32, 2, 256),
+        attention(1, 131072, 1, 24, 4, 256),
+        attention(1, 8192, 8192, 24, 4, 256),
+        attention(1, 8192, 2048, 24, 4, 256),
+        grouped(128, 512, 10, 4096, 2048),
+        grouped(128, 256, 8, 2048, 1024),
+        grouped(8192, 512, 10, 4096, 2048),
+    )
+}
