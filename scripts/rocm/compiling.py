@@ -1,0 +1,217 @@
+"""Compile-only AMD devices, compiled functions, and what the gate demands of them."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rocm import code_object
+
+TARGETS = {"gfx942": "mi300x.txtpb", "gfx950": "mi355x.txtpb"}
+"""Architecture -> how XLA is told of a chip that is not there."""
+
+MOST_WARPS = 16
+"""Warps are 64 lanes wide: more than 1,024 threads compile, and cannot be launched."""
+
+MOST_THREADS = 1 << 32
+"""Of a launch, along x."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A Triton kernel as it was lowered: what can be said before it is compiled."""
+
+    name: str
+    warps: int
+    grid: tuple[int, int, int]
+    operands: tuple[str, ...]
+    ir: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What came of one function."""
+
+    launches: list[Launch]
+    kernels: list[code_object.Kernel]
+    alias_bytes: int
+    temporary_bytes: int
+    errors: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Demands:
+    """On one function. `waves` is a floor of each of our kernels, by the beginning of its name."""
+
+    alias_bytes: int = 0
+    most_temporary_bytes: int | None = None
+    waves: float = 1.0
+
+
+def prepare(directory: pathlib.Path) -> None:
+    """Before jax is imported: XLA keeps code objects, and the order of its launches, in `directory`."""
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TF_CPP_MIN_LOG_LEVEL="2",
+        TF_XLA_HSACO_CACHE_DIR=str(directory),
+        TF_XLA_HSACO_BITCODE_SIZE_THRESHOLD="0",
+        XLA_FLAGS=f"--xla_dump_to={directory}",
+    )
+
+
+def devices(arch: str, count: int = 1) -> list[Any]:
+    """`count` chips that can be compiled for. The plugin must be installed, its libraries or their stand-ins loaded."""
+    from jax._src import hardware_utils
+    from jax.experimental import topologies
+
+    # The plugin refuses to start where the kernel driver shows no GPU.
+    hardware_utils.num_available_amd_gpus = lambda *_, **__: 1
+    target = (pathlib.Path(__file__).parent / TARGETS[arch]).read_text()
+    return list(topologies.get_topology_desc("", "rocm", target_config=target, topology=f"1x1x{count}").devices)
+
+
+def compile_function(lower: Callable[[], Any], cache: pathlib.Path, known: dict[str, code_object.Kernel]) -> Compiled:
+    """Lowers, compiles, and reads the code objects that are new in `cache`.
+
+    XLA does not compile the same module twice: `known` has what earlier functions brought.
+    """
+    before = set(cache.iterdir())
+    with _stderr() as said:
+        lowered = lower()
+        launches = launches_of(lowered)
+        compiled = lowered.compile()
+    new = set(cache.iterdir()) - before
+    for file in sorted(file for file in new if file.suffix == ".hsaco"):
+        known |= {kernel.name: kernel for kernel in code_object.kernels(file.read_bytes())}
+    memory = compiled.memory_analysis()
+    shared = _shared_memory({file for file in new if file.name.endswith("thunk_sequence.txt")})
+    kernels = [
+        dataclasses.replace(known[launch.name], lds=max(known[launch.name].lds, shared.get(launch.name, 0)))
+        for launch in {launch.name: launch for launch in launches}.values()
+        if launch.name in known
+    ]
+    return Compiled(
+        launches=launches,
+        kernels=kernels,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        errors=[line.strip() for line in said() if re.search(r"\berror:", line)],
+    )
+
+
+def judge(compiled: Compiled, demands: Demands, arch: str) -> list[str]:
+    """What is wrong with it: nothing, where the list is empty."""
+    wrong = [f"the compiler says: {error[-160:]}" for error in compiled.errors[:3]]
+    found = {kernel.name for kernel in compiled.kernels}
+    for launch in compiled.launches:
+        wrong += [f"{launch.name}: {fault}" for fault in faults_of(launch, arch)]
+        if launch.name not in found:
+            wrong.append(f"{launch.name}: no code object of it was seen")
+    for kernel in compiled.kernels:
+        for what, count in (("VGPR spills", kernel.vgpr_spills), ("bytes of scratch", kernel.scratch)):
+            if count:
+                wrong.append(f"{kernel.name}: {count} {what}")
+        if kernel.lds > code_object.LDS[arch]:
+            wrong.append(f"{kernel.name}: {kernel.lds} bytes of LDS, a group has {code_object.LDS[arch]}")
+        if kernel.waves(arch) < demands.waves:
+            wrong.append(f"{kernel.name}: {kernel.waves(arch):g} waves a SIMD, at least {demands.waves:g} wanted")
+    if compiled.alias_bytes < demands.alias_bytes:
+        wrong.append(f"{compiled.alias_bytes} bytes are updated in place, {demands.alias_bytes} wanted")
+    if demands.most_temporary_bytes is not None and compiled.temporary_bytes > demands.most_temporary_bytes:
+        wrong.append(f"{compiled.temporary_bytes} bytes of temporaries, at most {demands.most_temporary_bytes} wanted")
+    return wrong
+
+
+def faults_of(launch: Launch, arch: str) -> Iterator[str]:
+    """What a kernel must not do on AMD, though it may compile."""
+    if launch.warps > MOST_WARPS:
+        yield f"{launch.warps} warps of 64 lanes cannot be launched; at most {MOST_WARPS}"
+    x, y, z = launch.grid
+    if max(y, z) > 65535 or x * launch.warps * 64 >= MOST_THREADS:
+        yield f"a grid of {launch.grid} cannot be launched"
+    if "elementwise_inline_asm" in launch.ir:
+        yield "inline assembly is that of another machine"
+    if re.search(r"inputPrecision = tf32 : tensor<\S+xf32> \*", launch.ir):
+        yield "a float32 product at default precision is rounded to xf32 on gfx942"
+    for operand in launch.operands:
+        match = re.match(r"tensor<((?:\d+x)+)(f8\w*|i8|ui8)>", operand)
+        if match:
+            size = 1
+            for axis in match[1].split("x")[:-1]:
+                size *= int(axis)
+            # Up to 2^32 bytes Triton is given offsets of 32 bits, with a sign.
+            if 1 << 31 <= size <= 1 << 32:
+                yield f"{operand} has more one-byte elements than 31 bits can number"
+
+
+def launches_of(lowered) -> list[Launch]:
+    """Triton kernels in a lowered function."""
+    from jax._src.lib.mlir import ir
+
+    module = lowered.compiler_ir("stablehlo")
+    found = []
+    with module.context:
+        for operation in _operations(module.operation):
+            if operation.name != "stablehlo.custom_call":
+                continue
+            attributes = operation.attributes
+            if ir.StringAttr(attributes["call_target_name"]).value != "__gpu$xla.gpu.triton":
+                continue
+            config = ir.DictAttr(attributes["mhlo.backend_config"])
+            warps, x, y, z = (ir.IntegerAttr(config[k]).value for k in ("num_warps", "grid_x", "grid_y", "grid_z"))
+            found.append(
+                Launch(
+                    name=ir.StringAttr(config["name"]).value,
+                    warps=warps,
+                    grid=(x, y, z),
+                    operands=tuple(str(operand.type) for operand in operation.operands),
+                    ir=_text(ir.StringAttr(config["ir"]).value_bytes),
+                )
+            )
+    return found
+
+
+def _operations(operation) -> Iterator[Any]:
+    for region in operation.regions:
+        for block in region:
+            for inner in block:
+                yield inner.operation
+                yield from _operations(inner.operation)
+
+
+def _text(bytecode: bytes) -> str:
+    from jax._src.lib.mlir import ir
+    from jax._src.pallas.triton import lowering
+
+    with lowering._new_ir_context(), ir.Location.unknown():
+        return ir.Module.parse(bytecode).operation.get_asm(enable_debug_info=False)
+
+
+def _shared_memory(files: set[pathlib.Path]) -> dict[str, int]:
+    """Bytes of LDS that kernels ask for when they are launched: Triton's are in no code object."""
+    pattern = r"(\w+) grid: \[[\d, ]*\] threads: \[[\d, ]*\]\s+shared_memory: (\d+) bytes"
+    found: dict[str, int] = {}
+    for file in files:
+        for name, size in re.findall(pattern, file.read_text()):
+            found[name] = max(int(size), found.get(name, 0))
+    return found
+
+
+@contextlib.contextmanager
+def _stderr() -> Iterator[Callable[[], list[str]]]:
+    """What the process, its C++ part included, writes to stderr meanwhile."""
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        lines: list[str] = []
+        try:
+            yield lambda: lines
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()

@@ -1,0 +1,177 @@
+"""Compiles every kernel and whole steps for AMD GPUs, without one, and refuses what could not run well there."""
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+from command import exit_status
+
+DESCRIPTION = """\
+Every kernel at every workload of bench_kernels.py, and whole prefill, decode and seal steps at the layer sizes of
+published models, through XLA's own ROCm compiler. Refused are: what does not compile, registers that spill, scratch,
+more LDS than the chip has, too few waves, launches that the hardware cannot do, pools that are not updated in place.
+One kernel that is known to spill must be refused, or the gate itself is broken.
+
+Nothing runs, and nothing is said of speed. It needs an environment of its own with the compiler's wheels (160 MB, no
+ROCm and no GPU), readelf and gcc:
+
+  pip install jax==0.10.2 jaxlib==0.10.2 jax-rocm7-pjrt==0.10.2 jax-rocm7-plugin==0.10.2
+"""
+
+EXAMPLES = """\
+examples:
+  python scripts/rocm_gate.py                        gfx942 (MI300X) and gfx950 (MI355X)
+  python scripts/rocm_gate.py --arch gfx942 'gdn-*'  some, for one
+  python scripts/rocm_gate.py --write-readme         and put the table of resources into README.md
+
+Exit status: 0 all passed, 1 something was refused, 2 an error.
+"""
+
+README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+MARKS = ("<!-- rocm gate: begin -->", "<!-- rocm gate: end -->")
+ARCHITECTURES = ("gfx942", "gfx950")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", default=["*"], help="patterns of workloads and steps (default: all)")
+    parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="architecture (default: both)")
+    parser.add_argument("--output", metavar="FILE", help="also write all figures there, as JSON")
+    parser.add_argument("--write-readme", action="store_true", help="replace the table of resources in README.md")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    run = (lambda: work(arguments)) if arguments.worker else (lambda: gate(arguments))
+    return exit_status("rocm_gate.py", run)
+
+
+def gate(arguments) -> int:
+    """One process an architecture: a process compiles for one kind of chip."""
+    results = []
+    for arch in arguments.arch or ARCHITECTURES:
+        command = [sys.executable, __file__, *arguments.names, "--worker", arch]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for text in process.stdout:
+                if not text.startswith("{"):
+                    print(text, end="", flush=True)
+                    continue
+                results.append(json.loads(text))
+                print(line(results[-1]), flush=True)
+        if process.returncode:
+            raise RuntimeError(f"the compiler of {arch} ended with status {process.returncode}")
+    if arguments.output:
+        pathlib.Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.write_readme:
+        write_readme(results)
+    refused = [result for result in results if not result["passed"]]
+    print(f"{len(results) - len(refused)} passed, {len(refused)} refused")
+    return 1 if refused else 0
+
+
+def work(arguments) -> int:
+    """Compiles for one architecture and prints a line of JSON for each function."""
+    from rocm import compiling, stand_ins
+
+    arch = arguments.worker
+    with tempfile.TemporaryDirectory() as scratch:
+        libraries, cache = pathlib.Path(scratch, "libraries"), pathlib.Path(scratch, "code")
+        libraries.mkdir()
+        cache.mkdir()
+        compiling.prepare(cache)
+        stand_ins.load(stand_ins.build(plugin_libraries(), libraries))
+
+        from rocm import functions
+
+        (device,) = compiling.devices(arch)
+        known: dict = {}
+        todo = [*functions.kernels(arch, device), *functions.steps(arch, lambda n: compiling.devices(arch, n))]
+        todo = [f for f in todo if any(fnmatch.fnmatchcase(f.name, wanted) for wanted in arguments.names)]
+        for function in [*todo, functions.known_to_spill(device)]:
+            begin = time.perf_counter()
+            try:
+                compiled = compiling.compile_function(function.lower, cache, known)
+            except Exception as failure:  # compilers and lowerings raise what they like: it is the answer
+                wrong, kernels, memory = [f"{type(failure).__name__}: {str(failure)[:300]}"], [], (0, 0)
+            else:
+                wrong = compiling.judge(compiled, function.demands, arch)
+                kernels = [dataclasses.asdict(k) | {"waves": k.waves(arch)} for k in compiled.kernels]
+                memory = (compiled.alias_bytes, compiled.temporary_bytes)
+            result = {
+                "arch": arch,
+                "name": function.name,
+                "passed": bool(wrong) == function.fails,
+                "wrong": wrong or (["was not refused"] if function.fails else []),
+                "fails": function.fails,
+                "kernels": kernels,
+                "alias_bytes": memory[0],
+                "temporary_bytes": memory[1],
+                "seconds": round(time.perf_counter() - begin, 2),
+            }
+            print(json.dumps(result), flush=True)
+    return 0
+
+
+def plugin_libraries() -> list[pathlib.Path]:
+    """The shared objects of the jax-rocm7 wheels."""
+    import importlib.util
+
+    found: list[pathlib.Path] = []
+    for package in ("jax_plugins.xla_rocm7", "jax_rocm7_plugin"):
+        spec = importlib.util.find_spec(package)
+        for place in (spec.submodule_search_locations or []) if spec else []:
+            found += sorted(pathlib.Path(place).rglob("*.so"))
+    if not found:
+        raise ImportError("the ROCm compiler is not installed: pip install jax-rocm7-pjrt jax-rocm7-plugin")
+    return found
+
+
+def line(result: dict) -> str:
+    text = f"{'passed ' if result['passed'] else 'REFUSED'} {result['arch']} {result['name']} ({result['seconds']} s)"
+    for kernel in result["kernels"]:
+        text += f"\n    {kernel['name']}: {kernel['vgpr']} VGPR, {kernel['sgpr']} SGPR, {kernel['lds']} B LDS"
+        text += f", {kernel['waves']:g} waves"
+    if not result["passed"]:
+        text += "".join(f"\n    {fault}" for fault in result["wrong"])
+    return text
+
+
+def write_readme(results: list[dict]) -> None:
+    text = README.read_text()
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    README.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
+
+
+def table(results: list[dict]) -> str:
+    """A row for each kernel: over all workloads, the most registers and the fewest waves."""
+    rows: dict[str, dict[str, list[dict]]] = {}
+    for result in results:
+        if not result["fails"]:
+            for kernel in result["kernels"]:
+                rows.setdefault(kernel["name"], {}).setdefault(result["arch"], []).append(kernel)
+    head = "VGPR, LDS in kB, waves"
+    lines = [f"| Kernel | gfx942: {head} | gfx950: {head} | spills |", "|---|---|---|---|"]
+    for name, by_arch in sorted(rows.items()):
+        cells = [
+            f"{max(k['vgpr'] for k in by_arch[arch])}, {max(k['lds'] for k in by_arch[arch]) / 1024:.0f}, "
+            f"{min(k['waves'] for k in by_arch[arch]):g}"
+            if by_arch.get(arch)
+            else ""
+            for arch in ARCHITECTURES
+        ]
+        spills = sum(k["vgpr_spills"] for kernels in by_arch.values() for k in kernels)
+        lines.append(f"| `{name}` | {cells[0]} | {cells[1]} | {spills} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The gate's judgement, without its compiler: what it reads, what it refuses, and that every kernel lowers for ROCm."""
+
+import dataclasses
+import json
+import re
+import struct
+
+import jax
+import pytest
+import rocm_gate as script
+from kernel_bench.workloads import WORKLOADS
+from rocm import code_object, compiling
+from rocm.code_object import Kernel
+from rocm.compiling import Compiled, Demands, Launch, judge
+
+from gdnjax.backend import Backend
+
+GOOD = Kernel("k", vgpr=96, sgpr=40, vgpr_spills=0, sgpr_spills=0, scratch=0, threads=256, lds=16384)
+LAUNCH = Launch("k", warps=4, grid=(1024, 1, 1), operands=("tensor<8x4xbf16>",), ir="")
+COMPILED = Compiled(launches=[LAUNCH], kernels=[GOOD], alias_bytes=100, temporary_bytes=10, errors=[])
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_kernel_lowers_for_rocm(name):
+    work = WORKLOADS[name]
+    arguments, pools = jax.eval_shape(work.inputs, jax.random.key(0))
+    call = jax.jit(lambda x, p: work.call(x, p, 0, Backend("pallas", "gfx942")), donate_argnums=1)
+    launches = compiling.launches_of(call.trace(arguments, pools).lower(lowering_platforms=("rocm",)))
+    assert launches
+    for launch in launches:
+        assert not [*compiling.faults_of(launch, "gfx942")]
+
+
+def test_what_is_right_passes():
+    assert judge(COMPILED, Demands(alias_bytes=100, most_temporary_bytes=10, waves=4), "gfx942") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vgpr_spills": 3}, "k: 3 VGPR spills"),
+        ({"scratch": 16}, "k: 16 bytes of scratch"),
+        ({"lds": 65537}, "k: 65537 bytes of LDS, a group has 65536"),
+        ({"vgpr": 300}, "k: 1 waves a SIMD, at least 4 wanted"),
+    ],
+)
+def test_kernels_that_could_not_run_well_are_refused(change, said):
+    compiled = dataclasses.replace(COMPILED, kernels=[dataclasses.replace(GOOD, **change)])
+    assert said in judge(compiled, Demands(waves=4), "gfx942")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"warps": 32}, "32 warps of 64 lanes cannot be launched"),
+        ({"grid": (1, 70000, 1)}, "cannot be launched"),
+        ({"ir": "tt.elementwise_inline_asm"}, "inline assembly"),
+        ({"ir": "tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<16x16xf32> * tensor<16x16xf32>"}, "xf32"),
+        ({"operands": ("tensor<3x1024x1048576xi8>",)}, "more one-byte elements than 31 bits can number"),
+    ],
+)
+def test_launches_that_hardware_cannot_do_are_refused(change, said):
+    compiled = dataclasses.replace(COMPILED, launches=[dataclasses.replace(LAUNCH, **change)])
+    (fault,) = judge(compiled, Demands(), "gfx942")
+    assert said in fault
+
+
+def test_missing_code_copied_pools_and_errors_are_refused():
+    faults = judge(dataclasses.replace(COMPILED, kernels=[], errors=["x error: y"]), Demands(101, 9), "gfx950")
+    assert faults == [
+        "the compiler says: x error: y",
+        "k: no code object of it was seen",
+        "100 bytes are updated in place, 101 wanted",
+        "10 bytes of temporaries, at most 9 wanted",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "waves"),
+    [
+        ({"vgpr": 64, "lds": 0}, 8),
+        ({"vgpr": 96, "lds": 0}, 5),
+        ({"vgpr": 264, "lds": 0}, 1),
+        ({"vgpr": 512, "lds": 0}, 1),
+        # Two groups of four waves share 64 kB.
+        ({"vgpr": 64, "lds": 32768}, 2),
+    ],
+)
+def test_waves_follow_from_registers_and_lds(kernel, waves):
+    assert dataclasses.replace(GOOD, **kernel).waves("gfx942") == waves
+
+
+def pack(value) -> bytes:
+    """As much of MessagePack as a code object has."""
+    match value:
+        case bool():
+            return b"\xc3" if value else b"\xc2"
+        case int() if value < 128:
+            return bytes([value])
+        case int():
+            return b"\xcd" + struct.pack(">H", value)
+        case str():
+            return b"\xd9" + bytes([len(value)]) + value.encode()
+        case list():
+            return bytes([0x90 + len(value)]) + b"".join(map(pack, value))
+        case dict():
+            return bytes([0x80 + len(value)]) + b"".join(pack(k) + pack(v) for k, v in value.items())
+    raise TypeError(value)
+
+
+def code_object_of(metadata: dict) -> bytes:
+    """An ELF of one section, the note."""
+    value = pack(metadata)
+    note = (
+        struct.pack("<III", 7, len(value), code_object.AMDGPU_METADATA) + b"AMDGPU\0\0" + value + bytes(-len(value) % 4)
+    )
+    header = bytearray(64)
+    header[:4] = b"\x7fELF"
+    struct.pack_into("<H", header, 18, code_object.AMDGPU)
+    struct.pack_into("<Q", header, 40, 64 + len(note))
+    struct.pack_into("<HH", header, 58, 64, 1)
+    section = bytearray(64)
+    struct.pack_into("<I", section, 4, code_object.NOTES)
+    struct.pack_into("<QQ", section, 24, 64, len(note))
+    return bytes(header) + note + bytes(section)
+
+
+def test_code_objects_are_read():
+    fields = {".vgpr_count": 300, ".sgpr_count": 40, ".vgpr_spill_count": 2, ".sgpr_spill_count": 0}
+    fields |= {".private_segment_fixed_size": 16, ".max_flat_workgroup_size": 256, ".group_segment_fixed_size": 0}
+    (kernel,) = code_object.kernels(code_object_of({"amdhsa.kernels": [{".name": "walk", **fields}]}))
+    assert kernel == Kernel("walk", 300, 40, 2, 0, 16, 256, 0)
+
+
+def test_what_is_no_code_object_is_an_error():
+    with pytest.raises(ValueError, match="not an AMD code object"):
+        code_object.kernels(b"\x7fELF" + bytes(100))
+
+
+def test_table_has_a_row_a_kernel_with_the_worst_of_its_workloads(tmp_path, monkeypatch):
+    def result(arch, vgpr):
+        kernel = dataclasses.asdict(dataclasses.replace(GOOD, vgpr=vgpr)) | {"waves": 512 // vgpr}
+        return {"arch": arch, "name": "w", "passed": True, "fails": False, "kernels": [kernel]}
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{script.MARKS[0]}\nold\n{script.MARKS[1]}\nafter\n")
+    monkeypatch.setattr(script, "README", readme)
+    script.write_readme([result("gfx942", 128), result("gfx942", 256), result("gfx950", 64)])
+    text = readme.read_text()
+    assert "| `k` | 256, 16, 2 | 64, 16, 8 | 0 |" in text
+    assert "old" not in text
+    assert re.match(r"before\n.*after\n$", text, re.DOTALL)
+
+
+def test_without_the_compiler_it_says_what_to_install(capsys):
+    assert script.main(["--arch", "gfx942", "no such workload"]) == 2
+    assert "the compiler of gfx942 ended with status" in capsys.readouterr().err
+
+
+def test_worker_reports_lines_of_json():
+    """What `line` prints is read from them."""
+    result = {"arch": "gfx942", "name": "w", "passed": False, "wrong": ["k: 3 VGPR spills"], "seconds": 1.0}
+    text = script.line(json.loads(json.dumps(result | {"kernels": []})))
+    assert text == "REFUSED gfx942 w (1.0 s)\n    k: 3 VGPR spills"
