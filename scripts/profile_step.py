@@ -1,0 +1,173 @@
+"""Where the time of whole steps goes on a device: kernel by kernel, for a model of random weights."""
+
+import argparse
+import collections
+import json
+import pathlib
+import re
+import sys
+import tempfile
+import time
+
+from command import exit_status, prepare_environment
+
+DESCRIPTION = """\
+Serves requests with a model of random weights, and reads the profiler: the time of every kernel on the device, summed
+by kind, for prefill and for decode, beside the wall clock of a decode step and the time in which no kernel ran.
+"""
+
+EXAMPLES = """\
+examples:
+  python scripts/profile_step.py --config qwen3.5-9b --requests 128 --input-len 1024
+  python scripts/profile_step.py --config qwen3.5-9b --requests 1 --num-speculative-tokens 3 --output profile.json
+
+Exit status: 0 done, 2 an error.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="qwen3.5-9b", help="a preset, or a config.json (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="of the model; fewer than it has for a quick look")
+    parser.add_argument("--requests", type=int, default=128, help="at once (default: %(default)s)")
+    parser.add_argument("--input-len", type=int, default=1024, help="tokens of each prompt (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=32, help="decode steps in the profile (default: %(default)s)")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192, help="of a prefill (default: %(default)s)")
+    parser.add_argument("--num-speculative-tokens", type=int, default=0, help="drafts a step (default: %(default)s)")
+    parser.add_argument("--spec-acceptance-length", type=float, help="forced tokens a step")
+    parser.add_argument("--kernels", default="auto", help="see EngineConfig (default: %(default)s)")
+    parser.add_argument("--state-layout", default=None, help="see EngineConfig")
+    parser.add_argument("--memory-fraction", type=float, help="of the device's memory")
+    parser.add_argument("--output", metavar="FILE", help="also write all kernels there, as JSON")
+    arguments = parser.parse_args(argv)
+    return exit_status("profile_step.py", lambda: run(arguments))
+
+
+def run(arguments) -> int:
+    prepare_environment(arguments.memory_fraction)
+    import dataclasses
+
+    import jax
+    import numpy as np
+    from serving_bench.engines import load_random
+
+    from gdnjax import LLM, EngineConfig, ModelConfig, SamplingParams
+    from gdnjax.assets import config_file
+
+    config = ModelConfig.from_hf(config_file(arguments.config))
+    if arguments.layers:
+        kinds, mlps = config.layer_kinds[: arguments.layers], config.mlp_kinds[: arguments.layers]
+        config = dataclasses.replace(config, layer_kinds=kinds, mlp_kinds=mlps)
+    drafts = arguments.num_speculative_tokens
+    loaded = load_random(config, {"tensor_parallel_size": 1, "dtype": "auto"}, 0, mtp=drafts > 0)
+    # Enough that every request decodes through all profiled steps and those before them.
+    tokens = (arguments.steps + 24) * (1 + drafts)
+    length = arguments.input_len + tokens + 64
+    options = {} if arguments.state_layout is None else {"state_layout": arguments.state_layout}
+    engine = EngineConfig(
+        kernels=arguments.kernels,
+        max_num_seqs=arguments.requests,
+        decode_buckets=(arguments.requests,),
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+        prefill_buckets=(arguments.max_num_batched_tokens,),
+        num_speculative_tokens=drafts,
+        spec_acceptance_length=arguments.spec_acceptance_length,
+        enable_prefix_caching=False,
+        num_kv_blocks=arguments.requests * -(-length // 16),
+        **options,
+    )
+    begin = time.perf_counter()
+    with LLM.from_model(loaded.model, loaded.params, engine, max_model_len=length) as llm:
+        print(f"ready after {time.perf_counter() - begin:.1f} s", flush=True)
+        rng = np.random.default_rng(0)
+        params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True)
+
+        def submit(count):
+            for _ in range(count):
+                llm.submit(rng.integers(0, config.vocab_size, arguments.input_len).tolist(), params)
+
+        submit(1)
+        while llm.engine.has_work:
+            llm.step()
+        submit(arguments.requests)
+        with tempfile.TemporaryDirectory() as scratch:
+            begin = time.perf_counter()
+            with jax.profiler.trace(scratch):
+                while not llm.engine.scheduler.running or llm.engine.scheduler.waiting or _prefilling(llm):
+                    llm.step()
+                jax.block_until_ready(llm.engine.state)
+            prefill = kernels_of(scratch)
+        seconds = time.perf_counter() - begin
+        print(f"prefill: {arguments.requests * arguments.input_len / seconds:.0f} tokens/s, profiled")
+        for _ in range(8):
+            llm.step()
+        jax.block_until_ready(llm.engine.state)
+        begin = time.perf_counter()
+        for _ in range(arguments.steps // 2):
+            llm.step()
+        jax.block_until_ready(llm.engine.state)
+        wall = (time.perf_counter() - begin) / (arguments.steps // 2)
+        with tempfile.TemporaryDirectory() as scratch:
+            with jax.profiler.trace(scratch):
+                for _ in range(arguments.steps // 2):
+                    llm.step()
+                jax.block_until_ready(llm.engine.state)
+            decode = kernels_of(scratch)
+    print(table("prefill", prefill, 1))
+    print(table("decode", decode, arguments.steps // 2))
+    busy = sum(seconds for _, seconds in decode.values()) / (arguments.steps // 2)
+    print(f"a decode step: {wall * 1e3:.2f} ms by the clock, kernels {busy * 1e3:.2f} ms")
+    if arguments.output:
+        figures = {
+            "device": jax.devices()[0].device_kind,
+            "wall": wall,
+            "busy": busy,
+            "prefill": prefill,
+            "decode": decode,
+        }
+        pathlib.Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def _prefilling(llm) -> bool:
+    return any(not request.output_token_ids for request in llm.engine.scheduler.running)
+
+
+def kernels_of(directory: str) -> dict[str, tuple[int, float]]:
+    """Kernel -> (launches, seconds) over the devices' streams of a profile."""
+    from jax.profiler import ProfileData
+
+    found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    for file in pathlib.Path(directory).rglob("*.xplane.pb"):
+        for plane in ProfileData.from_file(str(file)).planes:
+            if not plane.name.startswith("/device:"):
+                continue
+            for stream in plane.lines:
+                if not stream.name.startswith("Stream"):
+                    continue
+                for event in stream.events:
+                    entry = found[event.name]
+                    entry[0] += 1
+                    entry[1] += event.duration_ns / 1e9
+    return {name: (int(count), seconds) for name, (count, seconds) in found.items()}
+
+
+def table(what: str, kernels: dict[str, tuple[int, float]], steps: int, most: int = 30) -> str:
+    """Kernels by kind, numbers taken off their names, longest first."""
+    kinds: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    for name, (count, seconds) in kernels.items():
+        kind = kinds[re.sub(r"[._]\d+$", "", name)[:70]]
+        kind[0] += count
+        kind[1] += seconds
+    total = sum(seconds for _, seconds in kinds.values()) or 1.0
+    lines = [f"{what}: {total / steps * 1e3:.2f} ms of kernels a {'step' if steps > 1 else 'run'}"]
+    for name, (count, seconds) in sorted(kinds.items(), key=lambda item: -item[1][1])[:most]:
+        lines.append(f"  {seconds / steps * 1e6:10.1f} us {seconds / total:6.1%} {count / steps:8.1f} x  {name}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
