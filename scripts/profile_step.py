@@ -76,6 +76,8 @@ def run(arguments) -> int:
         num_speculative_tokens=drafts,
         spec_acceptance_length=arguments.spec_acceptance_length,
         enable_prefix_caching=False,
+        # Of all steps it needs two.
+        warmup=False,
         num_kv_blocks=arguments.requests * -(-length // 16),
         **options,
     )

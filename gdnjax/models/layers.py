@@ -44,13 +44,13 @@ class RMSNorm(nnx.Module):
 
 
 class GatedRMSNorm(nnx.Module):
-    """Plain weight, gated: x / rms(x) * w * silu(gate). `x` is float32; the result has the gate's dtype."""
+    """Plain weight, gated: x / rms(x) * w * silu(gate). The result has the gate's dtype."""
 
     def __init__(self, width: int, eps: float, dtype: str):
         self.weight = nnx.Param(jnp.zeros((width,), dtype))
         self.eps = eps
 
-    def __call__(self, x: Float32[Array, "... v"], gate: Float[Array, "... v"]) -> Float[Array, "... v"]:
+    def __call__(self, x: Float[Array, "... v"], gate: Float[Array, "... v"]) -> Float[Array, "... v"]:
         normal = rms_normalise(x, self.eps) * self.weight[...].astype(jnp.float32)
         return (normal * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
 

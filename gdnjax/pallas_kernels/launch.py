@@ -59,10 +59,13 @@ def barrier(interpret: bool) -> None:
         plgpu.debug_barrier()
 
 
-def dot(x: Array, y: Array, *, contract: tuple[int, int] = (1, 0)) -> Array:
-    """Product of two blocks over axis `contract[0]` of x and `contract[1]` of y, summed in float32."""
+def dot(x: Array, y: Array, *, contract: tuple[int, int] = (1, 0), precision=FLOAT32_DOT) -> Array:
+    """Product of two blocks over axis `contract[0]` of x and `contract[1]` of y, summed in float32.
+
+    `precision` is that of float32 blocks.
+    """
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    precision = FLOAT32_DOT if x.dtype == jnp.float32 else None
+    precision = precision if x.dtype == jnp.float32 else None
     return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 

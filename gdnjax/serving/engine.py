@@ -4,9 +4,11 @@ import collections
 import dataclasses
 import itertools
 import logging
+import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -42,6 +44,15 @@ class InFlight:
     plan: Plan
     prefill: Emitted | None
     decode: Emitted | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A jitted step, and what it is called with beside the state."""
+
+    step: Any
+    batch: Any
+    arguments: tuple[Any, ...] = ()
 
 
 class Engine:
@@ -163,32 +174,32 @@ class Engine:
         for leaf in jax.tree.leaves((turn.prefill, turn.decode)):
             leaf.copy_to_host_async()
 
-    def _run(self, step: Callable, batch: Any, *arguments: Any) -> Any:
+    def _run(self, call: Call) -> Any:
         with self.metrics.timed("dispatch"):
-            return step(*arguments, self.state, batch)
+            return call.step(*call.arguments, self.state, call.batch)
 
     def _admit(self, admissions: list[Admission]) -> None:
         if not admissions:
             return
-        self._run_admit(admissions)
+        self.state = self._run(self._admit_call(admissions))
         for admission in admissions:
             if admission.request.logit_row:
-                self._fill_logit_row(admission.request)
+                self.state = self._run(self._logit_row_call(admission.request))
 
-    def _run_admit(self, admissions: list[Admission]) -> None:
+    def _admit_call(self, admissions: list[Admission]) -> Call:
         with self.metrics.timed("pack"):
             batch = packing.pack_admissions(admissions, rows=self.config.prefill_rows, table_width=self._table_width)
-        self.state = self._run(self.steps.admit, batch)
+        return Call(self.steps.admit, batch)
 
     @property
     def _table_width(self) -> int:
         return self.state.slots.block_table.shape[1]
 
-    def _fill_logit_row(self, request: Request | None) -> None:
+    def _logit_row_call(self, request: Request | None) -> Call:
         width = self.state.logit_rows.bias.shape[1]
         with self.metrics.timed("pack"):
             batch = packing.pack_logit_row(request, self.model.vocab_size, width)
-        self.state = self._run(self.steps.fill_logit_row, batch)
+        return Call(self.steps.fill_logit_row, batch)
 
     def _prefill(self, pieces: list[Piece]) -> Emitted:
         # A prefill step draws a few rows only, so it has no variant with the plain sampler.
@@ -202,9 +213,10 @@ class Engine:
         tokens = packing.bucket_for(length, fits)
         self.counters.num_prompt_tokens += length
         self.counters.num_padded_tokens += tokens - length
-        return self._run_prefill(options, pieces, tokens)
+        self.state, emitted = self._run(self._prefill_call(options, pieces, tokens))
+        return emitted
 
-    def _run_prefill(self, options: StepOptions, pieces: list[Piece], tokens: int) -> Emitted:
+    def _prefill_call(self, options: StepOptions, pieces: list[Piece], tokens: int) -> Call:
         with self.metrics.timed("pack"):
             batch = packing.pack_prefill(
                 pieces,
@@ -213,8 +225,7 @@ class Engine:
                 table_width=self._table_width,
                 checkpoints=self.config.enable_prefix_caching,
             )
-        self.state, emitted = self._run(self.steps.prefill(options), batch, self.params)
-        return emitted
+        return Call(self.steps.prefill(options), batch, (self.params,))
 
     def _prefill_buckets(self, options: StepOptions) -> tuple[int, ...]:
         """Log-probabilities of prompts are rare and slow to compile: they get the largest bucket alone."""
@@ -227,16 +238,17 @@ class Engine:
         options = dataclasses.replace(self._full if full else self._plain, num_drafts=plan.num_drafts)
         rows = packing.bucket_for(len(requests), self.config.decode_buckets)
         self.counters.num_padded_tokens += rows - len(requests)
-        return self._run_decode(options, requests, plan.growth, plan.bounds, rows)
+        self.state, emitted = self._run(self._decode_call(options, requests, plan.growth, plan.bounds, rows))
+        return emitted
 
-    def _run_decode(
+    def _decode_call(
         self,
         options: StepOptions,
         requests: list[Request],
         growth: dict[int, list[Growth]],
         bounds: list[int],
         rows: int,
-    ) -> Emitted:
+    ) -> Call:
         drafts = self.config.num_speculative_tokens
         with self.metrics.timed("pack"):
             batch = packing.pack_decode(
@@ -248,8 +260,7 @@ class Engine:
                 grown_width=max_growth(drafts, self.config.block_size),
                 drafts=drafts > 0,
             )
-        self.state, emitted = self._run(self.steps.decode(options), batch, self.params)
-        return emitted
+        return Call(self.steps.decode(options), batch, (self.params,))
 
     def _choose_drafts(self) -> int:
         """Drafts of the next decode step."""
@@ -268,32 +279,41 @@ class Engine:
     def _seal(self, seals: Sequence[Seal]) -> None:
         rows = self.config.prefill_rows
         for start in range(0, len(seals), rows):
-            self._run_seal(seals[start : start + rows])
+            self.state = self._run(self._seal_call(seals[start : start + rows]))
 
-    def _run_seal(self, seals: Sequence[Seal]) -> None:
+    def _seal_call(self, seals: Sequence[Seal]) -> Call:
         with self.metrics.timed("pack"):
             batch = packing.pack_seals(seals, rows=self.config.prefill_rows)
-        self.state = self._run(self.steps.seal, batch, self.params)
+        return Call(self.steps.seal, batch, (self.params,))
 
     def _warm_up(self) -> None:
-        """Compiles every step by running it on padding, which changes nothing but the null slot, block and row."""
-        runs: list[tuple[str, Callable[[], Any]]]
-        runs = [("admit", lambda: self._run_admit([])), ("logit row", lambda: self._fill_logit_row(None))]
+        """Compiles every step, side by side, and runs each on padding, which changes nothing but what is null."""
+        calls = {"admit": self._admit_call([]), "logit row": self._logit_row_call(None)}
         if self.config.enable_prefix_caching:
-            runs.append(("seal", lambda: self._run_seal([])))
+            calls["seal"] = self._seal_call([])
         for options in (self._full, self._with_prompt):
             for tokens in self._prefill_buckets(options):
-                runs.append((f"prefill {tokens}", lambda o=options, t=tokens: self._run_prefill(o, [], t)))
+                kind = "prompt log-probabilities" if options.prompt_logprobs else "prefill"
+                calls[f"{kind} {tokens}"] = self._prefill_call(options, [], tokens)
         for options in self._decode_options():
+            kind = f"decode, {'full' if options.full else 'plain'} sampler, {options.num_drafts} drafts,"
             for rows in self.config.decode_buckets:
-                runs.append((f"decode {rows}", lambda o=options, r=rows: self._run_decode(o, [], {}, [], r)))
+                calls[f"{kind} {rows}"] = self._decode_call(options, [], {}, [], rows)
         began = time.monotonic()
-        progress = tqdm(runs, desc="compiling steps", unit="step", disable=None, leave=False)
-        for name, run in progress:
-            progress.set_postfix_str(name)
-            run()
+        progress = tqdm(calls.items(), desc="compiling steps", unit="step", disable=None, leave=False)
+        # Tracing holds Python's lock; the compiler does not, and what it has made is there when the step is called.
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as compilers:
+            compiled = {
+                name: compilers.submit(call.step.lower(*call.arguments, self.state, call.batch).compile)
+                for name, call in calls.items()
+            }
+            for name, call in progress:
+                progress.set_postfix_str(name)
+                compiled[name].result()
+                result = self._run(call)
+                self.state = result if isinstance(result, ServeState) else result[0]
         jax.block_until_ready(self.state)
-        log.info("compiled %d steps in %.1f s", len(runs), time.monotonic() - began)
+        log.info("compiled %d steps in %.1f s", len(calls), time.monotonic() - began)
 
     def _decode_options(self) -> list[StepOptions]:
         """What decode steps are compiled with."""

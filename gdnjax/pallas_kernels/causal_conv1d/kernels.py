@@ -16,6 +16,9 @@ from gdnjax.pallas_kernels.launch import launch, layer_number, sigmoid
 from gdnjax.pallas_kernels.rows import Chunks, Rows
 from gdnjax.shapes import Array
 
+GROUP = 8
+"""Tokens whose inputs a program of the prefill kernel loads before it uses the first."""
+
 
 def prefill(x, weight, conv, layer: int, rows: Rows, chunks: Chunks, backend: Backend) -> tuple[Array, Array]:
     tokens, channels = x.shape
@@ -60,39 +63,53 @@ def prefill(x, weight, conv, layer: int, rows: Rows, chunks: Chunks, backend: Ba
 
 
 def _prefill(row_ref, offset_ref, valid_ref, x_ref, weight_ref, window_ref, y_ref, *, tokens, columns):
+    """Some channels of a stretch of tokens, GROUP tokens at a time; what the taps see again stays in registers."""
     total, channels = x_ref.shape
     width = window_ref.shape[1]
     # Tiles of one stretch of tokens are neighbours.
     blocks = -(-channels // columns)
-    block, tile = pl.program_id(0) % blocks, pl.program_id(0) // blocks
-    token = tile * tokens + jnp.arange(tokens, dtype=jnp.int32)
+    block, first = pl.program_id(0) % blocks, pl.program_id(0) // blocks * tokens
     channel = block * columns + jnp.arange(columns, dtype=jnp.int32)
-    here, there = token < total, channel < channels
-    mask = here[:, None] & there[None, :]
-    offset = plgpu.load(offset_ref.at[token], mask=here, other=0)
-    valid = plgpu.load(valid_ref.at[token], mask=here, other=0) != 0
+    there = channel < channels
+    weights = [
+        plgpu.load(weight_ref.at[channel, tap], mask=there, other=0).astype(jnp.float32) for tap in range(width + 1)
+    ]
 
-    def from_window(tap):
-        """Inputs before a row's first token."""
-        row = plgpu.load(row_ref.at[token], mask=here, other=0)
-        behind = valid & (offset + tap < width)
-        at = window_ref.at[row[:, None], (offset + tap)[:, None], channel[None, :]]
-        return plgpu.load(at, mask=mask & behind[:, None], other=0).astype(jnp.float32)
+    def load(token):
+        inside = jnp.broadcast_to((token >= 0) & (token < total), channel.shape)
+        return plgpu.load(x_ref.at[token, channel], mask=there & inside, other=0)
 
-    # Few stretches hold the beginning of a row.
-    begins = jnp.min(jnp.where(valid, offset, width)) < width
-    y = jnp.zeros((tokens, columns), jnp.float32)
-    for tap in range(width + 1):
-        back = width - tap
-        inside = valid & (offset >= back)
-        at = x_ref.at[(token - back)[:, None], channel[None, :]]
-        inputs = plgpu.load(at, mask=mask & inside[:, None], other=0).astype(jnp.float32)
-        if back:
-            inputs = lax.cond(begins, lambda x, tap=tap: x + from_window(tap), lambda x: x, inputs)
-        taps = plgpu.load(weight_ref.at[channel, tap], mask=there, other=0).astype(jnp.float32)
-        y += inputs * taps[None, :]
-    y = jnp.where(valid[:, None], y * sigmoid(y), 0.0)
-    plgpu.store(y_ref.at[token[:, None], channel[None, :]], y.astype(y_ref.dtype), mask=mask)
+    def convolve(inputs):
+        return sum(x.astype(jnp.float32) * w for x, w in zip(inputs, weights, strict=True))
+
+    def at_the_beginning(inputs, row, offset):
+        """Of a row's first tokens, to which some inputs belong to the row before, and the window has theirs."""
+        mine = []
+        for tap, x in enumerate(inputs):
+            before = jnp.broadcast_to(offset + tap < width, channel.shape)
+            at = window_ref.at[row, jnp.minimum(offset + tap, width - 1), channel]
+            stored = plgpu.load(at, mask=there & before, other=0)
+            mine.append(jnp.where(before, stored.astype(x.dtype), x))
+        return convolve(mine)
+
+    def group(i, history):
+        start = first + i * GROUP
+        inputs = [*history, *(load(start + j) for j in range(GROUP))]
+        for j in range(GROUP):
+            at = jnp.minimum(start + j, total - 1)
+            row, offset = row_ref[at], offset_ref[at]
+            taps = inputs[j : j + width + 1]
+            y = lax.cond(
+                offset < width,
+                lambda taps=taps, row=row, offset=offset: at_the_beginning(taps, row, offset),
+                lambda taps=taps: convolve(taps),
+            )
+            y = jnp.where(valid_ref[at] != 0, y * sigmoid(y), 0.0)
+            inside = jnp.broadcast_to(start + j < total, channel.shape)
+            plgpu.store(y_ref.at[at, channel], y.astype(y_ref.dtype), mask=there & inside)
+        return tuple(inputs[GROUP:])
+
+    lax.fori_loop(0, tokens // GROUP, group, tuple(load(first - width + j) for j in range(width)))
 
 
 def _store_windows(layer_ref, start_ref, length_ref, slot_ref, row_ref, x_ref, window_ref, _, conv_ref, *, columns):

@@ -7,7 +7,7 @@ from gdnjax.backend import Backend
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """A tile of tokens by channels in prefill, of channels alone in decode."""
+    """A tile of tokens (a multiple of kernels.GROUP) by channels in prefill, of channels alone in decode."""
 
     tokens: int
     channels: int
@@ -17,8 +17,8 @@ class Conv:
 
 
 TILES = {
-    "cuda": Conv(tokens=32, channels=128, warps=4, update_channels=512, update_warps=4),
-    "rocm": Conv(tokens=32, channels=128, warps=4, update_channels=512, update_warps=4),
+    "cuda": Conv(tokens=32, channels=1024, warps=4, update_channels=512, update_warps=4),
+    "rocm": Conv(tokens=32, channels=1024, warps=4, update_channels=512, update_warps=4),
     "interpret": Conv(tokens=128, channels=32, warps=1, update_channels=32, update_warps=1),
 }
 

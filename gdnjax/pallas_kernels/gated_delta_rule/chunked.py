@@ -13,6 +13,8 @@ a token once in, o 12 kB a token out. Operations: 6.3 MFLOP a chunk and head.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +62,7 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
         name="gated_delta_rule_inverse",
         out=[jax.ShapeDtypeStruct(shape, qkv.dtype)],
         warps=tile.inverse_warps,
+        precision=tile.inverse_precision,
         **static,
     )
     first, number = chunks.of_rows(rows.length.shape[0])
@@ -120,13 +123,16 @@ def _scores(start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, *ou
     pl.when(chunk.length > 0)(run)
 
 
-def _inverse(start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, inverse_ref, *, key_dim, value_dim):
+def _inverse(
+    start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, inverse_ref, *, key_dim, value_dim, precision
+):
     """T of one chunk and head, in blocks of TILE rows and columns."""
     heads, size = inverse_ref.shape[1:3]
     chunk = Chunk.of(start_ref, length_ref, qkv_ref, heads, key_dim, value_dim)
     blocks = range(size // TILE)
     step = jnp.arange(TILE, dtype=jnp.int32)
     place = [i * TILE + step for i in blocks]
+    product = functools.partial(dot, precision=precision)
 
     def store(i, j, block):
         at = inverse_ref.at[chunk.number, chunk.head, place[i][:, None], place[j][None, :]]
@@ -149,11 +155,11 @@ def _inverse(start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, in
                 below = place[i][:, None] > place[j][None, :]
                 products = dot(k, k_j, contract=(1, 1))
                 system.append(_scaled(products, beta[i] * norm[i], norm[j], total[i], total[j], below))
-            inverse[i, i] = _invert(system[i], step)
+            inverse[i, i] = _invert(system[i], step, product)
             for j in range(i):
                 # -(I + A_ii)^-1 sum_m A_im inverse_mj, m from j to i - 1.
-                terms = [dot(system[m], inverse[m, j]) for m in range(j, i)]
-                inverse[i, j] = -dot(inverse[i, i], sum(terms[1:], terms[0]))
+                terms = [product(system[m], inverse[m, j]) for m in range(j, i)]
+                inverse[i, j] = -product(inverse[i, i], sum(terms[1:], terms[0]))
             for j in blocks:
                 store(i, j, inverse[i, j] * beta[j][None, :] if j <= i else jnp.zeros((TILE, TILE)))
 
@@ -211,7 +217,7 @@ def _scaled(products, left, right, row_total, column_total, keep) -> Array:
     return jnp.where(keep, products * (left[:, None] * right[None, :]) * decay, 0.0)
 
 
-def _invert(system: Array, place: Array) -> Array:
+def _invert(system: Array, place: Array, product: Callable[[Array, Array], Array]) -> Array:
     """(I + tril(system, -1))^-1 of one [TILE, TILE] block.
 
     The two halves of the diagonal by products, (I - B)(I + B^2)(I + B^4), where powers stay small (B^4 of eight fully
@@ -222,11 +228,11 @@ def _invert(system: Array, place: Array) -> Array:
     same_half = (row < TILE // 2) == (column < TILE // 2)
     b = jnp.where(same_half, below, 0.0)
     identity = jnp.where(row == column, 1.0, 0.0)
-    b2 = dot(b, b)
+    b2 = product(b, b)
     halves = identity - b
-    halves = halves + dot(halves, b2)
-    halves = halves + dot(halves, dot(b2, b2))
-    return halves - dot(dot(halves, below - b), halves)
+    halves = halves + product(halves, b2)
+    halves = halves + product(halves, product(b2, b2))
+    return halves - product(product(halves, below - b), halves)
 
 
 def _walk(

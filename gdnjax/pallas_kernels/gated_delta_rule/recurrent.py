@@ -91,7 +91,9 @@ def _kernel(layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, wr
 
     blocks = -(-value_dim // columns)
     row, head, block = heads_and_blocks(heads, blocks, pl.program_id(0))
-    tile = StateTile.of(layer_ref[0], head, block, columns=columns, key_dim=key_dim, value_dim=value_dim)
+    # Eight threads side by side read 128 bytes.
+    lanes = 128 // ssm_ref.dtype.itemsize
+    tile = StateTile.of(layer_ref[0], head, block, columns=columns, key_dim=key_dim, value_dim=value_dim, lanes=lanes)
     state = tile.load(ssm_ref, read_ref[row], read_vk if stored_ref is None else stored_ref[row] != 0)
     if stored_ref is not None:
         # Where the order changes in place, what one thread stores another may not have loaded yet. (The tile is a
@@ -110,41 +112,43 @@ def _kernel(layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, wr
             mask = there if mask is None else there & mask
         return plgpu.load(qkv_ref.at[row, j, channel], mask=mask, other=None if mask is None else 0)
 
-    def inputs(j, query: bool, there=None):
-        """What is known of a row without the state: k and q as they came, v, and its two gates."""
-        q = load(j, key_start + tile.k, there, tile.k_mask) if query else None
-        k = load(j, keys + key_start + tile.k, there, tile.k_mask)
-        v = load(j, value_start + tile.v, there, tile.v_mask)
-        return q, k, v, a_ref[row, j, head].astype(jnp.float32), b_ref[row, j, head].astype(jnp.float32)
-
     # All rows are loaded before the first is used: one latency, not one a row.
-    pending = [j < count_ref[row] for j in range(rows - new)] if not keep_new else []
-    loaded = [inputs(j, False, there) for j, there in enumerate(pending)]
-    loaded += [inputs(len(pending) + j, True) for j in range(new)]
+    pending = [] if keep_new else [j < count_ref[row] for j in range(rows - new)]
+    exists = [*pending, *[None] * new]
+    ks = [load(j, keys + key_start + tile.k, there, tile.k_mask) for j, there in enumerate(exists)]
+    vs = [load(j, value_start + tile.v, there, tile.v_mask) for j, there in enumerate(exists)]
+    qs = [load(j, key_start + tile.k, None, tile.k_mask) for j in range(rows - new, rows)]
 
-    def used(j):
-        _, k, v, a, b = loaded[j]
-        k = k.astype(jnp.float32)
-        k = k * lax.rsqrt(jnp.sum(k * k) + 1e-6)
-        return k, v.astype(jnp.float32), jnp.exp(-rate * softplus(a + bias)), sigmoid(b)
+    # The gates of all rows at once, a thread a row. A row that is not there leaves the state as it is, to the bit; its
+    # gates may be anything.
+    place = jnp.arange(power_of_two(rows), dtype=jnp.int32)
+    real = place < rows if keep_new else (place < count_ref[row]) | ((place >= rows - new) & (place < rows))
+    a = plgpu.load(a_ref.at[row, place, head], mask=real, other=0).astype(jnp.float32)
+    b = plgpu.load(b_ref.at[row, place, head], mask=real, other=0).astype(jnp.float32)
+    keeps = jnp.where(real, jnp.exp(-rate * softplus(a + bias)), 1.0)
+    betas = jnp.where(real, sigmoid(b), 0.0)
 
-    for j, there in enumerate(pending):
-        k, v, keep, beta = used(j)
-        # What is not there leaves the state as it is, to the bit: its k is 0. Its gates may be anything.
-        keep, beta = jnp.where(there, keep, 1.0), jnp.where(there, beta, 0.0)
-        written = beta * (v - keep * jnp.sum(state * k[None, :], axis=1))
-        state = keep * state + written[:, None] * k[None, :]
+    def inputs(j):
+        """k as it came, its reciprocal norm, v, and the two gates."""
+        k = ks[j].astype(jnp.float32)
+        keep, beta = (jnp.sum(jnp.where(place == j, gate, 0.0)) for gate in (keeps, betas))
+        return k, lax.rsqrt(jnp.sum(k * k) + 1e-6), vs[j].astype(jnp.float32), keep, beta
+
+    for j in range(len(pending)):
+        k, norm, v, keep, beta = inputs(j)
+        written = beta * (v - keep * norm * tile.over_k(state * tile.along_k(k)))
+        state = keep * state + tile.along_v(written * norm) * tile.along_k(k)
     if not keep_new:
         tile.store(out_ref, write_ref[row], state, write_vk)
     for j in range(new):
-        k, v, keep, beta = used(len(pending) + j)
-        q = loaded[len(pending) + j][0].astype(jnp.float32)
+        k, norm, v, keep, beta = inputs(len(pending) + j)
+        q = qs[j].astype(jnp.float32)
         scale = lax.rsqrt(jnp.sum(q * q) + 1e-6) * key_dim**-0.5
         # What the old state gives to k and to q is summed side by side; the row's own part of the output is rank one.
-        written = beta * (v - keep * jnp.sum(state * k[None, :], axis=1))
-        o = scale * (keep * jnp.sum(state * q[None, :], axis=1) + written * jnp.sum(k * q))
+        written = norm * beta * (v - keep * norm * tile.over_k(state * tile.along_k(k)))
+        o = scale * (keep * tile.over_k(state * tile.along_k(q)) + written * jnp.sum(k * q))
         plgpu.store(o_ref.at[row, j, head, tile.v], o.astype(o_ref.dtype), mask=tile.v_mask)
         if keep_new or j + 1 < new:
-            state = keep * state + written[:, None] * k[None, :]
+            state = keep * state + tile.along_v(written) * tile.along_k(k)
     if keep_new:
         tile.store(out_ref, write_ref[row], state, write_vk)

@@ -14,21 +14,28 @@ from gdnjax.shapes import Array, Leaf
 class StateTile:
     """A tile [v, k] in registers, of either order in memory. `v` and `k` number its columns and rows in the head.
 
-    Blocks have sizes of powers of two: what stands past the head is masked, and is 0 in registers.
+    Blocks have sizes of powers of two: what stands past the head is masked, and is 0 in registers. With `lanes` the
+    tile is [k // lanes, v, k % lanes]: threads side by side in memory then hold several columns between them, and a
+    sum over k is mostly one within a thread.
     """
 
     layer: Leaf  # [] int32
     head: Leaf  # [] int32
     v: Leaf  # [columns] int32
-    k: Leaf  # [power of two] int32
+    k: Leaf  # [power of two] int32, or [power of two / lanes, lanes]
     key_dim: int
     value_dim: int
     whole: bool  # nothing stands past the head
 
     @classmethod
-    def of(cls, layer, head, block, *, columns: int, key_dim: int, value_dim: int, least: int = 1) -> "StateTile":
+    def of(
+        cls, layer, head, block, *, columns: int, key_dim: int, value_dim: int, least: int = 1, lanes: int = 0
+    ) -> "StateTile":
         v = block * columns + jnp.arange(columns, dtype=jnp.int32)
-        k = jnp.arange(power_of_two(key_dim, least), dtype=jnp.int32)
+        size = power_of_two(key_dim, least)
+        k = jnp.arange(min(lanes, size) if lanes else size, dtype=jnp.int32)
+        if lanes:
+            k = k.size * jnp.arange(size // k.size, dtype=jnp.int32)[:, None] + k[None, :]
         whole = value_dim % columns == 0 and k.size == key_dim
         return cls(layer=layer, head=head, v=v, k=k, key_dim=key_dim, value_dim=value_dim, whole=whole)
 
@@ -54,8 +61,20 @@ class StateTile:
         at = ssm_ref.at[self.layer, slot, self.head, self._places(vk)]
         plgpu.store(at, tile.astype(ssm_ref.dtype), mask=self._mask(when))
 
+    def along_v(self, x: Array) -> Array:
+        """[v], to be multiplied with a tile."""
+        return x[:, None] if self.k.ndim == 1 else x[None, :, None]
+
+    def along_k(self, x: Array) -> Array:
+        """As `k` is, to be multiplied with a tile."""
+        return x[None, :] if self.k.ndim == 1 else x[:, None, :]
+
+    def over_k(self, tile: Array) -> Array:
+        """Sum over k: [v]."""
+        return jnp.sum(tile, axis=1) if self.k.ndim == 1 else jnp.sum(jnp.sum(tile, axis=0), axis=1)
+
     def _places(self, vk: bool) -> Array:
-        v, k = self.v[:, None], self.k[None, :]
+        v, k = self.along_v(self.v), self.along_k(self.k)
         places = v * self.key_dim + k if vk else k * self.value_dim + v
         # Nothing masked may stand where something else is stored: the interpreter stores masked places, too, unchanged.
         return places if self.whole else jnp.where(self._mask(None), places, self.key_dim * self.value_dim)
@@ -63,14 +82,15 @@ class StateTile:
     def _mask(self, wanted: Array | None) -> Array | None:
         masks = []
         if self.v_mask is not None:
-            masks.append(self.v_mask[:, None])
+            masks.append(self.along_v(self.v_mask))
         if self.k_mask is not None:
-            masks.append(self.k_mask[None, :])
+            masks.append(self.along_k(self.k_mask))
         if wanted is not None:
-            masks.append(jnp.reshape(wanted, (1, 1)))
+            masks.append(jnp.reshape(wanted, (1,) * (self.k.ndim + 1)))
         if not masks:
             return None
-        mask = jnp.ones((self.v.size, self.k.size), bool)
+        shape = (self.v.size, self.k.size) if self.k.ndim == 1 else (self.k.shape[0], self.v.size, self.k.shape[1])
+        mask = jnp.ones(shape, bool)
         for part in masks:
             mask &= jnp.broadcast_to(part, mask.shape)
         return mask
