@@ -117,14 +117,14 @@ def _attend(
         there = None if whole else (key < seen) & (key >= first)
         block = plgpu.load(table_ref.at[tile, key // block_size], mask=there, other=None if whole else 0)
         kv_mask = None if exact else lanes[None, :]
-        if not whole:
+        if there is not None:
             kv_mask = there[:, None] if exact else there[:, None] & lanes[None, :]
         at = (layer_ref[0], block[:, None], (key % block_size)[:, None], kv_head, lane[None, :])
         other = None if kv_mask is None else 0
         k = plgpu.load(k_ref.at[at], mask=kv_mask, other=other).astype(q.dtype)
         v = plgpu.load(v_ref.at[at], mask=kv_mask, other=other).astype(q.dtype)
         scores = dot(q, k, contract=(1, 1)) * scale
-        if not whole:
+        if there is not None:
             scores = jnp.where(there[None, :] & (key[None, :] <= position[:, None]), scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         # A row that has seen no key yet has top = -inf; its weights must be 0, not exp(-inf + inf).
