@@ -1,11 +1,14 @@
 """Paged attention against a softmax written out in numpy, with scattered blocks and NaN wherever nothing is stored."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels import paged_attention
 from gdnjax.pallas_kernels.paged_attention import Tiles
 from tests.pallas_kernels.backends import jit, running
@@ -18,6 +21,8 @@ RTOL, ATOL = 2e-5, 2e-6
 
 class Cache:
     """Requests' keys and values in numpy, and the same in blocks that are scattered over a pool full of NaN."""
+
+    scales = None
 
     def __init__(self, lengths, *, kv_heads=2, block_size=16, dtype=np.float32, seed=0, table_width=None):
         rng = np.random.default_rng(seed)
@@ -32,10 +37,13 @@ class Cache:
         for row, length in enumerate(lengths):
             self.table[row, : needed[row]] = [free.pop() for _ in range(needed[row])]
             k, v = (rng.standard_normal((length, kv_heads, WIDTH)).astype(dtype) for _ in range(2))
-            place = (1, self.table[row, np.arange(length) // block_size], np.arange(length) % block_size)
+            place = self.place(row, np.arange(length))
             self.k_pool[place], self.v_pool[place] = k, v
             self.k.append(k.astype(np.float64))
             self.v.append(v.astype(np.float64))
+
+    def place(self, row, position):
+        return 1, self.table[row, position // self.block_size], position % self.block_size
 
     def naive(self, row, q, position):
         """o_i = sum_j softmax_j(q_i . k_j / sqrt(hd)) v_j over j <= position: q [h, hd] -> [h, hd]."""
@@ -49,9 +57,35 @@ class Cache:
         return out
 
 
-@jit(static_argnums=(3, 5))
-def _attend(q, k, v, layer, tiles, first):
-    return paged_attention.attend(q, k, v, layer, Tiles(**tiles, first=first), backend=running())
+LARGEST = {"int8": 127, "float8_e4m3fn": 448}
+"""The 8-bit dtypes, and the largest magnitude that each stores."""
+
+
+class QuantisedCache(Cache):
+    """Keys and values of 8 bits, their scales 16-fold apart; `k` and `v` are what is stored times its scale. Where
+    nothing is stored, scales are NaN, and values NaN or the largest.
+    """
+
+    def __init__(self, lengths, dtype, **options):
+        super().__init__(lengths, **options)
+        spread = 4 ** np.random.default_rng(5).uniform(-1, 1, self.k_pool.shape[:-1])
+        self.k_pool, k_scales, self.k = self._quantised(spread * LARGEST[dtype], self.k_pool, dtype)
+        self.v_pool, v_scales, self.v = self._quantised(LARGEST[dtype] / spread, self.v_pool, dtype)
+        self.scales = k_scales, v_scales
+
+    def _quantised(self, steps, pool, dtype):
+        scales = (np.abs(pool).max(-1) / steps).astype(np.float32)
+        values = pool * (LARGEST[dtype] / np.abs(pool).max(-1, keepdims=True))
+        values = np.nan_to_num(np.rint(values), nan=127) if dtype == "int8" else values
+        stored = values.astype(dtype)
+        places = [self.place(row, np.arange(len(k))) for row, k in enumerate(self.k)]
+        widened = stored.astype(np.float64) * scales[..., None]
+        return stored, scales, [widened[place] for place in places]
+
+
+@jit(static_argnums=(3, 6))
+def _attend(q, k, v, layer, scales, tiles, first):
+    return paged_attention.attend(q, k, v, layer, Tiles(**tiles, first=first), scales=scales, backend=running())
 
 
 def attend(cache, q, position, rows, longest=None, first=0):
@@ -60,7 +94,8 @@ def attend(cache, q, position, rows, longest=None, first=0):
         "block_table": jnp.asarray(cache.table[rows]),
         "longest": jnp.int32(np.max(position) + 1 if longest is None else longest),
     }
-    return np.asarray(_attend(jnp.asarray(q), jnp.asarray(cache.k_pool), jnp.asarray(cache.v_pool), 1, tiles, first))
+    q, k, v, scales = jax.tree.map(jnp.asarray, (q, cache.k_pool, cache.v_pool, cache.scales))
+    return np.asarray(_attend(q, k, v, 1, scales, tiles, first))
 
 
 def random_queries(tiles, queries, heads, seed=1):
@@ -206,3 +241,199 @@ def test_gradient_is_finite_where_a_query_sees_nothing():
 
     for actual, expected in zip(jax.grad(paged, (0, 1))(k, v), jax.grad(plain, (0, 1))(k, v), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [8, 64])
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_quantised_decode_equals_softmax(dtype, block_size):
+    """Against what is stored times its scale; one tile has no query, and its table is of null blocks."""
+    lengths = [1, 2, 17, 64, 65, 600, 9]
+    cache = QuantisedCache(lengths, dtype, block_size=block_size)
+    q = random_queries(7, 1, 6)
+    position = np.array(lengths)[:, None] - 1
+    position[3], cache.table[3] = -1, 0
+    check(cache, q, position, range(7), attend(cache, q, position, np.arange(7)))
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_quantised_verify_equals_softmax(dtype):
+    """Four queries a tile at the end of a request, and rows of a tile that are padded."""
+    cache = QuantisedCache([300, 21, 4], dtype)
+    q = random_queries(3, 4, 6)
+    position = np.stack([np.arange(296, 300), [18, 19, 20, -1], [3, -1, -1, -1]])
+    check(cache, q, position, range(3), attend(cache, q, position, np.arange(3)))
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_quantised_prefill_tiles_are_causal(dtype):
+    cache = QuantisedCache([150, 70], dtype)
+    q = random_queries(3, 64, 4)
+    position = np.stack([np.arange(0, 64), np.arange(64, 128), np.arange(6, 70)])
+    position[2, 40:] = -1
+    rows = np.array([0, 0, 1])
+    check(cache, q, position, rows, attend(cache, q, position, rows))
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_scales_that_no_query_sees_may_be_anything(dtype):
+    """NaN before `first` and past the query, the values beside them the largest."""
+    cache, poisoned = (QuantisedCache([310], dtype) for _ in range(2))
+    q = random_queries(1, 1, 4)
+    unseen = poisoned.place(0, np.r_[0:17, 290:310])
+    for pool, scales in zip((poisoned.k_pool, poisoned.v_pool), poisoned.scales, strict=True):
+        pool[unseen], scales[unseen] = LARGEST[dtype], np.nan
+    expected, actual = (attend(x, q, [[289]], np.array([0]), first=17) for x in (cache, poisoned))
+    np.testing.assert_array_equal(actual, expected)
+    cache.k[0], cache.v[0] = cache.k[0][17:], cache.v[0][17:]
+    check(cache, q, [[289 - 17]], [0], actual)
+
+
+def rounding(x, scale, dtype):
+    """Half the distance of the stored numbers around x: of int8 a scale; of float8, which has three bits behind the
+    first, 1/8 of the power of two below, at least 2^-9 scales. Products in float32 before it are off by 2^-23 of up to
+    127 scales.
+    """
+    half = np.maximum(np.abs(x) / 16, scale * 2.0**-10) if dtype != "int8" else np.broadcast_to(scale / 2, x.shape)
+    return half * (1 + 1e-4)
+
+
+def quantisation_bound(cache, row, q, position, dtype):
+    """How far attention may be from that over unrounded keys and values, [h, hd].
+
+    Keys that are off by e move a score by at most d_j = |q| . e_j / sqrt(hd), so a weight w_j by a factor of at most
+    exp(d_j) sum_i w_i exp(d_i), and with it the sum of the values, each off by its own rounding.
+    """
+    group = q.shape[0] // cache.k[row].shape[1]
+    bound = np.zeros(q.shape)
+    for head in range(q.shape[0]):
+        k, v = (x[: position + 1, head // group] for x in (cache.k[row], cache.v[row]))
+        e_k, e_v = (rounding(x, np.abs(x).max(-1, keepdims=True) / LARGEST[dtype], dtype) for x in (k, v))
+        score = k @ q[head] / np.sqrt(WIDTH)
+        weight = np.exp(score - score.max())
+        weight /= weight.sum()
+        moved = np.exp(e_k @ np.abs(q[head]) / np.sqrt(WIDTH))
+        factor = moved * (weight @ moved)
+        bound[head] = (weight * (factor - 1)) @ np.abs(v) + (weight * factor) @ e_v
+    return bound
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_written_and_attended_is_within_rounding_of_unquantised(dtype, backend):
+    """Every key and value through `write_quantised`, some from padded tokens into the null block."""
+    lengths = [1, 17, 70]
+    cache = Cache(lengths)
+    shape = cache.k_pool.shape
+    pools = (jnp.full(shape, LARGEST[dtype], dtype), jnp.full(shape, LARGEST[dtype], dtype))
+    scales = (jnp.full(shape[:-1], jnp.nan), jnp.full(shape[:-1], jnp.nan))
+    k, v = (np.concatenate([*x, np.full((3, *x[0].shape[1:]), np.nan)]) for x in (cache.k, cache.v))
+    places = [cache.place(row, np.arange(length))[1:] for row, length in enumerate(lengths)]
+    block, offset = (np.concatenate([*part, np.zeros(3, int)]) for part in zip(*places, strict=True))
+    tokens = (jnp.asarray(x, jnp.float32) for x in (k, v))
+    place = (jnp.asarray(x, jnp.int32) for x in (block, offset))
+    k_blocks, v_blocks, scales = paged_attention.write_quantised(*pools, scales, 1, *tokens, *place, backend=backend)
+
+    stored = Cache(lengths)
+    stored.k_pool, stored.v_pool, stored.scales = k_blocks, v_blocks, scales
+    # Scores small enough that rounding of the keys, too, leaves the bound far below the outputs.
+    q = 0.2 * random_queries(3, 1, 4)
+    position = np.array(lengths)[:, None] - 1
+    actual = attend(stored, q, position, np.arange(3))
+    for row, length in enumerate(lengths):
+        error = np.abs(actual[row, 0] - cache.naive(row, q[row, 0], length - 1))
+        assert np.all(error <= quantisation_bound(cache, row, q[row, 0], length - 1, dtype))
+
+
+@pytest.mark.parametrize("of", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_quantised_write_rounds_to_the_nearest_in_its_place(dtype, of, backend):
+    """Three heads of 12: neither a power of two. The third token is 0, and a head of the second is tiny."""
+    rng = np.random.default_rng(2)
+    shape = (LAYERS, 6, 8, 3, 12)
+    pools = [jnp.asarray(rng.integers(-9, 9, shape), dtype) for _ in range(2)]
+    scales = tuple(jnp.asarray(rng.random(shape[:-1]), jnp.float32) for _ in range(2))
+    values = rng.standard_normal((2, 4, 3, 12)) * 4.0 ** rng.uniform(-9, 9, (2, 4, 3, 1))
+    values[:, 2], values[:, 1, 1] = 0, 1e-38
+    values = values.astype(of)
+    block, offset = np.array([3, 5, 0, 3]), np.array([7, 0, 2, 0])
+    arguments = (*map(jnp.asarray, values), jnp.asarray(block, jnp.int32), jnp.asarray(offset, jnp.int32))
+    before = [(np.array(pool), np.array(scale)) for pool, scale in zip(pools, scales, strict=True)]
+    *actual, new_scales = paged_attention.write_quantised(*pools, scales, 1, *arguments, backend=backend)
+    for x, (pool, scale), new_pool, new_scale in zip(values, before, actual, new_scales, strict=True):
+        stored, stored_scale = np.asarray(new_pool)[1, block, offset], np.asarray(new_scale)[1, block, offset]
+        x, stored = x.astype(np.float64), stored.astype(np.float64)
+        top = np.maximum(np.abs(x).max(-1), 1e-30)
+        np.testing.assert_allclose(stored_scale, top / LARGEST[dtype], rtol=1e-6)
+        assert np.all(np.abs(stored * stored_scale[..., None] - x) <= rounding(x, stored_scale[..., None], dtype))
+        np.testing.assert_array_equal(np.abs(stored[[0, 3]]).max(-1), LARGEST[dtype])
+        np.testing.assert_array_equal(stored[2], 0)
+        # All else is as it was.
+        for old, new in ((pool, new_pool), (scale, new_scale)):
+            old[1, block, offset] = np.asarray(new)[1, block, offset]
+            np.testing.assert_array_equal(np.asarray(new), old)
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_quantised_writes_are_the_same_everywhere(dtype):
+    """Bit for bit, ties included: halves of the scale 1 that the last number of each head makes."""
+    shape = (1, 4, 8, 2, WIDTH)
+    values = np.random.default_rng(4).integers(-2 * 40, 2 * 40, (2, 20, 2, WIDTH)) / 2.0
+    values[..., -1] = LARGEST[dtype]
+    place = (jnp.arange(20, dtype=jnp.int32) // 8 + 1, jnp.arange(20, dtype=jnp.int32) % 8)
+
+    def written(backend):
+        pools, scales = [jnp.zeros(shape, dtype)] * 2, (jnp.zeros(shape[:-1]),) * 2
+        tokens = [jnp.asarray(x, jnp.float32) for x in values]
+        return paged_attention.write_quantised(*pools, scales, 0, *tokens, *place, backend=backend)
+
+    for actual, expected in zip(*map(jax.tree.leaves, (written(running()), written(REFERENCE))), strict=True):
+        np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+    if dtype == "int8":
+        np.testing.assert_array_equal(np.asarray(written(running())[0])[0, 1], np.floor(values[0, :8] + 0.5))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_quantised_kernels_lower_for_gpus(dtype, platform):
+    pool, scale = jax.ShapeDtypeStruct((2, 9, 16, 4, 64), dtype), jax.ShapeDtypeStruct((2, 9, 16, 4), jnp.float32)
+    tokens, number = jax.ShapeDtypeStruct((3, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((3,), jnp.int32)
+
+    def step(k_blocks, v_blocks, scales, k, v, block, offset):
+        backend = Backend("pallas", platform)
+        k_blocks, v_blocks, scales = paged_attention.write_quantised(
+            k_blocks, v_blocks, scales, 0, k, v, block, offset, backend=backend
+        )
+        tiles = Tiles(offset[:, None], jnp.zeros((3, 5), jnp.int32), jnp.max(offset) + 1)
+        return paged_attention.attend(k[:, None], k_blocks, v_blocks, 0, tiles, scales=scales, backend=backend)
+
+    traced = jax.jit(step).trace(pool, pool, (scale, scale), tokens, tokens, number, number)
+    assert "paged_attention_write_quantised" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+SHAPE = (2, 9, 16, 4, 64)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "scales", "architecture", "said"),
+    [
+        (("int8", "int8"), None, "", r"pools of int8 and int8 without scales; allowed: int8 or float8_e4m3fn with"),
+        (("bfloat16", "float8_e5m2"), None, "", "pools of bfloat16 and float8_e5m2 without scales"),
+        (("float32", "float32"), SHAPE[:-1], "", "pools of float32 and float32 with scales; allowed with scales: both"),
+        (("uint8", "uint8"), SHAPE[:-1], "", "pools of uint8 and uint8 with scales"),
+        (("int8", "float8_e4m3fn"), SHAPE[:-1], "", "pools of int8 and float8_e4m3fn with scales"),
+        (("int8", "int8"), SHAPE, "", r"k_scales are float32\[2, 9, 16, 4, 64\]; allowed: float32\[2, 9, 16, 4\]"),
+        (("float8_e4m3fn",) * 2, SHAPE[:-1], "sm_80", "float8_e4m3fn on sm_80.*sm_89 or later; allowed: int8"),
+    ],
+)
+@pytest.mark.usefixtures("without_type_checks")
+def test_pools_and_scales_that_do_not_fit_are_refused(dtypes, scales, architecture, said):
+    """From shapes alone: nothing has been traced."""
+    pools = [jax.ShapeDtypeStruct(SHAPE, dtype) for dtype in dtypes]
+    scales = scales and (jax.ShapeDtypeStruct(scales, jnp.float32),) * 2
+    backend = Backend("pallas", architecture) if architecture else running()
+    with pytest.raises(ValueError, match=said):
+        paged_attention.attend(None, *pools, 0, None, scales=scales, backend=backend)
+    write = functools.partial(paged_attention.write, *pools)
+    if scales is not None:
+        write = functools.partial(paged_attention.write_quantised, *pools, scales)
+    with pytest.raises(ValueError, match=said):
+        write(0, None, None, None, None, backend=backend)

@@ -1,5 +1,5 @@
 """Attention over the paged KV cache, and the writes into it."""
 
-from gdnjax.pallas_kernels.paged_attention.api import Tiles, attend, write
+from gdnjax.pallas_kernels.paged_attention.api import Scales, Tiles, attend, write, write_quantised
 
-__all__ = ["Tiles", "attend", "write"]
+__all__ = ["Scales", "Tiles", "attend", "write", "write_quantised"]

@@ -4,13 +4,21 @@
 
 A tile holds queries of one request: 64 of a chunk in prefill, one token in decode. The keys of the step itself are
 written first.
+
+Keys and values are stored as bfloat16 or float32, or as int8 or float8_e4m3fn with `scales`. The engine itself does
+not store 8 bits yet.
 """
 
 import dataclasses
+from typing import TypeAlias
 
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels.paged_attention import kernels, reference
-from gdnjax.shapes import Array, Float, Int32, Leaf, Shaped
+from gdnjax.pallas_kernels.paged_attention.scales import check
+from gdnjax.shapes import Array, Float, Float32, Int32, Leaf, Shaped
+
+Scales: TypeAlias = tuple[Float32[Array, "L b p kh"], Float32[Array, "L b p kh"]]
+"""Of the keys and of the values of 8-bit pools, one for every token and kv head."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +38,19 @@ def attend(
     layer: int,
     tiles: Tiles,
     *,
+    scales: Scales | None = None,
     backend: Backend = REFERENCE,
 ) -> Float[Array, "g q h hd"]:
     """Query head i reads kv head `i // (h / kh)`. Null blocks and keys past a query are selected away. Sums are
     float32; the output is in the dtype of `q`.
+
+    Pools of int8 or float8_e4m3fn have `scales`: a key's multiplies its scores, a value's its probabilities. Raises
+    ValueError for 8-bit pools without scales, scales of other pools, and float8_e4m3fn on CUDA devices before sm_89.
     """
+    check(k_blocks, v_blocks, scales, backend)
     if backend.is_reference:
-        return reference.attend(q, k_blocks, v_blocks, layer, tiles)
-    return kernels.attend(q, k_blocks, v_blocks, layer, tiles, backend)
+        return reference.attend(q, k_blocks, v_blocks, layer, tiles, scales)
+    return kernels.attend(q, k_blocks, v_blocks, layer, tiles, scales, backend)
 
 
 def write(
@@ -52,8 +65,30 @@ def write(
     backend: Backend = REFERENCE,
 ) -> tuple[Shaped[Array, "L b p kh hd"], Shaped[Array, "L b p kh hd"]]:
     """Stores each token's keys and values at its (block, offset). Both pools are consumed; padded tokens go to the null
-    block.
+    block. Raises ValueError for 8-bit pools: `write_quantised` is theirs.
     """
+    check(k_blocks, v_blocks, None, backend)
     if backend.is_reference:
         return reference.write(k_blocks, v_blocks, layer, k, v, block, offset)
     return kernels.write(k_blocks, v_blocks, layer, k, v, block, offset, backend)
+
+
+def write_quantised(
+    k_blocks: Shaped[Array, "L b p kh hd"],
+    v_blocks: Shaped[Array, "L b p kh hd"],
+    scales: Scales,
+    layer: int,
+    k: Float[Array, "t kh hd"],
+    v: Float[Array, "t kh hd"],
+    block: Int32[Array, "t"],
+    offset: Int32[Array, "t"],
+    *,
+    backend: Backend = REFERENCE,
+) -> tuple[Shaped[Array, "L b p kh hd"], Shaped[Array, "L b p kh hd"], Scales]:
+    """`write` into pools of int8 or float8_e4m3fn: each head of a token is divided by its scale, its largest magnitude
+    over the dtype's, and rounded to the nearest. Pools and scales are consumed. Raises ValueError as `attend` does.
+    """
+    check(k_blocks, v_blocks, scales, backend)
+    if backend.is_reference:
+        return reference.write_quantised(k_blocks, v_blocks, scales, layer, k, v, block, offset)
+    return kernels.write_quantised(k_blocks, v_blocks, scales, layer, k, v, block, offset, backend)

@@ -17,13 +17,14 @@ from jax.experimental.pallas import triton as plgpu
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.launch import dot, launch, layer_number, power_of_two
 from gdnjax.pallas_kernels.paged_attention import tiles as tables
+from gdnjax.pallas_kernels.paged_attention.scales import quantise
 from gdnjax.shapes import Array
 
 LEAST = 16
 """Rows and columns that a product on matrix units has at least."""
 
 
-def attend(q, k_blocks, v_blocks, layer: int, tiles, backend: Backend) -> Array:
+def attend(q, k_blocks, v_blocks, layer: int, tiles, scales, backend: Backend) -> Array:
     count, queries, heads, width = q.shape
     kv_heads = k_blocks.shape[3]
     group = heads // kv_heads
@@ -35,6 +36,7 @@ def attend(q, k_blocks, v_blocks, layer: int, tiles, backend: Backend) -> Array:
     splits = _splits(count * parts, length, tile)
     rows = power_of_two(together * queries, LEAST)
     static = {"together": together, "group": group, "first": tiles.first, "rows": rows, "page": tile.keys}
+    args = (layer_number(layer), tiles.position, tiles.block_table, q, k_blocks, v_blocks, *(scales or ()))
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     if splits == 1:
         return launch(
@@ -42,7 +44,7 @@ def attend(q, k_blocks, v_blocks, layer: int, tiles, backend: Backend) -> Array:
             backend,
             name="paged_attention",
             programs=count * parts,
-            args=(layer_number(layer), tiles.position, tiles.block_table, q, k_blocks, v_blocks),
+            args=args,
             out=[out],
             warps=tile.warps,
             stages=tile.stages,
@@ -54,7 +56,7 @@ def attend(q, k_blocks, v_blocks, layer: int, tiles, backend: Backend) -> Array:
         backend,
         name="paged_attention_split",
         programs=count * parts * splits,
-        args=(layer_number(layer), tiles.position, tiles.block_table, q, k_blocks, v_blocks),
+        args=args,
         out=[
             jax.ShapeDtypeStruct((count, queries, heads, splits, width), jnp.float32),
             jax.ShapeDtypeStruct((count, queries, heads, splits), jnp.float32),
@@ -82,9 +84,9 @@ def _merge(total: Array, top: Array, weight: Array) -> Array:
     return merged / jnp.where(sums > 0, sums, 1.0)[..., None]
 
 
-def _attend(
-    layer_ref, position_ref, table_ref, q_ref, k_ref, v_ref, *outputs, together, group, first, rows, page, splits
-):
+def _attend(layer_ref, position_ref, table_ref, q_ref, k_ref, v_ref, *rest, together, group, first, rows, page, splits):
+    outputs = rest[-1:] if splits == 1 else rest[-3:]
+    scale_refs = rest[: -len(outputs)]
     queries, heads, width = q_ref.shape[1:]
     block_size = k_ref.shape[2]
     parts = heads // together
@@ -109,6 +111,8 @@ def _attend(
     begin = jnp.maximum(split * per_split, first // page)
     end = jnp.minimum((split + 1) * per_split, pages)
     scale = width**-0.5 * math.log2(math.e)
+    # Of the pool's kind: an integer is not converted to float8.
+    zero = 0.0 if jnp.issubdtype(k_ref.dtype, jnp.floating) else 0
 
     def one_page(i, carry, *, whole):
         """`whole`: every query sees all of the page, so that nothing is masked."""
@@ -120,10 +124,15 @@ def _attend(
         if there is not None:
             kv_mask = there[:, None] if exact else there[:, None] & lanes[None, :]
         at = (layer_ref[0], block[:, None], (key % block_size)[:, None], kv_head, lane[None, :])
-        other = None if kv_mask is None else 0
+        other = None if kv_mask is None else zero
+
+        def factor(ref):
+            place = ref.at[layer_ref[0], block, key % block_size, kv_head]
+            return plgpu.load(place, mask=there, other=None if whole else 0)[None, :]
+
         k = plgpu.load(k_ref.at[at], mask=kv_mask, other=other).astype(q.dtype)
         v = plgpu.load(v_ref.at[at], mask=kv_mask, other=other).astype(q.dtype)
-        scores = dot(q, k, contract=(1, 1)) * scale
+        scores = dot(q, k, contract=(1, 1)) * (factor(scale_refs[0]) * scale if scale_refs else scale)
         if there is not None:
             scores = jnp.where(there[None, :] & (key[None, :] <= position[:, None]), scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
@@ -132,6 +141,7 @@ def _attend(
         p = jnp.exp2(scores - base[:, None])
         shrink = jnp.exp2(top - base)
         weight = weight * shrink + jnp.sum(p, axis=1)
+        p = p * factor(scale_refs[1]) if scale_refs else p
         return new_top, weight, total * shrink[:, None] + dot(p.astype(q.dtype), v)
 
     start = (jnp.full((rows,), -jnp.inf), jnp.zeros((rows,)), jnp.zeros((rows, lane.size)))
@@ -169,14 +179,34 @@ def write(k_blocks, v_blocks, layer: int, k, v, block, offset, backend: Backend)
     return k_blocks, v_blocks
 
 
-def _write(layer_ref, block_ref, offset_ref, k_ref, v_ref, _, __, k_out_ref, v_out_ref):
+def write_quantised(k_blocks, v_blocks, scales, layer: int, k, v, block, offset, backend: Backend):
+    k_blocks, v_blocks, k_scales, v_scales = launch(
+        _write,
+        backend,
+        name="paged_attention_write_quantised",
+        programs=k.shape[0],
+        args=(layer_number(layer), block, offset, k, v, k_blocks, v_blocks, *scales),
+        out=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (k_blocks, v_blocks, *scales)],
+        warps=tables.WRITE_WARPS,
+        aliases={5: 0, 6: 1, 7: 2, 8: 3},
+    )
+    return k_blocks, v_blocks, (k_scales, v_scales)
+
+
+def _write(layer_ref, block_ref, offset_ref, k_ref, v_ref, *pools):
+    # The pools and their scales, if there are any, as they come in and then as they go out.
+    pools = pools[len(pools) // 2 :]
+    places, scale_refs = pools[:2], pools[2:]
     token = pl.program_id(0)
     heads, width = k_ref.shape[1:]
     head = jnp.arange(power_of_two(heads), dtype=jnp.int32)[:, None]
     lane = jnp.arange(power_of_two(width), dtype=jnp.int32)[None, :]
     mask = None if (head.size, lane.size) == (heads, width) else (head < heads) & (lane < width)
     other = None if mask is None else 0
-    for values, pool in ((k_ref, k_out_ref), (v_ref, v_out_ref)):
+    for i, (values, pool) in enumerate(zip((k_ref, v_ref), places, strict=True)):
         value = plgpu.load(values.at[token, head, lane], mask=mask, other=other)
-        at = pool.at[layer_ref[0], block_ref[token], offset_ref[token], head, lane]
-        plgpu.store(at, value.astype(pool.dtype), mask=mask)
+        at = (layer_ref[0], block_ref[token], offset_ref[token], head)
+        if scale_refs:
+            value, scale = quantise(value, pool.dtype)
+            plgpu.store(scale_refs[i].at[at], scale, mask=head < heads)
+        plgpu.store(pool.at[*at, lane], value.astype(pool.dtype), mask=mask)

@@ -4,13 +4,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdnjax.backend import FLOAT32_DOT
+from gdnjax.pallas_kernels.paged_attention.scales import quantise
 from gdnjax.shapes import Array
 
 PAGE = 256
 """Keys looked at in one turn of the loop."""
 
 
-def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles) -> Array:
+def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles, scales=None) -> Array:
     count, queries, heads, width = q.shape
     dtype = q.dtype
     block_size, kv_heads = k_blocks.shape[2], k_blocks.shape[3]
@@ -32,7 +33,14 @@ def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles) -> Arr
             jnp.where(seen, pool[layer, blocks].reshape(count, page, kv_heads, width), 0).astype(jnp.float32)
             for pool in (k_blocks, v_blocks)
         )
+
+        def factor(pool):
+            scale = jnp.where(seen[..., 0], pool[layer, blocks].reshape(count, page, kv_heads), 0)
+            return scale.swapaxes(1, 2)[:, :, None, None]
+
         scores = jnp.einsum("nqhgd,nkhd->nhgqk", q, k, precision=FLOAT32_DOT)
+        if scales is not None:
+            scores = scores * factor(scales[0])
         scores = jnp.where(keep[:, None, None], scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1))
         # A query that has seen no key yet has top = -inf; its weights must be 0, not exp(-inf + inf).
@@ -40,6 +48,8 @@ def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles) -> Arr
         p = jnp.exp(scores - base[..., None])
         shrink = jnp.exp(top - base)
         weight = weight * shrink + p.sum(-1)
+        if scales is not None:
+            p = p * factor(scales[1])
         total = total * shrink[..., None] + jnp.einsum("nhgqk,nkhd->nhgqd", p, v, precision=FLOAT32_DOT)
         return new_top, weight, total
 
@@ -54,3 +64,11 @@ def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles) -> Arr
 def write(k_blocks: Array, v_blocks: Array, layer: int, k: Array, v: Array, block: Array, offset: Array):
     k_blocks = k_blocks.at[layer, block, offset].set(k.astype(k_blocks.dtype))
     return k_blocks, v_blocks.at[layer, block, offset].set(v.astype(v_blocks.dtype))
+
+
+def write_quantised(k_blocks: Array, v_blocks: Array, scales, layer: int, k: Array, v: Array, block, offset):
+    (k, k_scale), (v, v_scale) = (quantise(x, pool.dtype) for x, pool in ((k, k_blocks), (v, v_blocks)))
+    k_scales, v_scales = (
+        pool.at[layer, block, offset].set(scale[..., 0]) for pool, scale in zip(scales, (k_scale, v_scale), strict=True)
+    )
+    return *write(k_blocks, v_blocks, layer, k, v, block, offset), (k_scales, v_scales)
