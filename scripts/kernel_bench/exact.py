@@ -126,6 +126,11 @@ def attention(x, pools, layer):
     def one_tile(tile):
         q, position, table = tile
         k, v = (_double(part[layer, table].reshape(-1, *part.shape[3:])) for part in (x["k"], x["v"]))
+        if x["scales"] is not None:
+            k, v = (
+                part * _double(scale[layer, table].reshape(-1, scale.shape[3], 1))
+                for part, scale in zip((k, v), x["scales"], strict=True)
+            )
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
         scores = jnp.einsum("qhd,khd->hqk", _double(q), k) * q.shape[-1] ** -0.5
         seen = jnp.arange(k.shape[0])[None, :] <= position[:, None]

@@ -263,13 +263,34 @@ def conv_update(rows: int, channels: int, *, pending: int = 0, new: int = 1):
 
 
 def attention(
-    requests: int, context: int, queries: int, heads: int, kv_heads: int, width: int, *, block_size: int = 16
+    requests: int,
+    context: int,
+    queries: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    *,
+    block_size: int = 16,
+    int8: bool = False,
 ):
-    """`queries` tokens of each request at the end of its context: 1 to 8 in decode, all of a chunk in prefill."""
+    """`queries` tokens of each request at the end of its context: 1 to 8 in decode, all of a chunk in prefill. Keys and
+    values are bfloat16, or int8 with scales.
+    """
     per_tile = min(queries, CHUNK)
     tiles_of = queries // per_tile
     blocks_of = -(-context // block_size)
-    layers = max(1, min(4, (8 << 30) // (requests * context * kv_heads * width * 4)))
+    of_token = 2 * kv_heads * (width + 4 if int8 else 2 * width)
+    layers = max(1, min(4, (8 << 30) // (requests * context * of_token)))
+
+    def stored(key, shape):
+        return jax.random.randint(key, shape, -127, 128, jnp.int8) if int8 else _random(key, shape)
+
+    def scales_of(key, shape):
+        """Of keys and of values, which they give a variance near 1."""
+        return tuple(
+            jax.random.uniform(jax.random.fold_in(key, part), shape, jnp.float32, 0.5, 1.5) * 3**0.5 / 127
+            for part in (7, 8)
+        )
 
     def inputs(key):
         keys = jax.random.split(key, 4)
@@ -281,26 +302,29 @@ def attention(
             "q": _random(keys[0], (requests * tiles_of, per_tile, heads, width)),
             "position": jnp.broadcast_to(position, (requests, tiles_of, per_tile)).reshape(-1, per_tile),
             "table": jnp.repeat(blocks, tiles_of, axis=0),
-            "k": _random(keys[1], shape),
-            "v": _random(keys[2], shape),
+            "k": stored(keys[1], shape),
+            "v": stored(keys[2], shape),
+            "scales": scales_of(key, shape[:-1]) if int8 else None,
         }
         return arguments, ()
 
     def call(x, pools, layer, backend):
         tiles = paged_attention.Tiles(x["position"], x["table"], jnp.max(x["position"]) + 1)
-        return paged_attention.attend(x["q"], x["k"], x["v"], layer, tiles, backend=backend), pools
+        o = paged_attention.attend(x["q"], x["k"], x["v"], layer, tiles, scales=x["scales"], backend=backend)
+        return o, pools
 
     pairs = requests * sum(context - queries + i + 1 for i in range(queries))
     kind = "decode" if queries <= 8 else "prefill"
     return Workload(
         name=f"attention-{kind}-{heads}/{kv_heads}x{width}-{requests}x{context}"
-        + (f"-{queries}q" if queries > 1 else ""),
+        + (f"-{queries}q" if queries > 1 else "")
+        + ("-int8" if int8 else ""),
         inputs=inputs,
         call=call,
         exact=exact.attention,
         written=lambda pools, x, layer: (),
         layers=layers,
-        bytes=requests * (context * kv_heads * width * 4 + queries * heads * width * 4),
+        bytes=requests * (context * of_token + queries * heads * width * 4),
         flops=pairs * heads * width * 4,
         limits=(6e-3, 0),
         chain="position",
@@ -366,6 +390,7 @@ WORKLOADS = {
         conv_update(128, 10240, pending=4, new=4),
         attention(128, 2048, 1, 24, 4, 256),
         attention(128, 2048, 4, 24, 4, 256),
+        attention(128, 2048, 1, 24, 4, 256, int8=True),
         attention(128, 2048, 1, 16, 4, 256),
         attention(128, 2048, 1, 32, 2, 256),
         attention(1, 131072, 1, 24, 4, 256),
