@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -161,20 +162,38 @@ def _abstract(config: ModelConfig, dtype: str, tp: int, mtp: bool, backend: Back
     return nnx.eval_shape(lambda: Qwen3_5(config, dtype, tp, mtp, backend))
 
 
-def random_params(config: ModelConfig, tp: int, dtype: str, key: Array, *, mtp: bool = False) -> Params:
+def random_params(
+    config: ModelConfig, tp: int, dtype: str, key: Array, *, mtp: bool = False, shardings: Any = None
+) -> Params:
     """Random parameters (global shapes) under which state matters: half-lives of 1 to 200 tokens, uneven norms.
 
     Traceable. For benchmarks and tests; with the usual initialisation a state forgets within a token, so that a
-    corrupted one changes nothing.
+    corrupted one changes nothing. With `shardings`, a tree like the result's, every leaf is made where it stays, and
+    one function is compiled for all that are alike: a large model as one function takes minutes to compile.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, tp, dtype, mtp=mtp))
     keys = jax.random.split(key, len(leaves))
-    values = [_random_leaf(sharding.path_name(path), leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)]
+    places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
+    values = [
+        _random_leaf_maker(_kind(sharding.path_name(path)), leaf, place)(k)
+        for (path, leaf), place, k in zip(leaves, places, keys, strict=True)
+    ]
     return jax.tree_util.tree_unflatten(tree, values)
 
 
-def _random_leaf(name: str, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
-    kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+def _kind(name: str) -> str:
+    if name.endswith("linear_attn.norm.weight"):
+        return "gated norm"
+    return name.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+@functools.cache
+def _random_leaf_maker(kind: str, leaf: jax.ShapeDtypeStruct, place: Any) -> Callable[[Array], Array]:
+    make = functools.partial(_random_leaf, kind, leaf)
+    return make if place is None else jax.jit(make, out_shardings=place)
+
+
+def _random_leaf(kind: str, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
     normal = jax.random.normal(key, leaf.shape, jnp.float32)
     match kind:
         case "A_log":
@@ -183,7 +202,7 @@ def _random_leaf(name: str, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
             # With A = 1 a token keeps exp(-softplus(dt_bias)); half-lives are log-uniform in 1..200.
             half_life = 200.0 ** jax.random.uniform(key, leaf.shape)
             value = jnp.log(jnp.expm1(jnp.log(2.0) / half_life))
-        case "norm" if name.endswith("linear_attn.norm.weight"):
+        case "gated norm":
             value = 1 + 0.3 * normal
         case (
             "norm"

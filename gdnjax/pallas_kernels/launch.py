@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def barrier(interpret: bool) -> None:
         plgpu.debug_barrier()
 
 
-def dot(x: Array, y: Array, *, contract: tuple[int, int] = (1, 0), precision=FLOAT32_DOT) -> Array:
+def dot(x: Array, y: Array, *, contract: tuple[int, int] = (1, 0), precision: Any = FLOAT32_DOT) -> Array:
     """Product of two blocks over axis `contract[0]` of x and `contract[1]` of y, summed in float32.
 
     `precision` is that of float32 blocks.

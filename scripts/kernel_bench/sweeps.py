@@ -39,10 +39,9 @@ def _table(name: str):
         old = delta.CHUNKED["cuda"]["bfloat16"]
         tiles = [
             dataclasses.replace(old, columns=columns, walk_warps=warps, walk_stages=stages)
-            for columns, warps, stages in itertools.product((32, 64, 128), (4, 8), (1, 2, 3))
+            for columns, warps, stages in itertools.product((16, 32, 64), (4, 8), (2, 3, 4))
         ]
         tiles += [dataclasses.replace(old, scores_warps=warps) for warps in (2, 8)]
-        tiles += [dataclasses.replace(old, inverse_warps=warps) for warps in (2, 4)]
         return delta.CHUNKED, "bfloat16", tiles
     if name.startswith("gdn"):
         dtype = "bfloat16" if name.endswith("bf16state") else "float32"
@@ -54,7 +53,7 @@ def _table(name: str):
         )
         return delta.RECURRENT, (dtype, "kv" if kv else "vk"), [delta.Recurrent(*size) for size in sizes]
     if name.startswith("conv-prefill"):
-        sizes = itertools.product((16, 32, 64), (64, 128, 256), (4, 8))
+        sizes = itertools.product((16, 32, 64), (256, 512, 1024), (2, 4))
         old = conv.TILES["cuda"]
         return conv.TILES, None, [dataclasses.replace(old, tokens=t, channels=c, warps=w) for t, c, w in sizes]
     if name.startswith("conv"):

@@ -216,8 +216,6 @@ def load_random(config: "ModelConfig", options: dict[str, Any], seed: int, *, mt
     """A model of random weights, made where they stay, with an MTP head if `mtp`. `options` are fields of
     EngineConfig.
     """
-    import functools
-
     import jax
 
     from gdnjax import abstract_params, build_model, random_params, sharding
@@ -225,9 +223,10 @@ def load_random(config: "ModelConfig", options: dict[str, Any], seed: int, *, mt
     tp, dtype = options["tensor_parallel_size"], options["dtype"]
     dtype = config.dtype if dtype == "auto" else dtype
     shardings = sharding.shardings_of(abstract_params(config, tp, dtype, mtp=mtp), sharding.make_mesh(tp))
-    make = jax.jit(functools.partial(random_params, config, tp, dtype, mtp=mtp), out_shardings=shardings)
-    # This generator compiles fastest.
-    return Loaded(build_model(config, dtype, tp, mtp=mtp), make(jax.random.key(seed, impl="unsafe_rbg")))
+    # This generator is the fastest.
+    key = jax.random.key(seed, impl="unsafe_rbg")
+    params = random_params(config, tp, dtype, key, mtp=mtp, shardings=shardings)
+    return Loaded(build_model(config, dtype, tp, mtp=mtp), params)
 
 
 def build(loaded: Loaded, arm: Arm, sizes: Sizes, options: dict[str, Any]) -> "tuple[LLM, Pools]":

@@ -17,8 +17,8 @@ class Conv:
 
 
 TILES = {
-    "cuda": Conv(tokens=32, channels=1024, warps=4, update_channels=512, update_warps=4),
-    "rocm": Conv(tokens=32, channels=1024, warps=4, update_channels=512, update_warps=4),
+    "cuda": Conv(tokens=32, channels=512, warps=4, update_channels=512, update_warps=4),
+    "rocm": Conv(tokens=32, channels=512, warps=4, update_channels=512, update_warps=4),
     "interpret": Conv(tokens=128, channels=32, warps=1, update_channels=32, update_warps=1),
 }
 

@@ -13,8 +13,6 @@ a token once in, o 12 kB a token out. Operations: 6.3 MFLOP a chunk and head.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +23,15 @@ from jax.experimental.pallas import triton as plgpu
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.gated_delta_rule import tiles
 from gdnjax.pallas_kernels.gated_delta_rule.state_tile import StateTile, heads_and_blocks
-from gdnjax.pallas_kernels.launch import dot, launch, layer_number, power_of_two, sigmoid, softplus
+from gdnjax.pallas_kernels.launch import barrier, dot, launch, layer_number, power_of_two, sigmoid, softplus
 from gdnjax.pallas_kernels.rows import Chunks, Rows
 from gdnjax.shapes import Array, Leaf
 
 TILE = 16
-"""Rows and columns of the blocks in which the triangular system is inverted."""
+"""Rows and columns that a product on matrix units has at least, and of the blocks that are solved by substitution."""
 
-READ_K, READ_Q, WRITE_K = range(3)
-"""The row factors of a chunk: of k S, of q S, and of U in the new state."""
+READ_K, READ_Q, WRITE_K, BETA = range(4)
+"""The row factors of a chunk: of k S, of q S, of U in the new state, and of T's columns."""
 
 
 def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, backend: Backend):
@@ -42,28 +40,34 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
     start = chunks.token[:, 0]
     tile = tiles.chunked(backend, qkv.dtype, key_dim, value_dim)
     shape = (count, heads, size, size)
-    args = (start, chunks.length, qkv, gates.a, gates.b, gates.A_log, gates.dt_bias)
-    static = {"programs": count * heads, "args": args, "key_dim": key_dim, "value_dim": value_dim}
-    scores, factors, keep = launch(
+    # What no chunk writes is not read either.
+    scores, system, factors, keep = launch(
         _scores,
         backend,
         name="gated_delta_rule_scores",
+        programs=count * heads,
+        args=(start, chunks.length, qkv, gates.a, gates.b, gates.A_log, gates.dt_bias),
         out=[
             jax.ShapeDtypeStruct(shape, qkv.dtype),
-            jax.ShapeDtypeStruct((count, heads, 3, size), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct((count, heads, 4, size), jnp.float32),
             jax.ShapeDtypeStruct((count, heads), jnp.float32),
         ],
         warps=tile.scores_warps,
-        **static,
+        key_dim=key_dim,
+        value_dim=value_dim,
     )
-    (inverse,) = launch(
+    _, inverse = launch(
         _inverse,
         backend,
         name="gated_delta_rule_inverse",
-        out=[jax.ShapeDtypeStruct(shape, qkv.dtype)],
+        programs=count * heads,
+        args=(chunks.length, factors, system),
+        out=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, qkv.dtype)],
         warps=tile.inverse_warps,
+        aliases={2: 0},
         precision=tile.inverse_precision,
-        **static,
+        interpret=backend.interpret,
     )
     first, number = chunks.of_rows(rows.length.shape[0])
     mixed = not isinstance(order.read, bool)
@@ -99,71 +103,95 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
 
 
 def _scores(start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, *outputs, key_dim, value_dim):
-    """P and the row factors of one chunk and head."""
-    scores_ref, factors_ref, keep_ref = outputs
+    """P, the strictly lower part of T's system, and the row factors of one chunk and head."""
+    scores_ref, system_ref, factors_ref, keep_ref = outputs
     heads, size = scores_ref.shape[1:3]
     chunk = Chunk.of(start_ref, length_ref, qkv_ref, heads, key_dim, value_dim)
     place = jnp.arange(size, dtype=jnp.int32)
 
     def run():
-        g, _ = chunk.gates(a_ref, b_ref, A_log_ref, dt_ref, place)
+        g, beta = chunk.gates(a_ref, b_ref, A_log_ref, dt_ref, place)
         total = jnp.cumsum(g)
         last = _last(total, place)
         q, q_norm = chunk.rows(qkv_ref, 0, place)
         k, k_norm = chunk.rows(qkv_ref, chunk.keys, place)
         q_norm = q_norm * key_dim**-0.5
-        scores = _scaled(dot(q, k, contract=(1, 1)), q_norm, k_norm, total, total, place[:, None] >= place[None, :])
         at = (chunk.number, chunk.head)
-        scores_ref[at] = scores.astype(scores_ref.dtype)
+        row, column = place[:, None], place[None, :]
+        # D may overflow above the diagonal.
+        decay = jnp.exp(jnp.where(row >= column, total[:, None] - total[None, :], 0.0))
+        scores = dot(q, k, contract=(1, 1)) * (q_norm[:, None] * k_norm[None, :]) * decay
+        scores_ref[at] = jnp.where(row >= column, scores, 0.0).astype(scores_ref.dtype)
+        system = dot(k, k, contract=(1, 1)) * ((beta * k_norm)[:, None] * k_norm[None, :]) * decay
+        # By whole lines of 64 bytes; nobody reads the diagonal or what is above.
+        plgpu.store(system_ref.at[(*at, row, column)], system, mask=row | 15 >= column)
         factors_ref[(*at, READ_K)] = jnp.exp(total) * k_norm
         factors_ref[(*at, READ_Q)] = jnp.exp(total) * q_norm
         factors_ref[(*at, WRITE_K)] = jnp.exp(last - total) * k_norm
+        factors_ref[(*at, BETA)] = beta
         keep_ref[at] = jnp.exp(last)
 
     pl.when(chunk.length > 0)(run)
 
 
-def _inverse(
-    start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, inverse_ref, *, key_dim, value_dim, precision
-):
-    """T of one chunk and head, in blocks of TILE rows and columns."""
-    heads, size = inverse_ref.shape[1:3]
-    chunk = Chunk.of(start_ref, length_ref, qkv_ref, heads, key_dim, value_dim)
-    blocks = range(size // TILE)
-    step = jnp.arange(TILE, dtype=jnp.int32)
-    place = [i * TILE + step for i in blocks]
-    product = functools.partial(dot, precision=precision)
+def _inverse(length_ref, factors_ref, _, system_ref, inverse_ref, *, precision, interpret):
+    """T of one chunk and head: blocks of TILE on the diagonal by substitution, then pairs joined to larger ones.
 
-    def store(i, j, block):
-        at = inverse_ref.at[chunk.number, chunk.head, place[i][:, None], place[j][None, :]]
-        plgpu.store(at, block.astype(inverse_ref.dtype))
+    X replaces the system in place, in float32. The blocks of the diagonal are solved side by side, a thread a column of
+    one, by products of scalars with rows; -X_BB A_BA X_AA joins two.
+    """
+    heads, size = inverse_ref.shape[1:3]
+    at = (pl.program_id(0) // heads, pl.program_id(0) % heads)
+
+    def square(first_row, first_column, width):
+        step = jnp.arange(width, dtype=jnp.int32)
+        return system_ref.at[(*at, first_row + step[:, None], first_column + step[None, :])]
+
+    def triangle(first, width):
+        """X of a block that is done; above its diagonal there are still the system's values."""
+        step = jnp.arange(width, dtype=jnp.int32)
+        return plgpu.load(square(first, first, width), mask=step[:, None] >= step[None, :], other=0)
 
     def run():
-        total, beta, norm, last = [], [], [], 0.0
-        inverse = {}
-        for i in blocks:
-            g, beta_i = chunk.gates(a_ref, b_ref, A_log_ref, dt_ref, place[i])
-            total.append(jnp.cumsum(g) + last)
-            beta.append(beta_i)
-            last = _last(total[i], step)
-            k, norm_i = chunk.rows(qkv_ref, chunk.keys, place[i])
-            norm.append(norm_i)
-            system = []
-            for j in range(i + 1):
-                # Loaded anew, row by row of blocks: all keys of a chunk at once do not fit the registers.
-                k_j = k if j == i else chunk.rows(qkv_ref, chunk.keys, place[j])[0]
-                below = place[i][:, None] > place[j][None, :]
-                products = dot(k, k_j, contract=(1, 1))
-                system.append(_scaled(products, beta[i] * norm[i], norm[j], total[i], total[j], below))
-            inverse[i, i] = _invert(system[i], step, product)
-            for j in range(i):
-                # -(I + A_ii)^-1 sum_m A_im inverse_mj, m from j to i - 1.
-                terms = [product(system[m], inverse[m, j]) for m in range(j, i)]
-                inverse[i, j] = -product(inverse[i, i], sum(terms[1:], terms[0]))
-            for j in blocks:
-                store(i, j, inverse[i, j] * beta[j][None, :] if j <= i else jnp.zeros((TILE, TILE)))
+        lane = jnp.arange(size, dtype=jnp.int32)
+        block, column = lane // TILE * TILE, lane % TILE
+        # The interpreter is slow to compile loads by address.
+        whole = system_ref[at] if interpret else None
 
-    pl.when(chunk.length > 0)(run)
+        def entries(i, j):
+            """Of every block on the diagonal its entry (i, j), for all threads of the block."""
+            if whole is None:
+                return plgpu.load(system_ref.at[(*at, block + i, block + j)])
+            return jnp.repeat(jnp.stack([whole[b + i, b + j] for b in range(0, size, TILE)]), TILE)
+
+        rows = []
+        for i in range(TILE):
+            x = jnp.where(column == i, 1.0, 0.0)
+            for j in range(i):
+                x = x - entries(i, j) * rows[j]
+            # XLA's CPU compiler would compute a row again in each of those that follow.
+            rows.append(lax.optimization_barrier(x) if interpret else x)
+        barrier(interpret)
+        for i, x in enumerate(rows):
+            plgpu.store(system_ref.at[(*at, block + i, lane)], x)
+        width = TILE
+        while width < size:
+            barrier(interpret)
+            for a in range(0, size, 2 * width):
+                b = a + width
+                product = dot(plgpu.load(square(b, a, width)), triangle(a, width), precision=precision)
+                joined = -dot(triangle(b, width), product, precision=precision)
+                plgpu.store(square(b, a, width), joined)
+            width *= 2
+        barrier(interpret)
+        beta = factors_ref[(*at, BETA)]
+        for first in range(0, size, TILE):
+            row = first + jnp.arange(TILE, dtype=jnp.int32)
+            places = (*at, row[:, None], lane[None, :])
+            x = plgpu.load(system_ref.at[places], mask=row[:, None] >= lane[None, :], other=0)
+            plgpu.store(inverse_ref.at[places], (x * beta[None, :]).astype(inverse_ref.dtype))
+
+    pl.when(length_ref[at[0]] > 0)(run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,31 +236,6 @@ class Chunk:
 def _last(total: Array, place: Array) -> Array:
     """The last of running sums, to the bit: sums that were summed apart would differ by their rounding."""
     return jnp.sum(jnp.where(place == place.size - 1, total, 0.0))
-
-
-def _scaled(products, left, right, row_total, column_total, keep) -> Array:
-    """left_i right_j x_i.k_j D_ij where `keep`, else 0: D may overflow there."""
-    difference = row_total[:, None] - column_total[None, :]
-    decay = jnp.exp(jnp.where(keep, difference, 0.0))
-    return jnp.where(keep, products * (left[:, None] * right[None, :]) * decay, 0.0)
-
-
-def _invert(system: Array, place: Array, product: Callable[[Array, Array], Array]) -> Array:
-    """(I + tril(system, -1))^-1 of one [TILE, TILE] block.
-
-    The two halves of the diagonal by products, (I - B)(I + B^2)(I + B^4), where powers stay small (B^4 of eight fully
-    correlated keys has entries of 20; those of all sixteen would have 3,432); then what couples them.
-    """
-    row, column = place[:, None], place[None, :]
-    below = jnp.where(row > column, system, 0.0)
-    same_half = (row < TILE // 2) == (column < TILE // 2)
-    b = jnp.where(same_half, below, 0.0)
-    identity = jnp.where(row == column, 1.0, 0.0)
-    b2 = product(b, b)
-    halves = identity - b
-    halves = halves + product(halves, b2)
-    halves = halves + product(halves, product(b2, b2))
-    return halves - product(product(halves, below - b), halves)
 
 
 def _walk(

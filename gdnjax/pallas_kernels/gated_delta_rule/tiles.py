@@ -59,8 +59,7 @@ class Chunked:
     inverse_precision: Any
 
 
-# Products of three float32 parts on the matrix units where float32 has none of its own: exact to 1e-7, which the
-# benchmark checks on the device.
+# Products in three parts on the matrix units where float32 has none of its own.
 TF32X3 = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 # dtype of the activations -> tile
