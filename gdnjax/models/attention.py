@@ -1,13 +1,12 @@
 """The gated full-attention layer: q and gate from one projection, q/k norms, partial rotary, paged KV."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from gdnjax.backend import Backend
 from gdnjax.config import ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
-from gdnjax.models.layers import Linear, RMSNorm, rotate
+from gdnjax.models.layers import Linear, RMSNorm, project, rotate
 from gdnjax.pallas_kernels import paged_attention
 from gdnjax.shapes import Array, Float
 from gdnjax.state import KVBlocks
@@ -37,11 +36,11 @@ class GatedAttention(nnx.Module):
     ) -> tuple[Float[Array, "t d"], KVBlocks]:
         """`layer` counts attention layers. The pools of `kv` are consumed."""
         tokens, width = x.shape[0], self.head_dim
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj, backend=self.backend)
+        qg, k, v = (part.reshape(tokens, -1, width) for part in projected)
         # q_proj gives [q | gate] for each head.
-        q, gate = jnp.split(self.q_proj(x).reshape(tokens, -1, 2 * width), 2, axis=-1)
-        q = rotate(self.q_norm(q), angles)
-        k = rotate(self.k_norm(self.k_proj(x).reshape(tokens, -1, width)), angles)
-        v = self.v_proj(x).reshape(tokens, -1, width)
+        q, gate = qg[:, ::2], qg[:, 1::2]
+        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
         places = context.places
         k_blocks, v_blocks = paged_attention.write(
             kv.k, kv.v, layer, k, v, places.block, places.offset, backend=self.backend
@@ -56,4 +55,5 @@ class GatedAttention(nnx.Module):
                 o = paged_attention.attend(q, k_blocks, v_blocks, layer, context.tiles, backend=self.backend)
                 o = o.reshape(tokens, *o.shape[2:])
         o = o * jax.nn.sigmoid(gate)
-        return self.o_proj(o.reshape(tokens, -1)), KVBlocks(k=k_blocks, v=v_blocks)
+        (out,) = project(o.reshape(tokens, -1), self.o_proj, backend=self.backend)
+        return out, KVBlocks(k=k_blocks, v=v_blocks)

@@ -37,7 +37,7 @@ class DecoderLayer(nnx.Module):
                 self.self_attn = GatedAttention(config, dtype, backend)
         match mlp_kind:
             case MlpKind.DENSE:
-                self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, dtype)
+                self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, dtype, backend)
             case MlpKind.MOE:
                 assert config.moe is not None  # held by ModelConfig
                 self.mlp = MoeMLP(config, config.moe, dtype, backend)

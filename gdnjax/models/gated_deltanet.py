@@ -9,7 +9,7 @@ from flax import nnx
 from gdnjax.backend import Backend
 from gdnjax.config import ModelConfig
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
-from gdnjax.models.layers import GatedRMSNorm, Linear
+from gdnjax.models.layers import GatedRMSNorm, Linear, project
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule
 from gdnjax.pallas_kernels.gated_delta_rule import Gates
 from gdnjax.shapes import Array, Float
@@ -44,8 +44,8 @@ class GatedDeltaNet(nnx.Module):
         self, x: Float[Array, "t d"], context: PrefillContext | DecodeContext, gdn: GDNState, layer: int
     ) -> tuple[Float[Array, "t d"], GDNState]:
         """`layer` counts GDN layers. The pools of `gdn` are consumed."""
-        qkv, z = self.in_proj_qkv(x), self.in_proj_z(x)
-        a, b = self.in_proj_a(x), self.in_proj_b(x)
+        inputs = (self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b)
+        qkv, z, a, b = project(x, *inputs, backend=self.backend)
         match context:
             case PrefillContext():
                 o, gdn = self._prefill(qkv, self._gates(a, b), context, gdn, layer)
@@ -54,7 +54,8 @@ class GatedDeltaNet(nnx.Module):
             case DecodeContext():
                 o, gdn = self._verify(qkv, a, b, context, gdn, layer)
         o = self.norm(o, z.reshape(o.shape))
-        return self.out_proj(o.reshape(z.shape)), gdn
+        (out,) = project(o.reshape(z.shape), self.out_proj, backend=self.backend)
+        return out, gdn
 
     def fold(self, context: FoldContext, gdn: GDNState, layer: int) -> GDNState:
         """State and window of `write_slot`: those of `read_slot` with pending rows folded in. `gdn` is consumed."""

@@ -9,8 +9,9 @@ from flax import nnx
 from jax import lax
 
 from gdnjax import sharding
-from gdnjax.backend import dot_precision
+from gdnjax.backend import Backend, dot_precision
 from gdnjax.config import ModelConfig
+from gdnjax.pallas_kernels import matmul
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
 
@@ -30,6 +31,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         return linear(x, self.weight[...])
+
+
+def project(x: Float[Array, "t i"], *linears: Linear, backend: Backend) -> tuple[Float[Array, "t _"], ...]:
+    """Several products of the same rows, side by side."""
+    return matmul.project(x, *(linear.weight[...] for linear in linears), backend=backend)
 
 
 class RMSNorm(nnx.Module):
@@ -98,14 +104,17 @@ class Embedding(nnx.Module):
 class DenseMLP(nnx.Module):
     """SwiGLU. Column-parallel in, row-parallel out; the caller sums over ranks."""
 
-    def __init__(self, width: int, intermediate: int, dtype: str):
+    def __init__(self, width: int, intermediate: int, dtype: str, backend: Backend):
         self.gate_proj = Linear(width, intermediate, dtype)
         self.up_proj = Linear(width, intermediate, dtype)
         self.down_proj = Linear(intermediate, width, dtype)
+        self.backend = backend
 
     def __call__(self, x: Float[Array, "t d"], valid: Bool[Array, "t"]) -> Float[Array, "t d"]:
         del valid  # padded rows are computed like any other and never read
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj.weight[...], self.up_proj.weight[...]
+        (out,) = project(matmul.swiglu(x, gate, up, backend=self.backend), self.down_proj, backend=self.backend)
+        return out
 
 
 def mask_padded_vocab(logits: Float32[Array, "n V"], config: ModelConfig, tp: int) -> Float32[Array, "n V"]:

@@ -46,7 +46,7 @@ class MoeMLP(nnx.Module):
         width = config.hidden_size
         self.gate = Linear(width, moe.num_experts, dtype)
         self.experts = Experts(moe, width, dtype, backend)
-        self.shared_expert = DenseMLP(width, moe.shared_intermediate_size, dtype)
+        self.shared_expert = DenseMLP(width, moe.shared_intermediate_size, dtype, backend)
         self.shared_expert_gate = Linear(width, 1, dtype)
         self.experts_per_token = moe.experts_per_token
         self.normalise_top_k = moe.normalise_top_k

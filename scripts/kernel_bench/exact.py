@@ -139,6 +139,13 @@ def attention(x, pools, layer):
     return lax.map(one_tile, (x["q"], x["position"], x["table"])), ()
 
 
+def products(x, pools, layer, *, gated):
+    found = [_double(x["x"]) @ _double(weight).T for weight in x["weights"][layer]]
+    if gated:
+        return jax.nn.silu(found[0]) * found[1], ()
+    return tuple(found), ()
+
+
 def every(rows: int) -> int:
     """Of so many rows of a product, each of these is compared: some 2,000 in all."""
     return -(-rows // 2048)

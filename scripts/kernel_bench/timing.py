@@ -18,8 +18,8 @@ def time_calls(
     """Seconds a call in each of `runs` runs, and the pools. Calls go through the layers in turn; pools are consumed.
 
     Equal calls are one to XLA. Where a call does not change what the next one reads of the pools, `chain` names an
-    argument of integers that all of its kernels read: to it, and to the layer, each call adds a zero that it computes
-    from the outputs before (a kernel of less than 2 us).
+    argument that all of its kernels read, "layer" among them: each call adds a zero to it that is computed from the
+    outputs before (a kernel of less than 2 us).
     """
     repeat = functools.partial(_repeat, call, layers=layers, chain=chain)
     once = jax.jit(functools.partial(repeat, count=layers), donate_argnums=1)
@@ -41,14 +41,18 @@ def time_calls(
 
 def _repeat(call, arguments, pools, *, layers, chain, count):
     """`count` calls one after another."""
-    outputs, zero = None, 0
+    outputs = None
     for i in range(count):
+        mine, layer = arguments, i % layers
         if chain and outputs is not None:
             # No product with 0 and no mask of bits, which XLA would fold.
             first = jnp.ravel(jax.tree.leaves(outputs)[0])[0].astype(jnp.float32)
             zero = (first > 1e38).astype(jnp.int32)
-        mine = arguments | {chain: arguments[chain] + zero} if chain else arguments
-        outputs, pools = call(mine, pools, i % layers + zero)
+            if chain == "layer":
+                layer = layer + zero
+            else:
+                mine = arguments | {chain: arguments[chain] + zero}
+        outputs, pools = call(mine, pools, layer)
     return outputs, pools
 
 

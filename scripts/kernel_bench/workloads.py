@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, paged_attention
+from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, matmul, paged_attention
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.rows import Rows, make_chunks
@@ -327,7 +327,7 @@ def attention(
         bytes=requests * (context * of_token + queries * heads * width * 4),
         flops=pairs * heads * width * 4,
         limits=(6e-3, 0),
-        chain="position",
+        chain="layer",
     )
 
 
@@ -367,6 +367,39 @@ def grouped(tokens: int, experts: int, per_token: int, depth: int, width: int):
     )
 
 
+def products(kind: str, rows: int, inputs: int, *outputs: int):
+    """Projections of a decode step, as layers have them: `kind` names them, "gate-up" ends in silu(gate) * up."""
+    layers = 4
+
+    def inputs_of(key):
+        keys = jax.random.split(key, 1 + layers)
+        weights = [
+            [_random(jax.random.fold_in(k, i), (n, inputs), scale=inputs**-0.5) for i, n in enumerate(outputs)]
+            for k in keys[1:]
+        ]
+        return {"x": _random(keys[0], (rows, inputs)), "weights": weights}, ()
+
+    def call(x, pools, layer, backend):
+        weights = x["weights"][layer]
+        if kind == "gate-up":
+            return matmul.swiglu(x["x"], *weights, backend=backend), pools
+        return matmul.project(x["x"], *weights, backend=backend), pools
+
+    width = outputs[0] if kind == "gate-up" else sum(outputs)
+    return Workload(
+        name=f"matmul-{kind}-{inputs}x{sum(outputs)}-{rows}",
+        inputs=inputs_of,
+        call=call,
+        exact=functools.partial(exact.products, gated=kind == "gate-up"),
+        written=lambda pools, x, layer: (),
+        layers=layers,
+        bytes=2 * (sum(outputs) * inputs + rows * (inputs + width)),
+        flops=2 * rows * sum(outputs) * inputs,
+        limits=(4e-3, 0),
+        chain="x",
+    )
+
+
 def _lengths(lengths) -> str:
     return str(lengths[0]) if len(lengths) == 1 else f"{len(lengths)}x{lengths[0]}"
 
@@ -396,6 +429,16 @@ WORKLOADS = {
         attention(1, 131072, 1, 24, 4, 256),
         attention(1, 8192, 8192, 24, 4, 256),
         attention(1, 8192, 2048, 24, 4, 256),
+        *(
+            work
+            for rows in (1, 128)
+            for work in (
+                products("delta", rows, 4096, 8192, 4096, 32, 32),
+                products("gate-up", rows, 4096, 12288, 12288),
+                products("out", rows, 4096, 4096),
+                products("down", rows, 12288, 4096),
+            )
+        ),
         grouped(128, 512, 10, 4096, 2048),
         grouped(128, 256, 8, 2048, 1024),
         grouped(8192, 512, 10, 4096, 2048),

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from gdnjax import sharding
+from gdnjax.backend import REFERENCE
 from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig
 from gdnjax.models.layers import (
     DenseMLP,
@@ -144,7 +145,9 @@ def test_linear_is_x_times_transposed_weight():
 
 def test_dense_mlp_is_swiglu():
     x, gate, up, down = draw(5, 16), draw(24, 16, seed=1), draw(24, 16, seed=2), draw(16, 24, seed=3)
-    mlp = with_weights(DenseMLP(16, 24, "float32"), gate_proj__weight=gate, up_proj__weight=up, down_proj__weight=down)
+    mlp = with_weights(
+        DenseMLP(16, 24, "float32", REFERENCE), gate_proj__weight=gate, up_proj__weight=up, down_proj__weight=down
+    )
     wide = np.float64(x)
     expected = (silu(wide @ gate.T) * (wide @ up.T)) @ np.float64(down).T
     np.testing.assert_allclose(np.asarray(mlp(jnp.asarray(x), jnp.ones((5,), bool))), expected, rtol=1e-5, atol=1e-4)

@@ -1,0 +1,25 @@
+"""Contract of the op. Matrices are [out, in], as in the checkpoint; sums are float32.
+
+Kernels take the few rows of a decode step, where reading the matrices is all the time there is and XLA leaves a part of
+it; more rows, and types without a tile, are XLA's.
+"""
+
+from gdnjax.backend import REFERENCE, Backend
+from gdnjax.pallas_kernels.matmul import kernels, reference, tiles
+from gdnjax.shapes import Array, Float
+
+
+def project(
+    x: Float[Array, "t i"], *weights: Float[Array, "_ i"], backend: Backend = REFERENCE
+) -> tuple[Float[Array, "t _"], ...]:
+    """x W^T for each of the matrices, in x's dtype."""
+    tile = tiles.of(backend, x.shape[0], x.dtype)
+    return reference.project(x, weights) if tile is None else kernels.project(x, weights, tile, backend)
+
+
+def swiglu(
+    x: Float[Array, "t i"], gate: Float[Array, "o i"], up: Float[Array, "o i"], *, backend: Backend = REFERENCE
+) -> Float[Array, "t o"]:
+    """silu(x gate^T) * (x up^T), in x's dtype."""
+    tile = tiles.of(backend, x.shape[0], x.dtype)
+    return reference.swiglu(x, gate, up) if tile is None else kernels.swiglu(x, gate, up, tile, backend)
