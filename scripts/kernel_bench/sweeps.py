@@ -71,8 +71,10 @@ def _table(name: str):
     if name.startswith("matmul"):
         most = 128 if name.endswith("-128") else 16
         row = products.TILES["cuda"]["bfloat16"]
-        sizes = itertools.product((64, 128), (32, 64), (64, 128, 256), (4, 8), (3, 4), (132, 264))
-        return products.TILES, "bfloat16", [row | {most: products.Tile(*size)} for size in sizes]
+        kind = "gated" if "gate-up" in name else "wide" if "delta" in name else "narrow"
+        sizes = itertools.product((64, 128), (64, 128, 256), (4, 8), (3, 4), (132, 264) if kind == "narrow" else (0,))
+        tiles = [dataclasses.replace(row[most], **{kind: products.Tile(*size)}) for size in sizes]
+        return products.TILES, "bfloat16", [row | {most: each} for each in tiles]
     few = name.endswith("-128")
     sizes = (
         itertools.product((16,), (32, 64, 128), (64, 128, 256), (4,), (2, 3, 4, 5))

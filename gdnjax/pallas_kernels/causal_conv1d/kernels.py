@@ -79,9 +79,6 @@ def _prefill(row_ref, offset_ref, valid_ref, x_ref, weight_ref, window_ref, y_re
         inside = jnp.broadcast_to((token >= 0) & (token < total), channel.shape)
         return plgpu.load(x_ref.at[token, channel], mask=there & inside, other=0)
 
-    def convolve(inputs):
-        return sum(x.astype(jnp.float32) * w for x, w in zip(inputs, weights, strict=True))
-
     def at_the_beginning(inputs, row, offset):
         """Of a row's first tokens, to which some inputs belong to the row before, and the window has theirs."""
         mine = []
@@ -90,7 +87,7 @@ def _prefill(row_ref, offset_ref, valid_ref, x_ref, weight_ref, window_ref, y_re
             at = window_ref.at[row, jnp.minimum(offset + tap, width - 1), channel]
             stored = plgpu.load(at, mask=there & before, other=0)
             mine.append(jnp.where(before, stored.astype(x.dtype), x))
-        return convolve(mine)
+        return _convolve(mine, weights)
 
     def group(i, history):
         start = first + i * GROUP
@@ -102,7 +99,7 @@ def _prefill(row_ref, offset_ref, valid_ref, x_ref, weight_ref, window_ref, y_re
             y = lax.cond(
                 offset < width,
                 lambda taps=taps, row=row, offset=offset: at_the_beginning(taps, row, offset),
-                lambda taps=taps: convolve(taps),
+                lambda taps=taps: _convolve(taps, weights),
             )
             y = jnp.where(valid_ref[at] != 0, y * sigmoid(y), 0.0)
             inside = jnp.broadcast_to(start + j < total, channel.shape)
@@ -110,6 +107,14 @@ def _prefill(row_ref, offset_ref, valid_ref, x_ref, weight_ref, window_ref, y_re
         return tuple(inputs[GROUP:])
 
     lax.fori_loop(0, tokens // GROUP, group, tuple(load(first - width + j) for j in range(width)))
+
+
+def _convolve(inputs, weights) -> Array:
+    """One token's sum over the taps, oldest first."""
+    total = inputs[0].astype(jnp.float32) * weights[0]
+    for x, weight in zip(inputs[1:], weights[1:], strict=True):
+        total += x.astype(jnp.float32) * weight
+    return total
 
 
 def _store_windows(layer_ref, start_ref, length_ref, slot_ref, row_ref, x_ref, window_ref, _, conv_ref, *, columns):
@@ -196,11 +201,11 @@ def _update_kernel(layer_ref, read_ref, write_ref, *refs, columns, pending, new)
     ]
 
     def emit(i, inputs):
-        total = sum(x.astype(jnp.float32) * w for x, w in zip(inputs, weights, strict=True))
+        total = _convolve(inputs, weights)
         plgpu.store(y_ref.at[row, i, channel], (total * sigmoid(total)).astype(y_ref.dtype), mask=mask)
 
     # Everything is read before anything is written, since both may be one slot.
-    if pending:
+    if count_ref is not None:
         inputs = [stored(i) for i in range(width + pending)]
         done = count_ref[row]
         window = [stored(done + i) for i in range(width)]

@@ -262,7 +262,7 @@ def _walk(
     blocks = -(-value_dim // columns)
     row, head, block = heads_and_blocks(heads, blocks, pl.program_id(0))
     tile = StateTile.of(layer_ref[0], head, block, columns=columns, key_dim=key_dim, value_dim=value_dim, least=TILE)
-    read_vk = read_vk if stored_ref is None else stored_ref[row] != 0
+    read_vk = bool(read_vk) if stored_ref is None else stored_ref[row] != 0
     # A fresh row reads nothing of its slot.
     state = tile.load(ssm_ref, read_ref[row], read_vk, wanted=fresh_ref[row] == 0).T
 
@@ -298,7 +298,7 @@ def _walk(
         plgpu.store(o_ref.at[token[:, None], head, tile.v[None, :]], o.astype(o_ref.dtype), mask=values_valid)
         written = (written * write_k[:, None]).astype(qkv_ref.dtype)
         state = keep_ref[chunk, head] * state + dot(k, written, contract=(0, 0))
-        if checkpoints:
+        if checkpoint_ref is not None:
             slot = checkpoint_ref[chunk]
             tile.store(out_ref, slot, state.T, write_vk, when=slot > 0)
         return state, start_of_next, length_of_next

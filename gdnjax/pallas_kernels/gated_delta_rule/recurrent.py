@@ -83,7 +83,7 @@ def _kernel(layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, wr
     count_ref, refs = (None, refs) if keep_new else (refs[0], refs[1:])
     stored_ref, refs = (None, refs) if read_vk is not None else (refs[0], refs[1:])
     qkv_ref, a_ref, b_ref, A_log_ref, dt_bias_ref, ssm_ref, *outputs = refs
-    o_ref, out_ref = outputs if new else (None, outputs[0])
+    out_ref = outputs[-1]
     rows, width = qkv_ref.shape[1:]
     heads, value_dim = ssm_ref.shape[2], ssm_ref.shape[3] // key_dim
     keys = (width - heads * value_dim) // 2
@@ -94,7 +94,7 @@ def _kernel(layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, wr
     # Eight threads side by side read 128 bytes.
     lanes = 128 // ssm_ref.dtype.itemsize
     tile = StateTile.of(layer_ref[0], head, block, columns=columns, key_dim=key_dim, value_dim=value_dim, lanes=lanes)
-    state = tile.load(ssm_ref, read_ref[row], read_vk if stored_ref is None else stored_ref[row] != 0)
+    state = tile.load(ssm_ref, read_ref[row], bool(read_vk) if stored_ref is None else stored_ref[row] != 0)
     if stored_ref is not None:
         # Where the order changes in place, what one thread stores another may not have loaded yet. (The tile is a
         # whole head then, so that no other program is in it.)
@@ -113,7 +113,7 @@ def _kernel(layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, wr
         return plgpu.load(qkv_ref.at[row, j, channel], mask=mask, other=None if mask is None else 0)
 
     # All rows are loaded before the first is used: one latency, not one a row.
-    pending = [] if keep_new else [j < count_ref[row] for j in range(rows - new)]
+    pending = [] if count_ref is None else [j < count_ref[row] for j in range(rows - new)]
     exists = [*pending, *[None] * new]
     ks = [load(j, keys + key_start + tile.k, there, tile.k_mask) for j, there in enumerate(exists)]
     vs = [load(j, value_start + tile.v, there, tile.v_mask) for j, there in enumerate(exists)]
@@ -122,7 +122,9 @@ def _kernel(layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, wr
     # The gates of all rows at once, a thread a row. A row that is not there leaves the state as it is, to the bit; its
     # gates may be anything.
     place = jnp.arange(power_of_two(rows), dtype=jnp.int32)
-    real = place < rows if keep_new else (place < count_ref[row]) | ((place >= rows - new) & (place < rows))
+    real = place < rows
+    if count_ref is not None:
+        real &= (place < count_ref[row]) | (place >= rows - new)
     a = plgpu.load(a_ref.at[row, place, head], mask=real, other=0).astype(jnp.float32)
     b = plgpu.load(b_ref.at[row, place, head], mask=real, other=0).astype(jnp.float32)
     keeps = jnp.where(real, jnp.exp(-rate * softplus(a + bias)), 1.0)
@@ -147,7 +149,7 @@ def _kernel(layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, wr
         # What the old state gives to k and to q is summed side by side; the row's own part of the output is rank one.
         written = norm * beta * (v - keep * norm * tile.over_k(state * tile.along_k(k)))
         o = scale * (keep * tile.over_k(state * tile.along_k(q)) + written * jnp.sum(k * q))
-        plgpu.store(o_ref.at[row, j, head, tile.v], o.astype(o_ref.dtype), mask=tile.v_mask)
+        plgpu.store(outputs[0].at[row, j, head, tile.v], o.astype(qkv_ref.dtype), mask=tile.v_mask)
         if keep_new or j + 1 < new:
             state = keep * state + tile.along_v(written) * tile.along_k(k)
     if keep_new:

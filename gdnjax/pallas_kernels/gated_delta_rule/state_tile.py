@@ -25,7 +25,6 @@ class StateTile:
     k: Leaf  # [power of two] int32, or [power of two / lanes, lanes]
     key_dim: int
     value_dim: int
-    whole: bool  # nothing stands past the head
 
     @classmethod
     def of(
@@ -36,8 +35,7 @@ class StateTile:
         k = jnp.arange(min(lanes, size) if lanes else size, dtype=jnp.int32)
         if lanes:
             k = k.size * jnp.arange(size // k.size, dtype=jnp.int32)[:, None] + k[None, :]
-        whole = value_dim % columns == 0 and k.size == key_dim
-        return cls(layer=layer, head=head, v=v, k=k, key_dim=key_dim, value_dim=value_dim, whole=whole)
+        return cls(layer=layer, head=head, v=v, k=k, key_dim=key_dim, value_dim=value_dim)
 
     @property
     def v_mask(self) -> Array | None:
@@ -77,7 +75,8 @@ class StateTile:
         v, k = self.along_v(self.v), self.along_k(self.k)
         places = v * self.key_dim + k if vk else k * self.value_dim + v
         # Nothing masked may stand where something else is stored: the interpreter stores masked places, too, unchanged.
-        return places if self.whole else jnp.where(self._mask(None), places, self.key_dim * self.value_dim)
+        mask = self._mask(None)
+        return places if mask is None else jnp.where(mask, places, self.key_dim * self.value_dim)
 
     def _mask(self, wanted: Array | None) -> Array | None:
         masks = []

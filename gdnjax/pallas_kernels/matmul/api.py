@@ -13,13 +13,16 @@ def project(
     x: Float[Array, "t i"], *weights: Float[Array, "_ i"], backend: Backend = REFERENCE
 ) -> tuple[Float[Array, "t _"], ...]:
     """x W^T for each of the matrices, in x's dtype."""
-    tile = tiles.of(backend, x.shape[0], x.dtype)
-    return reference.project(x, weights) if tile is None else kernels.project(x, weights, tile, backend)
+    found = tiles.of(backend, x.shape[0], x.dtype)
+    if found is None:
+        return reference.project(x, weights)
+    few = sum(weight.shape[0] for weight in weights) <= tiles.FEW
+    return kernels.project(x, weights, found.narrow if few else found.wide, backend)
 
 
 def swiglu(
     x: Float[Array, "t i"], gate: Float[Array, "o i"], up: Float[Array, "o i"], *, backend: Backend = REFERENCE
 ) -> Float[Array, "t o"]:
     """silu(x gate^T) * (x up^T), in x's dtype."""
-    tile = tiles.of(backend, x.shape[0], x.dtype)
-    return reference.swiglu(x, gate, up) if tile is None else kernels.swiglu(x, gate, up, tile, backend)
+    found = tiles.of(backend, x.shape[0], x.dtype)
+    return reference.swiglu(x, gate, up) if found is None else kernels.swiglu(x, gate, up, found.gated, backend)

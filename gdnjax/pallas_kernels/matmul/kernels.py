@@ -72,12 +72,12 @@ def swiglu(x: Array, gate: Array, up: Array, tile: Tile, backend: Backend) -> Ar
         _swiglu,
         backend,
         name="matmul_swiglu",
-        programs=-(-gate.shape[0] // tile.gated_columns),
+        programs=-(-gate.shape[0] // tile.columns),
         args=(x, gate, up),
         out=[jax.ShapeDtypeStruct((x.shape[0], gate.shape[0]), x.dtype)],
         warps=tile.warps,
         stages=tile.stages,
-        columns=tile.gated_columns,
+        columns=tile.columns,
         depth=_depth(x, tile),
     )
     return out

@@ -9,41 +9,53 @@ from gdnjax.backend import Backend
 class Tile:
     """A program makes `columns` outputs of all rows, `depth` inputs at a time.
 
-    Where fewer than `programs` would run, the inputs are split between several, whose sums XLA adds up. `gated_columns`
-    are those of a program that makes gate and up together.
+    Where fewer than `programs` would run, the inputs are split between several, whose sums XLA adds up.
     """
 
     columns: int
-    gated_columns: int
     depth: int
     warps: int
     stages: int
-    programs: int
+    programs: int = 0
 
 
-# dtype -> {most rows: tile}
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """For products with many outputs, with few (up to FEW), and with gate and up in one program."""
+
+    wide: Tile
+    narrow: Tile
+    gated: Tile
+
+
+FEW = 4096
+"""Outputs up to which a product has too few columns to occupy a device."""
+
+# dtype -> {most rows: tiles}
 TILES = {
     "cuda": {
         "bfloat16": {
-            16: Tile(64, 32, 256, 4, 3, 264),
-            64: Tile(64, 64, 128, 4, 3, 264),
-            128: Tile(128, 64, 64, 8, 4, 132),
+            16: Tiles(Tile(64, 256, 4, 4), Tile(64, 128, 4, 4, programs=264), Tile(64, 256, 4, 3)),
+            64: Tiles(Tile(64, 128, 4, 3), Tile(64, 128, 4, 3, programs=132), Tile(64, 128, 4, 3)),
+            128: Tiles(Tile(64, 64, 4, 4), Tile(64, 128, 4, 3, programs=132), Tile(64, 64, 8, 3)),
         }
     },
     "rocm": {
         "bfloat16": {
-            16: Tile(64, 32, 128, 4, 1, 304),
-            64: Tile(64, 32, 64, 4, 1, 304),
-            128: Tile(64, 32, 64, 4, 1, 304),
+            16: Tiles(Tile(64, 128, 4, 1), Tile(64, 128, 4, 1, programs=304), Tile(32, 128, 4, 1)),
+            128: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1, programs=304), Tile(32, 64, 4, 1)),
         }
     },
-    "interpret": {dtype: {128: Tile(64, 32, 64, 1, 1, 8)} for dtype in ("bfloat16", "float32")},
+    "interpret": {
+        dtype: {128: Tiles(Tile(64, 64, 1, 1), Tile(32, 64, 1, 1, programs=8), Tile(32, 64, 1, 1))}
+        for dtype in ("bfloat16", "float32")
+    },
 }
 
 
-def of(backend: Backend, rows: int, dtype) -> Tile | None:
-    """The tile for so many rows; None: XLA's product."""
+def of(backend: Backend, rows: int, dtype) -> Tiles | None:
+    """The tiles for so many rows; None: XLA's product."""
     if backend.is_reference:
         return None
     table = backend.tiles(TILES).get(str(dtype), {})
-    return next((tile for most, tile in sorted(table.items()) if rows <= most), None)
+    return next((tiles for most, tiles in sorted(table.items()) if rows <= most), None)
