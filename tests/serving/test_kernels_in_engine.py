@@ -1,7 +1,6 @@
 """Interpreted kernels in the engine, everything on at once: the tokens of the reference engine, up to rounding."""
 
 import functools
-import itertools
 
 import pytest
 
@@ -17,6 +16,7 @@ from tests.serving.exactness import (
     gaps,
     interleave,
     micro_arrivals,
+    num_same,
 )
 
 NUM_INTERLEAVINGS = 12
@@ -58,7 +58,7 @@ def test_kernels_give_the_tokens_of_the_reference_engine(layout, num_drafts):
         found = interleave(llm, seed, arrivals_of(num_drafts))
         tally.add(llm, exact_micro(), found)
         for one, other in pairs(reference.values(), found.values()):
-            same = num_same(one.tokens, other.tokens)
+            same = num_same(one, other)
             if same < len(one.tokens):
                 parted.append(float(gaps(one)[same]))
             # Up to the token at which they part both have seen the same ones.
@@ -85,8 +85,3 @@ def pairs(ones, others) -> list[tuple[Run, Run]]:
     by_prompt = {tuple(run.prompt): run for run in others}
     assert len(by_prompt) == len(ones)
     return [(run, by_prompt[tuple(run.prompt)]) for run in ones]
-
-
-def num_same(ones: list[int], others: list[int]) -> int:
-    """Tokens before the first that differs."""
-    return sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(ones, others, strict=True)))
