@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.runs < 1:
         parser.error("--runs must be at least 1")
+    if arguments.check_only and (arguments.sweep or arguments.plot):
+        parser.error("--check-only measures no times; --sweep and --plot need them")
     return exit_status("bench_kernels.py", lambda: run(arguments))
 
 

@@ -43,6 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory-fraction", type=float, help="of the device's memory")
     parser.add_argument("--output", metavar="FILE", help="also write all kernels there, as JSON")
     arguments = parser.parse_args(argv)
+    for name in ("layers", "requests", "input_len", "max_num_batched_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.steps < 2:
+        parser.error(f"--steps must be at least 2, got {arguments.steps}: half are timed, the other half profiled")
     return exit_status("profile_step.py", lambda: run(arguments))
 
 
@@ -62,7 +68,6 @@ def run(arguments) -> int:
         kinds, mlps = config.layer_kinds[: arguments.layers], config.mlp_kinds[: arguments.layers]
         config = dataclasses.replace(config, layer_kinds=kinds, mlp_kinds=mlps)
     drafts = arguments.num_speculative_tokens
-    loaded = load_random(config, {"tensor_parallel_size": 1, "dtype": "auto"}, 0, mtp=drafts > 0)
     # Enough that every request decodes through all profiled steps and those before them.
     tokens = (arguments.steps + 24) * (1 + drafts)
     length = arguments.input_len + tokens + 64
@@ -81,6 +86,7 @@ def run(arguments) -> int:
         num_kv_blocks=arguments.requests * -(-length // 16),
         **options,
     )
+    loaded = load_random(config, {"tensor_parallel_size": 1, "dtype": "auto"}, 0, mtp=drafts > 0)
     begin = time.perf_counter()
     with LLM.from_model(loaded.model, loaded.params, engine, max_model_len=length) as llm:
         print(f"ready after {time.perf_counter() - begin:.1f} s", flush=True)
@@ -120,8 +126,8 @@ def run(arguments) -> int:
             decode = kernels_of(scratch)
     print(table("prefill", prefill, 1))
     print(table("decode", decode, arguments.steps // 2))
-    busy = sum(seconds for _, seconds in decode.values()) / (arguments.steps // 2)
-    print(f"a decode step: {wall * 1e3:.2f} ms by the clock, kernels {busy * 1e3:.2f} ms")
+    busy = sum(seconds for _, seconds in decode.values()) / (arguments.steps // 2) if decode else None
+    print(f"a decode step: {wall * 1e3:.2f} ms by the clock" + (f", kernels {busy * 1e3:.2f} ms" if busy else ""))
     if arguments.output:
         figures = {
             "device": jax.devices()[0].device_kind,
@@ -139,7 +145,7 @@ def _prefilling(llm) -> bool:
 
 
 def kernels_of(directory: str) -> dict[str, tuple[int, float]]:
-    """Kernel -> (launches, seconds) over the devices' streams of a profile."""
+    """Kernel -> (launches, seconds) over the devices' streams of a profile; empty on a CPU, which has none."""
     from jax.profiler import ProfileData
 
     found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
@@ -159,12 +165,14 @@ def kernels_of(directory: str) -> dict[str, tuple[int, float]]:
 
 def table(what: str, kernels: dict[str, tuple[int, float]], steps: int, most: int = 30) -> str:
     """Kernels by kind, numbers taken off their names, longest first."""
+    if not kernels:
+        return f"{what}: the profile has no kernels of a device"
     kinds: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
     for name, (count, seconds) in kernels.items():
         kind = kinds[re.sub(r"[._]\d+$", "", name)[:70]]
         kind[0] += count
         kind[1] += seconds
-    total = sum(seconds for _, seconds in kinds.values()) or 1.0
+    total = sum(seconds for _, seconds in kinds.values())
     lines = [f"{what}: {total / steps * 1e3:.2f} ms of kernels a {'step' if steps > 1 else 'run'}"]
     for name, (count, seconds) in sorted(kinds.items(), key=lambda item: -item[1][1])[:most]:
         lines.append(f"  {seconds / steps * 1e6:10.1f} us {seconds / total:6.1%} {count / steps:8.1f} x  {name}")

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 
-from command import exit_status
+from command import exit_status, prepare_environment
 
 DESCRIPTION = """\
 Every kernel at every workload of bench_kernels.py, and whole prefill, decode and seal steps at the layer sizes of
@@ -21,7 +21,7 @@ One kernel that is known to spill must be refused, or the gate itself is broken.
 Nothing runs, and nothing is said of speed. It needs an environment of its own with the compiler's wheels (160 MB, no
 ROCm and no GPU), readelf and gcc:
 
-  pip install jax==0.10.2 jaxlib==0.10.2 jax-rocm7-pjrt==0.10.2 jax-rocm7-plugin==0.10.2
+  pip install -e ".[rocm-gate]"
 """
 
 EXAMPLES = """\
@@ -82,6 +82,7 @@ def work(arguments) -> int:
     from rocm import compiling, stand_ins
 
     arch = arguments.worker
+    prepare_environment()
     with tempfile.TemporaryDirectory() as scratch:
         libraries, cache = pathlib.Path(scratch, "libraries"), pathlib.Path(scratch, "code")
         libraries.mkdir()
@@ -130,7 +131,7 @@ def plugin_libraries() -> list[pathlib.Path]:
         for place in (spec.submodule_search_locations or []) if spec else []:
             found += sorted(pathlib.Path(place).rglob("*.so"))
     if not found:
-        raise ImportError("the ROCm compiler is not installed: pip install jax-rocm7-pjrt jax-rocm7-plugin")
+        raise ImportError("the ROCm compiler is not installed: pip install -e '.[rocm-gate]'")
     return found
 
 

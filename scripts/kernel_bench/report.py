@@ -65,14 +65,14 @@ def plot(rows: list[Row], ceilings: dict[str, float], head: dict, file: str) -> 
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 6))
-    timed = [row for row in rows if row.median]
+    timed = [(row, row.median) for row in rows if row.median]
     low, high = 0.1, 3e4
     knee = ceilings["matmul"] / ceilings["copy"]
     axes.loglog([low, knee, high], [low * ceilings["copy"], ceilings["matmul"], ceilings["matmul"]], color="black")
-    kinds = sorted({"-".join(row.name.split("-")[:2]) for row in timed})
+    kinds = sorted({"-".join(row.name.split("-")[:2]) for row, _ in timed})
     for kind in kinds:
-        here = [row for row in timed if row.name.startswith(kind)]
-        axes.scatter([r.flops / r.bytes for r in here], [r.flops / r.median for r in here], label=kind, s=24)
+        here = [(row, median) for row, median in timed if row.name.startswith(kind)]
+        axes.scatter([r.flops / r.bytes for r, _ in here], [r.flops / median for r, median in here], label=kind, s=24)
     axes.set_xlim(low, high)
     axes.set_ylim(10 ** math.floor(math.log10(low * ceilings["copy"])), 2 * ceilings["matmul"])
     axes.set_xlabel("FLOP per byte")

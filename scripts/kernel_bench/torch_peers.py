@@ -45,11 +45,11 @@ def _inputs(lead, key_heads: int, heads: int, correlated: bool = False):
     return q, k, v, g, torch.sigmoid(2 * normal(heads))
 
 
-def decode(runs: int, heads: str, rows: str, tokens: int = 1):
+def decode(runs: int, num_heads: str, num_rows: str, tokens: int = 1):
     """One call reads states and writes others; sets of them take turns, as layers do."""
-    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule  # pyright: ignore[reportMissingImports]
 
-    heads, rows = int(heads), int(rows)
+    heads, rows = int(num_heads), int(num_rows)
     sets = max(2, min(24, 512 // rows))
     q, k, v, g, beta = _inputs((rows, tokens), 16, heads)
     states = [0.1 * torch.randn(rows, heads, K, V, device="cuda") for _ in range(sets)]
@@ -69,10 +69,10 @@ def verify(runs: int, heads: str, rows: str, _: str, new: str):
     return decode(runs, heads, rows, int(new))
 
 
-def prefill(runs: int, heads: str, lengths: str, correlated: str | None = None):
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+def prefill(runs: int, num_heads: str, lengths: str, correlated: str | None = None):
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
 
-    heads = int(heads)
+    heads = int(num_heads)
     count, each = (int(n) for n in lengths.split("x")) if "x" in lengths else (1, int(lengths))
     q, k, v, g, beta = _inputs((1, count * each), 16, heads, bool(correlated))
     ends = torch.arange(0, count * each + 1, each, device="cuda")
@@ -86,13 +86,13 @@ def prefill(runs: int, heads: str, lengths: str, correlated: str | None = None):
 
     o, final = call(0)
     split = (x[0].unflatten(0, (count, each)) for x in (q, k, v, g, beta))
-    wanted, last = _recurrence(*split, state)
+    wanted, last = _recurrence(*split, state=state)
     times = _times(call, 4, runs)
     return {**times, "error": _error(o[0].unflatten(0, (count, each)), wanted), "state_error": _error(final, last)}
 
 
 def convolve(runs: int, channels: str, length: str):
-    from fla.modules.causal_conv1d import causal_conv1d
+    from fla.modules.causal_conv1d import causal_conv1d  # pyright: ignore[reportMissingImports]
 
     x = torch.randn(1, int(length), int(channels), device="cuda").bfloat16()
     weight = 0.5 * torch.randn(int(channels), 4, device="cuda").bfloat16()

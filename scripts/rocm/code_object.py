@@ -2,6 +2,7 @@
 
 import dataclasses
 import struct
+from typing import Any
 
 AMDGPU = 224  # e_machine
 AMDGPU_METADATA = 32  # the note that holds it, as MessagePack
@@ -77,7 +78,7 @@ _FIXED |= {0xCA: ">f", 0xCB: ">d"}
 _SIZES = {0xD9: ">B", 0xDA: ">H", 0xDB: ">I", 0xDC: ">H", 0xDD: ">I", 0xDE: ">H", 0xDF: ">I"}
 
 
-def unpack(data: bytes):
+def unpack(data: bytes) -> Any:
     """One MessagePack value: as much of the format as the metadata uses."""
     return _unpack(data, 0)[0]
 

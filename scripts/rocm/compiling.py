@@ -150,7 +150,7 @@ def faults_of(launch: Launch, arch: str) -> Iterator[str]:
 
 def launches_of(lowered) -> list[Launch]:
     """Triton kernels in a lowered function."""
-    from jax._src.lib.mlir import ir
+    from jaxlib.mlir import ir
 
     module = lowered.compiler_ir("stablehlo")
     found = []
@@ -184,11 +184,11 @@ def _operations(operation) -> Iterator[Any]:
 
 
 def _text(bytecode: bytes) -> str:
-    from jax._src.lib.mlir import ir
     from jax._src.pallas.triton import lowering
+    from jaxlib.mlir import ir
 
     with lowering._new_ir_context(), ir.Location.unknown():
-        return ir.Module.parse(bytecode).operation.get_asm(enable_debug_info=False)
+        return str(ir.Module.parse(bytecode).operation.get_asm(enable_debug_info=False))
 
 
 def _shared_memory(files: set[pathlib.Path]) -> dict[str, int]:

@@ -321,6 +321,12 @@ def within_bounds(error: Error) -> bool:
     )
 
 
+def num_same(one: Run, other: Run) -> int:
+    """Tokens of two runs of the same length before the first that differs."""
+    differs = [i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=True)) if a != b]
+    return differs[0] if differs else len(one.tokens)
+
+
 def gaps(run: Run, forced: Reference | None = None) -> np.ndarray:
     """How far the two best scores of each emitted token are apart. Where that is less than rounding, another bucket
     may draw the other.

@@ -1,0 +1,117 @@
+"""scripts/profile_step.py: the kernels of a profile, the table of them, and a run where a device has none."""
+
+import json
+
+import profile_step as script
+import pytest
+from jax.profiler import ProfileData
+
+EVENTS = "".join(
+    f"events {{ metadata_id: {kernel} duration_ps: {1000 * nanoseconds} }} "
+    for kernel, nanoseconds in ((1, 2000), (1, 4000), (2, 600), (3, 3400))
+)
+NAMES = "".join(
+    f'event_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }} '
+    for i, name in ((1, "fusion.3"), (2, "fusion_12"), (3, "gated_delta_rule_decode"))
+)
+PROFILE = f"""
+planes {{ name: "/device:GPU:0" {NAMES}
+  lines {{ name: "Stream #13(Compute)" {EVENTS} }}
+  lines {{ name: "XLA Ops" {EVENTS} }} }}
+planes {{ name: "/host:CPU" {NAMES} lines {{ name: "Stream #1" {EVENTS} }} }}
+"""
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """As the profiler leaves it: a stream of a device, the same work by op, and threads of the host."""
+    file = tmp_path / "plugins" / "profile" / "now" / "host.xplane.pb"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(ProfileData.text_proto_to_serialized_xspace(PROFILE))
+    return tmp_path
+
+
+def test_kernels_are_those_of_the_devices_streams(profile):
+    found = script.kernels_of(str(profile))
+    assert {name: count for name, (count, _) in found.items()} == {
+        "fusion.3": 2,
+        "fusion_12": 1,
+        "gated_delta_rule_decode": 1,
+    }
+    assert found["fusion.3"][1] == pytest.approx(6e-6)
+
+
+def test_kernels_of_no_profile_are_none(tmp_path):
+    assert script.kernels_of(str(tmp_path)) == {}
+
+
+def test_table_adds_up_kinds_a_step_and_sorts_them(profile):
+    head, *rows = script.table("decode", script.kernels_of(str(profile)), steps=2).splitlines()
+    assert head == "decode: 0.01 ms of kernels a step"
+    assert [row.split() for row in rows] == [
+        ["3.3", "us", "66.0%", "1.5", "x", "fusion"],
+        ["1.7", "us", "34.0%", "0.5", "x", "gated_delta_rule_decode"],
+    ]
+
+
+def test_table_is_cut_where_it_was_told_to_be(profile):
+    assert len(script.table("decode", script.kernels_of(str(profile)), steps=2, most=1).splitlines()) == 2
+
+
+def test_table_of_no_kernels_has_no_times():
+    assert script.table("decode", {}, steps=8) == "decode: the profile has no kernels of a device"
+
+
+def test_run_without_kernels_says_so_and_reports_the_clock(capsys, tmp_path):
+    """On a CPU no stream of a device is in the profile."""
+    target = tmp_path / "profile.json"
+    flags = ["--config", "tiny", "--layers", "4", "--requests", "2", "--input-len", "16", "--steps", "4"]
+    flags += ["--max-num-batched-tokens", "64", "--kernels", "reference", "--output", str(target)]
+    assert script.main(flags) == 0
+    out = capsys.readouterr().out
+    for what in ("prefill", "decode"):
+        assert f"{what}: the profile has no kernels of a device" in out
+    assert "us" not in out.split()
+    assert out.splitlines()[-1].endswith("ms by the clock")
+    figures = json.loads(target.read_text())
+    assert figures["decode"] == figures["prefill"] == {}
+    assert figures["busy"] is None
+    assert figures["wall"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--steps", "1"], "--steps must be at least 2"),
+        (["--requests", "0"], "--requests must be at least 1"),
+        (["--layers", "0"], "--layers must be at least 1"),
+        (["--input-len", "-3"], "--input-len must be at least 1"),
+        (["--steps", "many"], "invalid int value"),
+    ],
+)
+def test_flags_that_no_profile_can_have_are_refused(flags, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.main(flags)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--kernels", "triton"], "got 'triton'"),
+        (["--state-layout", "vv"], "state_layout"),
+        (["--memory-fraction", "2"], "--memory-fraction must be in (0, 1]"),
+        (["--config", "no-such"], "no such file"),
+        (["--spec-acceptance-length", "2"], "spec_acceptance_length"),
+    ],
+)
+def test_settings_that_cannot_be_are_errors_before_a_model_is_made(flags, said, capsys, monkeypatch):
+    import serving_bench.engines
+
+    monkeypatch.setattr(serving_bench.engines, "load_random", lambda *_, **__: pytest.fail("a model was made"))
+    assert script.main(flags) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("profile_step.py: error: ")
+    assert said in err
