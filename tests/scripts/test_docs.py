@@ -13,6 +13,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 WORKSPACE = (ROOT / "WORKSPACE.md").read_text()
 SCRIPTS = (
+    "bench_engine",
+    "bench_kernels",
     "bench_serving",
     "bench_start",
     "convert",
@@ -22,6 +24,8 @@ SCRIPTS = (
     "lm_eval_gdnjax",
     "make_random_checkpoint",
     "measure_tiny",
+    "profile_step",
+    "rocm_gate",
     "train_tiny",
 )
 PARTS_OF_SCRIPTS = re.compile(r"tiny_\w+|command")
