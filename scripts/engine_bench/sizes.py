@@ -60,7 +60,7 @@ class Sizes:
             raise ValueError(f"--max-num-batched-tokens must be a multiple of {CHUNK}, got {self.batched_tokens}")
 
     def scaled(self, factor: float) -> "Sizes":
-        """Everything but `repeat` times `factor`, at least 1 each."""
+        """Everything but `repeat` times `factor`, at least 1 each; a prefix is shared by 2 at least."""
         if not 0 < factor <= 1:
             raise ValueError(f"--scale must be in (0, 1], got {factor:g}")
 
@@ -69,6 +69,7 @@ class Sizes:
 
         kept = ("batches", "batched_tokens", "repeat")
         lengths = {f.name: times(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in kept}
+        lengths["prefix_requests"] = max(2, lengths["prefix_requests"])
         batches = tuple(dict.fromkeys(times(batch) for batch in self.batches))
         tokens = -(-times(self.batched_tokens) // CHUNK) * CHUNK
         return dataclasses.replace(self, batches=batches, batched_tokens=tokens, **lengths)
