@@ -299,6 +299,25 @@ class Engine:
             kind = f"decode, {'full' if options.full else 'plain'} sampler, {options.num_drafts} drafts,"
             for rows in self.config.decode_buckets:
                 calls[f"{kind} {rows}"] = self._decode_call(options, [], {}, [], rows)
+        self._compile(calls)
+
+    def prepare(self, rows: Iterable[int]) -> None:
+        """Compiles what plain requests need, so many of them at once, for engines that do not warm up.
+
+        Every prefill bucket, and the decode buckets of `rows`; each step runs on padding once, as in the warm-up.
+        """
+        calls = {"admit": self._admit_call([])}
+        if self.config.enable_prefix_caching:
+            calls["seal"] = self._seal_call([])
+        for tokens in self.config.prefill_buckets:
+            calls[f"prefill {tokens}"] = self._prefill_call(self._full, [], tokens)
+        options = self._full if self.config.batch_invariant else self._plain
+        for size in sorted({packing.bucket_for(count, self.config.decode_buckets) for count in rows}):
+            calls[f"decode {size}"] = self._decode_call(options, [], {}, [], size)
+        self._compile(calls)
+
+    def _compile(self, calls: dict[str, Call]) -> None:
+        """Compiles steps side by side, and runs each."""
         began = time.monotonic()
         progress = tqdm(calls.items(), desc="compiling steps", unit="step", disable=None, leave=False)
         # Tracing holds Python's lock; the compiler does not, and what it has made is there when the step is called.

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 WORKSPACE = (ROOT / "WORKSPACE.md").read_text()
 SCRIPTS = (
+    "bench_engine",
     "bench_kernels",
     "bench_serving",
     "bench_start",

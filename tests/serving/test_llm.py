@@ -729,6 +729,18 @@ def test_checkpoint_without_tokenizer_takes_token_ids_only(checkpoint_copy):
 # Life of an engine.
 
 
+def test_prepared_engine_compiles_nothing_for_plain_requests(directory):
+    with LLM(directory, use_tqdm=False, **OPTIONS | {"decode_buckets": (1, 4)}) as llm:
+        llm.engine.prepare([1, 3])
+        compiled = llm.engine.num_compilations
+        # Admit, seal, prefill, and two sizes of decode.
+        assert compiled == 5
+        prompts = [list(range(start, start + 20)) for start in range(3)]
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+        llm.generate(prompts[0], GREEDY, use_tqdm=False)
+        assert llm.engine.num_compilations == compiled
+
+
 def test_stats_count_what_was_done(llm):
     llm.reset_prefix_cache()
     run(llm, ids(10))

@@ -1,0 +1,142 @@
+"""How many requests of how many tokens every section has, and what the engines need for them. Imports no jax."""
+
+import dataclasses
+
+from serving_bench import engines
+from serving_bench.engines import GRID, Arm, Pools
+
+from gdnjax.config import CHUNK, EngineConfig
+from gdnjax.memory import StateGeometry
+
+BLOCK_SIZE = 16
+
+WINDOWS = 3
+"""A decode figure is the median of so many windows of steps."""
+
+LEAD = 4
+"""Decode steps of a full batch before the clock starts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Requests and tokens.
+
+    batches             of decode and speculation, requests that decode together; the largest is the engines' rows.
+    input_len           prompt tokens of decode, speculation, throughput and accounting.
+    output_len          output tokens of throughput and accounting.
+    decode_len          tokens that a sequence gains over all windows of decode and of speculation.
+    requests            of throughput and accounting.
+    batched_tokens      prompt tokens of a step.
+    prefill_len         prompt tokens of a request of prefill, of which there are prefill_requests.
+    prefix_len          tokens that the prefix_requests of prefix share, before prefix_own_len of their own and
+                        prefix_output_len of output.
+    repeat              runs of prefill, of which the median is shown.
+    checkpoints         slots for the prefix cache.
+    """
+
+    batches: tuple[int, ...] = (128, 64, 16, 1)
+    input_len: int = 1024
+    output_len: int = 1024
+    decode_len: int = 192
+    requests: int = 128
+    batched_tokens: int = 8192
+    prefill_len: int = 8192
+    prefill_requests: int = 8
+    prefix_requests: int = 64
+    prefix_len: int = 4096
+    prefix_own_len: int = 64
+    prefix_output_len: int = 32
+    repeat: int = 3
+    checkpoints: int = 24
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name == "checkpoints" else 1
+            for number in value if isinstance(value, tuple) else (value,):
+                if number < least:
+                    raise ValueError(f"--{field.name.replace('_', '-')} must be at least {least}, got {number}")
+        if self.batched_tokens % CHUNK:
+            raise ValueError(f"--max-num-batched-tokens must be a multiple of {CHUNK}, got {self.batched_tokens}")
+
+    def scaled(self, factor: float) -> "Sizes":
+        """Everything but `repeat` times `factor`, at least 1 each; a prefix is shared by 2 at least."""
+        if not 0 < factor <= 1:
+            raise ValueError(f"--scale must be in (0, 1], got {factor:g}")
+
+        def times(size: int) -> int:
+            return max(1, round(size * factor))
+
+        kept = ("batches", "batched_tokens", "repeat")
+        lengths = {f.name: times(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in kept}
+        lengths["prefix_requests"] = max(2, lengths["prefix_requests"])
+        batches = tuple(dict.fromkeys(times(batch) for batch in self.batches))
+        tokens = -(-times(self.batched_tokens) // CHUNK) * CHUNK
+        return dataclasses.replace(self, batches=batches, batched_tokens=tokens, **lengths)
+
+    @property
+    def rows(self) -> int:
+        """Requests that run at once in an engine."""
+        return max(self.batches)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.batches)))
+
+    def window_steps(self, tokens_per_step: float) -> int:
+        """Steps of a window of decode."""
+        return max(1, round(self.decode_len / WINDOWS / tokens_per_step))
+
+    def decode_output(self, batch: int, drafts: int, tokens_per_step: float) -> int:
+        """Tokens that a request of a batch emits at most while the others are prefilled and the windows last."""
+        # The first decode while the last are prefilled. A prefill step ends for want of tokens or of rows, 8 at most.
+        filling = -(-batch * self.input_len // self.batched_tokens) + -(-batch // min(8, self.rows)) + 2
+        return (1 + drafts) * (filling + LEAD + WINDOWS * self.window_steps(tokens_per_step) + 2)
+
+    def longest_decode(self, drafts: int, tokens_per_step: float) -> int:
+        """Tokens of the longest sequence of decode or speculation."""
+        return self.input_len + self.decode_output(self.rows, drafts, tokens_per_step)
+
+    def engine(self, drafts: int, forced_length: float | None) -> EngineConfig:
+        """An engine for everything that is measured with so many drafts. Raises ValueError where there is none."""
+        per_step = forced_length or 1.0
+        needs = {(self.rows, self.longest_decode(drafts, per_step))}
+        if not drafts:
+            needs |= {
+                (min(self.rows, self.requests), self.input_len + self.output_len),
+                (min(self.rows, self.prefill_requests), self.prefill_len + 1),
+                (min(self.rows, self.prefix_requests), self.prefix_len + self.prefix_own_len + self.prefix_output_len),
+            }
+        longest = max(length for _, length in needs)
+        return EngineConfig(
+            max_num_seqs=self.rows,
+            max_model_len=-(-longest // GRID) * GRID,
+            decode_buckets=self.buckets,
+            max_num_batched_tokens=self.batched_tokens,
+            prefill_buckets=(self.batched_tokens,),
+            block_size=BLOCK_SIZE,
+            # One more for each: nobody is kept out for the sake of those who grow.
+            num_kv_blocks=max(count * (-(-length // BLOCK_SIZE) + 1) for count, length in needs),
+            num_checkpoint_slots=self.checkpoints,
+            # No request needs one.
+            max_logit_rows=1,
+            num_speculative_tokens=drafts,
+            spec_acceptance_length=forced_length,
+            # Of all steps few are used, and those are prepared.
+            warmup=False,
+        )
+
+    def pools(self, geometry: StateGeometry) -> tuple[Pools, Pools]:
+        """A packed pool that holds half of the requests, and the decoupled one of the same bytes with the engine's
+        slots. Raises ValueError where they do not hold one request.
+        """
+        sizes = engines.Sizes(
+            rows=self.rows,
+            longest=self.input_len + self.output_len,
+            block_size=BLOCK_SIZE,
+            pool_requests=max(1, min(self.rows, self.requests) // 2),
+            checkpoints=self.checkpoints,
+        )
+        arms = (Arm("packed", "packed"), Arm("decoupled", prefix_cache=True))
+        packed, decoupled = (engines.pools(arm, geometry, sizes) for arm in arms)
+        return packed, decoupled

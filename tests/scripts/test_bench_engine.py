@@ -1,0 +1,182 @@
+"""scripts/bench_engine.py: its sizes and sections, one run of them all on the embedded geometry, and its errors."""
+
+import contextlib
+import json
+
+import pytest
+from engine_bench import sections
+from engine_bench.record import Record
+from engine_bench.sizes import Sizes
+
+from gdnjax.assets import config_file
+from gdnjax.config import ModelConfig
+from gdnjax.memory import StateGeometry
+from scripts import bench_engine as script
+
+# As small as it gets, with sequences long enough that packed blocks for one pay for the states of both.
+SMALL = ["--config", "tiny", "--layers", "4", "--scale", "0.016", "--batches", "2", "--num-speculative-tokens", "1"]
+SMALL += ["--acceptance-length", "1.5", "--input-len", "48", "--output-len", "48"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """(status, stdout, JSON) of a run of every section."""
+    import io
+
+    target = tmp_path_factory.mktemp("bench_engine") / "engine.json"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = script.main([*SMALL, "--output", str(target)])
+    return status, out.getvalue(), json.loads(target.read_text())
+
+
+def test_every_section_is_measured_and_kept(whole_run):
+    status, out, content = whole_run
+    assert status == 0
+    assert content["failed"] == {}
+    assert list(content["sections"]) == list(sections.SECTIONS)
+    for section, figures in content["sections"].items():
+        assert out.count(f"\n{section} ") == len(figures)
+        # Whatever a figure is of, compiling is no part of it.
+        assert all(not figure.get("compilations") for figure in figures.values()), section
+
+
+def test_ratios_are_those_of_the_figures_beside_them(whole_run):
+    found = whole_run[2]["sections"]
+    plain, drafting = found["decode"]["2"], found["speculation"]["2"]
+    assert drafting["ratio"] == pytest.approx(drafting["tokens_per_second"] / plain["tokens_per_second"])
+    assert drafting["outputs_are_the_models"] is False
+    packed, decoupled = found["accounting"]["packed"], found["accounting"]["decoupled"]
+    ratio = decoupled["output_tokens_per_second"] / packed["output_tokens_per_second"]
+    assert found["accounting"]["ratio"] == {"value": pytest.approx(ratio), "published": 1.59}
+    assert decoupled["seconds"] == found["throughput"]["run"]["seconds"]
+    cached, computed = found["prefix"]["with"], found["prefix"]["without"]
+    assert found["prefix"]["ratio"]["value"] == pytest.approx(computed["seconds"] / cached["seconds"])
+
+
+def test_figures_are_of_what_they_say(whole_run):
+    content = whole_run[2]
+    found, sizes = content["sections"], content["sizes"]
+    assert found["decode"]["2"]["tokens_per_step"] == 1.0
+    assert 1.0 <= found["speculation"]["2"]["tokens_per_step"] <= 2.0
+    assert found["throughput"]["run"]["output_tokens"] == sizes["requests"] * sizes["output_len"]
+    # The packed pool makes requests wait, or end early and come again, and all of them end.
+    assert found["accounting"]["packed"]["output_tokens"] == found["throughput"]["run"]["output_tokens"]
+    assert found["accounting"]["packed"]["blocks"] < found["accounting"]["decoupled"]["blocks"]
+    assert found["prefix"]["with"]["cached_tokens"] > 0
+    assert found["prefix"]["without"]["cached_tokens"] == 0
+
+
+def test_head_has_what_figures_depend_on(whole_run):
+    content = whole_run[2]
+    for name in ("device", "jax", "gdnjax", "preset", "layers", "kernels", "sizes", "load_seconds"):
+        assert name in content
+    assert sorted(content["engines"]) == ["k = 0", "k = 1"]
+    for engine in content["engines"].values():
+        assert engine["memory_plan"]["total_bytes"] > 0
+        assert engine["build_seconds"] > 0
+        assert engine["prepare_seconds"]
+
+
+def test_section_that_fails_leaves_the_others_figures(monkeypatch, tmp_path, capsys):
+    def fail(bench, sizes):
+        bench.open(0, [])
+        raise RuntimeError("the device\nis on fire")
+
+    def measure(name):
+        return lambda bench, sizes: bench.record.figure(name, "run", "a line", {"seconds": 1.0})
+
+    monkeypatch.setattr(
+        sections, "SECTIONS", {"decode": measure("decode"), "prefill": fail, "prefix": measure("prefix")}
+    )
+    target = tmp_path / "engine.json"
+    assert script.main([*SMALL, "decode", "prefill", "prefix", "--output", str(target)]) == 2
+    content = json.loads(target.read_text())
+    assert list(content["sections"]) == ["decode", "prefix"]
+    assert content["failed"] == {"prefill": "the device is on fire"}
+    assert capsys.readouterr().err.splitlines()[-1] == "bench_engine.py: error: 1 of 3 sections failed: prefill"
+
+
+def test_engine_that_does_not_fit_is_said_to(monkeypatch, tmp_path, capsys):
+    from gdnjax import LLM
+
+    def no_room(*_, **__):
+        raise MemoryError("7 bytes short")
+
+    monkeypatch.setattr(LLM, "from_model", no_room)
+    target = tmp_path / "engine.json"
+    assert script.main([*SMALL, "decode", "prefix", "--output", str(target)]) == 2
+    assert "does not fit into the device's memory: 7 bytes short; lower --batches" in capsys.readouterr().err
+    assert "7 bytes short" in json.loads(target.read_text())["failed"]["decode"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["decoding"], "no section 'decoding'; allowed: decode, prefill"),
+        (["--batches", "4,0"], "--batches must be at least 1, got 0"),
+        (["--scale", "2"], "--scale must be in (0, 1], got 2"),
+        (["--max-num-batched-tokens", "100"], "--max-num-batched-tokens must be a multiple of 64, got 100"),
+        (["--layers", "99"], "--layers must be between 1 and the model's 32, got 99"),
+        (["--num-speculative-tokens", "0"], "--num-speculative-tokens must be at least 1, got 0"),
+        (["--acceptance-length", "9"], "spec_acceptance_length must be between 1 and"),
+        (["--config", "tiny"], "more than the model's context of 4096; lower --scale"),
+        (["--config", "none.json"], "none.json: no such file"),
+        (["--output", "nowhere/engine.json"], "--output nowhere/engine.json: no such directory"),
+        (["--memory-fraction", "2"], "--memory-fraction must be in (0, 1], got 2"),
+    ],
+)
+def test_wrong_flag_is_one_line_before_anything_is_loaded(flags, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert script.main(flags) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_flag_of_no_number_is_an_error_of_the_command_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        script.main(["--batches", "many"])
+    assert caught.value.code == 2
+    assert "numbers with commas between them, got 'many'" in capsys.readouterr().err
+
+
+def test_sections_come_in_their_order_with_those_they_need():
+    assert sections.choose([]) == list(sections.SECTIONS)
+    assert sections.choose(["prefix", "prefill"]) == ["prefill", "prefix"]
+    assert sections.choose(["speculation"]) == ["decode", "speculation"]
+    assert sections.choose(["accounting"]) == ["throughput", "accounting"]
+
+
+def test_default_engine_holds_every_section():
+    sizes = Sizes()
+    engine = sizes.engine(0, None)
+    assert engine.decode_buckets == (1, 16, 64, 128)
+    assert engine.prefill_buckets == (8192,)
+    tokens = engine.num_kv_blocks * engine.block_size
+    assert tokens >= 128 * 2048
+    assert tokens >= 8 * 8193
+    assert tokens >= 64 * (4096 + 64 + 32)
+    assert engine.max_model_len > 8192
+
+
+def test_default_packed_pool_holds_half_of_the_requests_and_the_decoupled_one_all():
+    geometry = StateGeometry.of(
+        ModelConfig.from_hf(config_file("qwen3.5-9b")), tp=1, block_size=16, dtype="bfloat16", ssm_dtype="float32"
+    )
+    packed, decoupled = Sizes().pools(geometry)
+    assert packed.blocks == 64 * 128
+    assert decoupled.blocks >= 128 * 128
+
+
+def test_record_replaces_its_file_in_one_go(tmp_path):
+    record = Record(str(tmp_path / "engine.json"))
+    record.head(device="one")
+    record.figure("decode", "1", "a line", {"seconds": 1.0})
+    record.head(load_seconds=2.0)
+    assert [file.name for file in tmp_path.iterdir()] == ["engine.json"]
+    content = json.loads((tmp_path / "engine.json").read_text())
+    assert content["device"] == "one"
+    assert content["load_seconds"] == 2.0
+    assert content["sections"] == {"decode": {"1": {"seconds": 1.0}}}
