@@ -514,7 +514,10 @@ def _plan(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, pa
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) // model.tp
     stats = mesh.devices.flat[0].memory_stats() or {}
     if "bytes_limit" in stats:
-        limit, workspace = stats["bytes_limit"], step_workspace(model, config, mesh, max_model_len, params)
+        limit, workspace = stats["bytes_limit"], 0
+        # Where blocks are given and nothing is to be compiled before it is used, neither is the largest step.
+        if config.warmup or config.num_kv_blocks is None:
+            workspace = step_workspace(model, config, mesh, max_model_len, params)
     else:
         # A CPU has no limit to stay under, only memory that happens to be free, so its workspace is not counted.
         limit, workspace = psutil.virtual_memory().available // mesh.devices.size, 0
