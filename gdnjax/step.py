@@ -45,7 +45,7 @@ class StepOptions:
     full: bool = False
     prompt_logprobs: bool = False
     max_logprobs: int = 0
-    state_layout: str = "kv"
+    state_layout: str = "vk"
     num_drafts: int = 0
     acceptance: str = "shared_noise"
     forced_length: float | None = None

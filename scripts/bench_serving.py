@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--dtype", choices=DTYPES, default="auto", help="of weights and activations; auto: the checkpoint's")
     add("--ssm-dtype", choices=DTYPES[1:], default="float32", help="of the recurrent state (default: float32)")
-    add("--state-layout", choices=STATE_LAYOUTS, default="kv", help="of the recurrent state (default: kv)")
+    add("--state-layout", choices=STATE_LAYOUTS, default="vk", help="of the recurrent state (default: vk)")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")

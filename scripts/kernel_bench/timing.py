@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-AT_LEAST = 4e-3
-"""Seconds of device work that one timed run should have, beside which starting it is nothing."""
+AT_LEAST = 30e-3
+"""Seconds of device work that one timed run should have, beside which starting it and waiting for it is nothing."""
 
 
 def time_calls(
@@ -23,26 +24,36 @@ def time_calls(
     """
     repeat = functools.partial(_repeat, call, layers=layers, chain=chain)
     once = jax.jit(functools.partial(repeat, count=layers), donate_argnums=1)
-    pools = _wait(once(arguments, pools))
-    begin = time.perf_counter()
-    pools = _wait(once(arguments, pools))
-    each = (time.perf_counter() - begin) / layers
+    _, pools = jax.block_until_ready(once(arguments, pools))
+    each, pools = _run(once, arguments, pools, layers, 1)
     count = layers * max(1, min(most // layers, round(AT_LEAST / max(each, 1e-6) / layers)))
     many = jax.jit(functools.partial(repeat, count=count), donate_argnums=1)
-    for _ in range(2):
-        pools = _wait(many(arguments, pools))
+    _, pools = jax.block_until_ready(many(arguments, pools))
+    each, pools = _run(many, arguments, pools, count, 1)
+    starts = max(1, round(AT_LEAST / (each * count)))
     times = []
     for _ in range(runs):
-        begin = time.perf_counter()
-        pools = _wait(many(arguments, pools))
-        times.append((time.perf_counter() - begin) / count)
+        seconds, pools = _run(many, arguments, pools, count, starts)
+        times.append(seconds)
     return times, pools
+
+
+def _run(many, arguments, pools, count: int, starts: int):
+    """Seconds a call of so many starts of a function of `count` calls, one start behind the other."""
+    begin = time.perf_counter()
+    outputs = None
+    for _ in range(starts):
+        outputs, pools = many(arguments, pools)
+    jax.block_until_ready((outputs, pools))
+    return (time.perf_counter() - begin) / (count * starts), pools
 
 
 def _repeat(call, arguments, pools, *, layers, chain, count):
     """`count` calls one after another."""
     outputs = None
     for i in range(count):
+        # Calls do not fuse.
+        arguments, pools, outputs = lax.optimization_barrier((arguments, pools, outputs))
         mine, layer = arguments, i % layers
         if chain and outputs is not None:
             # No product with 0 and no mask of bits, which XLA would fold.
@@ -54,11 +65,6 @@ def _repeat(call, arguments, pools, *, layers, chain, count):
                 mine = arguments | {chain: arguments[chain] + zero}
         outputs, pools = call(mine, pools, layer)
     return outputs, pools
-
-
-def _wait(result):
-    _, pools = jax.block_until_ready(result)
-    return pools
 
 
 def copy_ceiling(gibibytes: float = 2.0) -> float:
