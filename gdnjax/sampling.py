@@ -6,14 +6,16 @@ its own at the same position (speculative.py) takes it from another stream.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.random import threefry_2x32
 
 from gdnjax import sharding
+from gdnjax.backend import REFERENCE, Backend
 from gdnjax.batch import Logprobs
+from gdnjax.pallas_kernels.gumbel_argmax import gumbel, gumbel_argmax
 from gdnjax.shapes import Array, Float, Float32, Int32, Leaf, UInt32
 from gdnjax.state import NO_TOKEN, LogitRows, SlotTable
 
@@ -23,10 +25,14 @@ RADIX_BITS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Vocab:
-    """How the vocabulary is split: tokens in all, and the ranks that share them evenly (the last part padded)."""
+    """How the vocabulary is split: tokens in all, and the ranks that share them evenly (the last part padded).
+
+    `backend` is what draws from it.
+    """
 
     size: int
     tp: int
+    backend: Backend = REFERENCE
 
     def offset(self, width: int) -> Array | int:
         """The first token of this rank, whose part is `width` wide."""
@@ -60,9 +66,17 @@ class Draw:
         return Draw(**{f.name: getattr(self, f.name)[row] for f in dataclasses.fields(self)})
 
 
-def draw_plain(logits: Float32[Array, "n V"], draw: Draw, vocab: Vocab) -> Int32[Array, "n"]:
-    """Tokens by temperature and min_p alone (greedy where the temperature is 0)."""
-    return choose(scores(logits, draw, vocab, full=False), draw, vocab)
+def draw_plain(logits: Float32[Array, "n V"], draw: Draw, vocab: Vocab, stream: int = 0) -> Int32[Array, "n"]:
+    """Tokens by temperature and min_p alone (greedy where the temperature is 0), by the noise of a stream."""
+    if vocab.backend.is_reference:
+        return choose(scores(logits, draw, vocab, full=False), draw, vocab, stream)
+    run = functools.partial(gumbel_argmax, first=vocab.offset(logits.shape[1]), stream=stream, backend=vocab.backend)
+    token, value, top = run(logits, draw.temperature, None, draw.seed, draw.position)
+    # Rows with a min_p need the top first, and are drawn again; programs of other rows end at once.
+    least = jnp.where(draw.min_p > 0, sharding.pmax(top, vocab.tp) + jnp.log(draw.min_p), -jnp.inf)
+    again, its_value, _ = run(logits, draw.temperature, least, draw.seed, draw.position)
+    bounded = least > -jnp.inf
+    return _best_rank(jnp.where(bounded, again, token), jnp.where(bounded, its_value, value), logits.shape[1], vocab)
 
 
 def draw_full(logits: Float32[Array, "n V"], draw: Draw, vocab: Vocab) -> Int32[Array, "n"]:
@@ -102,42 +116,18 @@ def _noisy(scores: Array, draw: Draw, vocab: Vocab, stream: int) -> Array:
     return scores + jnp.where(draw.temperature[:, None] > 0, noise, 0.0)
 
 
-def gumbel(
-    seed: UInt32[Array, "n 2"], position: Int32[Array, "n"], token: UInt32[Array, "V"], stream: int = 0
-) -> Float32[Array, "n V"]:
-    """Standard Gumbel noise, a function of (seed, position, token, stream) alone. Streams are independent."""
-    # 1 - u keeps full relative precision where it matters: near u = 1, whose tokens win.
-    return -jnp.log(-jnp.log1p(-_uniform(seed, position, token, stream)))
-
-
-def uniform(seed: UInt32[Array, "n 2"], position: Int32[Array, "n"], stream: int) -> Float32[Array, "n"]:
-    """Uniform noise, above 0 and below 1, a function of (seed, position, stream) alone.
-
-    It takes the numbers of token 0's Gumbel noise, so a stream serves one of the two.
-    """
-    return _uniform(seed, position, jnp.zeros((1,), jnp.uint32), stream)[:, 0]
-
-
-def _uniform(seed: Array, position: Array, token: Array, stream: int) -> Float32[Array, "n V"]:
-    """Above 0 and below 1: Threefry of the token, keyed by the rest."""
-
-    def one_row(seed, position):
-        key = threefry_2x32(seed, jnp.stack([position.astype(jnp.uint32), jnp.uint32(stream)]))
-        bits = threefry_2x32(key, jnp.concatenate([token, jnp.zeros_like(token)]))
-        return bits[: token.shape[0]]
-
-    bits = jax.vmap(one_row)(seed, position)
-    return jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-
-
 def argmax(scores: Float32[Array, "n V"], vocab: Vocab) -> Int32[Array, "n"]:
     """The best token over all ranks; the lowest of those that tie."""
     best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return _best_rank(best, jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0], scores.shape[1], vocab)
+
+
+def _best_rank(best: Array, value: Array, width: int, vocab: Vocab) -> Int32[Array, "n"]:
+    """Of each rank's best token and its value the best token, the lowest rank's of those that tie."""
     if vocab.tp == 1:
         return best
-    value = jnp.take_along_axis(scores, best[:, None], axis=-1)
-    values = sharding.all_gather(value, vocab.tp, axis=1)
-    tokens = sharding.all_gather((best + vocab.offset(scores.shape[1]))[:, None], vocab.tp, axis=1)
+    values = sharding.all_gather(value[:, None], vocab.tp, axis=1)
+    tokens = sharding.all_gather((best + vocab.offset(width))[:, None], vocab.tp, axis=1)
     return jnp.take_along_axis(tokens, jnp.argmax(values, axis=1)[:, None], axis=1)[:, 0]
 
 

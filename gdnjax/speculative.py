@@ -19,6 +19,7 @@ import math
 import jax.numpy as jnp
 
 from gdnjax import sampling, sharding
+from gdnjax.pallas_kernels.gumbel_argmax import uniform
 from gdnjax.sampling import Draw, Vocab
 from gdnjax.shapes import Array, Bool, Float32, Int32
 
@@ -68,7 +69,7 @@ def accept_rejection(
     verified = draw.take((first[:, None] + jnp.arange(k)).reshape(n * k))
     log_p = sampling.score_of(p, token, vocab) - sampling.log_total(p, vocab)
     log_q = sampling.score_of(q, token, vocab) - sampling.log_total(q, vocab)
-    chance = sampling.uniform(verified.seed, verified.position, ACCEPTANCE_STREAM)
+    chance = uniform(verified.seed, verified.position, ACCEPTANCE_STREAM)
     lucky = jnp.log(chance) < log_p - log_q
     keep = jnp.where(verified.temperature > 0, lucky, sampling.argmax(p, vocab) == token)
     accepted = _kept(keep.reshape(n, k), valid)
@@ -93,7 +94,7 @@ def accept_forced(
     n, rows = targets.shape
     whole = math.floor(length - 1)
     first = draw.take(jnp.arange(n) * rows)
-    one_more = sampling.uniform(first.seed, first.position, FORCED_STREAM) < length - 1 - whole
+    one_more = uniform(first.seed, first.position, FORCED_STREAM) < length - 1 - whole
     accepted = jnp.minimum(whole + one_more.astype(jnp.int32), jnp.minimum(valid, rows - 1))
     return _emitted(drafts, accepted, targets), accepted
 

@@ -268,7 +268,7 @@ def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> 
     sampler = _Sampler.of(model, options, state, slot, first, rows)
     logits = model.logits(params, hidden.reshape(count * rows, -1))
     scores = sampler.scores(logits, _produced(drafts) if rows > 1 else None)
-    tokens = sampling.choose(scores, sampler.draw, sampler.vocab).reshape(count, rows)
+    tokens = sampler.tokens(logits, scores).reshape(count, rows)
     accepted = jnp.zeros((count,), jnp.int32)
     num_drafts = jnp.sum(valid[:, 1:], axis=1, dtype=jnp.int32)
     if rows > 1:
@@ -332,8 +332,8 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
             last, kv = model.draft(params, drafts[:, -1], last, context, state.gdn, kv)
         outputs.append(last)
         sampler = _Sampler.of(model, options, state, slot, length + depth + 1, 1)
-        scores = sampler.scores(model.logits(params, last), drafts if depth else None)
-        draft = sampling.choose(scores, sampler.draw, sampler.vocab, options.draft_stream)
+        logits = model.logits(params, last)
+        draft = sampler.tokens(logits, sampler.scores(logits, drafts if depth else None), options.draft_stream)
         drafts = jnp.concatenate([drafts, draft[:, None]], axis=1)
     # Others than those that have drawn a token keep what they have.
     write = jnp.where(active, slot, NULL_SLOT)
@@ -360,7 +360,8 @@ class _Sampler:
     def of(cls, model, options, state, slot, first, rows) -> "_Sampler":
         """`rows` tokens of each slot, from position `first` on."""
         position = (first[:, None] + jnp.arange(rows, dtype=jnp.int32)).reshape(-1)
-        return cls(options, state, Vocab(size=model.vocab_size, tp=model.tp), jnp.repeat(slot, rows), position)
+        vocab = Vocab(size=model.vocab_size, tp=model.tp, backend=model.backend)
+        return cls(options, state, vocab, jnp.repeat(slot, rows), position)
 
     @property
     def draw(self) -> Draw:
@@ -378,6 +379,12 @@ class _Sampler:
         logits = sampling.adjust(logits, self.state.logit_rows, row, banned, self.vocab, produced)
         return sampling.scores(logits, self.draw, self.vocab, full=True)
 
+    def tokens(self, logits: Array, scores: Array, stream: int = 0) -> Array:
+        """Tokens drawn from logits, by their scores, with the noise of a stream."""
+        if self.options.full:
+            return sampling.choose(scores, self.draw, self.vocab, stream)
+        return sampling.draw_plain(logits, self.draw, self.vocab, stream)
+
 
 def _produced(drafts: Array) -> Array:
     """[n, j] -> [n * (j + 1), j]: what stands before each token of a row that is drawn behind its drafts."""
@@ -388,7 +395,7 @@ def _produced(drafts: Array) -> Array:
 
 def _prompt_logprobs(model, options, params, hidden, target) -> Logprobs:
     """Log-probabilities of each packed token's successor, a few positions at a time."""
-    vocab = Vocab(size=model.vocab_size, tp=model.tp)
+    vocab = Vocab(size=model.vocab_size, tp=model.tp, backend=model.backend)
 
     def some_rows(rows):
         hidden, target = rows

@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from gdnjax import sharding
+from gdnjax.backend import REFERENCE, Backend
 from gdnjax.memory import StateGeometry
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.mtp import FIRST_INDEX
@@ -59,6 +60,10 @@ class LedgerModel:
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.tp) * self.tp
+
+    @property
+    def backend(self) -> Backend:
+        return REFERENCE
 
     def on(self, backend) -> "LedgerModel":
         """It has no ops."""

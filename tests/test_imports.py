@@ -39,8 +39,8 @@ ONLY = {
     "sharding": set(),
     "batch": {"shapes"},
     "pallas_kernels": {"shapes", "backend"},
-    "sampling": {"shapes", "sharding", "batch", "state"},
-    "speculative": {"shapes", "sharding", "batch", "state", "sampling"},
+    "sampling": {"shapes", "sharding", "batch", "state", "backend", "pallas_kernels"},
+    "speculative": {"shapes", "sharding", "batch", "state", "pallas_kernels", "sampling"},
     "checkpoint": {"config", "sharding", "shapes"},
     "doctor": {"version", "backend"},
 }

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from gdnjax import sampling, sharding
+from gdnjax.pallas_kernels.gumbel_argmax import gumbel, reference, uniform
 from gdnjax.sampling import Draw, Vocab
 from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS
 from gdnjax.state import NO_TOKEN, LogitRows
@@ -40,7 +41,7 @@ def log_softmax(x):
 
 
 # Compiled once a shape; called as they are, every call would compile its loops again.
-_gumbel = jax.jit(sampling.gumbel)
+_gumbel = jax.jit(gumbel)
 _adjust = jax.jit(sampling.adjust, static_argnums=4)
 _count_tokens = jax.jit(sampling.count_tokens, static_argnums=4)
 _logprobs = jax.jit(sampling.logprobs, static_argnums=(2, 3))
@@ -292,12 +293,12 @@ def test_streams_are_pinned():
     }
     for stream, rows in pinned.items():
         values = np.asarray([[float.fromhex(value) for value in row] for row in rows], np.float32)
-        np.testing.assert_array_equal(sampling._uniform(seed, position, token, stream), values)
-        np.testing.assert_array_equal(sampling.uniform(seed, position, stream), values[:, 0])
+        np.testing.assert_array_equal(reference._uniform(seed, position, token, stream), values)
+        np.testing.assert_array_equal(uniform(seed, position, stream), values[:, 0])
         # Two logarithms, whose last bits are the platform's.
         expected = -np.log(-np.log1p(-values.astype(np.float64)))
-        np.testing.assert_allclose(sampling.gumbel(seed, position, token, stream), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(sampling.gumbel(seed, position, token), sampling.gumbel(seed, position, token, 0))
+        np.testing.assert_allclose(gumbel(seed, position, token, stream), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(gumbel(seed, position, token), gumbel(seed, position, token, 0))
 
 
 def test_streams_are_independent():
@@ -315,7 +316,7 @@ def test_streams_are_independent():
 
 def test_uniforms_are_uniform_and_independent_of_position_and_stream():
     draw = make_draw(DRAWS, seed=(33, 34))
-    values = {stream: np.asarray(sampling.uniform(draw.seed, draw.position, stream)) for stream in (2, 3)}
+    values = {stream: np.asarray(uniform(draw.seed, draw.position, stream)) for stream in (2, 3)}
     for column in values.values():
         assert 0 < column.min() < column.max() < 1
         assert stats.kstest(column, "uniform").pvalue > LIKELY

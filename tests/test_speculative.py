@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gdnjax import sampling, sharding, speculative
+from gdnjax.pallas_kernels.gumbel_argmax import gumbel, uniform
 from gdnjax.sampling import Draw, Vocab
 from tests.draws import IMPOSSIBLE, fit, make_draw, masked, over_ranks, primitives, softmax, whole
 
@@ -161,7 +162,7 @@ def with_fault(target_scores, draft_scores, drafts, valid, draw, fault):
     n, rows, size = target_scores.shape
     one = jnp.arange(n)
     p, q = jax.nn.softmax(target_scores), jax.nn.softmax(draft_scores)
-    chance = sampling.uniform(draw.seed, draw.position, speculative.ACCEPTANCE_STREAM).reshape(n, rows)
+    chance = uniform(draw.seed, draw.position, speculative.ACCEPTANCE_STREAM).reshape(n, rows)
     ratio = jnp.take_along_axis(p[:, :-1] / q, drafts[:, :, None], axis=2)[:, :, 0]
     keep = chance[:, :-1] < jnp.where(has("drafts are kept twice as readily"), 2, 1) * ratio
     keep = jnp.where(has("drafts are kept when p > q / 2"), ratio > 0.5, keep)
@@ -304,7 +305,7 @@ def _rejection(target, draft, drafts, valid, fields):
 def _noise(seed, position):
     """Uniforms [n] and Gumbel noise [n, 50]."""
     token = jnp.arange(50, dtype=jnp.uint32)
-    return sampling.uniform(seed, position, speculative.ACCEPTANCE_STREAM), sampling.gumbel(seed, position, token)
+    return uniform(seed, position, speculative.ACCEPTANCE_STREAM), gumbel(seed, position, token)
 
 
 def test_rejection_equals_formulas():

@@ -36,6 +36,11 @@ class Model(Protocol):
         """Whether it has a head that drafts. `draft` is called only then, `fold` only where something speculates."""
         ...
 
+    @property
+    def backend(self) -> Backend:
+        """What runs its ops, and draws from its logits."""
+        ...
+
     def on(self, backend: Backend) -> "Model":
         """The same model, its ops run by `backend`."""
         ...
@@ -86,6 +91,7 @@ class HybridModel:
     dtype: str
     tp: int
     mtp: bool
+    backend: Backend
     graphdef: nnx.GraphDef
 
     def on(self, backend: Backend) -> "HybridModel":
@@ -141,7 +147,7 @@ def build_model(
     Raises ValueError where the ranks do not divide its heads, or where the configuration has no MTP head to add.
     """
     graphdef = nnx.split(_abstract(config, dtype, tp, mtp, backend))[0]
-    return HybridModel(config=config, dtype=dtype, tp=tp, mtp=mtp, graphdef=graphdef)
+    return HybridModel(config=config, dtype=dtype, tp=tp, mtp=mtp, backend=backend, graphdef=graphdef)
 
 
 def abstract_params(config: ModelConfig, tp: int, dtype: str, *, mtp: bool = False) -> Params:

@@ -6,6 +6,7 @@ Run under jax.enable_x64(True). Each returns (outputs, the rows that the call wr
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry_2x32
 
 
 def _double(x):
@@ -144,6 +145,22 @@ def products(x, pools, layer, *, gated):
     if gated:
         return jax.nn.silu(found[0]) * found[1], ()
     return tuple(found), ()
+
+
+def draws(x, pools, layer):
+    """The best sum and the top of each row, noise from Threefry's bits rounded to float32."""
+    token = jnp.arange(x["logits"].shape[1], dtype=jnp.uint32)
+
+    def one_row(row):
+        logits, temperature, seed, position = row
+        key = threefry_2x32(seed, jnp.stack([position.astype(jnp.uint32), jnp.uint32(0)]))
+        bits = threefry_2x32(key, jnp.concatenate([token, jnp.zeros_like(token)]))[: token.size]
+        uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+        noise = jnp.where(temperature > 0, -jnp.log(-jnp.log1p(-_double(uniform))), 0.0)
+        scaled = _double(logits) / jnp.where(temperature > 0, temperature, 1.0)
+        return jnp.max(scaled + noise), jnp.max(scaled)
+
+    return lax.map(one_row, (x["logits"], x["temperature"], x["seed"], x["position"])), ()
 
 
 def every(rows: int) -> int:

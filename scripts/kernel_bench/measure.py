@@ -92,7 +92,9 @@ def _peers_in_jax(work: Workload) -> dict[str, Any]:
     """XLA's own way where it is one that people would use, and jax's own kernels."""
     from kernel_bench import jax_peers
 
-    return jax_peers.of(work) | ({"XLA": _call(work, REFERENCE)} if work.name.startswith(("grouped", "matmul")) else {})
+    return jax_peers.of(work) | (
+        {"XLA": _call(work, REFERENCE)} if work.name.startswith(("grouped", "matmul", "draw")) else {}
+    )
 
 
 def sweep(work: Workload, backend: Backend, seed: int, runs: int) -> None:

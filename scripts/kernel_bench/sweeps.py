@@ -9,6 +9,7 @@ from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.causal_conv1d import tiles as conv
 from gdnjax.pallas_kernels.gated_delta_rule import tiles as delta
 from gdnjax.pallas_kernels.grouped_matmul import tiles as grouped
+from gdnjax.pallas_kernels.gumbel_argmax import tiles as draws
 from gdnjax.pallas_kernels.matmul import tiles as products
 from gdnjax.pallas_kernels.paged_attention import tiles as attention
 
@@ -68,6 +69,9 @@ def _table(name: str):
         sizes = itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4))
         tiles = [dataclasses.replace(old, keys=k, warps=w, stages=s) for k, w, s in sizes]
         return attention.TILES, "decode", [*tiles, *(dataclasses.replace(old, programs=p) for p in (132, 528, 1056))]
+    if name.startswith("draw"):
+        sizes = itertools.product((512, 1024, 2048, 4096), (4, 8), (528, 1056, 2112))
+        return draws.TILES, None, [draws.Tile(*size) for size in sizes]
     if name.startswith("matmul"):
         most = 128 if name.endswith("-128") else 16
         row = products.TILES["cuda"]["bfloat16"]

@@ -17,6 +17,7 @@ from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, matmul, paged_attention
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
+from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
 from gdnjax.pallas_kernels.rows import Rows, make_chunks
 from kernel_bench import exact
 
@@ -400,6 +401,38 @@ def products(kind: str, rows: int, inputs: int, *outputs: int):
     )
 
 
+def draws(rows: int, vocab: int, temperature: float):
+    """Tokens of a decode step."""
+
+    def inputs(key):
+        keys = jax.random.split(key, 2)
+        arguments = {
+            "logits": _random(keys[0], (rows, vocab), jnp.float32, 2.0),
+            "temperature": jnp.full((rows,), temperature, jnp.float32),
+            "seed": jax.random.bits(keys[1], (rows, 2), jnp.uint32),
+            "position": jnp.arange(rows, dtype=jnp.int32),
+        }
+        return arguments, ()
+
+    def call(x, pools, layer, backend):
+        return gumbel_argmax(x["logits"], x["temperature"], None, x["seed"], x["position"], backend=backend), pools
+
+    return Workload(
+        name=f"draw-{rows}x{vocab}" + ("-greedy" if not temperature else ""),
+        inputs=inputs,
+        call=call,
+        exact=exact.draws,
+        written=lambda pools, x, layer: (),
+        layers=1,
+        bytes=rows * vocab * 4,
+        flops=0,
+        limits=(1e-5, 0),
+        # The best sums: of two that all but tie either token may be drawn.
+        sample=lambda outputs: outputs[1:],
+        chain="position",
+    )
+
+
 def _lengths(lengths) -> str:
     return str(lengths[0]) if len(lengths) == 1 else f"{len(lengths)}x{lengths[0]}"
 
@@ -439,6 +472,9 @@ WORKLOADS = {
                 products("down", rows, 12288, 4096),
             )
         ),
+        draws(128, 248320, 1.0),
+        draws(128, 248320, 0.0),
+        draws(1, 248320, 1.0),
         grouped(128, 512, 10, 4096, 2048),
         grouped(128, 256, 8, 2048, 1024),
         grouped(8192, 512, 10, 4096, 2048),
