@@ -10,6 +10,9 @@ from gdnjax.memory import StateGeometry
 
 BLOCK_SIZE = 16
 
+SHORT = 512
+"""Prompt tokens of the smaller prefill step."""
+
 WINDOWS = 3
 """A decode figure is the median of so many windows of steps."""
 
@@ -113,7 +116,8 @@ class Sizes:
             max_model_len=-(-longest // GRID) * GRID,
             decode_buckets=self.buckets,
             max_num_batched_tokens=self.batched_tokens,
-            prefill_buckets=(self.batched_tokens,),
+            # What is left of prompts behind a cached prefix is short.
+            prefill_buckets=tuple(sorted({min(SHORT, self.batched_tokens), self.batched_tokens})),
             block_size=BLOCK_SIZE,
             # One more for each: nobody is kept out for the sake of those who grow.
             num_kv_blocks=max(count * (-(-length // BLOCK_SIZE) + 1) for count, length in needs),

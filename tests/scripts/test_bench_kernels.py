@@ -51,8 +51,8 @@ def clocked(monkeypatch):
         return [2e-3] * runs, pools
 
     monkeypatch.setattr(timing, "time_calls", time_calls)
-    monkeypatch.setattr(timing, "copy_ceiling", lambda: CEILINGS["copy"])
-    monkeypatch.setattr(timing, "matmul_ceiling", lambda: CEILINGS["matmul"])
+    monkeypatch.setattr(timing, "copy_ceiling", lambda *_: CEILINGS["copy"])
+    monkeypatch.setattr(timing, "matmul_ceiling", lambda *_: CEILINGS["matmul"])
     return timed
 
 
@@ -193,8 +193,8 @@ def test_chained_calls_read_what_the_one_before_wrote():
 
 
 def test_one_workload_is_timed_for_real(monkeypatch, capsys):
-    monkeypatch.setattr(timing, "copy_ceiling", lambda: CEILINGS["copy"])
-    monkeypatch.setattr(timing, "matmul_ceiling", lambda: CEILINGS["matmul"])
+    monkeypatch.setattr(timing, "copy_ceiling", lambda *_: CEILINGS["copy"])
+    monkeypatch.setattr(timing, "matmul_ceiling", lambda *_: CEILINGS["matmul"])
     assert script.main(["conv-decode-*", "--runs", "2", "--no-peers"]) == 0
     assert "of the ceiling" in capsys.readouterr().out
 
