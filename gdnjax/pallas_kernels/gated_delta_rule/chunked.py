@@ -12,8 +12,6 @@ Bytes at 48 heads of 128 x 128 and T tokens in bfloat16: T and P are 16 kB a chu
 a token once in, o 12 kB a token out. Operations: 6.3 MFLOP a chunk and head.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -25,7 +23,7 @@ from gdnjax.pallas_kernels.gated_delta_rule import tiles
 from gdnjax.pallas_kernels.gated_delta_rule.state_tile import StateTile, heads_and_blocks
 from gdnjax.pallas_kernels.launch import barrier, dot, launch, layer_number, power_of_two, sigmoid, softplus
 from gdnjax.pallas_kernels.rows import Chunks, Rows
-from gdnjax.shapes import Array, Leaf
+from gdnjax.shapes import Array
 
 TILE = 16
 """Rows and columns that a product on matrix units has at least, and of the blocks that are solved by substitution."""
@@ -45,7 +43,7 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
         _scores,
         backend,
         name="gated_delta_rule_scores",
-        programs=count * heads,
+        programs=count * (qkv.shape[1] - heads * value_dim) // (2 * key_dim),
         args=(start, chunks.length, qkv, gates.a, gates.b, gates.A_log, gates.dt_bias),
         out=[
             jax.ShapeDtypeStruct(shape, qkv.dtype),
@@ -103,35 +101,63 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
 
 
 def _scores(start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, *outputs, key_dim, value_dim):
-    """P, the strictly lower part of T's system, and the row factors of one chunk and head."""
+    """P, the strictly lower part of T's system, and the row factors of one chunk, for all value heads of a key head."""
     scores_ref, system_ref, factors_ref, keep_ref = outputs
     heads, size = scores_ref.shape[1:3]
-    chunk = Chunk.of(start_ref, length_ref, qkv_ref, heads, key_dim, value_dim)
+    keys = (qkv_ref.shape[1] - heads * value_dim) // 2
+    key_heads = keys // key_dim
+    number, key_head = pl.program_id(0) // key_heads, pl.program_id(0) % key_heads
+    length = length_ref[number]
     place = jnp.arange(size, dtype=jnp.int32)
+    token, valid = start_ref[number] + place, place < length
+    row, column = place[:, None], place[None, :]
+
+    def load_rows(first) -> tuple[Array, Array]:
+        """[places, K], zero where there is no token, and the reciprocal norms of its rows."""
+        channel = jnp.arange(power_of_two(key_dim, TILE), dtype=jnp.int32)
+        mask = valid[:, None] if channel.size == key_dim else valid[:, None] & (channel < key_dim)[None, :]
+        at = qkv_ref.at[token[:, None], (first + key_head * key_dim + channel)[None, :]]
+        x = plgpu.load(at, mask=mask, other=0)
+        square = x.astype(jnp.float32)
+        return x, lax.rsqrt(jnp.sum(square * square, axis=1) + 1e-6)
+
+    def gates(head) -> tuple[Array, Array]:
+        """g and beta of the tokens; what is none neither decays nor writes."""
+        a, b = (plgpu.load(ref.at[token, head], mask=valid, other=0).astype(jnp.float32) for ref in (a_ref, b_ref))
+        rate, bias = jnp.exp(A_log_ref[head].astype(jnp.float32)), dt_ref[head].astype(jnp.float32)
+        return jnp.where(valid, -rate * softplus(a + bias), 0.0), jnp.where(valid, sigmoid(b), 0.0)
 
     def run():
-        g, beta = chunk.gates(a_ref, b_ref, A_log_ref, dt_ref, place)
-        total = jnp.cumsum(g)
-        last = _last(total, place)
-        q, q_norm = chunk.rows(qkv_ref, 0, place)
-        k, k_norm = chunk.rows(qkv_ref, chunk.keys, place)
+        q, q_norm = load_rows(0)
+        k, k_norm = load_rows(keys)
         q_norm = q_norm * key_dim**-0.5
-        at = (chunk.number, chunk.head)
-        row, column = place[:, None], place[None, :]
-        # D may overflow above the diagonal.
-        decay = jnp.exp(jnp.where(row >= column, total[:, None] - total[None, :], 0.0))
-        scores = dot(q, k, contract=(1, 1)) * (q_norm[:, None] * k_norm[None, :]) * decay
-        scores_ref[at] = jnp.where(row >= column, scores, 0.0).astype(scores_ref.dtype)
-        system = dot(k, k, contract=(1, 1)) * ((beta * k_norm)[:, None] * k_norm[None, :]) * decay
-        # By whole lines of 64 bytes; nobody reads the diagonal or what is above.
-        plgpu.store(system_ref.at[(*at, row, column)], system, mask=row | 15 >= column)
-        factors_ref[(*at, READ_K)] = jnp.exp(total) * k_norm
-        factors_ref[(*at, READ_Q)] = jnp.exp(total) * q_norm
-        factors_ref[(*at, WRITE_K)] = jnp.exp(last - total) * k_norm
-        factors_ref[(*at, BETA)] = beta
-        keep_ref[at] = jnp.exp(last)
+        q_products = dot(q, k, contract=(1, 1)) * (q_norm[:, None] * k_norm[None, :])
+        k_products = dot(k, k, contract=(1, 1)) * (k_norm[:, None] * k_norm[None, :])
+        ratio = heads // key_heads
 
-    pl.when(chunk.length > 0)(run)
+        def one_head(i, carry):
+            head = key_head * ratio + i
+            at = (number, head)
+            g, beta = gates(head)
+            total = jnp.cumsum(g)
+            # To the bit: sums that were summed apart would differ by their rounding.
+            last = jnp.sum(jnp.where(place == size - 1, total, 0.0))
+            # D may overflow above the diagonal.
+            decay = jnp.exp(jnp.where(row >= column, total[:, None] - total[None, :], 0.0))
+            scores_ref[at] = jnp.where(row >= column, q_products * decay, 0.0).astype(scores_ref.dtype)
+            # By whole lines of 64 bytes; nobody reads the diagonal or what is above.
+            system = beta[:, None] * k_products * decay
+            plgpu.store(system_ref.at[(*at, row, column)], system, mask=row | 15 >= column)
+            factors_ref[(*at, READ_K)] = jnp.exp(total) * k_norm
+            factors_ref[(*at, READ_Q)] = jnp.exp(total) * q_norm
+            factors_ref[(*at, WRITE_K)] = jnp.exp(last - total) * k_norm
+            factors_ref[(*at, BETA)] = beta
+            keep_ref[at] = jnp.exp(last)
+            return carry
+
+        lax.fori_loop(0, ratio, one_head, 0)
+
+    pl.when(length > 0)(run)
 
 
 def _inverse(length_ref, factors_ref, _, system_ref, inverse_ref, *, precision, interpret):
@@ -192,50 +218,6 @@ def _inverse(length_ref, factors_ref, _, system_ref, inverse_ref, *, precision, 
             plgpu.store(inverse_ref.at[places], (x * beta[None, :]).astype(inverse_ref.dtype))
 
     pl.when(length_ref[at[0]] > 0)(run)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """The chunk and head of a program that works on one of each."""
-
-    number: Leaf  # [] int32
-    head: Leaf  # [] int32
-    start: Leaf  # [] int32: place of its first token
-    length: Leaf  # [] int32
-    keys: int  # channels before the first key
-    key_start: Leaf  # [] int32: first channel of the head's key head, among the keys
-    key_dim: int
-
-    @classmethod
-    def of(cls, start_ref, length_ref, qkv_ref, heads: int, key_dim: int, value_dim: int) -> "Chunk":
-        number, head = pl.program_id(0) // heads, pl.program_id(0) % heads
-        keys = (qkv_ref.shape[1] - heads * value_dim) // 2
-        key_start = head // (heads * key_dim // keys) * key_dim
-        return cls(number, head, start_ref[number], length_ref[number], keys, key_start, key_dim)
-
-    def rows(self, qkv_ref, first, place) -> tuple[Array, Array]:
-        """[places, K] of the head, zero where there is no token, and the reciprocal norms of its rows."""
-        channel = jnp.arange(power_of_two(self.key_dim, TILE), dtype=jnp.int32)
-        mask = (place < self.length)[:, None]
-        if channel.size != self.key_dim:
-            mask = mask & (channel < self.key_dim)[None, :]
-        at = qkv_ref.at[(self.start + place)[:, None], (first + self.key_start + channel)[None, :]]
-        x = plgpu.load(at, mask=mask, other=0)
-        square = x.astype(jnp.float32)
-        return x, lax.rsqrt(jnp.sum(square * square, axis=1) + 1e-6)
-
-    def gates(self, a_ref, b_ref, A_log_ref, dt_ref, place) -> tuple[Array, Array]:
-        """g and beta of the tokens; what is none neither decays nor writes."""
-        valid = place < self.length
-        a = plgpu.load(a_ref.at[self.start + place, self.head], mask=valid, other=0).astype(jnp.float32)
-        b = plgpu.load(b_ref.at[self.start + place, self.head], mask=valid, other=0).astype(jnp.float32)
-        rate, bias = jnp.exp(A_log_ref[self.head].astype(jnp.float32)), dt_ref[self.head].astype(jnp.float32)
-        return jnp.where(valid, -rate * softplus(a + bias), 0.0), jnp.where(valid, sigmoid(b), 0.0)
-
-
-def _last(total: Array, place: Array) -> Array:
-    """The last of running sums, to the bit: sums that were summed apart would differ by their rounding."""
-    return jnp.sum(jnp.where(place == place.size - 1, total, 0.0))
 
 
 def _walk(
