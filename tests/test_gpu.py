@@ -4,7 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from gdnjax import LLM, EngineConfig, SamplingParams, backend, build_model, full_logits, random_params
+from gdnjax import (
+    LLM,
+    EngineConfig,
+    SamplingParams,
+    abstract_params,
+    backend,
+    build_model,
+    full_logits,
+    random_params,
+    sharding,
+)
 from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig
 from scripts import bench_kernels
 from tests.micro import MICRO
@@ -30,7 +40,8 @@ MODEL = ModelConfig(
 @pytest.fixture(scope="module")
 def llm():
     model = build_model(MODEL, "bfloat16")
-    params = jax.jit(lambda key: random_params(MODEL, 1, "bfloat16", key))(jax.random.key(0))
+    places = sharding.shardings_of(abstract_params(MODEL, 1, "bfloat16"), sharding.make_mesh(1))
+    params = random_params(MODEL, 1, "bfloat16", jax.random.key(0), shardings=places)
     config = EngineConfig(
         max_num_seqs=8, max_num_batched_tokens=1024, decode_buckets=(8,), gpu_memory_utilization=0.8, warmup=False
     )
