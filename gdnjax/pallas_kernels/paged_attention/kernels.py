@@ -132,14 +132,16 @@ def _attend(layer_ref, position_ref, table_ref, q_ref, k_ref, v_ref, *rest, toge
 
         k = plgpu.load(k_ref.at[at], mask=kv_mask, other=other).astype(q.dtype)
         v = plgpu.load(v_ref.at[at], mask=kv_mask, other=other).astype(q.dtype)
-        scores = dot(q, k, contract=(1, 1)) * (factor(scale_refs[0]) * scale if scale_refs else scale)
+        scores = dot(q, k, contract=(1, 1))
+        scores = scores * factor(scale_refs[0]) if scale_refs else scores
         if there is not None:
             scores = jnp.where(there[None, :] & (key[None, :] <= position[:, None]), scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         # A row that has seen no key yet has top = -inf; its weights must be 0, not exp(-inf + inf).
-        base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-        p = jnp.exp2(scores - base[:, None])
-        shrink = jnp.exp2(top - base)
+        base = jnp.where(new_top == -jnp.inf, 0.0, new_top * scale)
+        # One multiply-add each: the scale is applied here, not to the scores.
+        p = jnp.exp2(scores * scale - base[:, None])
+        shrink = jnp.exp2(top * scale - base)
         weight = weight * shrink + jnp.sum(p, axis=1)
         p = p * factor(scale_refs[1]) if scale_refs else p
         return new_top, weight, total * shrink[:, None] + dot(p.astype(q.dtype), v)
@@ -160,7 +162,7 @@ def _attend(layer_ref, position_ref, table_ref, q_ref, k_ref, v_ref, *rest, toge
         return
     total_ref, top_ref, weight_ref = outputs
     plgpu.store(total_ref.at[tile, query[:, None], head[:, None], split, lane[None, :]], total, mask=q_mask)
-    plgpu.store(top_ref.at[tile, query, head, split], top, mask=real)
+    plgpu.store(top_ref.at[tile, query, head, split], top * scale, mask=real)
     plgpu.store(weight_ref.at[tile, query, head, split], weight, mask=real)
 
 
