@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gdnjax.backend import REFERENCE
 from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.models.moe import MoeMLP
 
@@ -33,7 +34,7 @@ RTOL, ATOL = 1e-5, 2e-5
 
 def build(moe, seed=0):
     """(jitted layer of x and valid, its weights in numpy)."""
-    graphdef, state = nnx.split(MoeMLP(dataclasses.replace(CONFIG, moe=moe), moe, "float32"))
+    graphdef, state = nnx.split(MoeMLP(dataclasses.replace(CONFIG, moe=moe), moe, "float32", REFERENCE))
     rng = np.random.default_rng(seed)
     weights = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), nnx.to_pure_dict(state))
 

@@ -678,7 +678,7 @@ def test_bad_checkpoint_is_named_before_anything_is_allocated(checkpoint_copy, m
         ({"max_model_len": 2048}, "max_model_len=2048 exceeds the model's context of 1024 tokens"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide intermediate_size=40"),
         ({"tensor_parallel_size": 8}, "tensor_parallel_size=8 needs 8 devices, JAX sees 4"),
-        ({"kernels": "pallas"}, "the Pallas kernels are not written yet"),
+        ({"kernels": "pallas"}, "kernels='pallas' on cpu: the kernels are compiled for ROCm and CUDA; allowed: 'auto'"),
         ({"max_seqs": 3}, "unknown engine options: max_seqs; allowed: max_num_seqs"),
         ({"num_speculative_tokens": 1}, "needs a model with an MTP head, and config.json counts none"),
         ({"dtype": "float16"}, "dtype must be one of"),
