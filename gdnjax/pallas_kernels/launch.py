@@ -13,6 +13,9 @@ from jax.experimental.pallas import triton as plgpu
 from gdnjax.backend import FLOAT32_DOT, Backend
 from gdnjax.shapes import Array
 
+LEAST = 16
+"""Rows and columns that a product on matrix units has at least."""
+
 
 def power_of_two(size: int, least: int = 1) -> int:
     """The smallest power of two that is neither below `size` nor below `least`. Blocks in Triton have such sizes."""

@@ -13,12 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels.launch import dot, launch, power_of_two, sigmoid
+from gdnjax.pallas_kernels.launch import LEAST, dot, launch, power_of_two, sigmoid
 from gdnjax.pallas_kernels.matmul.tiles import Tile
 from gdnjax.shapes import Array
-
-LEAST = 16
-"""Rows and columns that a product on matrix units has at least."""
 
 
 def project(x: Array, weights: Sequence[Array], tile: Tile, backend: Backend) -> tuple[Array, ...]:

@@ -15,13 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels.launch import dot, launch, layer_number, power_of_two
+from gdnjax.pallas_kernels.launch import LEAST, dot, launch, layer_number, power_of_two
 from gdnjax.pallas_kernels.paged_attention import tiles as tables
 from gdnjax.pallas_kernels.paged_attention.scales import quantise
 from gdnjax.shapes import Array
-
-LEAST = 16
-"""Rows and columns that a product on matrix units has at least."""
 
 
 def attend(q, k_blocks, v_blocks, layer: int, tiles, scales, backend: Backend) -> Array:
