@@ -153,7 +153,7 @@ def test_default_engine_holds_every_section():
     sizes = Sizes()
     engine = sizes.engine(0, None)
     assert engine.decode_buckets == (1, 16, 64, 128)
-    assert engine.prefill_buckets == (8192,)
+    assert engine.prefill_buckets == (512, 8192)
     tokens = engine.num_kv_blocks * engine.block_size
     assert tokens >= 128 * 2048
     assert tokens >= 8 * 8193
