@@ -21,12 +21,12 @@ from jax.experimental.pallas import triton as plgpu
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.gated_delta_rule import tiles
 from gdnjax.pallas_kernels.gated_delta_rule.state_tile import StateTile, heads_and_blocks
-from gdnjax.pallas_kernels.launch import barrier, dot, launch, layer_number, power_of_two, sigmoid, softplus
+from gdnjax.pallas_kernels.launch import LEAST, barrier, dot, launch, layer_number, power_of_two, sigmoid, softplus
 from gdnjax.pallas_kernels.rows import Chunks, Rows
 from gdnjax.shapes import Array
 
-TILE = 16
-"""Rows and columns that a product on matrix units has at least, and of the blocks that are solved by substitution."""
+TILE = LEAST
+"""Rows and columns of the blocks that are solved by substitution."""
 
 READ_K, READ_Q, WRITE_K, BETA = range(4)
 """The row factors of a chunk: of k S, of q S, of U in the new state, and of T's columns."""
@@ -76,7 +76,7 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
         *(rows.read_slot, rows.write_slot, rows.fresh.astype(jnp.int32), first, number),
         *(*stored, *kept, start, chunks.length, inverse, scores, factors, keep, qkv, ssm),
     )
-    columns = min(tile.columns, power_of_two(value_dim, 16))
+    columns = min(tile.columns, power_of_two(value_dim, LEAST))
     blocks = -(-value_dim // columns)
     o, ssm = launch(
         _walk,
@@ -114,7 +114,7 @@ def _scores(start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, *ou
 
     def load_rows(first) -> tuple[Array, Array]:
         """[places, K], zero where there is no token, and the reciprocal norms of its rows."""
-        channel = jnp.arange(power_of_two(key_dim, TILE), dtype=jnp.int32)
+        channel = jnp.arange(power_of_two(key_dim, LEAST), dtype=jnp.int32)
         mask = valid[:, None] if channel.size == key_dim else valid[:, None] & (channel < key_dim)[None, :]
         at = qkv_ref.at[token[:, None], (first + key_head * key_dim + channel)[None, :]]
         x = plgpu.load(at, mask=mask, other=0)
@@ -243,7 +243,7 @@ def _walk(
     # Tiles of one head share what they read of q, k, T and P.
     blocks = -(-value_dim // columns)
     row, head, block = heads_and_blocks(heads, blocks, pl.program_id(0))
-    tile = StateTile.of(layer_ref[0], head, block, columns=columns, key_dim=key_dim, value_dim=value_dim, least=TILE)
+    tile = StateTile.of(layer_ref[0], head, block, columns=columns, key_dim=key_dim, value_dim=value_dim, least=LEAST)
     read_vk = bool(read_vk) if stored_ref is None else stored_ref[row] != 0
     # A fresh row reads nothing of its slot.
     state = tile.load(ssm_ref, read_ref[row], read_vk, wanted=fresh_ref[row] == 0).T

@@ -6,6 +6,7 @@ from typing import Any
 from jax import lax
 
 from gdnjax.backend import FLOAT32_DOT, Backend
+from gdnjax.pallas_kernels.launch import power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ RECURRENT["interpret"] = {
 def recurrent(backend: Backend, dtype, order, key_dim: int, value_dim: int) -> Recurrent:
     row = backend.tiles(RECURRENT)
     if not isinstance(order.read, bool):
-        return Recurrent(columns=1 << (value_dim - 1).bit_length(), warps=row["mixed"])
+        return Recurrent(columns=power_of_two(value_dim), warps=row["mixed"])
     return row[str(dtype), "vk" if order.read else "kv"]
 
 

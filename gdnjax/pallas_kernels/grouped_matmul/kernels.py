@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.grouped_matmul import tiles
-from gdnjax.pallas_kernels.launch import dot, launch
+from gdnjax.pallas_kernels.launch import LEAST, dot, launch, power_of_two
 from gdnjax.shapes import Array
 
 
@@ -32,7 +32,7 @@ def grouped_matmul(x: Array, weight: Array, group_sizes: Array, backend: Backend
         stages=tile.stages,
         rows=tile.rows,
         columns=tile.columns,
-        depth=min(tile.depth, max(16, 1 << (depth - 1).bit_length())),
+        depth=min(tile.depth, power_of_two(depth, LEAST)),
     )
     return out
 
