@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from command import exit_status, prepare_environment
 
@@ -54,20 +55,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def gate(arguments) -> int:
-    """One process an architecture: a process compiles for one kind of chip."""
-    results = []
-    for arch in arguments.arch or ARCHITECTURES:
-        command = [sys.executable, __file__, *arguments.names, "--worker", arch]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for text in process.stdout:
-                if not text.startswith("{"):
-                    print(text, end="", flush=True)
-                    continue
-                results.append(json.loads(text))
-                print(line(results[-1]), flush=True)
-        if process.returncode:
-            raise RuntimeError(f"the compiler of {arch} ended with status {process.returncode}")
+    """One process an architecture, side by side: a process compiles for one kind of chip, on one core."""
+    architectures = arguments.arch or ARCHITECTURES
+    with ThreadPoolExecutor(len(architectures)) as pool:
+        by_architecture = pool.map(lambda arch: compile_for(arch, arguments.names), architectures)
+        results = [result for results in by_architecture for result in results]
     if arguments.output:
         pathlib.Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
     if arguments.write_readme:
@@ -75,6 +67,23 @@ def gate(arguments) -> int:
     refused = [result for result in results if not result["passed"]]
     print(f"{len(results) - len(refused)} passed, {len(refused)} refused")
     return 1 if refused else 0
+
+
+def compile_for(arch: str, names: list[str]) -> list[dict]:
+    """The results of a worker, which are printed as they come."""
+    results = []
+    command = [sys.executable, __file__, *names, "--worker", arch]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if not text.startswith("{"):
+                print(text, end="", flush=True)
+                continue
+            results.append(json.loads(text))
+            print(line(results[-1]), flush=True)
+    if process.returncode:
+        raise RuntimeError(f"the compiler of {arch} ended with status {process.returncode}")
+    return results
 
 
 def work(arguments) -> int:

@@ -7,6 +7,8 @@ import pathlib
 # The size of XLA's CPU thread pool, read when the backend starts. It is otherwise the number of cores, and ranks that
 # wait for one another on fewer threads wait for ever.
 os.environ.setdefault("NPROC", "8")
+# PyTorch's threads wait for one another in loops: with two test processes on two cores that took most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import jaxtyping

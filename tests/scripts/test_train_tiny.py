@@ -197,9 +197,11 @@ def test_dead_worker_is_an_error_that_says_so(tokenizer, small_shapes):
 
 
 STREAMING = """
-import dataclasses, multiprocessing, time, tiny_batches, tokenizers
+import dataclasses, multiprocessing, signal, time, tiny_batches, tokenizers
 
 if __name__ == "__main__":
+    # Whoever runs the tests in the background may have it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     tokenizer = tokenizers.Tokenizer.from_file({tokenizer!r})
     shape = dataclasses.replace(tiny_batches.short_shape(2048), sequences=1)
     for batch in tiny_batches.stream(tokenizer, [shape] * 9, ["x"] * 9, 1):

@@ -182,13 +182,14 @@ def _inverse(length_ref, factors_ref, _, system_ref, inverse_ref, *, precision, 
         lane = jnp.arange(size, dtype=jnp.int32)
         block, column = lane // TILE * TILE, lane % TILE
         # The interpreter is slow to compile loads by address.
-        whole = system_ref[at] if interpret else None
+        blocks = [system_ref[at][b : b + TILE, b : b + TILE] for b in range(0, size, TILE)] if interpret else None
+        diagonal = None if blocks is None else jnp.repeat(jnp.stack(blocks), TILE, axis=0)
 
         def entries(i, j):
             """Of every block on the diagonal its entry (i, j), for all threads of the block."""
-            if whole is None:
-                return plgpu.load(system_ref.at[(*at, block + i, block + j)])
-            return jnp.repeat(jnp.stack([whole[b + i, b + j] for b in range(0, size, TILE)]), TILE)
+            if diagonal is not None:
+                return diagonal[:, i, j]
+            return plgpu.load(system_ref.at[(*at, block + i, block + j)])
 
         rows = []
         for i in range(TILE):
