@@ -112,7 +112,8 @@ def jitted(name: str, state):
 @functools.cache
 def compiled(name: str, num_slots: int, num_blocks: int):
     function, given = jitted(name, abstract_state(STEPS[name][1], num_slots, num_blocks))
-    return function.lower(*given).compile()
+    # What is read of it is decided before LLVM has it.
+    return function.lower(*given).compile({"xla_backend_optimization_level": 0})
 
 
 def num_bytes(tree) -> int:

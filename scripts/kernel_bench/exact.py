@@ -140,6 +140,10 @@ def attention(x, pools, layer):
     return lax.map(one_tile, (x["q"], x["position"], x["table"])), ()
 
 
+def kv_write(x, pools, layer):
+    return (), (_double(x["k"]), _double(x["v"]))
+
+
 def products(x, pools, layer, *, gated):
     found = [_double(x["x"]) @ _double(weight).T for weight in x["weights"][layer]]
     if gated:

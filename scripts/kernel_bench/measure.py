@@ -93,7 +93,7 @@ def _peers_in_jax(work: Workload) -> dict[str, Any]:
     from kernel_bench import jax_peers
 
     return jax_peers.of(work) | (
-        {"XLA": _call(work, REFERENCE)} if work.name.startswith(("grouped", "matmul", "draw")) else {}
+        {"XLA": _call(work, REFERENCE)} if work.name.startswith(("grouped", "matmul", "draw", "kv-write")) else {}
     )
 
 

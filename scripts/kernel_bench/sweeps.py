@@ -69,6 +69,9 @@ def _table(name: str):
         sizes = itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4))
         tiles = [dataclasses.replace(old, keys=k, warps=w, stages=s) for k, w, s in sizes]
         return attention.TILES, "decode", [*tiles, *(dataclasses.replace(old, programs=p) for p in (132, 528, 1056))]
+    if name.startswith("kv-write"):
+        # A program is one token, whatever the chip.
+        return attention.TILES, "decode", []
     if name.startswith("draw"):
         sizes = itertools.product((512, 1024, 2048, 4096), (4, 8), (528, 1056, 2112))
         return draws.TILES, None, [draws.Tile(*size) for size in sizes]

@@ -332,6 +332,51 @@ def attention(
     )
 
 
+def kv_write(rows: int, kv_heads: int, width: int, *, int8: bool = False):
+    """Keys and values of so many tokens to blocks of their own."""
+    layers, block_size = 8, 16
+
+    def inputs(key):
+        keys = jax.random.split(key, 4)
+        shape = (layers, rows + 1, block_size, kv_heads, width)
+        arguments = {
+            "k": _random(keys[0], (rows, kv_heads, width)),
+            "v": _random(keys[1], (rows, kv_heads, width)),
+            "block": 1 + jax.random.permutation(keys[2], rows).astype(jnp.int32),
+            "offset": jax.random.randint(keys[3], (rows,), 0, block_size, jnp.int32),
+        }
+        pool = jnp.zeros(shape, jnp.int8 if int8 else jnp.bfloat16)
+        # What is left of others is not what is compared.
+        scale = jnp.full(shape[:-1], jnp.nan, jnp.float32)
+        return arguments, (pool, pool, (scale, scale)) if int8 else (pool, pool)
+
+    def call(x, pools, layer, backend):
+        values = (layer, x["k"], x["v"], x["block"], x["offset"])
+        write = paged_attention.write_quantised if int8 else paged_attention.write
+        return (), write(*pools, *values, backend=backend)
+
+    def written(pools, x, layer):
+        k, v = (pool[layer, x["block"], x["offset"]].astype(jnp.float32) for pool in pools[:2])
+        if int8:
+            k, v = (
+                part * s[layer, x["block"], x["offset"]][..., None] for part, s in zip((k, v), pools[2], strict=True)
+            )
+        return k, v
+
+    return Workload(
+        name=f"kv-write-{kv_heads}x{width}-{rows}" + ("-int8" if int8 else ""),
+        inputs=inputs,
+        call=call,
+        exact=exact.kv_write,
+        written=written,
+        layers=layers,
+        bytes=rows * kv_heads * 2 * (2 * width + (width + 4 if int8 else 2 * width)),
+        flops=0,
+        # Half a step of 127 is 0.7% of values whose largest is three times the usual one.
+        limits=(0, 1.5e-2 if int8 else 0),
+    )
+
+
 def grouped(tokens: int, experts: int, per_token: int, depth: int, width: int):
     """Tokens that choose experts at random; `width` is gate and up together."""
     rows = tokens * per_token
@@ -462,6 +507,8 @@ WORKLOADS = {
         attention(1, 131072, 1, 24, 4, 256),
         attention(1, 8192, 8192, 24, 4, 256),
         attention(1, 8192, 2048, 24, 4, 256),
+        kv_write(128, 4, 256),
+        kv_write(128, 4, 256, int8=True),
         *(
             work
             for rows in (1, 128)

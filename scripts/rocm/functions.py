@@ -28,6 +28,38 @@ LAYERS = 4
 
 MAX_MODEL_LEN = 8192
 
+SLOTS, BLOCKS = 256, 32768
+"""Of the pools of a step: so many that each pool is larger than all that the step may keep beside them."""
+
+WAVES = {
+    "causal_conv1d_decode": 8,
+    "causal_conv1d_fold": 8,
+    "causal_conv1d_prefill": 8,
+    "causal_conv1d_verify": 8,
+    "causal_conv1d_windows": 8,
+    "gated_delta_rule_decode": 4,
+    "gated_delta_rule_fold": 8,
+    "gated_delta_rule_inverse": 4,
+    "gated_delta_rule_scores": 3,
+    "gated_delta_rule_verify": 5,
+    "gated_delta_rule_walk": 2,
+    "grouped_matmul": 4,
+    "gumbel_argmax": 8,
+    "matmul_project": 4,
+    "matmul_swiglu": 4,
+    "paged_attention": 1,
+    "paged_attention_split": 1,
+    "paged_attention_write": 8,
+    "paged_attention_write_quantised": 8,
+}
+"""The fewest waves a SIMD of each kernel over both chips and all sizes: what it has. Who takes some away says why here.
+
+Attention holds a head of 256 for 64 rows in registers; smaller tiles would read keys and values more often.
+"""
+
+LARGE = 64 << 20
+"""Bytes of a workload's pools from which a copy of them would show: chunks of a prompt need more than small pools."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Function:
@@ -49,7 +81,9 @@ def kernels(arch: str, device) -> Iterator[Function]:
             return jax.jit(lambda x, p: work.call(x, p, 0, backend), donate_argnums=1).lower(arguments, pools)
 
         size = _bytes(pools)
-        yield Function(name, lower, Demands(alias_bytes=size, most_temporary_bytes=None))
+        yield Function(
+            name, lower, Demands(size, most_temporary_bytes=size - 1 if size >= LARGE else None, waves=WAVES)
+        )
 
 
 def steps(arch: str, devices_of: Callable[[int], list[Any]]) -> Iterator[Function]:
@@ -72,14 +106,19 @@ def _steps(arch: str, devices, preset: str, ranks: int, drafts: int) -> Iterator
     mesh = Mesh(np.array(devices), ("tp",))
     model = build_model(config, "bfloat16", ranks, mtp=drafts > 0, backend=Backend("pallas", arch))
     geometry = model.geometry(engine.block_size, engine.ssm_dtype).speculating(engine)
-    plan = MemoryPlan.of_counts(geometry, num_slots=64, num_blocks=4096, num_logit_rows=8)
+    plan = MemoryPlan.of_counts(geometry, num_slots=SLOTS, num_blocks=BLOCKS, num_logit_rows=8)
     state = _with_shardings(jax.eval_shape(lambda: empty_state(geometry, plan, engine, MAX_MODEL_LEN)), mesh)
     params = _with_shardings(abstract_params(config, ranks, "bfloat16", mtp=drafts > 0), mesh)
     options = StepOptions(state_layout=engine.state_layout, num_drafts=drafts)
     built = build_steps(model, mesh, options, params, state)
     width = MAX_MODEL_LEN // engine.block_size
-    # Everything that a step carries is updated in place, and no temporary is as large as the pools.
-    demands = Demands(alias_bytes=_bytes(state.gdn) // ranks, most_temporary_bytes=None)
+    # The pools are updated in place, and all temporaries together are smaller than any copy of states, keys or values.
+    pools = (state.gdn.ssm, state.kv.k, state.kv.v)
+    demands = Demands(
+        alias_bytes=_bytes((state.gdn, state.kv)) // ranks,
+        most_temporary_bytes=min(map(_bytes, pools)) // ranks - 1,
+        waves=WAVES,
+    )
     prefill = packing.pack_prefill([], tokens=2048, rows=8, table_width=width)
     decode = packing.pack_decode([], {}, [], rows=32, table_width=width, grown_width=1 + drafts, drafts=drafts > 0)
     name = f"{preset}, {LAYERS} layers, {ranks} rank{'s' * (ranks > 1)}, {drafts} drafts"

@@ -28,6 +28,8 @@ SMALL = {
         workloads.conv_update(3, 48, pending=3, new=3),
         workloads.attention(2, 70, 1, 4, 2, 32),
         workloads.attention(1, 128, 128, 4, 2, 32),
+        workloads.kv_write(3, 2, 32),
+        workloads.kv_write(3, 2, 32, int8=True),
         workloads.grouped(20, 4, 2, 32, 48),
     )
 }

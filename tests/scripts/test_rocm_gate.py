@@ -9,7 +9,7 @@ import jax
 import pytest
 import rocm_gate as script
 from kernel_bench.workloads import WORKLOADS
-from rocm import code_object, compiling
+from rocm import code_object, compiling, functions
 from rocm.code_object import Kernel
 from rocm.compiling import Compiled, Demands, Launch, judge
 
@@ -29,10 +29,11 @@ def test_every_kernel_lowers_for_rocm(name):
     assert launches
     for launch in launches:
         assert not [*compiling.faults_of(launch, "gfx942")]
+        assert launch.name in functions.WAVES
 
 
 def test_what_is_right_passes():
-    assert judge(COMPILED, Demands(alias_bytes=100, most_temporary_bytes=10, waves=4), "gfx942") == []
+    assert judge(COMPILED, Demands(alias_bytes=100, most_temporary_bytes=10, waves={"k": 4}), "gfx942") == []
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_what_is_right_passes():
 )
 def test_kernels_that_could_not_run_well_are_refused(change, said):
     compiled = dataclasses.replace(COMPILED, kernels=[dataclasses.replace(GOOD, **change)])
-    assert said in judge(compiled, Demands(waves=4), "gfx942")
+    assert said in judge(compiled, Demands(waves={"k": 4}), "gfx942")
 
 
 @pytest.mark.parametrize(
