@@ -351,9 +351,12 @@ def kv_write(rows: int, kv_heads: int, width: int, *, int8: bool = False):
         return arguments, (pool, pool, (scale, scale)) if int8 else (pool, pool)
 
     def call(x, pools, layer, backend):
-        values = (layer, x["k"], x["v"], x["block"], x["offset"])
-        write = paged_attention.write_quantised if int8 else paged_attention.write
-        return (), write(*pools, *values, backend=backend)
+        k_blocks, v_blocks, *scales = pools
+        k, v, block, offset = (x[name] for name in ("k", "v", "block", "offset"))
+        if not int8:
+            return (), paged_attention.write(k_blocks, v_blocks, layer, k, v, block, offset, backend=backend)
+        write = functools.partial(paged_attention.write_quantised, k_blocks, v_blocks, *scales, backend=backend)
+        return (), write(layer, k, v, block, offset)
 
     def written(pools, x, layer):
         k, v = (pool[layer, x["block"], x["offset"]].astype(jnp.float32) for pool in pools[:2])
