@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def gate(arguments) -> int:
     """One process an architecture, side by side: a process compiles for one kind of chip, on one core."""
+    # Missing wheels are said once, not by each process.
+    plugin_libraries()
     architectures = arguments.arch or ARCHITECTURES
     with ThreadPoolExecutor(len(architectures)) as pool:
         by_architecture = pool.map(lambda arch: compile_for(arch, arguments.names), architectures)
@@ -136,7 +138,10 @@ def plugin_libraries() -> list[pathlib.Path]:
 
     found: list[pathlib.Path] = []
     for package in ("jax_plugins.xla_rocm7", "jax_rocm7_plugin"):
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:  # what the package is in is missing, too
+            spec = None
         for place in (spec.submodule_search_locations or []) if spec else []:
             found += sorted(pathlib.Path(place).rglob("*.so"))
     if not found:
