@@ -16,7 +16,8 @@ from command import exit_status, prepare_environment
 DESCRIPTION = """\
 Every kernel at every workload of bench_kernels.py, and whole prefill, decode and seal steps at the layer sizes of
 published models, through XLA's own ROCm compiler. Refused are: what does not compile, registers that spill, scratch,
-more LDS than the chip has, too few waves, launches that the hardware cannot do, pools that are not updated in place.
+more LDS than the chip has, fewer waves than a kernel has now, launches that the hardware cannot do, and pools that are
+copied or not updated in place.
 One kernel that is known to spill must be refused, or the gate itself is broken.
 
 Nothing runs, and nothing is said of speed. It needs an environment of its own with the compiler's wheels (160 MB, no
@@ -82,7 +83,8 @@ def compile_for(arch: str, names: list[str]) -> list[dict]:
                 print(text, end="", flush=True)
                 continue
             results.append(json.loads(text))
-            print(line(results[-1]), flush=True)
+            # Line and end in one piece: the other architecture's come between.
+            print(line(results[-1]) + "\n", end="", flush=True)
     if process.returncode:
         raise RuntimeError(f"the compiler of {arch} ended with status {process.returncode}")
     return results

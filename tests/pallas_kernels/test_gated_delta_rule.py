@@ -305,7 +305,7 @@ def test_layouts_hold_the_same_values(read, write):
         pool[1, i + 1] = stored(states[i], vk)
     # Mixed: a bit for every row, padded rows included.
     prefill_read, decode_read = ([*bits, True, False, True, False, True], bits) if read == "mixed" else (bits[0],) * 2
-    # Only decode in a mixed pool changes the order of a slot in place.
+    # Prefill changes the order of no slot in place, and decode only in a mixed pool.
     slots = [1, 2, 3] if set(bits) == {write} else [4, 5, 6]
     packed = pack_rows([65, 2, 64], read=[1, 2, 3], write=slots, fresh=[False] * 3)
     outputs, ssm = prefill(WORK, packed, rows, pool, read=prefill_read, write=write)

@@ -182,8 +182,7 @@ def _inverse(length_ref, factors_ref, _, system_ref, inverse_ref, *, precision, 
         lane = jnp.arange(size, dtype=jnp.int32)
         block, column = lane // TILE * TILE, lane % TILE
         # The interpreter is slow to compile loads by address.
-        blocks = [system_ref[at][b : b + TILE, b : b + TILE] for b in range(0, size, TILE)] if interpret else None
-        diagonal = None if blocks is None else jnp.repeat(jnp.stack(blocks), TILE, axis=0)
+        diagonal = jnp.repeat(_diagonal(system_ref[at]), TILE, axis=0) if interpret else None
 
         def entries(i, j):
             """Of every block on the diagonal its entry (i, j), for all threads of the block."""
@@ -219,6 +218,11 @@ def _inverse(length_ref, factors_ref, _, system_ref, inverse_ref, *, precision, 
             plgpu.store(inverse_ref.at[places], (x * beta[None, :]).astype(inverse_ref.dtype))
 
     pl.when(length_ref[at[0]] > 0)(run)
+
+
+def _diagonal(x: Array) -> Array:
+    """The blocks on the diagonal of a square: [n, TILE, TILE]."""
+    return jnp.stack([x[i : i + TILE, i : i + TILE] for i in range(0, x.shape[0], TILE)])
 
 
 def _walk(
