@@ -17,10 +17,13 @@ class Backend:
                     by XLA on any platform, for tests.
       architecture  the row of the tile tables: "sm_90", "gfx942", "gfx950", or "cuda", "rocm" where a table has no row
                     of its own.
+      order         of interpreted kernels alone, which run one program after another: 0 in the order of their numbers,
+                    else a seed that shuffles them. What a kernel computes must not depend on it.
     """
 
     kernels: str = "reference"
     architecture: str = ""
+    order: int = 0
 
     @property
     def is_reference(self) -> bool:

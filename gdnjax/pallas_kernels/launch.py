@@ -1,11 +1,13 @@
 """What all kernels share: how one is launched, and the few things that the Triton lowering needs said its own way."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -22,6 +24,25 @@ def power_of_two(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """All that tells one launch from another: calls that agree in it, and in their operands' types, are one function.
+
+    `order` shuffles the programs of an interpreted kernel, 0 leaves them in order; see `Backend`.
+    """
+
+    kernel: Callable
+    name: str
+    programs: int
+    out: tuple[jax.ShapeDtypeStruct, ...]
+    warps: int
+    stages: int
+    aliases: tuple[tuple[int, int], ...]
+    static: tuple[tuple[str, Any], ...]
+    interpret: bool
+    order: int
+
+
 def launch(
     kernel: Callable,
     backend: Backend,
@@ -35,21 +56,73 @@ def launch(
     aliases: dict[int, int] | None = None,
     **static,
 ) -> list[Array]:
-    """Runs `programs` programs of `kernel(*in_refs, *out_refs, **static)`, every ref a whole array.
+    """Runs `programs` programs of `kernel(program, *in_refs, *out_refs, **static)`, every ref a whole array.
 
     One axis: the kernel takes its number apart itself, so that the order in which programs start is what it says and
-    no axis is ever too long for a launch. `aliases` maps inputs to the outputs that they become, in place.
+    no axis is ever too long for a launch. `aliases` maps inputs to the outputs that they become, in place. Statics are
+    hashable.
     """
-    results = pl.pallas_call(
-        functools.partial(kernel, **static),
-        grid=(programs,),
-        out_shape=list(out),
-        input_output_aliases=aliases or {},
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
-        interpret=backend.interpret,
-        name=name,
-    )(*args)
-    return list(results)
+    return run(
+        Launch(
+            kernel=kernel,
+            name=name,
+            programs=programs,
+            out=tuple(out),
+            warps=warps,
+            stages=stages,
+            aliases=tuple(sorted((aliases or {}).items())),
+            static=tuple(sorted(static.items())),
+            interpret=backend.interpret,
+            order=backend.order,
+        ),
+        args,
+    )
+
+
+def run(launch: Launch, args: Sequence[Array]) -> list[Array]:
+    """Every kernel of the package comes through here; scripts/rocm puts its emulator in this function's place."""
+    return list(_function(launch)(*args))
+
+
+@functools.cache
+def _function(launch: Launch) -> Callable:
+    """The launch as a function of its operands. JAX traces and lowers it once: layers are calls of one function."""
+    kernel = functools.partial(launch.kernel, **dict(launch.static))
+    aliases, order = dict(launch.aliases), ()
+    if launch.order:
+        order = (np.random.default_rng(launch.order).permutation(launch.programs).astype(np.int32),)
+        aliases = {operand + 1: result for operand, result in aliases.items()}
+
+    def numbered(*refs):
+        if not launch.order:
+            return kernel(pl.program_id(0), *refs)
+        order_ref, *refs = refs
+        return kernel(order_ref[pl.program_id(0)], *refs)
+
+    call = pl.pallas_call(
+        numbered,
+        grid=(launch.programs,),
+        out_shape=list(launch.out),
+        input_output_aliases=aliases,
+        compiler_params=plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
+        interpret=launch.interpret,
+        name=launch.name,
+    )
+
+    def function(*args):
+        return call(*order, *args)
+
+    function.__name__ = launch.name
+    return jax.jit(function)
+
+
+def bounded(number: Array, count: int) -> Array:
+    """A number that was loaded and that multiplies a stride, with its range, 0 to `count` - 1, made known.
+
+    It is in range as it comes. But Triton's compiler for AMD takes the offsets of an unbounded number times a large
+    stride for small where their product overflows, and cuts them to 32 bits: in pools over 4 GiB that is another place.
+    """
+    return jnp.minimum(jnp.maximum(number, 0), count - 1)
 
 
 def layer_number(layer: int) -> Array:

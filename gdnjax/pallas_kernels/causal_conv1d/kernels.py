@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.causal_conv1d import tiles
-from gdnjax.pallas_kernels.launch import launch, layer_number, sigmoid
+from gdnjax.pallas_kernels.launch import bounded, launch, layer_number, sigmoid
 from gdnjax.pallas_kernels.rows import Chunks, Rows
 from gdnjax.shapes import Array
 
@@ -62,13 +62,13 @@ def prefill(x, weight, conv, layer: int, rows: Rows, chunks: Chunks, backend: Ba
     return y, conv
 
 
-def _prefill(row_ref, offset_ref, valid_ref, x_ref, weight_ref, window_ref, y_ref, *, tokens, columns):
+def _prefill(program, row_ref, offset_ref, valid_ref, x_ref, weight_ref, window_ref, y_ref, *, tokens, columns):
     """Some channels of a stretch of tokens, GROUP tokens at a time; what the taps see again stays in registers."""
     total, channels = x_ref.shape
     width = window_ref.shape[1]
     # Tiles of one stretch of tokens are neighbours.
     blocks = -(-channels // columns)
-    block, first = pl.program_id(0) % blocks, pl.program_id(0) // blocks * tokens
+    block, first = program % blocks, program // blocks * tokens
     channel = block * columns + jnp.arange(columns, dtype=jnp.int32)
     there = channel < channels
     weights = [
@@ -94,7 +94,7 @@ def _prefill(row_ref, offset_ref, valid_ref, x_ref, weight_ref, window_ref, y_re
         inputs = [*history, *(load(start + j) for j in range(GROUP))]
         for j in range(GROUP):
             at = jnp.minimum(start + j, total - 1)
-            row, offset = row_ref[at], offset_ref[at]
+            row, offset = bounded(row_ref[at], window_ref.shape[0]), offset_ref[at]
             taps = inputs[j : j + width + 1]
             y = lax.cond(
                 offset < width,
@@ -117,13 +117,16 @@ def _convolve(inputs, weights) -> Array:
     return total
 
 
-def _store_windows(layer_ref, start_ref, length_ref, slot_ref, row_ref, x_ref, window_ref, _, conv_ref, *, columns):
+def _store_windows(
+    program, layer_ref, start_ref, length_ref, slot_ref, row_ref, x_ref, window_ref, _, conv_ref, *, columns
+):
     width = window_ref.shape[1]
     channels = x_ref.shape[1]
     blocks = -(-channels // columns)
-    block, entry = pl.program_id(0) % blocks, pl.program_id(0) // blocks
-    layer = layer_ref[0]
-    start, length, slot, row = start_ref[entry], length_ref[entry], slot_ref[entry], row_ref[entry]
+    block, entry = program % blocks, program // blocks
+    layer, slot = bounded(layer_ref[0], conv_ref.shape[0]), bounded(slot_ref[entry], conv_ref.shape[1])
+    start, length = bounded(start_ref[entry], x_ref.shape[0]), bounded(length_ref[entry], x_ref.shape[0] + 1)
+    row = bounded(row_ref[entry], window_ref.shape[0])
     channel = block * columns + jnp.arange(columns, dtype=jnp.int32)
     there = channel < channels
 
@@ -178,23 +181,24 @@ def _update(kind, x, weight, conv, layer, slots, backend: Backend, dtype) -> tup
     return y, conv
 
 
-def _update_kernel(layer_ref, read_ref, write_ref, *refs, columns, pending, new):
-    layer = layer_ref[0]
+def _update_kernel(program, layer_ref, read_ref, write_ref, *refs, columns, pending, new):
     count_ref, refs = (refs[0], refs[1:]) if pending else (None, refs)
     x_ref, weight_ref, conv_ref, y_ref, out_ref = refs
     channels, taps = weight_ref.shape
     width = taps - 1
     blocks = -(-channels // columns)
-    block, row = pl.program_id(0) % blocks, pl.program_id(0) // blocks
+    block, row = program % blocks, program // blocks
     channel = block * columns + jnp.arange(columns, dtype=jnp.int32)
+    layer = bounded(layer_ref[0], conv_ref.shape[0])
+    source, target = (bounded(ref[row], conv_ref.shape[1]) for ref in (read_ref, write_ref))
     mask = None if channels % columns == 0 else channel < channels
     other = None if mask is None else 0
 
     def stored(i):
-        return plgpu.load(conv_ref.at[layer, read_ref[row], i, channel], mask=mask, other=other)
+        return plgpu.load(conv_ref.at[layer, source, i, channel], mask=mask, other=other)
 
     def put(i, value):
-        plgpu.store(out_ref.at[layer, write_ref[row], i, channel], value, mask=mask)
+        plgpu.store(out_ref.at[layer, target, i, channel], value, mask=mask)
 
     weights = [
         plgpu.load(weight_ref.at[channel, tap], mask=mask, other=other).astype(jnp.float32) for tap in range(taps)
@@ -207,7 +211,7 @@ def _update_kernel(layer_ref, read_ref, write_ref, *refs, columns, pending, new)
     # Everything is read before anything is written, since both may be one slot.
     if count_ref is not None:
         inputs = [stored(i) for i in range(width + pending)]
-        done = count_ref[row]
+        done = bounded(count_ref[row], pending + 1)
         window = [stored(done + i) for i in range(width)]
     else:
         inputs = []

@@ -21,7 +21,17 @@ from jax.experimental.pallas import triton as plgpu
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.gated_delta_rule import tiles
 from gdnjax.pallas_kernels.gated_delta_rule.state_tile import StateTile, heads_and_blocks
-from gdnjax.pallas_kernels.launch import LEAST, barrier, dot, launch, layer_number, power_of_two, sigmoid, softplus
+from gdnjax.pallas_kernels.launch import (
+    LEAST,
+    barrier,
+    bounded,
+    dot,
+    launch,
+    layer_number,
+    power_of_two,
+    sigmoid,
+    softplus,
+)
 from gdnjax.pallas_kernels.rows import Chunks, Rows
 from gdnjax.shapes import Array
 
@@ -100,16 +110,16 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
     return o, ssm
 
 
-def _scores(start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, *outputs, key_dim, value_dim):
+def _scores(program, start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, *outputs, key_dim, value_dim):
     """P, the strictly lower part of T's system, and the row factors of one chunk, for all value heads of a key head."""
     scores_ref, system_ref, factors_ref, keep_ref = outputs
     heads, size = scores_ref.shape[1:3]
     keys = (qkv_ref.shape[1] - heads * value_dim) // 2
     key_heads = keys // key_dim
-    number, key_head = pl.program_id(0) // key_heads, pl.program_id(0) % key_heads
+    number, key_head = program // key_heads, program % key_heads
     length = length_ref[number]
     place = jnp.arange(size, dtype=jnp.int32)
-    token, valid = start_ref[number] + place, place < length
+    token, valid = bounded(start_ref[number], qkv_ref.shape[0]) + place, place < length
     row, column = place[:, None], place[None, :]
 
     def load_rows(first) -> tuple[Array, Array]:
@@ -160,14 +170,14 @@ def _scores(start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, *ou
     pl.when(length > 0)(run)
 
 
-def _inverse(length_ref, factors_ref, _, system_ref, inverse_ref, *, precision, interpret):
+def _inverse(program, length_ref, factors_ref, _, system_ref, inverse_ref, *, precision, interpret):
     """T of one chunk and head: blocks of TILE on the diagonal by substitution, then pairs joined to larger ones.
 
     X replaces the system in place, in float32. The blocks of the diagonal are solved side by side, a thread a column of
     one, by products of scalars with rows; -X_BB A_BA X_AA joins two.
     """
     heads, size = inverse_ref.shape[1:3]
-    at = (pl.program_id(0) // heads, pl.program_id(0) % heads)
+    at = (program // heads, program % heads)
 
     def square(first_row, first_column, width):
         step = jnp.arange(width, dtype=jnp.int32)
@@ -226,6 +236,7 @@ def _diagonal(x: Array) -> Array:
 
 
 def _walk(
+    program,
     layer_ref,
     read_ref,
     write_ref,
@@ -247,7 +258,7 @@ def _walk(
     keys = (qkv_ref.shape[1] - heads * value_dim) // 2
     # Tiles of one head share what they read of q, k, T and P.
     blocks = -(-value_dim // columns)
-    row, head, block = heads_and_blocks(heads, blocks, pl.program_id(0))
+    row, head, block = heads_and_blocks(heads, blocks, program)
     tile = StateTile.of(layer_ref[0], head, block, columns=columns, key_dim=key_dim, value_dim=value_dim, least=LEAST)
     read_vk = bool(read_vk) if stored_ref is None else stored_ref[row] != 0
     # A fresh row reads nothing of its slot.
@@ -259,11 +270,11 @@ def _walk(
 
     def one_chunk(i, carry):
         state, start, length = carry
-        chunk = first_ref[row] + i
+        chunk = bounded(first_ref[row] + i, start_ref.shape[0])
         # Read a turn ahead: what a load needs that is itself loaded in its turn is not pipelined.
         following = jnp.minimum(chunk + 1, start_ref.shape[0] - 1)
         start_of_next, length_of_next = start_ref[following], length_ref[following]
-        token, valid = start + place, place < length
+        token, valid = bounded(start, qkv_ref.shape[0]) + place, place < length
         keys_valid = valid[:, None] if tile.k_mask is None else valid[:, None] & tile.k_mask[None, :]
         values_valid = valid[:, None] if tile.v_mask is None else valid[:, None] & tile.v_mask[None, :]
 
@@ -290,6 +301,6 @@ def _walk(
             tile.store(out_ref, slot, state.T, write_vk, when=slot > 0)
         return state, start_of_next, length_of_next
 
-    begin = jnp.minimum(first_ref[row], start_ref.shape[0] - 1)
+    begin = bounded(first_ref[row], start_ref.shape[0])
     state, *_ = lax.fori_loop(0, number_ref[row], one_chunk, (state, start_ref[begin], length_ref[begin]))
     tile.store(out_ref, write_ref[row], state.T, write_vk)

@@ -8,7 +8,6 @@ of 128 x 128 in float32, 6.3 MB a request against 30 kB of inputs), so the ceili
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
@@ -78,7 +77,9 @@ def _run(kind, qkv, a, b, gates, ssm, layer, slots, order, key_dim, backend: Bac
     )
 
 
-def _kernel(layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, write_vk, new, keep_new, interpret):
+def _kernel(
+    program, layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, write_vk, new, keep_new, interpret
+):
     # Decode folds nothing first, and only a mixed pool has bits.
     count_ref, refs = (None, refs) if keep_new else (refs[0], refs[1:])
     stored_ref, refs = (None, refs) if read_vk is not None else (refs[0], refs[1:])
@@ -90,7 +91,7 @@ def _kernel(layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, wr
     ratio = heads * key_dim // keys
 
     blocks = -(-value_dim // columns)
-    row, head, block = heads_and_blocks(heads, blocks, pl.program_id(0))
+    row, head, block = heads_and_blocks(heads, blocks, program)
     # Eight threads side by side read 128 bytes.
     lanes = 128 // ssm_ref.dtype.itemsize
     tile = StateTile.of(layer_ref[0], head, block, columns=columns, key_dim=key_dim, value_dim=value_dim, lanes=lanes)

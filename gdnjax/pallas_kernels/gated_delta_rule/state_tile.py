@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from gdnjax.pallas_kernels.launch import power_of_two
+from gdnjax.pallas_kernels.launch import bounded, power_of_two
 from gdnjax.shapes import Array, Leaf
 
 
@@ -50,13 +50,13 @@ class StateTile:
 
         def load(vk):
             mask = self._mask(wanted)
-            at = ssm_ref.at[self.layer, slot, self.head, self._places(vk)]
+            at = self._at(ssm_ref, slot, vk)
             return plgpu.load(at, mask=mask, other=None if mask is None else 0).astype(jnp.float32)
 
         return load(vk) if isinstance(vk, bool) else lax.cond(vk, lambda: load(True), lambda: load(False))
 
     def store(self, ssm_ref, slot, tile: Array, vk: bool, when: Array | None = None) -> None:
-        at = ssm_ref.at[self.layer, slot, self.head, self._places(vk)]
+        at = self._at(ssm_ref, slot, vk)
         plgpu.store(at, tile.astype(ssm_ref.dtype), mask=self._mask(when))
 
     def along_v(self, x: Array) -> Array:
@@ -70,6 +70,10 @@ class StateTile:
     def over_k(self, tile: Array) -> Array:
         """Sum over k: [v]."""
         return jnp.sum(tile, axis=1) if self.k.ndim == 1 else jnp.sum(jnp.sum(tile, axis=0), axis=1)
+
+    def _at(self, ssm_ref, slot, vk: bool):
+        layer, slot = bounded(self.layer, ssm_ref.shape[0]), bounded(slot, ssm_ref.shape[1])
+        return ssm_ref.at[layer, slot, self.head, self._places(vk)]
 
     def _places(self, vk: bool) -> Array:
         v, k = self.along_v(self.v), self.along_k(self.k)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.grouped_matmul import tiles
-from gdnjax.pallas_kernels.launch import LEAST, dot, launch, power_of_two
+from gdnjax.pallas_kernels.launch import LEAST, bounded, dot, launch, power_of_two
 from gdnjax.shapes import Array
 
 
@@ -55,13 +55,17 @@ def tile_table(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, 
     return group, jnp.where(used, start, 0).astype(jnp.int32), jnp.where(used, end, 0).astype(jnp.int32)
 
 
-def _grouped_matmul(group_ref, start_ref, end_ref, x_ref, weight_ref, out_ref, *, rows, columns, depth):
+def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, weight_ref, out_ref, *, rows, columns, depth):
     total = x_ref.shape[1]
     width = weight_ref.shape[1]
     # Programs of one group are neighbours, so that its rows and its matrix stay in the cache for all of them.
     blocks = -(-width // columns)
-    tile, block = pl.program_id(0) // blocks, pl.program_id(0) % blocks
-    group, start, end = group_ref[tile], start_ref[tile], end_ref[tile]
+    tile, block = program // blocks, program % blocks
+    group, start, end = (
+        bounded(group_ref[tile], weight_ref.shape[0]),
+        bounded(start_ref[tile], x_ref.shape[0]),
+        end_ref[tile],
+    )
     row = start + jnp.arange(rows, dtype=jnp.int32)
     column = block * columns + jnp.arange(columns, dtype=jnp.int32)
     step = jnp.arange(depth, dtype=jnp.int32)

@@ -49,11 +49,11 @@ def gumbel_argmax(logits, temperature, least, seed, position, first, stream: int
     )
 
 
-def _draw(first_ref, temperature_ref, *refs, tokens, splits, stream, bounded):
+def _draw(program, first_ref, temperature_ref, *refs, tokens, splits, stream, bounded):
     least_ref, refs = (refs[0], refs[1:]) if bounded else (None, refs)
     seed_ref, position_ref, logits_ref, token_ref, value_ref, top_ref = refs
     width = logits_ref.shape[1]
-    row, split = pl.program_id(0) // splits, pl.program_id(0) % splits
+    row, split = program // splits, program % splits
     steps = -(-width // tokens)
     begin, end = split * steps // splits, (split + 1) * steps // splits
     temperature = temperature_ref[row]

@@ -49,18 +49,18 @@ def _depth(x: Array, tile: Tile) -> int:
     return min(tile.depth, power_of_two(x.shape[1], LEAST))
 
 
-def _project(x_ref, *refs, blocks, splits, columns, depth):
+def _project(program, x_ref, *refs, blocks, splits, columns, depth):
     weight_refs, out_refs = refs[: len(blocks)], refs[len(blocks) :]
-    program, split = pl.program_id(0) // splits, pl.program_id(0) % splits
+    product, split = program // splits, program % splits
     first = 0
     for count, weight_ref, out_ref in zip(blocks, weight_refs, out_refs, strict=True):
 
         def make(first=first, weight_ref=weight_ref, out_ref=out_ref):
-            block = (program - first) * columns
+            block = (product - first) * columns
             (out,) = _products(x_ref, [weight_ref], block, columns, depth, split, splits)
             _store(out_ref, (split,), out, block)
 
-        pl.when((program >= first) & (program < first + count))(make)
+        pl.when((product >= first) & (product < first + count))(make)
         first += count
 
 
@@ -80,8 +80,8 @@ def swiglu(x: Array, gate: Array, up: Array, tile: Tile, backend: Backend) -> Ar
     return out
 
 
-def _swiglu(x_ref, gate_ref, up_ref, out_ref, *, columns, depth):
-    block = pl.program_id(0) * columns
+def _swiglu(program, x_ref, gate_ref, up_ref, out_ref, *, columns, depth):
+    block = program * columns
     gate, up = _products(x_ref, [gate_ref, up_ref], block, columns, depth, 0, 1)
     _store(out_ref, (), gate * sigmoid(gate) * up, block)
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels.launch import LEAST, dot, launch, layer_number, power_of_two
+from gdnjax.pallas_kernels.launch import LEAST, bounded, dot, launch, layer_number, power_of_two
 from gdnjax.pallas_kernels.paged_attention import tiles as tables
 from gdnjax.pallas_kernels.paged_attention.scales import quantise
 from gdnjax.shapes import Array
@@ -81,13 +81,14 @@ def _merge(total: Array, top: Array, weight: Array) -> Array:
     return merged / jnp.where(sums > 0, sums, 1.0)[..., None]
 
 
-def _attend(layer_ref, position_ref, table_ref, q_ref, k_ref, v_ref, *rest, together, group, first, rows, page, splits):
+def _attend(
+    program, layer_ref, position_ref, table_ref, q_ref, k_ref, v_ref, *rest, together, group, first, rows, page, splits
+):
     outputs = rest[-1:] if splits == 1 else rest[-3:]
     scale_refs = rest[: -len(outputs)]
     queries, heads, width = q_ref.shape[1:]
     block_size = k_ref.shape[2]
     parts = heads // together
-    program = pl.program_id(0)
     split, part, tile = program % splits, program // splits % parts, program // (splits * parts)
     kv_head = part * together // group
 
@@ -109,6 +110,7 @@ def _attend(layer_ref, position_ref, table_ref, q_ref, k_ref, v_ref, *rest, toge
     end = jnp.minimum((split + 1) * per_split, pages)
     scale = width**-0.5 * math.log2(math.e)
     # Of the pool's kind: an integer is not converted to float8.
+    layer = bounded(layer_ref[0], k_ref.shape[0])
     zero = 0.0 if jnp.issubdtype(k_ref.dtype, jnp.floating) else 0
 
     def one_page(i, carry, *, whole):
@@ -117,14 +119,15 @@ def _attend(layer_ref, position_ref, table_ref, q_ref, k_ref, v_ref, *rest, toge
         key = i * page + jnp.arange(page, dtype=jnp.int32)
         there = None if whole else (key < seen) & (key >= first)
         block = plgpu.load(table_ref.at[tile, key // block_size], mask=there, other=None if whole else 0)
+        block = bounded(block, k_ref.shape[1])
         kv_mask = None if exact else lanes[None, :]
         if there is not None:
             kv_mask = there[:, None] if exact else there[:, None] & lanes[None, :]
-        at = (layer_ref[0], block[:, None], (key % block_size)[:, None], kv_head, lane[None, :])
+        at = (layer, block[:, None], (key % block_size)[:, None], kv_head, lane[None, :])
         other = None if kv_mask is None else zero
 
         def factor(ref):
-            place = ref.at[layer_ref[0], block, key % block_size, kv_head]
+            place = ref.at[layer, block, key % block_size, kv_head]
             return plgpu.load(place, mask=there, other=None if whole else 0)[None, :]
 
         k = plgpu.load(k_ref.at[at], mask=kv_mask, other=other).astype(q.dtype)
@@ -192,11 +195,10 @@ def write_quantised(k_blocks, v_blocks, scales, layer: int, k, v, block, offset,
     return k_blocks, v_blocks, (k_scales, v_scales)
 
 
-def _write(layer_ref, block_ref, offset_ref, k_ref, v_ref, *pools):
+def _write(token, layer_ref, block_ref, offset_ref, k_ref, v_ref, *pools):
     # The pools and their scales, if there are any, as they come in and then as they go out.
     pools = pools[len(pools) // 2 :]
     places, scale_refs = pools[:2], pools[2:]
-    token = pl.program_id(0)
     heads, width = k_ref.shape[1:]
     head = jnp.arange(power_of_two(heads), dtype=jnp.int32)[:, None]
     lane = jnp.arange(power_of_two(width), dtype=jnp.int32)[None, :]
@@ -204,7 +206,8 @@ def _write(layer_ref, block_ref, offset_ref, k_ref, v_ref, *pools):
     other = None if mask is None else 0
     for i, (values, pool) in enumerate(zip((k_ref, v_ref), places, strict=True)):
         value = plgpu.load(values.at[token, head, lane], mask=mask, other=other)
-        at = (layer_ref[0], block_ref[token], offset_ref[token], head)
+        numbers = (layer_ref[0], block_ref[token], offset_ref[token])
+        at = (*(bounded(number, count) for number, count in zip(numbers, pool.shape, strict=False)), head)
         if scale_refs:
             value, scale = quantise(value, pool.dtype)
             plgpu.store(scale_refs[i].at[at], scale, mask=head < heads)
