@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rocm import code_object
+from rocm import buffers, code_object
 
 TARGETS = {"gfx942": "mi300x.txtpb", "gfx950": "mi355x.txtpb"}
 """Architecture -> how XLA is told of a chip that is not there."""
@@ -34,13 +34,14 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What came of one function."""
+    """What came of one function. `beyond_reach` has kernels and what buffers.faults found in them."""
 
     launches: list[Launch]
     kernels: list[code_object.Kernel]
     alias_bytes: int
     temporary_bytes: int
     errors: list[str]
+    beyond_reach: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,9 @@ def compile_function(lower: Callable[[], Any], cache: pathlib.Path, known: dict[
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         errors=[line.strip() for line in said() if re.search(r"\berror:", line)],
+        beyond_reach=_beyond_reach(
+            {file for file in new if file.name.endswith("ir-no-opt.ll")}, {launch.name for launch in launches}
+        ),
     )
 
 
@@ -120,6 +124,7 @@ def judge(compiled: Compiled, demands: Demands, arch: str) -> list[str]:
         floor = demands.waves.get(kernel.name, 1.0)
         if kernel.waves(arch) < floor:
             wrong.append(f"{kernel.name}: {kernel.waves(arch):g} waves a SIMD, at least {floor:g} wanted")
+    wrong += [f"{kernel}: {fault}" for kernel, fault in compiled.beyond_reach]
     if compiled.alias_bytes < demands.alias_bytes:
         wrong.append(f"{compiled.alias_bytes} bytes are updated in place, {demands.alias_bytes} wanted")
     if demands.most_temporary_bytes is not None and compiled.temporary_bytes > demands.most_temporary_bytes:
@@ -190,6 +195,10 @@ def _text(bytecode: bytes) -> str:
 
     with lowering._new_ir_context(), ir.Location.unknown():
         return str(ir.Module.parse(bytecode).operation.get_asm(enable_debug_info=False))
+
+
+def _beyond_reach(files: set[pathlib.Path], own: set[str]) -> list[tuple[str, str]]:
+    return [fault for file in sorted(files) for fault in buffers.faults(file.read_text(), own)]
 
 
 def _shared_memory(files: set[pathlib.Path]) -> dict[str, int]:

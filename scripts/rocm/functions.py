@@ -1,6 +1,7 @@
 """What the gate compiles: every kernel at every named workload, and whole steps at the sizes of published models."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,12 +11,12 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh, SingleDeviceSharding
-from kernel_bench.workloads import WORKLOADS
+from kernel_bench.workloads import WORKLOADS, Workload
 
 from gdnjax.assets import config_file
 from gdnjax.backend import Backend
 from gdnjax.config import EngineConfig, ModelConfig
-from gdnjax.memory import MemoryPlan
+from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.models import abstract_params, build_model
 from gdnjax.serving import packing
 from gdnjax.serving.engine import _with_shardings
@@ -31,6 +32,24 @@ MAX_MODEL_LEN = 8192
 SLOTS, BLOCKS = 256, 32768
 """Of the pools of a step: so many that each pool is larger than all that the step may keep beside them."""
 
+IN_LARGE_POOLS = (
+    "gdn-decode-32h-128",
+    "gdn-decode-48h-128-kv",
+    "gdn-decode-48h-128-bf16state",
+    "gdn-verify-48h-128-4+4",
+    "gdn-prefill-48h-1024",
+    "conv-prefill-8192-8192",
+    "conv-decode-10240-128",
+    "conv-verify-10240-128",
+    "attention-decode-24/4x256-128x2048",
+    "attention-decode-24/4x256-128x2048-int8",
+    "attention-decode-24/4x256-1x131072",
+    "attention-prefill-24/4x256-1x8192-2048q",
+    "kv-write-4x256-128",
+    "kv-write-4x256-128-int8",
+)
+"""Workloads that are compiled again in pools over 4 GiB: every way to index a pool. The fold is in a step, the seal."""
+
 WAVES = {
     "causal_conv1d_decode": 8,
     "causal_conv1d_fold": 8,
@@ -38,7 +57,7 @@ WAVES = {
     "causal_conv1d_verify": 8,
     "causal_conv1d_windows": 8,
     "gated_delta_rule_decode": 4,
-    "gated_delta_rule_fold": 8,
+    "gated_delta_rule_fold": 7,
     "gated_delta_rule_inverse": 4,
     "gated_delta_rule_scores": 3,
     "gated_delta_rule_verify": 5,
@@ -54,7 +73,8 @@ WAVES = {
 }
 """The fewest waves a SIMD of each kernel over both chips and all sizes: what it has. Who takes some away says why here.
 
-Attention holds a head of 256 for 64 rows in registers; smaller tiles would read keys and values more often.
+Attention holds a head of 256 for 64 rows in registers; smaller tiles would read keys and values more often. The fold
+has 8 waves in pools up to 4 GiB, and 7 where addresses have 64 bits.
 """
 
 LARGE = 64 << 20
@@ -63,41 +83,77 @@ LARGE = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """Something to compile. `fails`: it has to be refused."""
+    """Something to compile. `refused_for`: it has to be refused, and this is what is said of it."""
 
     name: str
     lower: Callable[[], Any]
     demands: Demands
-    fails: bool = False
+    refused_for: str | None = None
 
 
 def kernels(arch: str, device) -> Iterator[Function]:
-    """Each workload of bench_kernels."""
-    backend = Backend("pallas", arch)
+    """Each workload of bench_kernels, and some of them in pools over 4 GiB."""
+    backend, placement = Backend("pallas", arch), SingleDeviceSharding(device)
     for name, work in WORKLOADS.items():
-        arguments, pools = _placed(jax.eval_shape(work.inputs, jax.random.key(0)), SingleDeviceSharding(device))
+        arguments, pools = jax.eval_shape(work.inputs, jax.random.key(0))
+        yield _kernel(name, work, _placed(arguments, placement), _placed(pools, placement), backend)
+    for name in IN_LARGE_POOLS:
+        work = WORKLOADS[name]
+        arguments, pools = enlarged(*jax.eval_shape(work.inputs, jax.random.key(0)))
+        name = f"{name}, pools over 4 GiB"
+        yield _kernel(name, work, _placed(arguments, placement), _placed(pools, placement), backend)
 
-        def lower(work=work, arguments=arguments, pools=pools):
-            return jax.jit(lambda x, p: work.call(x, p, 0, backend), donate_argnums=1).lower(arguments, pools)
 
-        size = _bytes(pools)
-        yield Function(
-            name, lower, Demands(size, most_temporary_bytes=size - 1 if size >= LARGE else None, waves=WAVES)
-        )
+def _kernel(name: str, work: Workload, arguments, pools, backend: Backend) -> Function:
+    size = _bytes(pools)
+    return Function(
+        name,
+        lambda: jax.jit(lambda x, p: work.call(x, p, 0, backend), donate_argnums=1).lower(arguments, pools),
+        Demands(size, most_temporary_bytes=size - 1 if size >= LARGE else None, waves=WAVES),
+    )
+
+
+def enlarged(arguments: dict[str, Any], pools) -> tuple[dict[str, Any], Any]:
+    """A workload's shapes with as many slots or blocks as `fatal_count` says; attention has its pools as arguments."""
+    read = {name: arguments[name] for name in ("k", "v", "scales") if not jax.tree.leaves(pools) and name in arguments}
+    leaves = jax.tree.leaves((pools, read))
+    largest = max(leaves, key=lambda leaf: leaf.size * leaf.dtype.itemsize)
+    layers, per_layer = 2 * largest.shape[0], math.prod(largest.shape[2:])
+    count = fatal_count(layers, per_layer, largest.dtype.itemsize)
+
+    def enlarge(leaf):
+        return jax.ShapeDtypeStruct((layers, count, *leaf.shape[2:]), leaf.dtype)
+
+    return arguments | jax.tree.map(enlarge, read), jax.tree.map(enlarge, pools)
+
+
+def fatal_count(layers: int, elements: int, itemsize: int) -> int:
+    """The fewest slots or blocks, of so many elements, of a pool that Triton's fault hits (see buffers.py).
+
+    It has more than 2^32 bytes, and a layer of fewer than 2^31 elements whose size in bits has bit 31 set, so that the
+    largest offset that an unbounded layer could have, in bits, is negative as an integer of 64 bits.
+    """
+    count = (1 << 32) // (layers * elements * itemsize) + 1
+    while not count * elements * itemsize * 8 >> 31 & 1:
+        count += 1
+    if count * elements >= 1 << 31:
+        raise ValueError(f"{layers} layers of {elements} elements a slot: no pool of theirs is hit")
+    return count
 
 
 def steps(arch: str, devices_of: Callable[[int], list[Any]]) -> Iterator[Function]:
-    """Whole steps: one period of layers of a dense and of an MoE model, with and without drafts, one rank and two."""
-    for preset, ranks, drafts in (
-        ("qwen3.5-9b", 1, 0),
-        ("qwen3.5-9b", 1, 3),
-        ("qwen3.5-9b", 2, 3),
-        ("qwen3.5-35b-a3b", 1, 3),
+    """Whole steps: one period of layers of a dense and of an MoE model, with and without drafts, one rank and two, in
+    small pools and in pools over 4 GiB."""
+    for preset, ranks, drafts, large in (
+        ("qwen3.5-9b", 1, 0, False),
+        ("qwen3.5-9b", 1, 3, True),
+        ("qwen3.5-9b", 2, 3, True),
+        ("qwen3.5-35b-a3b", 1, 3, True),
     ):
-        yield from _steps(arch, devices_of(ranks), preset, ranks, drafts)
+        yield from _steps(arch, devices_of(ranks), preset, ranks, drafts, large)
 
 
-def _steps(arch: str, devices, preset: str, ranks: int, drafts: int) -> Iterator[Function]:
+def _steps(arch: str, devices, preset: str, ranks: int, drafts: int, large: bool) -> Iterator[Function]:
     whole = ModelConfig.from_hf(config_file(preset))
     config = dataclasses.replace(whole, layer_kinds=whole.layer_kinds[:LAYERS], mlp_kinds=whole.mlp_kinds[:LAYERS])
     engine = EngineConfig(
@@ -106,10 +162,12 @@ def _steps(arch: str, devices, preset: str, ranks: int, drafts: int) -> Iterator
     mesh = Mesh(np.array(devices), ("tp",))
     model = build_model(config, "bfloat16", ranks, mtp=drafts > 0, backend=Backend("pallas", arch))
     geometry = model.geometry(engine.block_size, engine.ssm_dtype).speculating(engine)
-    plan = MemoryPlan.of_counts(geometry, num_slots=SLOTS, num_blocks=BLOCKS, num_logit_rows=8)
+    slots, blocks = _large_counts(geometry) if large else (SLOTS, BLOCKS)
+    plan = MemoryPlan.of_counts(geometry, num_slots=slots, num_blocks=blocks, num_logit_rows=8)
     state = _with_shardings(jax.eval_shape(lambda: empty_state(geometry, plan, engine, MAX_MODEL_LEN)), mesh)
     params = _with_shardings(abstract_params(config, ranks, "bfloat16", mtp=drafts > 0), mesh)
     options = StepOptions(state_layout=engine.state_layout, num_drafts=drafts)
+    full = dataclasses.replace(options, full=True, max_logprobs=engine.max_logprobs)
     built = build_steps(model, mesh, options, params, state)
     width = MAX_MODEL_LEN // engine.block_size
     # The pools are updated in place, and all temporaries together are smaller than any copy of states, keys or values.
@@ -122,11 +180,63 @@ def _steps(arch: str, devices, preset: str, ranks: int, drafts: int) -> Iterator
     prefill = packing.pack_prefill([], tokens=2048, rows=8, table_width=width)
     decode = packing.pack_decode([], {}, [], rows=32, table_width=width, grown_width=1 + drafts, drafts=drafts > 0)
     name = f"{preset}, {LAYERS} layers, {ranks} rank{'s' * (ranks > 1)}, {drafts} drafts"
-    yield Function(f"prefill of {name}", lambda: built.prefill(options).lower(params, state, prefill), demands)
-    yield Function(f"decode of {name}", lambda: built.decode(options).lower(params, state, decode), demands)
+    name += ", pools over 4 GiB" * large
+    yield Function(f"prefill of {name}", lambda: built.prefill(full).lower(params, state, prefill), demands)
+    # The sampler is the same in all of them, but for drafts and ranks.
+    samplers = {"plain": options} | ({"full": full} if (drafts > 0) == (ranks > 1) else {})
+    for sampler, chosen in samplers.items():
+        yield Function(
+            f"decode, {sampler} sampler, of {name}",
+            lambda chosen=chosen: built.decode(chosen).lower(params, state, decode),
+            demands,
+        )
     if drafts:
         seal = packing.pack_seals([], rows=8)
         yield Function(f"seal of {name}", lambda: built.seal.lower(params, state, seal), demands)
+
+
+def _large_counts(geometry: StateGeometry) -> tuple[int, int]:
+    """Slots and blocks of pools that Triton's fault hits; one of each is null."""
+    state = geometry.value_heads * geometry.state_size
+    block = geometry.block_size * geometry.kv_heads * geometry.head_dim
+    return (
+        fatal_count(geometry.delta_layers, state, jnp.dtype(geometry.ssm_dtype).itemsize) - 1,
+        fatal_count(geometry.attention_layers, block, jnp.dtype(geometry.kv_dtype).itemsize) - 1,
+    )
+
+
+def controls(device) -> Iterator[Function]:
+    """What has to be refused, or the gate itself is broken."""
+    yield known_to_spill(device)
+    yield known_to_be_cut(device)
+
+
+def known_to_be_cut(device) -> Function:
+    """One store at a layer that is not bounded, in a pool over 4 GiB (see buffers.py)."""
+    shape = (4, fatal_count(4, 128, 4), 128)
+
+    def kernel(layer_ref, x_ref, _, out_ref):
+        lane = jnp.arange(128, dtype=jnp.int32)
+        plgpu.store(out_ref.at[layer_ref[0], pl.program_id(0), lane], plgpu.load(x_ref.at[lane]))
+
+    def function(layer, x, pool):
+        return pl.pallas_call(
+            kernel,
+            grid=(3,),
+            out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+            input_output_aliases={2: 0},
+            name="cut",
+            compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
+        )(layer, x, pool)
+
+    types = ((1,), jnp.int32), ((128,), jnp.float32), (shape, jnp.float32)
+    operands = [jax.ShapeDtypeStruct(*kind, sharding=SingleDeviceSharding(device)) for kind in types]
+    return Function(
+        "a kernel whose offsets are cut",
+        lambda: jax.jit(function, donate_argnums=2).lower(*operands),
+        Demands(),
+        refused_for="buffer instructions into an array",
+    )
 
 
 def known_to_spill(device) -> Function:
@@ -145,7 +255,7 @@ def known_to_spill(device) -> Function:
         )(x)
 
     x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=SingleDeviceSharding(device))
-    return Function("a kernel that spills", lambda: jax.jit(function).lower(x), Demands(), fails=True)
+    return Function("a kernel that spills", lambda: jax.jit(function).lower(x), Demands(), refused_for="VGPR spills")
 
 
 def _placed(tree, sharding):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import struct
 
@@ -9,7 +10,7 @@ import jax
 import pytest
 import rocm_gate as script
 from kernel_bench.workloads import WORKLOADS
-from rocm import code_object, compiling, functions
+from rocm import buffers, code_object, compiling, functions
 from rocm.code_object import Kernel
 from rocm.compiling import Compiled, Demands, Launch, judge
 
@@ -74,6 +75,97 @@ def test_missing_code_copied_pools_and_errors_are_refused():
         "100 bytes are updated in place, 101 wanted",
         "10 bytes of temporaries, at most 9 wanted",
     ]
+
+
+def ir_of(name: str, *lines: str, size: str = "dereferenceable(64)") -> str:
+    """A kernel as XLA writes it."""
+    head = f"define amdgpu_kernel void @{name}(ptr addrspace(1) noalias align 256 {size} %arg0, "
+    head += "ptr addrspace(1) noalias align 16 dereferenceable(8589934592) %arg1) #4 {\n"
+    return head + "".join(f"  {line}\n" for line in lines) + "  ret void\n}\n"
+
+
+RESOURCE = (
+    "%9 = call ptr addrspace(8) @llvm.amdgcn.make.buffer.rsrc.p8.p1(ptr addrspace(1) {}, i16 0, i64 2147483646, i32 1)"
+)
+
+
+@pytest.mark.parametrize(
+    ("lines", "reached"),
+    [
+        ((), []),
+        ((RESOURCE.format("%arg0"),), [64]),
+        ((RESOURCE.format("%arg1"),), [8 << 30]),
+        (("%3 = getelementptr float, ptr addrspace(1) %arg1, i64 %2", RESOURCE.format("%3")), [8 << 30]),
+        # A pointer that a loop moves on.
+        (
+            (
+                "%3 = phi ptr addrspace(1) [ %4, %7 ], [ %arg1, %0 ]",
+                "%4 = getelementptr inbounds i8, ptr addrspace(1) %3, i64 128",
+                RESOURCE.format("%3"),
+            ),
+            [8 << 30],
+        ),
+        (("%3 = select i1 %2, ptr addrspace(1) %arg0, ptr addrspace(1) %arg1", RESOURCE.format("%3")), [64, 8 << 30]),
+        (("%3 = load ptr addrspace(1), ptr addrspace(1) %arg1", RESOURCE.format("%3")), [None]),
+    ],
+)
+def test_arrays_behind_buffer_resources_are_found(lines, reached):
+    assert [*buffers.reached(ir_of("k", *lines))] == [("k", size) for size in reached]
+
+
+def test_arrays_that_offsets_do_not_reach_are_refused():
+    large, small, unknown = (RESOURCE.format(name) for name in ("%arg1", "%arg0", "%arg0"))
+    ir = (
+        ir_of("large", large) + ir_of("small", small) + ir_of("mine", unknown, size="") + ir_of("xla", unknown, size="")
+    )
+    found = [*buffers.faults(ir, {"mine"})]
+    assert found == [
+        ("large", "buffer instructions into an array of 8589934592 bytes; they reach 2147483647"),
+        ("mine", "buffer instructions into an array of unknown size"),
+    ]
+    faults = judge(dataclasses.replace(COMPILED, beyond_reach=found), Demands(), "gfx942")
+    assert faults == [f"{kernel}: {fault}" for kernel, fault in found]
+
+
+def hit(layers, count, elements, itemsize):
+    """The rule as it was found: which pools an unbounded layer reads and writes at wrong places."""
+    layer = count * elements
+    return layers * layer * itemsize > 1 << 32 and layer < 1 << 31 and layer * itemsize * 8 >> 31 & 1 == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "elements", "itemsize"),
+    [(24, 32 * 16384, 4), (24, 48 * 16384, 2), (8, 16 * 4 * 256, 2), (4, 16 * 2 * 128, 1), (2, 16 * 1024, 2)],
+)
+def test_large_pools_are_the_smallest_that_the_fault_hits(layers, elements, itemsize):
+    count = functions.fatal_count(layers, elements, itemsize)
+    assert hit(layers, count, elements, itemsize)
+    first = (1 << 32) // (layers * elements * itemsize)
+    assert not any(hit(layers, n, elements, itemsize) for n in range(first, count))
+
+
+def test_fault_hits_no_pool_of_one_large_layer():
+    with pytest.raises(ValueError, match="no pool of theirs is hit"):
+        functions.fatal_count(1, 16 * 4 * 256, 2)
+
+
+@pytest.mark.parametrize("name", functions.IN_LARGE_POOLS)
+def test_workloads_in_large_pools_have_them(name):
+    work = WORKLOADS[name]
+    arguments, pools = jax.eval_shape(work.inputs, jax.random.key(0))
+    larger, large_pools = functions.enlarged(arguments, pools)
+    changed = [
+        leaf
+        for old, leaf in zip(jax.tree.leaves((arguments, pools)), jax.tree.leaves((larger, large_pools)), strict=True)
+        if old.shape != leaf.shape
+    ]
+    assert any(hit(*leaf.shape[:2], math.prod(leaf.shape[2:]), leaf.dtype.itemsize) for leaf in changed)
+    launches = compiling.launches_of(
+        jax.jit(lambda x, p: work.call(x, p, 0, Backend("pallas", "gfx942")), donate_argnums=1)
+        .trace(larger, large_pools)
+        .lower(lowering_platforms=("rocm",))
+    )
+    assert launches
 
 
 @pytest.mark.parametrize(
