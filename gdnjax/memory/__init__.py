@@ -357,7 +357,7 @@ def plan(
 
 
 def _check_kv_pools(geometry: StateGeometry, num_blocks: int) -> None:
-    """`check_one_byte_pool` of the keys, and of the values alike, if they are of 8 bits; the block counts as allowed."""
+    """`check_one_byte_pool` of the keys, like which the values are, if they are of 8 bits, in numbers of blocks."""
     if ITEMSIZE[geometry.kv_dtype] != 1:
         return
     of_block = geometry.attention_layers * geometry.block_size * geometry.kv_heads * geometry.head_dim
