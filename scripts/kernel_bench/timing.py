@@ -97,7 +97,7 @@ class Calls:
             self._many = self._lowered_many.compile()
             try:
                 check_fits(self._many, bytes_limit)
-                check_kernels(self.alone.as_text(), self._many.as_text(), self.count)
+                check_kernels(self.alone.as_text() or "", self._many.as_text() or "", self.count)
             except (DoesNotFitError, NotMeasuredError) as fault:
                 self.fault = f"{fault}"
         self.compile_seconds = time.perf_counter() - began
