@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import fnmatch
-import json
-import pathlib
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-from command import exit_status, prepare_environment
+from command import exit_status, prepare_environment, write_json
 
 DESCRIPTION = """\
 For each named workload: random inputs, the kernel's values against float64 (outputs poisoned with NaN before), then
@@ -16,8 +16,14 @@ its time, what it achieves in bytes/s and FLOP/s, and the share of the ceiling t
 copy for what moves bytes, of a large matrix product for what computes. Values are checked first; a workload whose
 values are wrong is not timed, and the exit status is 1.
 
-Peers stand beside it where they are installed: flash-linear-attention (with PyTorch), jax's own paged attention,
-`lax.ragged_dot`, cuDNN's attention through jax.nn. They run in a process of their own, on the same GPU.
+Many calls are timed in one compiled function, each of which needs what the one before it gave. That function is
+counted: with fewer kernels than as many calls have by themselves there is no time. Nor is there one where it would
+need more bytes a second than the device reads, or more operations than a large product has, by over 5%. Both are said
+to be faults of the measurement, and the exit status is 1.
+
+Peers stand beside it where they are installed: flash-linear-attention (with PyTorch, in a process of its own on the
+same GPU), jax's own paged attention, XLA's products and `lax.ragged_dot`, cuDNN's attention through jax.nn. One that
+wants more memory than the device has is left out.
 """
 
 EXAMPLES = """\
@@ -28,8 +34,14 @@ examples:
   python scripts/bench_kernels.py --sweep 'gdn-prefill-48h-*'    other tiles, and the best as a row of the table
   python scripts/bench_kernels.py --list
 
-Exit status: 0 done, 1 wrong values, 2 an error.
+Exit status: 0 done, 1 wrong values or a fault of the measurement, 2 an error, 3 --limit-s left workloads out, 130
+interrupted, 143 terminated.
 """
+
+LIMIT_S = 540.0
+TOGETHER = 8
+"""Workloads that are compiled side by side."""
+OUT_OF_TIME = 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,12 +56,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-peers", action="store_true", help="leave other implementations out")
     parser.add_argument("--check-only", action="store_true", help="values, no times")
     parser.add_argument("--sweep", action="store_true", help="time other tiles, too, and print the best")
-    parser.add_argument("--output", metavar="FILE", help="also write all figures there, as JSON")
+    parser.add_argument(
+        "--limit-s",
+        type=float,
+        default=LIMIT_S,
+        metavar="S",
+        help="seconds after which no workload is begun; inf for none (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="also write all figures there, as JSON, anew after each workload"
+    )
     parser.add_argument("--plot", metavar="FILE", help="also draw a roofline there, as PNG")
     parser.add_argument("--list", action="store_true", help="the names of the workloads, and no more")
     arguments = parser.parse_args(argv)
     if arguments.runs < 1:
         parser.error("--runs must be at least 1")
+    if not arguments.limit_s > 0:
+        parser.error("--limit-s must be above 0")
     if arguments.check_only and (arguments.sweep or arguments.plot):
         parser.error("--check-only measures no times; --sweep and --plot need them")
     return exit_status("bench_kernels.py", lambda: run(arguments))
@@ -71,39 +94,77 @@ def run(arguments) -> int:
 
     from gdnjax import backend
 
+    began = time.monotonic()
+    deadline = began + arguments.limit_s
     device = jax.devices()[0]
     implementation = backend.of_device(arguments.kernels, device)
     seed = time.time_ns() % 2**31 if arguments.seed is None else arguments.seed
     head = {"device": device.device_kind, "jax": jax.__version__, "kernels": dataclasses.asdict(implementation)}
     print(f"{device.device_kind}, jax {jax.__version__}, kernels {implementation.kernels}, seed {seed}", flush=True)
-    others = {} if arguments.no_peers or arguments.check_only else measure.torch_peers(names, arguments.runs)
+    timed = not arguments.check_only
+    peers = timed and not arguments.no_peers
+    # At most a third of the time is for others.
+    others = measure.torch_peers(names, arguments.runs, arguments.limit_s / 3) if peers else {}
     ceilings = None
-    if not arguments.check_only:
-        # What keeps a GPU busy is minutes on a CPU.
-        small = device.platform == "cpu"
-        ceilings = {
-            "copy": timing.copy_ceiling(0.25 if small else 2.0),
-            "matmul": timing.matmul_ceiling(1024 if small else 8192),
-        }
-        print(f"copy {ceilings['copy'] / 1e12:.2f} TB/s, matmul {ceilings['matmul'] / 1e12:.0f} TFLOP/s", flush=True)
-    rows = []
-    for name in names:
-        runs = None if arguments.check_only else arguments.runs
-        row = measure.one(WORKLOADS[name], implementation, seed, runs, peers=not arguments.no_peers)
-        row.peers |= others.get(name, {})
-        rows.append(row)
-        print(report.line(row, ceilings), flush=True)
+    if timed:
+        ceilings = timing.ceilings(implementation, small=device.platform == "cpu")
+        print(
+            f"copy {ceilings.copy / 1e12:.2f} TB/s, read {ceilings.read / 1e12:.2f} TB/s, "
+            f"matmul {ceilings.matmul / 1e12:.0f} TFLOP/s ({time.monotonic() - began:.0f} s)",
+            flush=True,
+        )
+    bytes_limit = (device.memory_stats() or {}).get("bytes_limit")
+    rows: list[measure.Row] = []
+
+    def write() -> None:
         if arguments.output:
-            # After each: a run that is killed keeps what it had.
-            found = json.dumps(report.as_json(head, ceilings, rows), indent=1)
-            pathlib.Path(arguments.output).write_text(found + "\n")
-        if arguments.sweep and row.right and ceilings:
-            measure.sweep(WORKLOADS[name], implementation, seed, arguments.runs)
+            write_json(arguments.output, report.as_json(head, ceilings, rows, names[len(rows) :]), indent=1)
+
+    write()
+    longest = 0.0
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for part in (names[i : i + TOGETHER] for i in range(0, len(names), TOGETHER)):
+            # What is compiled is to be measured, too.
+            if time.monotonic() + longest > deadline:
+                break
+            start = time.monotonic()
+            prepared = [
+                measure.Prepared(WORKLOADS[name], implementation, pool, ceilings, peers=peers, bytes_limit=bytes_limit)
+                for name in part
+            ]
+            traced = time.monotonic()
+            for one in prepared:
+                one.wait()
+            longest = max(longest, time.monotonic() - start)
+            compiled = (
+                f"{traced - start:.1f} s of tracing, then {time.monotonic() - traced:.1f} s until all was compiled"
+            )
+            print(f"[{time.monotonic() - began:.0f} s] {len(part)} workloads: {compiled}", flush=True)
+            for one in prepared:
+                if time.monotonic() > deadline:
+                    break
+                row = one.measure(seed, arguments.runs if timed else None)
+                for name, figures in others.get(row.name, {}).items():
+                    if ceilings:
+                        row.add_peer(name, figures, ceilings)
+                rows.append(row)
+                print(report.line(row, ceilings), flush=True)
+                # After each: a run that is killed keeps what it had.
+                write()
+                if arguments.sweep and row.right and ceilings:
+                    measure.sweep(WORKLOADS[row.name], implementation, seed, arguments.runs, ceilings, pool, deadline)
     if ceilings:
         print(report.table(rows, ceilings))
     if arguments.plot and ceilings:
         report.plot(rows, ceilings, head, arguments.plot)
-    return 0 if all(row.right for row in rows) else 1
+    faults = [row.name for row in rows if not row.is_as_it_should_be]
+    if faults:
+        print(f"not as it should be: {', '.join(faults)}", flush=True)
+    left = names[len(rows) :]
+    if left:
+        print(f"not run within --limit-s {arguments.limit_s:g}: {', '.join(left)}", flush=True)
+    print(f"{len(rows)} of {len(names)} workloads in {time.monotonic() - began:.0f} s", flush=True)
+    return 1 if faults else OUT_OF_TIME if left else 0
 
 
 if __name__ == "__main__":

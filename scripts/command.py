@@ -3,15 +3,25 @@ the flags of speculation.
 """
 
 import argparse
+import contextlib
+import json
 import logging
 import os
+import pathlib
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
+TERMINATED = 143
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come: as Ctrl-C is, it is for whoever has something to write down, and then for the exit status."""
 
 
 def exit_status(script: str, run: Callable[[], int], *, verbose: bool = False) -> int:
@@ -20,7 +30,11 @@ def exit_status(script: str, run: Callable[[], int], *, verbose: bool = False) -
     `verbose` shows where it came from, too.
     """
     try:
-        return run()
+        with _terminable():
+            return run()
+    except TerminatedError:
+        print("\nterminated", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
@@ -33,6 +47,35 @@ def exit_status(script: str, run: Callable[[], int], *, verbose: bool = False) -
             traceback.print_exc()
         print(f"{script}: error: {in_one_line(error)}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises TerminatedError meanwhile. Signals are for the main thread alone."""
+
+    def terminate(number, frame):
+        raise TerminatedError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def write_json(file: str | pathlib.Path, content: Any, *, indent: int = 2) -> None:
+    """Writes the file in one go: who is killed leaves the one before. Pipes and devices are written to."""
+    file = pathlib.Path(file)
+    text = json.dumps(content, indent=indent) + "\n"
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+        return
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, file)
 
 
 def in_one_line(error: Exception) -> str:

@@ -2,17 +2,17 @@
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from command import add_speculation_flags, exit_status, prepare_environment, speculation
+from command import add_speculation_flags, exit_status, prepare_environment, speculation, write_json
 from evaluation import agreement, cells, problems, report
 from evaluation.cells import Cell
 from evaluation.problems import Problem, Prompt
+from evaluation.progress import Progress
 from evaluation.report import CellReport
 
 from gdnjax.assets import EMBEDDED_MODEL, model_directory
@@ -69,8 +69,12 @@ one prefill of what is common: both tokens within {
     agreement.NEAR_TIE:g} of the best logit are a near tie, counted; anything else is
 a failure. bfloat16 cells may differ, and the table says how often. Seconds hold neither loading nor compilation.
 
+How far a cell is, and how many of its answers are right so far, is said on stderr every few seconds. The file of
+--output is written anew each time. A run that is interrupted (Ctrl-C, SIGTERM) prints the table of the cells that it
+has and leaves them in the file, with the answers of the one that was running; "complete" is false there.
+
 Exit status: 0 done, 1 a cell is below --floor or differs beyond near ties, 2 a bad argument, file or checkpoint (the
-reason is on stderr), 130 interrupted.
+reason is on stderr), 130 interrupted, 143 terminated.
 """
 
 
@@ -118,12 +122,45 @@ def run(arguments: argparse.Namespace) -> int:
     solve, shots = read_files(arguments)
     prepare_environment(arguments.memory_fraction, verbose=arguments.verbose)
     prompts, work, own_dtype = prepare(arguments, directory, solve, shots)
-    reports = run_cells(chosen, directory, own_dtype, work, solve)
-    print(report.table(reports))
-    if arguments.output:
-        content = report.as_json(settings(arguments, len(shots)), solve, prompts, reports, brief=arguments.brief)
-        pathlib.Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    complaints = verdict(reports, arguments.floor)
+    reports: dict[str, CellReport] = {}
+
+    def in_order() -> list[CellReport]:
+        return [reports[cell.name] for cell in chosen if cell.name in reports]
+
+    def save() -> None:
+        if not arguments.output:
+            return
+        waiting = [cell.name for cell in chosen if cell.name not in reports and cell.name != progress.name]
+        partial = None
+        if progress.name:
+            partial = report.partial_json(
+                progress.name, progress.dtype, progress.completions, progress.scores, len(solve)
+            )
+        content = report.as_json(
+            settings(arguments, len(shots)),
+            solve,
+            prompts,
+            in_order(),
+            brief=arguments.brief,
+            partial=partial,
+            not_run=waiting,
+        )
+        write_json(arguments.output, content)
+
+    progress = Progress(solve, save)
+    try:
+        for made in run_cells(chosen, directory, own_dtype, work, solve, progress):
+            reports[made.name] = made
+            save()
+    except KeyboardInterrupt:
+        # Who interrupts once more, while this is written, has the file of before.
+        save()
+        print(report.table(in_order()))
+        partly = f", and of {progress.name} {progress.so_far()}" if progress.name else ""
+        print(f"partial: {len(reports)} of {len(chosen)} cells{partly}")
+        raise
+    print(report.table(in_order()))
+    complaints = verdict(in_order(), arguments.floor)
     for complaint in complaints:
         print(f"eval.py: {complaint}", file=sys.stderr)
     return 1 if complaints else 0
@@ -214,30 +251,35 @@ def prepare(
 
 
 def run_cells(
-    chosen: Sequence[Cell], directory: pathlib.Path, own_dtype: str, work: cells.Workload, solve: Sequence[Problem]
-) -> list[CellReport]:
-    """Runs the cells, float32 first, with the parameters loaded once for each dtype; reports in the order of `chosen`.
+    chosen: Sequence[Cell],
+    directory: pathlib.Path,
+    own_dtype: str,
+    work: cells.Workload,
+    solve: Sequence[Problem],
+    progress: Progress,
+) -> Iterator[CellReport]:
+    """Runs the cells, float32 first, with the parameters loaded once for each dtype; yields each report.
 
     The first float32 cell is the reference, or the first of all where there is none.
     """
     dtypes = {cell.name: own_dtype if cell.dtype == "auto" else cell.dtype for cell in chosen}
-    reports: dict[str, CellReport] = {}
     reference: CellReport | None = None
     for dtype in sorted(set(dtypes.values()), key=lambda dtype: dtype != "float32"):
         of_dtype = [cell for cell in chosen if dtypes[cell.name] == dtype]
+        print(f"loading the model in {dtype}", file=sys.stderr, flush=True)
         with cells.load(directory, dtype, work.progress, mtp=any(map(cells.speculates, of_dtype))) as loaded:
             judge = None
             for cell in of_dtype:
-                if work.progress:
-                    print(f"{cell.name} ({dtype})", file=sys.stderr)
-                made = cells.run_cell(cell, dtype, loaded, work)
-                reports[cell.name] = report.report_cell(made, solve, reference, judge)
+                progress.begin(cell.name, dtype)
+                made = cells.run_cell(cell, dtype, loaded, work, progress)
+                found = report.report_cell(made, solve, reference, judge)
+                progress.end()
                 if reference is None:
-                    reference = reports[cell.name]
+                    reference = found
                 if judge is None and dtype == "float32":
                     tokens = [completion.token_ids for completion in reference.run.completions]
                     judge = agreement.Teacher(loaded, work.prompts, tokens)
-    return [reports[cell.name] for cell in chosen]
+                yield found
 
 
 def verdict(reports: Sequence[CellReport], floor: float | None) -> list[str]:

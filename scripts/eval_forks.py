@@ -1,15 +1,16 @@
 """Takes up many answers where they were cut, from states that decode wrote, and breaks these on purpose."""
 
 import argparse
+import contextlib
 import dataclasses
-import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from command import exit_status, prepare_environment
+from command import exit_status, prepare_environment, write_json
 from evaluation import agreement, problems
 
 from gdnjax.assets import EMBEDDED_MODEL, model_directory
@@ -39,8 +40,11 @@ examples:
   python scripts/eval_forks.py --runs 20 --output forks.json
   python scripts/eval_forks.py --num-speculative-tokens 3   checkpoints written with accepted drafts pending
 
+After every batch of runs a line on stderr says what was found so far, and the file of --output is written anew. A run
+that is interrupted (Ctrl-C, SIGTERM) prints that, and leaves it there with "complete" false.
+
 Exit status: 0 all forked runs are clean and every broken state is seen, 1 not so, 2 a bad argument or checkpoint (the
-reason is on stderr), 130 interrupted.
+reason is on stderr), 130 interrupted, 143 terminated.
 """
 
 ROWS = 16
@@ -85,17 +89,34 @@ def run(arguments: argparse.Namespace) -> int:
     file = problems.problem_file(arguments.model, arguments.data, "problems.jsonl", "--data")
     questions = [problem.question for problem in problems.read_problems(file)]
     prepare_environment(arguments.memory_fraction, verbose=arguments.verbose)
-    found = measure(directory, questions, arguments)
+    found = Forks()
+    began = time.monotonic()
+    print("loading the model", file=sys.stderr, flush=True)
+    try:
+        for found in measure(directory, questions, arguments):
+            so_far = f"{found.clean} clean, {found.near_ties} near ties, {found.broken} changed by the broken bit"
+            states = f", {len(found.broken_states)} states" if found.broken_states else ""
+            after = f"{time.monotonic() - began:.0f} s"
+            print(f"{found.runs} of {arguments.runs} runs: {so_far}{states}, {after}", file=sys.stderr, flush=True)
+            if arguments.output:
+                write_json(arguments.output, _content(found, arguments))
+    except KeyboardInterrupt:
+        # What there is was written behind the last batch.
+        print(table(found))
+        print(f"partial: {found.runs} of {arguments.runs} runs, {len(found.broken_states)} states")
+        raise
     print(table(found))
-    if arguments.output:
-        content = json.dumps(dataclasses.asdict(found), indent=2) + "\n"
-        pathlib.Path(arguments.output).write_text(content, encoding="utf-8")
     return 0 if found.is_as_it_should_be else 1
+
+
+def _content(found: "Forks", arguments: argparse.Namespace) -> dict[str, Any]:
+    wanted = (arguments.runs, min(arguments.states, arguments.runs))
+    return dataclasses.asdict(found) | {"complete": (found.runs, len(found.broken_states)) == wanted}
 
 
 @dataclasses.dataclass(frozen=True)
 class Forks:
-    """What was found over all runs. Tokens and states are in the order of the runs.
+    """What was found over so many runs. Tokens and states are in the order of the runs.
 
     hits          second turns that went on from the very end of the first.
     clean         of these, answers equal to the fresh one's; near_ties are counted apart.
@@ -104,14 +125,14 @@ class Forks:
     drafted, accepted   tokens that the forked engine's MTP head proposed, and those that were kept.
     """
 
-    runs: int
-    hits: int
-    clean: int
-    near_ties: int
-    broken: int
-    first_changes: list[int]
-    clean_states: list[float]
-    broken_states: list[float]
+    runs: int = 0
+    hits: int = 0
+    clean: int = 0
+    near_ties: int = 0
+    broken: int = 0
+    first_changes: list[int] = dataclasses.field(default_factory=list)
+    clean_states: list[float] = dataclasses.field(default_factory=list)
+    broken_states: list[float] = dataclasses.field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
 
@@ -123,60 +144,72 @@ class Forks:
         return self.hits == self.runs == self.clean + self.near_ties and states_are_told_apart
 
 
-def measure(directory: pathlib.Path, questions: Sequence[str], arguments: argparse.Namespace) -> Forks:
-    """Runs all conversations in three engines."""
+def measure(directory: pathlib.Path, questions: Sequence[str], arguments: argparse.Namespace) -> Iterator[Forks]:
+    """Runs the conversations in three engines, batch by batch; yields what was found after each, the states last."""
     from evaluation import cells
 
     drafts = arguments.num_speculative_tokens
-    with cells.load(directory, "float32", mtp=drafts > 0) as loaded:
+    with contextlib.ExitStack() as stack:
+        loaded = stack.enter_context(cells.load(directory, "float32", mtp=drafts > 0))
         assert loaded.tokenizer is not None
         firsts = [loaded.tokenizer.encode(questions[i % len(questions)]) for i in range(arguments.runs)]
         # Room for the checkpoints of a batch's first turns until the second turns have read them.
         mixed = {"state_layout": "mixed", "num_checkpoint_slots": 4 * ROWS, "num_speculative_tokens": drafts}
-        engines = {
-            "fresh": _engine(loaded, firsts, arguments, state_layout="kv", enable_prefix_caching=False),
-            "forked": _engine(loaded, firsts, arguments, **mixed),
-            "broken": _engine(loaded, firsts, arguments, **mixed),
-        }
-        _force_bits(engines["broken"])
-        cut = [answer for answer, _ in _complete(engines["fresh"], firsts, arguments.first_tokens)]
-        prompts = [first + answer for first, answer in zip(firsts, cut, strict=True)]
-        fresh = _complete(engines["fresh"], prompts, arguments.max_tokens)
-        reference = [answer for answer, _ in fresh]
-        hits, answers, states = 0, {}, {}
-        for name in ("forked", "broken"):
-            answers[name], states[name] = [], []
-            for start in range(0, len(prompts), ROWS):
-                part = slice(start, start + ROWS)
-                # Each batch of first turns is followed by its second turns, before their checkpoints are given up.
-                _complete(engines[name], firsts[part], arguments.first_tokens)
-                completed = _complete(engines[name], prompts[part], arguments.max_tokens)
-                answers[name] += [answer for answer, _ in completed]
-                if name == "forked":
-                    pairs = zip(prompts[part], completed, strict=True)
-                    hits += sum(cached == len(prompt) - 1 for prompt, (_, cached) in pairs)
-            for first, prompt in list(zip(firsts, prompts, strict=True))[: arguments.states]:
-                _complete(engines[name], [first], arguments.first_tokens)
-                exact = _state_behind(engines["fresh"], prompt)
-                states[name].append(_difference(_state_behind(engines[name], prompt), exact))
+        fresh, forked, broken = (
+            stack.enter_context(_engine(loaded, firsts, arguments, **options))
+            for options in ({"state_layout": "kv", "enable_prefix_caching": False}, mixed, mixed)
+        )
+        _force_bits(broken)
+        prompts: list[list[int]] = []
+        reference: list[list[int]] = []
         judge = agreement.Teacher(loaded, prompts, reference)
-        speculation = engines["forked"].stats()["speculation"]
-        differences = agreement.compare(reference, answers["forked"], judge)
-        changes = agreement.compare(answers["forked"], answers["broken"])
-        for llm in engines.values():
-            llm.close()
-    return Forks(
-        runs=arguments.runs,
-        hits=hits,
-        clean=arguments.runs - len(differences),
-        near_ties=sum(difference.near_tie for difference in differences),
-        broken=len(changes),
-        first_changes=[change.position for change in changes],
-        clean_states=states["forked"],
-        broken_states=states["broken"],
-        drafted=speculation["num_draft_tokens"],
-        accepted=speculation["num_accepted_draft_tokens"],
-    )
+        found = Forks()
+        for start in range(0, len(firsts), ROWS):
+            part = firsts[start : start + ROWS]
+            cut = [answer for answer, _ in _complete(fresh, part, arguments.first_tokens)]
+            seconds = [first + answer for first, answer in zip(part, cut, strict=True)]
+            exact = [answer for answer, _ in _complete(fresh, seconds, arguments.max_tokens)]
+            prompts += seconds
+            reference += exact
+            completed = {}
+            for llm in (forked, broken):
+                # First turns are followed by their second turns, before their checkpoints are given up.
+                _complete(llm, part, arguments.first_tokens)
+                completed[llm] = _complete(llm, seconds, arguments.max_tokens)
+            answers, changed = ([answer for answer, _ in completed[llm]] for llm in (forked, broken))
+            pairs = zip(seconds, completed[forked], strict=True)
+            differences = agreement.compare(exact, answers, _behind(judge, start))
+            changes = agreement.compare(answers, changed)
+            speculation = forked.stats()["speculation"]
+            found = dataclasses.replace(
+                found,
+                runs=found.runs + len(part),
+                hits=found.hits + sum(cached == len(prompt) - 1 for prompt, (_, cached) in pairs),
+                clean=found.clean + len(part) - len(differences),
+                near_ties=found.near_ties + sum(difference.near_tie for difference in differences),
+                broken=found.broken + len(changes),
+                first_changes=[*found.first_changes, *(change.position for change in changes)],
+                drafted=speculation["num_draft_tokens"],
+                accepted=speculation["num_accepted_draft_tokens"],
+            )
+            yield found
+        for first, prompt in list(zip(firsts, prompts, strict=True))[: arguments.states]:
+            wanted = _state_behind(fresh, prompt)
+            differences = []
+            for llm in (forked, broken):
+                _complete(llm, [first], arguments.first_tokens)
+                differences.append(_difference(_state_behind(llm, prompt), wanted))
+            found = dataclasses.replace(
+                found,
+                clean_states=[*found.clean_states, differences[0]],
+                broken_states=[*found.broken_states, differences[1]],
+            )
+            yield found
+
+
+def _behind(judge: agreement.Judge, start: int) -> agreement.Judge:
+    """The judge for a batch whose first problem has that number."""
+    return lambda problem, *where: judge(start + problem, *where)
 
 
 def _engine(loaded: "LLM", firsts: Sequence[list[int]], arguments: argparse.Namespace, **options: Any) -> "LLM":

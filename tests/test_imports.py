@@ -38,7 +38,7 @@ ONLY = {
     "backend": set(),
     "sharding": set(),
     "batch": {"shapes"},
-    "pallas_kernels": {"shapes", "backend"},
+    "pallas_kernels": {"shapes", "backend", "memory"},
     "sampling": {"shapes", "sharding", "batch", "state", "backend", "pallas_kernels"},
     "speculative": {"shapes", "sharding", "batch", "state", "pallas_kernels", "sampling"},
     "checkpoint": {"config", "sharding", "shapes"},

@@ -271,6 +271,33 @@ def test_shortfall_names_no_setting_that_would_not_help():
     assert "checkpoint" not in str(error.value)
 
 
+@pytest.mark.parametrize("over", [-1, 0, 1])
+@pytest.mark.parametrize("edge", [1 << 31, (1 << 32) + 1])
+def test_plan_refuses_8_bit_keys_that_kernels_cannot_number(edge, over):
+    """2^31 to 2^32 numbers, the null block among them; what the message allows is allowed, and next to what is not."""
+    geometry = large_geometry(kv_dtype="fp8")
+    of_block = geometry.attention_layers * geometry.block_size * geometry.kv_heads * geometry.head_dim
+    # The first whole blocks from the edge on.
+    blocks = -(-edge // of_block) - 1 + over
+
+    def planned(blocks, geometry=geometry):
+        config = uncached(num_kv_blocks=blocks, block_size=geometry.block_size)
+        return memory.plan(geometry, config, max_model_len=64, budget_bytes=1 << 40)
+
+    assert planned(blocks, large_geometry(kv_dtype="bfloat16")).num_blocks == blocks
+    if (blocks + 1) * of_block not in range(1 << 31, (1 << 32) + 1):
+        assert planned(blocks).num_blocks == blocks
+        return
+    with pytest.raises(ValueError, match=rf"num_kv_blocks \(now {blocks}\) to at most \d+ or at least \d+$") as said:
+        planned(blocks)
+    most, least = (int(number) for number in re.findall(r"at (?:most|least) (\d+)(?= or|$)", str(said.value)))
+    assert planned(most).num_blocks == most
+    assert planned(least).num_blocks == least
+    for refused in (most + 1, least - 1):
+        with pytest.raises(ValueError, match="one-byte numbers"):
+            planned(refused)
+
+
 def test_printed_plan_adds_up():
     plan = MemoryPlan.of_counts(
         SMALL, num_slots=6, num_checkpoint_slots=2, num_blocks=20, num_logit_rows=2, weight_bytes=1 << 20

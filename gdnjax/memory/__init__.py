@@ -16,6 +16,21 @@ ITEMSIZE = {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "fp8": 1}
 # 8-bit KV carries one float32 scale per token and head, for keys and for values.
 KV_SCALE_BYTES = {"fp8": 4}
 
+UNNUMBERED = range(1 << 31, (1 << 32) + 1)
+"""Sizes of pools of one-byte numbers that no kernel takes. Pallas numbers the places of a pool in 64 bits above 2^32
+bytes, and else in 32 bits with a sign: enough for numbers of two bytes, but half of what a pool of one-byte numbers
+may need.
+"""
+
+
+def check_one_byte_pool(name: str, size: int) -> None:
+    """Raises ValueError where a pool of `size` one-byte numbers has places that kernels would take for others."""
+    if size in UNNUMBERED:
+        raise ValueError(
+            f"{name} of {size:,} one-byte numbers: kernels number the places of pools up to 2^32 bytes in 32 bits with "
+            f"a sign, which end before 2^31; allowed: fewer than {UNNUMBERED.start:,} or at least {UNNUMBERED.stop:,}"
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateGeometry:
@@ -292,7 +307,7 @@ def plan(
     Checkpoint slots are as many as the settings say; else, with a prefix cache, as many as a quarter of what is left
     beside one request's blocks holds, at most twice `max_num_seqs`. Blocks stop at what as many requests of
     `max_model_len` tokens as there are slots can use. Raises MemoryError that names the shortfall in bytes and the
-    settings that change it.
+    settings that change it, and ValueError for 8-bit KV of a size in UNNUMBERED.
     """
     live, logit_rows = engine.max_num_seqs + 1, engine.num_logit_rows + 1
     slot_bytes = geometry.slot_bytes + geometry.hidden_bytes
@@ -329,6 +344,7 @@ def plan(
     blocks = engine.num_kv_blocks or num_slots * per_request
     if geometry.block_bytes and blocks > least + left // geometry.block_bytes:
         blocks = max(least, _coarse(least + left // geometry.block_bytes))
+    _check_kv_pools(geometry, blocks)
     return MemoryPlan.of_counts(
         geometry,
         num_slots=num_slots,
@@ -338,6 +354,21 @@ def plan(
         weight_bytes=weight_bytes,
         workspace_bytes=workspace_bytes,
     )
+
+
+def _check_kv_pools(geometry: StateGeometry, num_blocks: int) -> None:
+    """`check_one_byte_pool` of the keys, like which the values are, if they are of 8 bits, in numbers of blocks."""
+    if ITEMSIZE[geometry.kv_dtype] != 1:
+        return
+    of_block = geometry.attention_layers * geometry.block_size * geometry.kv_heads * geometry.head_dim
+    try:
+        check_one_byte_pool("a KV pool", (num_blocks + 1) * of_block)
+    except ValueError as error:
+        # The null block is one more.
+        most, least = (UNNUMBERED.start - 1) // of_block - 1, -(-UNNUMBERED.stop // of_block) - 1
+        raise ValueError(
+            f"{error}. Set num_kv_blocks (now {num_blocks}) to at most {most} or at least {least}"
+        ) from None
 
 
 def _checkpoint_slots(engine: EngineConfig, left: int, slot_bytes: int) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from gdnjax import LLM
@@ -16,6 +16,8 @@ SCARCE_BLOCK = 4
 SCARCE_SHARE = 40
 """Per cent of the blocks that the longest prompts would fill in all rows."""
 TURNS_BETWEEN_DRILLS = 7
+LOOK_EVERY_S = 0.5
+"""Seconds between two looks for answers that have come."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,12 +120,33 @@ def load(directory: Any, dtype: str, progress: bool = False, *, mtp: bool = Fals
     )
 
 
-def run_cell(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> CellRun:
+class Watcher(Protocol):
+    """Whoever wants to know how far a cell is."""
+
+    def phase(self, what: str) -> None: ...
+
+    def done(self, problem: int, completion: Completion) -> None: ...
+
+
+class Nobody:
+    """Does not want to know."""
+
+    def phase(self, what: str) -> None:
+        pass
+
+    def done(self, problem: int, completion: Completion) -> None:
+        pass
+
+
+NOBODY = Nobody()
+
+
+def run_cell(cell: Cell, dtype: str, loaded: "LLM", work: Workload, watcher: Watcher = NOBODY) -> CellRun:
     """Computes all completions of the workload in the cell's way. `dtype` is what the cell's own stands for."""
-    return DRIVERS[cell.driver](cell, dtype, loaded, work)
+    return DRIVERS[cell.driver](cell, dtype, loaded, work, watcher)
 
 
-def _run_engine(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> CellRun:
+def _run_engine(cell: Cell, dtype: str, loaded: "LLM", work: Workload, watcher: Watcher) -> CellRun:
     from gdnjax import LLM
 
     prompts = [{"prompt_token_ids": prompt} for prompt in work.prompts]
@@ -144,18 +167,17 @@ def _run_engine(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> CellRu
         for _ in range(2):
             llm.generate(prompts[:1], rehearsal, use_tqdm=False)
         if cell.repeat:
-            llm.generate(prompts, params, use_tqdm=work.progress)
+            watcher.phase("filling the cache")
+            llm.generate(prompts, params, use_tqdm=False)
+        watcher.phase("answering")
         began = time.perf_counter()
-        outputs = (
-            _generate_with_drills(llm, prompts, params) if cell.scarce else llm.generate(prompts, params, work.progress)
-        )
+        outputs = _generate(llm, prompts, params, watcher, drills=cell.scarce)
         seconds = time.perf_counter() - began
         stats = llm.stats()
-    firsts = [output.outputs[0] for output in outputs]
     return CellRun(
         cell,
         dtype,
-        [Completion(first.text, first.token_ids, first.finish_reason) for first in firsts],
+        [_completion(output) for output in outputs],
         seconds,
         hit_rate=sum(output.num_cached_tokens for output in outputs) / max(1, sum(map(len, work.prompts))),
         preemptions=stats["num_preemptions"],
@@ -164,14 +186,25 @@ def _run_engine(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> CellRu
     )
 
 
-def _generate_with_drills(llm: "LLM", prompts: Sequence[Any], params: Any) -> list[Any]:
-    """`llm.generate`, in which the request that came last is preempted every few turns."""
+def _completion(output: Any) -> Completion:
+    first = output.outputs[0]
+    return Completion(first.text, first.token_ids, first.finish_reason)
+
+
+def _generate(llm: "LLM", prompts: Sequence[Any], params: Any, watcher: Watcher, *, drills: bool) -> list[Any]:
+    """`llm.generate` under a watcher's eyes. With drills the request that came last is preempted every few turns."""
     submissions = [llm.submit(prompt, params) for prompt in prompts]
+    running = dict(enumerate(submissions))
     engine = llm.engine
-    turns = 0
-    while llm.step():
+    turns, looked, more = 0, time.monotonic(), True
+    while more:
+        more = llm.step()
         turns += 1
-        if turns % TURNS_BETWEEN_DRILLS == 0 and len(engine.scheduler.running) > 1:
+        if not more or time.monotonic() - looked >= LOOK_EVERY_S:
+            for problem in [problem for problem, submission in running.items() if submission.finished]:
+                watcher.done(problem, _completion(running.pop(problem).output()))
+            looked = time.monotonic()
+        if drills and more and turns % TURNS_BETWEEN_DRILLS == 0 and len(engine.scheduler.running) > 1:
             engine.preempt(engine.scheduler.running[-1])
     return [submission.output() for submission in submissions]
 
@@ -198,11 +231,10 @@ def _engine_config(cell: Cell, loaded: "LLM", work: Workload):
     return EngineConfig(**fields, warmup=False)
 
 
-def _run_device_loop(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> CellRun:
+def _run_device_loop(cell: Cell, dtype: str, loaded: "LLM", work: Workload, watcher: Watcher) -> CellRun:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from tqdm import tqdm
 
     from gdnjax import batch_generate
 
@@ -223,24 +255,24 @@ def _run_device_loop(cell: Cell, dtype: str, loaded: "LLM", work: Workload) -> C
     tokens, lengths = jax.ShapeDtypeStruct((rows, width), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     compiled = jax.jit(generate).lower(loaded.params, tokens, lengths).compile()
     completions: list[Completion] = []
+    watcher.phase("answering")
     began = time.perf_counter()
-    with tqdm(total=len(work.prompts), desc="generating", unit="seq", disable=not work.progress) as bar:
-        for prompts in _batches(work.prompts, rows):
-            # Missing rows repeat the first one, whose work is thrown away.
-            padded = [*prompts, *[prompts[0]] * (rows - len(prompts))]
-            table = np.zeros((rows, width), np.int32)
-            for row, prompt in enumerate(padded):
-                table[row, : len(prompt)] = prompt
-            output = compiled(loaded.params, table, np.array([len(prompt) for prompt in padded], np.int32))
-            tokens, counts = np.asarray(output.tokens), np.asarray(output.lengths)
-            completions += [
-                close(tokens[row, : counts[row]].tolist(), loaded.tokenizer, work, eos) for row in range(len(prompts))
-            ]
-            bar.update(len(prompts))
+    for prompts in _batches(work.prompts, rows):
+        # Missing rows repeat the first one, whose work is thrown away.
+        padded = [*prompts, *[prompts[0]] * (rows - len(prompts))]
+        table = np.zeros((rows, width), np.int32)
+        for row, prompt in enumerate(padded):
+            table[row, : len(prompt)] = prompt
+        output = compiled(loaded.params, table, np.array([len(prompt) for prompt in padded], np.int32))
+        tokens, counts = np.asarray(output.tokens), np.asarray(output.lengths)
+        for row in range(len(prompts)):
+            completion = close(tokens[row, : counts[row]].tolist(), loaded.tokenizer, work, eos)
+            watcher.done(len(completions), completion)
+            completions.append(completion)
     return CellRun(cell, dtype, completions, time.perf_counter() - began)
 
 
-DRIVERS: dict[str, Callable[[Cell, str, "LLM", Workload], CellRun]] = {
+DRIVERS: dict[str, Callable[[Cell, str, "LLM", Workload, Watcher], CellRun]] = {
     "engine": _run_engine,
     "device loop": _run_device_loop,
 }

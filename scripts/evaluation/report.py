@@ -1,12 +1,12 @@
 """What a run has found: per cell, as a table and as JSON."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import agreement, scoring
 from .agreement import Difference
-from .cells import CellRun
+from .cells import CellRun, Completion
 from .problems import Problem, Prompt
 
 COLUMNS = (
@@ -172,20 +172,46 @@ def as_json(
     reports: Sequence[CellReport],
     *,
     brief: bool = False,
+    partial: dict[str, Any] | None = None,
+    not_run: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The whole result; outputs of every cell are in the order of the problems. `brief` has neither of these."""
+    """The whole result; outputs of every cell are in the order of the problems. `brief` has neither of these.
+
+    `partial` is the cell that is running (see `partial_json`), `not_run` has the names of those that wait for it. The
+    result is "complete" without either.
+    """
     cells = [report.as_json() for report in reports]
+    state = {"complete": partial is None and not not_run, "partial_cell": partial, "not_run": list(not_run)}
     if brief:
-        for cell in cells:
+        for cell in (*cells, *([partial] if partial else [])):
             del cell["outputs"]
-        return {"settings": settings, "num_problems": len(problems), "cells": cells}
+        return {"settings": settings, **state, "num_problems": len(problems), "cells": cells}
     return {
         "settings": settings,
+        **state,
         "problems": [
             {**dataclasses.asdict(problem), "prompt": prompt.text}
             for problem, prompt in zip(problems, prompts, strict=True)
         ],
         "cells": cells,
+    }
+
+
+def partial_json(
+    name: str, dtype: str, completions: Mapping[int, Completion], scores: Mapping[int, Score], of: int
+) -> dict[str, Any]:
+    """A cell that has not ended: its answers so far, by the numbers of their problems."""
+    return {
+        "name": name,
+        "dtype": dtype,
+        "answers": len(completions),
+        "of": of,
+        "strict_match": _share_json([score.strict_match for score in scores.values()]) if scores else None,
+        "flexible_extract": _share_json([score.flexible_match for score in scores.values()]) if scores else None,
+        "outputs": [
+            {"problem": number, **dataclasses.asdict(completions[number]), **dataclasses.asdict(scores[number])}
+            for number in sorted(completions)
+        ],
     }
 
 

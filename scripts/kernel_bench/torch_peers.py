@@ -29,7 +29,12 @@ def main(file: str, runs: str, *names: str) -> None:
                 except Exception as failure:  # whatever it raises about sizes that it does not take
                     found[name] = {"flash-linear-attention": {"failed": f"{type(failure).__name__}: {failure}"[:200]}}
                 torch.cuda.empty_cache()
-    pathlib.Path(file).write_text(json.dumps(found))
+                # After each, whole or not at all: the process may be ended.
+                part = pathlib.Path(f"{file}.part")
+                part.write_text(json.dumps(found))
+                part.replace(file)
+    if not found:
+        pathlib.Path(file).write_text("{}")
 
 
 def _inputs(lead, key_heads: int, heads: int, correlated: bool = False):

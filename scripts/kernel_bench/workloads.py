@@ -40,7 +40,7 @@ class Workload:
       written  (pools, arguments, layer) -> the rows of the pools that the call writes, to be compared.
       limits   relative norm of the error against float64: of outputs, and of what is written.
       sample   outputs -> those that are compared.
-      chain    see timing.time_calls.
+      chain    see timing.Calls.
       bytes    that must be read and written at least.
       flops    that must be done at least.
     """
@@ -225,7 +225,7 @@ def conv_prefill(lengths: tuple[int, ...], channels: int):
         bytes=tokens * channels * 4,
         flops=tokens * channels * 2 * TAPS,
         limits=(4e-3, 0),
-        chain="chunk_length",
+        chain="token_row",
     )
 
 
@@ -477,7 +477,7 @@ def draws(rows: int, vocab: int, temperature: float):
         limits=(1e-5, 0),
         # The best sums: of two that all but tie either token may be drawn.
         sample=lambda outputs: outputs[1:],
-        chain="position",
+        chain="temperature",
     )
 
 

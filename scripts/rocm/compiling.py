@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from gdnjax.memory import UNNUMBERED
 from rocm import buffers, code_object
 
 TARGETS = {"gfx942": "mi300x.txtpb", "gfx950": "mi355x.txtpb"}
@@ -149,8 +150,7 @@ def faults_of(launch: Launch, arch: str) -> Iterator[str]:
             size = 1
             for axis in match[1].split("x")[:-1]:
                 size *= int(axis)
-            # Up to 2^32 bytes Triton is given offsets of 32 bits, with a sign.
-            if 1 << 31 <= size <= 1 << 32:
+            if size in UNNUMBERED:
                 yield f"{operand} has more one-byte elements than 31 bits can number"
 
 

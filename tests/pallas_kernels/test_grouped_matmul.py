@@ -1,11 +1,12 @@
 """The grouped product against a loop over rows."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
+from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul, reference
 
 
 def by_rows(x, weight, sizes):
@@ -42,3 +43,29 @@ def test_bfloat16_products_are_summed_in_float32(backend):
     expected = by_rows(x, weight, [4, 5])
     # The result is rounded once, by half an ulp (2^-8); products of bfloat16 are exact in float32.
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_rows_ignore_what_others_asked_for_and_nobody(poison, backend):
+    """Bit for bit: rows past the sum, experts without rows, another group's rows and its matrix."""
+    x, weight = random_operands(12, 4)
+    sizes = jnp.asarray([3, 0, 4, 2], jnp.int32)
+    wanted = np.asarray(grouped_matmul(jnp.asarray(x), jnp.asarray(weight), sizes, backend=backend))
+    x[9:], weight[1] = poison, poison
+    unasked = np.asarray(grouped_matmul(jnp.asarray(x), jnp.asarray(weight), sizes, backend=backend))
+    assert np.array_equal(unasked[:9], wanted[:9])
+    x[4], weight[3] = poison, poison
+    neighbours = np.asarray(grouped_matmul(jnp.asarray(x), jnp.asarray(weight), sizes, backend=backend))
+    own = [0, 1, 2, 3, 5, 6]
+    assert np.array_equal(neighbours[own], wanted[own])
+    assert not np.isfinite(neighbours[[4, 7, 8]]).any()
+
+
+def test_reference_stores_neither_rows_nor_matrices_for_every_group():
+    """The shapes of 512 experts, 10 for each of 128 tokens, in bfloat16, which a CPU widens to float32 in a product."""
+    rows, depth, width, experts = 1280, 4096, 2048, 512
+    shapes = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, depth), (experts, width, depth)))
+    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+    memory = jax.jit(reference.grouped_matmul).lower(*shapes, sizes).compile().memory_analysis()
+    # A few times what one product has; rows of every expert would be 1,000 times as much.
+    assert memory.temp_size_in_bytes <= 3 * 4 * (rows * depth + width * depth + rows * width)

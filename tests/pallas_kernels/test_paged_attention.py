@@ -437,3 +437,30 @@ def test_pools_and_scales_that_do_not_fit_are_refused(dtypes, scales, architectu
         write = functools.partial(paged_attention.write_quantised, *pools, scales)
     with pytest.raises(ValueError, match=said):
         write(0, None, None, None, None, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+@pytest.mark.parametrize(
+    ("blocks", "refused"), [(2**15 - 1, False), (2**15, True), (2**15 + 1, True), (2**16, True), (2**16 + 1, False)]
+)
+@pytest.mark.usefixtures("without_type_checks")
+def test_8_bit_pools_that_32_bits_with_a_sign_cannot_number_are_refused(blocks, refused, dtype):
+    """Just below 2^31 numbers, there, above, at 2^32 and above it, where Pallas takes 64 bits. Shapes alone."""
+    shape = (4, blocks, 16, 4, 256)
+    pools = (jax.ShapeDtypeStruct(shape, dtype),) * 2
+    scales = (jax.ShapeDtypeStruct(shape[:-1], jnp.float32),) * 2
+    paged_attention.scales.check(*pools, scales, REFERENCE)
+    if not refused:
+        paged_attention.scales.check(*pools, scales, Backend("pallas", "sm_90"))
+        return
+    said = rf"k_blocks \[4, {blocks}, 16, 4, 256\] of .* allowed: fewer than 2,147,483,648 or at least 4,294,967,297"
+    with pytest.raises(ValueError, match=said):
+        paged_attention.attend(None, *pools, 0, None, scales=scales, backend=Backend("pallas", "sm_90"))
+    with pytest.raises(ValueError, match=said):
+        paged_attention.write_quantised(*pools, scales, 0, None, None, None, None, backend=Backend("pallas", "gfx942"))
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_wider_pools_have_no_such_limit():
+    pools = (jax.ShapeDtypeStruct((4, 2**15, 16, 4, 256), jnp.bfloat16),) * 2
+    paged_attention.scales.check(*pools, None, Backend("pallas", "sm_90"))

@@ -2,8 +2,14 @@
 
 import copy
 import dataclasses
+import functools
 import json
+import os
+import pathlib
+import signal
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import bench_kernels as script
 import jax
@@ -11,6 +17,7 @@ import jax.numpy as jnp
 import pytest
 from kernel_bench import measure, report, sweeps, timing, workloads
 from kernel_bench.measure import Row
+from kernel_bench.timing import Ceilings
 
 from gdnjax.backend import INTERPRET, REFERENCE, Backend
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, grouped_matmul, paged_attention
@@ -35,7 +42,7 @@ SMALL = {
 }
 """One of each kind, made as the large ones are."""
 DECODE = "gdn-decode-2h-2"
-CEILINGS = {"copy": 1e10, "matmul": 1e11}
+CEILINGS = Ceilings(copy=1e10, read=1.2e10, matmul=1e11)
 
 
 @pytest.fixture(autouse=True)
@@ -44,18 +51,30 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def clocked(monkeypatch):
-    """Times that need no device: 2 ms a call, of the calls that `clocked` lists, and ceilings at once."""
+def ceilings(monkeypatch):
+    """There at once."""
+    monkeypatch.setattr(timing, "ceilings", lambda *_, **__: CEILINGS)
+
+
+@pytest.fixture
+def clocked(monkeypatch, ceilings):
+    """Times that need no device: 2 ms a call, of the calls that `clocked` lists."""
     timed = []
 
-    def time_calls(call, arguments, pools, layers, *, chain=None, runs=12, most=96):
-        timed.append(call)
+    def time_calls(calls, arguments, pools, runs):
+        timed.append(calls)
         return [2e-3] * runs, pools
 
-    monkeypatch.setattr(timing, "time_calls", time_calls)
-    monkeypatch.setattr(timing, "copy_ceiling", lambda *_: CEILINGS["copy"])
-    monkeypatch.setattr(timing, "matmul_ceiling", lambda *_: CEILINGS["matmul"])
+    monkeypatch.setattr(timing, "MOST", 1)
+    monkeypatch.setattr(timing, "check_kernels", lambda *_: None)
+    monkeypatch.setattr(timing.Calls, "time", time_calls)
     return timed
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
 
 
 def spoil(monkeypatch, name: str, change) -> None:
@@ -106,8 +125,10 @@ def test_values_of_every_kind_of_workload_are_right(kernels, names, capsys):
     assert script.main(["--check-only", "--kernels", kernels, "--seed", "3", *names]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.endswith(f"kernels {kernels}, seed 3")
+    assert lines.pop().startswith(f"{len(names)} of {len(names)} workloads in ")
+    lines = [line for line in lines if not line.startswith("[")]
     assert [line.split()[0] for line in lines] == names
-    assert not any("WRONG" in line or "us" in line.split() for line in lines)
+    assert not any("WRONG" in line or "FAULT" in line or "us" in line.split() for line in lines)
 
 
 WRONG = {
@@ -139,28 +160,30 @@ def test_wrong_values_end_a_check(monkeypatch):
     assert script.main([DECODE, "--check-only"]) == 1
 
 
-def test_memory_of_the_outputs_is_poisoned_before_the_call(monkeypatch):
+def test_memory_of_the_outputs_is_poisoned_before_the_call(monkeypatch, pool):
     """And the call comes after it."""
-    work, order = SMALL[DECODE], []
-    poison = measure._leave_nan_behind
-    monkeypatch.setattr(measure, "_leave_nan_behind", lambda shapes: (order.append(shapes), poison(shapes)))
+    order = []
+    leave_behind = measure._leave_behind
 
-    def call(*arguments):
-        order.append("call")
-        return work.call(*arguments)
+    def poison(leaves):
+        order.append([(leaf.shape, bool(jnp.isnan(leaf).all())) for leaf in leaves])
+        leave_behind(leaves)
+        assert all(leaf.is_deleted() for leaf in leaves)
 
-    assert measure.one(dataclasses.replace(work, call=call), REFERENCE, 0, None).right
-    # Traced once for its shapes.
-    assert order[0] == "call"
-    assert order[1].shape == (2, 2, 128)
-    assert order[2:] == ["call"]
+    monkeypatch.setattr(measure, "_leave_behind", poison)
+    prepared = measure.Prepared(SMALL[DECODE], REFERENCE, pool)
+    calls = prepared.ours.result()
+    alone = calls.alone
+    calls.alone = lambda *arguments: (order.append("call"), alone(*arguments))[1]
+    assert prepared.measure(0, None).right
+    assert order == [[((2, 2, 128), True)], "call"]
 
 
 def test_relative_error_is_of_norms_over_all_leaves():
     assert measure.relative_error((), ()) == 0
     found = (jnp.array([3.0, 0.0]), jnp.array([4.0]))
     wanted = (jnp.array([3.0, 3.0]), jnp.array([0.0]))
-    assert measure.relative_error(found, wanted) == pytest.approx(5 / 18**0.5)
+    assert float(measure.relative_error(found, wanted)) == pytest.approx(5 / 18**0.5)
 
 
 # Times.
@@ -173,11 +196,20 @@ def test_calls_are_timed_through_the_layers(monkeypatch):
     def call(arguments, pools, layer):
         return pools[layer, 0], pools.at[layer].add(arguments["one"])
 
-    times, pools = timing.time_calls(call, {"one": jnp.ones(())}, jnp.zeros((3, 2)), 3, runs=4)
+    arguments, pools = {"one": jnp.ones(())}, jnp.zeros((3, 2))
+    calls = timing.Calls(call, arguments, pools, 3, count=6).compile()
+    # What the compiler joins here is no matter: the values are.
+    calls.fault = None
+    times, pools = calls.time(arguments, pools, 4)
     assert len(times) == 4
     assert min(times) > 0
-    # Twice to compile and to guess, twice to warm up, four times on the clock.
-    assert pools.tolist() == [[8, 8]] * 3
+    # Once to warm up, once to guess, four times on the clock; each layer twice.
+    assert pools.tolist() == [[12, 12]] * 3
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(1e-6, 96), (1e-3, 32), (9e-3, 4), (1.0, 4)])
+def test_functions_have_whole_rounds_of_layers_and_about_30_ms(seconds, count):
+    assert timing.count_of(4, seconds) == count
 
 
 def test_chained_calls_read_what_the_one_before_wrote():
@@ -186,19 +218,187 @@ def test_chained_calls_read_what_the_one_before_wrote():
         return arguments["order"] + 1, pools
 
     seen = []
-    jax.make_jaxpr(lambda order: timing._repeat(call, {"order": order}, (), layers=2, chain="order", count=3))(4)
+    repeat = functools.partial(timing._repeat, call, layers=2, chain="order", count=3, backend=REFERENCE)
+    jax.make_jaxpr(lambda order: repeat({"order": order}, ()))(4)
     assert len(seen) == 3
     assert len({id(order) for order, _ in seen}) == 3
     seen.clear()
-    timing._repeat(call, {"order": jnp.int32(4)}, (), layers=2, chain="order", count=3)
+    repeat({"order": jnp.int32(4)}, ())
     assert [(int(order), int(layer)) for order, layer in seen] == [(4, 0), (4, 1), (4, 0)]
 
 
-def test_one_workload_is_timed_for_real(monkeypatch, capsys):
-    monkeypatch.setattr(timing, "copy_ceiling", lambda *_: CEILINGS["copy"])
-    monkeypatch.setattr(timing, "matmul_ceiling", lambda *_: CEILINGS["matmul"])
+def test_chain_needs_every_output():
+    """Products of which only the first would be chained are all there; unchained, those of all calls but the last are
+    not, and there is no time.
+    """
+    x, weights = jnp.ones((64, 64)), [jnp.full((64, 64), float(i)) for i in range(3)]
+
+    def call(arguments, pools, layer):
+        return tuple(arguments["x"] @ weight for weight in arguments["weights"]), pools
+
+    arguments = {"x": x, "weights": weights}
+    chained = timing.Calls(call, arguments, (), 2, chain="x", count=4).compile()
+    assert chained.fault is None
+
+    unread = {**arguments, "unread": jnp.int32(0)}
+    lost = timing.Calls(call, unread, (), 2, chain="unread", count=4).compile()
+    assert lost.fault
+    assert "what is left out cannot be timed" in lost.fault
+    with pytest.raises(timing.NotMeasuredError, match="4 calls were compiled to"):
+        lost.time(unread, (), 1)
+
+
+HLO = """HloModule jit_many, is_scheduled=true
+
+%region_0.1 (a: s32[], b: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %add.1 = s32[] add(%a, %b), metadata={op_name="reduce"}
+}
+
+%fused_computation.2 (param_0.1: f32[4,4]) -> f32[4,4] {
+  %param_0.1 = f32[4,4]{1,0} parameter(0)
+  ROOT %dot.7 = f32[4,4]{1,0} dot(%param_0.1, %param_0.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%command_buffer (p: f32[4,4]) -> (f32[4,4], f32[4,4]) {
+  %p = f32[4,4]{1,0} parameter(0)
+  %kernel.1 = (f32[4,4]{1,0}, s32[1]{0}) custom-call(%p), custom_call_target="__gpu$xla.gpu.triton"
+  %kernel.2 = s32[1]{0} custom-call(%p), custom_call_target="t", metadata={op_name="jit(need_outputs)/pallas_call"}
+  %f.1 = f32[4,4]{1,0} fusion(%p), kind=kCustom, calls=%fused_computation.2
+  %f.2 = f32[4,4]{1,0} fusion(%f.1), kind=kCustom, calls=%fused_computation.2
+  ROOT %tuple = (f32[4,4]{1,0}, f32[4,4]{1,0}) tuple(%f.1, %f.2)
+}
+
+ENTRY %main.3 (x.1: f32[4,4]) -> (f32[4,4], f32[4,4]) {
+  %x.1 = f32[4,4]{1,0} parameter(0)
+  ROOT %call.1 = (f32[4,4]{1,0}, f32[4,4]{1,0}) call(%x.1), to_apply=%command_buffer
+}
+"""
+
+
+def test_operations_are_counted_where_they_are_called():
+    """A computation that is called twice counts twice, one that nobody calls not at all, nor the benchmark's kernel."""
+    found = timing.operations_of(HLO)
+    assert (found["custom-call"], found["dot"], found["fusion"], found["add"]) == (1, 2, 2, 0)
+    timing.check_kernels(HLO, HLO, 1)
+    with pytest.raises(timing.NotMeasuredError, match=r"2 calls were compiled to 3 kernels .* where each has 3"):
+        timing.check_kernels(HLO, HLO, 2)
+
+
+def test_what_has_more_than_the_device_is_refused():
+    compiled = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((1 << 28,), jnp.float32)).compile()
+    timing.check_fits(compiled, None)
+    timing.check_fits(compiled, 2 << 30)
+    with pytest.raises(timing.DoesNotFitError, match=r"does not fit \(2 GiB\)"):
+        timing.check_fits(compiled, (2 << 30) - 1)
+
+
+def test_one_workload_is_timed_for_real(ceilings, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "MOST", 24)
     assert script.main(["conv-decode-*", "--runs", "2", "--no-peers"]) == 0
     assert "of the ceiling" in capsys.readouterr().out
+
+
+def test_ceilings_of_this_machine_are_numbers():
+    found = timing.copy_ceiling(0.001, 1), timing.read_ceiling(0.001, 1, REFERENCE), timing.matmul_ceiling(64, 1)
+    assert min(found) > 0
+
+
+# Figures that cannot be.
+
+
+@pytest.mark.parametrize(
+    ("moved", "flops", "seconds", "said"),
+    [
+        (10**10, 0, 1.0, None),
+        # Reading is faster than copying, and 5% are allowed.
+        (10**10, 0, 1 / 1.25, None),
+        (10**10, 0, 1 / 1.27, "us would be 0.01 TB/s, and the device has 0.01"),
+        (0, 10**11, 1 / 1.04, None),
+        (0, 10**11, 1 / 1.06, "us would be 0.11 TFLOP/s, and the device has 0.10"),
+    ],
+)
+def test_more_than_the_device_has_is_a_fault(moved, flops, seconds, said):
+    fault = CEILINGS.fault_of(moved, flops, seconds)
+    assert (fault is None) if said is None else said in fault
+
+
+def test_fault_of_the_measurement_is_no_result(clocked, monkeypatch, capsys, tmp_path):
+    """The figures of a prompt's convolution once stood at 3265% of the ceiling."""
+    target = tmp_path / "kernels.json"
+    work = SMALL["conv-decode-48-3"]
+    monkeypatch.setitem(workloads.WORKLOADS, work.name, dataclasses.replace(work, bytes=3 * 10**7))
+    assert script.main(["conv-*", "--no-peers", "--runs", "1", "--output", str(target)]) == 1
+    out = capsys.readouterr().out
+    assert "FAULT OF THE MEASUREMENT: 2000.0 us would be 0.01 TB/s, and the device has 0.01" in out
+    assert f"| {work.name} | FAULT |" in out
+    assert f"not as it should be: {work.name}\n" in out
+    first, second, _ = json.loads(target.read_text())["workloads"]
+    assert (first["fault"], first["times"]) == (None, [2e-3])
+    assert second["fault"]
+    assert second["times"] == []
+
+
+def test_peer_above_the_ceiling_is_a_fault_too():
+    row = dataclasses.replace(ROW, peers={})
+    row.add_peer("fla", {"median": 0.5}, CEILINGS)
+    row.add_peer("XLA", {"median": 0.1}, CEILINGS)
+    assert row.peers["fla"] == {"median": 0.5}
+    assert not row.is_as_it_should_be
+    assert "| XLA FAULT OF THE MEASUREMENT: 100000.0 us would be 0.04 TB/s" in report.line(row, CEILINGS)
+    assert "XLA" not in report.table([row], CEILINGS)
+
+
+def test_peer_that_does_not_fit_is_left_out(clocked, monkeypatch, capsys, pool):
+    """Nothing of it runs."""
+    work = SMALL["grouped-4e-top2-32x48-20"]
+    prepared = measure.Prepared(work, REFERENCE, pool, CEILINGS, peers=True)
+    prepared.peers["ragged_dot"] = pool.submit(prepared.ours.result().compile, 10)
+    row = prepared.measure(0, 1)
+    assert row.peers == {"ragged_dot": {"failed": "does not fit (0 GiB)"}}
+    assert len(clocked) == 1
+    assert "| ragged_dot failed: does not fit (0 GiB)" in report.line(row, CEILINGS)
+
+
+# Time.
+
+
+def test_time_that_is_over_leaves_workloads_out_by_name(clocked, monkeypatch, capsys, tmp_path):
+    """What was measured is written, and what was not is named."""
+    target = tmp_path / "kernels.json"
+    measured, clock, ahead = measure.Prepared.measure, time.monotonic, []
+
+    def slow(prepared, seed, runs):
+        ahead.append(0 if not clocked else 100)
+        return measured(prepared, seed, runs)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + sum(ahead))
+    monkeypatch.setattr(measure.Prepared, "measure", slow)
+    flags = ["--no-peers", "--runs", "1", "--limit-s", "60", "--output", str(target)]
+    assert script.main(["conv-*", *flags]) == 3
+    out = capsys.readouterr().out
+    assert "not run within --limit-s 60: conv-verify-48-3\n" in out
+    assert "2 of 3 workloads in " in out
+    figures = json.loads(target.read_text())
+    assert [row["name"] for row in figures["workloads"]] == ["conv-prefill-48-2x70", "conv-decode-48-3"]
+    assert figures["not_run"] == ["conv-verify-48-3"]
+
+
+def test_run_that_is_ended_keeps_what_it_had(clocked, monkeypatch, tmp_path):
+    target = tmp_path / "kernels.json"
+    measured = measure.Prepared.measure
+
+    def ended(prepared, seed, runs):
+        if clocked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measured(prepared, seed, runs)
+
+    monkeypatch.setattr(measure.Prepared, "measure", ended)
+    assert script.main(["conv-*", "--no-peers", "--runs", "1", "--output", str(target)]) == 143
+    figures = json.loads(target.read_text())
+    assert [row["name"] for row in figures["workloads"]] == ["conv-prefill-48-2x70"]
+    assert figures["not_run"] == ["conv-decode-48-3", "conv-verify-48-3"]
 
 
 # What is written.
@@ -212,7 +412,7 @@ def test_json_has_device_ceilings_and_a_row_a_workload(clocked, tmp_path):
     assert figures["device"] == jax.devices()[0].device_kind
     assert figures["jax"] == jax.__version__
     assert figures["kernels"] == dataclasses.asdict(REFERENCE)
-    assert figures["ceilings"] == CEILINGS
+    assert figures["ceilings"] == dataclasses.asdict(CEILINGS)
     first, second = figures["workloads"]
     assert (first["name"], second["name"]) == (DECODE, "grouped-4e-top2-32x48-20")
     assert first["bytes"] == SMALL[DECODE].bytes
@@ -240,8 +440,8 @@ ROW = Row("gdn-decode-1h-1", 4 * 10**9, 10**10, 1e-3, 0.0, (4e-3, 0.0), times=[0
 
 def test_share_of_the_ceiling_is_that_of_the_longer_of_bytes_and_operations():
     assert ROW.median == 1.0
-    assert report.ceiling_time(ROW, CEILINGS) == 0.4
-    assert report.ceiling_time(dataclasses.replace(ROW, flops=9 * 10**10), CEILINGS) == 0.9
+    assert CEILINGS.least_seconds(ROW.bytes, ROW.flops) == 0.4
+    assert CEILINGS.least_seconds(ROW.bytes, 9 * 10**10) == 0.9
     assert "40% of the ceiling" in report.line(ROW, CEILINGS)
 
 
@@ -259,9 +459,21 @@ def test_peers_that_are_not_installed_are_left_out_with_the_reason(monkeypatch, 
         return subprocess.CompletedProcess(command, 1, "", "Traceback:\nModuleNotFoundError: No module named 'fla'\n")
 
     monkeypatch.setattr(subprocess, "run", instead_of_running)
-    assert measure.torch_peers([DECODE], 1) == {}
+    assert measure.torch_peers([DECODE], 1, 9.0) == {}
     said = capsys.readouterr().out
     assert said == "peers of PyTorch: not measured (ModuleNotFoundError: No module named 'fla')\n"
+    assert measure.torch_peers(["grouped-4e-top2-32x48-20"], 1, 9.0) == {}
+    assert capsys.readouterr().out == ""
+
+
+def test_peers_that_take_too_long_are_ended_and_what_they_had_is_taken(monkeypatch, capsys):
+    def instead_of_running(command, *, timeout, **_):
+        pathlib.Path(command[3]).write_text(json.dumps({DECODE: {"fla": {"median": 1.0}}}))
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", instead_of_running)
+    assert measure.torch_peers([DECODE, "gdn-decode-2h-4"], 1, 9.0) == {DECODE: {"fla": {"median": 1.0}}}
+    assert capsys.readouterr().out == "peers of PyTorch: 1 workloads in 9 s, then ended\n"
 
 
 # Sweeps.
@@ -311,21 +523,35 @@ def test_table_is_restored_behind_a_tile_that_fails():
     assert before == TABLES
 
 
-def test_sweep_reports_the_best_and_goes_on_behind_a_failure(clocked, monkeypatch, capsys):
-    """Times are by tile; the tile that fails takes the pools with it."""
+def test_sweep_reports_the_best_and_goes_on_behind_a_failure(monkeypatch, capsys, pool):
+    """Times are by tile; the tile that fails takes its pools with it. Without ceilings' worth of time none is tried."""
     before = copy.deepcopy(TABLES)
 
-    def time_calls(call, arguments, pools, layers, **_):
-        tile = gated_delta_rule.tiles.recurrent(INTERPRET, "float32", StateOrder(True, True), 128, 128)
-        if tile.columns == 32:
-            pools.delete()
-            raise RuntimeError("too large")
-        assert not pools.is_deleted()
-        return [abs(tile.columns - 16) * 1e-3 + tile.warps * 1e-5], pools
+    class FakeCalls:
+        def __init__(self, *_, **__):
+            self.tile = gated_delta_rule.tiles.recurrent(INTERPRET, "float32", StateOrder(True, True), 128, 128)
 
-    monkeypatch.setattr(timing, "time_calls", time_calls)
-    measure.sweep(SMALL[DECODE], INTERPRET, 0, 1)
+        def compile(self):
+            return self
+
+        def time(self, arguments, pools, runs):
+            if self.tile.columns == 32:
+                pools.delete()
+                raise RuntimeError("too large")
+            assert not pools.is_deleted()
+            # One of them is faster than the device.
+            fast = self.tile == gated_delta_rule.tiles.Recurrent(8, 1)
+            return [1e-9 if fast else abs(self.tile.columns - 16) * 1e-3 + self.tile.warps * 1e-5], pools
+
+    monkeypatch.setattr(measure, "Calls", FakeCalls)
+    sweep = functools.partial(measure.sweep, SMALL[DECODE], INTERPRET, 0, 1, Ceilings(1e13, 1e13, 1e15), pool)
+    sweep(time.monotonic() + 600)
     out = capsys.readouterr().out
     assert out.count("RuntimeError: too large") == 3
+    assert out.count("not measured: 0.0 us would be") == 1
     assert out.splitlines()[-1].strip() == "best: Recurrent(columns=16, warps=1)"
     assert before == TABLES
+    sweep(time.monotonic() - 1)
+    out = capsys.readouterr().out
+    assert out.count("not tried, the time is over") == 12
+    assert "best" not in out

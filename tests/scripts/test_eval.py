@@ -3,15 +3,20 @@
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
 
+import evaluation.progress
 import numpy as np
 import pytest
 from evaluation import agreement, cells, problems, report, scoring
 from evaluation.cells import Cell, CellRun, Completion, Workload
 from evaluation.problems import Problem
+from evaluation.progress import Progress
 
 from gdnjax import SamplingParams
 from gdnjax.assets import model_directory
@@ -396,10 +401,17 @@ def test_cells_of_one_dtype_agree_and_the_result_is_complete(capsys, flags, tmp_
     output = tmp_path / "result.json"
     assert script.main([*flags, "--output", str(output)]) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    told = [re.sub(r"\d+ s$", "S", line) for line in err.splitlines()]
+    assert told[:3] == [
+        "loading the model in float32",
+        "f32-batched (float32): compiling, S",
+        "f32-batched (float32): answering, S",
+    ]
+    assert told[-1] == "f32-device-loop (float32): 2 of 2 answers, strict match 0.000, S"
     lines = out.splitlines()
     assert [line.split()[0] for line in lines] == ["cell", "f32-batched", "f32-device-loop"]
     result = json.loads(output.read_text())
+    assert (result["complete"], result["partial_cell"], result["not_run"]) == (True, None, [])
     assert {"model", "device", "jax", "gdnjax", "form", "max_tokens", "near_tie"} <= set(result["settings"])
     assert [item["prompt"] for item in result["problems"]] == [problem.question for problem in SOLVE]
     first, second = result["cells"]
@@ -421,7 +433,7 @@ def test_limit_takes_the_first_problems_and_a_floor_fails_noise(capsys, flags, t
     status = script.main([*flags, "--cells", "batched", "--limit", "1", "--floor", "0.95", "--output", str(output)])
     out, err = capsys.readouterr()
     assert status == 1
-    assert err == "eval.py: batched: strict match 0.0000 is below --floor 0.95\n"
+    assert err.endswith("\neval.py: batched: strict match 0.0000 is below --floor 0.95\n")
     result = json.loads(output.read_text())
     assert [item["question"] for item in result["problems"]] == [SOLVE[0].question]
     assert result["cells"][0]["dtype"] == "float32"
@@ -431,8 +443,8 @@ def test_limit_takes_the_first_problems_and_a_floor_fails_noise(capsys, flags, t
 def test_wrong_token_in_one_cell_is_status_1(capsys, flags, monkeypatch):
     drive = cells.DRIVERS["device loop"]
 
-    def faulty(cell, dtype, loaded, work):
-        run = drive(cell, dtype, loaded, work)
+    def faulty(cell, dtype, loaded, work, watcher):
+        run = drive(cell, dtype, loaded, work, watcher)
         tokens = list(run.completions[1].token_ids)
         tokens[3] = (tokens[3] + 1) % loaded.model.vocab_size
         run.completions[1] = dataclasses.replace(run.completions[1], token_ids=tuple(tokens))
@@ -442,8 +454,56 @@ def test_wrong_token_in_one_cell_is_status_1(capsys, flags, monkeypatch):
     assert script.main(flags) == 1
     out, err = capsys.readouterr()
     message = "eval.py: f32-device-loop: 1 of 2 completions differ beyond near ties, first problem 2 at output token 3"
-    assert err.startswith(message)
+    assert f"\n{message}" in err
     assert _comparison(out.splitlines()[-1]) == ["2/2", "1/2", "0", "1"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("brief", [False, True])
+def test_interrupted_run_leaves_what_it_has(capsys, flags, monkeypatch, tmp_path, number, status, brief):
+    """The cell that had ended, and one of two answers of the one that was running."""
+    output = tmp_path / "result.json"
+    done = Progress.done
+
+    def interrupt(progress, problem, completion):
+        if progress.name == "f32-device-loop" and problem == 1:
+            os.kill(os.getpid(), number)
+        done(progress, problem, completion)
+
+    monkeypatch.setattr(Progress, "done", interrupt)
+    names = ("--cells", "f32-batched,f32-device-loop,bf16-batched")
+    assert script.main([*flags, *names, "--output", str(output), *(["--brief"] if brief else [])]) == status
+    out, _ = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["cell", "f32-batched", "partial:"]
+    last = "partial: 1 of 3 cells, and of f32-device-loop 1 of 2 answers, strict match 0.000"
+    assert out.splitlines()[-1] == last
+    result = json.loads(output.read_text())
+    assert (result["complete"], result["not_run"]) == (False, ["bf16-batched"])
+    (whole,), part = result["cells"], result["partial_cell"]
+    assert (part["name"], part["answers"], part["of"]) == ("f32-device-loop", 1, 2)
+    assert part["strict_match"]["of"] == 1
+    if not brief:
+        (answer,) = part["outputs"]
+        assert answer.pop("problem") == 0
+        assert answer == whole["outputs"][0]
+
+
+def test_file_is_written_while_a_cell_runs(flags, monkeypatch, tmp_path):
+    """Who is killed without a word has it."""
+    output = tmp_path / "result.json"
+    monkeypatch.setattr(evaluation.progress, "EVERY_S", 0.0)
+    found = []
+    done = Progress.done
+
+    def look(progress, problem, completion):
+        done(progress, problem, completion)
+        result = json.loads(output.read_text())
+        found.append((len(result["cells"]), result["partial_cell"]["name"], result["partial_cell"]["answers"]))
+
+    monkeypatch.setattr(Progress, "done", look)
+    assert script.main([*flags, "--output", str(output)]) == 0
+    one, other = "f32-batched", "f32-device-loop"
+    assert found == [(0, one, 1), (0, one, 2), (1, other, 1), (1, other, 2)]
 
 
 def test_parameters_are_loaded_once_for_each_dtype(capsys, flags, monkeypatch):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 
@@ -17,7 +19,34 @@ def test_forks_are_clean_and_the_broken_bit_is_seen(tmp_path, capsys):
     assert max(found["clean_states"]) < 1e-5
     assert min(found["broken_states"]) > 0.1
     assert found["broken"] > 0
-    assert "clean                                    6 of 6" in capsys.readouterr().out
+    assert found["complete"]
+    out, err = capsys.readouterr()
+    assert "clean                                    6 of 6" in out
+    # One batch of runs, then two states.
+    assert [line.split(":")[0] for line in err.splitlines()] == ["loading the model", *["6 of 6 runs"] * 3]
+
+
+def test_interrupted_run_leaves_the_batches_that_it_has(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "forks.json"
+    monkeypatch.setattr(eval_forks, "ROWS", 2)
+    complete, calls = eval_forks._complete, []
+
+    def ended(*arguments):
+        calls.append(arguments)
+        # Each batch has two turns in three engines.
+        if len(calls) == 6 + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return complete(*arguments)
+
+    monkeypatch.setattr(eval_forks, "_complete", ended)
+    arguments = ["--runs", "6", "--states", "2", "--max-tokens", "8", "--output", str(file)]
+    assert eval_forks.main(arguments) == 143
+    found = json.loads(file.read_text())
+    assert (found["complete"], found["runs"], found["clean"]) == (False, 2, 2)
+    out, err = capsys.readouterr()
+    assert out.endswith("partial: 2 of 6 runs, 0 states\n")
+    assert "clean                                    2 of 2" in out
+    assert err.endswith("\nterminated\n")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,11 @@
-"""The definition, by XLA's own ragged product."""
+"""The definition: group by group, every row's product, kept by the rows of the group.
 
+`lax.ragged_dot` lowers to one product over groups and inputs, in which other groups' matrices meet zeros: a NaN in any
+of them, asked for or not, is in every row, and the rows are stored once for every group. Here the matrix of a group
+without rows is not read, and what is not a row's own is selected away. On a CPU it is the faster of the two as well.
+"""
+
+import jax.numpy as jnp
 from jax import lax
 
 from gdnjax.backend import dot_precision
@@ -7,4 +13,18 @@ from gdnjax.shapes import Array
 
 
 def grouped_matmul(x: Array, weight: Array, group_sizes: Array) -> Array:
-    return lax.ragged_dot(x, weight.swapaxes(1, 2), group_sizes, precision=dot_precision(x.dtype))
+    end, row = jnp.cumsum(group_sizes), jnp.arange(x.shape[0])
+    dimensions = (((1,), (1,)), ((), ()))
+
+    # Matrices are taken out one by one: of a scan over them, a CPU would first widen all to float32.
+    def one_group(group, out):
+        def product():
+            mine = (row >= end[group] - group_sizes[group]) & (row < end[group])
+            y = lax.dot_general(
+                x, weight[group], dimensions, precision=dot_precision(x.dtype), preferred_element_type=x.dtype
+            )
+            return jnp.where(mine[:, None], y, out)
+
+        return lax.cond(group_sizes[group] > 0, product, lambda: out)
+
+    return lax.fori_loop(0, weight.shape[0], one_group, jnp.zeros((x.shape[0], weight.shape[1]), x.dtype))

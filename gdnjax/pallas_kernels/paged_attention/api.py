@@ -45,7 +45,8 @@ def attend(
     float32; the output is in the dtype of `q`.
 
     Pools of int8 or float8_e4m3fn have `scales`: a key's multiplies its scores, a value's its probabilities. Raises
-    ValueError for 8-bit pools without scales, scales of other pools, and float8_e4m3fn on CUDA devices before sm_89.
+    ValueError for 8-bit pools without scales, scales of other pools, float8_e4m3fn on CUDA devices before sm_89, and,
+    but for the reference, 8-bit pools of 2^31 to 2^32 bytes.
     """
     check(k_blocks, v_blocks, scales, backend)
     if backend.is_reference:

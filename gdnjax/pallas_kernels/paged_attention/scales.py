@@ -4,11 +4,13 @@ The scale is the head's largest magnitude over the largest number of the dtype. 
 by it in the place of keys and values, so that those are never widened in memory.
 """
 
+import math
 import re
 
 import jax.numpy as jnp
 
 from gdnjax.backend import Backend
+from gdnjax.memory import check_one_byte_pool
 from gdnjax.shapes import Array
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
@@ -33,7 +35,10 @@ def quantise(x: Array, dtype) -> tuple[Array, Array]:
 
 
 def check(k_blocks: Array, v_blocks: Array, scales: tuple[Array, Array] | None, backend: Backend) -> None:
-    """Raises ValueError unless pools are of 8 bits with scales of their shape, or of more bits without scales."""
+    """Raises ValueError unless pools are of 8 bits with scales of their shape, or of more bits without scales.
+
+    Kernels refuse 8-bit pools of 2^31 to 2^32 bytes, too: see memory.check_one_byte_pool.
+    """
     names = [pool.dtype.name for pool in (k_blocks, v_blocks)]
     if scales is None:
         if any(pool.dtype.itemsize == 1 for pool in (k_blocks, v_blocks)):
@@ -50,6 +55,9 @@ def check(k_blocks: Array, v_blocks: Array, scales: tuple[Array, Array] | None, 
                 f"{name}_scales are {scale.dtype.name}{list(scale.shape)}; allowed: float32{list(pool.shape[:-1])}, "
                 "one for every token and kv head of the pool"
             )
+    if not backend.is_reference:
+        for name, pool in zip("kv", (k_blocks, v_blocks), strict=True):
+            check_one_byte_pool(f"{name}_blocks {list(pool.shape)}", math.prod(pool.shape))
     capability = re.fullmatch(r"sm_(\d+)a?", backend.architecture)
     if names[0] == "float8_e4m3fn" and capability and int(capability[1]) < FLOAT8_CAPABILITY:
         raise ValueError(
