@@ -1,6 +1,7 @@
 """Checkpoints written by scripts/convert.py: an Orbax tree {Hugging Face tensor name: array} in `params/`."""
 
 import pathlib
+import threading
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ ARRAY_KEY_SUFFIX = "/.zarray"
 
 
 class OrbaxSource:
-    """The tensors of a converted directory, one at a time: the last tensor read is kept, so slices of it are cheap.
+    """The tensors of a converted directory. Each thread keeps the tensor that it read last, so slices of it are cheap.
 
     Raises FileNotFoundError where there is no `params/`, and ValueError where it is not a checkpoint of
     scripts/convert.py, is damaged, or holds a tensor that is neither float32 nor bfloat16.
@@ -35,7 +36,7 @@ class OrbaxSource:
             raise ValueError(f"{self._params}: no tensors here; expected an Orbax checkpoint of scripts/convert.py")
         self._dtypes = {name: tensor.dtype.numpy_dtype for name, tensor in self._tensors.items()}
         check_dtypes(str(self._params), {name: dtype.name for name, dtype in self._dtypes.items()})
-        self._last: tuple[str, np.ndarray] | None = None
+        self._kept = threading.local()
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
@@ -47,21 +48,22 @@ class OrbaxSource:
         return self._dtypes[name]
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        if self._last is None or self._last[0] != name:
-            # Dropped first, so that two tensors are never held.
-            self._last = None
+        if getattr(self._kept, "name", None) != name:
+            # Dropped first, so that a thread never holds two tensors.
+            self._kept.name = self._kept.tensor = None
             try:
-                self._last = name, self._tensors[name].read().result()
+                self._kept.tensor = self._tensors[name].read().result()
             except ValueError as error:
                 raise ValueError(f"{self._params}: tensor {name} is damaged: {error}") from error
-        return self._last[1][index]
+            self._kept.name = name
+        return self._kept.tensor[index]
 
     def __enter__(self) -> "OrbaxSource":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._tensors.clear()
-        self._last = None
+        self._kept = threading.local()
 
 
 def _open_tensors(params: pathlib.Path) -> dict[str, tensorstore.TensorStore]:

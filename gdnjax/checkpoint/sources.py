@@ -22,8 +22,8 @@ class TensorSource(Protocol):
     """A checkpoint on disk, opened for reading; a context manager. Nothing is read before it is asked for.
 
     `read` takes one slice per axis, step 1 and within the shape, and returns an array in the tensor's own dtype
-    (bfloat16 is that of ml_dtypes). It may be a view of the last tensor read: copy it before the next read if it is
-    to be changed. `shape`, `dtype` and `read` raise KeyError for a name that is not in `names`.
+    (bfloat16 is that of ml_dtypes). It may be a view of a file or of something kept: copy it if it is to be changed.
+    Several threads may read at once. `shape`, `dtype` and `read` raise KeyError for a name that is not in `names`.
     """
 
     def names(self) -> tuple[str, ...]: ...
