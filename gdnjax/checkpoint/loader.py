@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import logging
 import math
+import mmap
 import os
 import pathlib
 import time
@@ -31,9 +32,6 @@ IN_FLIGHT_BYTES = 4 << 30
 THREADS = min(8, max(2, os.cpu_count() or 1))
 """Parameters on their way at once: one is read while others are transferred, and a single thread does neither as fast
 as memory and bus allow. More than a few gain nothing."""
-
-ALIGNMENT = 64
-"""Bytes. What begins at a multiple of it becomes an array of a CPU device as it is, without a copy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,18 +265,20 @@ def _block(
         values = source.read(stored_names[reads[0].tensor], reads[0].source)
         if values.dtype == dtype and values.flags.c_contiguous and values.flags.aligned:
             return values.reshape(shape)
-    values = _empty(shape, dtype)
-    if filled < size:
-        # Padding is what no read covers.
-        values[...] = 0
+    values = _zeros(shape, dtype)
     for copy in reads:
         values[copy.target] = source.read(stored_names[copy.tensor], copy.source)
     return values
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array with any values that begins at a multiple of ALIGNMENT."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    skipped = -memory.ctypes.data % ALIGNMENT
-    return memory[skipped : skipped + size].view(dtype).reshape(shape)
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros, in pages of their own.
+
+    They begin where a page does, so a CPU device takes them over without a copy; and all of them go back to the system
+    at once, whoever allocated what in between. What no read covers is padding, and stays zero.
+    """
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Most of the time would go into small pages.
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.ndarray(shape, dtype, buffer=memory)

@@ -9,9 +9,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from tqdm import tqdm
 
-from gdnjax.checkpoint.sources import TensorSource, check_dtypes, read_whole
-
-SUBFOLDER = "params"
+from gdnjax.checkpoint.sources import ORBAX_FOLDER, TensorSource, check_dtypes, read_whole
 
 # In an Orbax checkpoint every tensor is a zarr array under its name, in one OCDBT key-value store. Its key there:
 ARRAY_KEY_SUFFIX = "/.zarray"
@@ -25,7 +23,7 @@ class OrbaxSource:
     """
 
     def __init__(self, directory: str | pathlib.Path):
-        self._params = pathlib.Path(directory).resolve() / SUBFOLDER
+        self._params = pathlib.Path(directory).resolve() / ORBAX_FOLDER
         if not self._params.is_dir():
             raise FileNotFoundError(f"{self._params}: no such directory; expected one written by scripts/convert.py")
         try:
@@ -111,4 +109,4 @@ def write_orbax(source: TensorSource, directory: pathlib.Path, *, progress: bool
             bar.update()
         # Orbax writes all of them in one call that reports nothing.
         bar.set_description("writing Orbax")
-        checkpointer.save(directory.resolve() / SUBFOLDER, ocp.args.PyTreeSave(tensors))
+        checkpointer.save(directory.resolve() / ORBAX_FOLDER, ocp.args.PyTreeSave(tensors))

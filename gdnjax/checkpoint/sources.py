@@ -9,6 +9,9 @@ import numpy as np
 
 ALLOWED_DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 
+ORBAX_FOLDER = "params"
+"""Where a checkpoint directory of scripts/convert.py has its tensors."""
+
 # Names of the tensors that go with block-wise quantised weights.
 QUANTISED_SUFFIXES = ("_scale_inv",)
 

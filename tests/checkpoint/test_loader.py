@@ -362,11 +362,28 @@ def test_block_for_a_device_with_its_own_memory_is_a_view_where_the_file_has_it_
             for in_memory in (True, False):
                 block = loader._block(source, names, reads, values.shape, np.dtype(dtype), in_memory=in_memory)
                 np.testing.assert_array_equal(block, values.astype(ml_dtypes.bfloat16).astype(dtype), err_msg=name)
-                if block.base is not None and not block.flags.writeable:
+                if block.flags.writeable:
+                    # A CPU device takes it over as it is.
+                    assert block.ctypes.data % 64 == 0
+                else:
                     assert not in_memory
                     views.add(name)
-                else:
-                    assert block.ctypes.data % loader.ALIGNMENT == 0
     assert ("norm.weight" in views) == (dtype is ml_dtypes.bfloat16)
     # Its rows are padded.
     assert "embed_tokens.weight" not in views
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_parameters_from_views_of_the_files_are_the_same(tmp_path, monkeypatch, tp):
+    """As devices with memory of their own get them."""
+    model = tiny.model_tensors(tiny.MOE)
+    tiny.write_sharded(tmp_path, tiny.stored_tensors(model, tiny.MOE, fused=False))
+    block = loader._block
+
+    def of_another_platform(*arguments, in_memory):
+        assert in_memory
+        return block(*arguments, in_memory=False)
+
+    monkeypatch.setattr(loader, "_block", of_another_platform)
+    params, _ = _load(tmp_path, tiny.MOE, model, tp)
+    _assert_equal(params, tiny.global_tensors(model, tiny.MOE, tp))
