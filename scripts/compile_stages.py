@@ -28,11 +28,11 @@ class CompileStages:
 
         jax.monitoring.register_event_duration_secs_listener(self.add)
 
-    def add(self, event: str, duration: float, **_: object) -> None:
+    def add(self, event: str, duration_secs: float, **_: object) -> None:
         """What JAX tells when something has ended."""
         if event in self._spans:
             now = time.monotonic()
-            self._spans[event].append((now - duration, now))
+            self._spans[event].append((now - duration_secs, now))
 
     def seconds(self, begin: float, end: float) -> dict[str, float]:
         """Of each stage between two times of time.monotonic. They add up: where several were under way at once, it

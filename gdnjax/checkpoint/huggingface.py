@@ -50,6 +50,7 @@ class SafetensorsSource:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = self._tensors[name]
+        assert isinstance(tensor.base, mmap.mmap), "tensors are views of mappings"
         _read_ahead(tensor[index], tensor.base)
         return tensor[index]
 

@@ -10,6 +10,7 @@ import pathlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -239,7 +240,7 @@ def _load_parameter(
     # A CPU device would keep what it is given where that is aligned, and a file may change under it.
     in_memory = any(device.platform == "cpu" for device in placement.device_set)
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
+    def block(index: Any) -> np.ndarray:
         bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
         slices = tuple(slice(start, stop) for start, stop, _ in bounds)
         shape = tuple(stop - start for start, stop, _ in bounds)
