@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from command import add_speculation_flags, exit_status, prepare_environment, speculation
+from compile_stages import CompileStages
 
 if TYPE_CHECKING:
     from gdnjax import LLM, EngineConfig, RequestOutput, SamplingParams
@@ -71,6 +72,42 @@ class Prompt:
     token_ids: list[int]
 
 
+class Start:
+    """Where the time before the first prompt goes: whoever has finished a part says so.
+
+    import         jax and gdnjax.
+    devices        the platform's own start.
+    tokenizer      configuration and tokenizer, with the import of transformers.
+    weights        from the checkpoint to the devices.
+    pools          the rest of building the engine: the plan of its memory, its pools.
+    trace, lowering, xla   whatever was compiled since the import, in JAX's stages; not counted in other parts.
+    rehearsal      the rest of the request that compiles: its steps, and what is no stage of JAX's.
+    """
+
+    def __init__(self):
+        self.began = self._last = time.monotonic()
+        self.compiling = CompileStages()
+        self.seconds: dict[str, float] = {}
+
+    def finished(self, part: str) -> float:
+        """A part has ended, and the next begins. Returns the time."""
+        now = time.monotonic()
+        stages = self.compiling.seconds(self._last, now)
+        self._add(part, now - self._last - sum(stages.values()))
+        for stage, seconds in stages.items():
+            self._add(stage, seconds)
+        self._last = now
+        return now
+
+    def move(self, part: str, other: str, seconds: float) -> None:
+        """So much of one part is better called another."""
+        self._add(part, -seconds)
+        self._add(other, seconds)
+
+    def _add(self, part: str, seconds: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stats:
     """What the closing line says. Times in seconds.
@@ -81,6 +118,8 @@ class Stats:
     draft_acceptance_rate          share of the drafts that were kept; None where nothing was drafted.
     mean_acceptance_length         tokens of a decode step on average; None where nothing was drafted.
     import_time, load_time, compile_time   the parts of the start-up.
+    stages                         the same time, cut finer; they add up to it. See `Start`.
+    weights_bytes, weights_rate    bytes of parameters, and GiB of them loaded per second.
     peak_bytes, peak_of            the most memory held, and of what.
     """
 
@@ -94,6 +133,9 @@ class Stats:
     compile_time: float
     peak_bytes: int
     peak_of: str
+    weights_bytes: int = 0
+    weights_rate: float = 0.0
+    stages: dict[str, float] = dataclasses.field(default_factory=dict)
     draft_acceptance_rate: float | None = None
     mean_acceptance_length: float | None = None
 
@@ -108,7 +150,7 @@ class Stats:
             f"generation {self.generation_tokens} tokens, {self.generation_rate:.1f} tok/s | {drafts}"
             f"first token after {self.time_to_first_token:.3f} s | "
             f"start-up {start_up:.1f} s (import {self.import_time:.1f}, load {self.load_time:.1f}, "
-            f"compile {self.compile_time:.1f}) | "
+            f"compile {self.compile_time:.1f}; weights at {self.weights_rate:.2f} GiB/s) | "
             f"peak memory {self.peak_bytes / (1 << 30):.2f} GiB ({self.peak_of})"
         )
 
@@ -172,23 +214,29 @@ def run(arguments: argparse.Namespace) -> int:
     texts = read_prompts(arguments)
     given = given_sampling(arguments)
     speculation(arguments)
-    began = time.monotonic()
+    clock = Start()
     prepare_environment(arguments.memory_fraction, verbose=arguments.verbose)
-    llm, prompts, import_time = start(arguments, directory, texts)
+    llm, prompts = start(arguments, directory, texts, clock)
     with llm:
         params = llm.default_sampling_params(**given)
-        started = time.monotonic()
+        started = clock.finished("pools")
+        report = llm.load_report
+        if report is not None:
+            clock.move("pools", "weights", report.seconds)
         rehearse(llm, prompts[0], params)
-        compiled = time.monotonic()
+        compiled = clock.finished("rehearsal")
         outputs = stream(llm, prompts[0], params) if len(prompts) == 1 else batch(llm, prompts, params)
         peak_bytes, peak_of = peak_memory()
     stats = Stats(
         **measure(outputs),
-        import_time=import_time,
-        load_time=started - began - import_time,
+        import_time=clock.seconds["import"],
+        load_time=started - clock.began - clock.seconds["import"],
         compile_time=compiled - started,
         peak_bytes=peak_bytes,
         peak_of=peak_of,
+        weights_bytes=report.parameter_bytes if report else 0,
+        weights_rate=report.gib_per_second if report else 0.0,
+        stages=clock.seconds,
     )
     print(stats, file=sys.stderr)
     if arguments.stats_json:
@@ -248,22 +296,25 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def start(
-    arguments: argparse.Namespace, directory: pathlib.Path, texts: Sequence[str]
-) -> tuple["LLM", list[Prompt], float]:
-    """A loaded model fitted to the prompts, the prompts in tokens, and the seconds that imports took."""
-    from gdnjax.config import ModelConfig
+    arguments: argparse.Namespace, directory: pathlib.Path, texts: Sequence[str], clock: Start
+) -> tuple["LLM", list[Prompt]]:
+    """A loaded model fitted to the prompts, and the prompts in tokens. `clock` is told the parts of it but the last."""
+    import jax
 
-    began = time.monotonic()
     from gdnjax import LLM
+    from gdnjax.config import ModelConfig
     from gdnjax.serving.tokenizer import Tokenizer
 
-    import_time = time.monotonic() - began
+    clock.compiling.listen()
+    clock.finished("import")
     model = ModelConfig.from_hf(directory)
     tokenizer = Tokenizer.from_directory(arguments.tokenizer or directory)
     prompts = [Prompt(text=text, token_ids=encode(tokenizer, text, arguments)) for text in texts]
     config = fit_engine(arguments, [len(prompt.token_ids) for prompt in prompts], model.max_position_embeddings)
-    llm = LLM(directory, config, tokenizer=tokenizer, use_tqdm=sys.stderr.isatty())
-    return llm, prompts, import_time
+    clock.finished("tokenizer")
+    jax.devices()
+    clock.finished("devices")
+    return LLM(directory, config, tokenizer=tokenizer, use_tqdm=sys.stderr.isatty()), prompts
 
 
 def encode(tokenizer: "Tokenizer", text: str, arguments: argparse.Namespace) -> list[int]:
@@ -296,12 +347,17 @@ def fit_engine(arguments: argparse.Namespace, lengths: Sequence[int], context: i
             f"the model's context is {context} tokens"
         )
     tokens = round_up(sum(lengths), PREFILL_GRID)
+    blocks = None
+    if len(lengths) == 1:
+        # What one prompt can fill: nothing is left to be divided, so the largest step needs no compiling for its size.
+        blocks = -(-max_model_len // EngineConfig.block_size)
     return EngineConfig(
         max_num_seqs=rows,
         max_num_batched_tokens=tokens,
         max_model_len=max_model_len,
         prefill_buckets=(tokens,),
         decode_buckets=(rows,),
+        num_kv_blocks=blocks,
         dtype=arguments.dtype,
         tensor_parallel_size=arguments.tensor_parallel_size,
         kernels=arguments.kernels,

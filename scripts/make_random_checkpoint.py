@@ -1,4 +1,4 @@
-"""Writes a small checkpoint with random weights, so that everything can be tried without downloading a model."""
+"""Writes a checkpoint with random weights, so that everything can be tried without downloading a model."""
 
 import argparse
 import json
@@ -9,7 +9,8 @@ from typing import Any
 
 DESCRIPTION = """\
 Writes a complete, tiny Qwen3.5-style checkpoint with random weights: config.json, generation_config.json,
-model.safetensors and a tokenizer trained on a few sentences.
+model.safetensors and a tokenizer trained on a few sentences. With --config it has the sizes of a published model, its
+MTP head included, in as many layers as are asked for, and is written as fast as the disk takes it.
 
 What it generates is noise. It is there to see that an installation works, to try the API, and to time the start.
 """
@@ -19,6 +20,7 @@ examples:
   python scripts/make_random_checkpoint.py random-model
   python scripts/generate.py --model random-model -p "Hello"
   python scripts/make_random_checkpoint.py deeper --layers 24 --hidden-size 256    as many layers as a small real one
+  python scripts/make_random_checkpoint.py big --config qwen3.5-9b --layers 4      four layers of a published model
 
 Exit status: 0 done, 2 a bad argument (the reason is on stderr).
 """
@@ -46,6 +48,14 @@ SENTENCES = (
 )
 
 HEAD_DIM = 32
+
+LAYERS, HIDDEN_SIZE = 4, 64
+"""Of the tiny model, where nobody says."""
+
+BLOCK = (1 << 24) - 3
+"""Random values of which large weights are repetitions. Odd, so that no two rows of a matrix are equal."""
+
+SHARD_BYTES = 4 << 30
 
 
 def model_config(*, vocab_size: int, layers: int, hidden_size: int, dtype: str) -> dict[str, Any]:
@@ -128,28 +138,111 @@ def write_weights(directory: pathlib.Path, config: dict[str, Any], seed: int) ->
     write_file(tensors, directory / "model.safetensors")
 
 
+def published_config(name: str, layers: int | None) -> dict[str, Any]:
+    """config.json of a preset, or of the file or directory of that name, with its first `layers` layers."""
+    from gdnjax.assets import config_file
+
+    config = json.loads(config_file(name).read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    if layers is not None:
+        if layers > text["num_hidden_layers"]:
+            raise ValueError(f"{name} has {text['num_hidden_layers']} layers, got {layers}")
+        text["num_hidden_layers"] = layers
+        if text.get("layer_types"):
+            text["layer_types"] = text["layer_types"][:layers]
+    return config
+
+
+class RepeatedValues:
+    """A `TensorSource` of random tensors of a model's shapes, its MTP head included: repetitions of one block."""
+
+    def __init__(self, config: dict[str, Any], seed: int):
+        import jax
+        import numpy as np
+
+        from gdnjax import ModelConfig, sharding
+        from gdnjax.checkpoint.mapping import origin_of
+        from gdnjax.models import abstract_params
+
+        model = ModelConfig.from_hf(config)
+        params = abstract_params(model, 1, model.dtype, mtp=model.mtp_layers > 0)
+        self._tensors: dict[str, jax.ShapeDtypeStruct] = {}
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+            name = sharding.path_name(path)
+            for part in origin_of(name, leaf.shape, model, 1, experts_apart=False).parts:
+                prefix = "" if part.tensor.startswith(("lm_head.", "mtp.")) else "model."
+                self._tensors[prefix + part.tensor] = jax.ShapeDtypeStruct(part.shape, leaf.dtype)
+        self._block = np.random.default_rng(seed).standard_normal(BLOCK, np.float32) * np.float32(0.02)
+        self._cast: dict[Any, Any] = {}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> Any:
+        return self._tensors[name].dtype
+
+    def read(self, name: str, index: tuple[slice, ...]) -> Any:
+        import numpy as np
+
+        tensor = self._tensors[name]
+        if tensor.dtype not in self._cast:
+            self._cast[tensor.dtype] = self._block.astype(tensor.dtype)
+        return np.resize(self._cast[tensor.dtype], tensor.shape)[index]
+
+    def __enter__(self) -> "RepeatedValues":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._cast.clear()
+
+
 def write_checkpoint(
-    directory: pathlib.Path, *, layers: int = 4, hidden_size: int = 64, dtype: str = "float32", seed: int = 0
+    directory: pathlib.Path,
+    *,
+    config: str | None = None,
+    layers: int | None = None,
+    hidden_size: int | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
 ) -> None:
-    """Writes the whole checkpoint into a new or empty directory."""
+    """Writes the whole checkpoint into a new or empty directory: of the sizes of `config`, or a tiny one.
+
+    Host memory holds a shard of SHARD_BYTES, or the largest tensor.
+    """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory}: exists and is not an empty directory; name a new one or empty it")
-    if layers < 1 or hidden_size < 2 * HEAD_DIM or hidden_size % HEAD_DIM:
-        raise ValueError(
-            f"a model needs at least 1 layer and a hidden size that is a multiple of {HEAD_DIM} and at least "
-            f"{2 * HEAD_DIM}, got {layers} layers and a hidden size of {hidden_size}"
-        )
     if seed < 0:
         raise ValueError(f"the seed must be at least 0, got {seed}")
+    if layers is not None and layers < 1:
+        raise ValueError(f"a model needs at least 1 layer, got {layers}")
+    if config is not None:
+        if hidden_size is not None or dtype is not None:
+            raise ValueError("--config says sizes and dtype; --hidden-size and --dtype are for the tiny model")
+        content = published_config(config, layers)
+    hidden_size = HIDDEN_SIZE if hidden_size is None else hidden_size
+    if hidden_size < 2 * HEAD_DIM or hidden_size % HEAD_DIM:
+        raise ValueError(
+            f"a hidden size must be a multiple of {HEAD_DIM} and at least {2 * HEAD_DIM}, got {hidden_size}"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     vocab_size = write_tokenizer(directory)
-    config = model_config(vocab_size=vocab_size, layers=layers, hidden_size=hidden_size, dtype=dtype)
-    write_weights(directory, config, seed)
+    if config is not None:
+        from gdnjax.checkpoint.huggingface import write_safetensors
+
+        write_safetensors(RepeatedValues(content, seed), directory, shard_bytes=SHARD_BYTES, progress=False)
+    else:
+        content = model_config(
+            vocab_size=vocab_size, layers=layers or LAYERS, hidden_size=hidden_size, dtype=dtype or "float32"
+        )
+        write_weights(directory, content, seed)
     # What the published models recommend, so that a run without sampling flags takes the same steps as with them.
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20, "eos_token_id": END_OF_TURN}
     _write_json(directory / "generation_config.json", sampling)
     # Last, so that an interrupted run leaves nothing that passes for a checkpoint.
-    _write_json(directory / "config.json", config)
+    _write_json(directory / "config.json", content)
 
 
 def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
@@ -162,9 +255,10 @@ def main(argv: list[str] | None = None) -> int:
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=pathlib.Path, help="a directory to create; one that exists must be empty")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers (default: %(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=64, help="a multiple of 32 (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    parser.add_argument("--config", metavar="NAME|PATH", help="sizes of a preset or a config.json (default: tiny ones)")
+    parser.add_argument("--layers", type=int, help=f"decoder layers (default: {LAYERS}, or those of --config)")
+    parser.add_argument("--hidden-size", type=int, help=f"a multiple of {HEAD_DIM} (default: {HIDDEN_SIZE})")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, or that of --config")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:

@@ -5,8 +5,7 @@ import pathlib
 import shutil
 
 from gdnjax.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE, SafetensorsSource, write_safetensors
-from gdnjax.checkpoint.orbax import SUBFOLDER, OrbaxSource, write_orbax
-from gdnjax.checkpoint.sources import TensorSource
+from gdnjax.checkpoint.sources import ORBAX_FOLDER, TensorSource
 
 # What stands beside the weights: configuration, tokenizer, chat template, licence.
 SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
@@ -27,16 +26,18 @@ def format_of(directory: str | pathlib.Path) -> Format:
         raise FileNotFoundError(f"{directory}: no such directory; expected a checkpoint directory")
     # Shards without their index count too: SafetensorsSource then says what is missing.
     has_safetensors = (directory / INDEX_FILE).is_file() or any(directory.glob("*.safetensors"))
-    has_orbax = (directory / SUBFOLDER).is_dir()
+    has_orbax = (directory / ORBAX_FOLDER).is_dir()
     if has_safetensors and has_orbax:
-        raise ValueError(f"{directory}: both safetensors files and {SUBFOLDER}/ are here; keep the one that is meant")
+        raise ValueError(
+            f"{directory}: both safetensors files and {ORBAX_FOLDER}/ are here; keep the one that is meant"
+        )
     if has_safetensors:
         return Format.HUGGING_FACE
     if has_orbax:
         return Format.ORBAX
     raise FileNotFoundError(
         f"{directory}: no checkpoint here; expected a Hugging Face one ({SINGLE_FILE}, or {INDEX_FILE} and its "
-        f"shards) or one written by scripts/convert.py ({SUBFOLDER}/)"
+        f"shards) or one written by scripts/convert.py ({ORBAX_FOLDER}/)"
     )
 
 
@@ -46,6 +47,9 @@ def open_source(directory: str | pathlib.Path) -> TensorSource:
         case Format.HUGGING_FACE:
             return SafetensorsSource(directory)
         case Format.ORBAX:
+            # Imported where it is needed: most starts need none of it, and it takes a quarter of a second.
+            from gdnjax.checkpoint.orbax import OrbaxSource
+
             return OrbaxSource(directory)
 
 
@@ -78,6 +82,8 @@ def convert(
     with open_source(source) as tensors:
         target.mkdir(parents=True, exist_ok=True)
         if wanted is Format.ORBAX:
+            from gdnjax.checkpoint.orbax import write_orbax
+
             write_orbax(tensors, target, progress=progress)
         else:
             write_safetensors(tensors, target, shard_bytes=shard_bytes, progress=progress)

@@ -1,8 +1,9 @@
 """Hugging Face checkpoints: `model.safetensors`, or shards beside `model.safetensors.index.json`."""
 
 import json
+import mmap
 import pathlib
-from typing import Any
+from collections.abc import Iterable
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,8 @@ DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class SafetensorsSource:
-    """The tensors of a Hugging Face directory. The files are mapped; only the slices asked for are copied.
+    """The tensors of a Hugging Face directory. The files are mapped, and what is read are views of the mappings: they
+    may not be written to, and cost nothing until they are looked at.
 
     Every header is read and checked at construction. Raises FileNotFoundError where the directory holds no
     checkpoint or lacks a shard, and ValueError that names the file where one is damaged, where index and shards
@@ -30,46 +32,48 @@ class SafetensorsSource:
         self._directory = pathlib.Path(directory)
         weight_map = _read_index(self._directory)
         files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
-        self._slices: dict[str, Any] = {}
+        self._tensors: dict[str, np.ndarray] = {}
         self._files: dict[str, pathlib.Path] = {}
         for file in files:
             self._add(self._directory / file)
         if weight_map is not None:
             self._check_index(weight_map)
-        dtypes = {name: tensor.get_dtype() for name, tensor in self._slices.items()}
-        check_dtypes(str(self._directory), dtypes)
-        self._shapes = {name: tuple(tensor.get_shape()) for name, tensor in self._slices.items()}
-        self._dtypes = {name: DTYPES[dtype] for name, dtype in dtypes.items()}
 
     def names(self) -> tuple[str, ...]:
-        return tuple(self._shapes)
+        return tuple(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        return self._dtypes[name]
+        return self._tensors[name].dtype
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._slices[name][index]
+        tensor = self._tensors[name]
+        assert isinstance(tensor.base, mmap.mmap), "tensors are views of mappings"
+        _read_ahead(tensor[index], tensor.base)
+        return tensor[index]
 
     def __enter__(self) -> "SafetensorsSource":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # The mapping of a file ends with the last slice object that refers to it.
-        self._slices.clear()
+        # The mapping of a file ends with the last array that is a view of it.
+        self._tensors.clear()
 
     def _add(self, file: pathlib.Path) -> None:
         """Maps one file. A tensor that an earlier file has too is an error: which of them is meant is unknown."""
         try:
-            opened = safetensors.safe_open(file, framework="numpy")
+            with safetensors.safe_open(file, framework="numpy") as opened:
+                # Known to be sound from here on: tensors lie within the file, and cover it without gaps.
+                names = opened.keys()
+                check_dtypes(str(file), {name: opened.get_slice(name).get_dtype() for name in names})
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file}: damaged or not a safetensors file: {error}") from error
-        for name in opened.keys():  # noqa: SIM118 (a safe_open handle is no dict)
-            if name in self._slices:
+        for name, tensor in _views(file, names).items():
+            if name in self._tensors:
                 raise ValueError(f"{file}: tensor {name} is also in {self._files[name]}")
-            self._slices[name] = opened.get_slice(name)
+            self._tensors[name] = tensor
             self._files[name] = file
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
@@ -82,9 +86,39 @@ class SafetensorsSource:
             raise ValueError(
                 f"{self._directory / INDEX_FILE}: tensors that are not in the shard it names: {abbreviate(absent)}"
             )
-        unlisted = [f"{name} (in {self._files[name].name})" for name in self._slices if name not in weight_map]
+        unlisted = [f"{name} (in {self._files[name].name})" for name in self._tensors if name not in weight_map]
         if unlisted:
             raise ValueError(f"{self._directory / INDEX_FILE}: tensors that it does not list: {abbreviate(unlisted)}")
+
+
+def _views(file: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The tensors of a sound file, as views of its mapping. safetensors itself gives copies only.
+
+    The layout: the length of the header in 8 bytes, little-endian; the header, as JSON; then the tensors, each from
+    one offset to another behind the header.
+    """
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    return {
+        name: np.ndarray(
+            tuple(header[name]["shape"]),
+            DTYPES[header[name]["dtype"]],
+            buffer=mapping,
+            offset=8 + size + header[name]["data_offsets"][0],
+        )
+        for name in names
+    }
+
+
+def _read_ahead(view: np.ndarray, mapping: mmap.mmap) -> None:
+    """Has the file's part under a view come into memory in large pieces: page by page, a disk is slow."""
+    if view.size:
+        begin, end = np.lib.array_utils.byte_bounds(view)
+        start = np.frombuffer(mapping, np.uint8).ctypes.data
+        page = (begin - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_WILLNEED, page, end - start - page)
 
 
 def _read_index(directory: pathlib.Path) -> dict[str, str] | None:

@@ -1,8 +1,15 @@
 """From a checkpoint directory to sharded parameters, each rank reading its own part."""
 
+import concurrent.futures
 import dataclasses
 import logging
+import math
+import mmap
+import os
 import pathlib
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -20,6 +27,13 @@ from gdnjax.shapes import Params
 
 log = logging.getLogger("gdnjax")
 
+IN_FLIGHT_BYTES = 4 << 30
+"""Host memory of the parameters that are on their way to the devices; a larger one travels alone."""
+
+THREADS = min(8, max(2, os.cpu_count() or 1))
+"""Parameters on their way at once: one is read while others are transferred, and a single thread does neither as fast
+as memory and bus allow. More than a few gain nothing."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadReport:
@@ -32,6 +46,7 @@ class LoadReport:
     skipped_mtp       belong to the multi-token-prediction head, which `abstract` does not have
     skipped_tied      the lm_head of a model whose lm_head is its embedding
     parameter_bytes   size of all parameters, all ranks together, replicated ones counted once
+    seconds           from the opened checkpoint to the last parameter on its device; reports are equal without it
     """
 
     loaded: int
@@ -41,13 +56,20 @@ class LoadReport:
     skipped_mtp: int
     skipped_tied: int
     parameter_bytes: int
+    seconds: float = dataclasses.field(compare=False)
+
+    @property
+    def gib_per_second(self) -> float:
+        """Of parameters, as they are on the devices."""
+        return self.parameter_bytes / (1 << 30) / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
         head = ""
         if self.mtp_shared:
             head = f"; {self.mtp_loaded} of them are the MTP head, which shares {' and '.join(self.mtp_shared)}"
         return (
-            f"{self.loaded} tensors, {self.parameter_bytes / (1 << 30):.2f} GiB of parameters{head}; skipped: "
+            f"{self.loaded} tensors, {self.parameter_bytes / (1 << 30):.2f} GiB of parameters in {self.seconds:.1f} s "
+            f"({self.gib_per_second:.2f} GiB/s){head}; skipped: "
             f"{self.skipped_vision} of the vision tower, {self.skipped_mtp} of the MTP head, "
             f"{self.skipped_tied} tied to the embedding"
         )
@@ -62,10 +84,13 @@ def load_params(
                 loaded if it is a part of this tree
     progress    a progress bar over parameters, on stderr
 
-    Names, shapes and dtypes of all tensors are checked before anything is read. Host memory holds one parameter at a
-    time. Raises FileNotFoundError where the directory is no checkpoint, and ValueError that names the tensors where
-    some are missing, unexpected, of another shape or dtype, where a file is damaged, where the MTP head is wanted and
-    not stored, or has an embedding or a head of its own, or where the ranks of `mesh` do not divide the model.
+    Names, shapes and dtypes of all tensors are checked before anything is read. Then up to THREADS parameters are read
+    and transferred at a time, and host memory holds IN_FLIGHT_BYTES of them, or the one that is larger; of an Orbax
+    checkpoint also a tensor for each thread. Raises FileNotFoundError where the directory is no checkpoint, and
+    ValueError that names the tensors where some are missing, unexpected, of another shape or dtype, where a file is
+    damaged, where the MTP head is wanted and not stored, or has an embedding or a head of its own, or where the ranks
+    of `mesh` do not divide the model. What fails on the way names the parameter, and is raised when the others under
+    way have ended; so is a KeyboardInterrupt.
     """
     tp = mesh.shape[sharding.AXIS]
     # For its errors: what the ranks cannot divide is named before any index vector is cut.
@@ -74,10 +99,16 @@ def load_params(
     parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
     with open_source(directory) as source:
         names, origins = _resolve(source, directory, parameters, cfg, tp)
-        arrays = [
-            _load_parameter(source, names.language, origins[name], leaf, NamedSharding(mesh, sharding.spec_of(name)))
-            for name, leaf in tqdm(parameters.items(), desc="loading", unit="parameter", disable=not progress)
-        ]
+        began = time.monotonic()
+
+        def load(name: str) -> jax.Array:
+            placement = NamedSharding(mesh, sharding.spec_of(name))
+            return _load_parameter(source, names.language, origins[name], parameters[name], placement)
+
+        sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in parameters.items()}
+        with tqdm(total=len(sizes), desc="loading", unit="parameter", disable=not progress) as bar:
+            arrays = _side_by_side(load, sizes, bar.update)
+        seconds = time.monotonic() - began
     mtp_loaded = sum(map(_is_of_head, names.language))
     tables = ("embed_tokens",) if cfg.tie_word_embeddings else ("embed_tokens", "lm_head")
     report = LoadReport(
@@ -88,6 +119,7 @@ def load_params(
         skipped_mtp=len(names.mtp),
         skipped_tied=len(names.tied),
         parameter_bytes=sum(array.nbytes for array in arrays),
+        seconds=seconds,
     )
     log.info("loaded %s: %s", directory, report)
     return jax.tree_util.tree_unflatten(treedef, arrays), report
@@ -156,6 +188,48 @@ def _check_head(names: Names, mtp_wanted: bool) -> None:
         )
 
 
+def _side_by_side(
+    load: Callable[[str], jax.Array], sizes: Mapping[str, int], done: Callable[[int], object]
+) -> list[jax.Array]:
+    """`load` of each name, in order, by THREADS threads, with at most IN_FLIGHT_BYTES of `sizes` begun and not ended.
+
+    `done` is told how many have ended since it was told last. An error is that of `load`, with the name before it.
+    """
+    futures: dict[str, Future[jax.Array]] = {}
+    under_way: dict[Future[jax.Array], int] = {}
+
+    def wait() -> None:
+        ended, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in ended:
+            del under_way[future]
+            future.result()
+        done(len(ended))
+
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="gdnjax-load") as pool:
+        try:
+            for name, size in sizes.items():
+                while under_way and sum(under_way.values()) + size > IN_FLIGHT_BYTES:
+                    wait()
+                futures[name] = future = pool.submit(_naming, load, name)
+                under_way[future] = size
+            while under_way:
+                wait()
+        except BaseException:
+            # Leaving the pool waits for its threads: for what they have begun, and no more.
+            for future in under_way:
+                future.cancel()
+            raise
+    return [future.result() for future in futures.values()]
+
+
+def _naming(load: Callable[[str], jax.Array], name: str) -> jax.Array:
+    try:
+        return load(name)
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        # Of the same type, since callers tell a device that is full from a file that is damaged by it.
+        raise type(error)(f"loading {name}: {error}") from error
+
+
 def _load_parameter(
     source: TensorSource,
     stored_names: dict[str, str],
@@ -163,20 +237,49 @@ def _load_parameter(
     leaf: jax.ShapeDtypeStruct,
     placement: NamedSharding,
 ) -> jax.Array:
+    # A CPU device would keep what it is given where that is aligned, and a file may change under it.
+    in_memory = any(device.platform == "cpu" for device in placement.device_set)
+
     def block(index: Any) -> np.ndarray:
         bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
         slices = tuple(slice(start, stop) for start, stop, _ in bounds)
-        return _fill(source, stored_names, copies(origin, slices), slices, leaf.dtype)
+        shape = tuple(stop - start for start, stop, _ in bounds)
+        return _block(source, stored_names, copies(origin, slices), shape, leaf.dtype, in_memory=in_memory)
 
-    # Waited for, so that the host buffers of one parameter are gone before the next is read.
+    # Waited for, so that the host buffers of a parameter are gone before another takes its place.
     return jax.make_array_from_callback(leaf.shape, placement, block).block_until_ready()
 
 
-def _fill(
-    source: TensorSource, stored_names: dict[str, str], reads: list[Copy], block: tuple[slice, ...], dtype: np.dtype
+def _block(
+    source: TensorSource,
+    stored_names: dict[str, str],
+    reads: list[Copy],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    *,
+    in_memory: bool,
 ) -> np.ndarray:
-    # Zeros, since padding is what no read covers.
-    values = np.zeros([part.stop - part.start for part in block], dtype)
+    """One rank's values: in memory of their own, or, where they stand so in the checkpoint, what the source reads."""
+    size = math.prod(shape)
+    filled = sum(math.prod(part.stop - part.start for part in copy.target) for copy in reads)
+    if len(reads) == 1 and filled == size and not in_memory:
+        values = source.read(stored_names[reads[0].tensor], reads[0].source)
+        if values.dtype == dtype and values.flags.c_contiguous and values.flags.aligned:
+            return values.reshape(shape)
+    values = _zeros(shape, dtype)
     for copy in reads:
         values[copy.target] = source.read(stored_names[copy.tensor], copy.source)
     return values
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros, in pages of their own.
+
+    They begin where a page does, so a CPU device takes them over without a copy; and all of them go back to the system
+    at once, whoever allocated what in between. What no read covers is padding, and stays zero.
+    """
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Most of the time would go into small pages.
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.ndarray(shape, dtype, buffer=memory)

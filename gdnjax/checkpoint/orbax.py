@@ -1,6 +1,7 @@
 """Checkpoints written by scripts/convert.py: an Orbax tree {Hugging Face tensor name: array} in `params/`."""
 
 import pathlib
+import threading
 
 import jax
 import numpy as np
@@ -8,23 +9,21 @@ import orbax.checkpoint as ocp
 import tensorstore
 from tqdm import tqdm
 
-from gdnjax.checkpoint.sources import TensorSource, check_dtypes, read_whole
-
-SUBFOLDER = "params"
+from gdnjax.checkpoint.sources import ORBAX_FOLDER, TensorSource, check_dtypes, read_whole
 
 # In an Orbax checkpoint every tensor is a zarr array under its name, in one OCDBT key-value store. Its key there:
 ARRAY_KEY_SUFFIX = "/.zarray"
 
 
 class OrbaxSource:
-    """The tensors of a converted directory, one at a time: the last tensor read is kept, so slices of it are cheap.
+    """The tensors of a converted directory. Each thread keeps the tensor that it read last, so slices of it are cheap.
 
     Raises FileNotFoundError where there is no `params/`, and ValueError where it is not a checkpoint of
     scripts/convert.py, is damaged, or holds a tensor that is neither float32 nor bfloat16.
     """
 
     def __init__(self, directory: str | pathlib.Path):
-        self._params = pathlib.Path(directory).resolve() / SUBFOLDER
+        self._params = pathlib.Path(directory).resolve() / ORBAX_FOLDER
         if not self._params.is_dir():
             raise FileNotFoundError(f"{self._params}: no such directory; expected one written by scripts/convert.py")
         try:
@@ -35,7 +34,7 @@ class OrbaxSource:
             raise ValueError(f"{self._params}: no tensors here; expected an Orbax checkpoint of scripts/convert.py")
         self._dtypes = {name: tensor.dtype.numpy_dtype for name, tensor in self._tensors.items()}
         check_dtypes(str(self._params), {name: dtype.name for name, dtype in self._dtypes.items()})
-        self._last: tuple[str, np.ndarray] | None = None
+        self._kept = threading.local()
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
@@ -47,21 +46,22 @@ class OrbaxSource:
         return self._dtypes[name]
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        if self._last is None or self._last[0] != name:
-            # Dropped first, so that two tensors are never held.
-            self._last = None
+        if getattr(self._kept, "name", None) != name:
+            # Dropped first, so that a thread never holds two tensors.
+            self._kept.name = self._kept.tensor = None
             try:
-                self._last = name, self._tensors[name].read().result()
+                self._kept.tensor = self._tensors[name].read().result()
             except ValueError as error:
                 raise ValueError(f"{self._params}: tensor {name} is damaged: {error}") from error
-        return self._last[1][index]
+            self._kept.name = name
+        return self._kept.tensor[index]
 
     def __enter__(self) -> "OrbaxSource":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._tensors.clear()
-        self._last = None
+        self._kept = threading.local()
 
 
 def _open_tensors(params: pathlib.Path) -> dict[str, tensorstore.TensorStore]:
@@ -109,4 +109,4 @@ def write_orbax(source: TensorSource, directory: pathlib.Path, *, progress: bool
             bar.update()
         # Orbax writes all of them in one call that reports nothing.
         bar.set_description("writing Orbax")
-        checkpointer.save(directory.resolve() / SUBFOLDER, ocp.args.PyTreeSave(tensors))
+        checkpointer.save(directory.resolve() / ORBAX_FOLDER, ocp.args.PyTreeSave(tensors))

@@ -9,6 +9,9 @@ import numpy as np
 
 ALLOWED_DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 
+ORBAX_FOLDER = "params"
+"""Where a checkpoint directory of scripts/convert.py has its tensors."""
+
 # Names of the tensors that go with block-wise quantised weights.
 QUANTISED_SUFFIXES = ("_scale_inv",)
 
@@ -22,8 +25,8 @@ class TensorSource(Protocol):
     """A checkpoint on disk, opened for reading; a context manager. Nothing is read before it is asked for.
 
     `read` takes one slice per axis, step 1 and within the shape, and returns an array in the tensor's own dtype
-    (bfloat16 is that of ml_dtypes). It may be a view of the last tensor read: copy it before the next read if it is
-    to be changed. `shape`, `dtype` and `read` raise KeyError for a name that is not in `names`.
+    (bfloat16 is that of ml_dtypes). It may be a view of a file or of something kept: copy it if it is to be changed.
+    Several threads may read at once. `shape`, `dtype` and `read` raise KeyError for a name that is not in `names`.
     """
 
     def names(self) -> tuple[str, ...]: ...

@@ -65,7 +65,10 @@ class LLM:
     one from; without tokenizer files prompts are token ids and texts are empty.
 
     Raises FileNotFoundError, ValueError or MemoryError, before any weight is read, for what cannot work.
+    `load_report` says what became of the checkpoint's tensors, and how fast; None where nothing was read.
     """
+
+    load_report: checkpoint.LoadReport | None = None
 
     def __init__(
         self,
@@ -92,7 +95,7 @@ class LLM:
         plan = _plan(hybrid, config, mesh, max_model_len, abstract)
         reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
         defaults = load_generation_defaults(directory)
-        params, _ = checkpoint.load_params(directory, model_config, abstract, mesh, progress=use_tqdm)
+        params, self.load_report = checkpoint.load_params(directory, model_config, abstract, mesh, progress=use_tqdm)
         eos = defaults.eos_token_ids or model_config.eos_token_ids or (reader.eos_token_ids if reader else ())
         self._start(hybrid, params, mesh, config, plan, max_model_len, reader, defaults, eos)
 

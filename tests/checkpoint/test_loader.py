@@ -1,6 +1,8 @@
 """Loaded parameters, compared with arrays built head by head."""
 
 import dataclasses
+import threading
+import time
 
 import jax
 import ml_dtypes
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from gdnjax import sharding
-from gdnjax.checkpoint import convert, load_params
+from gdnjax.checkpoint import convert, load_params, loader
 from gdnjax.checkpoint.huggingface import SafetensorsSource
 from gdnjax.checkpoint.mapping import copies, origin_of
 from gdnjax.models import abstract_params
@@ -285,3 +287,103 @@ def test_copies_of_a_block_never_touch_padding():
     origin = origin_of("embed_tokens.weight", (16, 6), tiny.DENSE, 4, experts_apart=False)
     (last,) = copies(origin, (slice(12, 16), slice(0, 6)))
     assert (last.source, last.target) == ((slice(12, 13), slice(0, 6)), (slice(0, 1), slice(0, 6)))
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, MemoryError, RuntimeError])
+def test_failure_on_the_way_names_the_parameter(tmp_path, monkeypatch, error):
+    model = tiny.model_tensors(tiny.DENSE)
+    tiny.write_single(tmp_path, tiny.stored_tensors(model, tiny.DENSE))
+    read = SafetensorsSource.read
+
+    def failing(self, name, index):
+        if name.endswith("layers.1.self_attn.q_norm.weight"):
+            raise error("it is gone")
+        return read(self, name, index)
+
+    monkeypatch.setattr(SafetensorsSource, "read", failing)
+    with pytest.raises(error, match=r"^loading layers\.1\.self_attn\.q_norm\.weight: it is gone$"):
+        _load(tmp_path, tiny.DENSE, model, 2)
+
+
+def test_what_is_under_way_stays_within_its_bound(monkeypatch):
+    monkeypatch.setattr(loader, "IN_FLIGHT_BYTES", 10)
+    sizes = {f"p{i}": size for i, size in enumerate([3, 3, 20, 4, 4, 1, 1, 9, 2, 10, 1])}
+    lock, held, most = threading.Lock(), [], []
+
+    def load(name):
+        with lock:
+            held.append(sizes[name])
+            most.append(list(held))
+        time.sleep(0.01)
+        with lock:
+            held.remove(sizes[name])
+        return jax.numpy.asarray(sizes[name])
+
+    ended = []
+    assert list(map(int, loader._side_by_side(load, sizes, ended.append))) == list(sizes.values())
+    assert sum(ended) == len(sizes)
+    assert max(len(sizes) for sizes in most) > 1
+    # What is larger than the bound goes alone.
+    assert all(sum(sizes) <= 10 or sizes == [20] for sizes in most)
+
+
+def test_interrupted_load_begins_nothing_more(monkeypatch):
+    monkeypatch.setattr(loader, "THREADS", 2)
+    begun = []
+
+    def load(name):
+        begun.append(name)
+        time.sleep(0.01)
+        return jax.numpy.zeros(())
+
+    def interrupted(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loader._side_by_side(load, {f"p{i}": 1 for i in range(1000)}, interrupted)
+    assert len(begun) < 100
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("gdnjax-load")]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_block_for_a_device_with_its_own_memory_is_a_view_where_the_file_has_it_so(tmp_path, dtype):
+    """And memory of its own, of the same values, for a CPU device, and where rows are gathered, padded or cast."""
+    model = tiny.model_tensors(tiny.DENSE)
+    stored = tiny.stored_tensors(model, tiny.DENSE)
+    stored = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in stored.items()}
+    tiny.write_single(tmp_path, stored)
+    expected = tiny.global_tensors(model, tiny.DENSE, 4)
+    views = set()
+    with SafetensorsSource(tmp_path) as source:
+        for name, values in expected.items():
+            origin = origin_of(name, values.shape, tiny.DENSE, 4, experts_apart=False)
+            names = {part.tensor: next(full for full in stored if full.endswith(part.tensor)) for part in origin.parts}
+            reads = copies(origin, tuple(slice(0, size) for size in values.shape))
+            for in_memory in (True, False):
+                block = loader._block(source, names, reads, values.shape, np.dtype(dtype), in_memory=in_memory)
+                np.testing.assert_array_equal(block, values.astype(ml_dtypes.bfloat16).astype(dtype), err_msg=name)
+                if block.flags.writeable:
+                    # A CPU device takes it over as it is.
+                    assert block.ctypes.data % 64 == 0
+                else:
+                    assert not in_memory
+                    views.add(name)
+    assert ("norm.weight" in views) == (dtype is ml_dtypes.bfloat16)
+    # Its rows are padded.
+    assert "embed_tokens.weight" not in views
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_parameters_from_views_of_the_files_are_the_same(tmp_path, monkeypatch, tp):
+    """As devices with memory of their own get them."""
+    model = tiny.model_tensors(tiny.MOE)
+    tiny.write_sharded(tmp_path, tiny.stored_tensors(model, tiny.MOE, fused=False))
+    block = loader._block
+
+    def of_another_platform(*arguments, in_memory):
+        assert in_memory
+        return block(*arguments, in_memory=False)
+
+    monkeypatch.setattr(loader, "_block", of_another_platform)
+    params, _ = _load(tmp_path, tiny.MOE, model, tp)
+    _assert_equal(params, tiny.global_tensors(model, tiny.MOE, tp))

@@ -133,7 +133,7 @@ def test_several_prompts_come_under_headers_in_order(capsys, random_model):
 def test_drafts_compile_nothing_more_after_the_rehearsal(flags, capsys):
     directory = model_directory("tiny")
     arguments = _arguments("--max-tokens", "40", "--num-speculative-tokens", "2", *flags)
-    llm, (prompt,), _ = generate.start(arguments, directory, ["Once upon a time"])
+    llm, (prompt,) = generate.start(arguments, directory, ["Once upon a time"], generate.Start())
     with llm:
         params = llm.default_sampling_params(max_tokens=40, ignore_eos=True)
         generate.rehearse(llm, prompt, params)
@@ -145,7 +145,8 @@ def test_drafts_compile_nothing_more_after_the_rehearsal(flags, capsys):
 
 def test_long_prompt_streams_what_the_engine_generates_and_compiles_nothing_more(random_model, capsys):
     arguments = _arguments("--model", str(random_model), "--max-tokens", "20")
-    llm, (prompt,), import_time = generate.start(arguments, random_model, ["One request has one slot. " * 160])
+    clock = generate.Start()
+    llm, (prompt,) = generate.start(arguments, random_model, ["One request has one slot. " * 160], clock)
     with llm:
         assert len(prompt.token_ids) > llm.config.max_num_batched_tokens
         params = llm.default_sampling_params(max_tokens=20, temperature=0.0, ignore_eos=True)
@@ -154,7 +155,7 @@ def test_long_prompt_streams_what_the_engine_generates_and_compiles_nothing_more
         (output,) = generate.stream(llm, prompt, params)
         assert llm.stats()["num_compilations"] == compiled
         (again,) = llm.generate({"prompt_token_ids": prompt.token_ids}, params, use_tqdm=False)
-    assert import_time >= 0
+    assert clock.seconds["import"] >= 0
     assert output.outputs[0].token_ids == again.outputs[0].token_ids
     assert len(output.outputs[0].token_ids) == 20
     assert capsys.readouterr().out == f"{output.outputs[0].text}\n"

@@ -1,5 +1,7 @@
 """The random checkpoint is complete, and is what transformers reads too."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,7 +31,17 @@ def test_directory_that_holds_something_is_refused(random_model, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--layers", "0"), ("--hidden-size", "50"), ("--hidden-size", "32"), ("--seed", "-1")]
+    "flags",
+    [
+        ("--layers", "0"),
+        ("--hidden-size", "50"),
+        ("--hidden-size", "32"),
+        ("--seed", "-1"),
+        ("--config", "none.json"),
+        ("--config", "qwen3.5-9b", "--layers", "33"),
+        ("--config", "qwen3.5-9b", "--hidden-size", "64"),
+        ("--config", "qwen3.5-9b", "--dtype", "float32"),
+    ],
 )
 def test_bad_size_is_one_line(tmp_path, capsys, flags):
     assert make_random_checkpoint.main([str(tmp_path / "new"), *flags]) == 2
@@ -37,3 +49,19 @@ def test_bad_size_is_one_line(tmp_path, capsys, flags):
     assert err.startswith("make_random_checkpoint.py: error: ")
     assert err.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_published_sizes_load_with_their_mtp_head(tmp_path):
+    """A configuration inside another, as published: the layers asked for, every tensor finite, no two rows alike."""
+    text = make_random_checkpoint.model_config(vocab_size=600, layers=8, hidden_size=64, dtype="bfloat16")
+    text |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": text}))
+    flags = ["--config", str(tmp_path / "config.json"), "--layers", "4"]
+    assert make_random_checkpoint.main([str(tmp_path / "new"), *flags]) == 0
+    with LLM(tmp_path / "new", max_model_len=64, warmup=False, use_tqdm=False, num_speculative_tokens=1) as llm:
+        assert llm.model.config.num_layers == 4
+        assert llm.load_report.mtp_loaded > 0
+        embedding = np.asarray(llm.params["embed_tokens"]["weight"], np.float32)
+        assert len(np.unique(embedding[:600], axis=0)) == 600
+        (output,) = llm.generate("One request", use_tqdm=False)
+        assert output.outputs[0].token_ids
