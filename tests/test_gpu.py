@@ -122,7 +122,11 @@ def test_auto_is_the_kernels():
 def micro_runs(kernels: str, dtype: str) -> list[Run]:
     """Prompts of one piece and of several, side by side, then a hit; two drafts a step."""
     model = build_model(MICRO, dtype, mtp=True)
-    params = random_params(MICRO, 1, dtype, jax.random.key(3), mtp=True)
+    # The same weights in either dtype.
+    params = jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if leaf.dtype == "bfloat16" else leaf,
+        random_params(MICRO, 1, "bfloat16", jax.random.key(3), mtp=True),
+    )
     config = EngineConfig(
         kernels=kernels,
         max_num_seqs=4,
@@ -154,14 +158,33 @@ def runs():
         return dict(zip(keys, pool.map(lambda key: micro_runs(*key), keys), strict=True))
 
 
-# On the interpreter they are 3e-6 apart in float32, and 0.09 in bfloat16, which rounds in every layer: 2^-9 of numbers
-# that make log-probabilities of -8. What is wrong in both is wrong by 0.08 and more (test_kernels_in_engine.py).
-@pytest.mark.parametrize(("dtype", "bound"), list(zip(DTYPES, (2e-5, 0.25), strict=True)))
-def test_kernels_agree_with_the_reference_engine(runs, dtype, bound):
-    """Up to the first token at which they part, which both scored: where the best two are that close."""
-    for one, other in zip(runs["reference", dtype], runs["auto", dtype], strict=True):
+def test_float32_kernels_agree_with_the_reference_engine(runs):
+    """Up to the first token at which they part, which both scored. On the interpreter they are 3e-6 apart."""
+    for one, other in zip(runs["reference", "float32"], runs["auto", "float32"], strict=True):
         until = num_same(one, other) + 1
-        assert distance(one.logprobs[:until], other.logprobs[:until]) <= bound
+        assert distance(one.logprobs[:until], other.logprobs[:until]) <= 2e-5
+
+
+def test_bfloat16_kernels_are_as_near_to_float32_as_the_reference_engine(runs):
+    """The same weights in float32 are the measure, since a router whose experts nearly tie turns rounding into a jump:
+    on an H100 one token of the reference engine was 0.42 from float32, and from the kernels.
+
+    Both have 0.013 a token in the median there, and up to 0.04 without a jump; what is wrong is wrong by 0.08 and more
+    (test_kernels_in_engine.py).
+    """
+    reference, kernels = (errors(runs["reference", "float32"], runs[key, "bfloat16"]) for key in ("reference", "auto"))
+    assert min(len(reference), len(kernels)) >= 20
+    assert np.median(kernels) <= 1.5 * np.median(reference)
+    assert np.count_nonzero(kernels > 0.06) <= 1
+
+
+def errors(exact: list[Run], found: list[Run]) -> np.ndarray:
+    """Root mean square of the log-probabilities' errors, of each token up to the first at which a run parts."""
+    differences = [
+        other.logprobs[: num_same(one, other) + 1] - one.logprobs[: num_same(one, other) + 1]
+        for one, other in zip(exact, found, strict=True)
+    ]
+    return np.sqrt(np.mean(np.concatenate(differences) ** 2, axis=1))
 
 
 def test_kernels_are_right_at_the_sizes_of_published_models(capsys):

@@ -4,9 +4,11 @@ import functools
 
 import jax
 
-from gdnjax.backend import INTERPRET, REFERENCE, Backend
+from gdnjax.backend import INTERPRET, REFERENCE, Backend, of_device
 
 BACKENDS = {"reference": REFERENCE, "interpret": INTERPRET}
+if jax.default_backend() != "cpu":
+    BACKENDS["compiled"] = of_device("auto", jax.devices()[0])
 
 _running = REFERENCE
 

@@ -1,4 +1,4 @@
-"""Every test of an op runs on its definition, and on its kernels in the interpreter."""
+"""Every test of an op runs on its definition, and on its kernels in the interpreter; on a GPU, compiled, too."""
 
 import pytest
 
