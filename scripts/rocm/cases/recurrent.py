@@ -1,0 +1,373 @@
+"""Cases of the kernels that own recurrent state: the gated delta rule, and the windows of the convolution.
+
+Of three rows one moves to another slot, one is padding, and one stays in its slot. Slots that nobody reads, the null
+slot among them, other layers, pending rows past a row's count and padded tokens are poison.
+"""
+
+import functools
+import math
+import zlib
+
+import numpy as np
+
+from gdnjax.config import CHUNK
+from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule
+from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder
+from gdnjax.pallas_kernels.rows import Chunks, Rows, make_chunks
+from rocm.cases.case import BFLOAT16, EXACT, Bound, Case, Op, poison
+
+LAYERS, LAYER, SLOTS = 2, 1, 6
+TAPS = 4
+
+FLOAT32 = Bound(norm=2e-7, place=2e-6)
+"""A handful of float32 roundings, and exp, log and rsqrt of a unit or two in the last place; 6e-8 was seen."""
+
+SUMMED = Bound(norm=1e-6, place=4e-6)
+"""A sum of 128 products that cancel, in float32; 4e-7 was seen."""
+
+ROUNDED = Bound(norm=2.5e-3, place=2**-8, flips=2e-3)
+"""float32 inside, rounded to bfloat16 once: half a step is 2^-8 at most, 1.7e-3 in the mean square. Errors of float32
+move few places over a half: 1e-7 of them for each part in 1e-7, times the 2^8 that a step is coarser."""
+
+CHUNKED_FLOAT32 = Bound(norm=2e-6, place=2e-5)
+"""Sums over 64 tokens, behind the inverse of a triangular system; 7e-7 was seen."""
+
+CHUNKED_ROUNDED = Bound(norm=8e-3, place=6e-2)
+"""The state, T, P and the new values are rounded to bfloat16 before each product; 5.6e-3 was seen."""
+
+EXTREMES = (20.0, -20.0, 3.0, -100.0, 100.0, -3.0, 0.0, -0.5, 50.0, -0.01, -90.0)
+"""Of gates: where exp overflows, underflows or is denormal, where log1p is linear, and where it is not."""
+
+
+def random(name: str) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(name.encode()))
+
+
+def normal(r: np.random.Generator, shape, dtype=BFLOAT16, scale=1.0) -> np.ndarray:
+    return (scale * r.standard_normal(shape)).astype(dtype)
+
+
+def gates_of(r: np.random.Generator, shape: tuple[int, ...], heads: int, *, extreme: int, dtype) -> dict:
+    if extreme:
+        count = math.prod(shape) * heads
+        a, b = (
+            np.resize(np.roll(part, 3 * extreme), count).reshape(*shape, heads) for part in (EXTREMES, EXTREMES[::-1])
+        )
+        return {"a": a.astype(dtype), "b": b.astype(dtype)} | dict.fromkeys(("A_log", "dt_bias"), np.zeros(heads, "f4"))
+    # Half-lives of 1 to 4 tokens, by a softplus of middling argument and rate 1, up to a tiny one and rate e^5: there
+    # the low terms of log1p show.
+    rate = np.linspace(0.0, 5.0, heads)
+    softplus = np.log(2.0) / np.linspace(1.0, 4.0, heads) / np.exp(rate)
+    return {
+        "a": normal(r, (*shape, heads), dtype, 0.3),
+        "b": normal(r, (*shape, heads), dtype, 2.0),
+        "A_log": rate.astype(np.float32),
+        "dt_bias": np.log(np.expm1(softplus)).astype(np.float32),
+    }
+
+
+def gates_in(x) -> Gates:
+    return Gates(a=x["a"], b=x["b"], A_log=x["A_log"], dt_bias=x["dt_bias"])
+
+
+def order_in(x, order: tuple[str, str]) -> StateOrder:
+    return StateOrder(read=x["stored"] if order[0] == "mixed" else order[0] == "vk", write=order[1] == "vk")
+
+
+def pool_of(r: np.random.Generator, slots, shape: tuple[int, ...], dtype, scale: float) -> np.ndarray:
+    """A pool that is poison but for some slots of one layer."""
+    pool = poison((LAYERS, SLOTS, *shape), dtype)
+    for slot in slots:
+        pool[LAYER, slot] = normal(r, shape, dtype, scale)
+    return pool
+
+
+def slots_mask(pool: np.ndarray, slots) -> np.ndarray:
+    mask = np.zeros(pool.shape, bool)
+    mask[LAYER, np.asarray(slots)] = True
+    return mask
+
+
+@functools.cache
+def delta_op(kind: str, order: tuple[str, str], new: int, dim: int) -> Op:
+    def call(x, layer, backend):
+        gates, state_order = gates_in(x), order_in(x, order)
+        common = (x["qkv"], gates, x["ssm"], layer, x["read"], x["write"])
+        if kind == "decode":
+            o, ssm = gated_delta_rule.decode(*common, state_order, key_head_dim=dim, backend=backend)
+        elif kind == "verify":
+            o, ssm = gated_delta_rule.verify(
+                *common, x["count"], state_order, key_head_dim=dim, new=new, backend=backend
+            )
+        else:
+            return {"ssm": gated_delta_rule.fold(*common, x["count"], state_order, key_head_dim=dim, backend=backend)}
+        return {"o": o, "ssm": ssm}
+
+    return call
+
+
+def delta(
+    kind: str,
+    order: tuple[str, str] = ("vk", "vk"),
+    *,
+    state=np.float32,
+    act=BFLOAT16,
+    old: int = 0,
+    new: int = 1,
+    heads: int = 2,
+    key_heads: int = 1,
+    dim: int = 128,
+    extreme: int = 0,
+    in_place: bool = False,
+) -> Case:
+    """Decode, verify of `old` pending and `new` rows, or fold of up to `old` rows; counts are `old`, 0 and `old` - 1.
+
+    `extreme` is 0, or where in EXTREMES the gates begin: other values for the same code.
+    `in_place` lets the order change where a row stays in its slot, which is against the contract of a pool that is not
+    mixed: programs of one head race.
+    """
+    name = f"gdn-{kind}-{order[0]}-{order[1]}-{np.dtype(state).name}-{np.dtype(act).name}"
+    name += f"-{old}+{new}" * (kind != "decode") + f"-{heads}x{dim}" * (dim != 128)
+    name += f"-extreme{extreme}" * bool(extreme) + "-race" * in_place
+    r = random(name)
+    # The second row is padding.
+    read, write = [1, 0, 4], [2, 0, 4]
+    if order[0] == "mixed":
+        # The order changes in place.
+        write = [1, 0, 4]
+    elif order[0] != order[1] and not in_place:
+        read, write = [1, 3, 4], [2, 0, 5]
+    lead = (3,) if kind == "decode" else (3, old + new)
+    x = {"qkv": normal(r, (*lead, 2 * key_heads * dim + heads * dim), act)}
+    # Of the last row's keys and queries the norm is so small that the epsilon under the root shows.
+    x["qkv"][2, ..., : 2 * key_heads * dim] *= np.asarray(2**-10, act)
+    x |= gates_of(r, lead, heads, extreme=extreme, dtype=act)
+    count = [old, 0, max(old - 1, 0)]
+    for part in ("qkv", "a", "b"):
+        x[part][1] = np.nan
+        if kind != "decode":
+            for row, here in enumerate(count):
+                x[part][row, here:old] = np.nan
+    x |= {"read": np.array(read, np.int32), "write": np.array(write, np.int32), "count": np.array(count, np.int32)}
+    x["ssm"] = pool_of(r, [slot for slot in read if slot], (heads, dim * dim), state, 0.1)
+    if order[0] == "mixed":
+        x["stored"] = np.array([True, False, False])
+    real = np.array([True, False, True])
+    bounds = {"ssm": FLOAT32 if state == np.float32 else ROUNDED}
+    if kind != "fold":
+        bounds["o"] = SUMMED if act == np.float32 else ROUNDED
+    return Case(
+        name,
+        delta_op(kind, order, new, dim),
+        x,
+        LAYER,
+        bounds,
+        seen={"ssm": slots_mask(x["ssm"], [write[0], write[2]]), "o": real.reshape(3, *(1,) * (len(lead) + 1))},
+        kept={"ssm": ~slots_mask(x["ssm"], write)},
+    )
+
+
+def packed(lengths: tuple[int, ...], tokens: int, checkpoints: list[int] | None) -> dict[str, np.ndarray]:
+    """Rows of some lengths one after another, then a row, a chunk and tokens that are padding."""
+    starts = np.cumsum([0, *lengths[:-1]])
+    table = [
+        (row, start + at, min(CHUNK, length - at))
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
+        for at in range(0, length, CHUNK)
+    ]
+    row, start, length = zip(*table, (0, 0, 0), strict=True)
+    padding = tokens - sum(lengths)
+    columns = {
+        "start": [*starts, 0],
+        "length": [*lengths, 0],
+        "chunk_row": row,
+        "chunk_start": start,
+        "chunk_length": length,
+        "token_row": [*np.repeat(np.arange(len(lengths)), lengths), *[0] * padding],
+        "token_offset": [*np.concatenate([np.arange(n) for n in lengths]), *[0] * padding],
+    }
+    x = {name: np.asarray(column, np.int32) for name, column in columns.items()}
+    x["token_valid"] = np.arange(tokens) < sum(lengths)
+    if checkpoints is not None:
+        x["checkpoint"] = np.asarray(checkpoints, np.int32)
+    return x
+
+
+def rows_and_chunks(x) -> tuple[Rows, Chunks]:
+    rows = Rows(
+        read_slot=x["read"],
+        write_slot=x["write"],
+        fresh=x["fresh"],
+        start=x["start"],
+        length=x["length"],
+        token_row=x["token_row"],
+        token_offset=x["token_offset"],
+        token_valid=x["token_valid"],
+    )
+    chunks = make_chunks(
+        *(x[f"chunk_{column}"] for column in ("row", "start", "length")),
+        tokens=x["token_valid"].shape[0],
+        size=CHUNK,
+        checkpoint=x.get("checkpoint"),
+    )
+    return rows, chunks
+
+
+TOKENS = 80
+CHECKPOINTS = [5, 0, 3, 0]
+"""Behind the first chunk of the first row, and behind the second row."""
+
+
+def prefill_slots() -> dict[str, np.ndarray]:
+    """A fresh row, whose slot holds poison; one that moves; and a padded one."""
+    return {
+        "read": np.array([2, 4, 0], np.int32),
+        "write": np.array([2, 1, 0], np.int32),
+        "fresh": np.array([True, False, True]),
+    }
+
+
+@functools.cache
+def chunked_op(order: tuple[str, str], dim: int) -> Op:
+    def call(x, layer, backend):
+        rows, chunks = rows_and_chunks(x)
+        o, ssm = gated_delta_rule.prefill(
+            x["qkv"], gates_in(x), x["ssm"], layer, rows, chunks, order_in(x, order), key_head_dim=dim, backend=backend
+        )
+        return {"o": o, "ssm": ssm}
+
+    return call
+
+
+def chunked(
+    order: tuple[str, str] = ("vk", "vk"),
+    *,
+    state=np.float32,
+    act=BFLOAT16,
+    lengths: tuple[int, int] = (70, 5),
+    heads: int = 2,
+    key_heads: int = 1,
+    dim: int = 128,
+    kept: bool = False,
+    extreme: int = 0,
+) -> Case:
+    """Two rows of a prefill step, the first in two chunks; `kept`: with checkpoints."""
+    name = f"gdn-prefill-{order[0]}-{order[1]}-{np.dtype(state).name}-{np.dtype(act).name}"
+    name += f"-{heads}x{dim}" * (dim != 128) + "-kept" * kept + f"-extreme{extreme}" * bool(extreme)
+    r = random(name)
+    x = packed(lengths, TOKENS, CHECKPOINTS if kept else None) | prefill_slots()
+    keys = key_heads * dim
+    qkv = r.standard_normal((TOKENS, 2 * keys + heads * dim))
+    # Correlated keys: the inverse has something to do.
+    qkv[:, keys : 2 * keys] = 0.5 * qkv[:, keys : 2 * keys] + r.standard_normal(keys)
+    qkv[3, : 2 * keys] *= 2**-10
+    x["qkv"] = qkv.astype(act)
+    x |= gates_of(r, (TOKENS,), heads, extreme=extreme, dtype=act)
+    for part in ("qkv", "a", "b"):
+        x[part][sum(lengths) :] = np.nan
+    x["ssm"] = pool_of(r, [4], (heads, dim * dim), state, 0.1)
+    if order[0] == "mixed":
+        x["stored"] = np.array([True, False, False])
+    written = [1, 2] + [3, 5] * kept
+    bound = CHUNKED_ROUNDED if act == BFLOAT16 else CHUNKED_FLOAT32
+    return Case(
+        name,
+        chunked_op(order, dim),
+        x,
+        LAYER,
+        {"o": bound, "ssm": bound if state == np.float32 else CHUNKED_ROUNDED},
+        seen={"o": x["token_valid"][:, None, None], "ssm": slots_mask(x["ssm"], written)},
+        # The null slot may get anything.
+        kept={"ssm": ~slots_mask(x["ssm"], [0, *written])},
+    )
+
+
+def weights(r: np.random.Generator, channels: int) -> np.ndarray:
+    """Some of the channels so large that the sigmoid is 0 or 1, and its exp infinite."""
+    weight = normal(r, (channels, TAPS), scale=0.5)
+    weight[3::16] *= np.asarray(128, BFLOAT16)
+    return weight
+
+
+@functools.cache
+def conv_prefill_op() -> Op:
+    def call(x, layer, backend):
+        rows, chunks = rows_and_chunks(x)
+        y, pool = causal_conv1d.prefill(x["x"], x["weight"], x["conv"], layer, rows, chunks, backend=backend)
+        return {"y": y, "conv": pool}
+
+    return call
+
+
+def conv_prefill(channels: int = 520, *, kept: bool = False) -> Case:
+    """Rows of 70 tokens and of 2, fewer than a window holds."""
+    name = f"conv-prefill-{channels}" + "-kept" * kept
+    r = random(name)
+    lengths = (70, 2)
+    x = packed(lengths, TOKENS, CHECKPOINTS if kept else None) | prefill_slots()
+    x |= {"weight": weights(r, channels), "x": normal(r, (TOKENS, channels))}
+    x["x"][sum(lengths) :] = np.nan
+    x["conv"] = pool_of(r, [4], (TAPS - 1, channels), BFLOAT16, 1.0)
+    written = [1, 2] + [3, 5] * kept
+    return Case(
+        name,
+        conv_prefill_op(),
+        x,
+        LAYER,
+        {"y": ROUNDED, "conv": EXACT},
+        seen={"conv": slots_mask(x["conv"], written)},
+        kept={"conv": ~slots_mask(x["conv"], [0, *written])},
+    )
+
+
+@functools.cache
+def conv_op(kind: str) -> Op:
+    def call(x, layer, backend):
+        slots = (x["read"], x["write"])
+        if kind == "decode":
+            y, pool = causal_conv1d.decode(x["x"], x["weight"], x["conv"], layer, *slots, backend=backend)
+        elif kind == "verify":
+            y, pool = causal_conv1d.verify(x["x"], x["weight"], x["conv"], layer, *slots, x["count"], backend=backend)
+        else:
+            y, pool = causal_conv1d.fold(x["weight"], x["conv"], layer, *slots, x["count"], backend=backend)
+        return {"y": y, "conv": pool}
+
+    return call
+
+
+def conv(kind: str, channels: int = 520) -> Case:
+    """Decode; verify of 3 pending rows and 3 tokens; or fold of up to 3 rows."""
+    name = f"conv-{kind}-{channels}"
+    r = random(name)
+    pending = 0 if kind == "decode" else 3
+    tokens = {"decode": 1, "verify": 3, "fold": 0}[kind]
+    window = TAPS - 1
+    count = [pending, 0, max(pending - 1, 0)]
+    x = {
+        "weight": weights(r, channels),
+        "read": np.array([1, 0, 4], np.int32),
+        "write": np.array([2, 0, 4], np.int32),
+        "count": np.array(count, np.int32),
+        "conv": pool_of(r, [1, 4], (window + pending, channels), BFLOAT16, 1.0),
+    }
+    if tokens:
+        x["x"] = normal(r, (3, channels) if kind == "decode" else (3, tokens, channels))
+        x["x"][1] = np.nan
+    seen = np.ones((3, channels) if kind == "decode" else (3, pending + tokens, channels), bool)
+    seen[1] = False
+    for row in (0, 2):
+        # Pending inputs past the count mean nothing, and neither do their outputs.
+        x["conv"][LAYER, x["read"][row], window + count[row] :] = np.nan
+        if kind != "decode":
+            seen[row, count[row] : pending] = False
+    written = slots_mask(x["conv"], [2, 4])
+    written[:, :, window + (0 if kind == "decode" else tokens) :] = False
+    return Case(
+        name,
+        conv_op(kind),
+        x,
+        LAYER,
+        {"y": ROUNDED, "conv": EXACT},
+        seen={"y": seen, "conv": written},
+        kept={"conv": ~slots_mask(x["conv"], x["write"])},
+    )
