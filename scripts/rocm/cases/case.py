@@ -26,7 +26,7 @@ class Bound:
 
     Fields:
       norm   of the error, relative to the norm of what is wanted.
-      place  the error of any one place, relative to its magnitude plus the root mean square of all.
+      place  the error of any one place, relative to its magnitude plus the median magnitude of all.
       flips  share of the places, beside FEW of them, that may be other than what is wanted, rounded to the output's
              dtype: a sum in another order now and then falls to the other side of a half, but what is wrong by 1e-5
              does so everywhere.
@@ -121,8 +121,7 @@ def difference(found: np.ndarray, wanted: np.ndarray) -> Error | None:
         return None
     x, y = x[finite], y[finite]
     gap = np.abs(x - y)
-    scale = np.sqrt(np.mean(y * y)) if y.size else 0.0
-    size = np.abs(y) + scale
+    size = np.abs(y) + (np.median(np.abs(y)) if y.size else 0.0)
     flips = found[finite].astype(np.float64) != wanted[finite].astype(found.dtype).astype(np.float64)
     return Error(
         norm=float(np.linalg.norm(gap) / max(np.linalg.norm(y), 1e-30)),

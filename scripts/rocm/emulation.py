@@ -1,0 +1,207 @@
+"""Cases as AMD machine code: every launch of an op is compiled by XLA's ROCm compiler, and executed by the emulator."""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from emulator import launch as machine
+from emulator.decode import Instruction
+from gdnjax.backend import Backend
+from gdnjax.pallas_kernels import launch as package
+from gdnjax.pallas_kernels.launch import Launch
+from rocm import code_object, compiling
+from rocm.cases import Case
+
+UNWRITTEN = 0xFB
+"""Each byte of an output before its kernel runs: what nobody writes shows."""
+
+LARGE = 1 << 28
+"""Bytes from which on an array is neither copied nor given to XLA: it may be larger than the memory."""
+
+Fault = machine.Fault
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """A kernel that is ready to run: its program, and the bytes of LDS that it is launched with."""
+
+    program: Any
+    lds: int
+
+
+class Compiler:
+    """Launches to machine code of one architecture. Of those that agree in everything one is compiled."""
+
+    def __init__(self, arch: str, cache: pathlib.Path):
+        (self._device,) = compiling.devices(arch)
+        self.arch = arch
+        self._cache = cache
+        self._launches: dict[Any, Code] = {}
+        # XLA compiles no kernel twice in a process, whatever module it is in.
+        self._kernels: dict[tuple[str, str], Code] = {}
+        self.seconds = 0.0
+
+    def code(self, launch: Launch, arguments: Sequence[Any]) -> Code:
+        key = launch, package.bounded, tuple((x.shape, np.dtype(x.dtype)) for x in arguments)
+        if key not in self._launches:
+            begin = time.perf_counter()
+            self._launches[key] = self._compile(launch, arguments)
+            self.seconds += time.perf_counter() - begin
+        return self._launches[key]
+
+    def _compile(self, launch: Launch, arguments: Sequence[Any]) -> Code:
+        sharding = SingleDeviceSharding(self._device)
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments]
+        before = set(self._cache.iterdir())
+        lowered = package._function(launch).lower(*placed)
+        (found,) = compiling.launches_of(lowered)
+        # The emulator is told what the launch says; the hardware, what the compiler made of it.
+        if (found.warps, found.grid) != (launch.warps, (launch.programs, 1, 1)):
+            raise RuntimeError(f"{launch.name} was lowered to {found.warps} warps and a grid of {found.grid}")
+        lowered.compile()
+        new = set(self._cache.iterdir()) - before
+        shared = compiling._shared_memory({file for file in new if file.name.endswith("thunk_sequence.txt")})
+        for elf in (file.read_bytes() for file in sorted(new) if file.suffix == ".hsaco"):
+            for kernel in code_object.kernels(elf):
+                if kernel.name == launch.name:
+                    lds = max(kernel.lds, shared.get(kernel.name, 0))
+                    self._kernels[launch.name, found.ir] = Code(load(elf, launch.name, self.arch), lds)
+        return self._kernels[launch.name, found.ir]
+
+
+def load(elf, name, arch):
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".hsaco") as f:
+        f.write(elf)
+        f.flush()
+        return machine.program(f.name, arch, "llvm-objdump-22", name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """A launch that has run: with what, which is None where it was changed in place, what came of it, and how."""
+
+    launch: Launch
+    code: Code
+    arguments: list[np.ndarray] | None
+    outputs: list[np.ndarray]
+    result: Any
+    seconds: float
+
+    @property
+    def conflicts(self) -> list[str]:
+        """What waves did to each other."""
+        return [f"{what}, {count} bytes from {at} on" for what, (count, at) in self.result.conflicts.items()]
+
+    @property
+    def instructions(self) -> int:
+        """Of all waves together."""
+        return self.result.report.instructions
+
+    def written_pages(self) -> list[tuple[np.ndarray, set[int]]]:
+        """(array, its pages that were written) of each array of LARGE bytes."""
+        both = zip(self.result.arrays, self.result.pages, strict=True)
+        return [(array, pages) for array, pages in both if array.nbytes >= LARGE]
+
+    def again(self) -> list[np.ndarray]:
+        """The arguments, for a launch that may change some of them."""
+        assert self.arguments is not None, "they were changed in place"
+        return [x.copy() for x in self.arguments]
+
+
+def execute(code: Code, launch: Launch, arguments: Sequence[Any], *, shadow: bool) -> Executed:
+    """Runs `code` as the launch says. Arrays of LARGE bytes are used, and changed, where they are; all others stay."""
+    results = {result: operand for operand, result in launch.aliases}
+    large = any(x.nbytes >= LARGE for x in arguments)
+    places = [np.asarray(x) if x.nbytes >= LARGE else np.array(x) for x in arguments]
+    kept = None if large else [np.asarray(x) for x in arguments]
+    outputs = [
+        places[results[i]] if i in results else unwritten(out.shape, out.dtype) for i, out in enumerate(launch.out)
+    ]
+    begin = time.perf_counter()
+    result = machine.launch(code.program, [*places, *outputs], launch.programs, launch.warps, code.lds, shadow=shadow)
+    return Executed(launch, code, kept, outputs, result, time.perf_counter() - begin)
+
+
+def unwritten(shape: tuple[int, ...], dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.full(size, UNWRITTEN, np.uint8).view(dtype).reshape(shape)
+
+
+Run = Callable[[Launch, Sequence[Any]], Executed]
+
+
+def run(case: Case, arch: str, run_launch: Run) -> tuple[dict[str, np.ndarray], list[Executed]]:
+    """(outputs of the case, its launches), each run by `run_launch`. All else of the op is computed by XLA here.
+
+    Pools of LARGE bytes stay with numpy, and are changed in place.
+    """
+    executed: list[Executed] = []
+
+    def instead(launch: Launch, arguments: Sequence[Any]) -> list[Any]:
+        done = run_launch(launch, arguments)
+        executed.append(done)
+        return [x if x.nbytes >= LARGE else jnp.asarray(x) for x in done.outputs]
+
+    arrays = {name: x if x.nbytes >= LARGE else jnp.asarray(x) for name, x in case.arrays.items()}
+    with mock.patch.object(package, "run", instead):
+        outputs = case.call(arrays, Backend("pallas", arch))
+    return {name: np.asarray(x) for name, x in outputs.items()}, executed
+
+
+def as_compiled(compiler: Compiler, *, shadow: bool) -> Run:
+    """Runs each launch as the code that is compiled from it."""
+    return lambda launch, arguments: execute(compiler.code(launch, arguments), launch, arguments, shadow=shadow)
+
+
+@contextlib.contextmanager
+def without_bounds() -> Iterator[None]:
+    """Loaded numbers that multiply a stride have no range known to the compiler meanwhile."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(package._function.cache_clear)
+        bounded = package.bounded
+        for name, module in list(sys.modules.items()):
+            if name.startswith("gdnjax.pallas_kernels.") and getattr(module, "bounded", None) is bounded:
+                stack.enter_context(mock.patch.object(module, "bounded", unbounded))
+        package._function.cache_clear()
+        yield
+
+
+def unbounded(number, count):
+    """`bounded`, without what it is for."""
+    del count
+    return number
+
+
+def mutable(code: Code) -> list[int]:
+    """Numbers of the instructions that do something."""
+    names = [instruction.name for instruction in code.program.instructions]
+    return [i for i, name in enumerate(names) if name not in ("s_nop", "s_endpgm", "s_code_end")]
+
+
+def text_of(code: Code, number: int) -> str:
+    return code.program.instructions[number].text
+
+
+def without(code: Code, number: int) -> Code:
+    """The code with s_nop in the place of one instruction."""
+    instructions = list(code.program.instructions)
+    old = instructions[number]
+    instructions[number] = Instruction(old.address, old.size, "s_nop", ("0",), {}, "s_nop 0")
+    return dataclasses.replace(code, program=dataclasses.replace(code.program, instructions=instructions))
+
+
+def same(x: np.ndarray, y: np.ndarray) -> bool:
+    """To the bit."""
+    return x.tobytes() == y.tobytes()

@@ -1,0 +1,178 @@
+"""Whether the cases can fail: one instruction of a kernel becomes s_nop, and they have to notice.
+
+A mutant is caught by wrong numbers, a fault of the emulator (out of bounds, no end), a missing wait, or a conflict
+between waves. It runs alone, from what its launch got in the right run; the launches behind it run again where it
+changed anything.
+"""
+
+import collections
+import dataclasses
+import random
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gdnjax.pallas_kernels.launch import Launch
+from rocm import emulation
+from rocm.cases import BFLOAT16, Case, chunked, conv, conv_prefill, delta
+from rocm.emulation import Code, Compiler, Executed
+
+LEAST_CAUGHT = 0.85
+"""Share of the mutants that must be caught, in the kernels that own recurrent state."""
+
+SEED = 7
+
+NUMBERS, FAULT, WAIT, CONFLICT = "numbers", "fault", "wait", "conflict"
+
+KINDS = {
+    "waits that something else waits for, and hints": r"s_(waitcnt|barrier|setprio|sleep|clause|inst_prefetch)",
+    "guards for infinity, NaN and denormals": r"v_(cmp_class|cmp_o|cmp_u|div_scale|div_fixup|ldexp|frexp)",
+    "low terms of exp, log, rsqrt and division": r"v_(pk_)?(fma|fmac|mul|add|sub|rcp|div_fmas|rndne)\w*_f(32|64)",
+    "copies of what is there": r"[sv]_(mov|accvgpr)",
+    "selections of what is chosen anyway": r"(v_cndmask|s_cselect|[vs]_cmp|s_cbranch|s_\w+_saveexec|s_(and|or|xor)_b64)",
+    "numbers, signs and bounds of places": r"[sv]_\w+_[iub](16|32|64)",
+}
+"""Of what is missed, by the instruction that was taken away: kind -> pattern, the first that matches."""
+
+OTHER = "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Cases of one code object, the first of which decides what is mutated; and mutants of each of its kernels."""
+
+    cases: Sequence[Case]
+    count: int
+
+    @property
+    def name(self) -> str:
+        return self.cases[0].name
+
+
+@dataclasses.dataclass(frozen=True)
+class Missed:
+    """An instruction that nobody missed. `equal`: all outputs were the same to the bit, in every case."""
+
+    number: int
+    text: str
+    kind: str
+    equal: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """Of one kernel of a group."""
+
+    kernel: str
+    caught: dict[str, int]
+    missed: list[Missed]
+
+    @property
+    def total(self) -> int:
+        return sum(self.caught.values()) + len(self.missed)
+
+
+def groups() -> list[Group]:
+    """The kernels that own recurrent state, each at its smallest."""
+    f32, kv = np.float32, ("kv", "kv")
+    decodes = [delta("decode", extreme=first) for first in (0, 1, 2, 3)]
+    return [
+        Group(decodes, 24),
+        Group([delta("decode", kv, state=BFLOAT16)], 16),
+        Group([delta("decode", ("mixed", "vk"))], 16),
+        Group([delta("verify", old=2, new=2), delta("verify", old=2, new=2, extreme=1)], 24),
+        Group([delta("fold", kv, old=3, new=0), delta("fold", kv, old=3, new=0, extreme=1)], 24),
+        Group([chunked()], 8),
+        Group([chunked(act=f32), chunked(act=f32, extreme=1)], 10),
+        Group([conv("decode")], 10),
+        Group([conv("verify")], 16),
+        Group([conv("fold")], 10),
+        Group([conv_prefill()], 16),
+    ]
+
+
+def kind_of(text: str) -> str:
+    return next((kind for kind, pattern in KINDS.items() if re.match(pattern, text)), OTHER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Right:
+    """A case as it should run: its launches, and what is wanted of it."""
+
+    case: Case
+    wanted: dict[str, np.ndarray]
+    executed: list[Executed]
+
+
+def record(case: Case, compiler: Compiler) -> Right:
+    """Raises RuntimeError where the case is wrong as it is."""
+    wanted = case.wanted()
+    outputs, executed = emulation.run(case, compiler.arch, emulation.as_compiled(compiler, shadow=True))
+    wrong = case.compare(outputs, wanted)[1] + [fault for done in executed for fault in done.conflicts]
+    if wrong:
+        raise RuntimeError(f"{case.name} has no mutants, it is wrong itself: {wrong[0]}")
+    return Right(case, wanted, executed)
+
+
+def tallies(group: Group, compiler: Compiler) -> Iterable[Tally]:
+    """One for each kernel of the group."""
+    right = [record(case, compiler) for case in group.cases]
+    for number, done in enumerate(right[0].executed):
+        kernel = done.launch.name
+        places = emulation.mutable(done.code)
+        chosen = random.Random(f"{SEED} {kernel}").sample(places, min(group.count, len(places)))
+        caught: collections.Counter[str] = collections.Counter()
+        missed = []
+        for place in sorted(chosen):
+            verdict, equal = judge(right, number, emulation.without(done.code, place), compiler)
+            if verdict:
+                caught[verdict] += 1
+            else:
+                text = emulation.text_of(done.code, place)
+                missed.append(Missed(place, text, kind_of(text), equal))
+        yield Tally(kernel, dict(caught), missed)
+
+
+def judge(right: Sequence[Right], number: int, mutant: Code, compiler: Compiler) -> tuple[str | None, bool]:
+    """(by what the mutant of launch `number` is caught, if it is; whether it changed no output at all)."""
+    equal = True
+    for one in right:
+        verdict, same = judge_one(one, number, mutant, compiler)
+        equal &= same
+        if verdict:
+            return verdict, False
+    return None, equal
+
+
+def judge_one(right: Right, number: int, mutant: Code, compiler: Compiler) -> tuple[str | None, bool]:
+    done = right.executed[number]
+    try:
+        changed = emulation.execute(mutant, done.launch, done.again(), shadow=True)
+        if changed.conflicts:
+            return CONFLICT, False
+        if all(emulation.same(x, y) for x, y in zip(changed.outputs, done.outputs, strict=True)):
+            return None, True
+        outputs, executed = replay(right, number, changed, compiler)
+    except emulation.Fault as fault:
+        return (WAIT if "s_waitcnt" in str(fault) else FAULT), False
+    if any(later.conflicts for later in executed):
+        return CONFLICT, False
+    return (NUMBERS if right.case.compare(outputs, right.wanted)[1] else None), False
+
+
+def replay(right: Right, number: int, changed: Executed, compiler: Compiler) -> tuple[dict[str, Any], list[Executed]]:
+    """The case with the launches before `number` as they were, `changed` in its place, and those behind it run anew."""
+    come = 0
+
+    def run_launch(launch: Launch, arguments: Sequence[Any]) -> Executed:
+        nonlocal come
+        come += 1
+        if come <= number:
+            return right.executed[come - 1]
+        if come == number + 1:
+            return changed
+        return emulation.execute(compiler.code(launch, arguments), launch, arguments, shadow=True)
+
+    return emulation.run(right.case, compiler.arch, run_launch)
