@@ -14,28 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from emulator import launch as machine
-from emulator.decode import Instruction
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import launch as package
 from gdnjax.pallas_kernels.launch import Launch
-from rocm import code_object, compiling
+from rocm import code_object, compiling, emulator
 from rocm.cases import Case
-
-UNWRITTEN = 0xFB
-"""Each byte of an output before its kernel runs: what nobody writes shows."""
 
 LARGE = 1 << 28
 """Bytes from which on an array is neither copied nor given to XLA: it may be larger than the memory."""
-
-Fault = machine.Fault
 
 
 @dataclasses.dataclass(frozen=True)
 class Code:
     """A kernel that is ready to run: its program, and the bytes of LDS that it is launched with."""
 
-    program: Any
+    program: emulator.Program
     lds: int
 
 
@@ -75,17 +68,8 @@ class Compiler:
             for kernel in code_object.kernels(elf):
                 if kernel.name == launch.name:
                     lds = max(kernel.lds, shared.get(kernel.name, 0))
-                    self._kernels[launch.name, found.ir] = Code(load(elf, launch.name, self.arch), lds)
+                    self._kernels[launch.name, found.ir] = Code(emulator.program(elf, self.arch, launch.name), lds)
         return self._kernels[launch.name, found.ir]
-
-
-def load(elf, name, arch):
-    import tempfile
-
-    with tempfile.NamedTemporaryFile(suffix=".hsaco") as f:
-        f.write(elf)
-        f.flush()
-        return machine.program(f.name, arch, "llvm-objdump-22", name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +80,7 @@ class Executed:
     code: Code
     arguments: list[np.ndarray] | None
     outputs: list[np.ndarray]
-    result: Any
+    result: emulator.Result
     seconds: float
 
     @property
@@ -104,15 +88,10 @@ class Executed:
         """What waves did to each other."""
         return [f"{what}, {count} bytes from {at} on" for what, (count, at) in self.result.conflicts.items()]
 
-    @property
-    def instructions(self) -> int:
-        """Of all waves together."""
-        return self.result.report.instructions
-
     def written_pages(self) -> list[tuple[np.ndarray, set[int]]]:
-        """(array, its pages that were written) of each array of LARGE bytes."""
-        both = zip(self.result.arrays, self.result.pages, strict=True)
-        return [(array, pages) for array, pages in both if array.nbytes >= LARGE]
+        """(output, its pages that were written) of each output of LARGE bytes."""
+        pages = self.result.pages[-len(self.outputs) :]
+        return [(x, found) for x, found in zip(self.outputs, pages, strict=True) if x.nbytes >= LARGE]
 
     def again(self) -> list[np.ndarray]:
         """The arguments, for a launch that may change some of them."""
@@ -125,18 +104,21 @@ def execute(code: Code, launch: Launch, arguments: Sequence[Any], *, shadow: boo
     results = {result: operand for operand, result in launch.aliases}
     large = any(x.nbytes >= LARGE for x in arguments)
     places = [np.asarray(x) if x.nbytes >= LARGE else np.array(x) for x in arguments]
-    kept = None if large else [np.asarray(x) for x in arguments]
+    kept = None if large else [x.copy() for x in places]
     outputs = [
-        places[results[i]] if i in results else unwritten(out.shape, out.dtype) for i, out in enumerate(launch.out)
+        places[results[i]] if i in results else emulator.poisoned(out.shape, out.dtype)
+        for i, out in enumerate(launch.out)
     ]
     begin = time.perf_counter()
-    result = machine.launch(code.program, [*places, *outputs], launch.programs, launch.warps, code.lds, shadow=shadow)
+    result = emulator.run(
+        code.program,
+        [*places, *outputs],
+        grid=launch.programs,
+        warps=launch.warps,
+        lds=code.lds,
+        shadow=shadow,
+    )
     return Executed(launch, code, kept, outputs, result, time.perf_counter() - begin)
-
-
-def unwritten(shape: tuple[int, ...], dtype) -> np.ndarray:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.full(size, UNWRITTEN, np.uint8).view(dtype).reshape(shape)
 
 
 Run = Callable[[Launch, Sequence[Any]], Executed]
@@ -182,24 +164,6 @@ def unbounded(number, count):
     """`bounded`, without what it is for."""
     del count
     return number
-
-
-def mutable(code: Code) -> list[int]:
-    """Numbers of the instructions that do something."""
-    names = [instruction.name for instruction in code.program.instructions]
-    return [i for i, name in enumerate(names) if name not in ("s_nop", "s_endpgm", "s_code_end")]
-
-
-def text_of(code: Code, number: int) -> str:
-    return code.program.instructions[number].text
-
-
-def without(code: Code, number: int) -> Code:
-    """The code with s_nop in the place of one instruction."""
-    instructions = list(code.program.instructions)
-    old = instructions[number]
-    instructions[number] = Instruction(old.address, old.size, "s_nop", ("0",), {}, "s_nop 0")
-    return dataclasses.replace(code, program=dataclasses.replace(code.program, instructions=instructions))
 
 
 def same(x: np.ndarray, y: np.ndarray) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rocm import emulation, mutants
+from rocm import emulation, emulator, mutants
 from rocm.cases import Case, cases, race
 from rocm.emulation import Compiler, Executed
 from rocm.large_pools import Large, large_cases, standing_controls
@@ -61,7 +61,7 @@ def results(compiler: Compiler, names: list[str], *, backwards: bool) -> Iterato
         error = ""
         try:
             found = task.run()
-        except emulation.Fault as fault:
+        except emulator.Fault as fault:
             found = {"wrong": [f"fault: {fault}"]}
         except Exception as failure:  # compilers, lowerings and the emulator raise what they like; it is never right
             found, error = {"wrong": []}, f"{type(failure).__name__}: {str(failure)[:300]}"
@@ -115,6 +115,6 @@ def _kernel(done: Executed) -> dict[str, Any]:
     return {
         "name": done.launch.name,
         "programs": done.launch.programs,
-        "instructions": done.instructions,
+        "instructions": done.result.instructions,
         "seconds": round(done.seconds, 3),
     }

@@ -8,6 +8,7 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gdnjax.pallas_kernels import paged_attention
 from rocm.cases.case import BFLOAT16, EXACT, FLOAT8, Bound, Case, Op, poison
@@ -55,7 +56,7 @@ def attention(
     kv_heads: int = 2,
     width: int = 128,
     blocks: int = 6,
-    kv=BFLOAT16,
+    kv: DTypeLike = BFLOAT16,
     first: int = 0,
 ) -> Case:
     """Two tiles of queries over contexts of nearly all, and of less than half of `blocks` blocks of 16 keys.
@@ -113,7 +114,7 @@ def write_op(quantised: bool) -> Op:
     return call
 
 
-def kv_write(kv=BFLOAT16, *, kv_heads: int = 2, width: int = 128) -> Case:
+def kv_write(kv: DTypeLike = BFLOAT16, *, kv_heads: int = 2, width: int = 128) -> Case:
     """Five tokens, of which one is padding and goes to the null block, and one has a head of zeros."""
     kv = np.dtype(kv)
     name = f"kv-write-{kv.name}-{kv_heads}x{width}"
