@@ -88,6 +88,10 @@ class Executed:
         """What waves did to each other."""
         return [f"{what}, {count} bytes from {at} on" for what, (count, at) in self.result.conflicts.items()]
 
+    def named(self) -> dict[str, np.ndarray]:
+        """The outputs, as cases call them."""
+        return {f"{self.launch.name}[{i}]": x for i, x in enumerate(self.outputs)}
+
     def written_pages(self) -> list[tuple[np.ndarray, set[int]]]:
         """(output, its pages that were written) of each output of LARGE bytes."""
         pages = self.result.pages[-len(self.outputs) :]
@@ -125,7 +129,8 @@ Run = Callable[[Launch, Sequence[Any]], Executed]
 
 
 def run(case: Case, arch: str, run_launch: Run) -> tuple[dict[str, np.ndarray], list[Executed]]:
-    """(outputs of the case, its launches), each run by `run_launch`. All else of the op is computed by XLA here.
+    """(outputs of the case and of its launches, the launches), each run by `run_launch`. All else of the op is computed
+    by XLA here.
 
     Pools of LARGE bytes stay with numpy, and are changed in place.
     """
@@ -139,7 +144,10 @@ def run(case: Case, arch: str, run_launch: Run) -> tuple[dict[str, np.ndarray], 
     arrays = {name: x if x.nbytes >= LARGE else jnp.asarray(x) for name, x in case.arrays.items()}
     with mock.patch.object(package, "run", instead):
         outputs = case.call(arrays, Backend("pallas", arch))
-    return {name: np.asarray(x) for name, x in outputs.items()}, executed
+    found = {name: np.asarray(x) for name, x in outputs.items()}
+    for done in executed:
+        found |= done.named()
+    return found, executed
 
 
 def as_compiled(compiler: Compiler, *, shadow: bool) -> Run:

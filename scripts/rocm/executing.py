@@ -81,6 +81,7 @@ def results(compiler: Compiler, names: list[str], *, backwards: bool) -> Iterato
 def small(case: Case, compiler: Compiler) -> dict[str, Any]:
     outputs, executed = emulation.run(case, compiler.arch, emulation.as_compiled(compiler, shadow=True))
     errors, wrong = case.compare(outputs, case.wanted())
+    wrong += [f"{name}: nobody computed it" for name in case.bounds if name not in outputs]
     wrong += [f"{done.launch.name}: {conflict}" for done in executed for conflict in done.conflicts[:3]]
     return {"wrong": wrong, "errors": _plain(errors), "kernels": [*map(_kernel, executed)]}
 

@@ -7,13 +7,17 @@ slot among them, other layers, pending rows past a row's count and padded tokens
 import functools
 import math
 import zlib
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from numpy.typing import DTypeLike
 
+from gdnjax.backend import FLOAT32_DOT
 from gdnjax.config import CHUNK
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule
-from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder
+from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder, reference
 from gdnjax.pallas_kernels.rows import Chunks, Rows, make_chunks
 from rocm.cases.case import BFLOAT16, EXACT, Bound, Case, Op, poison
 
@@ -38,6 +42,9 @@ CHUNKED_FLOAT32 = Bound(norm=2e-6, place=2e-5)
 
 CHUNKED_DECAYED = Bound(norm=1e-4, place=2e-3)
 """With extreme gates: their running sum goes to thousands, and its differences lose that many digits of float32."""
+
+CHUNKED_ONCE = Bound(norm=2**-8, place=2**-7, flips=1e-2)
+"""The same, rounded to bfloat16 once."""
 
 CHUNKED_ROUNDED = Bound(norm=8e-3, place=0.25)
 """The state, T, P and the new values are rounded to bfloat16 before each product; 5.6e-3 was seen."""
@@ -90,9 +97,11 @@ def order_in(x, order: tuple[str, str]) -> StateOrder:
     return StateOrder(read=x["stored"] if order[0] == "mixed" else order[0] == "vk", write=order[1] == "vk")
 
 
-def pool_of(r: np.random.Generator, slots, shape: tuple[int, ...], dtype, scale: float) -> np.ndarray:
-    """A pool that is poison but for some slots of one layer."""
-    pool = poison((LAYERS, SLOTS, *shape), dtype)
+def pool_of(
+    r: np.random.Generator, slots, shape: tuple[int, ...], dtype, scale: float, count: int = SLOTS
+) -> np.ndarray:
+    """A pool of `count` slots that is poison but for some of one layer."""
+    pool = poison((LAYERS, count, *shape), dtype)
     for slot in slots:
         pool[LAYER, slot] = normal(r, shape, dtype, scale)
     return pool
@@ -250,9 +259,56 @@ def chunked_op(order: tuple[str, str], dim: int) -> Op:
         o, ssm = gated_delta_rule.prefill(
             x["qkv"], gates_in(x), x["ssm"], layer, rows, chunks, order_in(x, order), key_head_dim=dim, backend=backend
         )
-        return {"o": o, "ssm": ssm}
+        return {"o": o, "ssm": ssm} | (chunk_terms(x, chunks, dim) if backend.is_reference else {})
 
     return call
+
+
+SCORES, SYSTEM, FACTORS, KEEP = (f"gated_delta_rule_scores[{i}]" for i in range(4))
+INVERSE = "gated_delta_rule_inverse[1]"
+
+
+def chunk_terms(x, chunks: Chunks, dim: int) -> dict[str, Any]:
+    """What the kernels of the chunked form hand on, as gated_delta_rule/chunked.py defines it, for every chunk."""
+    heads = x["ssm"].shape[2]
+    value_dim = x["ssm"].shape[3] // dim
+    q, k, v = reference.split_qkv(x["qkv"], heads, dim, value_dim)
+    keys = x["qkv"][:, : x["qkv"].shape[1] - heads * value_dim].reshape(x["qkv"].shape[0], 2, -1, dim)
+    norms = lax.rsqrt(jnp.sum(jnp.square(keys), axis=-1) + 1e-6)
+    q_norm, k_norm = jnp.repeat(norms, heads // norms.shape[2], axis=2).swapaxes(0, 1)
+    q, k, v, g, beta, q_norm, k_norm = (
+        chunks.gather(part).swapaxes(1, 2)
+        for part in (q, k, v, *reference.decay_and_beta(gates_in(x)), q_norm * dim**-0.5, k_norm)
+    )
+    terms = reference.chunk_terms(q, k, v, g, beta)
+    total = jnp.cumsum(g, axis=-1)
+    last = total[..., -1:]
+    lower = jnp.tril(jnp.ones((CHUNK, CHUNK), bool), -1)
+    decay = jnp.exp(jnp.where(lower, total[..., :, None] - total[..., None, :], 0.0))
+    products = jnp.einsum("chik,chjk->chij", k, k, precision=FLOAT32_DOT)
+    system = jnp.where(lower, beta[..., None] * products * decay, 0.0)
+    factors = (jnp.exp(total) * k_norm, jnp.exp(total) * q_norm, jnp.exp(last - total) * k_norm, beta)
+    return {
+        SCORES: terms.scores,
+        SYSTEM: system,
+        FACTORS: jnp.stack(factors, axis=2),
+        KEEP: terms.keep,
+        INVERSE: reference.unit_lower_inverse(system) * beta[..., None, :],
+    }
+
+
+def chunk_terms_seen(x) -> dict[str, np.ndarray]:
+    """Of chunks and tokens that there are. The system has no diagonal, and nothing above it."""
+    valid = np.arange(CHUNK) < x["chunk_length"][:, None]
+    real = x["chunk_length"] > 0
+    square = real[:, None, None, None]
+    return {
+        SCORES: square,
+        SYSTEM: square & np.tril(np.ones((CHUNK, CHUNK), bool), -1),
+        FACTORS: valid[:, None, None, :],
+        KEEP: real[:, None],
+        INVERSE: square,
+    }
 
 
 def chunked(
@@ -286,14 +342,16 @@ def chunked(
     if order[0] == "mixed":
         x["stored"] = np.array([True, False, False])
     written = [1, 2] + [3, 5] * kept
-    bound = CHUNKED_ROUNDED if act == BFLOAT16 else CHUNKED_DECAYED if gates else CHUNKED_FLOAT32
+    exact = CHUNKED_DECAYED if gates else CHUNKED_FLOAT32
+    bound, rounded = (CHUNKED_ROUNDED, CHUNKED_ONCE) if act == BFLOAT16 else (exact, exact)
     return Case(
         name,
         chunked_op(order, dim),
         x,
         LAYER,
-        {"o": bound, "ssm": bound if state == np.float32 else CHUNKED_ROUNDED},
-        seen={"o": x["token_valid"][:, None, None], "ssm": slots_mask(x["ssm"], written)},
+        {"o": bound, "ssm": bound if state == np.float32 else CHUNKED_ROUNDED}
+        | {SCORES: rounded, SYSTEM: exact, FACTORS: exact, KEEP: exact, INVERSE: rounded},
+        seen={"o": x["token_valid"][:, None, None], "ssm": slots_mask(x["ssm"], written)} | chunk_terms_seen(x),
         # The null slot may get anything.
         kept={"ssm": ~slots_mask(x["ssm"], [0, *written])},
     )
@@ -318,15 +376,19 @@ def conv_prefill_op() -> Op:
 
 
 def conv_prefill(channels: int = 520, *, dtype: DTypeLike = BFLOAT16, kept: bool = False) -> Case:
-    """Rows of 70 tokens and of 2, fewer than a window holds."""
+    """A fresh row and three others, the last of 2 tokens: fewer than a window holds. They begin at all places of the
+    groups of tokens that the kernel unrolls.
+    """
     name = f"conv-prefill-{channels}-{np.dtype(dtype).name}" + "-kept" * kept
     r = random(name)
-    lengths = (70, 2)
-    x = packed(lengths, TOKENS, CHECKPOINTS if kept else None) | prefill_slots()
+    lengths = (11, 11, 48, 2)
+    x = packed(lengths, TOKENS, [5, 0, 9, 3, 0] if kept else None)
+    x |= {"read": np.array([2, 4, 6, 7, 0], np.int32), "write": np.array([2, 1, 6, 8, 0], np.int32)}
+    x["fresh"] = np.array([True, False, False, False, True])
     x |= {"weight": weights(r, channels, dtype), "x": normal(r, (TOKENS, channels), dtype)}
     x["x"][sum(lengths) :] = np.nan
-    x["conv"] = pool_of(r, [4], (TAPS - 1, channels), dtype, 1.0)
-    written = [1, 2] + [3, 5] * kept
+    x["conv"] = pool_of(r, [4, 6, 7], (TAPS - 1, channels), dtype, 1.0, count=10)
+    written = [1, 2, 6, 8] + [3, 5, 9] * kept
     return Case(
         name,
         conv_prefill_op(),
