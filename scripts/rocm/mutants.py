@@ -79,7 +79,7 @@ def groups() -> list[Group]:
     f32, kv = np.float32, ("kv", "kv")
 
     def with_gates(case: Callable[[int], Case]) -> list[Case]:
-        return [case(chosen) for chosen in (0, 1, 2, 3, 4, 5, 6)]
+        return [case(chosen) for chosen in range(8)]
 
     return [
         Group(with_gates(lambda chosen: delta("decode", gates=chosen)), 32),

@@ -1,4 +1,4 @@
-"""The programs of a kernel run in any order, on many units at once: in the interpreter, which has one, they are shuffled.
+"""The programs of a kernel run in any order, on many units at once: in the interpreter, which has one, in three orders.
 
 A program that needs what another has written gives other results then, to the bit. Every kernel of the package is here
 by one call; the call's own outputs are held against its definition, too.

@@ -1,4 +1,4 @@
-"""The cases that the gate executes, and what is made of their results, without the compiler: it has its own environment."""
+"""The cases that the gate executes, and what is made of their results, without its compiler."""
 
 import dataclasses
 import functools

@@ -26,7 +26,7 @@ class Bound:
 
     Fields:
       norm   of the error, relative to the norm of what is wanted.
-      place  the error of any one place, relative to its magnitude plus the median magnitude of all.
+      place  the error of any one place, relative to its magnitude plus the median magnitude of all that are not 0.
       flips  share of the places, beside FEW of them, that may be other than what is wanted, rounded to the output's
              dtype: a sum in another order now and then falls to the other side of a half, but what is wrong by 1e-5
              does so everywhere.
@@ -58,7 +58,7 @@ class Case:
 
     Fields:
       arrays   the op's, numpy; pools have NaN, or bytes that nothing sane is made of, wherever nothing may be read.
-      bounds   output -> its bound. "kernel[i]" is output i of a launch, which the emulator sees; the op does not say it.
+      bounds   output -> its bound. "kernel[i]" is output i of a launch, which the emulator sees.
       seen     output -> mask of the places that mean something; all, where an output is not named.
       kept     output -> mask of the places that nobody addresses: they stay as they are in `arrays`, to the bit.
       clean    arrays that the definition gets in place of poisoned ones, where it is XLA that reads them.
@@ -119,13 +119,14 @@ def _definition(op: Op, layer: int) -> Callable:
 
 def difference(found: np.ndarray, wanted: np.ndarray) -> Error | None:
     """None where one is finite and the other is not."""
-    x, y = found.astype(np.float64), wanted.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        x, y = found.astype(np.float64), wanted.astype(np.float64)
     finite = np.isfinite(y)
     if not np.array_equal(np.isfinite(x), finite) or not np.array_equal(x[~finite], y[~finite], equal_nan=True):
         return None
     x, y = x[finite], y[finite]
     gap = np.abs(x - y)
-    size = np.abs(y) + (np.median(np.abs(y)) if y.size else 0.0)
+    size = np.abs(y) + (np.median(np.abs(y[y != 0])) if y.any() else 0.0)
     flips = found[finite].astype(np.float64) != wanted[finite].astype(found.dtype).astype(np.float64)
     return Error(
         norm=float(np.linalg.norm(gap) / max(np.linalg.norm(y), 1e-30)),
