@@ -2,6 +2,7 @@
 
 import re
 import types
+from typing import Any
 
 import numpy as np
 from rocm.emulator import Instruction, Operand, Result, of_instructions, run
@@ -46,9 +47,9 @@ def execute(*program: Instruction, v=None, s=None, lanes=None, waves: int = 1, l
     """
     memory = Memory(list(arrays) or [np.zeros(16, np.uint8)], waves, False)
     local = Segment(np.zeros(lds, np.uint8), waves, False)
-    machine: object = types.SimpleNamespace(memory=memory, lds=local, lds_size=lds, epoch=1)
+    machine: Any = types.SimpleNamespace(memory=memory, lds=local, lds_size=lds, epoch=1)
     wave = np.arange(waves, dtype=np.int32)
-    group = Group(machine, 256, 64, wave, np.zeros(waves, np.int32))  # pyright: ignore[reportArgumentType]
+    group = Group(machine, 256, 64, wave, np.zeros(waves, np.int32))
     for index, value in (v or {}).items():
         group.v[index] = bits(value)
     for index, value in (s or {}).items():
@@ -84,6 +85,16 @@ def mask_of(group: Group, index: int) -> np.ndarray:
     return np.array([words >> k & 1 for k in range(LANES)], bool)
 
 
+DESCRIPTOR = Descriptor(
+    lds=0,
+    scratch=0,
+    kernarg=32,
+    user_sgprs=2,
+    group_ids=(True, False, False),
+    properties=8,
+    preload=0,
+    float_mode=0xF0,
+)
 WAIT = asm("s_waitcnt", vmcnt=0, lgkmcnt=0)
 END = asm("s_endpgm")
 
@@ -101,7 +112,4 @@ def launch(*program: Instruction, arrays, grid: int = 1, warps: int = 1, lds: in
 def kernel(*program: Instruction):
     """The instructions one behind the other: a branch counts them from the next one on."""
     placed = [Instruction(p.name, p.encoding, p.operands, p.modifiers, 4 * k) for k, p in enumerate(program)]
-    about = Descriptor(
-        lds=0, scratch=0, kernarg=32, user_sgprs=2, group_ids=(True, False, False), properties=8, preload=0
-    )
-    return of_instructions("test", "gfx942", placed, about)
+    return of_instructions("test", "gfx942", placed, DESCRIPTOR)

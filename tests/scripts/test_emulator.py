@@ -1,5 +1,6 @@
 """The emulator's launches: what it refuses, the conflicts that it finds, branches, barriers and memory."""
 
+import dataclasses
 import mmap
 import sys
 
@@ -180,6 +181,22 @@ def test_what_is_not_known_is_named_before_the_first_step(p, said):
     assert not pool.any()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scratch": 16}, "scratch"),
+        ({"preload": 1}, "arguments in registers"),
+        ({"properties": 0}, "no pointer to arguments"),
+        ({"float_mode": 0xC0}, "float mode 0xc0"),
+    ],
+)
+def test_kernels_that_start_otherwise_are_refused(change, said):
+    program = kernel(END)
+    program = dataclasses.replace(program, descriptor=dataclasses.replace(program.descriptor, **change))
+    with pytest.raises(NotImplementedError, match=said):
+        emulator.run(program, [words()], grid=1, warps=1, lds=0)
+
+
 def test_a_mutant_is_the_program_but_for_one_instruction():
     program = kernel(OFFSETS, asm("v_mov_b32 v2, 1"), END)
     mutant = nop_at(program, 1)
@@ -305,13 +322,14 @@ def test_a_write_after_another_waves_read():
     guarded = launch(*EXCHANGE, BARRIER, *FETCH, BARRIER, *again, arrays=[pool], warps=2, lds=512, shadow=True)
     assert guarded.conflicts == {}
     open_ = launch(*EXCHANGE, BARRIER, *FETCH, *again, arrays=[pool], warps=2, lds=512, shadow=True)
-    assert open_.conflicts == {"LDS: write after read: ds_write_b32 v1, v4": (512, 0)}
+    # Of each word one byte changes.
+    assert open_.conflicts == {"LDS: write after read: ds_write_b32 v1, v4": (128, 0)}
 
 
 def test_workgroups_conflict_whatever_barriers_there_are():
     program = [OFFSETS, asm("v_mov_b32 v2, s2"), asm("global_store_dword v1, v2, s[4:5]")]
     result = launch(*program, BARRIER, asm("global_load_dword v3, v1, s[4:5]"), arrays=[words()], grid=2, shadow=True)
-    assert result.conflicts["array 0: write beside write: global_store_dword v1, v2, s[4:5]"] == (256, 0)
+    assert result.conflicts["array 0: write beside write: global_store_dword v1, v2, s[4:5]"] == (64, 0)
     assert result.conflicts["array 0: read after write: global_load_dword v3, v1, s[4:5]"][0] == 256
 
 

@@ -130,7 +130,9 @@ def code_object(text: bytes, name: str = "kernel") -> bytes:
     """The least of an AMD code object: code, a descriptor, and symbols of both."""
     descriptor = bytearray(64)
     struct.pack_into("<III", descriptor, 0, 512, 0, 24)
-    struct.pack_into("<II", descriptor, 48, 0, 2 << 1 | 1 << 7)  # two scalar registers, then the workgroup's number
+    struct.pack_into(
+        "<II", descriptor, 48, 0xF0 << 12, 2 << 1 | 1 << 7
+    )  # two scalar registers, then the workgroup's number
     struct.pack_into("<HH", descriptor, 56, 8, 0)
     strings = b"\0" + name.encode() + b"\0" + name.encode() + b".kd\0"
     names = b"\0.text\0.rodata\0.symtab\0.strtab\0.shstrtab\0"
@@ -166,6 +168,7 @@ def test_a_kernel_of_a_code_object():
     about = found.descriptor
     assert (about.lds, about.scratch, about.kernarg, about.user_sgprs) == (512, 0, 24, 2)
     assert (about.group_ids, about.properties, about.preload) == ((True, False, False), 8, 0)
+    assert about.float_mode == 0xF0
     assert emulator.missing(found) == {}
     with pytest.raises(ValueError, match="no kernel other"):
         code.kernel(code_object(CODE), "other")

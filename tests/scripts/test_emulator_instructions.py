@@ -216,7 +216,7 @@ def nearest(x: Fraction) -> np.float32:
     """A fraction as float32, ties to even: the best of three."""
     with np.errstate(over="ignore"):
         near = np.float32(float(x))
-    around = [np.nextafter(near, np.float32(side)) for side in (-np.inf, np.inf)]
+        around = [np.nextafter(near, np.float32(side)) for side in (-np.inf, np.inf)]
     finite = [c for c in (near, *around) if np.isfinite(c)]
     if not np.isfinite(near):
         return near
@@ -288,8 +288,8 @@ def test_division_by_div_scale_fmas_and_fixup_is_rounded_rightly():
     """The sequence that LLVM makes of a division: below float32's range, past it, and for what is no number."""
     r = np.random.default_rng(9)
     numbers = r.integers(0, 1 << 32, (2, 8, 64), dtype=np.uint64).astype(np.uint32).view(np.float32)
-    below = np.concatenate([numbers[0], [F, G, np.float32(1e-38) * numbers[0, 0].clip(-9, 9)]]).astype(np.float32)
-    above = np.concatenate([numbers[1], [G, F, np.full(64, 1.5e-38)]]).astype(np.float32)
+    below = np.concatenate([numbers[0], [F, G, np.float32(1e-38) * numbers[0, 0].clip(-9, 9)]])
+    above = np.concatenate([numbers[1], [G, F, np.full(64, 1.5e-38, np.float32)]])
     # Reciprocals and quotients below float32's normal range.
     below[0] = np.ldexp(1 + r.random(64), r.integers(125, 128, 64))
     above[0] = below[0].astype(np.float64) * np.ldexp(1 + r.random(64), r.integers(-150, -124, 64))
