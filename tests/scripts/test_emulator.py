@@ -441,6 +441,37 @@ class TestShadow:
         assert shadow.conflicts == {("write after write", "p"): (4, at)}
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_the_shadow_equals_lists_of_all_that_happened(seed):
+    """Byte by byte: a read against the last write, a write against it and every read."""
+    r = np.random.default_rng(seed)
+    shadow, epoch = Shadow(64, 2), 1
+    last: dict[int, tuple[int, int]] = {}
+    reads: dict[int, list[tuple[int, int]]] = {}
+    counts: dict[tuple[str, str], int] = {}
+
+    def meets(wave, other):
+        return other[0] != wave and (other[0] // 2 != wave // 2 or other[1] == epoch)
+
+    for _ in range(60):
+        epoch += int(r.random() < 0.15)
+        size, wave, kind = int(r.choice([1, 2, 4, 8, 16])), int(r.integers(4)), ["read", "write"][r.integers(2)]
+        at = int(r.integers(64 // size)) * size
+        note(shadow, kind, at, wave, size=size, epoch=epoch)
+        for byte in range(at, at + size):
+            found = []
+            if byte in last and meets(wave, last[byte]):
+                found.append(f"{kind} after write")
+            if kind == "write":
+                found += ["write after read"] * any(meets(wave, other) for other in reads.get(byte, []))
+                last[byte] = wave, epoch
+            else:
+                reads.setdefault(byte, []).append((wave, epoch))
+            for what in found:
+                counts[what, "p"] = counts.get((what, "p"), 0) + 1
+    assert {key: count for key, (count, _) in shadow.conflicts.items()} == counts
+
+
 # --- large memory
 
 
