@@ -13,7 +13,8 @@ class Descriptor:
 
     `lds` and `scratch` are bytes, `kernarg` the bytes of its arguments; `group_ids` says for x, y and z whether a
     scalar register holds the workgroup's number, behind the first `user_sgprs`; `preload` is not 0 where arguments come
-    in registers. `properties` are KERNEL_CODE_PROPERTIES, as LLVM's "User Guide for AMDGPU Backend" has them.
+    in registers. `properties` are KERNEL_CODE_PROPERTIES and `float_mode` is FLOAT_MODE, as LLVM's "User Guide for
+    AMDGPU Backend" has them.
     """
 
     lds: int
@@ -23,6 +24,7 @@ class Descriptor:
     group_ids: tuple[bool, bool, bool]
     properties: int
     preload: int
+    float_mode: int
 
 
 def kernel(elf: bytes, name: str) -> tuple[bytes, int, Descriptor]:
@@ -57,7 +59,7 @@ def _symbols(elf: bytes) -> Iterator[tuple[str, int, int, int]]:
 
 def _descriptor(elf: bytes, at: int) -> Descriptor:
     lds, scratch, kernarg = struct.unpack_from("<III", elf, at)
-    _, resources = struct.unpack_from("<II", elf, at + 48)
+    modes, resources = struct.unpack_from("<II", elf, at + 48)
     properties, preload = struct.unpack_from("<HH", elf, at + 56)
     return Descriptor(
         lds=lds,
@@ -67,4 +69,5 @@ def _descriptor(elf: bytes, at: int) -> Descriptor:
         group_ids=(bool(resources >> 7 & 1), bool(resources >> 8 & 1), bool(resources >> 9 & 1)),
         properties=properties,
         preload=preload,
+        float_mode=modes >> 12 & 255,
     )

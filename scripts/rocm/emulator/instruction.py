@@ -104,5 +104,4 @@ class Instruction:
         """As it is named in messages; close to AMD's assembly."""
         name = f"{self.name}_{self.encoding}" if self.encoding else self.name
         operands = ", ".join(map(str, self.operands))
-        modifiers = "".join(f" {key}:{value:#x}" for key, value in self.modifiers)
-        return f"{name} {operands}{modifiers}".rstrip()
+        return " ".join([name, *([operands] if operands else []), *(f"{k}:{v:#x}" for k, v in self.modifiers)])

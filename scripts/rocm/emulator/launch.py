@@ -20,6 +20,9 @@ UNWRITTEN = 0xFB
 STEPS = 200_000
 """Of a launch, unless told otherwise. The longest of the package's kernels takes less than a tenth of it."""
 
+FLOAT_MODE = 0xF0
+"""Rounding to even, and denormal numbers are numbers: the only mode that is emulated, and LLVM's own."""
+
 _KERNARG_POINTER = 8  # of Descriptor.properties
 _BEFORE_KERNARG = ((1, 4), (2, 2), (4, 2))
 """(property, scalar registers): what stands before the pointer to the arguments."""
@@ -118,6 +121,8 @@ def run(
     about = program.descriptor
     if about.preload or about.scratch or not about.properties & _KERNARG_POINTER:
         raise NotImplementedError(f"{program.name}: arguments in registers, scratch, or no pointer to arguments")
+    if about.float_mode != FLOAT_MODE:
+        raise NotImplementedError(f"{program.name}: float mode {about.float_mode:#x}, only {FLOAT_MODE:#x} is emulated")
     if unknown := missing(program):
         raise NotImplementedError(f"{program.name}: {'; '.join(unknown.values())}")
     unique: list[np.ndarray] = []

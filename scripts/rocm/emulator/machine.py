@@ -87,6 +87,7 @@ class Machine:
 
     def __init__(self, program: Sequence[Instruction], memory: Memory, lds: Segment, lds_size: int):
         self.program, self.memory, self.lds, self.lds_size = program, memory, lds, lds_size
+        self._steps = [step(p) for p in program]
         self.epoch = 1
         self.steps = self.instructions = self.barriers = self.splits = 0
         self._index = {p.address: k for k, p in enumerate(program)}
@@ -110,11 +111,10 @@ class Machine:
 
     def _run_until(self, g: Group, until: int, ready: list[Group], waiting: list[Group], limit: int) -> None:
         """One group up to an instruction, or to where it ends, waits or splits; what is left of it is put back."""
-        n, begin = g.wave.size, self.steps
-        program = self.program
+        n, begin, steps = g.wave.size, self.steps, self._steps
         while True:
             i = g.pc
-            now = step(program[i])
+            now = steps[i]
             g.pc = i + 1
             self.steps += 1
             if g.pending & now.touched:
@@ -161,7 +161,7 @@ class Machine:
         here = g.pending & now.touched
         if now.counter and not g.pending & now.read:
             others = g.lgkm if now.counter == "vm" else g.vm
-            if not any(here & registers for registers in others) and not (now.counter == "lgkm" and g.scalar_loads):
+            if not any(here & registers for registers in others):
                 return
         raise Fault(f"s_waitcnt missing: {', '.join(names(here))} ({self._place(i)})")
 

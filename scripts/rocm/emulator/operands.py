@@ -62,6 +62,8 @@ def viewed(operand: Operand, dtype: type, part: int = 0) -> Read:
 
 def vector64(operand: Operand) -> Read:
     """As uint64."""
+    if operand.negate or operand.absolute:
+        raise NotImplementedError(f"{operand} of 64 bits")
     low, high = vector(operand), vector(operand, 1)
     if not operand.is_register:
         bits = U64(int(constant(operand)) | int(constant(operand, 1)) << 32)

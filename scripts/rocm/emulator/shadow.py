@@ -65,16 +65,16 @@ class Shadow:
         """`values` ([place, byte]) are about to be written over `old`."""
         place, me, where = self._places(at, values.shape[1], wave)
         writers, write_epochs, readers, read_epochs, several = self._state
-        changed = (old != values).reshape(*place.shape, -1).any(-1)
-        self._conflict(
-            "write after write", what, self._foreign(writers[place], me, write_epochs[place] == epoch) & changed, where
-        )
+        changes = (old != values).reshape(*place.shape, -1)
+        changed = changes.any(-1)
+        foreign = self._foreign(writers[place], me, write_epochs[place] == epoch)
+        self._conflict("write after write", what, foreign & changed, where, changes)
         reader = readers[place]
         if reader.any():
             seen = several[place]
             far = (seen == GROUPS) | ((reader - 1) // self.per_group != (me - 1) // self.per_group)
             near = (read_epochs[place] == epoch) & ((reader != me) | (seen == WAVES))
-            self._conflict("write after read", what, (reader > 0) & (far | near) & changed, where)
+            self._conflict("write after read", what, (reader > 0) & (far | near) & changed, where, changes)
         writers[place], write_epochs[place] = me, epoch
         if (beside := writers[place] != me).any():
             # Two waves write one place with one instruction: a conflict unless they write the same.
@@ -82,8 +82,8 @@ class Shadow:
             flat, bytes_of = place.reshape(-1), units.reshape(-1, units.shape[-1])
             order = np.zeros(int(flat.max()) + 1, np.int64)
             order[flat] = np.arange(flat.size)
-            differs = (bytes_of != bytes_of[order[flat]]).any(-1).reshape(place.shape)
-            self._conflict("write beside write", what, beside & differs, where)
+            differ = (bytes_of != bytes_of[order[flat]]).reshape(units.shape)
+            self._conflict("write beside write", what, beside & differ.any(-1), where, differ)
 
     def _foreign(self, other, me, same_epoch):
         """Where another wave was, and nothing stands between."""
@@ -92,10 +92,12 @@ class Shadow:
             foreign &= ((other - 1) // self.per_group != (me - 1) // self.per_group) | same_epoch
         return foreign
 
-    def _conflict(self, kind: str, what: str, wrong: np.ndarray, at: np.ndarray) -> None:
+    def _conflict(self, kind: str, what: str, wrong: np.ndarray, at: np.ndarray, which: np.ndarray | None = None):
+        """Notes units that are wrong; `which` tells which of their bytes, if not all."""
         if wrong.any():
             count, first = self.conflicts.get((kind, what), (0, self.size))
-            self.conflicts[kind, what] = count + self._unit * int(wrong.sum()), min(first, int(at[wrong].min()))
+            count += self._unit * int(wrong.sum()) if which is None else int(which[wrong].sum())
+            self.conflicts[kind, what] = count, min(first, int(at[wrong].min()))
 
     def _places(self, at: np.ndarray, size: int, wave: np.ndarray):
         """[access, unit]: where in the state, who (+ 1), and which byte of the memory."""

@@ -39,10 +39,14 @@ def rounded(x):
 
 
 def fma(x, y, z):
-    """x y + z, rounded once.
+    """x y + z, rounded once."""
+    return rounded(_odd_fma(x, y, z))
 
-    The product is exact in float64. The sum is made odd where it is not exact, so that rounding it again, to float32,
-    gives what rounding the exact sum would.
+
+def _odd_fma(x, y, z):
+    """x y + z in float64, made odd where it is not exact: rounded again it is what the exact sum is, rounded.
+
+    The product is exact in float64.
     """
     product, addend = np.asarray(x).astype(F64) * y, np.asarray(z).astype(F64)
     total = np.asarray(product + addend)
@@ -53,7 +57,7 @@ def fma(x, y, z):
     if inexact.any():
         away = np.where((lost > 0) == (total > 0), I64(1), I64(-1))
         total = np.where(inexact, odd + away, odd).view(F64)
-    return rounded(total)
+    return total
 
 
 def _shift(x):
@@ -119,10 +123,12 @@ def _median(x, y, z):
 
 
 def _div_fixup(x, y, z):
-    """The quotient x of z over y, put right where either is 0, infinite or NaN."""
+    """The quotient x of z over y, put right where either is 0, infinite or NaN, and where it is out of range."""
     plain = np.isfinite(y) & np.isfinite(z) & (y != 0) & (z != 0)
+    size = np.where(np.isnan(x), F32(np.inf), np.abs(x))
+    size = np.where(np.frexp(z)[1] - np.frexp(y)[1] < -150, F32(0), size)
     sign = np.signbit(y) ^ np.signbit(z)
-    return as_bits(np.where(plain, np.where(sign, -np.abs(x), np.abs(x)), z / y))
+    return as_bits(np.where(plain, np.where(sign, -size, size), z / y))
 
 
 def _of64(function):
@@ -383,7 +389,8 @@ def _mad_u64(p: Instruction):
 def _div_scale(p: Instruction):
     """Of x = denominator or numerator: scaled where the division would overflow or lose bits on its way.
 
-    The mask tells v_div_fmas to scale the quotient back.
+    The mask tells v_div_fmas to scale the quotient back. AMD's description scales a denominator whose reciprocal and
+    whose quotient are denormal up, which overflows; down is what makes the division right.
     """
     write, out = put(p.operands[0]), put_mask(p.operands[1])
     sources = [viewed(x, F32) for x in p.operands[2:5]]
@@ -403,7 +410,7 @@ def _div_scale(p: Instruction):
             ((denominator == 0) | (numerator == 0), as_bits(np.full_like(x, np.nan)), False),
             (apart, np.where(is_denominator, up, as_is), True),
             (np.abs(denominator) < F32(least), up, False),
-            (tiny_reciprocal & tiny_quotient, np.where(is_denominator, up, as_is), True),
+            (tiny_reciprocal & tiny_quotient, np.where(is_denominator, down, as_is), True),
             (tiny_reciprocal, down, False),
             (tiny_quotient, np.where(is_numerator, up, as_is), True),
             (np.frexp(numerator)[1] <= 23 - 126, up, False),
@@ -418,16 +425,20 @@ def _div_scale(p: Instruction):
 
 
 def _div_fmas(p: Instruction):
-    """x y + z, 2^32 times as much where v_div_scale said so."""
+    """x y + z, scaled back where v_div_scale said so.
+
+    AMD's description has 2^32 there. With that divisions of very large and very small quotients would be wrong: what
+    v_div_scale took away was 2^64, from the denominator of a large quotient or added to the numerator of a small one.
+    """
     write, back = put(p.operands[0]), mask(Operand("s", VCC, 2))
     x, y, z = (viewed(operand, F32) for operand in p.operands[1:4])
 
     def run(g):
-        plain, scaled = fma(x(g), y(g), z(g)), back(g)
+        quotient = z(g)
+        exact, scaled = _odd_fma(x(g), y(g), quotient), back(g)
         if scaled.any():
-            exact = np.asarray(x(g)).astype(F64) * y(g) + np.asarray(z(g)).astype(F64)
-            plain = np.where(scaled, rounded(exact * 2.0**32), plain)
-        write(g, plain)
+            exact = np.where(scaled, exact * np.where(np.abs(quotient) >= 2, 2.0**64, 2.0**-64), exact)
+        write(g, rounded(exact))
 
     return run
 
