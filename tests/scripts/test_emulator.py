@@ -148,6 +148,11 @@ def test_a_program_that_does_not_end():
         launch(asm("s_branch -1"), arrays=[words()], limit=1000)
 
 
+def test_a_program_that_has_no_end():
+    with pytest.raises(Fault, match="the kernel has no end"):
+        emulator.run(kernel(asm("s_nop 0")), [words()], grid=1, warps=1, lds=0)
+
+
 def test_a_branch_out_of_the_kernel():
     with pytest.raises(Fault, match="a branch out of the kernel"):
         launch(asm("s_branch 100"), arrays=[words()])

@@ -6,6 +6,7 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 import pytest
+from rocm.emulator import Fault
 
 from tests.scripts.emulating import LANE, asm, bits, execute, floats, mask_of
 
@@ -600,18 +601,22 @@ def test_buffer_past_its_end():
     data = np.arange(256, dtype=np.uint32)
     probe = execute(arrays=[data])
     base = probe.machine.memory.starts[0]
-    s = {4: base & M32, 5: base >> 32, 6: 4 * 61, 7: 0x27000}
+    s = {4: base & M32, 5: base >> 32, 6: 4 * 61, 7: 0x27000, 8: 0}
+    load = asm("buffer_load_dwordx2 v[2:3], v0, s[4:7], s8", offen=1, offset=4)
     group = execute(
-        asm("buffer_load_dwordx2 v[2:3], v0, s[4:7], 0", offen=1, offset=4),
+        load,
         asm("buffer_store_dword v1, v0, s[4:7], 0", offen=1),
-        v={0: 4 * LANE, 1: 1000 + LANE, 2: 7, 3: 7},
+        v={0: 8 * LANE, 1: 1000 + LANE, 2: 7, 3: 7},
         s=s,
         arrays=[data],
     )
-    # Eight bytes from 4 (k + 1) on must end by 4 * 61, four by the same.
-    assert group.v[2, 0].tolist() == [k + 1 if k < 59 else 0 for k in range(64)]
-    assert group.v[3, 0].tolist() == [k + 2 if k < 59 else 0 for k in range(64)]
-    assert data.tolist() == [1000 + k if k < 61 else k for k in range(256)]
+    # Two words from 2 k + 1 on must end by the 61st, one by the same.
+    assert group.v[2, 0].tolist() == [2 * k + 1 if k < 30 else 0 for k in range(64)]
+    assert group.v[3, 0].tolist() == [2 * k + 2 if k < 30 else 0 for k in range(64)]
+    assert data.tolist() == [1000 + k // 2 if k < 61 and k % 2 == 0 else k for k in range(256)]
+    for change, said in (({8: 4}, "partly past the end"), ({5: base >> 32 | 4 << 16}, "with a stride")):
+        with pytest.raises(Fault, match=said):
+            execute(load, v={0: 8 * LANE}, s=s | change, arrays=[data])
 
 
 def test_global_parts_and_offsets():
