@@ -271,6 +271,26 @@ def test_waves_that_loop_for_different_times():
     assert target.reshape(4, 64)[:, 7].tolist() == [3, 6, 9, 12]
 
 
+@pytest.mark.parametrize(
+    ("before", "branch", "taken"),
+    [
+        ("s_cmp_eq_u32 0, 0", "s_cbranch_scc1", True),
+        ("s_cmp_eq_u32 0, 0", "s_cbranch_scc0", False),
+        ("s_mov_b64 vcc, 0", "s_cbranch_vccz", True),
+        ("s_mov_b64 vcc, 0", "s_cbranch_vccnz", False),
+        ("s_mov_b64 vcc, 4", "s_cbranch_vccz", False),
+        ("s_mov_b64 vcc, 4", "s_cbranch_vccnz", True),
+        ("s_mov_b64 exec, exec", "s_cbranch_execz", False),
+        ("s_mov_b64 exec, exec", "s_cbranch_execnz", True),
+    ],
+)
+def test_branches(before, branch, taken):
+    target = words()
+    program = [OFFSETS, asm(before), asm("v_mov_b32 v2, 1"), asm(f"{branch} 1"), asm("v_mov_b32 v2, 2")]
+    launch(*program, asm("global_store_dword v1, v2, s[4:5]"), arrays=[target])
+    assert target.tolist() == [1 if taken else 2] * 64
+
+
 def test_lanes_that_part():
     """exec is cut to odd lanes and skipped where it has none."""
     target = words(64)
