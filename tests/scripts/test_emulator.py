@@ -148,6 +148,11 @@ def test_a_program_that_does_not_end():
         launch(asm("s_branch -1"), arrays=[words()], limit=1000)
 
 
+def test_a_program_that_has_no_end():
+    with pytest.raises(Fault, match="the kernel has no end"):
+        emulator.run(kernel(asm("s_nop 0")), [words()], grid=1, warps=1, lds=0)
+
+
 def test_a_branch_out_of_the_kernel():
     with pytest.raises(Fault, match="a branch out of the kernel"):
         launch(asm("s_branch 100"), arrays=[words()])
@@ -264,6 +269,26 @@ def test_waves_that_loop_for_different_times():
         warps=4,
     )
     assert target.reshape(4, 64)[:, 7].tolist() == [3, 6, 9, 12]
+
+
+@pytest.mark.parametrize(
+    ("before", "branch", "taken"),
+    [
+        ("s_cmp_eq_u32 0, 0", "s_cbranch_scc1", True),
+        ("s_cmp_eq_u32 0, 0", "s_cbranch_scc0", False),
+        ("s_mov_b64 vcc, 0", "s_cbranch_vccz", True),
+        ("s_mov_b64 vcc, 0", "s_cbranch_vccnz", False),
+        ("s_mov_b64 vcc, 4", "s_cbranch_vccz", False),
+        ("s_mov_b64 vcc, 4", "s_cbranch_vccnz", True),
+        ("s_mov_b64 exec, exec", "s_cbranch_execz", False),
+        ("s_mov_b64 exec, exec", "s_cbranch_execnz", True),
+    ],
+)
+def test_branches(before, branch, taken):
+    target = words()
+    program = [OFFSETS, asm(before), asm("v_mov_b32 v2, 1"), asm(f"{branch} 1"), asm("v_mov_b32 v2, 2")]
+    launch(*program, asm("global_store_dword v1, v2, s[4:5]"), arrays=[target])
+    assert target.tolist() == [1 if taken else 2] * 64
 
 
 def test_lanes_that_part():

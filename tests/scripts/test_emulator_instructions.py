@@ -6,6 +6,7 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 import pytest
+from rocm.emulator import Fault
 
 from tests.scripts.emulating import LANE, asm, bits, execute, floats, mask_of
 
@@ -187,14 +188,37 @@ def test_64_bits(line, want):
     ("name", "holds"),
     [
         ("v_cmp_lt_u32", lambda x, y: x < y),
-        ("v_cmp_ge_i32", lambda x, y: sign(x) >= sign(y)),
+        ("v_cmp_le_u32", lambda x, y: x <= y),
+        ("v_cmp_gt_u32", lambda x, y: x > y),
+        ("v_cmp_ge_u32", lambda x, y: x >= y),
+        ("v_cmp_eq_u32", lambda x, y: x == y),
         ("v_cmp_ne_u32", lambda x, y: x != y),
+        ("v_cmp_lt_i32", lambda x, y: sign(x) < sign(y)),
+        ("v_cmp_le_i32", lambda x, y: sign(x) <= sign(y)),
+        ("v_cmp_gt_i32", lambda x, y: sign(x) > sign(y)),
+        ("v_cmp_ge_i32", lambda x, y: sign(x) >= sign(y)),
     ],
 )
 def test_integer_comparison(name, holds):
     active = LANE % 3 > 0
-    group = execute(asm(f"{name} s[4:5], v1, v2"), v={1: X, 2: Y}, lanes=active)
-    assert mask_of(group, 4).tolist() == [bool(on and holds(x, y)) for (x, y, _), on in zip(INTS, active, strict=True)]
+    other = np.where(LANE % 7 == 0, X, Y)
+    group = execute(asm(f"{name} s[4:5], v1, v2"), v={1: X, 2: other}, lanes=active)
+    assert mask_of(group, 4).tolist() == [
+        bool(on and holds(int(x), int(y))) for x, y, on in zip(X, other, active, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "holds"),
+    [
+        ("v_cmp_gt_u64", lambda x, y: x > y),
+        ("v_cmp_lt_i64", lambda x, y: sign(x, 64) < sign(y, 64)),
+    ],
+)
+def test_comparison_of_64_bits(name, holds):
+    group = execute(asm(f"{name} vcc, v[0:1], v[2:3]"), v={0: X, 1: Y, 2: Z, 3: np.where(LANE % 2, Y, X)})
+    want = [holds(x | y << 32, z | (y if k % 2 else x) << 32) for k, (x, y, z) in enumerate(INTS)]
+    assert mask_of(group, 106).tolist() == want
 
 
 # --- floats
@@ -258,6 +282,9 @@ def test_fma_is_rounded_once():
         ("v_subrev_f32 v0, v1, v2", lambda x, y, z: y - x),
         ("v_mul_f32 v0, -v1, |v2|", lambda x, y, z: -x * np.abs(y)),
         ("v_max_f32 v0, v1, v2", lambda x, y, z: y if x != x else x if y != y else max(x, y)),
+        ("v_min_f32 v0, v1, v2", lambda x, y, z: y if x != x else x if y != y else min(x, y)),
+        ("v_max3_f32 v0, v1, v2, v3", lambda *x: max((k for k in x if k == k), default=np.nan)),
+        ("v_minimum3_f32 v0, v1, v2, v3", lambda *x: min(x) if all(k == k for k in x) else np.nan),
         ("v_min3_f32 v0, v1, v2, v3", lambda *x: min((k for k in x if k == k), default=np.nan)),
         ("v_maximum3_f32 v0, v1, v2, v3", lambda *x: max(x) if all(k == k for k in x) else np.nan),
         (
@@ -277,8 +304,17 @@ def test_float_instruction(line, want):
         assert same(floats(group.v[0, 0]), [want(*row) for row in zip(F, G, H, strict=True)])
 
 
-@pytest.mark.parametrize(("name", "base"), [("v_exp_f32", lambda x: 2.0**x), ("v_log_f32", math.log2)])
-def test_exp_and_log_are_those_of_two(name, base):
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("v_exp_f32", lambda x: 2.0**x),
+        ("v_log_f32", math.log2),
+        ("v_rcp_f32", lambda x: 1 / x),
+        ("v_rsq_f32", lambda x: 1 / math.sqrt(x)),
+        ("v_sqrt_f32", math.sqrt),
+    ],
+)
+def test_functions_are_exact_but_for_rounding(name, base):
     x = np.linspace(0.1, 20, 64, dtype=np.float32)
     found = floats(execute(asm(f"{name} v0, v1"), v={1: x}).v[0, 0])
     np.testing.assert_allclose(found, [base(float(k)) for k in x], rtol=1e-7)
@@ -328,7 +364,15 @@ def test_ldexp_and_frexp_are_inverse():
     ("relation", "holds"),
     [
         ("lt", lambda x, y: x < y),
+        ("le", lambda x, y: x <= y),
+        ("gt", lambda x, y: x > y),
+        ("ge", lambda x, y: x >= y),
+        ("eq", lambda x, y: x == y),
         ("nlt", lambda x, y: not x < y),
+        ("nle", lambda x, y: not x <= y),
+        ("ngt", lambda x, y: not x > y),
+        ("nge", lambda x, y: not x >= y),
+        ("nlg", lambda x, y: not (x < y or x > y)),
         ("neq", lambda x, y: x != y),
         ("lg", lambda x, y: x < y or x > y),
         ("u", lambda x, y: x != x or y != y),
@@ -336,8 +380,9 @@ def test_ldexp_and_frexp_are_inverse():
     ],
 )
 def test_float_comparison_with_nan(relation, holds):
-    group = execute(asm(f"v_cmp_{relation}_f32 vcc, v1, v2"), v={1: F, 2: G})
-    assert mask_of(group, 106).tolist() == [bool(holds(x, y)) for x, y in zip(F, G, strict=True)]
+    other = np.where(LANE % 7 == 0, F, G)
+    group = execute(asm(f"v_cmp_{relation}_f32 vcc, v1, v2"), v={1: F, 2: other})
+    assert mask_of(group, 106).tolist() == [bool(holds(x, y)) for x, y in zip(F, other, strict=True)]
 
 
 # --- packed, by parts, of other lanes
@@ -575,6 +620,47 @@ def test_lds_parts_of_registers():
     assert group.v[6, 0].tolist() == [y >> 16 for _, y, _ in INTS]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("file", ["v", "a"])
+def test_rows_of_registers_go_to_memory_and_back(count, file):
+    data = np.zeros(64 * 4, np.uint32)
+    base = execute(arrays=[data]).machine.memory.starts[0]
+    name = "dword" if count == 1 else f"dwordx{count}"
+    source, to = (f"v{x}" if count == 1 else f"v[{x}:{x + count - 1}]" for x in (8, 16))
+    to = to.replace("v", file)
+    want = np.stack([X + k for k in range(4)], -1).astype(np.uint32)
+    v = {0: 16 * LANE} | {8 + k: want[:, k] for k in range(4)}
+    s = {4: base & M32, 5: base >> 32, 6: data.nbytes, 7: 0x27000}
+    for store, load in (
+        (asm(f"global_store_{name} v0, {source}, s[4:5]"), asm(f"buffer_load_{name} {to}, v0, s[4:7], 0", offen=1)),
+        (asm(f"buffer_store_{name} {source}, v0, s[4:7], 0", offen=1), asm(f"global_load_{name} {to}, v0, s[4:5]")),
+        (asm(f"ds_write_b{32 * count} v0, {source}"), asm(f"ds_read_b{32 * count} {to}, v0")),
+    ):
+        data[:] = 0
+        group = execute(store, load, v=v, s=s, arrays=[data])
+        registers = (group.a if file == "a" else group.v)[16 : 16 + count, 0]
+        assert registers.T.tolist() == want[:, :count].tolist()
+        where = group.machine.lds.words if store.name.startswith("ds_") else data
+        assert where.reshape(64, 4)[:, :count].tolist() == want[:, :count].tolist()
+        assert not where.reshape(64, 4)[:, count:].any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
+def test_scalar_loads(count):
+    data = np.arange(64, dtype=np.uint32)
+    base = execute(arrays=[data]).machine.memory.starts[0]
+    name, to = ("s_load_dword", "s16") if count == 1 else (f"s_load_dwordx{count}", f"s[16:{15 + count}]")
+    group = execute(asm(f"{name} {to}, s[4:5], s6", offset=12), s={4: base & M32, 5: base >> 32, 6: 20}, arrays=[data])
+    assert group.s[0, 16 : 16 + count].tolist() == [*range(8, 8 + count)]
+
+
+def test_accumulation_registers():
+    group = execute(
+        asm("v_accvgpr_write_b32 a3, v1"), asm("v_accvgpr_mov_b32 a4, a3"), asm("v_accvgpr_read_b32 v2, a4"), v={1: X}
+    )
+    assert group.v[2, 0].tolist() == X.tolist()
+
+
 def test_read_over_its_own_address():
     group = execute(
         asm("ds_write_b64 v0, v[2:3]"), asm("ds_read_b64 v[0:1], v0"), v={0: 8 * LANE, 2: X, 3: Y}, lanes=LANE < 9
@@ -600,18 +686,22 @@ def test_buffer_past_its_end():
     data = np.arange(256, dtype=np.uint32)
     probe = execute(arrays=[data])
     base = probe.machine.memory.starts[0]
-    s = {4: base & M32, 5: base >> 32, 6: 4 * 61, 7: 0x27000}
+    s = {4: base & M32, 5: base >> 32, 6: 4 * 61, 7: 0x27000, 8: 0}
+    load = asm("buffer_load_dwordx2 v[2:3], v0, s[4:7], s8", offen=1, offset=4)
     group = execute(
-        asm("buffer_load_dwordx2 v[2:3], v0, s[4:7], 0", offen=1, offset=4),
+        load,
         asm("buffer_store_dword v1, v0, s[4:7], 0", offen=1),
-        v={0: 4 * LANE, 1: 1000 + LANE, 2: 7, 3: 7},
+        v={0: 8 * LANE, 1: 1000 + LANE, 2: 7, 3: 7},
         s=s,
         arrays=[data],
     )
-    # Eight bytes from 4 (k + 1) on must end by 4 * 61, four by the same.
-    assert group.v[2, 0].tolist() == [k + 1 if k < 59 else 0 for k in range(64)]
-    assert group.v[3, 0].tolist() == [k + 2 if k < 59 else 0 for k in range(64)]
-    assert data.tolist() == [1000 + k if k < 61 else k for k in range(256)]
+    # Two words from 2 k + 1 on must end by the 61st, one by the same.
+    assert group.v[2, 0].tolist() == [2 * k + 1 if k < 30 else 0 for k in range(64)]
+    assert group.v[3, 0].tolist() == [2 * k + 2 if k < 30 else 0 for k in range(64)]
+    assert data.tolist() == [1000 + k // 2 if k < 61 and k % 2 == 0 else k for k in range(256)]
+    for change, said in (({8: 4}, "partly past the end"), ({5: base >> 32 | 4 << 16}, "with a stride")):
+        with pytest.raises(Fault, match=said):
+            execute(load, v={0: 8 * LANE}, s=s | change, arrays=[data])
 
 
 def test_global_parts_and_offsets():
@@ -646,6 +736,25 @@ def test_global_parts_and_offsets():
             lambda x, y, c, d: not -(2**31) <= sign(x) + sign(y) < 2**31,
         ),
         ("s_lshl2_add_u32 s0, s1, s2", lambda x, y, c: (x << 2) + y, lambda x, y, c, d: (x << 2) + y > M32),
+        ("s_lshl1_add_u32 s0, s1, s2", lambda x, y, c: (x << 1) + y, lambda x, y, c, d: (x << 1) + y > M32),
+        ("s_lshl4_add_u32 s0, s1, s2", lambda x, y, c: (x << 4) + y, lambda x, y, c, d: (x << 4) + y > M32),
+        (
+            "s_sub_i32 s0, s1, s2",
+            lambda x, y, c: x - y,
+            lambda x, y, c, d: not -(2**31) <= sign(x) - sign(y) < 2**31,
+        ),
+        ("s_max_i32 s0, s1, s2", lambda x, y, c: max(sign(x), sign(y)), lambda x, y, c, d: sign(x) > sign(y)),
+        ("s_min_u32 s0, s1, s2", lambda x, y, c: min(x, y), lambda x, y, c, d: x < y),
+        ("s_max_u32 s0, s1, s2", lambda x, y, c: max(x, y), lambda x, y, c, d: x > y),
+        ("s_lshr_b32 s0, s1, s2", lambda x, y, c: x >> (y & 31), lambda x, y, c, d: d != 0),
+        ("s_and_b32 s0, s1, s2", lambda x, y, c: x & y, lambda x, y, c, d: d != 0),
+        ("s_or_b32 s0, s1, s2", lambda x, y, c: x | y, lambda x, y, c, d: d != 0),
+        ("s_xor_b32 s0, s1, s2", lambda x, y, c: x ^ y, lambda x, y, c, d: d != 0),
+        ("s_not_b32 s0, s1", lambda x, y, c: ~x, lambda x, y, c, d: d != 0),
+        ("s_mul_hi_u32 s0, s1, s2", lambda x, y, c: x * y >> 32, lambda x, y, c, d: c),
+        ("s_sext_i32_i8 s0, s1", lambda x, y, c: sign(x, 8), lambda x, y, c, d: c),
+        ("s_addk_i32 s0, -7", lambda x, y, c: 5 - 7, lambda x, y, c, d: 0),
+        ("s_mulk_i32 s0, -7", lambda x, y, c: -35, lambda x, y, c, d: c),
         ("s_min_i32 s0, s1, s2", lambda x, y, c: min(sign(x), sign(y)), lambda x, y, c, d: sign(x) < sign(y)),
         ("s_lshl_b32 s0, s1, s2", lambda x, y, c: x << (y & 31), lambda x, y, c, d: d != 0),
         ("s_ashr_i32 s0, s1, s2", lambda x, y, c: sign(x) >> (y & 31), lambda x, y, c, d: d != 0),
@@ -658,6 +767,10 @@ def test_global_parts_and_offsets():
         ("s_cselect_b32 s0, s1, s2", lambda x, y, c: x if c else y, lambda x, y, c, d: c),
         ("s_cmpk_lt_i32 s1, -3", None, lambda x, y, c, d: sign(x) < -3),
         ("s_cmpk_gt_u32 s1, -3", None, lambda x, y, c, d: x > 0xFFFD),
+        ("s_cmp_lt_i32 s1, s2", None, lambda x, y, c, d: sign(x) < sign(y)),
+        ("s_cmp_gt_u32 s1, s2", None, lambda x, y, c, d: x > y),
+        ("s_cmp_le_u32 s1, s2", None, lambda x, y, c, d: x <= y),
+        ("s_cmp_lg_u32 s1, s2", None, lambda x, y, c, d: x != y),
         ("s_cmp_ge_i32 s1, s2", None, lambda x, y, c, d: sign(x) >= sign(y)),
         ("s_bitcmp1_b32 s1, s2", None, lambda x, y, c, d: x >> (y & 31) & 1),
     ],
@@ -669,6 +782,28 @@ def test_scalar_instruction(line, want, scc, carry):
         result = want(x, y, carry) & M32 if want else 5
         assert int(group.s[k, 0]) == result, k
         assert bool(group.scc[k]) == bool(scc(x, y, carry, result)), k
+
+
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        ("s_and_b64 s[8:9], s[0:1], s[2:3]", lambda x, y: x & y),
+        ("s_or_b64 s[8:9], s[0:1], s[2:3]", lambda x, y: x | y),
+        ("s_xor_b64 s[8:9], s[0:1], s[2:3]", lambda x, y: x ^ y),
+        ("s_andn2_b64 s[8:9], s[0:1], s[2:3]", lambda x, y: x & ~y),
+        ("s_orn2_b64 s[8:9], s[0:1], s[2:3]", lambda x, y: x | ~y),
+        ("s_lshl_b64 s[8:9], s[0:1], s2", lambda x, y: x << (y & 63)),
+        ("s_lshr_b64 s[8:9], s[0:1], s2", lambda x, y: x >> (y & 63)),
+        ("s_ashr_i64 s[8:9], s[0:1], s2", lambda x, y: sign(x, 64) >> (y & 63)),
+        ("s_cselect_b64 s[8:9], s[0:1], s[2:3]", lambda x, y: y),
+    ],
+)
+def test_scalar_instruction_of_64_bits(line, want):
+    group = execute(asm(line), s={0: X, 1: Y, 2: Z, 3: X}, waves=64)
+    for k, (x, y, z) in enumerate(INTS):
+        result = want(x | y << 32, z | x << 32) & M64
+        assert int(group.s[k, 8]) | int(group.s[k, 9]) << 32 == result
+        assert bool(group.scc[k]) == (result != 0 and "cselect" not in line)
 
 
 @pytest.mark.parametrize(("signed", "width"), [(0, 32), (1, 32), (0, 64), (1, 64)])

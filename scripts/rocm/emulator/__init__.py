@@ -7,10 +7,12 @@ run(program, arrays, grid=, warps=, lds=, shadow=, limit=) -> Result
 nop_at(program, i) -> Program                a mutant
 poisoned(shape, dtype) -> array              for an output
 
+A Result has steps, instructions, barriers, splits, conflicts and pages; a Program instructions and descriptor.
+
 Refused, by Fault: accesses outside of arrays (they stand far apart) and of LDS, registers used before their s_waitcnt,
 writes to LDS under way at a barrier, programs that do not end. Unknown instructions and modifiers raise
-NotImplementedError. Registers and LDS begin as NaN. With `shadow`, accesses of one place by different waves with no
-barrier between them, and by different workgroups, are told in `Result.conflicts`.
+NotImplementedError, before the first step. Registers and LDS begin as NaN. With `shadow`, accesses of one place by
+different waves with no barrier between them, and by different workgroups, are told in `Result.conflicts`.
 
 Not modelled: time, caches and the order of memory between waves, distances that matrix instructions need (s_nop), the
 precision of exp, log, rcp and rsq (best here), the order of sums in a matrix product (float64 here), atomics, scratch.

@@ -25,6 +25,8 @@ CACHES = ("sc0", "sc1", "nt")
 """Modifiers that tell caches something; there are none here."""
 
 ADDRESS_BITS = U64((1 << 48) - 1)
+MOST_STRIDE = (1 << 14) - 1
+"""What a buffer resource has, from its bit 0 and its bit 48 on."""
 
 
 def _registers(operand: Operand, count: int) -> int:
@@ -87,7 +89,10 @@ def _address_of_pair(base: Operand, at: Operand, offset: np.uint64):
 
 
 def buffer_access(p: Instruction) -> Callable[[Group], None]:
-    """Through a resource in four scalar registers. Past its end loads give 0 and stores are dropped."""
+    """Through a resource in four scalar registers. Past its end loads give 0 and stores are dropped.
+
+    Raises Fault for an access partly past the end, and for resources with a stride: none of the kernels has either.
+    """
     if p.name in ("buffer_wbl2", "buffer_inv"):
         return lambda g: None
     kind, size, high, signed = _kind(p, "buffer")
@@ -104,8 +109,12 @@ def buffer_access(p: Instruction) -> Callable[[Group], None]:
         return ((base(g) & ADDRESS_BITS) + extra(g))[:, None] + offsets(g).astype(U64)
 
     def inside(g):
-        end = records(g).astype(I64) - np.asarray(extra(g)).astype(I64)
-        return offsets(g) + size <= end[:, None]
+        if (base(g) >> U64(48) & U64(MOST_STRIDE)).any():
+            raise Fault("a buffer resource with a stride, which is not emulated")
+        left = (records(g).astype(I64) - np.asarray(extra(g)).astype(I64))[:, None] - offsets(g)
+        if (g.mask & (left > 0) & (left < size)).any():
+            raise Fault("partly past the end of a buffer")
+        return left > 0
 
     if kind == "load":
         return _load(p, where, size, data, signed, inside)
@@ -258,7 +267,7 @@ def _transposed(p: Instruction):
 
     def run(g):
         if not g.full:
-            raise NotImplementedError(f"{text} with inactive lanes")
+            raise Fault("a transposed read with inactive lanes, which is not emulated")
         where, first, waves = _lds_places(g, at)
         raw = g.machine.lds.load(_in_lds(g, where + offset, first, 8), 8, waves, g.machine.epoch, text)
         halves = np.ascontiguousarray(raw).view(np.uint16).reshape(-1, LANES, 4)

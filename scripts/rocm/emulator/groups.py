@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rocm.emulator.instruction import EXEC
+from rocm.emulator.memory import Fault
 
 if TYPE_CHECKING:
     from rocm.emulator.machine import Machine
@@ -62,7 +63,7 @@ class Group:
     def join(self, other: "Group") -> None:
         """Takes in a group that stands at the same instruction. What is under way for one is for both."""
         if self.saturates != other.saturates:
-            raise NotImplementedError("waves that differ in their mode")
+            raise Fault("waves that differ in their mode")
         self.wave = np.concatenate([self.wave, other.wave])
         self.workgroup = np.concatenate([self.workgroup, other.workgroup])
         self.v = np.concatenate([self.v, other.v], 1)

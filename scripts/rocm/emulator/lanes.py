@@ -67,8 +67,8 @@ def dpp(p: Instruction, function: Callable, dtype: type, more: list[Operand]):
 
 def _part(operand: Operand, select: int):
     """A byte or half of a source, with or without its sign."""
-    if operand.negate or operand.absolute:
-        raise NotImplementedError(f"{operand} by parts")
+    if operand.negate or operand.absolute or not 0 <= select <= DWORD:
+        raise NotImplementedError(f"{operand} by part {select}")
     read = vector(operand)
     if select == DWORD:
         return read
@@ -89,7 +89,7 @@ def sdwa(p: Instruction, function: Callable, dtype: type, more: list[Operand]):
     select, unused = p.get("dst_sel", DWORD), p.get("dst_unused")
     if select == DWORD:
         return lambda g: write(g, function(g, *(np.asarray(read(g)).view(dtype) for read in reads)))
-    if unused not in (PAD, PRESERVE):
+    if unused not in (PAD, PRESERVE) or select not in PARTS:
         raise NotImplementedError(p.text)
     first, width = PARTS[select]
     at, ones = U32(first), U32((1 << width) - 1)

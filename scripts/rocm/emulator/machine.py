@@ -105,6 +105,8 @@ class Machine:
                 # The furthest behind runs first, so that others are met again where branches join.
                 ready.sort(key=lambda g: g.pc)
                 g = ready.pop(0)
+                if g.pc == len(self.program):
+                    raise Fault("the kernel has no end")
                 while ready and ready[0].pc == g.pc:
                     g.join(ready.pop(0))
                 self._run_until(g, ready[0].pc if ready else len(self.program), ready, waiting, limit)
