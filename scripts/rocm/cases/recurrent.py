@@ -368,10 +368,10 @@ def chunked(
 
 
 def weights(r: np.random.Generator, channels: int, dtype: DTypeLike) -> np.ndarray:
-    """Some of the channels so large that the sigmoid is nearly, or truly 0 or 1, and its exp infinite."""
+    """Some so large that the sigmoid is nearly, or truly 0 or 1, and its exp infinite. A thread has two channels."""
     weight = normal(r, (channels, TAPS), dtype, 0.5)
-    weight[3::64] *= np.asarray(16, dtype)
-    weight[35::64] *= np.asarray(2**14, dtype)
+    for first, scale in ((2, 16), (3, 16), (34, 2**14), (35, 2**14)):
+        weight[first::64] *= np.asarray(scale, dtype)
     return weight
 
 
