@@ -38,6 +38,9 @@ OTHER = "other"
 FINITE = (0, 1, 6, 7)
 """Sets of gates for the chunked form, which takes differences of sums of them."""
 
+LARGE = (False, True)
+"""Whether some channels of a convolution are large: exact where they are not, and other branches where they are."""
+
 NOTHING = ("s_nop", "s_endpgm", "s_code_end", "s_cbranch_execz")
 """Instructions whose absence is no mutant. The last one jumps over what no lane would execute: it saves time."""
 
@@ -95,10 +98,8 @@ def groups() -> list[Group]:
         Group(with_gates(lambda chosen: delta("fold", kv, old=3, new=0, gates=chosen)), 32),
         Group([chunked(gates=chosen) for chosen in FINITE], 20),
         Group([chunked(act=f32, gates=chosen) for chosen in FINITE], 20),
-        Group([conv("decode", dtype=f32)], 16),
-        Group([conv("verify", dtype=f32)], 24),
-        Group([conv("fold", dtype=f32)], 16),
-        Group([conv_prefill(kept=True, dtype=f32)], 20),
+        *(Group([conv(kind, dtype=f32, large=large) for large in LARGE], 16) for kind in ("decode", "verify", "fold")),
+        Group([conv_prefill(kept=True, dtype=f32, large=large) for large in LARGE], 20),
     ]
 
 

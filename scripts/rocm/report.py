@@ -4,8 +4,16 @@ import collections
 from collections.abc import Iterable
 from typing import Any
 
-LEAST_CAUGHT = 0.85
-"""Share of the mutants that must be caught, in the kernels that own recurrent state."""
+LEAST_CAUGHT = 0.80
+"""Share of the mutants that must be caught, of all.
+
+Of 736 it was 84%; 13% changed no bit of any output. What those took away was, by looking: low terms of log1p and exp,
+and steps of a division, which float32 rounds away; masks of loads whose values are selected away later, or of zeros;
+extensions of signs that are never negative; NaN and infinity where there are none; copies onto the same.
+"""
+
+LEAST_NOTICED = 0.95
+"""The same of those that changed a bit of any output, or stopped: it was 96%. The others are errors of an ulp or two."""
 
 REASONS = ("numbers", "fault", "wait", "conflict")
 
@@ -17,7 +25,7 @@ def line(result: dict[str, Any]) -> str:
     if result["fails"]:
         text += f" (known to be wrong: {result['wrong'][0]})" if result["passed"] else ""
     elif "tallies" in result:
-        caught, total = _caught([result])
+        caught, _, total = _counts([result])
         text += f": {caught} of {total} caught"
     else:
         errors = result.get("errors", {})
@@ -57,19 +65,24 @@ def table(results: list[dict[str, Any]]) -> str:
 def summary(results: list[dict[str, Any]]) -> str:
     executed = [result for result in results if "tallies" not in result]
     wrong = sum(not result["passed"] for result in results)
-    caught, total = _caught(results)
+    caught, changed, total = _counts(results)
     text = f"{len(executed)} executed, {wrong} wrong"
-    return text + (f"; {caught} of {total} mutants caught ({caught / total:.0%})" if total else "")
+    if total:
+        noticed = caught / max(changed, 1)
+        text += f"; {caught} of {total} mutants caught ({caught / total:.0%}, {noticed:.0%} of what changes a bit)"
+    return text
 
 
 def passed(results: list[dict[str, Any]], *, everything: bool) -> bool:
     """Whether nothing is wrong and, where everything was executed, enough mutants were caught."""
-    caught, total = _caught(results)
-    return all(result["passed"] for result in results) and (not everything or caught >= LEAST_CAUGHT * total > 0)
+    caught, changed, total = _counts(results)
+    enough = caught >= LEAST_CAUGHT * total > 0 and caught >= LEAST_NOTICED * changed
+    return all(result["passed"] for result in results) and (enough or not everything)
 
 
-def _caught(results: Iterable[dict[str, Any]]) -> tuple[int, int]:
-    """(mutants that were caught, mutants)."""
+def _counts(results: Iterable[dict[str, Any]]) -> tuple[int, int, int]:
+    """(mutants that were caught, those and the ones that changed a bit of an output, all)."""
     tallies = [tally for result in results for tally in result.get("tallies", [])]
     caught = sum(sum(tally["caught"].values()) for tally in tallies)
-    return caught, caught + sum(len(tally["missed"]) for tally in tallies)
+    missed = [one for tally in tallies for one in tally["missed"]]
+    return caught, caught + sum(not one["equal"] for one in missed), caught + len(missed)

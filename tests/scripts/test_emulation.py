@@ -261,8 +261,10 @@ def test_what_is_found_wrong_passes_only_where_it_has_to_be(monkeypatch):
     assert results[5]["wrong"] == ["KeyError: 'broken'"]
 
 
-def tallied(caught: int, missed: int) -> dict:
-    tally = mutants.Tally("walk", {"numbers": caught}, [mutants.Missed(7, "v_mov_b32 v0, v1", "copies", True)] * missed)
+def tallied(caught: int, missed: int, within: int = 0) -> dict:
+    """A result of mutants: `missed` changed nothing, `within` changed what they may."""
+    lost = [mutants.Missed(7, "v_mov_b32 v0, v1", "copies", i < missed) for i in range(missed + within)]
+    tally = mutants.Tally("walk", {"numbers": caught}, lost)
     return result(kind="mutants", name="mutants of w", tallies=[dataclasses.asdict(tally)])
 
 
@@ -280,7 +282,7 @@ def result(**fields) -> dict:
 
 def test_the_summary_counts():
     results = [result(), result(passed=False, wrong=["x"]), tallied(3, 1)]
-    assert report.summary(results) == "2 executed, 1 wrong; 3 of 4 mutants caught (75%)"
+    assert report.summary(results) == "2 executed, 1 wrong; 3 of 4 mutants caught (75%, 100% of what changes a bit)"
     assert report.summary(results[:1]) == "1 executed, 0 wrong"
     table = report.table(results)
     assert "walk, gfx942" in table
@@ -288,9 +290,11 @@ def test_the_summary_counts():
 
 
 def test_too_few_mutants_caught_fail_where_all_were_executed():
-    assert report.passed([result(), tallied(85, 15)], everything=True)
-    assert not report.passed([result(), tallied(84, 16)], everything=True)
-    assert report.passed([result(), tallied(84, 16)], everything=False)
+    assert report.passed([result(), tallied(80, 20)], everything=True)
+    assert not report.passed([result(), tallied(79, 21)], everything=True)
+    assert report.passed([result(), tallied(95, 0, 5)], everything=True)
+    assert not report.passed([result(), tallied(94, 0, 6)], everything=True)
+    assert report.passed([result(), tallied(10, 20, 30)], everything=False)
     assert not report.passed([result()], everything=True)
     assert not report.passed([result(passed=False)], everything=False)
 

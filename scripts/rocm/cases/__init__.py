@@ -46,10 +46,14 @@ def cases() -> list[Case]:
         conv("decode", 1024),
         conv("verify"),
         conv("fold"),
-        *(conv(kind, dtype=np.float32) for kind in ("decode", "verify", "fold")),
+        *(
+            conv(kind, dtype=np.float32, large=large)
+            for kind in ("decode", "verify", "fold")
+            for large in (True, False)
+        ),
         conv_prefill(),
         conv_prefill(512, kept=True),
-        conv_prefill(kept=True, dtype=np.float32),
+        *(conv_prefill(kept=True, dtype=np.float32, large=large) for large in (True, False)),
         attention("decode"),
         attention("decode", width=256, heads=6, kv_heads=1),
         attention("decode", kv=np.int8),
