@@ -78,10 +78,6 @@ class Tally:
     caught: dict[str, int]
     missed: list[Missed]
 
-    @property
-    def total(self) -> int:
-        return sum(self.caught.values()) + len(self.missed)
-
 
 def groups() -> list[Group]:
     """The kernels that own recurrent state, each at its smallest, with gates of several kinds."""
@@ -132,6 +128,8 @@ def tallies(group: Group, compiler: Compiler) -> Iterable[Tally]:
     for number, done in enumerate(right[0].executed):
         kernel = done.launch.name
         code, instructions = done.code, done.code.program.instructions
+        if any(one.executed[number].code is not code for one in right):
+            raise RuntimeError(f"the cases of {group.name} do not share their code of {kernel}")
         places = [i for i, one in enumerate(instructions) if one.name not in NOTHING and not SAME.match(one.text)]
         chosen = random.Random(f"{SEED} {compiler.arch} {group.name} {kernel}").sample(
             places, min(group.count, len(places))

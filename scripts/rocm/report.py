@@ -13,7 +13,7 @@ extensions of signs that are never negative; NaN and infinity where there are no
 """
 
 LEAST_NOTICED = 0.95
-"""The same of those that changed a bit of any output, or stopped: it was 96%. The others are errors of an ulp or two."""
+"""The same of those that changed a bit of any output, or stopped: it was 97%. The rest is errors of an ulp or two."""
 
 REASONS = ("numbers", "fault", "wait", "conflict")
 
