@@ -21,7 +21,9 @@ from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder, reference
 from gdnjax.pallas_kernels.rows import Chunks, Rows, make_chunks
 from rocm.cases.case import BFLOAT16, EXACT, Bound, Case, Op, poison
 
-LAYERS, LAYER, SLOTS = 2, 1, 6
+LAYERS, LAYER, SLOTS = 3, 1, 6
+"""The layer is neither the first nor the last: a number that is lost is not put right by its bounds."""
+
 TAPS = 4
 
 FLOAT32 = Bound(norm=1.5e-7, place=2e-6)
@@ -392,19 +394,20 @@ def conv_prefill_op() -> Op:
 
 
 def conv_prefill(channels: int = 520, *, dtype: DTypeLike = BFLOAT16, kept: bool = False, large: bool = True) -> Case:
-    """A fresh row and three others, the last of 2 tokens: fewer than a window holds. They begin at all places of the
+    """A fresh row and eight others, the last of 2 tokens: fewer than a window holds. Rows begin at all places of the
     groups of tokens that the kernel unrolls.
     """
     name = f"conv-prefill-{channels}-{np.dtype(dtype).name}" + "-kept" * kept + "-small" * (not large)
     r = random(name)
-    lengths = (11, 11, 48, 2)
-    x = packed(lengths, TOKENS, [5, 0, 9, 3, 0] if kept else None)
-    x |= {"read": np.array([2, 4, 6, 7, 0], np.int32), "write": np.array([2, 1, 6, 8, 0], np.int32)}
-    x["fresh"] = np.array([True, False, False, False, True])
+    lengths = (9, 9, 9, 9, 9, 9, 9, 9, 2)
+    read, write = [2, 4, 5, 6, 7, 8, 9, 10, 11, 0], [2, 1, 5, 6, 7, 8, 9, 10, 12, 0]
+    x = packed(lengths, TOKENS, [13, 0, 0, 14, 0, 0, 0, 0, 3, 0] if kept else None)
+    x |= {"read": np.array(read, np.int32), "write": np.array(write, np.int32)}
+    x["fresh"] = np.array([True, *[False] * 8, True])
     x |= {"weight": weights(r, channels, dtype, large=large), "x": normal(r, (TOKENS, channels), dtype)}
     x["x"][sum(lengths) :] = np.nan
-    x["conv"] = pool_of(r, [4, 6, 7], (TAPS - 1, channels), dtype, 1.0, count=10)
-    written = [1, 2, 6, 8] + [3, 5, 9] * kept
+    x["conv"] = pool_of(r, read[1:-1], (TAPS - 1, channels), dtype, 1.0, count=15)
+    written = write[:-1] + [3, 13, 14] * kept
     return Case(
         name,
         conv_prefill_op(),
