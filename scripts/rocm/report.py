@@ -7,13 +7,13 @@ from typing import Any
 LEAST_CAUGHT = 0.80
 """Share of the mutants that must be caught, of all.
 
-Of 736 it was 84%; 13% changed no bit of any output. What those took away was, by looking: low terms of log1p and exp,
+Of 720 it was 83%; 14% changed no bit of any output. What those took away was, by looking: low terms of log1p and exp,
 and steps of a division, which float32 rounds away; masks of loads whose values are selected away later, or of zeros;
 extensions of signs that are never negative; NaN and infinity where there are none; copies onto the same.
 """
 
-LEAST_NOTICED = 0.95
-"""The same of those that changed a bit of any output, or stopped: it was 97%. The rest is errors of an ulp or two."""
+LEAST_NOTICED = 0.93
+"""The same of those that changed a bit of any output, or stopped: it was 96%. The rest is errors of an ulp or two."""
 
 REASONS = ("numbers", "fault", "wait", "conflict")
 
