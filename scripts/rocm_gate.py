@@ -1,17 +1,23 @@
-"""Compiles every kernel and whole steps for AMD GPUs, without one, and refuses what could not run well there."""
+"""Compiles every kernel and whole steps for AMD GPUs, without one, refuses what could not run well there, and executes
+kernels in an emulator.
+"""
 
 import argparse
+import contextlib
 import dataclasses
 import fnmatch
 import json
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from command import exit_status, prepare_environment
+from rocm import report
 
 DESCRIPTION = """\
 Every kernel at every workload of bench_kernels.py, and whole prefill, decode and seal steps at the layer sizes of
@@ -20,8 +26,11 @@ compile, registers that spill, scratch, more LDS than the chip has, fewer waves 
 hardware cannot do, pools that are copied or not updated in place, and arrays that buffer instructions do not reach.
 Two kernels must be refused, or the gate itself is broken: one that spills, one whose offsets are cut.
 
-Nothing runs, and nothing is said of speed. It needs an environment of its own with the compiler's wheels (160 MB, no
-ROCm and no GPU), readelf and gcc:
+With --emulate the machine code of every kernel is executed, in an emulator on the CPU: small cases of all orders and
+types with poison around what may be read, pools of more than 4 GiB, and mutants of the code, of which enough must be
+noticed. What is known to be wrong must be found wrong. That says nothing of speed, and it is no run on hardware.
+
+It needs an environment of its own with the compiler's wheels (160 MB, no ROCm and no GPU), readelf and gcc:
 
   pip install -e ".[rocm-gate]"
 """
@@ -31,8 +40,10 @@ examples:
   python scripts/rocm_gate.py                        gfx942 (MI300X) and gfx950 (MI355X)
   python scripts/rocm_gate.py --arch gfx942 'gdn-*'  some, for one
   python scripts/rocm_gate.py --write-readme         and put the table of resources into README.md
+  python scripts/rocm_gate.py --emulate              execute instead of compile alone
+  python scripts/rocm_gate.py --emulate 'mutants*' '*-without-bounds'
 
-Exit status: 0 all passed, 1 something was refused, 2 an error.
+Exit status: 0 all passed, 1 something was refused or wrong, 2 an error.
 """
 
 README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
@@ -49,22 +60,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="architecture (default: both)")
     parser.add_argument("--output", metavar="FILE", help="also write all figures there, as JSON")
     parser.add_argument("--write-readme", action="store_true", help="replace the table of resources in README.md")
+    parser.add_argument("--emulate", action="store_true", help="execute cases, large pools and mutants in an emulator")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    run = (lambda: work(arguments)) if arguments.worker else (lambda: gate(arguments))
-    return exit_status("rocm_gate.py", run)
+    if arguments.emulate and arguments.write_readme:
+        parser.error("--write-readme writes what is compiled, not what is executed")
+    if arguments.worker:
+        work = emulate_one if arguments.emulate else compile_one
+        return exit_status("rocm_gate.py", lambda: work(arguments))
+    return exit_status("rocm_gate.py", lambda: (emulate if arguments.emulate else gate)(arguments))
 
 
 def gate(arguments) -> int:
-    """One process an architecture, side by side: a process compiles for one kind of chip, on one core."""
-    # Missing wheels are said once, not by each process.
-    plugin_libraries()
-    architectures = arguments.arch or ARCHITECTURES
-    with ThreadPoolExecutor(len(architectures)) as pool:
-        by_architecture = pool.map(lambda arch: compile_for(arch, arguments.names), architectures)
-        results = [result for results in by_architecture for result in results]
-    if arguments.output:
-        pathlib.Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
+    """Compiles, and refuses."""
+    results = in_processes(arguments, line)
     if arguments.write_readme:
         write_readme(results)
     refused = [result for result in results if not result["passed"]]
@@ -72,11 +81,34 @@ def gate(arguments) -> int:
     return 1 if refused else 0
 
 
-def compile_for(arch: str, names: list[str]) -> list[dict]:
-    """The results of a worker, which are printed as they come."""
+def emulate(arguments) -> int:
+    """Compiles, and executes."""
+    decoder()
+    results = in_processes(arguments, report.line)
+    everything = arguments.names == ["*"]
+    print("\n".join(filter(None, (report.table(results), report.summary(results)))))
+    return 0 if report.passed(results, everything=everything) else 1
+
+
+def in_processes(arguments, say: Callable[[dict], str]) -> list[dict]:
+    """The results of all architectures, side by side: a process compiles for one kind of chip, on one core."""
+    # Missing wheels are said once, not by each process.
+    plugin_libraries()
+    architectures = arguments.arch or ARCHITECTURES
+    with tempfile.TemporaryDirectory() as shared, ThreadPoolExecutor(len(architectures)) as pool:
+        by_architecture = pool.map(lambda arch: in_process(arch, arguments, say, shared), architectures)
+        results = [result for results in by_architecture for result in results]
+    if arguments.output:
+        pathlib.Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def in_process(arch: str, arguments, say: Callable[[dict], str], shared: str) -> list[dict]:
+    """The results of a worker, which are said as they come. What it compiles for the CPU it leaves in `shared`."""
     results = []
-    command = [sys.executable, __file__, *names, "--worker", arch]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, __file__, *arguments.names, "--worker", arch, *["--emulate"] * arguments.emulate]
+    environment = os.environ | ({"JAX_COMPILATION_CACHE_DIR": shared} if arguments.emulate else {})
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for text in process.stdout:
             if not text.startswith("{"):
@@ -84,17 +116,17 @@ def compile_for(arch: str, names: list[str]) -> list[dict]:
                 continue
             results.append(json.loads(text))
             # Line and end in one piece: the other architecture's come between.
-            print(line(results[-1]) + "\n", end="", flush=True)
+            print(say(results[-1]) + "\n", end="", flush=True)
     if process.returncode:
         raise RuntimeError(f"the compiler of {arch} ended with status {process.returncode}")
     return results
 
 
-def work(arguments) -> int:
-    """Compiles for one architecture and prints a line of JSON for each function."""
+@contextlib.contextmanager
+def compiler() -> Iterator[pathlib.Path]:
+    """The process can compile for AMD meanwhile; code objects come to the directory. Before jax is imported."""
     from rocm import compiling, stand_ins
 
-    arch = arguments.worker
     prepare_environment()
     with tempfile.TemporaryDirectory() as scratch:
         libraries, cache = pathlib.Path(scratch, "libraries"), pathlib.Path(scratch, "code")
@@ -102,7 +134,27 @@ def work(arguments) -> int:
         cache.mkdir()
         compiling.prepare(cache)
         stand_ins.load(stand_ins.build(plugin_libraries(), libraries))
+        yield cache
 
+
+def emulate_one(arguments) -> int:
+    """Executes for one architecture and prints a line of JSON for each case."""
+    with compiler() as cache:
+        from rocm import emulation, executing
+
+        backwards = arguments.worker != ARCHITECTURES[0]
+        machine = emulation.Compiler(arguments.worker, cache)
+        for result in executing.results(machine, arguments.names, backwards=backwards):
+            print(json.dumps(result), flush=True)
+    return 0
+
+
+def compile_one(arguments) -> int:
+    """Compiles for one architecture and prints a line of JSON for each function."""
+    from rocm import compiling
+
+    arch = arguments.worker
+    with compiler() as cache:
         from rocm import functions
 
         (device,) = compiling.devices(arch)
@@ -151,6 +203,14 @@ def plugin_libraries() -> list[pathlib.Path]:
     if not found:
         raise ImportError("the ROCm compiler is not installed: pip install -e '.[rocm-gate]'")
     return found
+
+
+def decoder() -> None:
+    """Raises ImportError where the emulator's decoder is missing."""
+    import importlib.util
+
+    if importlib.util.find_spec("tinygrad") is None:
+        raise ImportError("the emulator's decoder is not installed: pip install -e '.[rocm-gate]'")
 
 
 def line(result: dict) -> str:

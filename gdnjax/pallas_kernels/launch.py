@@ -81,11 +81,11 @@ def launch(
 
 def run(launch: Launch, args: Sequence[Array]) -> list[Array]:
     """Every kernel of the package comes through here; scripts/rocm puts its emulator in this function's place."""
-    return list(_function(launch)(*args))
+    return list(jitted(launch)(*args))
 
 
 @functools.cache
-def _function(launch: Launch) -> Callable:
+def jitted(launch: Launch) -> Callable:
     """The launch as a function of its operands. JAX traces and lowers it once: layers are calls of one function."""
     kernel = functools.partial(launch.kernel, **dict(launch.static))
     aliases, order = dict(launch.aliases), ()

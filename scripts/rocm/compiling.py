@@ -90,7 +90,7 @@ def compile_function(lower: Callable[[], Any], cache: pathlib.Path, known: dict[
     for file in sorted(file for file in new if file.suffix == ".hsaco"):
         known |= {kernel.name: kernel for kernel in code_object.kernels(file.read_bytes())}
     memory = compiled.memory_analysis()
-    shared = _shared_memory({file for file in new if file.name.endswith("thunk_sequence.txt")})
+    shared = shared_memory({file for file in new if file.name.endswith("thunk_sequence.txt")})
     kernels = [
         dataclasses.replace(known[launch.name], lds=max(known[launch.name].lds, shared.get(launch.name, 0)))
         for launch in {launch.name: launch for launch in launches}.values()
@@ -201,7 +201,7 @@ def _beyond_reach(files: set[pathlib.Path], own: set[str]) -> list[tuple[str, st
     return [fault for file in sorted(files) for fault in buffers.faults(file.read_text(), own)]
 
 
-def _shared_memory(files: set[pathlib.Path]) -> dict[str, int]:
+def shared_memory(files: set[pathlib.Path]) -> dict[str, int]:
     """Bytes of LDS that kernels ask for when they are launched: Triton's are in no code object."""
     pattern = r"(\w+) grid: \[[\d, ]*\] threads: \[[\d, ]*\]\s+shared_memory: (\d+) bytes"
     found: dict[str, int] = {}

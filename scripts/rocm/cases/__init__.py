@@ -1,0 +1,84 @@
+"""Small calls of every kernel, with poison wherever nothing may be read, and the definition's word on each.
+
+They run wherever `launch.run` runs kernels: interpreted by XLA, or as machine code in the emulator.
+"""
+
+import numpy as np
+
+from rocm.cases.attention import attention, kv_write
+from rocm.cases.case import BFLOAT16, FLOAT8, Bound, Case
+from rocm.cases.products import draw, grouped, product
+from rocm.cases.recurrent import chunked, conv, conv_prefill, delta
+
+__all__ = ["Bound", "Case", "cases", "race"]
+
+KV, VK, MIXED_KV, MIXED_VK = ("kv", "kv"), ("vk", "vk"), ("mixed", "kv"), ("mixed", "vk")
+
+
+def cases() -> list[Case]:
+    """Every kernel, in all orders and types that it has."""
+    return [
+        delta("decode"),
+        delta("decode", KV),
+        delta("decode", state=BFLOAT16),
+        delta("decode", KV, state=BFLOAT16),
+        delta("decode", MIXED_VK),
+        delta("decode", MIXED_KV, state=BFLOAT16),
+        delta("decode", ("vk", "kv")),
+        *(delta("decode", gates=chosen) for chosen in (1, 2, 3)),
+        delta("decode", act=np.float32),
+        delta("decode", heads=3, key_heads=3, dim=48),
+        delta("verify", old=2, new=2),
+        delta("verify", KV, state=BFLOAT16, old=3, new=4),
+        delta("verify", MIXED_VK, old=2, new=2),
+        delta("verify", old=2, new=2, gates=1),
+        delta("fold", old=3, new=0),
+        delta("fold", KV, old=3, new=0),
+        delta("fold", KV, old=3, new=0, gates=1),
+        delta("fold", MIXED_VK, state=BFLOAT16, old=3, new=0),
+        chunked(),
+        chunked(KV, kept=True),
+        chunked(MIXED_VK, state=BFLOAT16, kept=True),
+        chunked(act=np.float32),
+        chunked(act=np.float32, gates=1),
+        chunked(heads=3, key_heads=3, dim=48),
+        conv("decode"),
+        conv("decode", 1024),
+        conv("verify"),
+        conv("fold"),
+        *(
+            conv(kind, dtype=np.float32, large=large)
+            for kind in ("decode", "verify", "fold")
+            for large in (True, False)
+        ),
+        conv_prefill(),
+        conv_prefill(512, kept=True),
+        *(conv_prefill(kept=True, dtype=np.float32, large=large) for large in (True, False)),
+        attention("decode"),
+        attention("decode", width=256, heads=6, kv_heads=1),
+        attention("decode", kv=np.int8),
+        attention("decode", kv=FLOAT8),
+        attention("decode", first=20),
+        attention("verify", queries=4),
+        attention("split", blocks=32),
+        attention("split", blocks=32, kv=np.int8),
+        attention("prefill", queries=64),
+        attention("prefill", queries=64, width=256, heads=2, kv_heads=1),
+        attention("prefill", queries=64, kv=FLOAT8),
+        kv_write(),
+        kv_write(kv_heads=3, width=80),
+        kv_write(np.int8),
+        kv_write(FLOAT8),
+        grouped("few"),
+        grouped("many", depth=96, width=72),
+        *(product(kind, rows) for rows in (3, 40) for kind in ("narrow", "wide")),
+        *(product("swiglu", rows, outputs=(80, 80)) for rows in (3, 40)),
+        product("split", 3, depth=1024, outputs=(96,)),
+        draw(),
+        draw(bounded=True),
+    ]
+
+
+def race() -> Case:
+    """A call that the contract forbids, with programs that race. Its numbers may be right all the same."""
+    return delta("decode", ("vk", "kv"), in_place=True)

@@ -1,0 +1,90 @@
+"""The programs of a kernel run in any order, on many units at once: in the interpreter, which has one, in three orders.
+
+A program that needs what another has written gives other results then, to the bit. Every kernel of the package is here
+by one call; the call's own outputs are held against its definition, too.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rocm.cases import BFLOAT16, Case, attention, chunked, conv, conv_prefill, delta, draw, grouped, kv_write, product
+from rocm.cases.case import same_bits
+
+from gdnjax.backend import INTERPRET
+from gdnjax.pallas_kernels.launch import launch
+
+ORDERS = (0, 1, 2)
+
+CASES = [
+    delta("decode", ("vk", "kv")),
+    delta("decode", ("mixed", "kv"), state=BFLOAT16),
+    delta("verify", old=2, new=2),
+    delta("fold", ("kv", "kv"), old=3, new=0),
+    chunked(("mixed", "vk"), kept=True, dim=16),
+    conv("decode", 72),
+    conv("verify", 72),
+    conv("fold", 72),
+    conv_prefill(72, kept=True),
+    attention("decode", kv=np.int8),
+    attention("split", blocks=32),
+    attention("prefill", queries=64),
+    kv_write(kv_heads=3, width=80),
+    kv_write(np.int8),
+    grouped("few"),
+    product("narrow", 3),
+    product("swiglu", 3, outputs=(80, 80)),
+    product("split", 3, depth=1024, outputs=(96,)),
+    draw(),
+]
+
+QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+"""Of XLA's compiler on the CPU: each order is compiled, and runs once."""
+
+
+@pytest.fixture(autouse=True)
+def backend():
+    """Orders are the interpreter's alone: no run on the definitions."""
+
+
+def run(case: Case, order: int) -> dict[str, np.ndarray]:
+    backend = dataclasses.replace(INTERPRET, order=order)
+    call = jax.jit(lambda x: case.call(x, backend), compiler_options=QUICK)
+    return {name: np.asarray(x) for name, x in call({k: jnp.asarray(v) for k, v in case.arrays.items()}).items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_order_of_programs_changes_nothing(case):
+    first, *others = (run(case, order) for order in ORDERS)
+    assert case.compare(first, case.wanted())[1] == []
+    for other in others:
+        for name, x in first.items():
+            # What nobody compares, padding and null things, programs may race for.
+            seen = np.broadcast_to(case.seen.get(name, True), x.shape)
+            kept = case.kept.get(name, np.zeros(x.shape, bool))
+            assert same_bits(x, other[name])[seen | kept].all(), name
+
+
+@pytest.mark.parametrize("orders", [(0, 1), (0, 2), (1, 2)])
+def test_a_kernel_that_needs_an_order_is_seen(orders):
+    def kernel(program, _, count_ref):
+        # Each program counts on from what the one before has left.
+        count_ref[program] = count_ref[(program + 7) % 8] + 1
+
+    def counts(order: int) -> list[int]:
+        (found,) = launch(
+            kernel,
+            dataclasses.replace(INTERPRET, order=order),
+            name="counts",
+            programs=8,
+            args=(jnp.zeros(8, jnp.int32),),
+            out=[jax.ShapeDtypeStruct((8,), jnp.int32)],
+            aliases={0: 0},
+            warps=1,
+        )
+        return found.tolist()
+
+    assert counts(0) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert counts(orders[0]) != counts(orders[1])
