@@ -32,10 +32,7 @@ class Task:
 def tasks(compiler: Compiler, names: list[str]) -> list[Task]:
     """Those whose names fit a pattern. Of the controls without bounds a few stand for all, unless they are named."""
     found = [Task(CASE, case.name, lambda case=case: small(case, compiler)) for case in cases()]
-    found += [
-        Task(LARGE, large.name, lambda large=large: in_large_pools(large, compiler), large.fails)
-        for large in large_cases()
-    ]
+    found += [Task(LARGE, large.name, lambda large=large: in_large_pools(large, compiler)) for large in large_cases()]
     found += [
         Task(MUTANTS, f"mutants of {group.name}", lambda group=group: mutated(group, compiler))
         for group in mutants.groups()

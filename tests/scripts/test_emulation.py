@@ -208,7 +208,7 @@ def test_pages_of_a_large_pool_are_those_of_its_places():
 
 def test_thirteen_of_the_large_pools_need_the_bound():
     every = large_cases()
-    assert len(every) == 31
+    assert len(every) == 30
     assert sum(large.wrong_unbounded for large in every) == 13
     assert all(large.nbytes > 1 << 32 for large in every if large.wrong_unbounded)
     kinds = {large.small.name.split("-")[0] for large in standing_controls()}

@@ -88,17 +88,23 @@ def _address_of_pair(base: Operand, at: Operand, offset: np.uint64):
     return lambda g: (pair(g) + offset)[:, None] + low(g).astype(U64)
 
 
+RAW_BUFFER = 0x27000
+"""The last word of a resource: no swizzle, words of 32 bits. LLVM makes no other for `make.buffer.rsrc` of Triton's."""
+
+
 def buffer_access(p: Instruction) -> Callable[[Group], None]:
     """Through a resource in four scalar registers. Past its end loads give 0 and stores are dropped.
 
-    Raises Fault for an access partly past the end, and for resources with a stride: none of the kernels has either.
+    Raises Fault for an access partly past the end, and for resources with a stride or of another format: none of the
+    kernels has any of these.
     """
     if p.name in ("buffer_wbl2", "buffer_inv"):
         return lambda g: None
     kind, size, high, signed = _kind(p, "buffer")
     p.only("offset", "offen", *CACHES)
     data, at, resource, more = p.operands
-    base, records, extra = scalar(resource, 2), scalar(resource, part=2), scalar(more)
+    base, records, format_of = scalar(resource, 2), scalar(resource, part=2), scalar(resource, part=3)
+    extra = scalar(more)
     own, fixed = (vector(at) if p.get("offen") else None), I64(p.get("offset"))
 
     def offsets(g):
@@ -111,6 +117,8 @@ def buffer_access(p: Instruction) -> Callable[[Group], None]:
     def inside(g):
         if (base(g) >> U64(48) & U64(MOST_STRIDE)).any():
             raise Fault("a buffer resource with a stride, which is not emulated")
+        if (np.asarray(format_of(g)) != RAW_BUFFER).any():
+            raise Fault("a buffer resource of another format than raw words, which is not emulated")
         left = (records(g).astype(I64) - np.asarray(extra(g)).astype(I64))[:, None] - offsets(g)
         if (g.mask & (left > 0) & (left < size)).any():
             raise Fault("partly past the end of a buffer")

@@ -10,6 +10,9 @@ BASE = 1 << 40
 APART = 1 << 33
 """Bytes between arrays, at least: an offset cut to 32 bits leads to none of them."""
 
+ALIGNMENT = 256
+"""Of arrays, as XLA has it of those that a kernel writes."""
+
 
 class Fault(Exception):
     """The program did what it must not do."""
@@ -47,14 +50,19 @@ class Segment:
 
 
 class Memory:
-    """Global memory: arrays far apart, each used where it is."""
+    """Global memory: arrays far apart, each used where it is.
+
+    In the middle of each its addresses pass a multiple of 2^32, so that an addition without its carry is seen.
+    """
 
     def __init__(self, arrays: Sequence[np.ndarray], waves_per_group: int, shadow: bool):
         self.segments = [Segment(_bytes_of(x), waves_per_group, shadow) for x in arrays]
         self.starts, at = [], BASE
         for x in arrays:
-            self.starts.append(at)
-            at += -(-x.nbytes // APART) * APART + APART
+            half = -(-x.nbytes // 2 // APART) * APART
+            at += half
+            self.starts.append(at - x.nbytes // 2 // ALIGNMENT * ALIGNMENT)
+            at += half + APART
         self._starts = np.array(self.starts, np.int64)
         self._ends = self._starts + np.array([x.nbytes for x in arrays])
 
