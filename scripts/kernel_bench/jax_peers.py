@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernel_bench.timing import DoesNotFitError
 from kernel_bench.workloads import Workload
 
 
@@ -25,7 +26,13 @@ def of(work: Workload) -> dict[str, Callable[..., Any]]:
 
 
 def _ragged_dot(x, pools, layer):
-    """XLA's own; on GPUs it stores the rows once for every group."""
+    """XLA's own; on GPUs it stores the rows once for every group. Raises DoesNotFitError where the device's memory does
+    not hold them: XLA would try every tile of that product before it says so.
+    """
+    stored = x["weight"].shape[0] * x["x"].size * x["x"].dtype.itemsize
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is not None and stored > limit:
+        raise DoesNotFitError(f"does not fit ({stored / 2**30:.0f} GiB)")
     return lax.ragged_dot(x["x"], x["weight"].swapaxes(1, 2), x["sizes"]), pools
 
 

@@ -115,6 +115,8 @@ class Prepared:
         for name, call in (_peers_in_jax(work) if peers and ceilings else {}).items():
             try:
                 self.peers[name] = calls_of(call)
+            except DoesNotFitError as failure:
+                self.peers[name] = str(failure)
             except Exception as failure:  # a peer may not take these sizes, or this GPU, and says so in any way
                 self.peers[name] = _said(failure)
         self.trace_seconds = time.perf_counter() - began

@@ -1,5 +1,6 @@
 """scripts/bench_kernels.py: values first, times of what is right alone, what is written and drawn, tables restored."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -10,12 +11,13 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import bench_kernels as script
 import jax
 import jax.numpy as jnp
 import pytest
-from kernel_bench import measure, report, sweeps, timing, workloads
+from kernel_bench import jax_peers, measure, report, sweeps, timing, workloads
 from kernel_bench.measure import Row
 from kernel_bench.timing import Ceilings
 
@@ -555,3 +557,18 @@ def test_sweep_reports_the_best_and_goes_on_behind_a_failure(monkeypatch, capsys
     out = capsys.readouterr().out
     assert out.count("not tried, the time is over") == 12
     assert "best" not in out
+
+
+def test_ragged_dot_that_the_device_does_not_hold_is_not_even_compiled(monkeypatch):
+    """Of 8,192 tokens for 512 experts XLA stores 320 GiB."""
+    device = mock.Mock(memory_stats=lambda: {"bytes_limit": 80 << 30})
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    for name, said in (
+        ("grouped-512e-top10-4096x2048-8192", r"does not fit \(320 GiB\)"),
+        ("grouped-256e-top8-2048x1024-128", None),
+    ):
+        work = workloads.WORKLOADS[name]
+        (call,) = jax_peers.of(work).values()
+        arguments, pools = jax.eval_shape(work.inputs, jax.random.key(0))
+        with pytest.raises(timing.DoesNotFitError, match=said) if said else contextlib.nullcontext():
+            jax.eval_shape(lambda x, p, call=call: call(x, p, 0), arguments, pools)
