@@ -19,11 +19,19 @@ class Backend:
                     of its own.
       order         of interpreted kernels alone, which run one program after another: 0 in the order of their numbers,
                     else a seed that shuffles them. What a kernel computes must not depend on it.
+
+    Raises ValueError for an order of what is not interpreted.
     """
 
     kernels: str = "reference"
     architecture: str = ""
     order: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order and not self.interpret:
+            raise ValueError(
+                f"order={self.order} with kernels={self.kernels!r}: only 'interpret' has an order; allowed: 0"
+            )
 
     @property
     def is_reference(self) -> bool:

@@ -98,6 +98,11 @@ def in_processes(arguments, say: Callable[[dict], str]) -> list[dict]:
     with tempfile.TemporaryDirectory() as shared, ThreadPoolExecutor(len(architectures)) as pool:
         by_architecture = pool.map(lambda arch: in_process(arch, arguments, say, shared), architectures)
         results = [result for results in by_architecture for result in results]
+    # Controls are not what a pattern is for: a misspelled one would have passed by them alone.
+    found = [result["name"] for result in results if arguments.emulate or not result["fails"]]
+    idle = [pattern for pattern in arguments.names if not fnmatch.filter(found, pattern)]
+    if idle:
+        raise ValueError(f"nothing is called {', '.join(map(repr, idle))}")
     if arguments.output:
         pathlib.Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
     return results

@@ -32,6 +32,12 @@ def test_kernels_that_a_platform_cannot_run_are_an_error_and_never_a_fallback():
         backend.resolve("pallas", "cpu")
 
 
+@pytest.mark.parametrize("kernels", ["reference", "pallas"])
+def test_order_of_what_is_not_interpreted_is_an_error(kernels):
+    with pytest.raises(ValueError, match=f"order=1 with kernels='{kernels}'.*allowed: 0"):
+        Backend(kernels, order=1)
+
+
 def test_unknown_kernels_are_an_error():
     with pytest.raises(ValueError, match="kernels='triton'; allowed: 'auto', 'pallas', 'interpret', 'reference'"):
         backend.resolve("triton", "rocm")

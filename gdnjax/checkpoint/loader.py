@@ -1,6 +1,7 @@
 """From a checkpoint directory to sharded parameters, each rank reading its own part."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import math
@@ -280,6 +281,7 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """
     memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Most of the time would go into small pages.
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        # Most of the time would go into small pages. A kernel that was built without large ones says EINVAL.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.ndarray(shape, dtype, buffer=memory)

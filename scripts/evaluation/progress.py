@@ -14,7 +14,7 @@ EVERY_S = 5.0
 
 
 class Progress:
-    """The cell that is running, problem by problem. Lines go to stderr; `save` is called behind each of them."""
+    """The cell that is running, problem by problem. Lines go to stderr; `save` is called behind those on answers."""
 
     def __init__(self, problems: Sequence[Problem], save: Callable[[], None] = lambda: None):
         self.name = self.dtype = ""

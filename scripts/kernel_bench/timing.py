@@ -188,6 +188,8 @@ def check_kernels(alone: str, many: str, count: int) -> None:
     one, all_of_them = operations_of(alone), operations_of(many)
     counted = CALLS if any(one[name] for name in CALLS) else [name for name in PARTS if one[name]][:1]
     wanted, found = (sum(each[name] for name in counted) for each in (one, all_of_them))
+    if not wanted:
+        raise NotMeasuredError("a call alone was compiled to nothing that is counted: what many leave out is not known")
     if found < count * wanted:
         raise NotMeasuredError(
             f"{count} calls were compiled to {found} kernels ({', '.join(counted)}), where each has {wanted}: what is "

@@ -16,9 +16,16 @@ REACH = (1 << 31) - 1
 _KERNEL = re.compile(r"^define amdgpu_kernel void @([\w.$]+)\((.*?)\) #\d+.*?^}", re.MULTILINE | re.DOTALL)
 _ARGUMENT = re.compile(r"dereferenceable\((\d+)\) (%[\w.]+)")
 _RESOURCE = re.compile(r"make\.buffer\.rsrc\.p8\.p1(?:\.\w+)?\(ptr addrspace\(1\) (%[\w.]+),")
+_MADE = re.compile(r"\bcall\b.*\.make\.buffer\.rsrc\.")
+_OTHERWISE = re.compile(r"addrspace\(7\)|@llvm\.amdgcn\.(?:raw\.|struct\.|s\.)buffer\.")
 _POINTER = re.compile(r"^ *(%[\w.]+) = (getelementptr|phi ptr|select|addrspacecast|bitcast)\b(.*)$", re.MULTILINE)
 _INCOMING = re.compile(r"\[ (%[\w.]+),")
 _OPERAND = re.compile(r"ptr(?: addrspace\(\d\))? (%[\w.]+)")
+
+
+def kernels(ir: str) -> set[str]:
+    """The names of those that `reached` looks at."""
+    return {kernel[1] for kernel in _KERNEL.finditer(ir)}
 
 
 def reached(ir: str) -> Iterator[tuple[str, int | None]]:
@@ -39,8 +46,11 @@ def faults(ir: str, own: Collection[str]) -> Iterator[tuple[str, str]]:
 
     It is strict: a small offset into a large array would do no harm, and is refused, too. Sizes must be known in the
     kernels that are named in `own`. XLA's kernels that sum over ranks are given other devices' buffers, of activations,
-    without their sizes.
+    without their sizes. IR of which only a part is understood is a fault, too: what is not read may be anything.
     """
+    made, read = len(_MADE.findall(ir)), sum(len(_RESOURCE.findall(kernel[0])) for kernel in _KERNEL.finditer(ir))
+    if made != read or _OTHERWISE.search(ir):
+        yield ", ".join(sorted(kernels(ir))) or "no kernel", "buffer resources of a form that this audit does not read"
     for kernel, size in reached(ir):
         if size is None and kernel in own:
             yield kernel, "buffer instructions into an array of unknown size"

@@ -198,7 +198,12 @@ def _text(bytecode: bytes) -> str:
 
 
 def _beyond_reach(files: set[pathlib.Path], own: set[str]) -> list[tuple[str, str]]:
-    return [fault for file in sorted(files) for fault in buffers.faults(file.read_text(), own)]
+    irs = [file.read_text() for file in sorted(files)]
+    unseen = own - set().union(*map(buffers.kernels, irs))
+    return [
+        *(fault for ir in irs for fault in buffers.faults(ir, own)),
+        *((name, "no LLVM IR of it was seen") for name in sorted(unseen)),
+    ]
 
 
 def shared_memory(files: set[pathlib.Path]) -> dict[str, int]:

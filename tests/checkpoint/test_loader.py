@@ -1,6 +1,8 @@
 """Loaded parameters, compared with arrays built head by head."""
 
 import dataclasses
+import errno
+import mmap
 import threading
 import time
 
@@ -343,6 +345,17 @@ def test_interrupted_load_begins_nothing_more(monkeypatch):
         loader._side_by_side(load, {f"p{i}": 1 for i in range(1000)}, interrupted)
     assert len(begun) < 100
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("gdnjax-load")]
+
+
+def test_kernel_without_large_pages_loads_all_the_same(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(loader.mmap, "mmap", Refusing)
+    zeros = loader._zeros((3, 5), np.dtype(np.float32))
+    assert isinstance(zeros.base, Refusing)
+    np.testing.assert_array_equal(zeros, np.zeros((3, 5), np.float32))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

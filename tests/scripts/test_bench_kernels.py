@@ -288,6 +288,12 @@ def test_operations_are_counted_where_they_are_called():
         timing.check_kernels(HLO, HLO, 2)
 
 
+def test_call_of_nothing_that_is_counted_is_not_timed():
+    nothing = "ENTRY %main (x: f32[2]) -> f32[2] {\n  ROOT %copy = f32[2]{0} copy(%x)\n}\n"
+    with pytest.raises(timing.NotMeasuredError, match="nothing that is counted"):
+        timing.check_kernels(nothing, nothing, 2)
+
+
 def test_what_has_more_than_the_device_is_refused():
     compiled = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((1 << 28,), jnp.float32)).compile()
     timing.check_fits(compiled, None)

@@ -127,6 +127,33 @@ def test_arrays_that_offsets_do_not_reach_are_refused():
     assert faults == [f"{kernel}: {fault}" for kernel, fault in found]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        RESOURCE.format('%"of another name"'),
+        RESOURCE.format("noundef %arg0"),
+        RESOURCE.format("@constant"),
+        RESOURCE.replace("p8.p1(ptr addrspace(1) {}", "p8.p0(ptr %arg0"),
+        "%9 = call i32 @llvm.amdgcn.raw.buffer.load.i32(<4 x i32> %8, i32 %7, i32 0, i32 0)",
+        "%9 = load i32, ptr addrspace(7) %8",
+    ],
+)
+def test_resources_that_the_audit_cannot_read_are_refused(line):
+    fault = "buffer resources of a form that this audit does not read"
+    assert [*buffers.faults(ir_of("k", RESOURCE.format("%arg0"), line), {"k"})] == [("k", fault)]
+    # The head of the kernel is another.
+    other = ir_of("k", RESOURCE.format("%arg1")).replace(") #4 {", ") {")
+    assert [*buffers.faults(other, {"k"})] == [("no kernel", fault)]
+
+
+def test_kernels_without_ir_are_refused(tmp_path):
+    file = tmp_path / "module.ir-no-opt.ll"
+    file.write_text(ir_of("seen", RESOURCE.format("%arg0")))
+    assert compiling._beyond_reach({file}, {"seen"}) == []
+    assert compiling._beyond_reach({file}, {"seen", "k"}) == [("k", "no LLVM IR of it was seen")]
+    assert compiling._beyond_reach(set(), {"k"}) == [("k", "no LLVM IR of it was seen")]
+
+
 def hit(layers, count, elements, itemsize):
     """The rule as it was found: which pools an unbounded layer reads and writes at wrong places."""
     layer = count * elements
@@ -250,6 +277,18 @@ def test_without_the_compiler_it_says_what_to_install(capsys):
     assert capsys.readouterr().err == (
         "rocm_gate.py: error: the ROCm compiler is not installed: pip install -e '.[rocm-gate]'\n"
     )
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+def test_pattern_that_fits_nothing_is_an_error(capsys, monkeypatch, emulate):
+    """Even where controls, which nobody asks for, have passed."""
+    control = {"name": "a kernel that spills", "fails": True, "passed": True}
+    found = [{"name": "gdn-decode", "fails": False, "passed": True}, *[control] * (not emulate)]
+    monkeypatch.setattr(script, "plugin_libraries", list)
+    monkeypatch.setattr(script, "decoder", lambda: None)
+    monkeypatch.setattr(script, "in_process", lambda *_: found)
+    assert script.main(["gdn-*", "a kernel*", "gdm-*", *["--emulate"] * emulate]) == 2
+    assert capsys.readouterr().err == "rocm_gate.py: error: nothing is called 'a kernel*', 'gdm-*'\n"
 
 
 def test_worker_reports_lines_of_json():
