@@ -10,9 +10,6 @@ os.environ.setdefault("NPROC", "8")
 # PyTorch's threads wait for one another in loops: with two test processes on two cores that took most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Most of a run is compiling for the CPU, of steps that run a few times. No test looks at the speed of what comes out.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
-
 import jax
 import jaxtyping
 import pytest
