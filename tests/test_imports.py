@@ -49,6 +49,7 @@ ONLY = {
 HOST_ONLY = ("assets", "config", "sampling_params", "memory", "version", "serving.outputs", "serving.tokenizer")
 HOST_ONLY += ("serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler", "serving.plan")
 HOST_ONLY += ("serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
+HOST_ONLY += ("serving.frontend",)
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
 PLANNERS = ("serving.request", "serving.allocator", "serving.plan", "serving.scheduler", "serving.prefix_cache")

@@ -3,14 +3,11 @@
 import dataclasses
 import logging
 import math
-import numbers
 import pathlib
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import psutil
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -19,12 +16,12 @@ from gdnjax import backend, checkpoint, memory, sharding
 from gdnjax.assets import model_directory
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
-from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
-from gdnjax.serving.detokenizer import Detokenizer
+from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.engine import Engine, step_workspace
+from gdnjax.serving.frontend import Frontend, Prompt, as_list
 from gdnjax.serving.outputs import RequestOutput
 from gdnjax.serving.request import Request
-from gdnjax.serving.submission import Submission, Urgency, urgencies
+from gdnjax.serving.submission import Submission, urgencies
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generation_defaults
 from gdnjax.shapes import Params
 
@@ -32,9 +29,6 @@ log = logging.getLogger("gdnjax")
 
 JAX_CACHE_THRESHOLD = 1.0
 """JAX's own least compile time, in seconds, of what it caches: it would leave the small steps out."""
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""A text, token ids, or either under the key "prompt" or "prompt_token_ids"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +130,26 @@ class LLM:
         log.info("memory of one rank:\n%s", plan)
         self.model, self.config, self.mesh = model, config, mesh
         self.memory_plan, self.max_model_len = plan, max_model_len
-        self.tokenizer = tokenizer
-        self.eos_token_ids = tuple(eos_token_ids)
-        self._defaults = defaults
-        self._num_requests = 0
         self._closed = False
+        self.frontend = Frontend(
+            config,
+            max_model_len=max_model_len,
+            vocab_size=model.vocab_size,
+            num_blocks=plan.num_blocks,
+            tokenizer=tokenizer,
+            defaults=defaults,
+            eos_token_ids=tuple(eos_token_ids),
+        )
         self.engine = Engine(model, params, mesh, config, plan, max_model_len, tokenizer)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.frontend.tokenizer
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a sequence, unless a request ignores them."""
+        return self.frontend.eos_token_ids
 
     @property
     def params(self) -> Params:
@@ -150,11 +158,11 @@ class LLM:
 
     def get_tokenizer(self) -> Any:
         """The checkpoint's transformers tokenizer. Raises ValueError where there is none."""
-        return self._require_tokenizer("get_tokenizer").hf
+        return self.frontend.require_tokenizer("get_tokenizer").hf
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
         """The sampling parameters of the checkpoint's generation_config.json, with `overrides` in their place."""
-        return SamplingParams(**(self._defaults.sampling | overrides))
+        return self.frontend.default_sampling_params(**overrides)
 
     def generate(
         self,
@@ -172,10 +180,9 @@ class LLM:
         `timeout`: seconds from now after which what has not ended is aborted, with stop_reason "timeout". Raises
         ValueError that names the prompt by its index, before any of them is queued.
         """
-        prompts = _as_list(prompts)
-        params = self._params_for(prompts, sampling_params)
-        urgent = urgencies(len(prompts), priority, timeout)
-        groups = self._make_groups(prompts, params, urgent)
+        self._check_open()
+        prompts = as_list(prompts)
+        groups = self.frontend.prepare(prompts, sampling_params, urgencies(len(prompts), priority, timeout))
         return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
 
     def chat(
@@ -193,21 +200,21 @@ class LLM:
 
         `priority` and `timeout` are as in `generate`; other keywords go to the template.
         """
+        self._check_open()
         several = isinstance(messages, Sequence) and messages and isinstance(messages[0], list | tuple)
-        tokenizer = self._require_tokenizer("chat")
+        tokenizer = self.frontend.require_tokenizer("chat")
         chats = messages if several else [messages]
         prompts: list[Prompt] = [
             tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, **template_kwargs)
             for chat in chats
         ]
-        params = self._params_for(prompts, sampling_params)
-        groups = self._make_groups(prompts, params, urgencies(len(prompts), priority, timeout))
+        groups = self.frontend.prepare(prompts, sampling_params, urgencies(len(prompts), priority, timeout))
         if add_generation_prompt and self.config.enable_prefix_caching:
             # The next turn renders the answer anew, so it parts from this one at the generation prompt.
             for chat, group in zip(chats, groups, strict=True):
                 turn = tokenizer.apply_chat_template(chat, add_generation_prompt=False, **template_kwargs)
                 for request in group.requests:
-                    request.turn_start = _common_length(self._token_ids(turn, "chat"), request.prompt_token_ids)
+                    request.turn_start = _common_length(self.frontend.token_ids(turn, "chat"), request.prompt_token_ids)
         return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
 
     def submit(
@@ -222,8 +229,8 @@ class LLM:
 
         Arguments and errors as in `generate`.
         """
-        params = self._params_for([prompt], sampling_params)
-        (group,) = self._make_groups([prompt], params, urgencies(1, priority, timeout))
+        self._check_open()
+        (group,) = self.frontend.prepare([prompt], sampling_params, urgencies(1, priority, timeout))
         for request in group.requests:
             self.engine.add(request)
         return group
@@ -250,10 +257,12 @@ class LLM:
 
         Errors are raised by the call, not by the first turn of the loop.
         """
-        params = self._params_for([prompt], sampling_params)[0]
+        self._check_open()
+        (params,) = self.frontend.params_for(1, sampling_params)
         if params.n != 1:
             raise ValueError(f"stream yields one sample, got n={params.n}; use generate for several")
-        return self._stream(self._make_requests(prompt, params, 0))
+        (group,) = self.frontend.prepare([prompt], params)
+        return self._stream(group)
 
     def _stream(self, group: Submission) -> Iterator[StreamOutput]:
         (request,) = group.requests
@@ -308,133 +317,9 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _require_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(f"{what} needs a tokenizer, and this checkpoint has none; pass tokenizer=DIRECTORY")
-        return self.tokenizer
-
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this LLM is closed")
-
-    def _params_for(self, prompts: list, params: Any) -> list[SamplingParams]:
-        self._check_open()
-        if params is None:
-            params = self.default_sampling_params()
-        if isinstance(params, SamplingParams):
-            return [params] * len(prompts)
-        if not isinstance(params, Sequence) or not all(isinstance(item, SamplingParams) for item in params):
-            raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
-        params = list(params)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling params; give one for all or one each")
-        return params
-
-    def _make_groups(
-        self, prompts: list[Prompt], params: list[SamplingParams], urgent: list[Urgency]
-    ) -> list[Submission]:
-        """All prompts checked, none queued. A call that fails takes no numbers, so it changes no later seed."""
-        first = self._num_requests
-        try:
-            given = enumerate(zip(prompts, params, urgent, strict=True))
-            return [self._make_requests(prompt, each, index, urgency) for index, (prompt, each, urgency) in given]
-        except BaseException:
-            self._num_requests = first
-            raise
-
-    def _make_requests(
-        self, prompt: Prompt, params: SamplingParams, index: int, urgency: Urgency | None = None
-    ) -> Submission:
-        """The samples of one prompt, checked, not queued."""
-        where, urgency = f"prompt {index}", urgency or Urgency()
-        if isinstance(prompt, Mapping):
-            prompt = _prompt_of_mapping(prompt, where)
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = self._token_ids(prompt, where)
-        max_length = min(len(token_ids) + params.max_tokens, self.max_model_len)
-        if len(token_ids) >= self.max_model_len:
-            raise ValueError(
-                f"{where} has {len(token_ids)} tokens, and max_model_len={self.max_model_len} leaves no room for "
-                f"an output token; allowed: at most {self.max_model_len - 1}"
-            )
-        try:
-            self.engine.scheduler.check_fits(max_length, len(token_ids))
-            stop_token_ids = self._check_params(params)
-            bad_words = (
-                self._require_tokenizer("bad_words").bad_word_sequences(params.bad_words) if params.bad_words else []
-            )
-            detokenizers = [Detokenizer(self.tokenizer, params) for _ in range(params.n)]
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        request_id = str(self._num_requests)
-        self._num_requests += 1
-        seed = params.seed if params.seed is not None else self._next_seed()
-        requests = [
-            Request(
-                request_id=request_id,
-                prompt_token_ids=token_ids,
-                params=params,
-                max_length=max_length,
-                stop_token_ids=stop_token_ids,
-                # Sample 0 draws what n=1 draws; the others change the upper word.
-                seed=seed ^ (sample << 32),
-                detokenizer=detokenizer,
-                bad_words=bad_words,
-                index=sample,
-                arrival_time=time.monotonic(),
-                priority=urgency.priority,
-                deadline=urgency.deadline,
-            )
-            for sample, detokenizer in enumerate(detokenizers)
-        ]
-        forced = self.config.spec_acceptance_length is not None
-        return Submission(request_id, text, token_ids, requests, forced_acceptance=forced)
-
-    def _next_seed(self) -> int:
-        """A seed of its own for each request that brings none, the same in every run of the same program."""
-        words = np.random.SeedSequence([self.config.seed, self._num_requests]).generate_state(2, np.uint32)
-        return int(words[0]) | int(words[1]) << 32
-
-    def _token_ids(self, prompt: Prompt, where: str) -> list[int]:
-        if isinstance(prompt, str):
-            token_ids = self._require_tokenizer(f"{where}, a text,").encode(prompt)
-        else:
-            if not isinstance(prompt, Iterable):
-                raise ValueError(f"{where} must be a text or a list of token ids, got {prompt!r}")
-            token_ids = list(prompt)
-            for token in token_ids:
-                if not isinstance(token, numbers.Integral) or isinstance(token, bool):
-                    raise ValueError(f"{where} must be a text or a list of token ids, got {token!r} in it")
-            token_ids = [int(token) for token in token_ids]
-        if not token_ids:
-            raise ValueError(f"{where} is empty; a prompt needs at least one token")
-        self._check_token_ids(where, token_ids)
-        return token_ids
-
-    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
-        for token in token_ids:
-            if not 0 <= token < self.model.vocab_size:
-                raise ValueError(
-                    f"{name} has token id {token}, outside the vocabulary; allowed: 0 to {self.model.vocab_size - 1}"
-                )
-
-    def _check_params(self, params: SamplingParams) -> tuple[int, ...]:
-        """Checks what depends on the model and the engine. Returns the ids that end the request."""
-        for name in ("logprobs", "prompt_logprobs"):
-            asked = getattr(params, name)
-            if asked is not None and asked > self.config.max_logprobs:
-                raise ValueError(f"{name}={asked} exceeds max_logprobs={self.config.max_logprobs}")
-        self._check_token_ids("stop_token_ids", params.stop_token_ids or ())
-        self._check_token_ids("logit_bias", tuple(params.logit_bias or ()))
-        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
-        eos = () if params.ignore_eos else self.eos_token_ids
-        stop_token_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()))))
-        if len(stop_token_ids) > MAX_STOP_TOKENS:
-            raise ValueError(
-                f"EOS and stop_token_ids together are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKENS}"
-            )
-        _check_something_is_allowed(params, stop_token_ids)
-        return stop_token_ids
 
     def _run(self, requests: list[Request], groups: list[Submission], use_tqdm: bool) -> list[RequestOutput]:
         progress = tqdm(total=len(requests), desc="generating", unit="seq", disable=not use_tqdm)
@@ -454,49 +339,10 @@ class LLM:
         return [group.output() for group in groups]
 
 
-def _check_something_is_allowed(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> None:
-    """Raises ValueError where allowed_token_ids, bias and min_tokens together leave no token to draw."""
-    if params.allowed_token_ids is None:
-        return
-    banned = {token for token, bias in (params.logit_bias or {}).items() if bias == -math.inf}
-    if params.min_tokens:
-        banned.update(stop_token_ids)
-    if banned.issuperset(params.allowed_token_ids):
-        raise ValueError(
-            f"allowed_token_ids={list(params.allowed_token_ids)} leaves no token to draw: all of them are forbidden by "
-            "logit_bias, or end the output before min_tokens"
-        )
-
-
-def _prompt_of_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:
-    """The prompt of {"prompt": text} or {"prompt_token_ids": ids}, as vLLM's users write them."""
-    allowed = ("prompt", "prompt_token_ids")
-    unknown = [key for key in prompt if key not in allowed]
-    if unknown:
-        raise ValueError(
-            f"{where} has {', '.join(map(repr, unknown))}; text only: allowed is 'prompt' or 'prompt_token_ids'"
-        )
-    if len(prompt) != 1:
-        raise ValueError(f"{where} must have exactly one of 'prompt' and 'prompt_token_ids', got {len(prompt)}")
-    return next(iter(prompt.values()))
-
-
 def _common_length(tokens: Sequence[int], others: Sequence[int]) -> int:
     """How many tokens two sequences have in common before they part."""
     most = min(len(tokens), len(others))
     return next((i for i in range(most) if tokens[i] != others[i]), most)
-
-
-def _as_list(prompts: Any) -> list[Prompt]:
-    """One prompt or several, as a list. A list of ints is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts must be texts or lists of token ids, got {prompts!r}")
-    prompts = list(prompts)
-    if prompts and all(isinstance(item, numbers.Integral) for item in prompts):
-        return [prompts]
-    return prompts
 
 
 def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> EngineConfig:

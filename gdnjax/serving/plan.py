@@ -100,3 +100,19 @@ def max_growth(num_drafts: int, block_size: int) -> int:
 def max_chunks(tokens: int, rows: int) -> int:
     """Rows of the chunk table of a prefill step: whole chunks, a cut one for each row, and two for good measure."""
     return tokens // CHUNK + rows + 2
+
+
+def num_blocks_for(max_length: int, block_size: int) -> int:
+    """Blocks of a request of `max_length` tokens. Its last token is drawn, never fed, and needs no place."""
+    return -(-(max_length - 1) // block_size)
+
+
+def check_fits(max_length: int, prompt_length: int, *, num_blocks: int, block_size: int) -> None:
+    """Raises ValueError for a request that could never run in a pool of so many blocks, however long it waited."""
+    needed = num_blocks_for(max_length, block_size)
+    if needed > num_blocks:
+        raise ValueError(
+            f"a prompt of {prompt_length} tokens with up to {max_length - prompt_length} output tokens needs "
+            f"{needed} KV blocks, the pool has {num_blocks} of {block_size} tokens; "
+            "shorten it, lower max_tokens or raise num_kv_blocks"
+        )

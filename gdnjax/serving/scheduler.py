@@ -21,7 +21,18 @@ import time
 from gdnjax.config import CHUNK, EngineConfig
 from gdnjax.serving import prefix_cache
 from gdnjax.serving.allocator import Allocator
-from gdnjax.serving.plan import Admission, Growth, Mark, Piece, Plan, Seal, max_chunks, max_growth
+from gdnjax.serving.plan import (
+    Admission,
+    Growth,
+    Mark,
+    Piece,
+    Plan,
+    Seal,
+    check_fits,
+    max_chunks,
+    max_growth,
+    num_blocks_for,
+)
 from gdnjax.serving.prefix_cache import Match, PrefixCache
 from gdnjax.serving.request import Request, Status
 
@@ -63,17 +74,12 @@ class Scheduler:
 
     def num_blocks_for(self, max_length: int) -> int:
         """Blocks of a request of `max_length` tokens. Its last token is drawn, never fed, and needs no place."""
-        return -(-(max_length - 1) // self.config.block_size)
+        return num_blocks_for(max_length, self.config.block_size)
 
     def check_fits(self, max_length: int, prompt_length: int) -> None:
         """Raises ValueError for a request that could never run, however long it waited."""
-        needed = self.num_blocks_for(max_length)
-        if needed > self.allocator.blocks.size:
-            raise ValueError(
-                f"a prompt of {prompt_length} tokens with up to {max_length - prompt_length} output tokens needs "
-                f"{needed} KV blocks, the pool has {self.allocator.blocks.size} of {self.config.block_size} tokens; "
-                "shorten it, lower max_tokens or raise num_kv_blocks"
-            )
+        blocks, block_size = self.allocator.blocks.size, self.config.block_size
+        check_fits(max_length, prompt_length, num_blocks=blocks, block_size=block_size)
 
     def add(self, request: Request) -> None:
         """Queues a request that `check_fits` let pass."""

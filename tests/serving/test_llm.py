@@ -935,10 +935,10 @@ def test_failed_dispatch_keeps_nobody_waiting(llm, monkeypatch):
 
 def test_failed_call_changes_no_later_seed(llm):
     params = SamplingParams(max_tokens=8, ignore_eos=True)
-    before = llm._num_requests
+    before = llm.frontend.num_requests
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         run(llm, [TEXT, []], params)
-    assert llm._num_requests == before
+    assert llm.frontend.num_requests == before
 
 
 def test_closed_engine_refuses_every_call(directory):

@@ -1,0 +1,254 @@
+"""What a caller asks for, checked and turned into requests. No jax.
+
+Pure towards the engine, of which it knows a few numbers that do not change, and safe to call from many threads: a
+server prepares requests beside the thread that runs the engine.
+"""
+
+import dataclasses
+import math
+import numbers
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gdnjax.config import EngineConfig
+from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
+from gdnjax.serving.detokenizer import Detokenizer
+from gdnjax.serving.plan import check_fits
+from gdnjax.serving.request import Request
+from gdnjax.serving.submission import Submission, Urgency
+from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, or either under the key "prompt" or "prompt_token_ids"."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """A prompt that can be served as it is asked for. It has no number yet, and so no noise of its own."""
+
+    text: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    max_length: int
+    stop_token_ids: tuple[int, ...]
+    bad_words: list[list[int]]
+    detokenizers: list[Detokenizer]
+    urgency: Urgency
+
+
+class Frontend:
+    """Prepares the requests of one engine. Nothing is queued here.
+
+    max_model_len  tokens that a prompt and its output have room for.
+    vocab_size     token ids that the model knows.
+    num_blocks     blocks of the engine's KV pool.
+    eos_token_ids  end a sequence, unless its request ignores them.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+        vocab_size: int,
+        num_blocks: int,
+        tokenizer: Tokenizer | None = None,
+        defaults: GenerationDefaults | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+    ):
+        self.config = config
+        self.max_model_len, self.vocab_size, self.num_blocks = max_model_len, vocab_size, num_blocks
+        self.tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
+        self._defaults = defaults or GenerationDefaults()
+        self._lock = threading.Lock()
+        self._num_requests = 0
+
+    @property
+    def num_requests(self) -> int:
+        """Prompts that were prepared so far: the number of the next one, which its seed is made of."""
+        return self._num_requests
+
+    def require_tokenizer(self, what: str) -> Tokenizer:
+        """The tokenizer. Raises ValueError where there is none, for `what` needs one."""
+        if self.tokenizer is None:
+            raise ValueError(f"{what} needs a tokenizer, and this checkpoint has none; pass tokenizer=DIRECTORY")
+        return self.tokenizer
+
+    def default_sampling_params(self, **overrides: Any) -> SamplingParams:
+        """The sampling parameters of the checkpoint's generation_config.json, with `overrides` in their place."""
+        return SamplingParams(**(self._defaults.sampling | overrides))
+
+    def params_for(
+        self, count: int, params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[SamplingParams]:
+        """One for each of `count` prompts: given ones, one for all, or for None the checkpoint's defaults."""
+        if params is None:
+            params = self.default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if not isinstance(params, Sequence) or not all(isinstance(item, SamplingParams) for item in params):
+            raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
+        params = list(params)
+        if len(params) != count:
+            raise ValueError(f"{count} prompts but {len(params)} sampling params; give one for all or one each")
+        return params
+
+    def prepare(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        urgencies: Sequence[Urgency] | None = None,
+    ) -> list[Submission]:
+        """The requests of each prompt. Raises ValueError that names a prompt by its index.
+
+        All are checked before any of them gets a number: a call that fails changes no later seed.
+        """
+        params = self.params_for(len(prompts), sampling_params)
+        urgencies = [Urgency()] * len(prompts) if urgencies is None else urgencies
+        given = enumerate(zip(prompts, params, urgencies, strict=True))
+        checked = [self._check(prompt, each, f"prompt {index}", urgency) for index, (prompt, each, urgency) in given]
+        with self._lock:
+            first = self._num_requests
+            self._num_requests += len(checked)
+        return [self._make_requests(each, first + index) for index, each in enumerate(checked)]
+
+    def token_ids(self, prompt: Prompt, where: str) -> list[int]:
+        """The tokens of a text or of token ids, at least one. Raises ValueError that begins with `where`."""
+        if isinstance(prompt, str):
+            token_ids = self.require_tokenizer(f"{where}, a text,").encode(prompt)
+        else:
+            if not isinstance(prompt, Iterable):
+                raise ValueError(f"{where} must be a text or a list of token ids, got {prompt!r}")
+            token_ids = list(prompt)
+            for token in token_ids:
+                if not isinstance(token, numbers.Integral) or isinstance(token, bool):
+                    raise ValueError(f"{where} must be a text or a list of token ids, got {token!r} in it")
+            token_ids = [int(token) for token in token_ids]
+        if not token_ids:
+            raise ValueError(f"{where} is empty; a prompt needs at least one token")
+        self._check_token_ids(where, token_ids)
+        return token_ids
+
+    def _check(self, prompt: Prompt, params: SamplingParams, where: str, urgency: Urgency) -> _Checked:
+        if isinstance(prompt, Mapping):
+            prompt = _prompt_of_mapping(prompt, where)
+        token_ids = self.token_ids(prompt, where)
+        max_length = min(len(token_ids) + params.max_tokens, self.max_model_len)
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"{where} has {len(token_ids)} tokens, and max_model_len={self.max_model_len} leaves no room for "
+                f"an output token; allowed: at most {self.max_model_len - 1}"
+            )
+        try:
+            check_fits(max_length, len(token_ids), num_blocks=self.num_blocks, block_size=self.config.block_size)
+            return _Checked(
+                text=prompt if isinstance(prompt, str) else None,
+                token_ids=token_ids,
+                params=params,
+                max_length=max_length,
+                stop_token_ids=self._check_params(params),
+                bad_words=self.require_tokenizer("bad_words").bad_word_sequences(params.bad_words)
+                if params.bad_words
+                else [],
+                detokenizers=[Detokenizer(self.tokenizer, params) for _ in range(params.n)],
+                urgency=urgency,
+            )
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def _make_requests(self, checked: _Checked, number: int) -> Submission:
+        params, urgency = checked.params, checked.urgency
+        seed = params.seed if params.seed is not None else self._seed_of(number)
+        requests = [
+            Request(
+                request_id=str(number),
+                prompt_token_ids=checked.token_ids,
+                params=params,
+                max_length=checked.max_length,
+                stop_token_ids=checked.stop_token_ids,
+                # Sample 0 draws what n=1 draws; the others change the upper word.
+                seed=seed ^ (sample << 32),
+                detokenizer=detokenizer,
+                bad_words=checked.bad_words,
+                index=sample,
+                arrival_time=time.monotonic(),
+                priority=urgency.priority,
+                deadline=urgency.deadline,
+            )
+            for sample, detokenizer in enumerate(checked.detokenizers)
+        ]
+        forced = self.config.spec_acceptance_length is not None
+        return Submission(str(number), checked.text, checked.token_ids, requests, forced_acceptance=forced)
+
+    def _seed_of(self, number: int) -> int:
+        """A seed of its own for each request that brings none, the same in every run of the same program."""
+        words = np.random.SeedSequence([self.config.seed, number + 1]).generate_state(2, np.uint32)
+        return int(words[0]) | int(words[1]) << 32
+
+    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        for token in token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"{name} has token id {token}, outside the vocabulary; allowed: 0 to {self.vocab_size - 1}"
+                )
+
+    def _check_params(self, params: SamplingParams) -> tuple[int, ...]:
+        """Checks what depends on the model and the engine. Returns the ids that end the request."""
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            if asked is not None and asked > self.config.max_logprobs:
+                raise ValueError(f"{name}={asked} exceeds max_logprobs={self.config.max_logprobs}")
+        self._check_token_ids("stop_token_ids", params.stop_token_ids or ())
+        self._check_token_ids("logit_bias", tuple(params.logit_bias or ()))
+        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
+        eos = () if params.ignore_eos else self.eos_token_ids
+        stop_token_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()))))
+        if len(stop_token_ids) > MAX_STOP_TOKENS:
+            raise ValueError(
+                f"EOS and stop_token_ids together are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKENS}"
+            )
+        _check_something_is_allowed(params, stop_token_ids)
+        return stop_token_ids
+
+
+def _check_something_is_allowed(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> None:
+    """Raises ValueError where allowed_token_ids, bias and min_tokens together leave no token to draw."""
+    if params.allowed_token_ids is None:
+        return
+    banned = {token for token, bias in (params.logit_bias or {}).items() if bias == -math.inf}
+    if params.min_tokens:
+        banned.update(stop_token_ids)
+    if banned.issuperset(params.allowed_token_ids):
+        raise ValueError(
+            f"allowed_token_ids={list(params.allowed_token_ids)} leaves no token to draw: all of them are forbidden by "
+            "logit_bias, or end the output before min_tokens"
+        )
+
+
+def _prompt_of_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:
+    """The prompt of {"prompt": text} or {"prompt_token_ids": ids}, as vLLM's users write them."""
+    allowed = ("prompt", "prompt_token_ids")
+    unknown = [key for key in prompt if key not in allowed]
+    if unknown:
+        raise ValueError(
+            f"{where} has {', '.join(map(repr, unknown))}; text only: allowed is 'prompt' or 'prompt_token_ids'"
+        )
+    if len(prompt) != 1:
+        raise ValueError(f"{where} must have exactly one of 'prompt' and 'prompt_token_ids', got {len(prompt)}")
+    return next(iter(prompt.values()))
+
+
+def as_list(prompts: Any) -> list[Prompt]:
+    """One prompt or several, as a list. A list of ints is one prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be texts or lists of token ids, got {prompts!r}")
+    prompts = list(prompts)
+    if prompts and all(isinstance(item, numbers.Integral) for item in prompts):
+        return [prompts]
+    return prompts
