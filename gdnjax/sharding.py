@@ -62,10 +62,9 @@ def make_mesh(tp: int, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < tp:
-        raise ValueError(
-            f"tensor_parallel_size={tp} needs {tp} devices, JAX sees {len(devices)} "
-            f"({devices[0].platform if devices else 'none'})"
-        )
+        platform = devices[0].platform if devices else "none"
+        hint = f"; to try it on a CPU, set JAX_NUM_CPU_DEVICES={tp} before JAX starts" if platform == "cpu" else ""
+        raise ValueError(f"tensor_parallel_size={tp} needs {tp} devices, JAX sees {len(devices)} ({platform}){hint}")
     if devices[0].platform == "cpu" and tp > (os.cpu_count() or 1):
         log.warning(
             "%d ranks on %d CPU cores may wait for one another for ever; set the environment variable NPROC to at "

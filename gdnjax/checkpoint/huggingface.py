@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
-from tqdm import tqdm
 
 from gdnjax.checkpoint.sources import TensorSource, abbreviate, check_dtypes, read_whole, tensor_bytes
+from gdnjax.progress import Progress
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -155,7 +155,7 @@ def write_safetensors(source: TensorSource, directory: pathlib.Path, *, shard_by
         files = [SINGLE_FILE]
     else:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    with tqdm(total=len(source.names()), desc="writing safetensors", unit="tensor", disable=not progress) as bar:
+    with Progress("writing safetensors", len(source.names()), "tensor", enabled=progress) as bar:
         for file, names in zip(files, shards, strict=True):
             tensors = {}
             for name in names:

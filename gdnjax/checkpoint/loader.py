@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
 
 from gdnjax import sharding
 from gdnjax.checkpoint.formats import open_source
@@ -24,6 +23,7 @@ from gdnjax.checkpoint.mapping import Copy, Origin, copies, origin_of, stores_ex
 from gdnjax.checkpoint.names import Names, sort_names
 from gdnjax.checkpoint.sources import TensorSource, abbreviate
 from gdnjax.config import ModelConfig
+from gdnjax.progress import Progress
 from gdnjax.shapes import Params
 
 log = logging.getLogger("gdnjax")
@@ -83,7 +83,7 @@ def load_params(
 
     abstract    nested dict of jax.ShapeDtypeStruct with global shapes, under the modules' names; the MTP head is
                 loaded if it is a part of this tree
-    progress    a progress bar over parameters, on stderr
+    progress    say how far it is (gdnjax.progress)
 
     Names, shapes and dtypes of all tensors are checked before anything is read. Then up to THREADS parameters are read
     and transferred at a time, and host memory holds IN_FLIGHT_BYTES of them, or the one that is larger; of an Orbax
@@ -107,7 +107,7 @@ def load_params(
             return _load_parameter(source, names.language, origins[name], parameters[name], placement)
 
         sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in parameters.items()}
-        with tqdm(total=len(sizes), desc="loading", unit="parameter", disable=not progress) as bar:
+        with Progress("loading", len(sizes), "parameter", enabled=progress) as bar:
             arrays = _side_by_side(load, sizes, bar.update)
         seconds = time.monotonic() - began
     mtp_loaded = sum(map(_is_of_head, names.language))

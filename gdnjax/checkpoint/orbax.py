@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from tqdm import tqdm
 
 from gdnjax.checkpoint.sources import ORBAX_FOLDER, TensorSource, check_dtypes, read_whole
+from gdnjax.progress import Progress
 
 # In an Orbax checkpoint every tensor is a zarr array under its name, in one OCDBT key-value store. Its key there:
 ARRAY_KEY_SUFFIX = "/.zarray"
@@ -101,12 +101,12 @@ def write_orbax(source: TensorSource, directory: pathlib.Path, *, progress: bool
     names = source.names()
     with (
         ocp.Checkpointer(handler) as checkpointer,
-        tqdm(total=len(names), desc="reading tensors", unit="tensor", disable=not progress) as bar,
+        Progress("reading tensors", len(names), "tensor", enabled=progress) as bar,
     ):
         tensors = {}
         for name in names:
             tensors[name] = read_whole(source, name)
             bar.update()
         # Orbax writes all of them in one call that reports nothing.
-        bar.set_description("writing Orbax")
+        bar.note("writing Orbax")
         checkpointer.save(directory.resolve() / ORBAX_FOLDER, ocp.args.PyTreeSave(tensors))

@@ -1,6 +1,7 @@
 """The loop: plan, dispatch, and harvest one step late. The only place that reads the device is `Engine._read`."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import itertools
 import logging
@@ -14,13 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from gdnjax import sharding
 from gdnjax.batch import Emitted, Logprobs
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import Model
+from gdnjax.progress import Progress
+from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving import packing
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.metrics import Counters, Metrics
@@ -72,6 +74,8 @@ class Engine:
         self.memory_plan, self.max_model_len, self.tokenizer = plan, max_model_len, tokenizer
         self.scheduler = Scheduler(config, Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows))
         self.metrics = Metrics()
+        # Of requests that had to wait for it: what `warmup` and `prepare` compile is not among it.
+        self.compile_seconds = 0.0
         drafts = config.num_speculative_tokens
         self._controller = DraftController(drafts, config.decode_buckets) if config.adaptive_speculation else None
         # When a turn was harvested behind which the device had another to do; None where it had none.
@@ -117,8 +121,10 @@ class Engine:
         return self.metrics.counters
 
     def add(self, request: Request) -> None:
-        """Queues a request."""
+        """Queues a request. Its deadline becomes one of the engine's own clock, which stands while steps compile."""
         self.counters.num_requests += 1
+        if request.deadline is not None:
+            request.deadline -= self.compile_seconds
         self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
@@ -138,7 +144,8 @@ class Engine:
         Where the plan has to know what is in flight, nothing is dispatched, and what is in flight is read.
         """
         with self.metrics.timed("plan"):
-            plan = self.scheduler.plan(in_flight=bool(self._in_flight), num_drafts=self._choose_drafts())
+            now = time.monotonic() - self.compile_seconds
+            plan = self.scheduler.plan(in_flight=bool(self._in_flight), now=now, num_drafts=self._choose_drafts())
         if plan is not None:
             self._in_flight.append(self._dispatch_or_reset(plan))
         if self.metrics.line_is_due():
@@ -175,8 +182,12 @@ class Engine:
             leaf.copy_to_host_async()
 
     def _run(self, call: Call) -> Any:
+        traces, began = self.num_compilations, time.monotonic()
         with self.metrics.timed("dispatch"):
-            return call.step(*call.arguments, self.state, call.batch)
+            result = call.step(*call.arguments, self.state, call.batch)
+        if self.num_compilations != traces:
+            self.compile_seconds += time.monotonic() - began
+        return result
 
     def _admit(self, admissions: list[Admission]) -> None:
         if not admissions:
@@ -301,36 +312,53 @@ class Engine:
                 calls[f"{kind} {rows}"] = self._decode_call(options, [], {}, [], rows)
         self._compile(calls)
 
-    def prepare(self, rows: Iterable[int]) -> None:
-        """Compiles what plain requests need, so many of them at once, for engines that do not warm up.
+    def prepare(self, rows: Iterable[int], params: Iterable[SamplingParams] = (SamplingParams(),)) -> None:
+        """Compiles what requests of these parameters need, so many of them at once, for engines that do not warm up.
 
         Every prefill bucket, and the decode buckets of `rows`; each step runs on padding once, as in the warm-up.
+        Log-probabilities of prompts are not among it.
         """
+        params = list(params)
         calls = {"admit": self._admit_call([])}
+        if any(each.needs_logit_row for each in params):
+            calls["logit row"] = self._logit_row_call(None)
         if self.config.enable_prefix_caching:
             calls["seal"] = self._seal_call([])
         for tokens in self.config.prefill_buckets:
             calls[f"prefill {tokens}"] = self._prefill_call(self._full, [], tokens)
-        options = self._full if self.config.batch_invariant else self._plain
-        for size in sorted({packing.bucket_for(count, self.config.decode_buckets) for count in rows}):
-            calls[f"decode {size}"] = self._decode_call(options, [], {}, [], size)
+        wanted = {self.config.batch_invariant or each.needs_full_sampler for each in params}
+        sizes = sorted({packing.bucket_for(count, self.config.decode_buckets) for count in rows})
+        for options in self._decode_options():
+            if options.full in wanted:
+                for size in sizes:
+                    name = f"decode, {'full' if options.full else 'plain'} sampler, {options.num_drafts} drafts, {size}"
+                    calls[name] = self._decode_call(options, [], {}, [], size)
         self._compile(calls)
 
     def _compile(self, calls: dict[str, Call]) -> None:
         """Compiles steps side by side, and runs each."""
         began = time.monotonic()
-        progress = tqdm(calls.items(), desc="compiling steps", unit="step", disable=None, leave=False)
+        progress = Progress("compiling steps", len(calls), "step")
         # Tracing holds Python's lock; the compiler does not, and what it has made is there when the step is called.
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as compilers:
-            compiled = {
-                name: compilers.submit(call.step.lower(*call.arguments, self.state, call.batch).compile)
-                for name, call in calls.items()
-            }
-            for name, call in progress:
-                progress.set_postfix_str(name)
+        compilers = ThreadPoolExecutor(max_workers=os.cpu_count())
+        try:
+            compiled = {}
+            for name, call in calls.items():
+                progress.note(f"tracing {name}")
+                lowered = call.step.lower(*call.arguments, self.state, call.batch)
+                compiled[name] = compilers.submit(lowered.compile)
+            for name, call in calls.items():
+                progress.note(name)
+                while not concurrent.futures.wait([compiled[name]], timeout=1.0).done:
+                    progress.note(name)
                 compiled[name].result()
                 result = self._run(call)
                 self.state = result if isinstance(result, ServeState) else result[0]
+                progress.update()
+        finally:
+            # Whoever interrupts does not wait for the compiler.
+            compilers.shutdown(wait=False, cancel_futures=True)
+            progress.close()
         jax.block_until_ready(self.state)
         log.info("compiled %d steps in %.1f s", len(calls), time.monotonic() - began)
 

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import psutil
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from gdnjax import backend, checkpoint, memory, sharding
 from gdnjax.assets import model_directory
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
+from gdnjax.progress import Progress
 from gdnjax.sampling_params import SamplingParams
+from gdnjax.serving import compilation_cache
 from gdnjax.serving.engine import Engine, step_workspace
 from gdnjax.serving.frontend import Frontend, Prompt, as_list
 from gdnjax.serving.outputs import RequestOutput
@@ -26,9 +27,6 @@ from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generat
 from gdnjax.shapes import Params
 
 log = logging.getLogger("gdnjax")
-
-JAX_CACHE_THRESHOLD = 1.0
-"""JAX's own least compile time, in seconds, of what it caches: it would leave the small steps out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +73,7 @@ class LLM:
     ):
         config = _engine_config(config, kwargs)
         directory = model_directory(model)
-        _configure_compilation_cache(config)
+        compilation_cache.configure(config)
         model_config = ModelConfig.from_hf(directory)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         implementation = backend.of_device(config.kernels, mesh.devices.flat[0])
@@ -116,7 +114,7 @@ class LLM:
                 f"num_speculative_tokens={config.num_speculative_tokens} needs a model with its MTP head: "
                 "build_model(..., mtp=True)"
             )
-        _configure_compilation_cache(config)
+        compilation_cache.configure(config)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         model = model.on(backend.of_device(config.kernels, mesh.devices.flat[0]))
         length = config.length_within(max_model_len)
@@ -243,6 +241,8 @@ class LLM:
 
     def abort(self, submission: Submission) -> None:
         """Ends what was submitted, wherever it is; what it has produced so far stays."""
+        if not isinstance(submission, Submission):
+            raise TypeError(f"abort takes what submit has returned, got {submission!r}")
         for request in submission.requests:
             self.engine.abort(request)
 
@@ -311,6 +311,13 @@ class LLM:
             self._closed = True
             self.engine.close()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises TypeError: neither a device's memory nor what runs in it can be copied or pickled."""
+        raise TypeError(
+            "an LLM cannot be copied or pickled; make another from the same directory, or LLM.from_model(llm.model, "
+            "llm.params, ...), which shares the parameters"
+        )
+
     def __enter__(self) -> "LLM":
         return self
 
@@ -322,7 +329,7 @@ class LLM:
             raise RuntimeError("this LLM is closed")
 
     def _run(self, requests: list[Request], groups: list[Submission], use_tqdm: bool) -> list[RequestOutput]:
-        progress = tqdm(total=len(requests), desc="generating", unit="seq", disable=not use_tqdm)
+        progress = Progress("generating", len(requests), "sequence", enabled=use_tqdm)
         try:
             finished = 0
             for _ in self.engine.run(requests):
@@ -383,28 +390,12 @@ def _plan(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, pa
 def _read_tokenizer(named: str | pathlib.Path | None, directory: pathlib.Path) -> Tokenizer | None:
     """The tokenizer of the directory that the user named, or the checkpoint's own if it has one."""
     if named is not None:
-        return Tokenizer.from_directory(named)
+        return Tokenizer.from_directory(model_directory(named))
     try:
         return Tokenizer.from_directory(directory)
     except FileNotFoundError:
         log.warning("%s has no tokenizer: prompts must be token ids, and texts stay empty", directory)
         return None
-
-
-def _configure_compilation_cache(config: EngineConfig) -> None:
-    """Switches JAX's persistent cache on, in the place that the config or JAX's own settings name; "" switches it off.
-
-    These are settings of the process, as the cache is.
-    """
-    # Any: jax makes the attributes of its configuration at run time, and a type checker knows none of them.
-    settings: Any = jax.config
-    if config.compilation_cache_dir == "":
-        jax.config.update("jax_compilation_cache_dir", None)
-        return
-    default = settings.jax_compilation_cache_dir or pathlib.Path.home() / ".cache" / "gdnjax"
-    jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache_dir or default))
-    if settings.jax_persistent_cache_min_compile_time_secs == JAX_CACHE_THRESHOLD:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 __all__ = ["LLM", "Prompt", "StreamOutput"]

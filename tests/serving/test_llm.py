@@ -1,10 +1,17 @@
 """The public API: what users call, what they get, and what happens to whatever is wrong."""
 
+import copy
+import dataclasses
 import functools
 import gc
 import json
 import math
+import pickle
 import shutil
+import subprocess
+import sys
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +20,12 @@ import pytest
 import safetensors.numpy
 
 from gdnjax import LLM, EngineConfig, RequestOutput, SamplingParams, StreamOutput, full_logits
+from gdnjax.serving import engine as engine_module
+from gdnjax.serving import frontend as frontend_module
 from gdnjax.serving import llm as llm_module
 from gdnjax.serving import metrics as metrics_module
+from gdnjax.serving import scheduler as scheduler_module
+from gdnjax.serving import submission as submission_module
 from tests.make_tokenizer import write_tokenizer
 from tests.models.test_parity import GOLDENS
 
@@ -970,3 +981,59 @@ def test_engine_is_closed_when_its_block_raises(directory):
         raise KeyError
     with pytest.raises(RuntimeError, match="closed"):
         closed.generate(TEXT)
+
+
+def test_deadline_does_not_count_what_compiles(llm, monkeypatch):
+    """By a clock of its own, in which a step takes 100 s the first time, as one does that is compiled."""
+    now, traces = [1000.0], [0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    for module in (engine_module, frontend_module, scheduler_module, submission_module):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(llm.engine, "compile_seconds", 0.0)
+    steps = llm.engine.steps
+
+    def slow(step, compiles):
+        def call(*arguments):
+            now[0] += 100.0 if compiles and not traces[0] else 1.0
+            traces[0] += compiles
+            return step(*arguments)
+
+        return call
+
+    for compiles, ends in ((True, "length"), (False, "timeout")):
+        now[0], traces[0] = 1000.0, 0
+        slowed = dataclasses.replace(
+            steps, admit=slow(steps.admit, compiles), num_traces=lambda: steps.num_traces() + min(1, traces[0])
+        )
+        monkeypatch.setattr(llm.engine, "steps", slowed)
+        params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+        timeout = 50.0 if compiles else 0.5
+        (output,) = llm.generate([ids(20)], params, use_tqdm=False, timeout=timeout)
+        assert (output.outputs[0].stop_reason or output.outputs[0].finish_reason) == ends
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_llm_is_neither_copied_nor_pickled(llm, copied):
+    with pytest.raises(TypeError, match="an LLM cannot be copied or pickled; make another"):
+        copied(llm)
+
+
+def test_wrong_types_are_named_where_nobody_checks_annotations():
+    """In a process without the test run's checks, as users have it."""
+    program = """
+from gdnjax import LLM, batch_generate
+for call in (
+    lambda: LLM(None),
+    lambda: LLM.abort(None, "x"),
+    lambda: batch_generate(type("Model", (), {"vocab_size": 9}), {}, [[1]], None, None, max_new_tokens=1),
+):
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    model, aborted, tokens = done.stdout.splitlines()
+    assert model == "a model is a checkpoint directory, or 'tiny' for the embedded one, got None"
+    assert aborted == "abort takes what submit has returned, got 'x'"
+    assert tokens.startswith("tokens must be an integer array [prompts, width]")
