@@ -6,7 +6,9 @@ Imports neither jax nor flax, so that plans and errors can be had without a devi
 import dataclasses
 import enum
 import json
+import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 CHUNK = 64
@@ -302,6 +304,23 @@ def read_json_object(file: pathlib.Path) -> dict[str, Any]:
     return raw
 
 
+def import_transformers() -> Any:
+    """transformers, imported at its first use because it is slow, and without its advice to install PyTorch, of which
+    nothing is used.
+    """
+    adviser = logging.getLogger("transformers")
+
+    def mute(record: logging.LogRecord) -> bool:
+        return False
+
+    adviser.addFilter(mute)
+    try:
+        import transformers
+    finally:
+        adviser.removeFilter(mute)
+    return transformers
+
+
 def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
     model_type = raw.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
@@ -315,9 +334,8 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
             f"quantised checkpoints are not supported yet (quantization_config: "
             f"{quantisation.get('quant_method', 'unknown')}); use the bfloat16 or float32 checkpoint"
         )
-    # transformers knows the defaults and the older spellings of every family; it is imported here because it is slow.
-    import transformers
-
+    # It knows the defaults and the older spellings of every family.
+    transformers = import_transformers()
     hf = transformers.AutoConfig.for_model(**raw).get_text_config()
     rope = hf.rope_parameters or {}
     if rope.get("rope_type", "default") != "default":
@@ -482,7 +500,7 @@ class EngineConfig:
     decode_buckets: tuple[int, ...] = ()
     max_logprobs: int = 20
     warmup: bool = True
-    compilation_cache_dir: str | None = None
+    compilation_cache_dir: str | pathlib.Path | None = None
     enable_prefix_caching: bool = True
     num_checkpoint_slots: int | None = None
     state_checkpoint_interval: int | None = None
@@ -512,8 +530,11 @@ class EngineConfig:
                 f"max_num_batched_tokens must be a multiple of {CHUNK} (prompts are cut there), "
                 f"got {self.max_num_batched_tokens}"
             )
+        directory = self.compilation_cache_dir
+        if directory is not None and not isinstance(directory, str | pathlib.Path):
+            raise ValueError(f'compilation_cache_dir must be a path, None or "", got {directory!r}')
         share = self.gpu_memory_utilization
-        if not isinstance(share, int | float) or not 0 < share <= 1:
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("ssm_dtype", self.ssm_dtype, ("float32", "bfloat16"))
@@ -614,7 +635,10 @@ def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def _set_buckets(config: EngineConfig, name: str, largest: int, defaults: tuple[int, ...]) -> None:
     """Fills in the default buckets and checks given ones: ascending, the largest covering what one step may need."""
-    buckets = tuple(getattr(config, name)) or (*(size for size in defaults if size < largest), largest)
+    given = getattr(config, name)
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise ValueError(f"{name} must be a list of sizes, got {given!r}")
+    buckets = tuple(given) or (*(size for size in defaults if size < largest), largest)
     object.__setattr__(config, name, buckets)
     for size in buckets:
         _check_int(name, size, 1)

@@ -1,10 +1,13 @@
 """What a user may ask of sampling, checked at construction. Imports no jax."""
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MAX_STOP_TOKENS = 16
 """Token ids that end one request on the device: EOS ids and stop_token_ids together."""
@@ -18,11 +21,31 @@ MAX_BAD_SEQUENCES = 2 * MAX_BAD_WORDS
 MAX_BAD_WORD_TOKENS = 8
 """Tokens in one forbidden sequence."""
 
+MAX_SAMPLES = 1024
+"""Samples of one prompt. All of them are queued at once, and each takes some 6 kB of the host."""
+
 LARGEST = 1e30
 """Magnitude that a number may have, and its inverse for one that is not 0: the device computes in float32, where
 products and quotients with a logit must stay finite and a small number must not become 0."""
 
 
+def _names_its_fields(cls: type[T]) -> type[T]:
+    """Has a dataclass say which fields there are where it is given one that it does not know."""
+    construct = cls.__init__
+
+    @functools.wraps(construct)
+    def checked(self, *args, **kwargs):
+        allowed = [field.name for field in dataclasses.fields(self)]
+        unknown = [name for name in kwargs if name not in allowed]
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+        construct(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls
+
+
+@_names_its_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are drawn, and when it ends. A bad value raises a ValueError that names it.
@@ -39,9 +62,9 @@ class SamplingParams:
       top_k                the k most probable are kept (all that tie with the k-th); 0 or -1 keeps all.
       top_p                the smallest set of the most probable whose mass reaches top_p is kept; in (0, 1].
       seed                 the same seed, prompt and parameters give the same noise; None: the engine picks one.
-      n                    independent samples of the prompt; sample 0 is the one that n=1 gives.
+      n                    independent samples of the prompt, 1024 at most; sample 0 is the one that n=1 gives.
     Ending
-      max_tokens           most tokens to produce.
+      max_tokens           most tokens to produce; None: to the end of the context.
       min_tokens           EOS and stop token ids are not drawn, and stop strings not looked for, before this many.
       stop                 strings that end the output; cut off unless include_stop_str_in_output.
       stop_token_ids       token ids that end the output.
@@ -68,7 +91,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -80,6 +103,11 @@ class SamplingParams:
 
     def __post_init__(self):
         _integer("n", self.n, 1)
+        if self.n > MAX_SAMPLES:
+            raise ValueError(
+                f"n must be at most {MAX_SAMPLES}, got {self.n}: all samples are queued at once; for more, give the "
+                "prompt several times"
+            )
         _real("temperature", self.temperature, 0.0, math.inf)
         _real("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
@@ -97,15 +125,17 @@ class SamplingParams:
             _integer("seed", self.seed, 0)
             if self.seed >= 1 << 64:
                 raise ValueError(f"seed must be below 2**64, got {self.seed}")
-        _integer("max_tokens", self.max_tokens, 1)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1)
         _integer("min_tokens", self.min_tokens, 0)
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0)
-        if not isinstance(self.speculate, bool):
-            raise ValueError(f"speculate must be True or False, got {self.speculate!r}")
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "speculate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._freeze_sequences()
 
     def __hash__(self) -> int:
@@ -133,7 +163,7 @@ class SamplingParams:
                 raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
             _token_ids("logit_bias", tuple(self.logit_bias))
             for token, bias in self.logit_bias.items():
-                if not isinstance(bias, numbers.Real) or math.isnan(bias) or bias > LARGEST:
+                if not _is_number(bias) or math.isnan(bias) or bias > LARGEST:
                     raise ValueError(f"logit_bias[{token}] must be a number of at most {LARGEST:g}, got {bias!r}")
             object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
@@ -173,6 +203,15 @@ def _real(name: str, value: Any, least: float, most: float) -> None:
         raise ValueError(f"{name} must be 0 or of a magnitude in [{1 / LARGEST:g}, {LARGEST:g}], got {value!r}")
 
 
+def check_unicode(name: str, text: str) -> None:
+    """Raises ValueError for a text with a lone surrogate, half of a character, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"{text[error.start]!r} at character {error.start}"
+        raise ValueError(f"{name} is no valid text: {half} is a lone surrogate") from error
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
@@ -180,18 +219,19 @@ def _is_number(value: Any) -> bool:
 def _strings(name: str, values: Any) -> tuple[str, ...]:
     if values is None:
         return ()
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise ValueError(f"{name} must be a list of strings, got {values!r}")
     for value in values:
         if not isinstance(value, str) or not value:
             raise ValueError(f"{name} must hold non-empty strings, got {value!r}")
+        check_unicode(f"{value!r} in {name}", value)
     return tuple(values)
 
 
 def _token_ids(name: str, values: Any) -> tuple[int, ...]:
     if values is None:
         return ()
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
         raise ValueError(f"{name} must be a list of token ids, got {values!r}")
     for value in values:
         _integer(f"every id in {name}", value, 0)

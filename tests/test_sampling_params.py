@@ -30,7 +30,15 @@ BAD = [
     ({"seed": 1 << 64}, r"seed must be below 2\*\*64"),
     ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
     ({"max_tokens": -5}, "max_tokens must be an integer of at least 1, got -5"),
-    ({"max_tokens": None}, "max_tokens must be an integer"),
+    ({"max_tokens": "many"}, "max_tokens must be an integer"),
+    ({"n": 1025}, "n must be at most 1024, got 1025: all samples are queued at once"),
+    ({"skip_special_tokens": "yes"}, "skip_special_tokens must be True or False, got 'yes'"),
+    ({"include_stop_str_in_output": 1}, "include_stop_str_in_output must be True or False, got 1"),
+    ({"ignore_eos": None}, "ignore_eos must be True or False, got None"),
+    ({"stop_token_ids": b"ab"}, "stop_token_ids must be a list of token ids, got b'ab'"),
+    ({"allowed_token_ids": {1}}, "allowed_token_ids must be a list of token ids"),
+    ({"stop": "\ud83d"}, "is no valid text"),
+    ({"logit_bias": {1: True}}, "logit_bias"),
     ({"min_tokens": -1}, "min_tokens must be an integer"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 exceeds max_tokens=4"),
     ({"logprobs": -1}, "logprobs must be an integer of at least 0"),
@@ -85,10 +93,17 @@ def test_value_that_the_device_cannot_hold_is_refused(values):
         SamplingParams(**values)
 
 
-def test_every_field_has_a_bad_value_tested_or_takes_any_bool():
+def test_unknown_field_is_answered_with_those_there_are():
+    with pytest.raises(
+        TypeError, match=r"SamplingParams has no max_new_tokens, foo; allowed: n, temperature, .*speculate"
+    ):
+        SamplingParams(max_new_tokens=3, foo=1)
+
+
+def test_every_field_has_a_bad_value_tested():
     tested = {name for values, _ in BAD for name in values}
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
-    assert fields - tested == {"include_stop_str_in_output", "ignore_eos", "skip_special_tokens"}
+    assert fields == tested
 
 
 def test_defaults_are_those_users_know():

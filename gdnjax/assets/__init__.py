@@ -26,8 +26,12 @@ _ASSETS = pathlib.Path(__file__).parent
 def model_directory(model: str | pathlib.Path) -> pathlib.Path:
     """The checkpoint directory that `model` names: that of the embedded model, or a local one.
 
-    Raises FileNotFoundError where there is no such directory.
+    Raises FileNotFoundError where there is no such directory, ValueError for what names none.
     """
+    if not isinstance(model, str | pathlib.Path):
+        raise ValueError(
+            f"a model is a checkpoint directory, or {EMBEDDED_MODEL!r} for the embedded one, got {model!r}"
+        )
     directory = _ASSETS / EMBEDDED_MODEL if str(model) == EMBEDDED_MODEL else pathlib.Path(model)
     if not directory.is_dir():
         raise FileNotFoundError(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gdnjax.config import EngineConfig
-from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
+from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams, check_unicode
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.plan import check_fits
 from gdnjax.serving.request import Request
@@ -24,6 +24,10 @@ from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or either under the key "prompt" or "prompt_token_ids"."""
+
+
+NO_LISTS = (bytes, bytearray, set, frozenset, Mapping)
+"""What holds integers, or may, and is no list of token ids."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,8 @@ class Frontend:
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
         """The sampling parameters of the checkpoint's generation_config.json, with `overrides` in their place."""
-        return SamplingParams(**(self._defaults.sampling | overrides))
+        given: dict[str, Any] = self._defaults.sampling | overrides
+        return SamplingParams(**given)
 
     def params_for(
         self, count: int, params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -99,11 +104,11 @@ class Frontend:
 
     def prepare(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         urgencies: Sequence[Urgency] | None = None,
     ) -> list[Submission]:
-        """The requests of each prompt. Raises ValueError that names a prompt by its index.
+        """The requests of each prompt. Raises ValueError that names a prompt, or what should be one, by its index.
 
         All are checked before any of them gets a number: a call that fails changes no later seed.
         """
@@ -116,28 +121,25 @@ class Frontend:
             self._num_requests += len(checked)
         return [self._make_requests(each, first + index) for index, each in enumerate(checked)]
 
-    def token_ids(self, prompt: Prompt, where: str) -> list[int]:
+    def token_ids(self, prompt: Any, where: str) -> list[int]:
         """The tokens of a text or of token ids, at least one. Raises ValueError that begins with `where`."""
         if isinstance(prompt, str):
+            check_unicode(where, prompt)
             token_ids = self.require_tokenizer(f"{where}, a text,").encode(prompt)
         else:
-            if not isinstance(prompt, Iterable):
-                raise ValueError(f"{where} must be a text or a list of token ids, got {prompt!r}")
-            token_ids = list(prompt)
-            for token in token_ids:
-                if not isinstance(token, numbers.Integral) or isinstance(token, bool):
-                    raise ValueError(f"{where} must be a text or a list of token ids, got {token!r} in it")
-            token_ids = [int(token) for token in token_ids]
+            token_ids = _integers(prompt, where)
         if not token_ids:
             raise ValueError(f"{where} is empty; a prompt needs at least one token")
         self._check_token_ids(where, token_ids)
         return token_ids
 
-    def _check(self, prompt: Prompt, params: SamplingParams, where: str, urgency: Urgency) -> _Checked:
+    def _check(self, prompt: Any, params: SamplingParams, where: str, urgency: Urgency) -> _Checked:
         if isinstance(prompt, Mapping):
             prompt = _prompt_of_mapping(prompt, where)
         token_ids = self.token_ids(prompt, where)
-        max_length = min(len(token_ids) + params.max_tokens, self.max_model_len)
+        max_length = self.max_model_len
+        if params.max_tokens is not None:
+            max_length = min(len(token_ids) + params.max_tokens, max_length)
         if len(token_ids) >= self.max_model_len:
             raise ValueError(
                 f"{where} has {len(token_ids)} tokens, and max_model_len={self.max_model_len} leaves no room for "
@@ -190,11 +192,10 @@ class Frontend:
         return int(words[0]) | int(words[1]) << 32
 
     def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
-        for token in token_ids:
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(
-                    f"{name} has token id {token}, outside the vocabulary; allowed: 0 to {self.vocab_size - 1}"
-                )
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            return
+        token = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+        raise ValueError(f"{name} has token id {token}, outside the vocabulary; allowed: 0 to {self.vocab_size - 1}")
 
     def _check_params(self, params: SamplingParams) -> tuple[int, ...]:
         """Checks what depends on the model and the engine. Returns the ids that end the request."""
@@ -229,6 +230,22 @@ def _check_something_is_allowed(params: SamplingParams, stop_token_ids: tuple[in
         )
 
 
+def _integers(prompt: Any, where: str) -> list[int]:
+    """Token ids as ints. Raises ValueError for what is no list of integers."""
+    if isinstance(prompt, np.ndarray) and prompt.ndim == 1 and np.issubdtype(prompt.dtype, np.integer):
+        return prompt.tolist()
+    if not isinstance(prompt, Iterable) or isinstance(prompt, NO_LISTS):
+        raise ValueError(f"{where} must be a text or a list of token ids, got {prompt!r}")
+    token_ids = list(prompt)
+    # One look at each item, in C: a prompt may have 100,000 of them.
+    if {int}.issuperset(map(type, token_ids)):
+        return token_ids
+    for token in token_ids:
+        if not isinstance(token, numbers.Integral) or isinstance(token, bool):
+            raise ValueError(f"{where} must be a text or a list of token ids, got {token!r} in it")
+    return [int(token) for token in token_ids]
+
+
 def _prompt_of_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:
     """The prompt of {"prompt": text} or {"prompt_token_ids": ids}, as vLLM's users write them."""
     allowed = ("prompt", "prompt_token_ids")
@@ -246,9 +263,9 @@ def as_list(prompts: Any) -> list[Prompt]:
     """One prompt or several, as a list. A list of ints is one prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Iterable):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, NO_LISTS):
         raise ValueError(f"prompts must be texts or lists of token ids, got {prompts!r}")
     prompts = list(prompts)
-    if prompts and all(isinstance(item, numbers.Integral) for item in prompts):
+    if prompts and isinstance(prompts[0], numbers.Integral):
         return [prompts]
     return prompts

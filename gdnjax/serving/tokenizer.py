@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from gdnjax.config import as_id_tuple, read_json_object
+from gdnjax.config import as_id_tuple, import_transformers, read_json_object
 from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -59,9 +59,8 @@ class Tokenizer:
                 f"{directory}: no tokenizer here; expected one of {', '.join(TOKENIZER_FILES)} "
                 "(copy the checkpoint's tokenizer files, or name another directory as the tokenizer)"
             )
-        # Imported here because it takes seconds, and callers with token ids of their own need none of it.
-        import transformers
-
+        # Callers with token ids of their own need none of it.
+        transformers = import_transformers()
         try:
             hf = transformers.AutoTokenizer.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
