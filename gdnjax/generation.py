@@ -1,10 +1,12 @@
 """Whole generations and scores as pure functions, for notebooks and for tests: no engine, no host loop."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
+from jax import core, lax
 
 from gdnjax import step
 from gdnjax.batch import AdmitBatch, DecodeBatch, PrefillBatch
@@ -84,7 +86,7 @@ def batch_generate(
     model: Model,
     params: Params,
     tokens: Int32[Array, "n prompt"],
-    lengths: Int32[Array, "n"],
+    lengths: Int32[Array, "n"] | None,
     key: Array,
     *,
     max_new_tokens: int,
@@ -95,12 +97,17 @@ def batch_generate(
     """Generates for a batch of right-padded prompts in one on-device loop that ends when all rows are done.
 
     Pure and traceable: use it inside your own `jax.jit` (`max_new_tokens`, `sampling` and `stop_token_ids` are static).
-    `lengths` are the prompts' true lengths, at least 1. `key` is a PRNG key; row i draws with noise of its own.
-    Temperature, top_k, top_p and min_p of `sampling` apply (default: greedy); parameters that need a tokenizer or the
-    host (stop strings, penalties, n, logprobs, ...) raise ValueError. One rank only.
+    `lengths` are the prompts' true lengths, at least 1; None: all of the width. `key` is a PRNG key; row i draws with
+    noise of its own. Temperature, top_k, top_p and min_p of `sampling` apply (default: greedy); parameters that need a
+    tokenizer or the host (stop strings, penalties, n, logprobs, ...) raise ValueError, and so do a seed, and max_tokens
+    other than its default, None or `max_new_tokens`, whose place the arguments here take. One rank only.
+
+    Shapes and types are always checked. Lengths from 1 to the width, and token ids within the vocabulary, are where the
+    arrays are concrete; inside a jit nobody can see values, and others than these mean undefined tokens.
     """
     sampling = sampling or SamplingParams(temperature=0.0)
-    _check_batch_sampling(sampling, stop_token_ids)
+    _check_batch_sampling(sampling, stop_token_ids, max_new_tokens)
+    counts = _checked_lengths(tokens, lengths, model.vocab_size)
     if model.tp != 1:
         raise ValueError(f"batch_generate runs on one rank, the model was built for {model.tp}; use LLM.generate")
     if max_new_tokens < 1:
@@ -109,14 +116,14 @@ def batch_generate(
     options = StepOptions(full=sampling.needs_full_sampler)
     state = start(
         model,
-        lengths + max_new_tokens,
+        counts + max_new_tokens,
         prompt + max_new_tokens,
         sampling=sampling,
         stop_token_ids=stop_token_ids,
         key=key,
         ssm_dtype=ssm_dtype,
     )
-    state, first = step.prefill(model, options, params, state, pack_prompts(tokens, lengths))
+    state, first = step.prefill(model, options, params, state, pack_prompts(tokens, counts))
     decode_batch = DecodeBatch(slot=jnp.arange(1, rows + 1, dtype=jnp.int32))
     produced = jnp.full((rows, max_new_tokens), NO_TOKEN, jnp.int32).at[:, 0].set(first.tokens[:, 0])
 
@@ -141,6 +148,7 @@ def full_logits(
     `length` (default: all) says how many tokens count, so that one compilation serves every length up to t; the
     logits past it mean nothing.
     """
+    _check_sequence(tokens)
     count = tokens.shape[0]
     whole = jnp.full((1,), count if length is None else length, jnp.int32)
     state = start(model, whole + 1, count + 1)
@@ -169,6 +177,7 @@ def draft_logits(
         raise ValueError("draft_logits needs a model with its MTP head: build_model(..., mtp=True)")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
+    _check_sequence(tokens)
     count = tokens.shape[0]
     options = StepOptions()
     # Blocks of one token, so that every position can have drafts of its own behind a shared past: block 1 + i holds
@@ -197,13 +206,59 @@ def draft_logits(
     return model.logits(params, hidden), jnp.stack(drafts)
 
 
-def _check_batch_sampling(sampling: SamplingParams, stop_token_ids: tuple[int, ...]) -> None:
+def _checked_lengths(tokens: Any, lengths: Any, vocab_size: int) -> Any:
+    """The lengths, all of the width where None is given. Raises ValueError for what `batch_generate` cannot take."""
+    if not _are_integers(tokens) or tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(
+            "tokens must be an integer array [prompts, width], padded on the right to the longest prompt, got "
+            f"{_described(tokens)}"
+        )
+    rows, width = tokens.shape
+    if lengths is None:
+        lengths = jnp.full((rows,), width, jnp.int32)
+    if not _are_integers(lengths) or lengths.shape != (rows,):
+        raise ValueError(f"lengths must be an integer array [{rows}], one for each prompt, got {_described(lengths)}")
+    if isinstance(lengths, core.Tracer):
+        return lengths
+    known = np.asarray(lengths)
+    for row, length in enumerate(known):
+        if not 1 <= length <= width:
+            raise ValueError(f"lengths[{row}] must be between 1 and the width of tokens, {width}, got {length}")
+    if not isinstance(tokens, core.Tracer):
+        ids = np.asarray(tokens)
+        counts = np.arange(width) < known[:, None]
+        outside = np.argwhere(counts & ((ids < 0) | (ids >= vocab_size)))
+        if len(outside):
+            row, place = outside[0]
+            raise ValueError(
+                f"tokens[{row}, {place}] is {ids[row, place]}, outside the vocabulary; allowed: 0 to {vocab_size - 1}"
+            )
+    return lengths
+
+
+def _check_sequence(tokens: Any) -> None:
+    if not _are_integers(tokens) or tokens.ndim != 1 or not tokens.size:
+        raise ValueError(f"tokens must be an integer array [t] of one sequence, got {_described(tokens)}")
+
+
+def _are_integers(values: Any) -> bool:
+    return isinstance(values, jax.Array | np.ndarray) and jnp.issubdtype(values.dtype, jnp.integer)
+
+
+def _described(values: Any) -> str:
+    if isinstance(values, jax.Array | np.ndarray):
+        return f"{values.dtype} {list(values.shape)}"
+    return f"a {type(values).__name__}"
+
+
+def _check_batch_sampling(sampling: SamplingParams, stop_token_ids: tuple[int, ...], max_new_tokens: int) -> None:
     defaults = SamplingParams(
         temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
     )
     for field in dataclasses.fields(sampling):
-        # The loop's own arguments stand in for these two.
-        if field.name not in ("max_tokens", "seed") and getattr(sampling, field.name) != getattr(defaults, field.name):
+        if field.name == "max_tokens" and sampling.max_tokens in (None, max_new_tokens):
+            continue
+        if getattr(sampling, field.name) != getattr(defaults, field.name):
             raise ValueError(
                 f"batch_generate does not apply {field.name}={getattr(sampling, field.name)!r}; it applies "
                 "temperature, top_k, top_p and min_p (stop_token_ids, max_new_tokens and key are its own arguments)"

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax import LLM, SamplingParams, abstract_params, batch_generate, build_model, full_logits, random_params
+from gdnjax import (
+    LLM,
+    SamplingParams,
+    abstract_params,
+    batch_generate,
+    build_model,
+    full_logits,
+    generation,
+    random_params,
+)
 from gdnjax.config import MlpKind
 from gdnjax.models import HybridModel
 from tests.micro import MICRO, A, D
@@ -200,6 +209,8 @@ def call(model=MODEL, **options):
         ({"logprobs": 1}, "logprobs=1"),
         ({"prompt_logprobs": 1}, "prompt_logprobs=1"),
         ({"ignore_eos": True}, "ignore_eos=True"),
+        ({"seed": 3}, "seed=3"),
+        ({"max_tokens": 99}, "max_tokens=99"),
     ],
 )
 def test_parameters_that_are_not_applied_are_refused(params, named):
@@ -216,6 +227,49 @@ def test_bad_arguments_are_named():
         ValueError, match=r"batch_generate runs on one rank, the model was built for 2; use LLM\.generate"
     ):
         call(build_model(CONFIG, "float32", tp=2))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        ([[1, 2]], None, r"tokens must be an integer array \[prompts, width\], .* got a list"),
+        (np.array([1, 2]), None, r"got int64 \[2\]"),
+        (np.ones((1, 2), np.float32), None, r"got float32 \[1, 2\]"),
+        (np.ones((0, 2), np.int32), None, r"got int32 \[0, 2\]"),
+        (np.ones((2, 3), np.int32), [1, 2], r"lengths must be an integer array \[2\], one for each prompt, got a list"),
+        (np.ones((2, 3), np.int32), np.ones(3, np.int32), r"got int32 \[3\]"),
+        (
+            np.ones((2, 3), np.int32),
+            np.array([1, 4]),
+            r"lengths\[1\] must be between 1 and the width .* 3, got 4",
+        ),
+        (
+            np.ones((2, 3), np.int32),
+            np.array([0, 3]),
+            r"lengths\[0\] must be between 1 and the width .* 3, got 0",
+        ),
+        (np.array([[1, 2], [3, 99]]), None, r"tokens\[1, 1\] is 99, outside the vocabulary; allowed: 0 to 9"),
+        (np.array([[1, 2], [-1, 3]]), np.array([1, 2]), r"tokens\[1, 0\] is -1, outside the vocabulary"),
+    ],
+)
+def test_prompts_that_cannot_be_are_named(tokens, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        generation._checked_lengths(tokens, lengths, 10)
+
+
+def test_lengths_default_to_the_width_and_padding_may_hold_anything():
+    tokens = np.array([[1, 2], [3, -1]])
+    np.testing.assert_array_equal(generation._checked_lengths(tokens[:1], None, 10), [2])
+    np.testing.assert_array_equal(generation._checked_lengths(tokens, np.array([2, 1]), 10), [2, 1])
+    # What is traced has shapes and types alone.
+    with pytest.raises(ValueError, match="lengths must be an integer array"):
+        jax.eval_shape(lambda t, n: generation._checked_lengths(t, n, 10), tokens, np.ones(3, np.int32))
+    jax.eval_shape(lambda t, n: generation._checked_lengths(t, n, 10), tokens, np.array([0, 9]))
+
+
+def test_scores_are_of_one_sequence():
+    with pytest.raises(ValueError, match=r"tokens must be an integer array \[t\] of one sequence, got int32 \[1, 3\]"):
+        generation._check_sequence(np.ones((1, 3), np.int32))
 
 
 def test_full_logits_of_a_shorter_sequence_are_a_prefix():
