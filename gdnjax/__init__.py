@@ -5,10 +5,11 @@ Names are imported at their first use: `import gdnjax` does not import jax, so a
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from gdnjax.version import __version__
 
+# Type checkers know it by its name; typing would take as long to import as all the rest.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from gdnjax.config import EngineConfig, LayerKind, ModelConfig
     from gdnjax.generation import BatchOutput, batch_generate, draft_logits, full_logits
@@ -40,7 +41,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'gdnjax' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
     try:

@@ -1,4 +1,4 @@
-"""`python -m gdnjax.doctor`: what this machine offers, what is missing, and what to do about it.
+"""`gdnjax doctor`, also `python -m gdnjax.doctor`: what this machine offers, what is missing, and what to do about it.
 
 inspect() looks and draws no conclusions, diagnose() draws conclusions and looks at nothing.
 """
@@ -24,9 +24,10 @@ import psutil
 from gdnjax.version import __version__
 
 PLUGINS = {"rocm7": "rocm", "cuda13": "cuda", "cuda12": "cuda"}
-"""Families of JAX's GPU plugins, and the extra of gdnjax that installs one for the same GPUs."""
+"""Families of JAX's GPU plugins, and the GPUs that they are for."""
 
-EXTRAS = {"rocm": 'pip install "gdnjax[rocm]"', "cuda": 'pip install "gdnjax[cuda]"'}
+EXTRAS = {"rocm": 'pip install "jax[rocm7-local]"', "cuda": 'pip install "jax[cuda13]"'}
+"""What installs one that fits the installed jax. It is what the extras of gdnjax name, which is on no package index."""
 
 KFD, RENDER_NODES, NVIDIA = "/dev/kfd", "/dev/dri/renderD*", "/dev/nvidia0"
 """Device files that the GPU drivers make: the first two on ROCm, the last on CUDA."""
@@ -471,7 +472,7 @@ def _plain(value: object) -> object:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; returns 0 where gdnjax is usable and 1 where a finding is an error."""
-    parser = argparse.ArgumentParser(prog="python -m gdnjax.doctor", description="What this machine offers and lacks.")
+    parser = argparse.ArgumentParser(prog="gdnjax doctor", description="What this machine offers and lacks.")
     parser.add_argument("--json", action="store_true", help="print the report and its findings as JSON")
     arguments = parser.parse_args(argv)
     report = inspect()

@@ -1,12 +1,17 @@
 """Measures the whole engine in one process, from few compilations: the figures that README.md quotes."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import dataclasses
 import sys
 import time
 from typing import Any
 
-from command import exit_status, in_one_line, prepare_environment
+from gdnjax.cli.command import exit_status, in_one_line, prepare_environment, run_as_process
 
 DESCRIPTION = """\
 Makes a model of random weights once, and at most two engines of it, one after the other: without drafts, and with
@@ -154,11 +159,13 @@ def measure(
     import jax
     from engine_bench.engines import Bench, DoesNotFit, device_memory, saying_what_does_not_fit
     from engine_bench.sections import SECTIONS
-    from serving_bench.engines import load_random
+    from serving_bench.engines import check_size_on_cpu, load_random
 
     import gdnjax
     from gdnjax import backend
 
+    tokens = max(sizes.requests * sizes.input_len, sizes.prefill_requests * sizes.prefill_len)
+    check_size_on_cpu(config, "auto", tokens, "--config tiny --scale 0.03")
     device = jax.devices()[0]
     implementation = backend.of_device(arguments.kernels, device)
     record.head(
@@ -199,4 +206,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

@@ -1,14 +1,18 @@
 """Checks and times every kernel at the sizes of the published models, beside its ceiling and its peers."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import dataclasses
 import fnmatch
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from command import exit_status, prepare_environment, write_json
+from gdnjax.cli.command import exit_status, prepare_environment, run_as_process, write_json
 
 DESCRIPTION = """\
 For each named workload: random inputs, the kernel's values against float64 (outputs poisoned with NaN before), then
@@ -168,4 +172,4 @@ def run(arguments) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

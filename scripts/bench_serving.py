@@ -1,5 +1,10 @@
 """Measures serving without a server: throughput and latencies of a workload, and what a setting changes."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import dataclasses
 import functools
@@ -12,12 +17,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from command import add_speculation_flags, exit_status, prepare_environment, speculation
 from serving_bench import engines, workloads
 from serving_bench.engines import Arm, Loaded, Sizes
 from serving_bench.workloads import Conversation, Spec
 
 from gdnjax.assets import EMBEDDED_MODEL, config_file, model_directory
+from gdnjax.cli.command import add_speculation_flags, exit_status, prepare_environment, run_as_process, speculation
 
 if TYPE_CHECKING:
     from serving_bench.measurement import Plan
@@ -412,7 +417,7 @@ def load(arguments: argparse.Namespace, config: "ModelConfig", directory: pathli
     options = {name: getattr(arguments, name) for name in ("dtype", "tensor_parallel_size", "kernels")}
     if directory is None:
         return engines.load_random(config, options, arguments.seed, mtp=mtp)
-    return engines.load(directory, options, mtp=mtp, progress=sys.stderr.isatty())
+    return engines.load(directory, options, mtp=mtp, progress=True)
 
 
 def make_plan(
@@ -429,7 +434,7 @@ def make_plan(
         options={name: getattr(arguments, name) for name in names},
         temperature=arguments.temperature,
         repeat=arguments.repeat,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
 
 
@@ -527,4 +532,4 @@ def settings(arguments: argparse.Namespace, plan: "Plan") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

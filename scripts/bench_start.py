@@ -1,5 +1,10 @@
 """Measures the way from a shell command to the first token, with a cold and with a warm compilation cache."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import json
 import os
@@ -12,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gdnjax.assets import EMBEDDED_MODEL
+from gdnjax.cli.command import check_writable, exit_status, run_as_process, write_json
 
 DESCRIPTION = """\
 Runs scripts/generate.py in fresh processes and prints where the time until the first token goes:
@@ -79,14 +85,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--limit-s must be above 0")
     if arguments.model is not None and (arguments.layers is not None or arguments.config is not None):
         parser.error("--config and --layers make a checkpoint of their own; leave them or --model out")
+    return exit_status("bench_start.py", lambda: measure(arguments))
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Everything between the arguments and the exit status."""
+    check_writable("--json", arguments.json)
     try:
         with tempfile.TemporaryDirectory() as scratch:
             runs = bench(arguments, pathlib.Path(scratch))
-        if arguments.json:
-            pathlib.Path(arguments.json).write_text(json.dumps(runs, indent=2) + "\n")
-    except OSError as error:
-        print(f"bench_start.py: error: {error}", file=sys.stderr)
-        return 2
     except subprocess.CalledProcessError as error:
         print(f"bench_start.py: error: {error.cmd[1]} failed:\n{error.stderr}", file=sys.stderr)
         return 2
@@ -97,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if arguments.json:
+        write_json(arguments.json, runs)
     print(table(runs))
     return 0
 
@@ -155,4 +164,4 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

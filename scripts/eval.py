@@ -1,5 +1,10 @@
 """Measures how many word problems a model solves, and shows that every way to run it gives the same answers."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import dataclasses
 import pathlib
@@ -8,7 +13,6 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from command import add_speculation_flags, exit_status, prepare_environment, speculation, write_json
 from evaluation import agreement, cells, problems, report
 from evaluation.cells import Cell
 from evaluation.problems import Problem, Prompt
@@ -16,6 +20,14 @@ from evaluation.progress import Progress
 from evaluation.report import CellReport
 
 from gdnjax.assets import EMBEDDED_MODEL, model_directory
+from gdnjax.cli.command import (
+    add_speculation_flags,
+    exit_status,
+    prepare_environment,
+    run_as_process,
+    speculation,
+    write_json,
+)
 
 DESCRIPTION = """\
 Solves word problems in GSM8K's format (JSON Lines of {"question": "...", "answer": "steps\\n#### 7"}) greedily, and
@@ -155,7 +167,8 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         # Who interrupts once more, while this is written, has the file of before.
         save()
-        print(report.table(in_order()))
+        if reports:
+            print(report.table(in_order()))
         partly = f", and of {progress.name} {progress.so_far()}" if progress.name else ""
         print(f"partial: {len(reports)} of {len(chosen)} cells{partly}")
         raise
@@ -240,7 +253,7 @@ def prepare(
         max_tokens=arguments.max_tokens,
         stop=problems.STOPS[arguments.form],
         max_num_seqs=arguments.max_num_seqs,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     if work.max_length > model.max_position_embeddings:
         raise ValueError(
@@ -323,4 +336,4 @@ def settings(arguments: argparse.Namespace, num_shots: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

@@ -1,5 +1,10 @@
 """Takes up many answers where they were cut, from states that decode wrote, and breaks these on purpose."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import contextlib
 import dataclasses
@@ -10,10 +15,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from command import exit_status, prepare_environment, write_json
 from evaluation import agreement, problems
 
 from gdnjax.assets import EMBEDDED_MODEL, model_directory
+from gdnjax.cli.command import exit_status, prepare_environment, run_as_process, write_json
 
 if TYPE_CHECKING:
     from gdnjax import LLM
@@ -314,4 +319,4 @@ def table(found: Forks) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

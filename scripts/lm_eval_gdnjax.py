@@ -1,15 +1,20 @@
 """lm-eval's own command line, with the engine registered as the model "gdnjax" and two tasks over local files."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import contextlib
 import pathlib
 import sys
 from collections.abc import Iterator
 
-from command import exit_status, prepare_environment
+from gdnjax.cli.command import exit_status, prepare_environment, run_as_process
 
 DESCRIPTION = """\
-Runs lm-eval (pip install "gdnjax[eval]") on a checkpoint: every flag is lm-eval's own, and `lm_eval_gdnjax.py run
+Runs lm-eval (pip install -e ".[eval]") on a checkpoint: every flag is lm-eval's own, and `lm_eval_gdnjax.py run
 --help` lists them. Where they are not given, --model gdnjax and --include_path of the tasks here are added.
 
 --model_args   model=DIR (or model=tiny), and engine options such as max_num_seqs=16 dtype=float32 max_model_len=4096;
@@ -70,7 +75,7 @@ def run(arguments: list[str]) -> int:
     try:
         from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(f'{error}; this script needs lm-eval: pip install "gdnjax[eval]"') from error
+        raise ImportError(f'{error}; this script needs lm-eval: pip install -e ".[eval]"') from error
     # Imported for its effect: it registers the model.
     import evaluation.lm_eval_model  # noqa: F401
 
@@ -91,4 +96,4 @@ def _argv(arguments: list[str]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

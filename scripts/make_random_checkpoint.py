@@ -1,11 +1,16 @@
 """Writes a checkpoint with random weights, so that everything can be tried without downloading a model."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import json
-import os
 import pathlib
-import sys
 from typing import Any
+
+from gdnjax.cli.command import exit_status, prepare_environment, run_as_process
 
 DESCRIPTION = """\
 Writes a complete, tiny Qwen3.5-style checkpoint with random weights: config.json, generation_config.json,
@@ -22,7 +27,7 @@ examples:
   python scripts/make_random_checkpoint.py deeper --layers 24 --hidden-size 256    as many layers as a small real one
   python scripts/make_random_checkpoint.py big --config qwen3.5-9b --layers 4      four layers of a published model
 
-Exit status: 0 done, 2 a bad argument (the reason is on stderr).
+Exit status: 0 done, 2 a bad argument (the reason is on stderr), 130 interrupted, 143 terminated.
 """
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -232,7 +237,7 @@ def write_checkpoint(
     if config is not None:
         from gdnjax.checkpoint.huggingface import write_safetensors
 
-        write_safetensors(RepeatedValues(content, seed), directory, shard_bytes=SHARD_BYTES, progress=False)
+        write_safetensors(RepeatedValues(content, seed), directory, shard_bytes=SHARD_BYTES, progress=True)
     else:
         content = model_config(
             vocab_size=vocab_size, layers=layers or LAYERS, hidden_size=hidden_size, dtype=dtype or "float32"
@@ -261,20 +266,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, or that of --config")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    try:
-        write_checkpoint(**vars(arguments))
-    except (OSError, ValueError) as error:
-        print(f"make_random_checkpoint.py: error: {error}", file=sys.stderr)
-        return 2
+    return exit_status("make_random_checkpoint.py", lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Everything between the arguments and the exit status."""
+    prepare_environment()
+    write_checkpoint(**vars(arguments))
     print(f"wrote {arguments.directory}: random weights; what they generate is noise")
     return 0
 
 
 if __name__ == "__main__":
-    # transformers advises to install PyTorch, of which nothing is used.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
 
     # Little is computed here; an accelerator would only be taken from those who need it.
     jax.config.update("jax_platforms", "cpu")
-    sys.exit(main())
+    run_as_process(main)

@@ -1,5 +1,10 @@
 """Measures what is inside the small model that gdnjax ships: how long it remembers, and what breaks when it forgets."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import json
 import pathlib
@@ -7,7 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from command import exit_status
+from gdnjax.cli.command import exit_status, run_as_process
 
 if TYPE_CHECKING:
     from measuring.tables import Result
@@ -277,4 +282,4 @@ def measure_faults(model: Any, params: Any, tokenizer: Any, limit: int) -> "Resu
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

@@ -1,15 +1,19 @@
 """Where the time of whole steps goes on a device: kernel by kernel, for a model of random weights."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import collections
 import json
 import pathlib
 import re
-import sys
 import tempfile
 import time
 
-from command import exit_status, prepare_environment
+from gdnjax.cli.command import check_writable, exit_status, prepare_environment, run_as_process
 
 DESCRIPTION = """\
 Serves requests with a model of random weights, and reads the profiler: the time of every kernel on the device, summed
@@ -53,12 +57,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments) -> int:
+    check_writable("--output", arguments.output)
     prepare_environment(arguments.memory_fraction)
     import dataclasses
 
     import jax
     import numpy as np
-    from serving_bench.engines import load_random
+    from serving_bench.engines import check_size_on_cpu, load_random
 
     from gdnjax import LLM, EngineConfig, ModelConfig, SamplingParams
     from gdnjax.assets import config_file
@@ -86,6 +91,8 @@ def run(arguments) -> int:
         num_kv_blocks=arguments.requests * -(-length // 16),
         **options,
     )
+    prompts = arguments.requests * arguments.input_len
+    check_size_on_cpu(config, "auto", prompts, "--config tiny --requests 8 --input-len 64 --max-num-batched-tokens 512")
     loaded = load_random(config, {"tensor_parallel_size": 1, "dtype": "auto"}, 0, mtp=drafts > 0)
     begin = time.perf_counter()
     with LLM.from_model(loaded.model, loaded.params, engine, max_model_len=length) as llm:
@@ -180,4 +187,4 @@ def table(what: str, kernels: dict[str, tuple[int, float]], steps: int, most: in
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

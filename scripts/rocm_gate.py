@@ -2,6 +2,11 @@
 kernels in an emulator.
 """
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import contextlib
 import dataclasses
@@ -16,8 +21,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from command import exit_status, prepare_environment
 from rocm import report
+
+from gdnjax.cli.command import exit_status, prepare_environment, run_as_process
 
 DESCRIPTION = """\
 Every kernel at every workload of bench_kernels.py, and whole prefill, decode and seal steps at the layer sizes of
@@ -258,4 +264,4 @@ def table(results: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

@@ -1,5 +1,10 @@
 """Trains the small model that gdnjax ships, on text that it makes itself, and exports it for Hugging Face readers."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import contextlib
 import dataclasses
@@ -13,8 +18,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from command import exit_status, prepare_environment
 from tiny_learning import VOCABULARY, initial_params, make_step, model_config, optimizer
+
+from gdnjax.cli.command import exit_status, prepare_environment, run_as_process
 
 if TYPE_CHECKING:
     from tiny_batches import BatchShape
@@ -286,7 +292,7 @@ def checked_settings(arguments: argparse.Namespace) -> Settings:
         raise ValueError(f"--checkpoint-every must be at least 1, got {arguments.checkpoint_every}")
     missing = [name for name in ("matplotlib", "optax") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f'{" and ".join(missing)} must be installed: pip install "gdnjax[train]"')
+        raise ValueError(f'{" and ".join(missing)} must be installed: pip install -e ".[train]"')
     for directory in filter(None, (arguments.directory, arguments.work)):
         if directory.exists() and not directory.is_dir():
             raise ValueError(f"{directory} is not a directory")
@@ -297,7 +303,7 @@ def checked_settings(arguments: argparse.Namespace) -> Settings:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     arguments = parse_arguments(argv)
-    return exit_status("train_tiny.py", lambda: run(arguments))
+    return exit_status("train_tiny.py", lambda: run(arguments), patience_s=60.0)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -330,4 +336,4 @@ def run(arguments: argparse.Namespace) -> int:
 if __name__ == "__main__":
     # Orbax tells of every save.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    sys.exit(main())
+    run_as_process(main)

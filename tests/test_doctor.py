@@ -49,16 +49,16 @@ def test_cpu_machine_is_told_which_extra_to_install():
     severity, problem, fix = only_finding(report())
     assert severity is Severity.WARNING
     assert "no GPU was seen" in problem
-    assert 'pip install "gdnjax[rocm]"' in fix
-    assert 'pip install "gdnjax[cuda]"' in fix
+    assert 'pip install "jax[rocm7-local]"' in fix
+    assert 'pip install "jax[cuda13]"' in fix
 
 
-@pytest.mark.parametrize(("file", "extra"), [("/dev/kfd", "rocm"), ("/dev/nvidia0", "cuda")])
+@pytest.mark.parametrize(("file", "extra"), [("/dev/kfd", "rocm7-local"), ("/dev/nvidia0", "cuda13")])
 def test_gpu_without_plugin_is_an_error(file, extra):
     severity, problem, fix = only_finding(report(files={file: FileState.OPEN}))
     assert severity is Severity.ERROR
     assert f"this machine has a GPU ({file})" in problem
-    assert fix == f'pip install "gdnjax[{extra}]"'
+    assert fix == f'pip install "jax[{extra}]"'
 
 
 def test_rocm_without_driver_names_the_missing_files():

@@ -161,18 +161,15 @@ def _run_engine(cell: Cell, dtype: str, loaded: "LLM", work: Workload, watcher: 
         eos_token_ids=loaded.eos_token_ids,
     )
     with llm:
-        # Each step has one bucket, so that a short request compiles all that the others need.
-        rehearsal = dataclasses.replace(params, max_tokens=min(2, work.max_tokens), ignore_eos=True, stop=None)
-        # What comes after an end may need another step: the seal of what was pending.
-        for _ in range(2):
-            llm.generate(prompts[:1], rehearsal, use_tqdm=False)
+        # Each step has one bucket, so that this is all that the prompts need.
+        llm.engine.prepare([config.max_num_seqs], [params])
         if cell.repeat:
             watcher.phase("filling the cache")
             llm.generate(prompts, params, use_tqdm=False)
         watcher.phase("answering")
-        began = time.perf_counter()
+        began, compiling = time.perf_counter(), llm.engine.compile_seconds
         outputs = _generate(llm, prompts, params, watcher, drills=cell.scarce)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began - (llm.engine.compile_seconds - compiling)
         stats = llm.stats()
     return CellRun(
         cell,

@@ -91,7 +91,7 @@ class GdnjaxLM(TemplateLM):
         prompts, params = [], []
         for context, options in (request.args for request in requests):
             sampling = self._sampling(options)
-            prompts.append(self._fit(self.tok_encode(context), sampling.max_tokens))
+            prompts.append(self._fit(self.tok_encode(context), sampling.max_tokens or self.max_gen_toks))
             params.append(sampling)
         outputs = self._generate(prompts, params, disable_tqdm)
         texts = [output.outputs[0].text for output in outputs]

@@ -9,22 +9,11 @@ from .agreement import Difference
 from .cells import CellRun, Completion
 from .problems import Problem, Prompt
 
-COLUMNS = (
-    "cell",
-    "dtype",
-    "strict [95% CI]",
-    "flexible [95% CI]",
-    "same answers",
-    "same tokens",
-    "near ties",
-    "differ",
-    "cached",
-    "preempted",
-    "accepted",
-    "tokens",
-    "seconds",
-    "tokens/s",
-)
+RIGHT = ("strict [95% CI]", "flexible [95% CI]", "same answers", "same tokens", "near ties", "differ")
+"""Columns of the table of what was answered, behind the cell's name and dtype."""
+
+RUN = ("cached", "preempted", "accepted", "tokens", "seconds", "tokens/s")
+"""Columns of the table of how the cell ran."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +69,8 @@ class CellReport:
         """Differences that rounding does not explain, where it would have to."""
         return [item for item in self.differences or [] if not item.near_tie] if self.judged else []
 
-    def row(self) -> list[str]:
-        """The cell's line of the table, in the order of COLUMNS."""
+    def answers_row(self) -> list[str]:
+        """The cell's line of the first table, in the order of RIGHT."""
         run, total = self.run, len(self.scores)
         same = ["-", "-", "-", "-"]
         if self.differences is not None:
@@ -94,6 +83,14 @@ class CellReport:
             _with_interval([score.strict_match for score in self.scores]),
             _with_interval([score.flexible_match for score in self.scores]),
             *same,
+        ]
+
+    def run_row(self) -> list[str]:
+        """The cell's line of the second table, in the order of RUN."""
+        run = self.run
+        return [
+            self.name,
+            run.dtype,
             f"{run.hit_rate:.0%}",
             str(run.preemptions),
             f"{run.accepted / run.drafted:.1%}" if run.drafted else "-",
@@ -152,17 +149,21 @@ def report_cell(
 
 
 def table(reports: Sequence[CellReport]) -> str:
-    """The cells one below the other: names to the left, numbers to the right."""
-    rows = [list(COLUMNS), *[report.row() for report in reports]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        fields = [
-            text.ljust(width) if index < 2 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(fields).rstrip())
-    return "\n".join(lines)
+    """Two tables, of what was answered and of how the cells ran: within 120 columns, names left, numbers right."""
+    answers = _aligned(("cell", "dtype", *RIGHT), [report.answers_row() for report in reports])
+    return f"{answers}\n\n{_aligned(('cell', 'dtype', *RUN), [report.run_row() for report in reports])}"
+
+
+def _aligned(columns: Sequence[str], rows: Sequence[list[str]]) -> str:
+    """Headings of several words take two lines."""
+    above, below = zip(*(("", *column.split(" ", 1))[-2:] for column in columns), strict=True)
+    lines = [list(above), list(below), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    adjusted = []
+    for row in lines:
+        fields = zip(row, widths, strict=True)
+        adjusted.append([text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(fields)])
+    return "\n".join("  ".join(row).rstrip() for row in adjusted if any(map(str.strip, row)))
 
 
 def as_json(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+from gdnjax.progress import Progress
 
 from .workloads import Conversation
 
@@ -161,7 +161,7 @@ def run(
     """Serves all conversations, every turn when it is due."""
     total = sum(len(item.turns) for item in conversations)
     before = llm.stats()
-    with tqdm(total=total, desc=description, unit="req", disable=not progress) as bar:
+    with Progress(description, total, "request", enabled=progress) as bar:
         driver = Driver(llm, conversations, sampling)
         while driver.has_work:
             bar.update(driver.step())
@@ -183,7 +183,7 @@ def host_seconds(
     """
     total = len(conversations)
     steps: list[dict[str, float]] = []
-    with tqdm(total=total, desc=description, unit="req", disable=not progress) as bar:
+    with Progress(description, total, "request", enabled=progress) as bar:
         driver = Driver(llm, conversations, sampling)
         before = llm.stats()
         while driver.has_work:

@@ -212,6 +212,27 @@ def load(directory: pathlib.Path, options: dict[str, Any], *, mtp: bool, progres
         return Loaded(llm.model, llm.params, llm.tokenizer)
 
 
+CPU_WEIGHTS, CPU_TOKENS = 1 << 30, 1 << 15
+"""Bytes of weights and prompt tokens beyond which a CPU would be at it for hours, or out of memory."""
+
+
+def check_size_on_cpu(config: "ModelConfig", dtype: str, tokens: int, instead: str) -> None:
+    """Raises ValueError where JAX runs on a CPU and the model or the prompts are meant for a GPU."""
+    import jax
+
+    from gdnjax import abstract_params
+
+    if jax.default_backend() != "cpu":
+        return
+    leaves = jax.tree.leaves(abstract_params(config, 1, config.dtype if dtype == "auto" else dtype))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    if weights > CPU_WEIGHTS or tokens > CPU_TOKENS:
+        raise ValueError(
+            f"JAX runs on a CPU, and this is {weights / (1 << 30):.1f} GiB of weights and {tokens} prompt tokens; "
+            f"there it takes {CPU_WEIGHTS / (1 << 30):g} GiB and {CPU_TOKENS} at most: {instead}"
+        )
+
+
 def load_random(config: "ModelConfig", options: dict[str, Any], seed: int, *, mtp: bool) -> Loaded:
     """A model of random weights, made where they stay, with an MTP head if `mtp`. `options` are fields of
     EngineConfig.

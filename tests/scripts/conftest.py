@@ -18,10 +18,11 @@ def random_model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def restored_process(monkeypatch):
     """Scripts set environment variables and the level of the logger for a process that is theirs alone."""
-    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION",):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    logger = logging.getLogger("gdnjax")
-    level = logger.level
+    loggers = [logging.getLogger(name) for name in ("gdnjax", "gdnjax.progress")]
+    levels = [logger.level for logger in loggers]
     yield
-    logger.setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

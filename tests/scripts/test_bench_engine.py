@@ -121,6 +121,7 @@ def test_engine_that_does_not_fit_is_said_to(monkeypatch, tmp_path, capsys):
         (["--num-speculative-tokens", "0"], "--num-speculative-tokens must be at least 1, got 0"),
         (["--acceptance-length", "9"], "spec_acceptance_length must be between 1 and"),
         (["--config", "tiny"], "more than the model's context of 4096; lower --scale"),
+        ([], "of weights and 131072 prompt tokens; there it takes 1 GiB and 32768 at most: --config tiny --scale 0.03"),
         (["--config", "none.json"], "none.json: no such file"),
         (["--output", "nowhere/engine.json"], "--output nowhere/engine.json: no such directory"),
         (["--memory-fraction", "2"], "--memory-fraction must be in (0, 1], got 2"),

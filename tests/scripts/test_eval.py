@@ -259,10 +259,21 @@ def test_report_counts_matches_same_answers_and_failures():
     assert complaint.startswith("two: 1 of 2 completions differ beyond near ties, first problem 2 at output token 1")
     assert script.verdict([reference, tied, free], 0.5) == []
     assert script.verdict([reference], 0.51) == ["one: strict match 0.5000 is below --floor 0.51"]
-    header, first, *_ = report.table([reference, judged]).splitlines()
-    assert header.split()[:2] == ["cell", "dtype"]
+    answers, runs = report.table([reference, judged]).split("\n\n")
+    above, header, first, _ = answers.splitlines()
+    assert (above.split(), header.split()[:2]) == (["strict", "flexible", "same", "same", "near"], ["cell", "dtype"])
     assert "0.500 [0.095, 0.905]" in first
+    assert header.index("differ") + len("differ") == len(first)
+    header, first, _ = runs.splitlines()
     assert header.index("tokens/s") + len("tokens/s") == len(first)
+
+
+def test_tables_fit_120_columns():
+    longest = max(cells.BY_NAME, key=len)
+    run = _run_of(longest, "bfloat16", ("#### 5", (1, 2)), ("so 2400", (3, 4)))
+    reports = [report.report_cell(run, SOLVE, None, None)]
+    reports.append(report.report_cell(run, SOLVE, reports[0], lambda *_: 0.0))
+    assert max(map(len, report.table(reports).splitlines())) <= 120
 
 
 def test_device_loop_ends_where_the_engine_ends(loaded):

@@ -12,8 +12,9 @@ import pytest
 
 from gdnjax import LLM, RequestMetrics, RequestOutput
 from gdnjax.assets import model_directory
+from gdnjax.cli import command, generate
 from gdnjax.serving.tokenizer import Tokenizer
-from scripts import command, generate
+from scripts import generate as script
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -26,7 +27,7 @@ def _arguments(*flags: str) -> argparse.Namespace:
 
 def _run(capsys, *flags: str) -> tuple[str, str]:
     """stdout and stderr of a run that succeeds."""
-    status = generate.main(list(flags))
+    status = script.main(list(flags))
     out, err = capsys.readouterr()
     assert status == 0, err
     return out, err
@@ -34,7 +35,7 @@ def _run(capsys, *flags: str) -> tuple[str, str]:
 
 def test_help_explains_by_examples(capsys):
     with pytest.raises(SystemExit) as end:
-        generate.main(["--help"])
+        script.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     for word in ("examples:", "--chat", "-p -", "XLA_PYTHON_CLIENT_MEM_FRACTION", "embedded", "130"):
@@ -42,14 +43,14 @@ def test_help_explains_by_examples(capsys):
 
 
 def test_parsing_imports_no_jax():
-    code = "import sys, generate; generate.build_parser(); print('jax' in sys.modules)"
+    code = "import sys; from gdnjax.cli import generate; generate.build_parser(); print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
 def test_unknown_flag_ends_with_status_2(capsys):
     with pytest.raises(SystemExit) as end:
-        generate.main(["--no-such-flag"])
+        script.main(["--no-such-flag"])
     assert end.value.code == 2
     assert "--no-such-flag" in capsys.readouterr().err
 
@@ -76,16 +77,30 @@ def test_unknown_flag_ends_with_status_2(capsys):
         (["--model", "{model}", "-p", "x", "--tensor-parallel-size", "64"], "needs 64 devices"),
         (["--model", "{model}", "-p", "x", "--kernels", "pallas"], "allowed: 'auto', 'reference'"),
         (["--model", "{model}", "-p", "x", "--max-model-len", "5000"], "exceeds the model's context"),
+        (["--model", "{model}", "--stats-json", "{tmp}/none/x.json", "x"], "--stats-json {tmp}/none/x.json: no such"),
+        (["--model", "{model}", "-p", "\udcff"], "prompt 1 is not UTF-8 text (at character 1)"),
+        (
+            ["--model", "{model}", "x", "--system-prompt", "a\udcff"],
+            "--system-prompt is not UTF-8 text (at character 2)",
+        ),
+        (["--model", "{model}", "x", "--stop", "\udcff"], "is no valid text"),
+        (["--model", "{model}", "x", "--presence-penalty", "3"], "presence_penalty must be a finite number in [-2, 2]"),
+        (["--model", "{model}", "-n", "2000", "x"], "n must be at most 1024"),
+        (["--model", "{model}", "x", "--no-thinking", "--ignore-chat-template"], "contradicts --chat"),
+        (["--model", "{model}", "--prompts-file", "{ids}"], "ids.jsonl: line 2 has token id 99999, outside the vocab"),
+        (["--model", "{model}", "--prompts-file", "{ids}", "--chat"], "ids.jsonl: line 1 is token ids, which no chat"),
         (["--model", "{model}", "-p", "x " * 4096], "the model's context is 4096 tokens"),
         (["--model", "{model}", "-p", "x " * 40, "--max-model-len", "20"], "a length of 20 leaves no room"),
     ],
 )
 def test_mistake_is_one_line_and_status_2(capsys, random_model, tmp_path, flags, message):
-    places = {"tmp": tmp_path, "golden": GOLDEN, "model": random_model}
-    assert generate.main([flag.format_map(places) for flag in flags]) == 2
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text('{"prompt_token_ids": [1]}\n{"prompt_token_ids": [1, 99999]}\n')
+    places = {"tmp": tmp_path, "golden": GOLDEN, "model": random_model, "ids": ids}
+    assert script.main([flag.format_map(places) for flag in flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert message in err
+    assert message.replace("{tmp}", str(tmp_path)) in err
     # Nothing before the error, whose line is the only one.
     assert err.startswith("generate.py: error: ")
     assert err.count("\n") == 1
@@ -130,13 +145,14 @@ def test_several_prompts_come_under_headers_in_order(capsys, random_model):
 
 
 @pytest.mark.parametrize("flags", [(), ("--adaptive-speculation",)], ids=["always", "adaptive"])
-def test_drafts_compile_nothing_more_after_the_rehearsal(flags, capsys):
+def test_drafts_compile_nothing_more_after_what_was_prepared(flags, capsys):
     directory = model_directory("tiny")
     arguments = _arguments("--max-tokens", "40", "--num-speculative-tokens", "2", *flags)
-    llm, (prompt,) = generate.start(arguments, directory, ["Once upon a time"], generate.Start())
+    llm, (prompt,) = generate.start(arguments, directory, [generate.Prompt(text="Once upon a time")], generate.Start())
     with llm:
-        params = llm.default_sampling_params(max_tokens=40, ignore_eos=True)
-        generate.rehearse(llm, prompt, params)
+        # With a penalty the adaptive one, which takes a row of the vocabulary and the other sampler.
+        params = llm.default_sampling_params(max_tokens=40, ignore_eos=True, presence_penalty=0.1 * len(flags))
+        llm.engine.prepare([1], [params])
         compiled = llm.stats()["num_compilations"]
         generate.stream(llm, prompt, params)
         assert llm.stats()["num_compilations"] == compiled
@@ -146,11 +162,13 @@ def test_drafts_compile_nothing_more_after_the_rehearsal(flags, capsys):
 def test_long_prompt_streams_what_the_engine_generates_and_compiles_nothing_more(random_model, capsys):
     arguments = _arguments("--model", str(random_model), "--max-tokens", "20")
     clock = generate.Start()
-    llm, (prompt,) = generate.start(arguments, random_model, ["One request has one slot. " * 160], clock)
+    llm, (prompt,) = generate.start(
+        arguments, random_model, [generate.Prompt(text="One request has one slot. " * 160)], clock
+    )
     with llm:
         assert len(prompt.token_ids) > llm.config.max_num_batched_tokens
         params = llm.default_sampling_params(max_tokens=20, temperature=0.0, ignore_eos=True)
-        generate.rehearse(llm, prompt, params)
+        llm.engine.prepare([1], [params])
         compiled = llm.stats()["num_compilations"]
         (output,) = generate.stream(llm, prompt, params)
         assert llm.stats()["num_compilations"] == compiled
@@ -223,23 +241,73 @@ def test_chat_template_is_applied_on_request_only(random_model):
         (("--ignore-chat-template",), tokenizer.encode("Hi")),
         (("--chat",), tokenizer.apply_chat_template([user])),
         (("--system-prompt", "Be brief."), tokenizer.apply_chat_template([system, user])),
+        (("--no-thinking",), tokenizer.apply_chat_template([user], enable_thinking=False)),
     ):
-        assert generate.encode(tokenizer, "Hi", _arguments(*flags)) == expected
+        assert generate.encode(tokenizer, generate.Prompt(text="Hi"), _arguments(*flags)) == expected
 
 
 def test_prompts_files_give_one_prompt_a_line(tmp_path):
     lines, objects = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     lines.write_text("first\n\n  second\n")
-    objects.write_text('{"prompt": "first"}\n{"prompt": "two\\nlines", "id": 2}\n')
-    assert generate.read_prompts_file(lines) == ["first", "  second"]
-    assert generate.read_prompts_file(objects) == ["first", "two\nlines"]
+    objects.write_text('{"prompt": "first"}\n\n{"prompt": "two\\nlines", "id": 2}\n{"prompt_token_ids": [1, 2]}\n')
+    assert [prompt.text for prompt in generate.read_prompts_file(lines)] == ["first", "  second"]
+    found = generate.read_prompts_file(objects)
+    assert [(prompt.text, prompt.token_ids) for prompt in found] == [("first", []), ("two\nlines", []), (None, [1, 2])]
+    assert found[-1].origin == f"{objects}: line 4"
 
 
-@pytest.mark.parametrize("content", ['{"text": "x"}', '"x"', "[1]", "{", '{"prompt": 3}', "\xff"])
+class _Closed:
+    """A standard input that fails as the system's does."""
+
+    closed = False
+
+    def __init__(self, error):
+        self.error = error
+
+    def read(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        (None, "standard input is closed"),
+        (_Closed(OSError(9, "Bad file descriptor")), "standard input cannot be read: Bad file descriptor"),
+        (io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"), "standard input is not UTF-8 text"),
+    ],
+)
+def test_standard_input_that_is_no_text_is_named(capsys, monkeypatch, random_model, stdin, message):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert script.main(["--model", str(random_model), "-p", "-"]) == 2
+    assert capsys.readouterr().err.startswith(f"generate.py: error: -p -: {message}")
+
+
+def test_prompts_may_stand_anywhere(tmp_path):
+    arguments = generate.build_parser().parse_intermixed_args(["--temp", "0", "a", "-p", "b", "c", "--jsonl"])
+    assert (arguments.text, arguments.prompt, arguments.temperature) == (["a", "c"], ["b"], 0)
+
+
+def test_samples_and_files_come_as_json_lines(capsys, random_model, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt_token_ids": [5, 6]}\n')
+    flags = ["--model", str(random_model), "One", "--prompts-file", str(prompts), "-n", "2", "--max-tokens", "9999"]
+    out, note = _run(capsys, *flags, "--jsonl", "--max-model-len", "16")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["index"], line["sample"]) for line in lines] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [line.get("prompt") for line in lines] == ["One", "One", None, None]
+    assert lines[2]["prompt_token_ids"] == [5, 6]
+    assert all(line["num_prompt_tokens"] + line["num_output_tokens"] <= 16 for line in lines)
+    # What was asked for and cannot be is said.
+    assert "--max-tokens 9999: --max-model-len leaves room for 1" in note
+
+
+@pytest.mark.parametrize(
+    "content", ['{"text": "x"}', '"x"', "[1]", "{", '{"prompt": 3}', "\xff", '{"prompt_token_ids": [1, true]}']
+)
 def test_damaged_prompts_file_is_named(tmp_path, content):
     file = tmp_path / "prompts.jsonl"
-    file.write_text(content, encoding="latin-1")
-    with pytest.raises(ValueError, match=r"prompts\.jsonl"):
+    file.write_text('{"prompt": "x"}\n' + content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl: line 2: "):
         generate.read_prompts_file(file)
 
 
@@ -277,7 +345,7 @@ def test_interrupt_ends_with_status_130(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "run", interrupted)
-    assert generate.main(["-p", "x"]) == 130
+    assert script.main(["-p", "x"]) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
@@ -288,5 +356,7 @@ def test_closed_pipe_ends_without_a_word(random_model):
         assert process.stderr is not None
         assert process.stdout.read(1)
         process.stdout.close()
-        assert process.stderr.read() == b""
+        # Where compiling takes its time, how far it is.
+        said = process.stderr.read().splitlines()
+        assert [line for line in said if not line.startswith(b"compiling steps: ")] == []
     assert process.returncode == 141

@@ -1,6 +1,6 @@
 """The engine behind lm-eval: its scores are those of scripts/eval.py, its log-likelihoods those of the model.
 
-What needs lm-eval itself is skipped where it is not installed (pip install "gdnjax[eval]").
+What needs lm-eval itself is skipped where it is not installed (pip install -e ".[eval]").
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def test_help_explains_by_examples(capsys):
         script.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for word in ("examples:", "--model_args", "gsm8k_local", "Exit status: 0", 'pip install "gdnjax[eval]"'):
+    for word in ("examples:", "--model_args", "gsm8k_local", "Exit status: 0", 'pip install -e ".[eval]"'):
         assert word in text
 
 
@@ -72,7 +72,7 @@ def test_missing_lm_eval_is_one_line_and_status_2(capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("lm_eval_gdnjax.py: error: ")
-    assert 'this script needs lm-eval: pip install "gdnjax[eval]"' in err
+    assert 'this script needs lm-eval: pip install -e ".[eval]"' in err
     assert err.count("\n") == 1
 
 

@@ -646,7 +646,7 @@ def test_missing_libraries_are_told_first(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train_tiny.importlib.util, "find_spec", lambda name: None)
     assert train_tiny.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        'train_tiny.py: error: matplotlib and optax must be installed: pip install "gdnjax[train]"\n'
+        'train_tiny.py: error: matplotlib and optax must be installed: pip install -e ".[train]"\n'
     )
 
 

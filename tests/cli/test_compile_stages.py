@@ -1,8 +1,8 @@
-"""scripts/compile_stages.py counts time, not events."""
+"""gdnjax/cli/compile_stages.py counts time, not events."""
 
 import time
 
-from scripts.compile_stages import STAGES, CompileStages, length
+from gdnjax.cli.compile_stages import STAGES, CompileStages, length
 
 
 def test_length_of_overlapping_spans_counts_once():

@@ -1,0 +1,219 @@
+"""What the commands share: exit statuses, signals, one line for an error, the environment before jax, and the flags of
+speculation.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from gdnjax.cli.interrupt import INTERRUPTED, STATUSES, TERMINATED, end_now, leave_at_once
+
+CLOSED_PIPE = 141
+
+PATIENCE_S = 5.0
+"""Seconds that a signal waits for the command to end. Python looks at signals between its own steps alone, and one step
+may be the compilation of a program."""
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come: as Ctrl-C is, it is for whoever has something to write down, and then for the exit status."""
+
+
+def run_as_process(main: Callable[[], int]) -> NoReturn:
+    """Runs a command and ends the process with its status. After a signal at once; see `leave_at_once`."""
+    status = main()
+    if status in STATUSES.values():
+        leave_at_once(status)
+    sys.exit(status)
+
+
+def exit_status(
+    script: str, run: Callable[[], int], *, verbose: bool = False, patience_s: float | None = PATIENCE_S
+) -> int:
+    """The status of `run`, or of what ends it. An error that a user can cause becomes one line on stderr.
+
+    `verbose` shows where it came from, too. A signal that has not ended `run` after `patience_s` ends the process; None
+    waits for as long as it takes.
+    """
+    heard: list[signal.Signals] = []
+    try:
+        with _listening(heard, patience_s):
+            status = run()
+        # Where an interrupt was raised in a callback, Python has dropped it.
+        return _told(heard[0]) if heard else status
+    except TerminatedError:
+        return _told(signal.SIGTERM)
+    except KeyboardInterrupt:
+        return _told(signal.SIGINT)
+    except BrokenPipeError:
+        # The reader has left (head, less): nothing is wrong, and the interpreter must not flush into the pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except Exception as error:
+        if heard:
+            # What was under way (an import, a call into a library) has made another error of it.
+            return _told(heard[0])
+        if not isinstance(error, OSError | ValueError | MemoryError | RuntimeError | ImportError):
+            raise
+        if verbose:
+            traceback.print_exc()
+        print(f"{script}: error: {in_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _told(number: signal.Signals) -> int:
+    """Says what came, and gives its status."""
+    print("\nterminated" if number is signal.SIGTERM else "\ninterrupted", file=sys.stderr)
+    return TERMINATED if number is signal.SIGTERM else INTERRUPTED
+
+
+_pipes: list[int] = []
+"""Where C's handler of this process writes."""
+
+
+def _forget_pipes() -> None:
+    """In a forked child: its signals are not the parent's."""
+    if _pipes:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_pipes)
+
+
+@contextlib.contextmanager
+def _listening(heard: list[signal.Signals], patience_s: float | None) -> Iterator[None]:
+    """Signals raise KeyboardInterrupt or TerminatedError meanwhile and are noted in `heard`. A thread ends the process
+    where that leads to nothing. Signals are for the main thread alone.
+    """
+    numbers = [number for number in STATUSES if signal.getsignal(number) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread() or not numbers:
+        yield
+        return
+
+    def raise_it(number, frame):
+        heard.append(signal.Signals(number))
+        raise TerminatedError if number == signal.SIGTERM else KeyboardInterrupt
+
+    def watch():
+        while came := os.read(reader, 1):
+            if came[0] in numbers and patience_s is not None and not ended.wait(patience_s):
+                end_now(came[0])
+        os.close(reader)
+
+    ended = threading.Event()
+    # C's handler writes the number of each signal there, whatever Python is at.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    pipe_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _pipes.append(writer)
+    before = {number: signal.signal(number, raise_it) for number in numbers}
+    try:
+        yield
+    finally:
+        ended.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(pipe_before)
+        _pipes.remove(writer)
+        os.close(writer)
+
+
+def check_writable(flag: str, file: str | None) -> None:
+    """Raises ValueError where nothing can be written at `file`. Long work must not end with that news."""
+    if not file:
+        return
+    path = pathlib.Path(file).absolute()
+    if path.is_dir():
+        raise ValueError(f"{flag} {file}: is a directory")
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag} {file}: no such directory")
+    # The directory, too: a new file takes the place of the one before.
+    missing = [part for part in (path.parent, path) if part.exists() and not os.access(part, os.W_OK)]
+    if missing and not (path.exists() and not path.is_file()):
+        raise ValueError(f"{flag} {file}: {missing[0]} is not writable")
+
+
+def write_json(file: str | pathlib.Path, content: Any, *, indent: int = 2) -> None:
+    """Writes the file in one go: who is killed leaves the one before. Pipes and devices are written to."""
+    file = pathlib.Path(file)
+    text = json.dumps(content, indent=indent) + "\n"
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+        return
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, file)
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, without the line breaks and error numbers of those who raised it."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def prepare_environment(memory_fraction: float | None = None, *, verbose: bool = False) -> None:
+    """What must be settled before jax and transformers are imported. ValueError for a fraction that is none."""
+    if memory_fraction is not None and not 0 < memory_fraction <= 1:
+        raise ValueError(f"--memory-fraction must be in (0, 1], got {memory_fraction:g}")
+    if memory_fraction is not None:
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(memory_fraction)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("gdnjax").setLevel(logging.INFO if verbose else logging.WARNING)
+    # Where there is no terminal for bars, lines say now and then how far something is.
+    logging.getLogger("gdnjax.progress").setLevel(logging.INFO)
+
+
+def add_speculation_flags(add: Callable[..., Any]) -> None:
+    """The flags that `speculation` reads. `add` is an argparse group's add_argument."""
+    from gdnjax.config import DRAFT_ACCEPTANCES, MAX_SPECULATIVE_TOKENS
+
+    add(
+        "--num-speculative-tokens",
+        type=int,
+        metavar="K",
+        help=f"tokens that the model's MTP head drafts for each step, 0 to {MAX_SPECULATIVE_TOKENS} (default: 0)",
+    )
+    add(
+        "--draft-acceptance",
+        choices=DRAFT_ACCEPTANCES,
+        help="shared_noise gives the tokens of a run without drafts, up to rounding (in bfloat16 a near tie may "
+        "fall the other way); rejection keeps more drafts at a temperature (default: shared_noise)",
+    )
+    add("--adaptive-speculation", action="store_true", help="draft in those steps only where it pays, as measured")
+
+
+def speculation(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of EngineConfig by the flags of speculation, those that were given; empty without drafts.
+
+    Raises ValueError for a value that is none, and for a flag that says how to draft where nothing is drafted.
+    """
+    from gdnjax.config import EngineConfig
+
+    given = {
+        "num_speculative_tokens": arguments.num_speculative_tokens,
+        "draft_acceptance": arguments.draft_acceptance,
+        "adaptive_speculation": arguments.adaptive_speculation or None,
+        # Benchmarks alone have this one.
+        "spec_acceptance_length": getattr(arguments, "spec_acceptance_length", None),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given.get("num_speculative_tokens"):
+        for name in given:
+            if name != "num_speculative_tokens":
+                raise ValueError(f"--{name.replace('_', '-')} needs --num-speculative-tokens above 0")
+        return {}
+    # For its errors, before anything slow begins.
+    EngineConfig(**given)
+    return given
