@@ -21,7 +21,7 @@ def dtype_of(pool: Array) -> jnp.dtype:
 
 
 def read_rows(pool: Array, *index) -> Array:
-    """`pool[index]` as numbers. Of `index`, at least one part is an array."""
+    """`pool[index]` as numbers. The rows that arrays in `index` name are the first axis of the result."""
     rows, dtype = pool[_at_least_two(index)], dtype_of(pool)
     if _is_of_one(index):
         rows = rows[:1]
@@ -41,8 +41,12 @@ def write_rows(pool: Array, *index, rows) -> Array:
     return pool.at[_at_least_two(index)].set(rows)
 
 
+def _stands_alone(place) -> bool:
+    return getattr(place, "shape", None) == (1,)
+
+
 def _is_of_one(index: tuple) -> bool:
-    return any(getattr(place, "size", 0) == 1 for place in index)
+    return any(_stands_alone(place) for place in index)
 
 
 def _at_least_two(index: tuple) -> tuple:
@@ -51,4 +55,4 @@ def _at_least_two(index: tuple) -> tuple:
     XLA makes a slice of one row's gather and an update of its scatter, and takes such a slice again wherever it is
     used. Where that comes behind the update, XLA copies the pool. Gathers and scatters of two rows stay as they are.
     """
-    return tuple(jnp.repeat(place, 2) if getattr(place, "size", 0) == 1 else place for place in index)
+    return tuple(jnp.repeat(place, 2) if _stands_alone(place) else place for place in index)
