@@ -77,7 +77,7 @@ def test_plan_fits_the_device(llm):
 
 
 def test_dispatch_reads_nothing_back(llm, monkeypatch):
-    """Planning and dispatching run under a guard against reads, explicit ones too. Let through are only Engine._read
+    """Planning and dispatching run under a guard against reads, explicit ones too. Let through are only Runner.read
     and the copies that are started for it."""
 
     def let_through(method):
@@ -87,8 +87,8 @@ def test_dispatch_reads_nothing_back(llm, monkeypatch):
 
         return allowed
 
-    for name in ("_read", "_start_copies"):
-        monkeypatch.setattr(llm.engine, name, let_through(getattr(llm.engine, name)))
+    for name in ("read", "_start_copies"):
+        monkeypatch.setattr(llm.engine.runner, name, let_through(getattr(llm.engine.runner, name)))
     # Compiling may read constants, so every step is compiled first.
     params = SamplingParams(max_tokens=6, temperature=0.8, top_k=20, logprobs=2)
     llm.generate(_prompts(70, 5), params, use_tqdm=False)

@@ -43,3 +43,7 @@ class Allocator:
         self.slots = Pool("slot", num_slots)
         self.blocks = Pool("block", num_blocks)
         self.logit_rows = Pool("logit row", num_logit_rows)
+
+    def fresh(self) -> "Allocator":
+        """The same pools, nothing handed out."""
+        return Allocator(self.slots.size, self.blocks.size, self.logit_rows.size)

@@ -40,6 +40,10 @@ class Detokenizer:
         self._finished = False
         self._stop_reason: str | None = None
 
+    def fresh(self) -> "Detokenizer":
+        """One for the same sample that has seen no token."""
+        return Detokenizer(self._tokenizer, self._params)
+
     @property
     def text(self) -> str:
         """All the text released so far: what append and finish have returned, in one piece."""

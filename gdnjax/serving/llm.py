@@ -20,10 +20,12 @@ from gdnjax.assets import model_directory
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
+from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.engine import Engine, step_workspace
 from gdnjax.serving.outputs import RequestOutput
 from gdnjax.serving.request import Request
+from gdnjax.serving.runner import Runner
 from gdnjax.serving.submission import Submission, Urgency, urgencies
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generation_defaults
 from gdnjax.shapes import Params
@@ -140,13 +142,14 @@ class LLM:
         self.eos_token_ids = tuple(eos_token_ids)
         self._defaults = defaults
         self._num_requests = 0
-        self._closed = False
-        self.engine = Engine(model, params, mesh, config, plan, max_model_len, tokenizer)
+        runner = Runner(model, params, mesh, config, plan, max_model_len)
+        allocator = Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows)
+        self.engine = Engine(runner, allocator, tokenizer)
 
     @property
     def params(self) -> Params:
         """The parameters: a nested dict of global arrays."""
-        return self.engine.params
+        return self.engine.runner.params
 
     def get_tokenizer(self) -> Any:
         """The checkpoint's transformers tokenizer. Raises ValueError where there is none."""
@@ -230,14 +233,12 @@ class LLM:
 
     def step(self) -> bool:
         """One turn of the engine for everything that is queued. Whether work is left."""
-        self._check_open()
-        self.engine.step()
+        self.engine.take_turn()
         return self.engine.has_work
 
     def abort(self, submission: Submission) -> None:
         """Ends what was submitted, wherever it is; what it has produced so far stays."""
-        for request in submission.requests:
-            self.engine.abort(request)
+        self.engine.abort(*submission.requests)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix: what is submitted from now on computes its own. Always True."""
@@ -261,10 +262,10 @@ class LLM:
         self.engine.add(request)
         try:
             while not finished:
+                self._check_open()
                 # Between two turns of this loop another call may have moved the request on, or ended it.
                 if not request.finished:
-                    self._check_open()
-                    self.engine.step()
+                    self.engine.take_turn()
                 text, tokens = request.detokenizer.text, tuple(request.output_token_ids[shown_tokens:])
                 finished = request.finished
                 if not tokens and not finished:
@@ -298,9 +299,7 @@ class LLM:
 
     def close(self) -> None:
         """Frees pools and parameters. Whatever generates raises RuntimeError from then on, streams in progress too."""
-        if not self._closed:
-            self._closed = True
-            self.engine.close()
+        self.engine.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -314,7 +313,7 @@ class LLM:
         return self.tokenizer
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self.engine.closed:
             raise RuntimeError("this LLM is closed")
 
     def _params_for(self, prompts: list, params: Any) -> list[SamplingParams]:
@@ -439,15 +438,12 @@ class LLM:
     def _run(self, requests: list[Request], groups: list[Submission], use_tqdm: bool) -> list[RequestOutput]:
         progress = tqdm(total=len(requests), desc="generating", unit="seq", disable=not use_tqdm)
         try:
-            finished = 0
-            for _ in self.engine.run(requests):
-                now = sum(request.finished for request in requests)
-                progress.update(now - finished)
-                finished = now
+            mine = set(requests)
+            for moved in self.engine.run(requests):
+                progress.update(sum(request.finished and request in mine for request in moved))
         except BaseException:
             # An interrupted call must not leave its requests behind for the next one.
-            for request in requests:
-                self.engine.abort(request)
+            self.engine.abort(*requests)
             raise
         finally:
             progress.close()

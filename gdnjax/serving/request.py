@@ -44,6 +44,9 @@ class Request:
     num_cached      tokens whose KV was cached when it was admitted; their blocks are not its to write.
     num_placed      blocks that the device's block table holds.
 
+    num_committed   output tokens that are its own for good. What stands behind them came with a turn that is not over.
+    half_done       a commit or its end is under way; where it stays so, it was cut off.
+
     num_decode_steps, num_draft_tokens and num_accepted_tokens count over its life: the decode steps that it had a part
     in, the drafts that they verified, and those of them that were kept.
     """
@@ -81,6 +84,8 @@ class Request:
     next_mark: int = 0
     num_cached: int = 0
     num_placed: int = 0
+    num_committed: int = 0
+    half_done: bool = False
 
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list = dataclasses.field(default_factory=list)
@@ -137,6 +142,26 @@ class Request:
         """Sum over the output tokens, as far as their log-probabilities were asked for."""
         pairs = zip(self.output_token_ids, self.output_logprobs, strict=False)
         return sum(entries[token].logprob for token, entries in pairs)
+
+    def let_go(self) -> None:
+        """As it was before it was admitted: it holds nothing, and nothing of it is computed."""
+        self.slot, self.logit_row, self.blocks, self.num_shared = 0, 0, [], 0
+        self.node, self.detached, self.unpublished, self.wanted = None, False, [], ()
+        self.marks, self.next_mark = [], 0
+        self.num_settled = self.num_ahead = self.num_steps = self.num_folded = 0
+        self.prefill_length = self.num_cached = self.num_placed = 0
+
+    def roll_back(self) -> None:
+        """Undoes what a turn that was cut off has done to its output. What is drawn again will be the same."""
+        if self.wants_prompt_logprobs:
+            self.prompt_logprobs.clear()
+        if self.half_done:
+            self.detokenizer = self.detokenizer.fresh()
+            del self.output_token_ids[self.num_committed :]
+            self._block_keys.clear()
+            self.detokenizer.append(self.output_token_ids)
+        del self.output_logprobs[self.num_committed :]
+        self.half_done = False
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Known tokens `start` to `stop` of prompt and output."""

@@ -16,6 +16,7 @@ import bisect
 import dataclasses
 import heapq
 import itertools
+import logging
 import time
 
 from gdnjax.config import CHUNK, EngineConfig
@@ -24,6 +25,8 @@ from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.plan import Admission, Growth, Mark, Piece, Plan, Seal, max_chunks, max_growth
 from gdnjax.serving.prefix_cache import Match, PrefixCache
 from gdnjax.serving.request import Request, Status
+
+log = logging.getLogger("gdnjax")
 
 PLACES_PER_PRIORITY = 64
 """A request of priority p stands in the queue as if it had come 64 p requests later."""
@@ -45,8 +48,12 @@ class Scheduler:
         self.config = config
         self.allocator = allocator
         self.cache = PrefixCache(config.block_size, allocator)
+        # Whoever has not ended, whatever becomes of the queues: what `start_over` goes by.
+        self.unfinished: dict[Request, None] = {}
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        # Those that have ended and whose end nobody has taken note of. The engine empties it.
+        self.ended: list[Request] = []
         self.num_preemptions = 0
         self.detokenise_seconds = 0.0
         # The head that drafts keeps a key for the token that is fed next, too.
@@ -59,7 +66,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.unfinished)
 
     def num_blocks_for(self, max_length: int) -> int:
         """Blocks of a request of `max_length` tokens. Its last token is drawn, never fed, and needs no place."""
@@ -79,6 +86,7 @@ class Scheduler:
         """Queues a request that `check_fits` let pass."""
         arrival = next(self._arrivals)
         request.order = (arrival + PLACES_PER_PRIORITY * request.priority, arrival)
+        self.unfinished[request] = None
         bisect.insort(self.waiting, request, key=_order)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, arrival, request))
@@ -487,11 +495,7 @@ class Scheduler:
             self.allocator.logit_rows.give([request.logit_row])
         if request.node is not None:
             self.cache.unlock(request.node)
-        request.slot, request.logit_row, request.blocks, request.num_shared = 0, 0, [], 0
-        request.node, request.detached, request.unpublished, request.wanted = None, False, [], ()
-        request.marks, request.next_mark = [], 0
-        request.num_settled = request.num_ahead = request.num_steps = request.num_folded = 0
-        request.prefill_length = request.num_cached = request.num_placed = 0
+        request.let_go()
 
     def preempt(self, request: Request) -> None:
         """Sends a running request back to its place in the queue. Nothing of it is in flight."""
@@ -545,6 +549,7 @@ class Scheduler:
         """
         if request.status is Status.FINISHED or not token_ids:
             return
+        request.half_done = True
         if request.first_token_time is None:
             request.first_token_time = time.monotonic()
         request.output_token_ids.extend(token_ids)
@@ -554,7 +559,11 @@ class Scheduler:
         # The text of a token that ends the output is shown only where stop strings are.
         shown = token_ids[:-1] if stopped and not request.params.include_stop_str_in_output else token_ids
         began = time.perf_counter()
-        request.detokenizer.append(shown)
+        try:
+            request.detokenizer.append(shown)
+        except Exception as error:
+            self.fail(request, error)
+            return
         self.detokenise_seconds += time.perf_counter() - began
         if request.detokenizer.stop_reason is not None:
             kept = request.detokenizer.num_tokens_kept
@@ -567,6 +576,8 @@ class Scheduler:
             self.finish(request, "length", ended=True)
         elif request.unpublished:
             self._publish(request, request.num_settled)
+        request.num_committed = len(request.output_token_ids)
+        request.half_done = False
 
     def _settle(self, request: Request, count: int, bound: int) -> None:
         """A decode step has fed `count` tokens, of `bound` that it might have."""
@@ -587,22 +598,60 @@ class Scheduler:
         """
         if request.finished:
             return
+        request.half_done = True
         if request.status is Status.RUNNING:
             self.running.remove(request)
             self._retire(request, *self._reach_of(request, ended))
-        else:
+        elif request in self.unfinished:
             self.waiting.remove(request)
-        request.status = Status.FINISHED
+        try:
+            request.detokenizer.finish()
+        except Exception as error:
+            log.exception("the text of request %s cannot be ended", request.request_id)
+            reason, stop_reason = "error", _words(error)
         request.finish_reason, request.stop_reason = reason, stop_reason
         request.finished_time = time.monotonic()
-        request.detokenizer.finish()
+        self.ended.append(request)
+        request.status = Status.FINISHED
+        self.unfinished.pop(request, None)
 
-    def reset(self) -> None:
-        """After a failure on the device: ends every running request, and forgets everything that was computed."""
-        for request in list(self.running):
-            self.finish(request, "abort")
+    def fail(self, request: Request, error: Exception) -> None:
+        """Ends a request whose text cannot be made, with the finish_reason "error". Others go on."""
+        log.error("request %s ends: its text cannot be made", request.request_id, exc_info=error)
+        self.finish(request, "error", _words(error))
+
+    def start_over(self) -> None:
+        """Forgets everything that was computed, and who holds what: everybody who has not ended waits in the place that
+        he had, with the tokens that were committed to him.
+
+        Nothing is asked of the queues, the pools and the cache: a turn that was cut off may have left them anyhow. May
+        itself be cut off, and called again.
+        """
+        counters = self.cache.counters
+        self.allocator = self.allocator.fresh()
+        self.cache = PrefixCache(self.config.block_size, self.allocator)
+        self.cache.counters = counters
         self._seals.clear()
-        self.cache.reset()
+        self.ended = [request for request in self.ended if request.finished]
+        waiting = [request for request in self.unfinished if not request.finished]
+        faults = []
+        for request in waiting:
+            if request.slot:
+                self.num_preemptions += 1
+                request.num_preemptions += 1
+            request.status = Status.WAITING
+            request.let_go()
+            try:
+                request.roll_back()
+            except Exception as error:
+                faults.append((request, error))
+        self.running = []
+        self.waiting = sorted(waiting, key=_order)
+        self.unfinished = dict.fromkeys(self.waiting)
+        self._deadlines = [(r.deadline, r.order[1], r) for r in self.waiting if r.deadline is not None]
+        heapq.heapify(self._deadlines)
+        for request, error in faults:
+            self.fail(request, error)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every slot, block and logit row is free or held once, by the right holder."""
@@ -625,11 +674,17 @@ class Scheduler:
             assert not request.slot
             assert not request.blocks
             assert not request.marks
+        assert self.unfinished.keys() == {*self.running, *self.waiting}
+        assert not any(request.half_done for request in self.unfinished)
         self.allocator.blocks.check_integrity(blocks)
         self.allocator.slots.check_integrity(slots)
         self.allocator.logit_rows.check_integrity([r.logit_row for r in self.running if r.logit_row])
         for queue in (self.waiting, self.running):
             assert [_order(r) for r in queue] == sorted(_order(r) for r in queue), "a queue is out of order"
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _order(request: Request) -> tuple[int, int]:

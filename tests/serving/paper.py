@@ -334,11 +334,13 @@ class Loop:
         return plan
 
     def fail(self) -> None:
-        """A plan whose dispatch raises: what was in flight is never read."""
+        """A plan whose dispatch raises: what was in flight is never read, and everything starts over."""
         self.now += 1
         self.scheduler.plan(in_flight=bool(self.in_flight), now=self.now)
         self.in_flight.clear()
-        self.scheduler.reset()
+        seen, self.device = self.device.seen, Paper(self.scheduler.config)
+        self.device.seen = seen
+        self.scheduler.start_over()
 
     def harvest(self) -> None:
         plan, prefill, decode = self.in_flight.popleft()

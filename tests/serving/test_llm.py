@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import safetensors.numpy
 from gdnjax import LLM, EngineConfig, RequestOutput, SamplingParams, StreamOutput, full_logits
 from gdnjax.serving import llm as llm_module
 from gdnjax.serving import metrics as metrics_module
+from gdnjax.serving.detokenizer import Detokenizer
 from tests.make_tokenizer import write_tokenizer
 from tests.models.test_parity import GOLDENS
 
@@ -879,7 +881,7 @@ def test_bad_priority_or_timeout_queues_nothing(llm, given, message):
 
 
 def test_interrupted_wait_for_the_device_loses_no_tokens_of_others(llm, monkeypatch):
-    read, calls = llm.engine._read, []
+    read, calls = llm.engine.runner.read, []
     other = llm.submit(ids(20), GREEDY)
 
     def interrupted(turn):
@@ -888,7 +890,7 @@ def test_interrupted_wait_for_the_device_loses_no_tokens_of_others(llm, monkeypa
             raise KeyboardInterrupt
         return read(turn)
 
-    monkeypatch.setattr(llm.engine, "_read", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(llm, [ids(10)])
     while llm.step():
@@ -915,22 +917,127 @@ def test_interrupted_call_leaves_nothing_behind(llm, monkeypatch):
     assert tokens_of(run(llm, TEXT)[0]) == tokens_of(expected)
 
 
-def test_failed_dispatch_keeps_nobody_waiting(llm, monkeypatch):
-    """A request beside the one whose call fails ends as aborted, and the engine serves the next."""
+def test_failed_dispatch_costs_nobody_else_anything(llm, monkeypatch):
+    """The call that fails raises; a stream beside it goes on, and the engine serves the next."""
     (expected,) = run(llm, TEXT)
     stream = llm.stream(TEXT, GREEDY)
-    next(stream)
+    pieces = [next(stream)]
 
     def broken(plan):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(llm.engine, "_dispatch", broken)
+    monkeypatch.setattr(llm.engine.runner, "dispatch", broken)
     with pytest.raises(RuntimeError, match="out of order"):
         run(llm, TEXT)
     monkeypatch.undo()
-    assert [piece.finish_reason for piece in stream][-1] == "abort"
+    pieces += stream
+    assert "".join(map(str, pieces)) == expected.outputs[0].text
+    assert tokens_of(pieces[-1].output) == tokens_of(expected)
     assert (llm.stats()["num_running"], llm.stats()["num_waiting"]) == (0, 0)
     assert tokens_of(run(llm, TEXT)[0]) == tokens_of(expected)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("RESOURCE_EXHAUSTED")], ids=str)
+def test_error_after_the_pools_were_donated_leaves_an_engine_that_works(llm, monkeypatch, error):
+    """A step has taken the pools and returned others, and nobody has got them."""
+    (expected,) = run(llm, TEXT)
+    beside = llm.submit(ids(20), GREEDY)
+    whole, calls = llm.engine.runner._run, []
+
+    def cut_off(call):
+        result = whole(call)
+        calls.append(None)
+        if len(calls) == 4:
+            raise error
+        return result
+
+    monkeypatch.setattr(llm.engine.runner, "_run", cut_off)
+    with pytest.raises(type(error)):
+        run(llm, TEXT)
+    assert not llm.engine.runner.state.kv.k.is_deleted()
+    while llm.step():
+        pass
+    assert tokens_of(run(llm, TEXT)[0]) == tokens_of(expected)
+    assert tokens_of(beside.output()) == tokens_of(run(llm, [ids(20)])[0])
+    assert llm.reset_prefix_cache()
+
+
+def test_failure_that_shows_when_tokens_are_read_is_told_once(llm, monkeypatch):
+    """What has failed on the device is not read again, and what it had computed is computed anew."""
+    read, calls = llm.engine.runner.read, []
+    beside = llm.submit(ids(20), GREEDY)
+
+    def failed(turn):
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("the device has failed")
+        return read(turn)
+
+    monkeypatch.setattr(llm.engine.runner, "read", failed)
+    with pytest.raises(RuntimeError, match="the device has failed"):
+        run(llm, TEXT)
+    while llm.step():
+        pass
+    assert tokens_of(beside.output()) == tokens_of(run(llm, [ids(20)])[0])
+
+
+def test_interrupt_while_requests_are_queued_is_an_interrupt(llm, monkeypatch):
+    add, calls = llm.engine.scheduler.add, []
+
+    def interrupted(request):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        add(request)
+
+    monkeypatch.setattr(llm.engine.scheduler, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, [ids(10), ids(11), ids(12)])
+    monkeypatch.undo()
+    assert not llm.engine.has_work
+    assert len(run(llm, [ids(10)])) == 1
+
+
+def test_tokenizer_that_fails_for_one_request_ends_that_request_alone(llm, monkeypatch):
+    prompts, expected = [ids(20), ids(30)], run(llm, [ids(20), ids(30)])
+    append = Detokenizer.append
+    doomed = llm.submit(prompts[0], GREEDY)
+    beside = llm.submit(prompts[1], GREEDY)
+
+    def fails(detokenizer, token_ids):
+        if detokenizer is doomed.requests[0].detokenizer and doomed.requests[0].num_committed >= 3:
+            raise UnicodeError("no such letter")
+        return append(detokenizer, token_ids)
+
+    monkeypatch.setattr(Detokenizer, "append", fails)
+    told = []
+    while llm.engine.has_work:
+        told += [request for request in llm.engine.step() if request.finished]
+    (failed,) = doomed.output().outputs
+    assert (failed.finish_reason, failed.stop_reason) == ("error", "UnicodeError: no such letter")
+    assert tokens_of(beside.output()) == tokens_of(expected[1])
+    assert {*told} == {*doomed.requests, *beside.requests}
+
+
+def test_threads_may_share_an_engine(llm):
+    """Their requests run in the same turns, and each gets its own answers."""
+    prompts = [[ids(10 + 7 * caller + call) for call in range(3)] for caller in range(4)]
+    expected = [[tokens_of(run(llm, [prompt])[0]) for prompt in own] for own in prompts]
+
+    def call(own):
+        return [tokens_of(run(llm, [prompt])[0]) for prompt in own]
+
+    with ThreadPoolExecutor(4) as callers:
+        found = list(callers.map(call, prompts))
+    assert found == expected
+
+
+def test_what_ended_by_a_deadline_or_an_abort_is_told(llm):
+    late, aborted = llm.submit(ids(20), GREEDY, timeout=1e-9), llm.submit(ids(21), GREEDY)
+    llm.abort(aborted)
+    assert {*llm.engine.step()} >= {*late.requests, *aborted.requests}
+    assert late.output().outputs[0].stop_reason == "timeout"
+    assert llm.engine.step() == []
 
 
 def test_failed_call_changes_no_later_seed(llm):
@@ -954,6 +1061,18 @@ def test_closed_engine_refuses_every_call(directory):
         with pytest.raises(RuntimeError, match="this LLM is closed"):
             call()
     assert closed.stats()["num_requests"] == 0
+
+
+def test_close_ends_what_was_submitted(directory):
+    closed = LLM(directory, use_tqdm=False, **OPTIONS)
+    submission = closed.submit(TEXT, GREEDY)
+    closed.step()
+    closed.close()
+    assert submission.finished
+    assert submission.output().outputs[0].finish_reason == "abort"
+    with pytest.raises(RuntimeError, match="this LLM is closed"):
+        closed.step()
+    closed.abort(submission)
 
 
 def test_stream_of_a_closed_engine_ends_with_an_error(directory):

@@ -202,6 +202,7 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
             self.loop.fail()
             assert not self.scheduler.running
             assert not self.scheduler.cache.num_states
+            assert self.scheduler.allocator.blocks.num_used == 0
         elif chance == 0:
             self.scheduler.cache.reset()
 
@@ -984,16 +985,17 @@ def test_integrity_check_sees_what_nobody_holds(pool):
         scheduler.check_integrity()
 
 
-def test_plans_skip_requests_that_a_failed_dispatch_ended():
-    """Nothing that was promised to be computed is taken for computed."""
+def test_failed_dispatch_sends_everybody_back_with_the_tokens_that_they_have():
+    """Nothing that was promised to be computed is taken for computed, and nobody else pays."""
     loop = Loop(make_scheduler())
     first, second = make_request(100, max_tokens=20), make_request(100)
     fill(loop, first)
     loop.scheduler.add(second)
     loop.fail()
-    assert (first.finish_reason, second.finish_reason) == ("abort", "abort")
-    assert not loop.scheduler.has_work
+    assert loop.scheduler.waiting == [first, second]
     third = make_request(100)
-    loop.run(third)
-    assert third.num_cached_tokens == 0
-    check_output(third)
+    loop.scheduler.add(third)
+    assert loop.turn().admitted[0].position == 0
+    loop.drain()
+    for request in (first, second, third):
+        check_output(request)

@@ -157,7 +157,7 @@ def speaking(tmp_path_factory) -> LLM:
 
 def test_stop_string_among_accepted_drafts_drops_the_tokens_behind_it(speaking):
     """The host finds it when drafts behind it have been accepted, and another step is on its way."""
-    llm, model = speaking, Oracle(speaking.engine.model)
+    llm, model = speaking, Oracle(speaking.engine.runner.model)
     most = llm.config.num_speculative_tokens
     prompt, tokens, stop, end = greedy_run_with_stop(model, llm.get_tokenizer(), most)
     params = SamplingParams(temperature=0.0, max_tokens=len(tokens), stop=stop, logprobs=1)
@@ -297,7 +297,7 @@ def test_ledger_sees_a_stale_layout_bit_of_what_decode_sealed():
         first = start(llm, prompt_of(seed, 20 + seed), 6)
         drain(llm)
         generate(llm, prompt_of(99, 1), 1)
-        faults._replace(llm.engine, "gdn", layout=jnp.full_like(llm.engine.state.gdn.layout, LAYOUT_KV))
+        faults._replace(llm.engine, "gdn", layout=jnp.full_like(llm.engine.runner.state.gdn.layout, LAYOUT_KV))
         (second,) = queue(llm, [*first.tokens(0, first.num_tokens), *prompt_of(seed + 1, 9)], greedy(12))
         drain(llm)
         assert second.num_cached_tokens == first.num_tokens - 1
@@ -333,7 +333,7 @@ def _seen_of(llm: LLM, fault) -> tuple[list[int], int, bool]:
 def test_ledger_sees_the_fault_of_speculation(fault, monkeypatch):
     """Each by what it is named with: the tokens, the drafts that are kept, or what the cache was given."""
     llm = fresh(MIXED_DRAFTS)
-    monkeypatch.setattr(llm.engine, "steps", llm.engine.steps)
+    monkeypatch.setattr(llm.engine.runner, "steps", llm.engine.runner.steps)
     tokens, wrong, cache = _seen_of(llm, fault)
     expected = oracle_of(llm).solo_run(prompt_of(3, 65), 40)
     seen = "tokens" if tokens != expected else "drafts" if wrong else "cache" if cache else "nothing"
@@ -356,7 +356,7 @@ def test_ledger_sees_nothing_without_a_fault_of_speculation():
 def test_fault_of_the_head_changes_no_token(fault, monkeypatch):
     """A fork goes on from it: its tokens are right, and its steps keep other drafts than they should."""
     llm = fresh(MIXED_DRAFTS)
-    monkeypatch.setattr(llm.engine, "steps", llm.engine.steps)
+    monkeypatch.setattr(llm.engine.runner, "steps", llm.engine.runner.steps)
     befalls = len(inspect.signature(fault).parameters) > 1
     if not befalls:
         fault(llm.engine)
