@@ -288,7 +288,7 @@ class Runner:
         """What decode steps are compiled with."""
         samplers = (self._full,) if self.config.batch_invariant else (self._plain, self._full)
         drafts = self.config.num_speculative_tokens
-        choices = {drafts, 0} if self._controller else {drafts}
+        choices = {drafts, 0} if self.config.adaptive_speculation else {drafts}
         return [
             dataclasses.replace(options, num_drafts=drafts)
             for options, drafts in itertools.product(samplers, sorted(choices))
