@@ -31,7 +31,7 @@ from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.speculation import DraftController
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.shapes import Params
-from gdnjax.state import ServeState, empty_state
+from gdnjax.state import NO_TOKEN, ServeState, empty_state
 from gdnjax.step import StepOptions, Steps, build_steps
 
 log = logging.getLogger("gdnjax")
@@ -385,6 +385,8 @@ class Engine:
                 continue
             if request.params.logprobs is not None:
                 for place, token in enumerate(token_ids):
+                    if token == NO_TOKEN:
+                        break
                     found = self._logprob_entries(emitted.logprobs, (row, place), token, request.params.logprobs)
                     request.output_logprobs.append(found)
             self.scheduler.commit(request, token_ids, dones[row], bound)

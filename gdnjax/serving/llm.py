@@ -33,6 +33,9 @@ log = logging.getLogger("gdnjax")
 JAX_CACHE_THRESHOLD = 1.0
 """JAX's own least compile time, in seconds, of what it caches: it would leave the small steps out."""
 
+LEAST_BIAS = float(np.finfo(np.float32).min)
+"""A logit_bias below this is -inf on the device."""
+
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or either under the key "prompt" or "prompt_token_ids"."""
 
@@ -363,6 +366,7 @@ class LLM:
             bad_words = (
                 self._require_tokenizer("bad_words").bad_word_sequences(params.bad_words) if params.bad_words else []
             )
+            _check_something_is_allowed(params, stop_token_ids, bad_words, self.model.vocab_size)
             detokenizers = [Detokenizer(self.tokenizer, params) for _ in range(params.n)]
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
@@ -433,7 +437,6 @@ class LLM:
             raise ValueError(
                 f"EOS and stop_token_ids together are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKENS}"
             )
-        _check_something_is_allowed(params, stop_token_ids)
         return stop_token_ids
 
     def _run(self, requests: list[Request], groups: list[Submission], use_tqdm: bool) -> list[RequestOutput]:
@@ -454,18 +457,23 @@ class LLM:
         return [group.output() for group in groups]
 
 
-def _check_something_is_allowed(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> None:
-    """Raises ValueError where allowed_token_ids, bias and min_tokens together leave no token to draw."""
-    if params.allowed_token_ids is None:
-        return
-    banned = {token for token, bias in (params.logit_bias or {}).items() if bias == -math.inf}
+def _check_something_is_allowed(
+    params: SamplingParams, stop_token_ids: tuple[int, ...], bad_words: list[list[int]], vocab_size: int
+) -> None:
+    """Raises ValueError where masks leave no token to draw from the start. Bad words of several tokens may leave none
+    later: such a request ends with finish_reason "error".
+    """
+    banned = {token for token, bias in (params.logit_bias or {}).items() if bias < LEAST_BIAS}
+    banned.update(sequence[0] for sequence in bad_words if len(sequence) == 1)
     if params.min_tokens:
         banned.update(stop_token_ids)
-    if banned.issuperset(params.allowed_token_ids):
+    if params.allowed_token_ids is not None and banned.issuperset(params.allowed_token_ids):
         raise ValueError(
             f"allowed_token_ids={list(params.allowed_token_ids)} leaves no token to draw: all of them are forbidden by "
-            "logit_bias, or end the output before min_tokens"
+            "logit_bias or bad_words, or end the output before min_tokens"
         )
+    if len(banned) >= vocab_size:
+        raise ValueError(f"logit_bias and bad_words forbid all {vocab_size} tokens of the vocabulary")
 
 
 def _prompt_of_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:

@@ -25,8 +25,10 @@ class CompletionOutput:
     token_ids           every kept output token, an ending EOS or stop token included.
     cumulative_logprob  sum of the drawn tokens' log-probabilities; None unless logprobs were asked for.
     logprobs            one dictionary per output token: the drawn token and the most probable ones.
-    finish_reason       "stop", "length" or "abort"; None while the sample runs.
-    stop_reason         the stop string or stop token id that ended it; None for EOS and every other end.
+    finish_reason       "stop", "length", "abort", or "error" where no token might be drawn any more; None while the
+                        sample runs.
+    stop_reason         the stop string or stop token id that ended it, "timeout", or the error in words; None for EOS
+                        and every other end.
     """
 
     index: int

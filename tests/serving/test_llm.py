@@ -15,10 +15,14 @@ import safetensors.numpy
 from gdnjax import LLM, EngineConfig, RequestOutput, SamplingParams, StreamOutput, full_logits
 from gdnjax.serving import llm as llm_module
 from gdnjax.serving import metrics as metrics_module
+from gdnjax.serving.scheduler import NOTHING_ALLOWED
 from tests.make_tokenizer import write_tokenizer
 from tests.models.test_parity import GOLDENS
 
 VOCAB, EOS = 307, 305
+SEVEN = 25
+"""The token of "7" in the tokenizer of these tests."""
+
 MAX_MODEL_LEN = 192
 
 OPTIONS = {
@@ -367,6 +371,16 @@ def test_allowed_ids_and_bad_words_bind_every_token(llm):
     assert all(sequence[0] not in completion.token_ids for sequence in single if len(sequence) == 1)
 
 
+def test_output_ends_where_masks_leave_no_token(llm):
+    """7 may be drawn, and not once more behind itself: nothing that is forbidden takes its place."""
+    sequences = llm.tokenizer.bad_word_sequences(["77"])
+    assert [SEVEN, SEVEN] in sequences
+    (output,) = run(llm, TEXT, SamplingParams(allowed_token_ids=[SEVEN], bad_words=["77"], max_tokens=5, logprobs=1))
+    (completion,) = output.outputs
+    assert (completion.token_ids, completion.text, len(completion.logprobs)) == ((SEVEN,), "7", 1)
+    assert (completion.finish_reason, completion.stop_reason) == ("error", NOTHING_ALLOWED)
+
+
 def test_presence_penalty_forbids_repeats_where_it_outweighs_the_logits(llm):
     """A bias that makes three tokens equal and far ahead; the penalty lets each win once."""
     (completion,) = text_of(
@@ -481,6 +495,8 @@ BAD_PROMPTS = [
     (TEXT, SamplingParams(stop_token_ids=list(range(16))), "prompt 1: EOS and .* together are 18 ids; allowed: 16"),
     (TEXT, SamplingParams(allowed_token_ids=[9], logit_bias={9: -math.inf}), "prompt 1: .* leaves no token to draw"),
     (TEXT, SamplingParams(allowed_token_ids=[9], stop_token_ids=[9], min_tokens=1), "prompt 1: .* leaves no token"),
+    (TEXT, SamplingParams(allowed_token_ids=[SEVEN], bad_words=["7"]), "prompt 1: .* leaves no token to draw"),
+    (TEXT, SamplingParams(logit_bias=dict.fromkeys(range(VOCAB), -1e300)), "prompt 1: .* forbid all 307 tokens"),
     (TEXT, SamplingParams(bad_words=["x" * 100]), "prompt 1: bad word 'xxx.*allowed: 1 to 8"),
 ]  # fmt: skip
 
