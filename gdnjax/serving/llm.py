@@ -65,7 +65,8 @@ class LLM:
     `model` is a Hugging Face checkpoint directory, one written by scripts/convert.py, or "tiny", the small trained
     model that is a part of the package. Keyword arguments are
     EngineConfig's fields; pass them or an EngineConfig. `tokenizer` is a Tokenizer, or names another directory to read
-    one from; without tokenizer files prompts are token ids and texts are empty.
+    one from; without tokenizer files prompts are token ids and texts are empty. `eos_token_ids` are all that
+    generation_config.json, config.json and the tokenizer name: any of them ends an output.
 
     Raises FileNotFoundError, ValueError or MemoryError, before any weight is read, for what cannot work.
     `load_report` says what became of the checkpoint's tensors, and how fast; None where nothing was read.
@@ -98,8 +99,15 @@ class LLM:
         plan = _plan(hybrid, config, mesh, max_model_len, abstract)
         reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
         defaults = load_generation_defaults(directory)
+        eos = _ends_of_sequence(
+            {
+                f"{directory / 'generation_config.json'}: eos_token_id": defaults.eos_token_ids,
+                f"{directory / 'config.json'}: eos_token_id": model_config.eos_token_ids,
+                "the tokenizer's eos_token": reader.eos_token_ids if reader else (),
+            },
+            model_config.vocab_size,
+        )
         params, self.load_report = checkpoint.load_params(directory, model_config, abstract, mesh, progress=use_tqdm)
-        eos = defaults.eos_token_ids or model_config.eos_token_ids or (reader.eos_token_ids if reader else ())
         self._start(hybrid, params, mesh, config, plan, max_model_len, reader, defaults, eos)
 
     @classmethod
@@ -125,6 +133,7 @@ class LLM:
                 f"num_speculative_tokens={config.num_speculative_tokens} needs a model with its MTP head: "
                 "build_model(..., mtp=True)"
             )
+        eos = _ends_of_sequence({"eos_token_ids": eos_token_ids}, model.vocab_size)
         _configure_compilation_cache(config)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         model = model.on(backend.of_device(config.kernels, mesh.devices.flat[0]))
@@ -132,7 +141,7 @@ class LLM:
         plan = _plan(model, config, mesh, length, params)
         llm = cls.__new__(cls)
         placed = jax.device_put(params, sharding.shardings_of(params, mesh))
-        llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos_token_ids)
+        llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos)
         return llm
 
     def _start(self, model, params, mesh, config, plan, max_model_len, tokenizer, defaults, eos_token_ids) -> None:
@@ -140,7 +149,7 @@ class LLM:
         self.model, self.config, self.mesh = model, config, mesh
         self.memory_plan, self.max_model_len = plan, max_model_len
         self.tokenizer = tokenizer
-        self.eos_token_ids = tuple(eos_token_ids)
+        self.eos_token_ids = eos_token_ids
         self._defaults = defaults
         self._num_requests = 0
         self._closed = False
@@ -188,29 +197,35 @@ class LLM:
         use_tqdm: bool = True,
         *,
         add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int | Sequence[int] = 0,
         timeout: float | None = None,
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several, through the tokenizer's chat template. Text only.
 
-        `priority` and `timeout` are as in `generate`; other keywords go to the template.
+        Messages are dictionaries as OpenAI's clients send them. `priority` and `timeout` are as in `generate`; other
+        keywords go to the template, and so does what is in `chat_template_kwargs`. An output's `prompt` is the text
+        that the template gave. Raises ValueError as `generate` does, for a keyword that the template does not know,
+        and for messages that are malformed or that the template fails at, by the index of the message, and of the
+        conversation where there are several.
         """
         several = isinstance(messages, Sequence) and messages and isinstance(messages[0], list | tuple)
         tokenizer = self._require_tokenizer("chat")
         chats = messages if several else [messages]
-        prompts: list[Prompt] = [
-            tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, **template_kwargs)
-            for chat in chats
-        ]
+        options = _template_options(chat_template_kwargs, template_kwargs)
+        texts = _render_chats(tokenizer, chats, options, add_generation_prompt, several=bool(several))
+        prompts: list[Prompt] = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         params = self._params_for(prompts, sampling_params)
         groups = self._make_groups(prompts, params, urgencies(len(prompts), priority, timeout))
+        groups = [dataclasses.replace(group, prompt=text) for group, text in zip(groups, texts, strict=True)]
         if add_generation_prompt and self.config.enable_prefix_caching:
             # The next turn renders the answer anew, so it parts from this one at the generation prompt.
-            for chat, group in zip(chats, groups, strict=True):
-                turn = tokenizer.apply_chat_template(chat, add_generation_prompt=False, **template_kwargs)
+            turns = _render_chats(tokenizer, chats, options, False, several=bool(several))
+            for text, group in zip(turns, groups, strict=True):
+                turn = tokenizer.encode(text, add_special_tokens=False)
                 for request in group.requests:
-                    request.turn_start = _common_length(self._token_ids(turn, "chat"), request.prompt_token_ids)
+                    request.turn_start = _common_length(turn, request.prompt_token_ids)
         return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
 
     def submit(
@@ -474,6 +489,46 @@ def _check_something_is_allowed(
         )
     if len(banned) >= vocab_size:
         raise ValueError(f"logit_bias and bad_words forbid all {vocab_size} tokens of the vocabulary")
+
+
+def _ends_of_sequence(found: Mapping[str, Iterable[int]], vocab_size: int) -> tuple[int, ...]:
+    """All ids that end a sequence, by where they are from. Raises ValueError that names the place of a wrong one."""
+    for where, ids in found.items():
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{where}: {token} is outside the vocabulary; allowed: 0 to {vocab_size - 1}")
+    every = tuple(dict.fromkeys(token for ids in found.values() for token in ids))
+    if len(every) > MAX_STOP_TOKENS:
+        counts = ", ".join(f"{where} ({len(tuple(ids))})" for where, ids in found.items() if ids)
+        raise ValueError(f"{len(every)} ids end a sequence, of {counts}; allowed: {MAX_STOP_TOKENS}")
+    return every
+
+
+def _template_options(given: Mapping[str, Any] | None, others: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a chat's template, from the two places where they may stand."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"chat_template_kwargs must be a dictionary, got {given!r}")
+    twice = [name for name in given or () if name in others]
+    if twice:
+        raise ValueError(f"{', '.join(twice)} stands in chat_template_kwargs and beside it; give it once")
+    options = {**(given or {}), **others}
+    # What is an argument of chat, or of transformers' rendering, is none of the template's.
+    taken = [name for name in options if name in ("messages", "add_generation_prompt", "tokenize")]
+    if taken:
+        raise ValueError(f"chat_template_kwargs may not have {', '.join(taken)}: chat gives it to the template itself")
+    return options
+
+
+def _render_chats(
+    tokenizer: Tokenizer, chats: Sequence[Any], options: dict[str, Any], add_generation_prompt: bool, *, several: bool
+) -> list[str]:
+    texts = []
+    for index, chat in enumerate(chats):
+        try:
+            texts.append(tokenizer.render_chat(chat, add_generation_prompt, **options))
+        except ValueError as error:
+            raise ValueError(f"conversation {index}: {error}" if several else str(error)) from error
+    return texts
 
 
 def _prompt_of_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:

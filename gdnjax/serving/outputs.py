@@ -129,7 +129,7 @@ class RequestOutput:
     """A request and its samples, complete or as far as they have come.
 
     request_id         the engine's or the caller's name for the request.
-    prompt             its text; None where token ids were given without a tokenizer.
+    prompt             its text, of a chat that which the template gave; None where token ids were given.
     prompt_token_ids   its tokens.
     prompt_logprobs    one dictionary per prompt token, None for the first; None unless asked for.
     outputs            the n samples, by index.
