@@ -49,7 +49,7 @@ ONLY = {
 """Where the design allows less than the layers do: these and nothing else of the package."""
 
 HOST_ONLY = ("assets", "config", "config_keys", "sampling_params", "memory", "version")
-HOST_ONLY += ("serving.outputs", "serving.tokenizer")
+HOST_ONLY += ("serving.outputs", "serving.tokenizer", "serving.chat")
 HOST_ONLY += ("serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler", "serving.plan")
 HOST_ONLY += ("serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""

@@ -20,12 +20,13 @@ from gdnjax.assets import model_directory
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
+from gdnjax.serving.chat import render_chats, template_options
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.engine import Engine, step_workspace
 from gdnjax.serving.outputs import RequestOutput
 from gdnjax.serving.request import Request
 from gdnjax.serving.submission import Submission, Urgency, urgencies
-from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generation_defaults
+from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, ends_of_sequence, load_generation_defaults
 from gdnjax.shapes import Params
 
 log = logging.getLogger("gdnjax")
@@ -99,7 +100,7 @@ class LLM:
         plan = _plan(hybrid, config, mesh, max_model_len, abstract)
         reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
         defaults = load_generation_defaults(directory)
-        eos = _ends_of_sequence(
+        eos = ends_of_sequence(
             {
                 f"{directory / 'generation_config.json'}: eos_token_id": defaults.eos_token_ids,
                 f"{directory / 'config.json'}: eos_token_id": model_config.eos_token_ids,
@@ -133,7 +134,7 @@ class LLM:
                 f"num_speculative_tokens={config.num_speculative_tokens} needs a model with its MTP head: "
                 "build_model(..., mtp=True)"
             )
-        eos = _ends_of_sequence({"eos_token_ids": eos_token_ids}, model.vocab_size)
+        eos = ends_of_sequence({"eos_token_ids": eos_token_ids}, model.vocab_size)
         _configure_compilation_cache(config)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         model = model.on(backend.of_device(config.kernels, mesh.devices.flat[0]))
@@ -213,15 +214,15 @@ class LLM:
         several = isinstance(messages, Sequence) and messages and isinstance(messages[0], list | tuple)
         tokenizer = self._require_tokenizer("chat")
         chats = messages if several else [messages]
-        options = _template_options(chat_template_kwargs, template_kwargs)
-        texts = _render_chats(tokenizer, chats, options, add_generation_prompt, several=bool(several))
+        options = template_options(chat_template_kwargs, template_kwargs)
+        texts = render_chats(tokenizer, chats, options, add_generation_prompt, several=bool(several))
         prompts: list[Prompt] = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         params = self._params_for(prompts, sampling_params)
         groups = self._make_groups(prompts, params, urgencies(len(prompts), priority, timeout))
         groups = [dataclasses.replace(group, prompt=text) for group, text in zip(groups, texts, strict=True)]
         if add_generation_prompt and self.config.enable_prefix_caching:
             # The next turn renders the answer anew, so it parts from this one at the generation prompt.
-            turns = _render_chats(tokenizer, chats, options, False, several=bool(several))
+            turns = render_chats(tokenizer, chats, options, False, several=bool(several))
             for text, group in zip(turns, groups, strict=True):
                 turn = tokenizer.encode(text, add_special_tokens=False)
                 for request in group.requests:
@@ -489,46 +490,6 @@ def _check_something_is_allowed(
         )
     if len(banned) >= vocab_size:
         raise ValueError(f"logit_bias and bad_words forbid all {vocab_size} tokens of the vocabulary")
-
-
-def _ends_of_sequence(found: Mapping[str, Iterable[int]], vocab_size: int) -> tuple[int, ...]:
-    """All ids that end a sequence, by where they are from. Raises ValueError that names the place of a wrong one."""
-    for where, ids in found.items():
-        for token in ids:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"{where}: {token} is outside the vocabulary; allowed: 0 to {vocab_size - 1}")
-    every = tuple(dict.fromkeys(token for ids in found.values() for token in ids))
-    if len(every) > MAX_STOP_TOKENS:
-        counts = ", ".join(f"{where} ({len(tuple(ids))})" for where, ids in found.items() if ids)
-        raise ValueError(f"{len(every)} ids end a sequence, of {counts}; allowed: {MAX_STOP_TOKENS}")
-    return every
-
-
-def _template_options(given: Mapping[str, Any] | None, others: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a chat's template, from the two places where they may stand."""
-    if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"chat_template_kwargs must be a dictionary, got {given!r}")
-    twice = [name for name in given or () if name in others]
-    if twice:
-        raise ValueError(f"{', '.join(twice)} stands in chat_template_kwargs and beside it; give it once")
-    options = {**(given or {}), **others}
-    # What is an argument of chat, or of transformers' rendering, is none of the template's.
-    taken = [name for name in options if name in ("messages", "add_generation_prompt", "tokenize")]
-    if taken:
-        raise ValueError(f"chat_template_kwargs may not have {', '.join(taken)}: chat gives it to the template itself")
-    return options
-
-
-def _render_chats(
-    tokenizer: Tokenizer, chats: Sequence[Any], options: dict[str, Any], add_generation_prompt: bool, *, several: bool
-) -> list[str]:
-    texts = []
-    for index, chat in enumerate(chats):
-        try:
-            texts.append(tokenizer.render_chat(chat, add_generation_prompt, **options))
-        except ValueError as error:
-            raise ValueError(f"conversation {index}: {error}" if several else str(error)) from error
-    return texts
 
 
 def _prompt_of_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:

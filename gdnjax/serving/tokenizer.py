@@ -5,11 +5,11 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gdnjax.config import as_id_tuple, read_json_object
-from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
+from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS, SamplingParams
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of which a tokenizer directory holds at least one."""
@@ -285,6 +285,19 @@ def load_generation_defaults(directory: str | pathlib.Path) -> GenerationDefault
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
             raise ValueError(f"{file}: eos_token_id must be a token id or a list of them, got {eos!r}")
     return GenerationDefaults(eos_token_ids=as_id_tuple(eos), sampling=_sampling_defaults(file, raw))
+
+
+def ends_of_sequence(found: Mapping[str, Iterable[int]], vocab_size: int) -> tuple[int, ...]:
+    """All ids that end a sequence, by where they are from. Raises ValueError that names the place of a wrong one."""
+    for where, ids in found.items():
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{where}: {token} is outside the vocabulary; allowed: 0 to {vocab_size - 1}")
+    every = tuple(dict.fromkeys(token for ids in found.values() for token in ids))
+    if len(every) > MAX_STOP_TOKENS:
+        counts = ", ".join(f"{where} ({len(tuple(ids))})" for where, ids in found.items() if ids)
+        raise ValueError(f"{len(every)} ids end a sequence, of {counts}; allowed: {MAX_STOP_TOKENS}")
+    return every
 
 
 def _sampling_defaults(file: pathlib.Path, raw: dict[str, Any]) -> dict[str, int | float]:
