@@ -204,7 +204,7 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
 
 
 def check_rope_places(raw: Mapping[str, Any]) -> None:
-    """Raises ValueError where rope settings are given twice: transformers would take one and drop what it lacks."""
+    """Raises ValueError where rope settings are given twice and differ: transformers would take one in silence."""
     for where, section in (("", raw), ("text_config.", raw.get("text_config") or {})):
         both = [section.get(name) for name in ("rope_parameters", "rope_scaling")]
         if all(both) and both[0] != both[1]:
@@ -212,6 +212,11 @@ def check_rope_places(raw: Mapping[str, Any]) -> None:
                 f"both {where}rope_parameters and {where}rope_scaling are given, and differ; put all of them into "
                 "rope_parameters"
             )
+        rope = next((one for one in both if isinstance(one, dict)), {})
+        for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+            values = [given[name] for given in (section, rope) if given.get(name) is not None]
+            if len(values) == 2 and values[0] != values[1]:
+                raise ValueError(f"{where}{name} is {values[0]!r}, and {values[1]!r} among the rope settings")
 
 
 def check_rope_keys(rope: Mapping[str, Any]) -> None:

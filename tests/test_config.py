@@ -375,6 +375,16 @@ def test_rope_settings_in_two_places_are_refused():
         ModelConfig.from_hf(raw)
 
 
+@pytest.mark.parametrize("name", ["rope_theta", "partial_rotary_factor", "original_max_position_embeddings"])
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+def test_rope_setting_that_contradicts_itself_is_refused(name, place):
+    rope = YARN | {"partial_rotary_factor": 0.25}
+    raw = hf_dict("qwen3_next") | {"rope_parameters": None, place: rope}
+    assert ModelConfig.from_hf(raw | {name: rope[name]}) == ModelConfig.from_hf(raw)
+    with pytest.raises(ValueError, match=f"^{name} is 768, and {rope[name]} among the rope settings"):
+        ModelConfig.from_hf(raw | {name: 768})
+
+
 @pytest.mark.parametrize(
     "beside",
     [
