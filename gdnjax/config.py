@@ -148,8 +148,8 @@ class YarnConfig:
         """From rope settings under transformers' names, with its defaults. Raises ValueError for a bad value."""
         original = rope.get("original_max_position_embeddings", max_position_embeddings)
         _check_int("original_max_position_embeddings", original, 1)
-        factor = rope.get("factor")
-        factor = max_position_embeddings / original if factor is None else _number("factor", factor, 1.0)
+        stated = rope.get("factor")
+        factor = _number("factor", max_position_embeddings / original if stated is None else stated, 1.0)
         names = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
         given = {name: _number(name, rope[name], 0.0) for name in names if rope.get(name) is not None}
         # One of the two alone counts for nothing, in transformers too.

@@ -332,6 +332,10 @@ def test_key_that_changes_numbers_is_refused_with_any_other_value(name, model_ty
         ({"rope_type": "yarn", "factor": 4.0, "attn_factor": 1.0}, "rope_type 'yarn' does not take 'attn_factor'"),
         ({"rope_type": "yarn"}, "transformers refuses this configuration: .*factor"),
         ({"rope_type": "yarn", "factor": 0.5}, "factor must be a finite number of at least 1, got 0.5"),
+        (
+            {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 4096},
+            "factor must be a finite number of at least 1, got 0.25",
+        ),
         ({"rope_type": "yarn", "factor": "4"}, "factor must be a finite number of at least 1, got '4'"),
         ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 0}, "beta_fast must be above 0, got 0"),
         ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 2}, "beta_fast must be at least beta_slow"),

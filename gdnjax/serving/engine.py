@@ -391,7 +391,7 @@ class Engine:
                     request.output_logprobs.append(found)
             self.scheduler.commit(request, token_ids, dones[row], bound)
             moved.append(request)
-            produced += len(token_ids)
+            produced += len(token_ids) - (token_ids[-1] == NO_TOKEN)
             if request.status is Status.FINISHED:
                 self.metrics.finished(request)
         self.metrics.produced(produced)
