@@ -283,8 +283,8 @@ def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> 
             )
         else:
             accepted = speculative.accept_shared(drafts, tokens, num_drafts)
-    # A stop token ends what counts.
-    stops = jnp.any(state.slots.stop_tokens[slot][:, None] == tokens[:, :, None], axis=-1)
+    # A stop token ends what counts, and so does the lack of any token that may be drawn.
+    stops = jnp.any(state.slots.stop_tokens[slot][:, None] == tokens[:, :, None], axis=-1) | (tokens == NO_TOKEN)
     stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1), rows)
     kept = jnp.where(valid[:, 0], jnp.minimum(accepted, stop) + 1, 0).astype(jnp.int32)
     drafted = jnp.where(stop < accepted, kept - 1, num_drafts)
@@ -412,7 +412,7 @@ def _commit(state, drawn: _Drawn, slot, length, active, prompt_logprobs) -> tupl
     """Writes progress back to the slots and packs what the host is told. `length` is that behind the tokens fed."""
     slots = state.slots
     last = jnp.take_along_axis(drawn.tokens, jnp.maximum(drawn.count - 1, 0)[:, None], axis=1)[:, 0]
-    stopped = jnp.any(slots.stop_tokens[slot] == last[:, None], axis=1)
+    stopped = jnp.any(slots.stop_tokens[slot] == last[:, None], axis=1) | (last == NO_TOKEN)
     done = active & (stopped | (length + 1 >= slots.max_length[slot]))
     # Rows of a prompt that goes on have no token yet, but their length counts.
     table = dataclasses.replace(

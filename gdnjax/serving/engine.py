@@ -36,7 +36,7 @@ from gdnjax.serving.runner import InFlight, Runner, full_options, wait_for
 from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.speculation import DraftController
 from gdnjax.serving.tokenizer import Tokenizer
-from gdnjax.state import empty_state
+from gdnjax.state import NO_TOKEN, empty_state
 from gdnjax.step import StepOptions, build_steps
 
 log = logging.getLogger("gdnjax")
@@ -227,12 +227,12 @@ class Engine:
             if request.status is Status.FINISHED or not token_ids:
                 continue
             if request.params.logprobs is not None:
-                where = [((row, at), token) for at, token in enumerate(token_ids)]
+                where = [((row, at), token) for at, token in enumerate(token_ids) if token != NO_TOKEN]
                 found = self._entries_of(request, emitted.logprobs, where, request.params.logprobs)
                 request.output_logprobs.extend(found)
             self.scheduler.commit(request, token_ids, dones[row], bound)
             self._moved.append(request)
-            produced += len(token_ids)
+            produced += len(token_ids) - (token_ids[-1] == NO_TOKEN)
         self.metrics.produced(produced)
 
     def _account(self, plan: Plan, emitted: Emitted) -> None:

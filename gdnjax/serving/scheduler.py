@@ -20,6 +20,7 @@ import logging
 import time
 
 from gdnjax.config import CHUNK, EngineConfig
+from gdnjax.sampling_params import NO_TOKEN
 from gdnjax.serving import prefix_cache
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.plan import Admission, Growth, Mark, Piece, Plan, Seal, max_chunks, max_growth
@@ -30,6 +31,9 @@ log = logging.getLogger("gdnjax")
 
 PLACES_PER_PRIORITY = 64
 """A request of priority p stands in the queue as if it had come 64 p requests later."""
+
+NOTHING_ALLOWED = "no token may be drawn: bans and masks forbid all of them"
+"""The stop_reason of a request that its own masks have ended."""
 
 
 @dataclasses.dataclass
@@ -543,19 +547,21 @@ class Scheduler:
     def commit(self, request: Request, token_ids: list[int], ended: bool, bound: int = 0) -> None:
         """Takes what a step emitted for a request: appends its tokens, and finishes it if it has ended.
 
-        `ended` says that the device stopped it with the last of these tokens; `bound` is the plan's for a row of a
-        decode step, 0 for one of a prefill step. Tokens of a request that has finished meanwhile (a stop string seen
-        late, an abort) are dropped.
+        `ended` says that the device stopped it with the last of these tokens, which is NO_TOKEN where no token might
+        be drawn; `bound` is the plan's for a row of a decode step, 0 for one of a prefill step. Tokens of a request
+        that has finished meanwhile (a stop string seen late, an abort) are dropped.
         """
         if request.status is Status.FINISHED or not token_ids:
             return
         request.half_done = True
         if request.first_token_time is None:
             request.first_token_time = time.monotonic()
-        request.output_token_ids.extend(token_ids)
         if bound:
             self._settle(request, len(token_ids), bound)
-        stopped = ended and token_ids[-1] in request.stop_token_ids
+        exhausted = token_ids[-1] == NO_TOKEN
+        token_ids = token_ids[:-1] if exhausted else token_ids
+        request.output_token_ids.extend(token_ids)
+        stopped = ended and not exhausted and token_ids[-1] in request.stop_token_ids
         # The text of a token that ends the output is shown only where stop strings are.
         shown = token_ids[:-1] if stopped and not request.params.include_stop_str_in_output else token_ids
         began = time.perf_counter()
@@ -569,6 +575,8 @@ class Scheduler:
             kept = request.detokenizer.num_tokens_kept
             del request.output_token_ids[kept:], request.output_logprobs[kept:]
             self.finish(request, "stop", request.detokenizer.stop_reason, ended=ended)
+        elif exhausted:
+            self.finish(request, "error", NOTHING_ALLOWED, ended=True)
         elif stopped:
             explicit = token_ids[-1] in (request.params.stop_token_ids or ())
             self.finish(request, "stop", token_ids[-1] if explicit else None, ended=True)

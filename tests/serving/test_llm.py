@@ -17,10 +17,17 @@ from gdnjax import LLM, EngineConfig, RequestOutput, SamplingParams, StreamOutpu
 from gdnjax.serving import llm as llm_module
 from gdnjax.serving import metrics as metrics_module
 from gdnjax.serving.detokenizer import Detokenizer
+from gdnjax.serving.scheduler import NOTHING_ALLOWED
 from tests.make_tokenizer import write_tokenizer
 from tests.models.test_parity import GOLDENS
 
 VOCAB, EOS = 307, 305
+IM_END = 2
+"""The tokenizer's own EOS, which the files beside it do not name."""
+
+SEVEN = 25
+"""The token of "7" in the tokenizer of these tests."""
+
 MAX_MODEL_LEN = 192
 
 OPTIONS = {
@@ -174,12 +181,15 @@ def test_chat_is_generate_through_the_template(llm):
     (output,) = llm.chat(messages, GREEDY, use_tqdm=False)
     assert output.prompt_token_ids == expected.prompt_token_ids
     assert tokens_of(output) == tokens_of(expected)
+    assert output.prompt == prompt
     both = llm.chat([messages, messages[1:]], GREEDY, use_tqdm=False)
     assert [tokens_of(o) for o in both] == [tokens_of(o) for o in (output, *llm.chat(messages[1:], GREEDY, False))]
     (thinking,) = llm.chat(messages, GREEDY, False, add_generation_prompt=False)
     assert len(thinking.prompt_token_ids) < len(output.prompt_token_ids)
     (off,) = llm.chat(messages, GREEDY, False, enable_thinking=False)
     assert llm.tokenizer.decode(off.prompt_token_ids).endswith("<think>\n\n</think>\n\n")
+    (same,) = llm.chat(messages, GREEDY, False, chat_template_kwargs={"enable_thinking": False})
+    assert same.prompt_token_ids == off.prompt_token_ids
 
 
 def test_tokenizer_is_the_checkpoints(llm):
@@ -337,7 +347,7 @@ def test_stop_token_ends_with_its_id(llm):
 WANTS_EOS = {EOS: 1000.0}
 
 
-@pytest.mark.parametrize("eos", [EOS, 302])
+@pytest.mark.parametrize("eos", [EOS, 302, IM_END])
 def test_every_eos_of_the_checkpoint_ends_without_a_reason(llm, eos):
     (completion,) = text_of(llm, ignore_eos=False, logit_bias={eos: 1000.0}).outputs
     assert completion.token_ids == (eos,)
@@ -367,6 +377,16 @@ def test_allowed_ids_and_bad_words_bind_every_token(llm):
     (completion,) = text_of(llm, bad_words=[word]).outputs
     single = llm.tokenizer.bad_word_sequences([word])
     assert all(sequence[0] not in completion.token_ids for sequence in single if len(sequence) == 1)
+
+
+def test_output_ends_where_masks_leave_no_token(llm):
+    """7 may be drawn, and not once more behind itself: nothing that is forbidden takes its place."""
+    sequences = llm.tokenizer.bad_word_sequences(["77"])
+    assert [SEVEN, SEVEN] in sequences
+    (output,) = run(llm, TEXT, SamplingParams(allowed_token_ids=[SEVEN], bad_words=["77"], max_tokens=5, logprobs=1))
+    (completion,) = output.outputs
+    assert (completion.token_ids, completion.text, len(completion.logprobs)) == ((SEVEN,), "7", 1)
+    assert (completion.finish_reason, completion.stop_reason) == ("error", NOTHING_ALLOWED)
 
 
 def test_presence_penalty_forbids_repeats_where_it_outweighs_the_logits(llm):
@@ -483,6 +503,8 @@ BAD_PROMPTS = [
     (TEXT, SamplingParams(stop_token_ids=list(range(16))), "prompt 1: EOS and .* together are 18 ids; allowed: 16"),
     (TEXT, SamplingParams(allowed_token_ids=[9], logit_bias={9: -math.inf}), "prompt 1: .* leaves no token to draw"),
     (TEXT, SamplingParams(allowed_token_ids=[9], stop_token_ids=[9], min_tokens=1), "prompt 1: .* leaves no token"),
+    (TEXT, SamplingParams(allowed_token_ids=[SEVEN], bad_words=["7"]), "prompt 1: .* leaves no token to draw"),
+    (TEXT, SamplingParams(logit_bias=dict.fromkeys(range(VOCAB), -1e300)), "prompt 1: .* forbid all 307 tokens"),
     (TEXT, SamplingParams(bad_words=["x" * 100]), "prompt 1: bad word 'xxx.*allowed: 1 to 8"),
 ]  # fmt: skip
 
@@ -551,6 +573,33 @@ def test_image_in_a_chat_is_refused_and_never_dropped(llm, kind):
         llm.chat([good, bad], GREEDY, use_tqdm=False)
     assert llm.stats()["num_requests"] == before
     assert len(llm.chat([good], GREEDY, use_tqdm=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_thnking": False}, "neither the chat template nor chat knows 'enable_thnking'"),
+        ({"chat_template_kwargs": {"tools": []}}, "neither the chat template nor chat knows 'tools'"),
+        ({"chat_template_kwargs": {"enable_thinking": 1}, "enable_thinking": 2}, "enable_thinking stands in chat_temp"),
+        ({"chat_template_kwargs": {"add_generation_prompt": 1}}, "may not have add_generation_prompt"),
+        ({"chat_template_kwargs": "thinking"}, "chat_template_kwargs must be a dictionary, got 'thinking'"),
+        ({"tokenize": False}, "may not have tokenize"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("without_type_checks")
+def test_bad_option_of_a_chat_is_named(llm, options, message):
+    with pytest.raises(ValueError, match=message):
+        llm.chat([{"role": "user", "content": "Hello"}], GREEDY, use_tqdm=False, **options)
+
+
+def test_bad_conversation_is_named_by_its_index(llm):
+    good, bad = [{"role": "user", "content": "Hello"}], [{"role": "user", "content": 5}]
+    with pytest.raises(ValueError, match=r"conversation 1: messages\[0\]\['content'\] must be a string"):
+        llm.chat([good, bad], GREEDY, use_tqdm=False)
+    failing = {"chat_template": "{{ raise_exception('no') if messages[0].content == 'Hello' }}x"}
+    with pytest.raises(ValueError, match=r"conversation 1: the chat template fails at messages\[0\]: no"):
+        llm.chat([[{"role": "user", "content": "Hi"}], good], GREEDY, use_tqdm=False, **failing)
 
 
 @pytest.mark.parametrize(
@@ -654,6 +703,26 @@ BREAKS = {
         lambda d: (d / "tokenizer.json").write_text("{}"),
         ValueError,
         "the tokenizer cannot be read",
+    ),
+    "EOS outside the vocabulary": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [5, 999999]}'),
+        ValueError,
+        r"generation_config\.json: eos_token_id: 999999 is outside the vocabulary; allowed: 0 to 306",
+    ),
+    "EOS of config.json outside the vocabulary": (
+        lambda d: edit_config(d, lambda raw: raw["text_config"].update(eos_token_id=307)),
+        ValueError,
+        r"config\.json: eos_token_id must be of ids from 0 to 306",
+    ),
+    "too many EOS": (
+        lambda d: (d / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(30))})),
+        ValueError,
+        r"31 ids end a sequence, of .*generation_config\.json: eos_token_id \(30\), .*config\.json.* \(1\), the tok",
+    ),
+    "another head": (
+        lambda d: edit_config(d, lambda raw: raw.update(tie_word_embeddings=True)),
+        ValueError,
+        "lm_head.weight differs from model.language_model.embed_tokens.weight, and tie_word_embeddings=true",
     ),
     "damaged defaults": (
         lambda d: (d / "generation_config.json").write_text('{"top_p": 7}'),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gdnjax import LLM, SamplingParams
+from gdnjax.serving.scheduler import NOTHING_ALLOWED
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.state import LAYOUT_KV
 from tests import faults
@@ -18,6 +19,7 @@ from tests.serving.ledgers import (
     DRAWN,
     GEOMETRIES,
     INVARIANT,
+    KV,
     KV_DRAFTS,
     LARGE_BLOCKS,
     MAX_MODEL_LEN,
@@ -140,6 +142,30 @@ def test_stop_token_among_accepted_drafts_ends_the_request_there(llm):
     watch.check_counts(request)
     check_cache(llm)
     # The stop token was never fed: the state stands before it.
+    again = generate(llm, [*prompt, *tokens[: place + 1], *prompt_of(1, 5)], 5)
+    assert again.num_cached_tokens == len(prompt) + place + 1
+
+
+@pytest.mark.parametrize("name", [KV, KV_DRAFTS])
+def test_request_whose_masks_leave_no_token_ends_there(name):
+    """In the middle of a run of drafts. Nothing that was forbidden comes out, and what is cached is right."""
+    llm = fresh(name)
+    prompt, tokens, place = next(
+        (prompt, tokens, place)
+        for prompt in (prompt_of(seed, 65) for seed in range(100))
+        for tokens in [oracle_of(llm).solo_run(prompt, 9)]
+        for place in range(3, 8)
+        if tokens[place] not in tokens[:place]
+    )
+    (request,) = queue(llm, prompt, greedy(40, allowed_token_ids=tokens[: place + 1]))
+    # The first of them as bad words of the tokenizer would be; these models have no texts.
+    request.bad_words = [[tokens[place], token] for token in set(tokens[: place + 1])]
+    (neighbour,) = queue(llm, prompt_of(1, 20), greedy(12, logit_bias={0: 0.0}))
+    drain(llm)
+    assert request.output_token_ids == tokens[: place + 1]
+    assert (request.finish_reason, request.stop_reason) == ("error", NOTHING_ALLOWED)
+    check_greedy(llm, neighbour)
+    check_cache(llm)
     again = generate(llm, [*prompt, *tokens[: place + 1], *prompt_of(1, 5)], 5)
     assert again.num_cached_tokens == len(prompt) + place + 1
 
