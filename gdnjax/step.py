@@ -21,6 +21,7 @@ from gdnjax import sampling, sharding, speculative
 from gdnjax.batch import AdmitBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch, SealBatch
 from gdnjax.models import Model
 from gdnjax.models.context import Pools, decode_context, fold_context, prefill_context
+from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.sampling import Draw, Vocab
 from gdnjax.shapes import Array, Params
 from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN, NULL_SLOT, LogitRows, ServeState
@@ -102,7 +103,7 @@ def prefill(
         state = _with_slots(state, block_table=table)
     context = prefill_context(pools_of(state, options), batch)
     hidden, gdn, kv = model.forward(params, batch.tokens, context, state.gdn, state.kv)
-    previous = state.slots.hidden[context.rows.read_slot]
+    previous = read_rows(state.slots.hidden, context.rows.read_slot)
     if state.slots.drafts is not None:
         # The head's keys have to be there for every token that is, drafting or not.
         before = previous[batch.token_row]
@@ -165,7 +166,8 @@ def seal(model: Model, options: StepOptions, params: Params, state: ServeState, 
     reached = (jnp.arange(read.shape[0]) < batch.count) & (count >= 0) & (count <= pending)
     write, count = jnp.where(reached, batch.write_slot, NULL_SLOT), jnp.where(reached, count, 0)
     context = fold_context(pools_of(state, options), read, write, count)
-    hidden = _hidden_behind(state.slots.hidden[read], state.slots.pending_hidden[read], count)
+    kept = read_rows(state.slots.pending_hidden, read)
+    hidden = _hidden_behind(read_rows(state.slots.hidden, read), kept, count)
     gdn = model.fold(params, context, state.gdn)
     gdn = dataclasses.replace(gdn, pending=gdn.pending.at[write].set(0))
     return _written(dataclasses.replace(state, gdn=gdn), write, hidden, _layout(options, LAYOUT_VK))
@@ -190,7 +192,7 @@ def _drafts_to_verify(state: ServeState, options: StepOptions, batch: DecodeBatc
         return jnp.zeros((slot.shape[0], 0), jnp.int32), jnp.zeros(slot.shape, jnp.int32)
     # The last token that a request may have is drawn, never fed.
     room = slots.max_length[slot] - 2 - length
-    count = jnp.minimum(slots.num_drafts[slot], jnp.clip(room, 0, options.num_drafts))
+    count = jnp.minimum(read_rows(slots.num_drafts, slot), jnp.clip(room, 0, options.num_drafts))
     if batch.max_drafts is not None:
         count = jnp.minimum(count, batch.max_drafts)
     return slots.drafts[slot, : options.num_drafts], count
@@ -202,12 +204,12 @@ def _accepted(state: ServeState, options: StepOptions, context, hidden, count) -
     if state.gdn.pending is None:
         return _written(state, write, hidden[:, 0], layout)
     rows, width = state.slots.pending_hidden, hidden.shape[1]
-    old = rows[context.read_slot]
-    behind = _hidden_behind(state.slots.hidden[context.read_slot], old, context.pending)
+    old = read_rows(rows, context.read_slot)
+    behind = _hidden_behind(read_rows(state.slots.hidden, context.read_slot), old, context.pending)
     state = _written(state, write, behind, layout)
     # What is written follows from what was read, so that XLA need not keep the old pool beside the new one.
-    kept = jnp.where(context.valid.reshape(-1, width, 1), hidden.astype(rows.dtype), old[:, :width])
-    rows = rows.at[write, :width].set(kept)
+    kept = jnp.where(context.valid.reshape(-1, width, 1), hidden.astype(old.dtype), old[:, :width])
+    rows = write_rows(rows, write, slice(width), rows=kept)
     gdn = dataclasses.replace(state.gdn, pending=state.gdn.pending.at[write].set(count))
     return _with_slots(dataclasses.replace(state, gdn=gdn), pending_hidden=rows)
 
@@ -241,8 +243,7 @@ def _with_slots(state: ServeState, **fields: Array) -> ServeState:
 
 def _written(state: ServeState, slot: Array, hidden: Array, layout: int) -> ServeState:
     """The layout bit and last hidden state of slots whose rows the layers have written."""
-    kept = state.slots.hidden
-    state = _with_slots(state, hidden=kept.at[slot].set(hidden.astype(kept.dtype)))
+    state = _with_slots(state, hidden=write_rows(state.slots.hidden, slot, rows=hidden))
     return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=state.gdn.layout.at[slot].set(layout)))
 
 
@@ -304,7 +305,7 @@ def _draft_scores(model, options, params, state, slot, first, drafts) -> Array:
     """The scores [n, k, V] that drafts were drawn by, made again from the head's hidden states, which are small."""
     count, k = drafts.shape
     drafter = _Sampler.of(model, options, state, slot, first, k)
-    hidden = state.slots.draft_hidden[slot, :k].reshape(count * k, -1)
+    hidden = read_rows(state.slots.draft_hidden, slot, slice(k)).reshape(count * k, -1)
     scores = drafter.scores(model.logits(params, hidden), _produced(drafts[:, :-1]) if k > 1 else None)
     return scores.reshape(count, k, -1)
 
@@ -341,8 +342,8 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
     if options.num_drafts:
         made["drafts"] = state.slots.drafts.at[write, : options.num_drafts].set(drafts)
     if options.num_drafts and state.slots.draft_hidden is not None:
-        kept = state.slots.draft_hidden
-        made["draft_hidden"] = kept.at[write, : options.num_drafts].set(jnp.stack(outputs, axis=1).astype(kept.dtype))
+        kept, rows = state.slots.draft_hidden, jnp.stack(outputs, axis=1)
+        made["draft_hidden"] = write_rows(kept, write, slice(options.num_drafts), rows=rows)
     return _with_slots(dataclasses.replace(state, kv=kv), **made)
 
 

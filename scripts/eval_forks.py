@@ -265,6 +265,7 @@ def _state_behind(llm: "LLM", prompt: list[int]) -> Any:
     import numpy as np
 
     from gdnjax import SamplingParams
+    from gdnjax.pallas_kernels.pools import read_rows
 
     submission = llm.submit({"prompt_token_ids": prompt}, SamplingParams(temperature=0.0, max_tokens=1))
     (request,) = submission.requests
@@ -273,7 +274,7 @@ def _state_behind(llm: "LLM", prompt: list[int]) -> Any:
         llm.engine.step()
         slot = request.slot or slot
     gdn = llm.engine.runner.state.gdn
-    flat = np.array(gdn.ssm[:, slot])
+    flat = np.stack([read_rows(gdn.ssm, layer, slot) for layer in range(gdn.ssm.shape[0])])
     while llm.step():
         pass
     delta = llm.model.config.delta

@@ -25,7 +25,7 @@ from gdnjax import sharding
 from gdnjax.batch import Emitted, Logprobs
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan
-from gdnjax.models import Model
+from gdnjax.models import Model, engine_geometry
 from gdnjax.serving import packing
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.metrics import Counters, Metrics
@@ -407,7 +407,7 @@ def step_workspace(model: Model, config: EngineConfig, mesh: Mesh, max_model_len
     Pools are not among them: steps update those in place, so the smallest pools give the same answer, and the compile
     comes from the persistent cache whatever memory is free.
     """
-    geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
+    geometry = engine_geometry(model, config)
     blocks = -(-max_model_len // config.block_size)
     plan = MemoryPlan.of_counts(
         geometry, num_slots=config.max_num_seqs, num_blocks=blocks, num_logit_rows=config.num_logit_rows

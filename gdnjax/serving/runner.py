@@ -20,7 +20,7 @@ from gdnjax import sharding
 from gdnjax.batch import Emitted
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan
-from gdnjax.models import Model
+from gdnjax.models import Model, engine_geometry
 from gdnjax.serving import packing
 from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.plan import Admission, Growth, Piece, Plan, Seal, max_chunks, max_growth
@@ -72,7 +72,7 @@ class Runner:
         )
         self._full = full_options(model, config, self._plain)
         self._with_prompt = dataclasses.replace(self._full, prompt_logprobs=True)
-        geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
+        geometry = engine_geometry(model, config)
 
         def empty():
             return empty_state(geometry, plan, config, max_model_len)
