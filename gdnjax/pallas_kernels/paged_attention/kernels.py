@@ -102,8 +102,9 @@ def _attend(
     position = plgpu.load(position_ref.at[tile, query], mask=real, other=-1)
     q = plgpu.load(q_ref.at[tile, query[:, None], head[:, None], lane[None, :]], mask=q_mask, other=0)
 
-    # What no query of the tile sees is not loaded: it may be anything.
-    seen = jnp.max(position) + 1
+    # What no query of the tile sees is not loaded: it may be anything. Nor is what stands behind the table: whatever it
+    # is would be taken for the number of a block.
+    seen = jnp.minimum(jnp.max(position) + 1, table_ref.shape[1] * block_size)
     pages = pl.cdiv(seen, page)
     per_split = pl.cdiv(pages, splits)
     begin = jnp.maximum(split * per_split, first // page)
@@ -149,7 +150,7 @@ def _attend(
     start = (jnp.full((rows,), -jnp.inf), jnp.zeros((rows,)), jnp.zeros((rows, lane.size)))
     # Pages before the first whole one, whole ones, and those that the last queries see in part.
     head_end = jnp.maximum(begin, jnp.minimum(-(-first // page), end))
-    least = jnp.min(jnp.where(real, position, seen)) + 1
+    least = jnp.minimum(jnp.min(jnp.where(real, position, seen)) + 1, seen)
     whole_end = jnp.maximum(head_end, jnp.minimum(least // page, end))
     masked, whole = functools.partial(one_page, whole=False), functools.partial(one_page, whole=True)
     carry = lax.fori_loop(begin, head_end, masked, start) if first else start
