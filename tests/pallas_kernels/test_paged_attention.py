@@ -220,8 +220,10 @@ def test_write_stores_each_token_in_its_place_and_nothing_else(backend):
     block, offset = np.array([3, 5, 0, 3]), np.array([7, 0, 2, 0])
     arguments = (*map(jnp.asarray, values), jnp.asarray(block, jnp.int32), jnp.asarray(offset, jnp.int32))
     actual = paged_attention.write(*map(jnp.asarray, pools), 1, *arguments, backend=backend)
-    pools[:, 1, block, offset] = values
-    np.testing.assert_array_equal(np.asarray(actual), pools)
+    real = block > 0
+    pools[:, 1, block[real], offset[real]] = values[:, real]
+    # The null block may hold anything.
+    np.testing.assert_array_equal(np.asarray(actual)[:, :, 1:], pools[:, :, 1:])
 
 
 def test_write_rounds_to_the_pool(backend):
@@ -378,7 +380,7 @@ def test_quantised_write_rounds_to_the_nearest_in_its_place(dtype, of, backend):
     values = rng.standard_normal((2, 4, 3, 12)) * 4.0 ** rng.uniform(-9, 9, (2, 4, 3, 1))
     values[:, 2], values[:, 1, 1] = 0, 1e-38
     values = values.astype(of)
-    block, offset = np.array([3, 5, 0, 3]), np.array([7, 0, 2, 0])
+    block, offset = np.array([3, 5, 1, 3]), np.array([7, 0, 2, 0])
     arguments = (*map(jnp.asarray, values), jnp.asarray(block, jnp.int32), jnp.asarray(offset, jnp.int32))
     before = [(np.array(pool), np.array(scale)) for pool, scale in zip(pools, scales, strict=True)]
     *actual, new_scales = paged_attention.write_quantised(*pools, scales, 1, *arguments, backend=backend)

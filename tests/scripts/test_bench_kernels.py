@@ -39,6 +39,11 @@ SMALL = {
         workloads.attention(1, 128, 128, 4, 2, 32),
         workloads.kv_write(3, 2, 32),
         workloads.kv_write(3, 2, 32, int8=True),
+        workloads.recurrent("decode", 3, 1, 2, real=2),
+        workloads.recurrent("verify", 3, 1, 2, old=2, new=3, real=2),
+        workloads.conv_update(3, 48, pending=3, new=3, real=2),
+        workloads.attention(3, 70, 1, 4, 2, 32, real=2),
+        workloads.kv_write(3, 2, 32, real=2),
         workloads.grouped(20, 4, 2, 32, 48),
     )
 }
@@ -94,7 +99,12 @@ def spoil(monkeypatch, name: str, change) -> None:
 
 def test_list_prints_names_and_no_more(capsys):
     assert script.main(["--list", "conv-*"]) == 0
-    assert capsys.readouterr().out.split() == ["conv-prefill-48-2x70", "conv-decode-48-3", "conv-verify-48-3"]
+    assert capsys.readouterr().out.split() == [
+        "conv-prefill-48-2x70",
+        "conv-decode-48-3",
+        "conv-verify-48-3",
+        "conv-verify-48-2of3",
+    ]
 
 
 def test_pattern_of_no_workload_is_an_error(capsys):
