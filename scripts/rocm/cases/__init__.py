@@ -66,7 +66,7 @@ def cases() -> list[Case]:
         attention("split", blocks=32, kv=np.int8),
         attention("prefill", queries=64),
         attention("prefill", queries=64, width=256, heads=2, kv_heads=1),
-        attention("prefill", queries=64, width=24, past=1),
+        attention("prefill", queries=64, width=24, blocks=5, past=90),
         attention("prefill", queries=64, kv=FLOAT8),
         kv_write(),
         kv_write(kv_heads=3, width=80),
