@@ -163,7 +163,7 @@ def test_keys_past_the_query_are_never_seen():
 @pytest.mark.parametrize(("queries", "blocks"), [(1, 3), (4, 3), (1, 24), (64, 5)])
 def test_there_are_no_keys_behind_the_table(queries, blocks, dtype):
     """A query past the end of its table sees what the table has. What stands behind it, here the table of another
-    request whose blocks are NaN, is not taken for blocks. Tables that end within a page of a kernel, and one that is split.
+    request whose blocks are NaN, is not taken for blocks. Tables end within a page of a kernel; one is split.
     """
     end, options = 16 * blocks, {"table_width": blocks}
     cache = Cache([end, end], **options) if dtype is None else QuantisedCache([end, end], dtype, **options)
