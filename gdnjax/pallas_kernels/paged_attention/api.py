@@ -3,7 +3,7 @@
     o_i = sum_j softmax_j(q_i . k_j / sqrt(hd)) v_j    over the keys at first <= j <= position_i of its request
 
 A tile holds queries of one request: 64 of a chunk in prefill, one token in decode. The keys of the step itself are
-written first.
+written first. What goes to the null block is padding: kernels do not store it.
 
 Keys and values are stored as bfloat16 or float32, or as int8 or float8_e4m3fn with `scales`. The engine itself does
 not store 8 bits yet.
