@@ -159,8 +159,8 @@ def test_preempted_keeps_its_noise_and_its_penalties(llm, drawn):
 
 
 def test_preempted_keeps_its_log_probabilities(llm):
-    """Of the output, one entry a token; of the prompt, though that is computed again, from its start where the cache was
-    reset meanwhile.
+    """Of the output, one entry a token; of the prompt, though that is computed again, from its start where the cache
+    was reset meanwhile.
     """
     params = greedy(20, logprobs=2, prompt_logprobs=1)
     found = []
