@@ -159,21 +159,25 @@ def test_preempted_keeps_its_noise_and_its_penalties(llm, drawn):
 
 
 def test_preempted_keeps_its_log_probabilities(llm):
-    """Of the output, one entry a token; of the prompt, though that is computed again from its start."""
+    """Of the output, one entry a token; of the prompt, though that is computed again, from its start where the cache
+    was reset meanwhile.
+    """
     params = greedy(20, logprobs=2, prompt_logprobs=1)
     found = []
-    for preempted_after in (None, 0, 8):
+    for preempted_after, forgotten in ((None, False), (0, False), (8, False), (8, True)):
         llm.reset_prefix_cache()
         (request,) = queue(llm, prompt_of(0, 200), params)
         while preempted_after is not None and (not request.slot or len(request.output_token_ids) < preempted_after):
             llm.engine.step()
         if preempted_after is not None:
             llm.engine.preempt(request)
+        if forgotten:
+            llm.reset_prefix_cache()
         drain(llm)
         check_greedy(llm, request)
         found.append((request.prompt_logprobs, request.output_logprobs))
         assert (len(request.prompt_logprobs), len(request.output_logprobs)) == (199, 20)
-    assert found[0] == found[1] == found[2]
+    assert all(other == found[0] for other in found[1:])
 
 
 def test_recycled_slot_remembers_nothing(llm):

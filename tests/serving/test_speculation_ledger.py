@@ -3,11 +3,12 @@
 import dataclasses
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax import LLM, SamplingParams
+from gdnjax import LLM, EngineConfig, SamplingParams, step
 from gdnjax.serving.scheduler import NOTHING_ALLOWED
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.state import LAYOUT_KV
@@ -113,6 +114,46 @@ def test_max_tokens_ends_a_request_within_a_run_of_drafts(llm, max_tokens):
         assert steps_of(watch, request) == pattern_of(llm, request)
         assert sum(count for _, count in steps_of(watch, request)) == max_tokens - 1
     check_cache(llm)
+
+
+def test_no_query_comes_to_the_end_of_the_context(monkeypatch):
+    """Where the context is as long as the block table, there is nothing behind it to read keys from. Only what may be
+    verified is drafted: nothing by a request that ends in that step.
+    """
+    made, positions, drafting = step.decode_context, [], []
+
+    def seen(position, length):
+        positions.append(int(position.max()))
+        # Behind the last token there is: what is fed is a draft.
+        drafting.extend((int(length[row]), int(position[row, 0])) for row in np.flatnonzero(position[:, 0] > length))
+
+    def recorded(pools, slot, first, valid):
+        context = made(pools, slot, first, valid)
+        jax.debug.callback(seen, context.tiles.position, pools.slots.length[slot])
+        return context
+
+    monkeypatch.setattr(step, "decode_context", recorded)
+    model, end = LedgerModel(mtp=True), 64
+    config = EngineConfig(
+        max_num_seqs=2, max_num_batched_tokens=64, prefill_buckets=(64,), decode_buckets=(2,), block_size=16,
+        num_kv_blocks=10, enable_prefix_caching=False, num_speculative_tokens=3, warmup=False, compilation_cache_dir="",
+    )  # fmt: skip
+    with LLM.from_model(model, model.params(), config, max_model_len=end) as llm:
+        for seed in range(3):
+            with Watch(llm) as watch:
+                (request,) = queue(llm, prompt_of(seed, 50 + seed), greedy(14 - seed))
+                (short,) = queue(llm, prompt_of(seed, 9), greedy(1))
+                drain(llm)
+            assert request.num_tokens == end
+            assert steps_of(watch, request) == pattern_of(llm, request)
+            check_greedy(llm, short)
+    jax.effects_barrier()
+    # The head gets the last token, too, for its key; behind that there is nothing. The last draft that is fed is the
+    # one before the last that is verified.
+    assert max(positions) == end - 1
+    assert max(position for _, position in drafting) == end - 3
+    # The one token of these is their last.
+    assert not {length for length, _ in drafting} & {9, end - 1}
 
 
 def _accepted_run(model: Oracle, num_drafts: int, length: int = 3) -> tuple[tuple[int, ...], list[int], int]:
