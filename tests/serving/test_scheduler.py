@@ -133,7 +133,7 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         """Plans, and holds the plan to the promise that the first in order moves on."""
         scheduler, waited = self.scheduler, bool(self.loop.in_flight)
         overdue = [r for r in self.requests if r.deadline is not None and r.deadline <= self.loop.now + 1]
-        live = [r for r in scheduler.running + scheduler.waiting if r not in overdue]
+        live = [r for r in [*scheduler.running, *scheduler.waiting] if r not in overdue]
         first = min(live, key=lambda request: request.order, default=None)
         was_running = [request for request in scheduler.running if request not in overdue]
         ready = [request for request in was_running if request.may_decode]
@@ -243,6 +243,12 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         for request in self.admitted:
             place = self.requests.index(request)
             ahead = self.admitted[: self.admitted.index(request)]
+            if request.params.needs_logit_row:
+                # Who needs no row need not wait for one.
+                SEEN["passed for want of a row"] += sum(
+                    self.requests.index(r) > place for r in ahead if not r.params.needs_logit_row
+                )
+                ahead = [r for r in ahead if r.params.needs_logit_row]
             passed = collections.Counter(r.priority for r in ahead if self.requests.index(r) > place)
             SEEN["overtaken"] += passed.total()
             for priority, count in passed.items():
@@ -262,7 +268,7 @@ def test_scheduler_serves_everyone_and_loses_nothing():
     for name in (
         "preempted", "hit", "tail", "resumed", "grown", "marked", "overtaken", "harvest first",
         "evicted states", "evicted blocks", "orphaned states", "lost tokens", "kept", "refused", "grown by several",
-        "short of blocks", "sealed at the end", "cut by a seal", "marked within a run",
+        "short of blocks", "sealed at the end", "cut by a seal", "marked within a run", "passed for want of a row",
     ):  # fmt: skip
         assert SEEN[name] >= 5, name
 
@@ -319,7 +325,7 @@ def test_head_of_the_queue_is_not_overtaken_by_who_would_fit():
     loop.scheduler.add(large)
     loop.scheduler.add(small)
     assert loop.turn().admitted == []
-    assert loop.scheduler.waiting == [large, small]
+    assert list(loop.scheduler.waiting) == [large, small]
     loop.scheduler.finish(running, "abort")
     assert [admission.request for admission in loop.dispatch().admitted] == [large]
 
@@ -344,7 +350,7 @@ def test_lower_priority_number_comes_first_by_a_bounded_number_of_places():
     for request in urgent:
         scheduler.add(request)
     # The one that came `places` later stands in the very place, and who came first goes first.
-    assert scheduler.waiting == [*urgent[: places - 1], plain, *urgent[places - 1 :]]
+    assert list(scheduler.waiting) == [*urgent[: places - 1], plain, *urgent[places - 1 :]]
 
 
 def test_urgent_request_takes_the_place_of_a_less_urgent_one():
@@ -823,7 +829,7 @@ def test_checkpoints_that_nobody_has_seen_leave_a_slot_for_who_waits():
         loop.scheduler.add(request)
     for _ in range(4):
         loop.dispatch()
-    assert loop.scheduler.waiting == [second]
+    assert list(loop.scheduler.waiting) == [second]
     assert (len(first.marks), loop.scheduler.cache.counters.skipped_states) == (1, 1)
     loop.harvest_all()
     loop.drain()
