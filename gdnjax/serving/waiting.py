@@ -67,7 +67,7 @@ class WaitingQueue:
         return bool(lane)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless everybody who waits stands in the lane of its kind, at the place of its order."""
+        """Raises AssertionError unless everybody who waits stands in the lane of its kind, at its place."""
         for lane, needs_row in ((self._with_row, True), (self._without_row, False)):
             present = [entry for entry in lane if entry[2] in self._waiting]
             assert {entry[2] for entry in present} == {
