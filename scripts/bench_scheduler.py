@@ -32,7 +32,7 @@ each kind of work costs at several sizes:
   reset            forgetting everything in a cache of many blocks
   count            asking such a cache how many blocks it holds, as a line of the log does
   text             making and reading the text of one output, token by token, as a stream does
-  deadlines        finished requests that are still kept in memory, of 1,000 served with a deadline far away
+  deadlines        finished requests that are still kept in memory, of so many served with a deadline far away
 
 Times are those of the processor, of this machine and what else it does: compare runs of one hour, and growth rather
 than numbers. Python's garbage collector walks over everything now and then, which is in them as far as it happens.
@@ -297,7 +297,7 @@ PARTS = {
     "reset": Part(reset, 10_000, 1_000_000),
     "count": Part(count_blocks, 10_000, 1_000_000),
     "text": Part(text, 8000, 32_000, 100_000),
-    "deadlines": Part(deadlines, 1000),
+    "deadlines": Part(deadlines, 100, 1000),
 }
 
 

@@ -73,6 +73,11 @@ def make_request(prompt, *, name="r", priority=0, deadline=None, turn_start=0, *
     )
 
 
+def distinct(which: int, count: int) -> list[int]:
+    """So many tokens that begin like those of no other number below 26."""
+    return [which, *(next_token(hash((which, i))) for i in range(count - 1))]
+
+
 def chains(tokens) -> list[int]:
     """The chain before the first token, and after each."""
     return list(itertools.accumulate(tokens, lambda chain, token: hash((chain, token)), initial=START))
