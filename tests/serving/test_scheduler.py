@@ -345,23 +345,22 @@ def test_room_for_who_runs_to_grow_is_kept_at_admission():
 
 
 def test_request_that_lacks_blocks_is_looked_at_again_when_enough_are_freed(monkeypatch):
-    loop = Loop(make_scheduler(seqs=4, blocks=30))
+    loop = Loop(make_scheduler(seqs=4, blocks=34, tokens=512))
     going_on, ending, large = (
-        make_request(distinct(i, n), max_tokens=m, ignore_eos=True)
-        for i, (n, m) in enumerate([(60, 150), (60, 40), (300, 5)])
+        make_request(distinct(which, length), max_tokens=most, ignore_eos=True)
+        for which, (length, most) in enumerate([(60, 60), (150, 20), (300, 5)])
     )
     fill(loop, going_on, ending)
-    looked_at = []
-    match = loop.scheduler.cache.match
-    monkeypatch.setattr(
-        loop.scheduler.cache, "match", lambda request, limit: looked_at.append(request) or match(request, limit)
-    )
+    looked_at, match = [], loop.scheduler.cache.match
+    monkeypatch.setattr(loop.scheduler.cache, "match", lambda *asked: looked_at.append(asked[0]) or match(*asked))
     loop.scheduler.add(large)
     while not ending.finished:
         loop.turn()
     assert looked_at == [large]
+    while not large.filled:
+        loop.turn()
+    assert (len(looked_at), going_on.finished) == (2, False)
     loop.drain()
-    assert len(looked_at) < 5
     for request in (going_on, ending, large):
         check_output(request)
 
@@ -440,9 +439,10 @@ def test_urgent_request_takes_the_row_that_it_lacks_from_its_holder_or_from_nobo
         check_output(request)
 
 
-def test_blocks_that_an_urgent_request_would_share_are_not_asked_for_again():
-    """It needs two blocks of its own, and there are eleven."""
-    loop = Loop(make_scheduler(seqs=2, blocks=30))
+@pytest.mark.parametrize("blocks", [30, 38])
+def test_blocks_that_an_urgent_request_would_share_are_not_asked_for_again(blocks):
+    """It needs one block of its own, and there are ten or more."""
+    loop = Loop(make_scheduler(seqs=2, blocks=blocks))
     prefix = distinct(0, 18 * 16)
     running = make_request(prefix, max_tokens=20, ignore_eos=True)
     fill(loop, running)
