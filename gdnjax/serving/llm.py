@@ -202,12 +202,17 @@ class LLM:
         ]
         params = self._params_for(prompts, sampling_params)
         groups = self._make_groups(prompts, params, urgencies(len(prompts), priority, timeout))
-        if add_generation_prompt and self.config.enable_prefix_caching:
-            # The next turn renders the answer anew, so it parts from this one at the generation prompt.
+        if self.config.enable_prefix_caching:
             for chat, group in zip(chats, groups, strict=True):
-                turn = tokenizer.apply_chat_template(chat, add_generation_prompt=False, **template_kwargs)
+                # Other chats part from this one at their first question.
+                system_end = _common_length(tokenizer.with_another_question(chat, **template_kwargs), group.token_ids)
+                turn_start = 0
+                if add_generation_prompt:
+                    # The next turn renders the answer anew, so it parts from this one at the generation prompt.
+                    turn = tokenizer.apply_chat_template(chat, add_generation_prompt=False, **template_kwargs)
+                    turn_start = _common_length(self._token_ids(turn, "chat"), group.token_ids)
                 for request in group.requests:
-                    request.turn_start = _common_length(self._token_ids(turn, "chat"), request.prompt_token_ids)
+                    request.system_end, request.turn_start = system_end, turn_start
         return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
 
     def submit(

@@ -442,14 +442,15 @@ class Scheduler:
 
     def _wanted_checkpoints(self, request: Request, match: Match) -> tuple[int, ...]:
         """Positions at which later requests may want to go on, the most likely first: below the last token (at the end
-        itself an identical prompt would miss), before a chat's generation prompt, at a branch, and every interval.
+        itself an identical prompt would miss), before a chat's generation prompt, behind its system messages, at a
+        branch, and every interval.
         """
         if not self.config.enable_prefix_caching:
             return ()
         grid, interval, last = self.config.checkpoint_grid, self.config.checkpoint_interval, request.num_tokens - 1
         step = -(-interval // grid) * grid
         every = range((match.position // step + 1) * step, last + 1, step)
-        first = (position // grid * grid for position in (last, request.turn_start, match.seen))
+        first = (position // grid * grid for position in (last, request.turn_start, request.system_end, match.seen))
         return tuple(dict.fromkeys(p for p in (*first, *reversed(every)) if match.position < p <= last))
 
     # Pieces.

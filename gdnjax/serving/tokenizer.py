@@ -1,6 +1,7 @@
 """Text to token ids and back, and chats to prompts, with the checkpoint's own tokenizer. Never touches the network."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,9 @@ MEDIA_PARTS = {
     "input_audio": "audio inputs",
 }
 """Types of message parts that other engines take, and what they carry."""
+
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of the messages before a chat's first question, which other chats may begin with, too."""
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """The sampling parameters that are read from generation_config.json."""
@@ -102,6 +106,25 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+    def with_another_question(self, messages: Any, **kwargs: Any) -> list[int]:
+        """Token ids of a chat with the same system messages, tools and other `kwargs`, whose first question is another.
+
+        What it has in common with the chat is what all such chats begin with. Empty where there is no question, or
+        where the template wants more than one message behind the system's.
+        """
+        texts = text_messages(messages)
+        system = list(itertools.takewhile(lambda message: message["role"] in SYSTEM_ROLES, texts))
+        if len(system) == len(texts):
+            return []
+        # From its first character on it differs.
+        content = "1" if texts[len(system)]["content"].lstrip().startswith("0") else "0"
+        try:
+            return self.apply_chat_template(
+                [*system, {"role": "user", "content": content}], add_generation_prompt=False, **kwargs
+            )
+        except ValueError:
+            return []
 
     def bad_word_sequences(self, words: Sequence[str]) -> list[list[int]]:
         """Token sequences to forbid for each word: as it starts a text, and after a space, which BPE merges into it.

@@ -115,6 +115,7 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
             priority=priority,
             deadline=None if patience is None else self.loop.now + patience,
             turn_start=max(0, len(prompt) - 5),
+            system_end=len(prompt) // 3,
             speculate=speculate,
             **how[ends],
             **({"logit_bias": {0: 1.0}} if row else {}),
@@ -439,7 +440,7 @@ def test_urgent_request_takes_the_row_that_it_lacks_from_its_holder_or_from_nobo
         check_output(request)
 
 
-@pytest.mark.parametrize("blocks", [30, 38])
+@pytest.mark.parametrize("blocks", [30, 37])
 def test_blocks_that_an_urgent_request_would_share_are_not_asked_for_again(blocks):
     """It needs one block of its own, and there are ten or more."""
     loop = Loop(make_scheduler(seqs=2, blocks=blocks))
@@ -594,6 +595,41 @@ def test_checkpoints_of_a_piece_leave_a_slot_for_who_waits():
     assert [len(piece.checkpoints) for piece in plan.pieces] == [1, 0]
     assert scheduler.cache.counters.skipped_states == 2
     scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("length", [500, 512, 70])
+def test_second_chat_behind_a_system_prompt_goes_on_from_its_end(length):
+    """The first leaves a state where another question would part from it. Others begin on the grid of blocks."""
+    loop = Loop(make_scheduler(tokens=512, blocks=150, checkpoints=8))
+    system, questions = distinct(0, length), [distinct(1 + i, 30) for i in range(3)]
+    chats = [make_request([*system, *q], system_end=length, turn_start=length + 27, longest=600) for q in questions]
+    loop.run(chats[0])
+    for chat in chats[1:]:
+        loop.run(chat)
+        assert chat.num_cached_tokens == length // 16 * 16
+        check_output(chat)
+    # It stands there once.
+    assert sum(node.slot > 0 and node.end == length // 16 * 16 for node in loop.scheduler.cache._nodes) == 1
+
+
+def test_chats_that_come_together_compute_their_system_prompt_once():
+    loop = Loop(make_scheduler(seqs=4, tokens=1024, blocks=150, checkpoints=8))
+    system = distinct(0, 500)
+    chats = [make_request([*system, *distinct(1 + i, 30)], system_end=500, longest=600) for i in range(4)]
+    for chat in chats:
+        loop.scheduler.add(chat)
+    loop.drain()
+    assert [chat.num_cached_tokens for chat in chats] == [0, 496, 496, 496]
+
+
+def test_third_prompt_goes_on_from_where_the_first_two_parted():
+    """Of plain prompts nobody knows where they part before the second comes."""
+    loop = Loop(make_scheduler(tokens=512, blocks=150, checkpoints=8))
+    prompts = [make_request([*distinct(0, 500), *distinct(1 + i, 30)], longest=600) for i in range(4)]
+    for prompt in prompts:
+        loop.run(prompt)
+    assert [prompt.num_cached_tokens for prompt in prompts] == [0, 0, 496, 496]
+    assert prompts[1].cache_miss_reason == NO_CHECKPOINT
 
 
 def test_tokens_that_were_there_without_a_state_are_counted_as_lost():
