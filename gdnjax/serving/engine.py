@@ -207,9 +207,13 @@ class Engine:
         options = self._with_prompt if wants_prompt else self._full
         length = sum(piece.length for piece in pieces)
         chunks = sum(len(piece.chunks()) for piece in pieces)
-        rows = self.config.prefill_rows
-        # A bucket has to hold the chunk table, too.
-        fits = [size for size in self._prefill_buckets(options) if chunks <= max_chunks(size, rows)]
+        # A bucket has to hold the rows and the chunk table, too.
+        rows_of = self.config.prefill_rows_of
+        fits = [
+            size
+            for size in self._prefill_buckets(options)
+            if len(pieces) <= rows_of(size) and chunks <= max_chunks(size, rows_of(size))
+        ]
         tokens = packing.bucket_for(length, fits)
         self.counters.num_prompt_tokens += length
         self.counters.num_padded_tokens += tokens - length
@@ -221,7 +225,7 @@ class Engine:
             batch = packing.pack_prefill(
                 pieces,
                 tokens=tokens,
-                rows=self.config.prefill_rows,
+                rows=self.config.prefill_rows_of(tokens),
                 table_width=self._table_width,
                 checkpoints=self.config.enable_prefix_caching,
             )

@@ -322,6 +322,18 @@ def test_prefill_step_takes_no_more_rows_than_it_is_compiled_for():
     assert [piece.request for piece in scheduler.plan().pieces] == requests[8:]
 
 
+def test_many_short_prompts_share_a_prefill_step():
+    """256 prompts of 24 tokens: one step where 8,192 tokens are allowed, and as few as tokens allow where 1,024 are."""
+    for tokens, steps in ((8192, 1), (1024, 8)):
+        scheduler = make_scheduler(seqs=256, blocks=600, tokens=tokens)
+        for index in range(256):
+            scheduler.add(make_request([index % 26, index // 26, *distinct(0, 22)], max_tokens=2))
+        taken = 0
+        while scheduler.waiting:
+            taken += bool(scheduler.plan(in_flight=True).pieces)
+        assert taken == steps
+
+
 def test_head_of_the_queue_is_not_overtaken_by_who_would_fit():
     """The second request would fit where the first does not: it waits, or the first might wait for ever."""
     loop = Loop(make_scheduler(seqs=3, blocks=20))
