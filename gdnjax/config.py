@@ -12,6 +12,9 @@ from typing import Any
 CHUNK = 64
 """Tokens in a chunk of the chunked delta rule, and the grid on which prefill pieces are cut."""
 
+LONG_ROWS = 8
+"""Prompts of which each may end within a chunk in a prefill step that is full of whole ones."""
+
 SUPPORTED_MODEL_TYPES = (
     "qwen3_5",
     "qwen3_5_moe",
@@ -430,10 +433,10 @@ class EngineConfig:
       max_logit_rows          running requests that may use penalties, logit_bias, bad_words, allowed_token_ids or
                               min_tokens at once (each holds vocabulary-sized rows); further ones wait.
                               None: min(max_num_seqs, 16).
-      max_num_prefill_seqs    prompts that may share one prefill step, of the largest bucket; smaller buckets take one
-                              for each 32 of their tokens, at least 8, and none more than max_num_seqs. None: as for
-                              smaller buckets. A step draws behind that many prompts, and has as many rows of its
-                              chunk table to spare, whether there are so many or not.
+      max_num_prefill_seqs    prompts that may share a prefill step of the largest bucket. None: 8, and one for each 64
+                              tokens of the bucket, as in the others; never more than max_num_seqs. A step draws behind
+                              as many prompts as it has rows for, and beyond the default each costs a chunk, too,
+                              whether there are so many or not.
     Numerics
       dtype                   "auto" (the checkpoint's), "float32" or "bfloat16": weights, activations and KV.
       ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".
@@ -609,7 +612,7 @@ class EngineConfig:
 
 def _prompts_within(tokens: int) -> int:
     """Prompts that a step of so many tokens has rows for, unless it is said otherwise."""
-    return max(8, tokens // 32)
+    return LONG_ROWS + tokens // CHUNK
 
 
 def _check_positive(geometry: Any) -> None:

@@ -510,12 +510,12 @@ def test_decode_step_is_at_most_four_times_its_rows_and_twice_where_rows_cost():
     [
         ({}, [8, 8, 8]),
         ({"max_num_seqs": 3}, [3, 3, 3]),
-        ({"max_num_seqs": 256}, [8, 8, 32]),
-        ({"max_num_seqs": 256, "max_num_batched_tokens": 8192}, [8, 8, 256]),
-        ({"max_num_seqs": 256, "max_num_prefill_seqs": 100}, [8, 8, 100]),
+        ({"max_num_seqs": 256}, [9, 12, 24]),
+        ({"max_num_seqs": 256, "max_num_batched_tokens": 8192}, [9, 12, 136]),
+        ({"max_num_seqs": 256, "max_num_prefill_seqs": 100}, [9, 12, 100]),
         ({"max_num_seqs": 64, "max_num_prefill_seqs": 4}, [4, 4, 4]),
-        ({"max_num_seqs": 64, "max_num_prefill_seqs": 100}, [8, 8, 64]),
-        ({"max_num_seqs": 256, "batch_invariant": True}, [32]),
+        ({"max_num_seqs": 64, "max_num_prefill_seqs": 100}, [9, 12, 64]),
+        ({"max_num_seqs": 256, "batch_invariant": True}, [24]),
     ],
 )
 def test_prefill_steps_have_rows_for_short_prompts(options, rows):

@@ -39,11 +39,12 @@ PLACES_PER_PRIORITY = 64
 
 @dataclasses.dataclass
 class _Room:
-    """What a prefill step can still take."""
+    """What a prefill step can still take, and how many prompts may still come to it."""
 
     tokens: int
     rows: int
     chunks: int
+    prompts: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,7 @@ class Scheduler:
             tokens=self.config.max_num_batched_tokens,
             rows=self.config.prefill_rows,
             chunks=max_chunks(self.config.max_num_batched_tokens, self.config.prefill_rows),
+            prompts=len(filling) + len(self.waiting),
         )
         pieces: list[Piece] = []
         for request in filling:
@@ -465,12 +467,13 @@ class Scheduler:
         """The next tokens of a prompt, as many as there is room for."""
         start = request.num_settled
         end = _end_of_piece(start, request.prefill_length, room)
+        room.rows -= 1
+        room.prompts -= 1
         spare = room.chunks - (-(-end // CHUNK) - start // CHUNK)
-        checkpoints = self._checkpoints_of_piece(request, start, end, spare)
+        checkpoints = self._checkpoints_of_piece(request, start, end, spare, min(room.rows, room.prompts))
         piece = Piece(request, start, end - start, end == request.prefill_length, read_slot, checkpoints)
         pieces.append(piece)
         room.tokens -= piece.length
-        room.rows -= 1
         room.chunks -= len(piece.chunks())
         request.num_settled = request.num_folded = end
         request.num_placed = len(request.blocks)
@@ -480,12 +483,17 @@ class Scheduler:
         # A piece's tokens are known, and every later step runs after it, so what it computes can be shared at once.
         self._publish(request, end)
 
-    def _checkpoints_of_piece(self, request: Request, start: int, end: int, spare: int) -> tuple[tuple[int, int], ...]:
-        """Slots for the wanted positions within a piece; those off the grid of chunks cost one of `spare` chunks."""
+    def _checkpoints_of_piece(
+        self, request: Request, start: int, end: int, spare: int, prompts: int
+    ) -> tuple[tuple[int, int], ...]:
+        """Slots for the wanted positions within a piece; those off the grid of chunks cost one of `spare` chunks.
+
+        A state that saves less than a chunk is not worth the place of one of the `prompts` that may come behind.
+        """
         found = []
         for position in request.wanted:
             cut = position % CHUNK != 0 and position != end
-            if not start < position <= end or spare < cut:
+            if not start < position <= end or cut > spare - (prompts if position < CHUNK else 0):
                 continue
             slot = self._take_checkpoint_slot()
             if not slot:

@@ -46,12 +46,12 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         seqs=st.integers(1, 4),
         chunks=st.integers(1, 3),
         block_size=st.sampled_from((1, 4, 16, 64, 128)),
-        spare_blocks=st.sampled_from((0, 1, 3, 8, 20)),
+        spare_blocks=st.sampled_from((0, 0, 1, 3, 8, 20)),
         rows=st.integers(1, 2),
         checkpoints=st.sampled_from((0, 1, 2, 5, 9)),
         interval=st.integers(1, 4),
         mode=st.sampled_from(("cache", "cache", "cache", "no cache", "invariant")),
-        drafts=st.sampled_from((0, 1, 3)),
+        drafts=st.sampled_from((0, 1, 3, 3)),
         adaptive=st.booleans(),
     )
     def build(self, seqs, chunks, block_size, spare_blocks, rows, checkpoints, interval, mode, drafts, adaptive):
@@ -318,20 +318,23 @@ def test_prefill_step_takes_no_more_rows_than_it_is_compiled_for():
     requests = [make_request(2) for _ in range(12)]
     for request in requests:
         scheduler.add(request)
-    assert [piece.request for piece in scheduler.plan().pieces] == requests[:8]
-    assert [piece.request for piece in scheduler.plan().pieces] == requests[8:]
+    assert [piece.request for piece in scheduler.plan().pieces] == requests[:10]
+    assert [piece.request for piece in scheduler.plan().pieces] == requests[10:]
 
 
-def test_many_short_prompts_share_a_prefill_step():
-    """256 prompts of 24 tokens: one step where 8,192 tokens are allowed, and as few as tokens allow where 1,024 are."""
-    for tokens, steps in ((8192, 1), (1024, 8)):
-        scheduler = make_scheduler(seqs=256, blocks=600, tokens=tokens)
-        for index in range(256):
-            scheduler.add(make_request([index % 26, index // 26, *distinct(0, 22)], max_tokens=2))
-        taken = 0
-        while scheduler.waiting:
-            taken += bool(scheduler.plan(in_flight=True).pieces)
-        assert taken == steps
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"tokens": 8192}, 2), ({"tokens": 8192, "max_num_prefill_seqs": 256}, 1), ({"tokens": 1024}, 11)],
+)
+def test_many_short_prompts_share_a_prefill_step(options, steps):
+    """256 prompts of 24 tokens. The states that they might leave after 16 tokens take nobody's place."""
+    scheduler = make_scheduler(seqs=256, blocks=1000, **options)
+    for index in range(256):
+        scheduler.add(make_request([index % 26, index // 26, *distinct(0, 22)], max_tokens=2))
+    taken = 0
+    while scheduler.waiting:
+        taken += bool(scheduler.plan(in_flight=True).pieces)
+    assert taken == steps
 
 
 def test_head_of_the_queue_is_not_overtaken_by_who_would_fit():
