@@ -217,7 +217,8 @@ def head(tokens: int) -> list[Row]:
 def logit_rows(count: int) -> list[Row]:
     scheduler = make_scheduler(32, 32 * 16, rows=2, tokens=1024)
     for index in range(count):
-        scheduler.add(make_request(random_tokens(40, index), 20, **({"logit_bias": {1: 1.0}} if index % 2 else {})))
+        bias = {1: 1.0} if index % 2 else None
+        scheduler.add(make_request(random_tokens(40, index), 20, logit_bias=bias))
     requests, turns, plain = list(scheduler.waiting), 0, 0
     while scheduler.has_work:
         turn(scheduler)

@@ -25,7 +25,7 @@ from gdnjax.serving import packing
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.outputs import Logprob
-from gdnjax.serving.plan import Admission, Growth, Piece, Plan, Seal, max_chunks, max_growth
+from gdnjax.serving.plan import Admission, Growth, Piece, Plan, Seal, max_growth
 from gdnjax.serving.request import Request, Status
 from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.speculation import DraftController
@@ -206,15 +206,7 @@ class Engine:
         wants_prompt = any(piece.request.wants_prompt_logprobs for piece in pieces)
         options = self._with_prompt if wants_prompt else self._full
         length = sum(piece.length for piece in pieces)
-        chunks = sum(len(piece.chunks()) for piece in pieces)
-        # A bucket has to hold the rows and the chunk table, too.
-        rows_of = self.config.prefill_rows_of
-        fits = [
-            size
-            for size in self._prefill_buckets(options)
-            if len(pieces) <= rows_of(size) and chunks <= max_chunks(size, rows_of(size))
-        ]
-        tokens = packing.bucket_for(length, fits)
+        tokens = packing.prefill_bucket(pieces, self._prefill_buckets(options), self.config.prefill_rows_of)
         self.counters.num_prompt_tokens += length
         self.counters.num_padded_tokens += tokens - length
         self.state, emitted = self._run(self._prefill_call(options, pieces, tokens))
