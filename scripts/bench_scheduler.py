@@ -171,7 +171,7 @@ def steady(count: int) -> list[Row]:
 
 
 def interval(count: int) -> list[Row]:
-    scheduler = make_scheduler(count, count * 80, checkpoints=2 * count, tokens=count * 1024)
+    scheduler = make_scheduler(count, count * 80, checkpoints=2 * count, tokens=count * 2048)
     fill(scheduler, count, 1000, 200)
     # It waits for blocks, so checkpoints leave slots for it.
     scheduler.add(make_request(random_tokens(8, count), 10))

@@ -212,13 +212,6 @@ class PrefixCache:
         if node is not None:
             self.unlock(node)
 
-    @property
-    def may_take_slot(self) -> bool:
-        """Whether `take_slot` finds one."""
-        return self._slots.num_free > 0 or any(
-            slot not in self._busy for slot in itertools.chain(self._untried, self._proven)
-        )
-
     def share(self, match: Match) -> tuple[Node, list[int]]:
         """Locks the blocks that a match has seen. Returns the node that ends with the last of them, and all of them."""
         node = match.node

@@ -375,8 +375,10 @@ class Scheduler:
             self._refuse(request, short)
             return False
         self.cache.make_room(needed)
+        blocks = self.allocator.blocks.take(needed)
+        assert blocks is not None, "the cache counts more blocks as evictable than it can evict"
         request.slot, request.node, request.num_shared = slot, node, len(shared)
-        request.blocks = shared + (self.allocator.blocks.take(needed) or [])
+        request.blocks = shared + blocks
         request.num_cached = len(shared) * self.config.block_size
         return True
 

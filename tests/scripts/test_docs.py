@@ -15,6 +15,7 @@ WORKSPACE = (ROOT / "WORKSPACE.md").read_text()
 SCRIPTS = (
     "bench_engine",
     "bench_kernels",
+    "bench_scheduler",
     "bench_serving",
     "bench_start",
     "convert",
