@@ -16,6 +16,9 @@ from gdnjax import config_keys
 CHUNK = 64
 """Tokens in a chunk of the chunked delta rule, and the grid on which prefill pieces are cut."""
 
+LONG_ROWS = 8
+"""Prompts of which each may end within a chunk in a prefill step that is full of whole ones."""
+
 SUPPORTED_MODEL_TYPES = (
     "qwen3_5",
     "qwen3_5_moe",
@@ -567,6 +570,10 @@ class EngineConfig:
       max_logit_rows          running requests that may use penalties, logit_bias, bad_words, allowed_token_ids or
                               min_tokens at once (each holds vocabulary-sized rows); further ones wait.
                               None: min(max_num_seqs, 16).
+      max_num_prefill_seqs    prompts that may share a prefill step of the largest bucket. None: 8, and one for each 64
+                              tokens of the bucket, as in the others; never more than max_num_seqs. A step draws behind
+                              as many prompts as it has rows for, and beyond the default each costs a chunk, too,
+                              whether there are so many or not.
     Numerics
       dtype                   "auto" (the checkpoint's), "float32" or "bfloat16": weights, activations and KV.
       ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".
@@ -577,7 +584,8 @@ class EngineConfig:
       tensor_parallel_size    devices that share one model.
       kernels                 "auto", "pallas", "interpret" or "reference"; see gdnjax.backend.
       prefill_buckets         packed prompt tokens a step is compiled for; empty: 64, 256 and max_num_batched_tokens.
-      decode_buckets          rows a decode step is compiled for; empty: 1, 8 and max_num_seqs, as far as they apply.
+      decode_buckets          rows a decode step is compiled for; empty: 1, 8, 32, twice that and so on, below
+                              max_num_seqs, and that.
       max_logprobs            the most alternatives a request may ask log-probabilities of.
       warmup                  compile every step at start; False compiles each at its first use.
       compilation_cache_dir   JAX's persistent compilation cache; None: the one JAX is configured with, or
@@ -609,6 +617,7 @@ class EngineConfig:
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     max_logit_rows: int | None = None
+    max_num_prefill_seqs: int | None = None
     dtype: str = "auto"
     ssm_dtype: str = "float32"
     state_layout: str = "vk"
@@ -632,7 +641,7 @@ class EngineConfig:
     def __post_init__(self):
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size"):
             _check_int(name, getattr(self, name), 1)
-        for name in ("max_model_len", "num_kv_blocks", "max_logit_rows"):
+        for name in ("max_model_len", "num_kv_blocks", "max_logit_rows", "max_num_prefill_seqs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
         _check_int("max_logprobs", self.max_logprobs, 0)
@@ -670,7 +679,9 @@ class EngineConfig:
                 )
         self._check_speculation()
         _set_buckets(self, "prefill_buckets", self.max_num_batched_tokens, () if self.batch_invariant else (64, 256))
-        _set_buckets(self, "decode_buckets", self.max_num_seqs, () if self.batch_invariant else (1, 8))
+        # Up to 32 rows the weights are what a step costs, so few sizes will do; from there on it is the rows.
+        doubled = tuple(32 << i for i in range(self.max_num_seqs.bit_length()))
+        _set_buckets(self, "decode_buckets", self.max_num_seqs, () if self.batch_invariant else (1, 8, *doubled))
         if self.batch_invariant and (len(self.prefill_buckets) > 1 or len(self.decode_buckets) > 1):
             raise ValueError(
                 f"batch_invariant=True needs one prefill bucket and one decode bucket, got {self.prefill_buckets} and "
@@ -727,8 +738,18 @@ class EngineConfig:
 
     @property
     def prefill_rows(self) -> int:
-        """Requests whose prompt tokens may share one prefill step."""
-        return min(self.max_num_seqs, 8)
+        """Requests whose prompt tokens may share one prefill step, of the largest bucket."""
+        return min(self.max_num_seqs, self.max_num_prefill_seqs or _prompts_within(self.max_num_batched_tokens))
+
+    def prefill_rows_of(self, bucket: int) -> int:
+        """Requests whose prompt tokens may share a prefill step of so many tokens: one of `prefill_buckets`."""
+        most = self.prefill_rows
+        return most if bucket == self.max_num_batched_tokens else min(most, _prompts_within(bucket))
+
+
+def _prompts_within(tokens: int) -> int:
+    """Prompts that a step of so many tokens has rows for, unless it is said otherwise."""
+    return LONG_ROWS + tokens // CHUNK
 
 
 def _check_positive(geometry: Any) -> None:

@@ -1,6 +1,7 @@
 """Checkpoint configurations as transformers writes them, and engine settings: what is read, and what is refused."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -588,6 +589,7 @@ BAD_ENGINE = [
     ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization must be in"),
     ({"gpu_memory_utilization": "half"}, "gpu_memory_utilization must be"),
     ({"max_logit_rows": -1}, "max_logit_rows must be an integer"),
+    ({"max_num_prefill_seqs": 0}, "max_num_prefill_seqs must be an integer of at least 1, got 0"),
     ({"dtype": "float16"}, "dtype must be one of 'auto', 'float32', 'bfloat16', got 'float16'"),
     ({"ssm_dtype": "auto"}, "ssm_dtype must be one of 'float32', 'bfloat16', got 'auto'"),
     ({"state_layout": "KV"}, "state_layout must be one of 'kv', 'vk', 'mixed', got 'KV'"),
@@ -652,9 +654,37 @@ def test_default_buckets_cover_every_step():
             for buckets, largest in ((config.prefill_buckets, tokens), (config.decode_buckets, seqs)):
                 assert buckets[-1] == largest
                 assert list(buckets) == sorted(set(buckets))
-            # Few: each is compiled at start, plain and full.
-            assert len(config.prefill_buckets) + len(config.decode_buckets) <= 6
+            # Few: each is compiled at start, decode steps plain and full.
+            assert len(config.prefill_buckets) + len(config.decode_buckets) <= 8
             assert config.decode_buckets[0] == 1
+
+
+def test_decode_step_is_at_most_four_times_its_rows_and_twice_where_rows_cost():
+    for seqs in (8, 9, 32, 33, 100, 128, 256, 1000):
+        buckets = EngineConfig(max_num_seqs=seqs).decode_buckets
+        for smaller, larger in itertools.pairwise(buckets):
+            assert larger <= (2 if smaller >= 32 else 8 if smaller == 1 else 4) * smaller
+    assert EngineConfig(max_num_seqs=128).decode_buckets == (1, 8, 32, 64, 128)
+    assert EngineConfig(max_num_seqs=8).decode_buckets == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({}, [8, 8, 8]),
+        ({"max_num_seqs": 3}, [3, 3, 3]),
+        ({"max_num_seqs": 256}, [9, 12, 24]),
+        ({"max_num_seqs": 256, "max_num_batched_tokens": 8192}, [9, 12, 136]),
+        ({"max_num_seqs": 256, "max_num_prefill_seqs": 100}, [9, 12, 100]),
+        ({"max_num_seqs": 64, "max_num_prefill_seqs": 4}, [4, 4, 4]),
+        ({"max_num_seqs": 64, "max_num_prefill_seqs": 100}, [9, 12, 64]),
+        ({"max_num_seqs": 256, "batch_invariant": True}, [24]),
+    ],
+)
+def test_prefill_steps_have_rows_for_short_prompts(options, rows):
+    config = EngineConfig(**options)
+    assert [config.prefill_rows_of(bucket) for bucket in config.prefill_buckets] == rows
+    assert config.prefill_rows == rows[-1]
 
 
 @pytest.mark.usefixtures("without_type_checks")

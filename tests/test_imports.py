@@ -54,7 +54,14 @@ HOST_ONLY += ("serving.detokenizer", "serving.request", "serving.allocator", "se
 HOST_ONLY += ("serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
-PLANNERS = ("serving.request", "serving.allocator", "serving.plan", "serving.scheduler", "serving.prefix_cache")
+PLANNERS = (
+    "serving.request",
+    "serving.waiting",
+    "serving.allocator",
+    "serving.plan",
+    "serving.scheduler",
+    "serving.prefix_cache",
+)
 PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
 
 

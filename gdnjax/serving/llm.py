@@ -223,13 +223,17 @@ class LLM:
         params = self._params_for(prompts, sampling_params)
         groups = self._make_groups(prompts, params, urgencies(len(prompts), priority, timeout))
         groups = [dataclasses.replace(group, prompt=text) for group, text in zip(groups, texts, strict=True)]
-        if add_generation_prompt and self.config.enable_prefix_caching:
+        if self.config.enable_prefix_caching:
             # The next turn renders the answer anew, so it parts from this one at the generation prompt.
             turns = render_chats(tokenizer, chats, options, False, several=bool(several))
-            for text, group in zip(turns, groups, strict=True):
-                turn = tokenizer.encode(text, add_special_tokens=False)
+            for chat, turn, group in zip(chats, turns, groups, strict=True):
+                # Other chats part from this one at their first question.
+                system_end = _common_length(tokenizer.with_another_question(chat, **options), group.token_ids)
+                turn_start = 0
+                if add_generation_prompt:
+                    turn_start = _common_length(tokenizer.encode(turn, add_special_tokens=False), group.token_ids)
                 for request in group.requests:
-                    request.turn_start = _common_length(turn, request.prompt_token_ids)
+                    request.system_end, request.turn_start = system_end, turn_start
         return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
 
     def submit(

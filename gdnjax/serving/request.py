@@ -17,7 +17,7 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
     """One sequence: a prompt and what it has produced. `n` samples of one prompt are `n` of these.
 
@@ -27,6 +27,7 @@ class Request:
     priority        places in the queue, in steps of `scheduler.PLACES_PER_PRIORITY`; lower comes first.
     deadline        `time.monotonic()` at which it is aborted; None: never.
     turn_start      prompt tokens before a chat's generation prompt, where the next turn of the chat parts; 0: no chat.
+    system_end      prompt tokens that other chats with the same system messages and tools begin with, too; 0: no chat.
     order           its place in the queue, (place, arrival): what comes first is admitted first and preempted last.
 
     While it runs it holds `slot`, `logit_row` and `blocks`, of which the first `num_shared` belong to the prefix cache,
@@ -64,6 +65,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     turn_start: int = 0
+    system_end: int = 0
     order: tuple[int, int] = (0, 0)
 
     status: Status = Status.WAITING

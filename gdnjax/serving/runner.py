@@ -23,7 +23,7 @@ from gdnjax.memory import MemoryPlan
 from gdnjax.models import Model, engine_geometry
 from gdnjax.serving import packing
 from gdnjax.serving.metrics import Counters, Metrics
-from gdnjax.serving.plan import Admission, Growth, Piece, Plan, Seal, max_chunks, max_growth
+from gdnjax.serving.plan import Admission, Growth, Piece, Plan, Seal, max_growth
 from gdnjax.serving.request import Request
 from gdnjax.shapes import Params
 from gdnjax.state import ServeState, empty_state
@@ -170,11 +170,7 @@ class Runner:
         wants_prompt = any(piece.request.wants_prompt_logprobs for piece in pieces)
         options = self._with_prompt if wants_prompt else self._full
         length = sum(piece.length for piece in pieces)
-        chunks = sum(len(piece.chunks()) for piece in pieces)
-        rows = self.config.prefill_rows
-        # A bucket has to hold the chunk table, too.
-        fits = [size for size in self._prefill_buckets(options) if chunks <= max_chunks(size, rows)]
-        tokens = packing.bucket_for(length, fits)
+        tokens = packing.prefill_bucket(pieces, self._prefill_buckets(options), self.config.prefill_rows_of)
         self.counters.num_prompt_tokens += length
         self.counters.num_padded_tokens += tokens - length
         self.state, emitted = self._run(self._prefill_call(options, pieces, tokens))
@@ -185,7 +181,7 @@ class Runner:
             batch = packing.pack_prefill(
                 pieces,
                 tokens=tokens,
-                rows=self.config.prefill_rows,
+                rows=self.config.prefill_rows_of(tokens),
                 table_width=self._table_width,
                 checkpoints=self.config.enable_prefix_caching,
             )

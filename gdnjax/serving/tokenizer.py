@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,9 @@ MEDIA_PARTS = {
 
 TEMPLATE_OPTIONS = ("chat_template", "continue_final_message")
 """Keywords of a chat that transformers takes itself, whatever the template knows."""
+
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of the messages before a chat's first question, which other chats may begin with, too."""
 
 SAMPLING_DEFAULTS = {
     "temperature": "temperature",
@@ -144,6 +148,25 @@ class Tokenizer:
         environment = chat_template_utils._compile_jinja_template(source).environment
         given = {"messages", "add_generation_prompt", *environment.globals}
         return meta.find_undeclared_variables(environment.parse(source)) - given
+
+    def with_another_question(self, messages: Any, **kwargs: Any) -> list[int]:
+        """Token ids of a chat with the same system messages, tools and other `kwargs`, whose first question is another.
+
+        What it has in common with the chat is what all such chats begin with. Empty where there is no question, or
+        where the template wants more than one message behind the system's.
+        """
+        texts = text_messages(messages)
+        system = list(itertools.takewhile(lambda message: message["role"] in SYSTEM_ROLES, texts))
+        if len(system) == len(texts):
+            return []
+        # From its first character on it differs.
+        content = "1" if texts[len(system)]["content"].lstrip().startswith("0") else "0"
+        try:
+            return self.apply_chat_template(
+                [*system, {"role": "user", "content": content}], add_generation_prompt=False, **kwargs
+            )
+        except ValueError:
+            return []
 
     def bad_word_sequences(self, words: Sequence[str]) -> list[list[int]]:
         """Token sequences to forbid for each word: as it starts a text, and after a space, which BPE merges into it.

@@ -1,5 +1,6 @@
 """Loading, chats, forbidden words and generation defaults."""
 
+import itertools
 import json
 import socket
 
@@ -93,6 +94,18 @@ def test_chat_template_gives_the_written_prompt(tokenizer):
 def test_chat_template_takes_keyword_arguments(tokenizer):
     ids = tokenizer.apply_chat_template(user("Hi"), enable_thinking=False)
     assert tokenizer.decode(ids, skip_special_tokens=False).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("question", ["Hi", "0", "  0", [{"type": "text", "text": "0 1"}]])
+def test_chat_with_another_question_parts_where_the_question_begins(tokenizer, question):
+    system = [{"role": "system", "content": "Be brief."}]
+    chat = tokenizer.apply_chat_template([*system, *user(question), {"role": "assistant", "content": "Yes"}])
+    other = tokenizer.with_another_question([*system, *user(question)])
+    common = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chat, other, strict=False))]
+    assert tokenizer.decode(common, skip_special_tokens=False).rstrip() == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"
+    )
+    assert tokenizer.with_another_question(system) == []
 
 
 def test_text_parts_are_joined(tokenizer):
