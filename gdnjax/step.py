@@ -190,12 +190,18 @@ def _drafts_to_verify(state: ServeState, options: StepOptions, batch: DecodeBatc
     slots, slot = state.slots, batch.slot
     if not options.num_drafts:
         return jnp.zeros((slot.shape[0], 0), jnp.int32), jnp.zeros(slot.shape, jnp.int32)
-    # The last token that a request may have is drawn, never fed.
-    room = slots.max_length[slot] - 2 - length
-    count = jnp.minimum(read_rows(slots.num_drafts, slot), jnp.clip(room, 0, options.num_drafts))
+    room = jnp.clip(_room_for_drafts(state, slot, length), 0, options.num_drafts)
+    count = jnp.minimum(read_rows(slots.num_drafts, slot), room)
     if batch.max_drafts is not None:
         count = jnp.minimum(count, batch.max_drafts)
     return slots.drafts[slot, : options.num_drafts], count
+
+
+def _room_for_drafts(state: ServeState, slot: Array, length: Array) -> Array:
+    """How many drafts behind the token at position `length` can be verified, [n], below 0 at the end: the last token
+    that a request may have is drawn, never fed.
+    """
+    return state.slots.max_length[slot] - 2 - length
 
 
 def _accepted(state: ServeState, options: StepOptions, context, hidden, count) -> ServeState:
@@ -284,8 +290,8 @@ def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> 
             )
         else:
             accepted = speculative.accept_shared(drafts, tokens, num_drafts)
-    # A stop token ends what counts.
-    stops = jnp.any(state.slots.stop_tokens[slot][:, None] == tokens[:, :, None], axis=-1)
+    # A stop token ends what counts, and so does the lack of any token that may be drawn.
+    stops = jnp.any(state.slots.stop_tokens[slot][:, None] == tokens[:, :, None], axis=-1) | (tokens == NO_TOKEN)
     stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1), rows)
     kept = jnp.where(valid[:, 0], jnp.minimum(accepted, stop) + 1, 0).astype(jnp.int32)
     drafted = jnp.where(stop < accepted, kept - 1, num_drafts)
@@ -314,7 +320,8 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
     """Runs the MTP head over the tokens [n, T] that were drawn behind `hidden` [n, T, d], and drafts the next ones.
 
     Every token that counts gets its key and value from the target's hidden state before it, in the place of what a
-    draft may have left there.
+    draft may have left there. Behind the first draft only those are made that the next step may verify: a row that has
+    ended makes none, and no position comes to the end of the context.
     """
     if state.slots.drafts is None:
         return state
@@ -326,10 +333,11 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
     context = decode_context(pools, slot, length - emitted.count + 1, valid)
     found, kv = model.draft(params, tokens, hidden.reshape(count * rows, -1), context, state.gdn, state.kv)
     last = found.reshape(count, rows, -1)[jnp.arange(count), jnp.maximum(emitted.count - 1, 0)]
+    room = jnp.where(active & ~emitted.done, _room_for_drafts(state, slot, length), 0)
     drafts, outputs = jnp.zeros((count, 0), jnp.int32), []
     for depth in range(options.num_drafts):
         if depth:
-            context = decode_context(pools, slot, length + depth, active[:, None])
+            context = decode_context(pools, slot, length + depth, (depth < room)[:, None])
             last, kv = model.draft(params, drafts[:, -1], last, context, state.gdn, kv)
         outputs.append(last)
         sampler = _Sampler.of(model, options, state, slot, length + depth + 1, 1)
@@ -413,7 +421,7 @@ def _commit(state, drawn: _Drawn, slot, length, active, prompt_logprobs) -> tupl
     """Writes progress back to the slots and packs what the host is told. `length` is that behind the tokens fed."""
     slots = state.slots
     last = jnp.take_along_axis(drawn.tokens, jnp.maximum(drawn.count - 1, 0)[:, None], axis=1)[:, 0]
-    stopped = jnp.any(slots.stop_tokens[slot] == last[:, None], axis=1)
+    stopped = jnp.any(slots.stop_tokens[slot] == last[:, None], axis=1) | (last == NO_TOKEN)
     done = active & (stopped | (length + 1 >= slots.max_length[slot]))
     # Rows of a prompt that goes on have no token yet, but their length counts.
     table = dataclasses.replace(

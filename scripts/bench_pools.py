@@ -79,10 +79,10 @@ def decode_times(arguments, slots: int, blocks: int) -> tuple[float, float]:
             llm.step()
         times = []
         for _ in range(arguments.steps):
-            jax.block_until_ready(llm.engine.state)
+            jax.block_until_ready(llm.engine.runner.state)
             begin = time.perf_counter()
             llm.step()
-            jax.block_until_ready(llm.engine.state)
+            jax.block_until_ready(llm.engine.runner.state)
             times.append(time.perf_counter() - begin)
     times.sort()
     return times[len(times) // 2], times[0]

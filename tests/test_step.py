@@ -318,7 +318,7 @@ class Sealed:
         self.array.copy_to_host_async()
 
     def _refuse(self, *_, **__):
-        raise AssertionError("a value was read from the device outside Engine._read")
+        raise AssertionError("a value was read from the device outside Runner.read")
 
     __array__ = __bool__ = __int__ = __float__ = __index__ = __iter__ = __len__ = __getitem__ = _refuse
     __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __sub__ = __mul__ = __invert__ = __and__ = __or__ = _refuse
@@ -337,15 +337,15 @@ def unseal(tree):
 @pytest.fixture
 def sealed(warm, monkeypatch) -> LLM:
     """The engine with every array that a step returns sealed, and `_read` the only place that can open one."""
-    engine, steps, read = warm.engine, warm.engine.steps, warm.engine._read
+    engine, steps, read = warm.engine, warm.engine.runner.steps, warm.engine.runner.read
     while engine.has_work:
         engine.step()
 
     def through(function):
         return lambda *given: seal(function(*unseal(given)))
 
-    monkeypatch.setattr(engine, "state", seal(engine.state))
-    monkeypatch.setattr(engine, "_read", lambda turn: read(dataclasses.replace(turn, **_opened(turn))))
+    monkeypatch.setattr(engine.runner, "state", seal(engine.runner.state))
+    monkeypatch.setattr(engine.runner, "read", lambda turn: read(dataclasses.replace(turn, **_opened(turn))))
     replaced = dataclasses.replace(
         steps,
         admit=through(steps.admit),
@@ -354,11 +354,11 @@ def sealed(warm, monkeypatch) -> LLM:
         prefill=lambda options: through(steps.prefill(options)),
         decode=lambda options: through(steps.decode(options)),
     )
-    monkeypatch.setattr(engine, "steps", replaced)
+    monkeypatch.setattr(engine.runner, "steps", replaced)
     yield warm
-    state = unseal(engine.state)
+    state = unseal(engine.runner.state)
     monkeypatch.undo()
-    engine.state = state
+    engine.runner.state = state
 
 
 def _opened(turn) -> dict[str, Emitted | None]:
@@ -378,10 +378,10 @@ def test_engine_reads_the_device_in_one_place_once_a_turn(sealed):
 
 def test_read_outside_its_place_is_seen(sealed):
     """The seal holds: what the test above relies on."""
-    with pytest.raises(AssertionError, match=r"outside Engine\._read"):
-        np.asarray(sealed.engine.state.slots.length)
+    with pytest.raises(AssertionError, match=r"outside Runner\.read"):
+        np.asarray(sealed.engine.runner.state.slots.length)
     with pytest.raises((AssertionError, TypeError)):
-        jax.device_get(sealed.engine.state.slots.done)
+        jax.device_get(sealed.engine.runner.state.slots.done)
 
 
 @pytest.mark.parametrize("name", ["decode, full", "prefill, prompt_logprobs"])

@@ -16,6 +16,7 @@ SCRIPTS = (
     "bench_engine",
     "bench_kernels",
     "bench_pools",
+    "bench_scheduler",
     "bench_serving",
     "bench_start",
     "convert",

@@ -27,7 +27,8 @@ def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles, scales
         top, weight, total = carry
         blocks = lax.dynamic_slice_in_dim(table, i * per_page, per_page, axis=1)
         position = i * page + jnp.arange(page)
-        visible = position >= tiles.first
+        # Behind the table there are no keys, whatever position a query has.
+        visible = (position >= tiles.first) & (position < tiles.block_table.shape[1] * block_size)
         keep = visible & (position <= tiles.position[:, :, None])
         seen = (visible & (position <= jnp.max(tiles.position, axis=1)[:, None]))[:, :, None, None]
         k, v = (
