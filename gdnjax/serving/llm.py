@@ -289,17 +289,18 @@ class LLM:
                 # Between two turns of this loop another call may have moved the request on, or ended it.
                 if not request.finished:
                     self.engine.take_turn()
-                text, tokens = request.detokenizer.text, tuple(request.output_token_ids[shown_tokens:])
+                text = request.detokenizer.text_since(shown_text)
+                tokens = tuple(request.output_token_ids[shown_tokens:])
                 finished = request.finished
                 if not tokens and not finished:
                     continue
                 output = StreamOutput(
-                    text=text[shown_text:],
+                    text=text,
                     token_ids=tokens,
                     finish_reason=request.finish_reason,
                     output=group.output() if finished else None,
                 )
-                shown_text, shown_tokens = len(text), shown_tokens + len(tokens)
+                shown_text, shown_tokens = shown_text + len(text), shown_tokens + len(tokens)
                 yield output
         finally:
             self.engine.abort(request)

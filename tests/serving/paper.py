@@ -364,8 +364,9 @@ class Loop:
             self.harvest()
 
     def turn(self) -> Plan | None:
-        """One turn as the engine takes it: dispatch, then read the turn before."""
+        """One turn as the engine takes it: dispatch, then read the turn before, and take note of who has ended."""
         plan = self.dispatch()
+        self.scheduler.ended.clear()
         if self.in_flight and (plan is None or len(self.in_flight) > 1):
             self.harvest()
         return plan
