@@ -427,9 +427,9 @@ class EngineConfig:
       num_kv_blocks           KV blocks besides the null one; None: what memory allows, at most what as many requests
                               of max_model_len as there are slots can use.
       gpu_memory_utilization  share of the device's memory for weights, pools and workspace.
-      max_logit_rows          running requests that may use penalties, logit_bias, bad_words, allowed_token_ids or
-                              min_tokens at once (each holds vocabulary-sized rows); further ones wait.
-                              None: min(max_num_seqs, 16).
+      max_logit_rows          running requests that may use logit_bias, bad_words or allowed_token_ids at once (each
+                              holds a row of the vocabulary's size); further ones wait. None: min(max_num_seqs, 16).
+                              Penalties need none: there is a row of token counts for every running request.
     Numerics
       dtype                   "auto" (the checkpoint's), "float32" or "bfloat16": weights, activations and KV.
       ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".

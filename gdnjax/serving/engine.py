@@ -21,7 +21,7 @@ from gdnjax.batch import Emitted, Logprobs
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import Model
-from gdnjax.serving import packing
+from gdnjax.serving import packing, planning
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.outputs import Logprob
@@ -70,7 +70,9 @@ class Engine:
     ):
         self.model, self.params, self.mesh, self.config = model, params, mesh, config
         self.memory_plan, self.max_model_len, self.tokenizer = plan, max_model_len, tokenizer
-        self.scheduler = Scheduler(config, Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows))
+        self.scheduler = Scheduler(
+            config, Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows, plan.num_count_rows)
+        )
         self.metrics = Metrics()
         drafts = config.num_speculative_tokens
         self._controller = DraftController(drafts, config.decode_buckets) if config.adaptive_speculation else None
@@ -79,13 +81,7 @@ class Engine:
         self._in_flight: collections.deque[InFlight] = collections.deque()
         # A program that ends with a step in flight would tear the device down under it.
         weakref.finalize(self, _wait_for, self._in_flight)
-        self._plain = StepOptions(
-            state_layout=config.state_layout,
-            num_drafts=drafts,
-            acceptance=config.draft_acceptance,
-            forced_length=config.spec_acceptance_length,
-        )
-        self._full = _full_options(model, config, self._plain)
+        self._plain, self._full = planning.plain_options(config), planning.full_options(model, config)
         self._with_prompt = dataclasses.replace(self._full, prompt_logprobs=True)
         self.state = self._make_state()
         self.steps: Steps = build_steps(model, mesh, self._plain, params, self.state)
@@ -182,6 +178,8 @@ class Engine:
         if not admissions:
             return
         self.state = self._run(self._admit_call(admissions))
+        for call in self._count_calls([admission.request for admission in admissions]):
+            self.state = self._run(call)
         for admission in admissions:
             if admission.request.logit_row:
                 self.state = self._run(self._logit_row_call(admission.request))
@@ -194,6 +192,12 @@ class Engine:
     @property
     def _table_width(self) -> int:
         return self.state.slots.block_table.shape[1]
+
+    def _count_calls(self, requests: list[Request]) -> list[Call]:
+        """What fills the count rows of those that have one."""
+        with self.metrics.timed("pack"):
+            batches = packing.pack_counts(requests, rows=self.config.prefill_rows)
+        return [Call(self.steps.fill_counts, batch) for batch in batches]
 
     def _logit_row_call(self, request: Request | None) -> Call:
         width = self.state.logit_rows.bias.shape[1]
@@ -289,6 +293,7 @@ class Engine:
     def _warm_up(self) -> None:
         """Compiles every step, side by side, and runs each on padding, which changes nothing but what is null."""
         calls = {"admit": self._admit_call([]), "logit row": self._logit_row_call(None)}
+        calls["counts"] = Call(self.steps.fill_counts, packing.count_batch([], [], rows=self.config.prefill_rows))
         if self.config.enable_prefix_caching:
             calls["seal"] = self._seal_call([])
         for options in (self._full, self._with_prompt):
@@ -513,42 +518,3 @@ def _wait_for(turns: Iterable[InFlight]) -> None:
     """Returns when the device is through with these turns."""
     for turn in turns:
         jax.block_until_ready((turn.prefill, turn.decode))
-
-
-def step_workspace(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> int:
-    """Bytes of temporaries of the largest prefill step on one rank, from an abstract compile.
-
-    Pools are not among them: steps update those in place, so the smallest pools give the same answer, and the compile
-    comes from the persistent cache whatever memory is free.
-    """
-    geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
-    blocks = -(-max_model_len // config.block_size)
-    plan = MemoryPlan.of_counts(
-        geometry, num_slots=config.max_num_seqs, num_blocks=blocks, num_logit_rows=config.num_logit_rows
-    )
-    # The variant with prompt_logprobs holds logits of the prompt beside everything else.
-    drafts = StepOptions(state_layout=config.state_layout, num_drafts=config.num_speculative_tokens)
-    options = dataclasses.replace(_full_options(model, config, drafts), prompt_logprobs=True)
-    state = jax.eval_shape(lambda: empty_state(geometry, plan, config, max_model_len))
-    params, state = (_with_shardings(tree, mesh) for tree in (params, state))
-    batch = packing.pack_prefill(
-        [],
-        tokens=config.max_num_batched_tokens,
-        rows=config.prefill_rows,
-        table_width=blocks,
-        checkpoints=config.enable_prefix_caching,
-    )
-    prefill = build_steps(model, mesh, options, params, state).prefill(options)
-    return prefill.lower(params, state, batch).compile().memory_analysis().temp_size_in_bytes
-
-
-def _full_options(model: Model, config: EngineConfig, plain: StepOptions) -> StepOptions:
-    return dataclasses.replace(plain, full=True, max_logprobs=min(config.max_logprobs, model.vocab_size))
-
-
-def _with_shardings(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        tree,
-        sharding.shardings_of(tree, mesh),
-    )

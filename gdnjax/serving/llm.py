@@ -11,18 +11,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import psutil
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gdnjax import backend, checkpoint, memory, sharding
+from gdnjax import backend, checkpoint, sharding
 from gdnjax.assets import model_directory
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
-from gdnjax.serving.engine import Engine, step_workspace
+from gdnjax.serving.engine import Engine
 from gdnjax.serving.outputs import RequestOutput
+from gdnjax.serving.planning import plan_memory
 from gdnjax.serving.request import Request
 from gdnjax.serving.submission import Submission, Urgency, urgencies
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generation_defaults
@@ -92,7 +91,7 @@ class LLM:
         hybrid = build_model(model_config, dtype, config.tensor_parallel_size, mtp=mtp, backend=implementation)
         abstract = abstract_params(model_config, config.tensor_parallel_size, dtype, mtp=mtp)
         max_model_len = config.length_within(model_config.max_position_embeddings)
-        plan = _plan(hybrid, config, mesh, max_model_len, abstract)
+        plan = plan_memory(hybrid, config, mesh, max_model_len, abstract)
         reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
         defaults = load_generation_defaults(directory)
         params, self.load_report = checkpoint.load_params(directory, model_config, abstract, mesh, progress=use_tqdm)
@@ -126,7 +125,7 @@ class LLM:
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         model = model.on(backend.of_device(config.kernels, mesh.devices.flat[0]))
         length = config.length_within(max_model_len)
-        plan = _plan(model, config, mesh, length, params)
+        plan = plan_memory(model, config, mesh, length, params)
         llm = cls.__new__(cls)
         placed = jax.device_put(params, sharding.shardings_of(params, mesh))
         llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos_token_ids)
@@ -509,29 +508,6 @@ def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> Engin
     if unknown:
         raise ValueError(f"unknown engine options: {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     return EngineConfig(**kwargs)
-
-
-def _plan(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> memory.MemoryPlan:
-    """Divides the memory of one rank. `params` are the parameters or their shapes."""
-    geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
-    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) // model.tp
-    stats = mesh.devices.flat[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        limit, workspace = stats["bytes_limit"], 0
-        # Where blocks are given and nothing is to be compiled before it is used, neither is the largest step.
-        if config.warmup or config.num_kv_blocks is None:
-            workspace = step_workspace(model, config, mesh, max_model_len, params)
-    else:
-        # A CPU has no limit to stay under, only memory that happens to be free, so its workspace is not counted.
-        limit, workspace = psutil.virtual_memory().available // mesh.devices.size, 0
-    return memory.plan(
-        geometry,
-        config,
-        max_model_len=max_model_len,
-        budget_bytes=math.floor(limit * config.gpu_memory_utilization),
-        weight_bytes=weight_bytes,
-        workspace_bytes=workspace,
-    )
 
 
 def _read_tokenizer(named: str | pathlib.Path | None, directory: pathlib.Path) -> Tokenizer | None:

@@ -29,10 +29,10 @@ class Request:
     turn_start      prompt tokens before a chat's generation prompt, where the next turn of the chat parts; 0: no chat.
     order           its place in the queue, (place, arrival): what comes first is admitted first and preempted last.
 
-    While it runs it holds `slot`, `logit_row` and `blocks`, of which the first `num_shared` belong to the prefix cache,
-    up to `node`. `unpublished` are (position, slot) of checkpoints that the cache has not taken over yet; a request
-    that is `detached` found somebody else's blocks in the place of its own, and publishes when it ends. `marks` are
-    (position, slot) of checkpoints that decode steps are asked for and that have not been seen written yet.
+    While it runs it holds `slot`, `logit_row`, `count_row` and `blocks`, of which the first `num_shared` belong to the
+    prefix cache, up to `node`. `unpublished` are (position, slot) of checkpoints that the cache has not taken over yet;
+    a request that is `detached` found somebody else's blocks in the place of its own, and publishes when it ends.
+    `marks` are (position, slot) of checkpoints that decode steps are asked for and that have not been seen written yet.
 
     prefill_length  tokens to prefill: the prompt, and what it had produced when it was preempted.
     num_settled     tokens that the device has been fed, as far as the host knows: those of dispatched pieces and of
@@ -67,6 +67,7 @@ class Request:
     slot: int = 0
     blocks: list[int] = dataclasses.field(default_factory=list)
     logit_row: int = 0
+    count_row: int = 0
     num_shared: int = 0
     node: "Node | None" = None
     detached: bool = False

@@ -284,6 +284,8 @@ class Scheduler:
             return None
         if request.params.needs_logit_row:
             (request.logit_row,) = self.allocator.logit_rows.take(1) or [0]
+        if request.params.needs_counts:
+            (request.count_row,) = self.allocator.count_rows.take(1) or [0]
         self._count_hit(request, match)
         self.waiting.pop(0)
         request.status = Status.RUNNING
@@ -485,9 +487,11 @@ class Scheduler:
             self.allocator.slots.give([request.slot])
         if request.logit_row:
             self.allocator.logit_rows.give([request.logit_row])
+        if request.count_row:
+            self.allocator.count_rows.give([request.count_row])
         if request.node is not None:
             self.cache.unlock(request.node)
-        request.slot, request.logit_row, request.blocks, request.num_shared = 0, 0, [], 0
+        request.slot, request.logit_row, request.count_row, request.blocks, request.num_shared = 0, 0, 0, [], 0
         request.node, request.detached, request.unpublished, request.wanted = None, False, [], ()
         request.marks, request.next_mark = [], 0
         request.num_settled = request.num_ahead = request.num_steps = request.num_folded = 0
@@ -628,6 +632,7 @@ class Scheduler:
         self.allocator.blocks.check_integrity(blocks)
         self.allocator.slots.check_integrity(slots)
         self.allocator.logit_rows.check_integrity([r.logit_row for r in self.running if r.logit_row])
+        self.allocator.count_rows.check_integrity([r.count_row for r in self.running if r.count_row])
         for queue in (self.waiting, self.running):
             assert [_order(r) for r in queue] == sorted(_order(r) for r in queue), "a queue is out of order"
 
