@@ -25,9 +25,9 @@ RADIX_BITS = 4
 """Bits of a threshold found in one pass over the logits: 8 passes of 15 candidates find all 32."""
 
 
-GROUP_ROWS = 16
-"""Rows of logits that are sampled from at once: what is made of them on the way, several times their own size, does not
-grow with the batch, and on a GPU stays in its cache.
+GROUP_ROWS, MOST_GROUPS = 16, 16
+"""Rows of logits that are sampled from at once, and more where there would be more groups than this: what is made of
+them on the way, several times their own size, stays small beside all of them.
 """
 
 CPU_GROUP_ROWS = 4
@@ -72,10 +72,9 @@ class Vocab:
     tp: int
     backend: Backend = REFERENCE
 
-    @property
-    def group_rows(self) -> int:
-        """Rows of logits that are sampled from at once."""
-        return CPU_GROUP_ROWS if self.backend.is_reference else GROUP_ROWS
+    def group_of(self, rows: int) -> int:
+        """Of so many rows of logits those that are sampled from at once."""
+        return CPU_GROUP_ROWS if self.backend.is_reference else max(GROUP_ROWS, -(-rows // MOST_GROUPS))
 
     def offset(self, width: int) -> Array | int:
         """The first token of this rank, whose part is `width` wide."""

@@ -295,7 +295,7 @@ def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> 
     def logprobs(group):
         return sampling.logprobs(*group, options.max_logprobs, sampler.vocab)
 
-    found = in_groups(logprobs, (logits, tokens.reshape(-1)), count * rows, sampler.vocab.group_rows)
+    found = in_groups(logprobs, (logits, tokens.reshape(-1)), count * rows, sampler.vocab.group_of(count * rows))
     slots = state.slots
     return _Drawn(
         tokens=tokens,
@@ -325,7 +325,7 @@ def _reject(model, options, params, state, slot, first, logits, drafts, valid) -
         return speculative.accept_rejection(p, q, drafts, valid, target.draw, vocab)
 
     requests = (slot, first, logits, model.logits(params, hidden), drafts, valid)
-    return in_groups(some_requests, requests, count, max(1, vocab.group_rows // (1 + k)))
+    return in_groups(some_requests, requests, count, max(1, vocab.group_of(logits.shape[0]) // (1 + k)))
 
 
 def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
@@ -410,7 +410,7 @@ class _Sampler:
             return sampling.choose(some.scores(logits, produced), some.draw, self.vocab, stream)
 
         rows = (logits, self.slot, self.position, produced)
-        return in_groups(some_rows, rows, logits.shape[0], self.vocab.group_rows)
+        return in_groups(some_rows, rows, logits.shape[0], self.vocab.group_of(logits.shape[0]))
 
 
 def _produced(drafts: Array) -> Array:
