@@ -293,7 +293,8 @@ def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> 
         return _Drawn(tokens, kept, drafted, None, state.logit_rows, state.token_counts)
 
     def logprobs(group):
-        return sampling.logprobs(*group, options.max_logprobs, sampler.vocab)
+        logits, chosen = group
+        return sampling.logprobs(logits, chosen, options.max_logprobs, sampler.vocab)
 
     found = in_groups(logprobs, (logits, tokens.reshape(-1)), count * rows, sampler.vocab.group_of(count * rows))
     slots = state.slots

@@ -20,6 +20,8 @@ EXAMPLES = """\
 examples:
   python scripts/measure_workspace.py --rows 8 --drafts 0
   python scripts/measure_workspace.py --arch gfx942 --rows 128 256 --drafts 0 3 --acceptance shared_noise rejection
+
+Exit status: 0 done, 2 an error.
 """
 
 MIB = 1 << 20
