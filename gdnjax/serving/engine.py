@@ -196,7 +196,7 @@ class Engine:
     def _count_calls(self, requests: list[Request]) -> list[Call]:
         """What fills the count rows of those that have one."""
         with self.metrics.timed("pack"):
-            batches = packing.pack_counts(requests, rows=self.config.prefill_rows)
+            batches = packing.pack_counts(requests, self.model.vocab_size, rows=self.config.prefill_rows)
         return [Call(self.steps.fill_counts, batch) for batch in batches]
 
     def _logit_row_call(self, request: Request | None) -> Call:

@@ -62,12 +62,12 @@ def pack_admissions(admissions: Sequence[Admission], *, rows: int, table_width: 
     )
 
 
-def pack_counts(requests: Sequence[Request], *, rows: int) -> list[CountBatch]:
+def pack_counts(requests: Sequence[Request], vocab_size: int, *, rows: int) -> list[CountBatch]:
     """What fills the count rows of those that have one: up to `rows` of them, each counted from its tokens."""
     counted = [request for request in requests if request.count_row]
     if not counted:
         return []
-    found = [_token_counts(request) for request in counted]
+    found = [_token_counts(request, vocab_size) for request in counted]
     row = np.concatenate(
         [np.full(len(tokens), request.count_row) for request, (tokens, _) in zip(counted, found, strict=True)]
     )
@@ -90,17 +90,17 @@ def count_batch(emptied: Sequence[int], entries: Sequence[np.ndarray], *, rows: 
     return CountBatch(out, *fields)
 
 
-def _token_counts(request: Request) -> tuple[np.ndarray, np.ndarray]:
+def _token_counts(request: Request, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """The distinct tokens of a request, and what ServeState.token_counts has of each. One that was preempted has
     produced some already.
     """
-    prompt = np.unique(np.array(request.prompt_token_ids, np.int32))
-    produced, times = np.unique(np.array(request.output_token_ids, np.int32), return_counts=True)
-    tokens = np.union1d(prompt, produced)
-    value = np.zeros(len(tokens), np.uint16)
-    value[np.searchsorted(tokens, prompt)] = IN_PROMPT
-    value[np.searchsorted(tokens, produced)] += np.minimum(times, MOST_COUNTED).astype(np.uint16)
-    return tokens, value
+    entry = np.zeros(vocab_size, np.uint16)
+    entry[request.prompt_token_ids] = IN_PROMPT
+    if request.output_token_ids:
+        times = np.bincount(request.output_token_ids, minlength=vocab_size)
+        entry |= np.minimum(times, MOST_COUNTED).astype(np.uint16)
+    tokens = np.flatnonzero(entry)
+    return tokens, entry[tokens]
 
 
 def pack_logit_row(request: Request | None, vocab_size: int, padded_vocab_size: int) -> LogitRowBatch:

@@ -163,7 +163,7 @@ def _steps(arch: str, devices, preset: str, ranks: int, drafts: int, large: bool
     model = build_model(config, "bfloat16", ranks, mtp=drafts > 0, backend=Backend("pallas", arch))
     geometry = model.geometry(engine.block_size, engine.ssm_dtype).speculating(engine)
     slots, blocks = _large_counts(geometry) if large else (SLOTS, BLOCKS)
-    plan = MemoryPlan.of_counts(geometry, num_slots=slots, num_blocks=blocks, num_logit_rows=8)
+    plan = MemoryPlan.of_counts(geometry, num_slots=slots, num_blocks=blocks, num_logit_rows=8, num_count_rows=32)
     state = with_shardings(jax.eval_shape(lambda: empty_state(geometry, plan, engine, MAX_MODEL_LEN)), mesh)
     params = with_shardings(abstract_params(config, ranks, "bfloat16", mtp=drafts > 0), mesh)
     options = StepOptions(state_layout=engine.state_layout, num_drafts=drafts)

@@ -217,7 +217,7 @@ def test_counts_of_a_request_are_those_of_its_tokens(length):
     for request in (fresh, resumed):
         request.prompt_token_ids = numbers.integers(0, 9000, length).tolist()
     resumed.output_token_ids = [*numbers.integers(0, 9000, 2 * length).tolist(), *[5] * (MOST_COUNTED + 9)]
-    batches = packing.pack_counts([fresh, other, resumed], rows=4)
+    batches = packing.pack_counts([fresh, other, resumed], 9000, rows=4)
     assert (len(batches) > 5) == (length > 3)
     table = counts_after(batches, 5, 9000)
     assert (table[[1, 4]] == 77).all()
@@ -229,7 +229,7 @@ def test_counts_of_a_request_are_those_of_its_tokens(length):
 
 
 def test_nobody_with_penalties_needs_no_step():
-    assert packing.pack_counts([make_request(5), make_request(5, logit_bias={1: 2.0})], rows=4) == []
+    assert packing.pack_counts([make_request(5), make_request(5, logit_bias={1: 2.0})], 300, rows=4) == []
 
 
 @pytest.mark.parametrize("drafts", [False, True])
