@@ -99,7 +99,7 @@ def _token_counts(request: Request, vocab_size: int) -> tuple[np.ndarray, np.nda
     if request.output_token_ids:
         times = np.bincount(request.output_token_ids, minlength=vocab_size)
         entry |= np.minimum(times, MOST_COUNTED).astype(np.uint16)
-    tokens = np.flatnonzero(entry)
+    tokens = np.flatnonzero(entry != 0)
     return tokens, entry[tokens]
 
 
