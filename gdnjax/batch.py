@@ -32,6 +32,10 @@ class AdmitBatch:
     top_p: Leaf  # [r] float32
     min_p: Leaf  # [r] float32
     seed: Leaf  # [r, 2] uint32
+    repetition: Leaf  # [r] float32
+    frequency: Leaf  # [r] float32
+    presence: Leaf  # [r] float32
+    count_row: Leaf  # [r] int32
     logit_row: Leaf  # [r] int32
     copy_from: Leaf = None  # [r] int32 blocks, or None: nothing is copied
     copy_to: Leaf = None  # [r] int32 blocks
@@ -43,14 +47,22 @@ class LogitRowBatch:
     """One request's logit row, filled before its first step; see LogitRows."""
 
     row: Leaf  # [] int32
-    in_prompt: Leaf  # [V] bool
-    counts: Leaf  # [V] int32: tokens produced before this admission; zeros for a new request
-    recent: Leaf  # [MAX_BAD_WORD_TOKENS - 1] int32: the last of them, newest last
+    recent: Leaf  # [MAX_BAD_WORD_TOKENS - 1] int32: the last tokens produced before this admission, newest last
     bias: Leaf  # [V] float32
-    repetition: Leaf  # [] float32
-    frequency: Leaf  # [] float32
-    presence: Leaf  # [] float32
     bad_words: Leaf  # [MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CountBatch:
+    """Tokens that requests with penalties bring along: entries of ServeState.token_counts, in rows that are emptied
+    first. An entry is given once; padding has NO_TOKEN.
+    """
+
+    emptied: Leaf  # [r] int32: rows that are handed out; 0 = none
+    row: Leaf  # [f] int32
+    token: Leaf  # [f] int32
+    value: Leaf  # [f] uint16
 
 
 @jax.tree_util.register_dataclass

@@ -566,10 +566,10 @@ class EngineConfig:
       block_size              tokens in a KV block.
       num_kv_blocks           KV blocks besides the null one; None: what memory allows, at most what as many requests
                               of max_model_len as there are slots can use.
-      gpu_memory_utilization  share of the device's memory for weights, pools and workspace.
-      max_logit_rows          running requests that may use penalties, logit_bias, bad_words, allowed_token_ids or
-                              min_tokens at once (each holds vocabulary-sized rows); further ones wait.
-                              None: min(max_num_seqs, 16).
+      gpu_memory_utilization  share of the device's memory that is left for weights, pools and workspace.
+      max_logit_rows          running requests that may use logit_bias, bad_words or allowed_token_ids at once (each
+                              holds a row of the vocabulary's size); further ones wait. None: min(max_num_seqs, 16).
+                              Penalties need none: there is a row of token counts for every running request.
       max_num_prefill_seqs    prompts that may share a prefill step of the largest bucket. None: 8, and one for each 64
                               tokens of the bucket, as in the others; never more than max_num_seqs. A step draws behind
                               as many prompts as it has rows for, and beyond the default each costs a chunk, too,

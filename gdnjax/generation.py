@@ -260,5 +260,9 @@ def _admission(state, max_length, sampling: SamplingParams, stop_token_ids, seed
         top_p=every_row(sampling.top_p, jnp.float32),
         min_p=every_row(sampling.min_p, jnp.float32),
         seed=seeds,
+        repetition=every_row(1, jnp.float32),
+        frequency=every_row(0, jnp.float32),
+        presence=every_row(0, jnp.float32),
+        count_row=every_row(0, jnp.int32),
         logit_row=every_row(0, jnp.int32),
     )

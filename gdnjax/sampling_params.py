@@ -142,22 +142,21 @@ class SamplingParams:
 
     @property
     def needs_logit_row(self) -> bool:
-        """Whether this request needs vocabulary-sized rows on the device: penalties, bias, bans or min_tokens."""
-        return bool(
-            self.repetition_penalty != 1.0
-            or self.frequency_penalty
-            or self.presence_penalty
-            or self.logit_bias
-            or self.bad_words
-            or self.allowed_token_ids is not None
-            or self.min_tokens
-        )
+        """Whether this request needs a row of bias and bans on the device, of which there are few."""
+        return bool(self.logit_bias or self.bad_words or self.allowed_token_ids is not None)
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether this request has penalties, for which its tokens are counted on the device."""
+        return bool(self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty)
 
     @property
     def needs_full_sampler(self) -> bool:
         """Whether the plain sampler (greedy, temperature, min_p) is not enough."""
         return bool(
             self.needs_logit_row
+            or self.needs_counts
+            or self.min_tokens
             or (self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0))
             or self.logprobs is not None
         )

@@ -1,5 +1,5 @@
-"""The steps: admit, fill a logit row, prefill, decode, seal. Pure: `(params, ServeState, batch) -> (ServeState,
-Emitted)`, those without a model without params, those that draw nothing without Emitted.
+"""The steps: admit, fill token counts, fill a logit row, prefill, decode, seal. Pure: `(params, ServeState, batch) ->
+(ServeState, Emitted)`, those without a model without params, those that draw nothing without Emitted.
 
 A decode step that speculates verifies the drafts of the step before and makes the next ones, so that nothing is read
 back in between. What it accepts is pending: the next step folds it into the recurrent state (see GDNState).
@@ -18,11 +18,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from gdnjax import sampling, sharding, speculative
-from gdnjax.batch import AdmitBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch, SealBatch
+from gdnjax.batch import AdmitBatch, CountBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch, SealBatch
 from gdnjax.models import Model
 from gdnjax.models.context import Pools, decode_context, fold_context, prefill_context
 from gdnjax.pallas_kernels.pools import read_rows, write_rows
-from gdnjax.sampling import Draw, Vocab
+from gdnjax.sampling import Change, Draw, Vocab, in_groups
 from gdnjax.shapes import Array, Params
 from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN, NULL_SLOT, LogitRows, ServeState
 
@@ -84,10 +84,15 @@ def admit(state: ServeState, batch: AdmitBatch, options: StepOptions) -> ServeSt
 
 
 def fill_logit_row(state: ServeState, batch: LogitRowBatch) -> ServeState:
-    """Hands a logit row to a request. `in_prompt`, `counts` and `bias` are this rank's part of the vocabulary."""
+    """Hands a logit row to a request. `bias` is this rank's part of the vocabulary."""
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "row"}
     rows = {name: getattr(state.logit_rows, name).at[batch.row].set(value) for name, value in values.items()}
     return dataclasses.replace(state, logit_rows=LogitRows(**rows))
+
+
+def fill_counts(state: ServeState, batch: CountBatch, vocab: Vocab) -> ServeState:
+    """Hands count rows to requests, with the tokens that they bring along."""
+    return dataclasses.replace(state, token_counts=sampling.fill_counts(state.token_counts, batch, vocab))
 
 
 def prefill(
@@ -265,6 +270,7 @@ class _Drawn:
     drafted: Array
     logprobs: Logprobs | None
     logit_rows: LogitRows
+    token_counts: Array
 
 
 def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> _Drawn:
@@ -274,21 +280,16 @@ def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> 
     count, rows = valid.shape
     sampler = _Sampler.of(model, options, state, slot, first, rows)
     logits = model.logits(params, hidden.reshape(count * rows, -1))
-    scores = sampler.scores(logits, _produced(drafts) if rows > 1 else None)
-    tokens = sampler.tokens(logits, scores).reshape(count, rows)
-    accepted = jnp.zeros((count,), jnp.int32)
+    produced = _produced(drafts) if rows > 1 else None
     num_drafts = jnp.sum(valid[:, 1:], axis=1, dtype=jnp.int32)
-    if rows > 1:
-        if options.forced_length is not None:
+    if rows > 1 and options.acceptance == "rejection" and options.forced_length is None:
+        tokens, accepted = _reject(model, options, params, state, slot, first, logits, drafts, num_drafts)
+    else:
+        tokens, accepted = sampler.tokens(logits, produced).reshape(count, rows), jnp.zeros((count,), jnp.int32)
+        if rows > 1 and options.forced_length is not None:
             length = options.forced_length
             tokens, accepted = speculative.accept_forced(drafts, tokens, num_drafts, length, sampler.draw)
-        elif options.acceptance == "rejection":
-            target = scores.reshape(count, rows, -1)
-            proposed = _draft_scores(model, options, params, state, slot, first, drafts)
-            tokens, accepted = speculative.accept_rejection(
-                target, proposed, drafts, num_drafts, sampler.draw, sampler.vocab
-            )
-        else:
+        elif rows > 1:
             accepted = speculative.accept_shared(drafts, tokens, num_drafts)
     # A stop token ends what counts, and so does the lack of any token that may be drawn.
     stops = jnp.any(state.slots.stop_tokens[slot][:, None] == tokens[:, :, None], axis=-1) | (tokens == NO_TOKEN)
@@ -296,24 +297,43 @@ def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> 
     kept = jnp.where(valid[:, 0], jnp.minimum(accepted, stop) + 1, 0).astype(jnp.int32)
     drafted = jnp.where(stop < accepted, kept - 1, num_drafts)
     if not options.full:
-        return _Drawn(tokens, kept, drafted, None, state.logit_rows)
-    found = sampling.logprobs(logits, tokens.reshape(-1), options.max_logprobs, sampler.vocab)
+        return _Drawn(tokens, kept, drafted, None, state.logit_rows, state.token_counts)
+
+    def logprobs(group):
+        logits, chosen = group
+        return sampling.logprobs(logits, chosen, options.max_logprobs, sampler.vocab)
+
+    found = in_groups(logprobs, (logits, tokens.reshape(-1)), count * rows, sampler.vocab.group_of(count * rows))
+    slots = state.slots
     return _Drawn(
         tokens=tokens,
         count=kept,
         drafted=drafted,
         logprobs=jax.tree.map(lambda x: x.reshape(count, rows, *x.shape[1:]), found),
-        logit_rows=sampling.count_tokens(state.logit_rows, state.slots.logit_row[slot], tokens, kept, sampler.vocab),
+        logit_rows=sampling.remember_tokens(state.logit_rows, slots.logit_row[slot], tokens, kept),
+        token_counts=sampling.count_tokens(state.token_counts, slots.count_row[slot], tokens, kept, sampler.vocab),
     )
 
 
-def _draft_scores(model, options, params, state, slot, first, drafts) -> Array:
-    """The scores [n, k, V] that drafts were drawn by, made again from the head's hidden states, which are small."""
+def _reject(model, options, params, state, slot, first, logits, drafts, valid) -> tuple[Array, Array]:
+    """Tokens [n, T], and how many drafts are kept, by rejection, some requests at a time. Beside the target's `logits`
+    [n * T, V] it holds those of the drafts, made again from the head's hidden states, which are small.
+    """
     count, k = drafts.shape
-    drafter = _Sampler.of(model, options, state, slot, first, k)
     hidden = read_rows(state.slots.draft_hidden, slot, slice(k)).reshape(count * k, -1)
-    scores = drafter.scores(model.logits(params, hidden), _produced(drafts[:, :-1]) if k > 1 else None)
-    return scores.reshape(count, k, -1)
+    vocab = _vocab_of(model)
+
+    def some_requests(group):
+        slot, first, logits, proposed, drafts, valid = group
+        target = _Sampler.of(model, options, state, slot, first, 1 + k)
+        drafter = _Sampler.of(model, options, state, slot, first, k)
+        p = target.scores(logits, _produced(drafts))
+        q = drafter.scores(proposed, _produced(drafts[:, :-1]) if k > 1 else None)
+        p, q = (scores.reshape(slot.shape[0], -1, scores.shape[1]) for scores in (p, q))
+        return speculative.accept_rejection(p, q, drafts, valid, target.draw, vocab)
+
+    requests = (slot, first, logits, model.logits(params, hidden), drafts, valid)
+    return in_groups(some_requests, requests, count, max(1, vocab.group_of(logits.shape[0]) // (1 + k)))
 
 
 def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
@@ -342,7 +362,7 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
         outputs.append(last)
         sampler = _Sampler.of(model, options, state, slot, length + depth + 1, 1)
         logits = model.logits(params, last)
-        draft = sampler.tokens(logits, sampler.scores(logits, drafts if depth else None), options.draft_stream)
+        draft = sampler.tokens(logits, drafts if depth else None, options.draft_stream)
         drafts = jnp.concatenate([drafts, draft[:, None]], axis=1)
     # Others than those that have drawn a token keep what they have.
     write = jnp.where(active, slot, NULL_SLOT)
@@ -369,7 +389,7 @@ class _Sampler:
     def of(cls, model, options, state, slot, first, rows) -> "_Sampler":
         """`rows` tokens of each slot, from position `first` on."""
         position = (first[:, None] + jnp.arange(rows, dtype=jnp.int32)).reshape(-1)
-        vocab = Vocab(size=model.vocab_size, tp=model.tp, backend=model.backend)
+        vocab = _vocab_of(model)
         return cls(options, state, vocab, jnp.repeat(slot, rows), position)
 
     @property
@@ -380,19 +400,27 @@ class _Sampler:
         """What they are drawn by. `produced` [t, j] counts as produced, for penalties and bad words."""
         if not self.options.full:
             return sampling.scores(logits, self.draw, self.vocab, full=False)
-        slots = self.state.slots
+        state, slots = self.state, self.state.slots
         # Below its minimum a request may not end, so what would end it may not be drawn.
         early = self.position < slots.min_length[self.slot]
         banned = jnp.where(early[:, None], slots.stop_tokens[self.slot], NO_TOKEN)
-        row = slots.logit_row[self.slot]
-        logits = sampling.adjust(logits, self.state.logit_rows, row, banned, self.vocab, produced)
+        change = Change.of_slots(slots, self.slot, banned, produced)
+        logits = sampling.adjust(logits, state.logit_rows, state.token_counts, change, self.vocab)
         return sampling.scores(logits, self.draw, self.vocab, full=True)
 
-    def tokens(self, logits: Array, scores: Array, stream: int = 0) -> Array:
+    def tokens(self, logits: Array, produced: Array | None = None, stream: int = 0) -> Array:
         """Tokens drawn from logits, by their scores, with the noise of a stream."""
-        if self.options.full:
-            return sampling.choose(scores, self.draw, self.vocab, stream)
-        return sampling.draw_plain(logits, self.draw, self.vocab, stream)
+        if not self.options.full and not self.vocab.backend.is_reference:
+            # One pass over the logits that holds nothing beside them.
+            return sampling.draw_plain(logits, self.draw, self.vocab, stream)
+
+        def some_rows(rows):
+            logits, slot, position, produced = rows
+            some = dataclasses.replace(self, slot=slot, position=position)
+            return sampling.choose(some.scores(logits, produced), some.draw, self.vocab, stream)
+
+        rows = (logits, self.slot, self.position, produced)
+        return in_groups(some_rows, rows, logits.shape[0], self.vocab.group_of(logits.shape[0]))
 
 
 def _produced(drafts: Array) -> Array:
@@ -402,19 +430,19 @@ def _produced(drafts: Array) -> Array:
     return jnp.where(before, drafts[:, None], NO_TOKEN).reshape(count * (most + 1), most)
 
 
+def _vocab_of(model: Model) -> Vocab:
+    return Vocab(size=model.vocab_size, tp=model.tp, backend=model.backend)
+
+
 def _prompt_logprobs(model, options, params, hidden, target) -> Logprobs:
     """Log-probabilities of each packed token's successor, a few positions at a time."""
-    vocab = Vocab(size=model.vocab_size, tp=model.tp, backend=model.backend)
+    vocab = _vocab_of(model)
 
     def some_rows(rows):
         hidden, target = rows
         return sampling.logprobs(model.logits(params, hidden), jnp.maximum(target, 0), options.max_logprobs, vocab)
 
-    def split(x):
-        return x.reshape(-1, min(PROMPT_LOGPROB_ROWS, x.shape[0]), *x.shape[1:])
-
-    found = lax.map(some_rows, (split(hidden), split(target)))
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
+    return in_groups(some_rows, (hidden, target), hidden.shape[0], PROMPT_LOGPROB_ROWS)
 
 
 def _commit(state, drawn: _Drawn, slot, length, active, prompt_logprobs) -> tuple[ServeState, Emitted]:
@@ -439,7 +467,8 @@ def _commit(state, drawn: _Drawn, slot, length, active, prompt_logprobs) -> tupl
         logprobs=drawn.logprobs,
         prompt_logprobs=prompt_logprobs,
     )
-    return dataclasses.replace(state, slots=table, logit_rows=drawn.logit_rows), emitted
+    counted = {"logit_rows": drawn.logit_rows, "token_counts": drawn.token_counts}
+    return dataclasses.replace(state, slots=table, **counted), emitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,6 +476,7 @@ class Steps:
     """The jitted steps of one engine. Each donates the state it is given."""
 
     admit: Callable[[ServeState, AdmitBatch], ServeState]
+    fill_counts: Callable[[ServeState, CountBatch], ServeState]
     fill_logit_row: Callable[[ServeState, LogitRowBatch], ServeState]
     prefill: Callable[[StepOptions], Any]  # jitted (params, state, PrefillBatch) -> (state, Emitted)
     decode: Callable[[StepOptions], Any]  # jitted (params, state, DecodeBatch) -> (state, Emitted)
@@ -464,9 +494,9 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
     state_out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs)
     whole = NamedSharding(mesh, replicated)
     row_specs = LogitRowBatch(
-        **{f.name: replicated for f in dataclasses.fields(LogitRowBatch)}
-        | {name: sharding.P(sharding.AXIS) for name in ("in_prompt", "counts", "bias")}
+        **{f.name: replicated for f in dataclasses.fields(LogitRowBatch)} | {"bias": sharding.P(sharding.AXIS)}
     )
+    vocab = _vocab_of(model)
 
     traces: list[None] = []
 
@@ -496,6 +526,7 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
 
     return Steps(
         admit=over_state(functools.partial(admit, options=options), replicated),
+        fill_counts=over_state(functools.partial(fill_counts, vocab=vocab), replicated),
         fill_logit_row=over_state(fill_logit_row, row_specs),
         prefill=functools.partial(over_model, prefill),
         decode=functools.partial(over_model, decode),

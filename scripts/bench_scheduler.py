@@ -90,7 +90,7 @@ def make_scheduler(
     config = WideConfig(
         max_num_seqs=seqs, max_num_batched_tokens=tokens, block_size=BLOCK, num_speculative_tokens=drafts
     )
-    return Scheduler(config, Allocator(seqs + checkpoints, blocks, rows))
+    return Scheduler(config, Allocator(seqs + checkpoints, blocks, rows, seqs))
 
 
 def make_request(prompt: list[int], max_tokens: int, *, deadline: float | None = None, **params: Any) -> Request:

@@ -118,13 +118,16 @@ def test_forks_on_two_ranks_equal_the_oracle(ledger):
     assert_equal_on_all_ranks(ledger.state.slots.hidden)
 
 
-def test_counts_of_a_logit_row_go_to_the_ranks_of_their_tokens(ledger):
-    vocab = ledger.state.logit_rows.counts.shape[1]
-    counts = np.arange(vocab, dtype=np.int32)
-    batch = dataclasses.replace(packing.pack_logit_row(None, 61, vocab), row=np.int32(1), counts=counts)
+def test_rows_of_the_vocabulary_go_to_the_ranks_of_their_tokens(ledger):
+    rows, tokens = ledger.state.token_counts.shape
+    bias, counts = np.arange(tokens, dtype=np.float32), np.arange(1, 62, dtype=np.uint16)
+    batch = dataclasses.replace(packing.pack_logit_row(None, 61, tokens), row=np.int32(1), bias=bias)
     ledger.state = ledger.steps.fill_logit_row(ledger.state, batch)
-    found = [part[1] for part in rank_values(ledger.state.logit_rows.counts)]
-    np.testing.assert_array_equal(found, np.split(counts, 2))
+    np.testing.assert_array_equal([part[1] for part in rank_values(ledger.state.logit_rows.bias)], np.split(bias, 2))
+    entries = (np.full(61, rows - 1), np.arange(61), counts)
+    ledger.state = ledger.steps.fill_counts(ledger.state, packing.count_batch([rows - 1], entries, rows=2))
+    found = [part[rows - 1] for part in rank_values(ledger.state.token_counts)]
+    np.testing.assert_array_equal(found, np.split(np.pad(counts, (0, tokens - 61)), 2))
 
 
 def rank_values(array: jax.Array) -> list[np.ndarray]:

@@ -14,8 +14,8 @@ from gdnjax.batch import Emitted
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import engine_geometry
 from gdnjax.serving import packing
-from gdnjax.serving.engine import step_workspace
 from gdnjax.serving.plan import max_growth
+from gdnjax.serving.planning import step_workspace
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.sharding import make_mesh
 from gdnjax.state import check_state, empty_state
@@ -32,6 +32,7 @@ REJECTION = dataclasses.replace(FULL_DRAFTS, acceptance="rejection")
 STEPS = {
     "admit": ("admit", PLAIN),
     "fill a logit row": ("fill_logit_row", PLAIN),
+    "fill counts": ("fill_counts", PLAIN),
     "seal": ("seal", PLAIN),
     "decode, plain": ("decode", PLAIN),
     "decode, full": ("decode", FULL),
@@ -78,7 +79,9 @@ def abstract_state(options: StepOptions, num_slots: int, num_blocks: int, dtype:
     """Shapes only: pools of any size cost nothing. The states are of the model's dtype, too."""
     config = dataclasses.replace(config_of(options), ssm_dtype=dtype)
     geometry = engine_geometry(model_of(options, dtype), config)
-    plan = MemoryPlan.of_counts(geometry, num_slots=num_slots, num_blocks=num_blocks, num_logit_rows=4)
+    plan = MemoryPlan.of_counts(
+        geometry, num_slots=num_slots, num_blocks=num_blocks, num_logit_rows=4, num_count_rows=4
+    )
     return jax.eval_shape(lambda: empty_state(geometry, plan, config, MAX_MODEL_LEN))
 
 
@@ -91,6 +94,8 @@ def batch_of(name: str, state, rows: int = 4):
             return packing.pack_admissions([], **sizes)
         case "fill_logit_row":
             return packing.pack_logit_row(None, MICRO.vocab_size, state.logit_rows.bias.shape[1])
+        case "fill_counts":
+            return packing.count_batch([], [], rows=CONFIG.prefill_rows)
         case "seal":
             return packing.pack_seals([], rows=rows)
         case "decode":
@@ -151,7 +156,11 @@ def pool_sized(text: str) -> set[str]:
 def test_planned_workspace_holds_every_step(options):
     """It is estimated with other pools, which may move it by the few percent that they may move any step."""
     workspace = step_workspace(model_of(options), config_of(options), make_mesh(1), MAX_MODEL_LEN, params_of(options))
-    names = [name for name, (_, others) in STEPS.items() if others.num_drafts == options.num_drafts]
+    names = [
+        name
+        for name, (_, others) in STEPS.items()
+        if (others.num_drafts, others.acceptance) == (options.num_drafts, options.acceptance)
+    ]
     needed = [compiled(name).memory_analysis().temp_size_in_bytes for name in names]
     assert 0.95 * max(needed) <= workspace <= 1.05 * max(needed)
 
@@ -220,15 +229,16 @@ def test_state_takes_the_bytes_of_the_memory_plan(options):
     """Of all that grows with slots, blocks and vocabulary; the scalars of a slot are not in the plan."""
     config = config_of(options)
     geometry = model_of(options).geometry(config.block_size, config.ssm_dtype).speculating(config)
-    plan = MemoryPlan.of_counts(geometry, num_slots=7, num_blocks=13, num_logit_rows=4)
+    plan = MemoryPlan.of_counts(geometry, num_slots=7, num_blocks=13, num_logit_rows=4, num_count_rows=5)
     state = jax.eval_shape(lambda: empty_state(geometry, plan, config, MAX_MODEL_LEN))
     check_state(state)
     rows, slots = state.logit_rows, state.slots
     assert num_bytes((state.gdn.ssm, state.gdn.conv, state.gdn.pending_ab)) == plan.state_bytes
     assert num_bytes((slots.hidden, slots.pending_hidden, slots.draft_hidden)) == plan.hidden_bytes
     assert num_bytes(state.kv) == plan.kv_bytes
-    assert num_bytes((rows.counts, rows.bias, rows.in_prompt)) == plan.logit_row_bytes
-    others = num_bytes(state) - plan.state_bytes - plan.hidden_bytes - plan.kv_bytes - plan.logit_row_bytes
+    assert num_bytes(rows.bias) == plan.logit_row_bytes
+    assert num_bytes(state.token_counts) == plan.count_row_bytes
+    others = num_bytes(state) - plan.total_bytes
     assert others < 4096 * (plan.num_slots + 1 + plan.num_logit_rows + 1)
 
 
@@ -305,6 +315,28 @@ def test_mixed_run_compiles_nothing_after_warm_up(warm, backend_compilations):
     assert backend_compilations == []
 
 
+def test_penalties_are_those_of_a_run_without_drafts(warm):
+    """Of all that run at once, and of every kind: what a draft may become counts as if it had been produced."""
+    prompts, _ = mixed_requests(6)
+    penalties = [{"presence_penalty": 1.5}, {"repetition_penalty": 1.3}, {"frequency_penalty": 0.7}] * 2
+    runs = [
+        warm.generate(
+            prompts,
+            [
+                SamplingParams(max_tokens=24, temperature=i // 3, seed=i, speculate=speculate, ignore_eos=True, **each)
+                for i, each in enumerate(penalties)
+            ],
+            use_tqdm=False,
+        )
+        for speculate in (True, False)
+    ]
+    tokens = [[list(output.outputs[0].token_ids) for output in run] for run in runs]
+    assert tokens[0] == tokens[1]
+    plain = [SamplingParams(max_tokens=24, temperature=i // 3, seed=i, ignore_eos=True) for i in range(6)]
+    free = [list(output.outputs[0].token_ids) for output in warm.generate(prompts, plain, use_tqdm=False)]
+    assert any(one != other for one, other in zip(free, tokens[0], strict=True)), "penalties change something"
+
+
 class Sealed:
     """A device array that gives its shape and starts its copy, and whose values nobody can have.
 
@@ -350,6 +382,7 @@ def sealed(warm, monkeypatch) -> LLM:
         steps,
         admit=through(steps.admit),
         fill_logit_row=through(steps.fill_logit_row),
+        fill_counts=through(steps.fill_counts),
         seal=through(steps.seal),
         prefill=lambda options: through(steps.prefill(options)),
         decode=lambda options: through(steps.decode(options)),

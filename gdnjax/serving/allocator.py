@@ -1,4 +1,4 @@
-"""Slots, blocks and logit rows: the numbers 1..n of each pool, handed out all or nothing. Plain ints."""
+"""Slots, blocks, logit rows and count rows: the numbers 1..n of each pool, handed out all or nothing. Plain ints."""
 
 from collections.abc import Iterable
 
@@ -41,13 +41,17 @@ class Pool:
 
 
 class Allocator:
-    """The pools of one engine. Slots are handed out to requests and to checkpoints alike."""
+    """The pools of one engine. Slots are handed out to requests and to checkpoints alike.
 
-    def __init__(self, num_slots: int, num_blocks: int, num_logit_rows: int):
+    There is a count row for everybody who may run.
+    """
+
+    def __init__(self, num_slots: int, num_blocks: int, num_logit_rows: int, num_count_rows: int):
         self.slots = Pool("slot", num_slots)
         self.blocks = Pool("block", num_blocks)
         self.logit_rows = Pool("logit row", num_logit_rows)
+        self.count_rows = Pool("count row", num_count_rows)
 
     def fresh(self) -> "Allocator":
         """The same pools, nothing handed out."""
-        return Allocator(self.slots.size, self.blocks.size, self.logit_rows.size)
+        return Allocator(self.slots.size, self.blocks.size, self.logit_rows.size, self.count_rows.size)

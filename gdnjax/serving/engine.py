@@ -17,27 +17,19 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from gdnjax import sharding
 from gdnjax.batch import Emitted, Logprobs
-from gdnjax.config import EngineConfig
-from gdnjax.memory import MemoryPlan
-from gdnjax.models import Model, engine_geometry
-from gdnjax.serving import packing
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.outputs import Logprob
 from gdnjax.serving.plan import Piece, Plan
 from gdnjax.serving.request import Request, Status
-from gdnjax.serving.runner import InFlight, Runner, full_options, wait_for
+from gdnjax.serving.runner import InFlight, Runner, wait_for
 from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.speculation import DraftController
 from gdnjax.serving.tokenizer import Tokenizer
-from gdnjax.state import NO_TOKEN, empty_state
-from gdnjax.step import StepOptions, build_steps
+from gdnjax.state import NO_TOKEN
 
 log = logging.getLogger("gdnjax")
 
@@ -399,38 +391,3 @@ class Engine:
                     self.scheduler.finish(request, "abort")
                 self.runner.close()
                 self._closed = True
-
-
-def step_workspace(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> int:
-    """Bytes of temporaries of the largest prefill step on one rank, from an abstract compile.
-
-    Pools are not among them: steps update those in place, so the smallest pools give the same answer, and the compile
-    comes from the persistent cache whatever memory is free.
-    """
-    geometry = engine_geometry(model, config)
-    blocks = -(-max_model_len // config.block_size)
-    plan = MemoryPlan.of_counts(
-        geometry, num_slots=config.max_num_seqs, num_blocks=blocks, num_logit_rows=config.num_logit_rows
-    )
-    # The variant with prompt_logprobs holds logits of the prompt beside everything else.
-    drafts = StepOptions(state_layout=config.state_layout, num_drafts=config.num_speculative_tokens)
-    options = dataclasses.replace(full_options(model, config, drafts), prompt_logprobs=True)
-    state = jax.eval_shape(lambda: empty_state(geometry, plan, config, max_model_len))
-    params, state = (_with_shardings(tree, mesh) for tree in (params, state))
-    batch = packing.pack_prefill(
-        [],
-        tokens=config.max_num_batched_tokens,
-        rows=config.prefill_rows,
-        table_width=blocks,
-        checkpoints=config.enable_prefix_caching,
-    )
-    prefill = build_steps(model, mesh, options, params, state).prefill(options)
-    return prefill.lower(params, state, batch).compile().memory_analysis().temp_size_in_bytes
-
-
-def _with_shardings(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        tree,
-        sharding.shardings_of(tree, mesh),
-    )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import numbers
 import pathlib
 import time
@@ -11,11 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import psutil
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gdnjax import backend, checkpoint, memory, sharding
+from gdnjax import backend, checkpoint, sharding
 from gdnjax.assets import model_directory
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
@@ -23,8 +20,9 @@ from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.chat import render_chats, template_options
 from gdnjax.serving.detokenizer import Detokenizer
-from gdnjax.serving.engine import Engine, step_workspace
+from gdnjax.serving.engine import Engine
 from gdnjax.serving.outputs import RequestOutput
+from gdnjax.serving.planning import plan_memory
 from gdnjax.serving.request import Request
 from gdnjax.serving.runner import Runner
 from gdnjax.serving.submission import Submission, Urgency, urgencies
@@ -99,7 +97,7 @@ class LLM:
         hybrid = build_model(model_config, dtype, config.tensor_parallel_size, mtp=mtp, backend=implementation)
         abstract = abstract_params(model_config, config.tensor_parallel_size, dtype, mtp=mtp)
         max_model_len = config.length_within(model_config.max_position_embeddings)
-        plan = _plan(hybrid, config, mesh, max_model_len, abstract)
+        plan = plan_memory(hybrid, config, mesh, max_model_len, abstract)
         reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
         defaults = load_generation_defaults(directory)
         eos = ends_of_sequence(
@@ -141,7 +139,7 @@ class LLM:
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         model = model.on(backend.of_device(config.kernels, mesh.devices.flat[0]))
         length = config.length_within(max_model_len)
-        plan = _plan(model, config, mesh, length, params)
+        plan = plan_memory(model, config, mesh, length, params)
         llm = cls.__new__(cls)
         placed = jax.device_put(params, sharding.shardings_of(params, mesh))
         llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos)
@@ -156,7 +154,7 @@ class LLM:
         self._defaults = defaults
         self._num_requests = 0
         runner = Runner(model, params, mesh, config, plan, max_model_len)
-        allocator = Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows)
+        allocator = Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows, plan.num_count_rows)
         self.engine = Engine(runner, allocator, tokenizer)
 
     @property
@@ -534,29 +532,6 @@ def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> Engin
     if unknown:
         raise ValueError(f"unknown engine options: {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     return EngineConfig(**kwargs)
-
-
-def _plan(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> memory.MemoryPlan:
-    """Divides the memory of one rank. `params` are the parameters or their shapes."""
-    geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
-    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) // model.tp
-    stats = mesh.devices.flat[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        limit, workspace = stats["bytes_limit"], 0
-        # Where blocks are given and nothing is to be compiled before it is used, neither is the largest step.
-        if config.warmup or config.num_kv_blocks is None:
-            workspace = step_workspace(model, config, mesh, max_model_len, params)
-    else:
-        # A CPU has no limit to stay under, only memory that happens to be free, so its workspace is not counted.
-        limit, workspace = psutil.virtual_memory().available // mesh.devices.size, 0
-    return memory.plan(
-        geometry,
-        config,
-        max_model_len=max_model_len,
-        budget_bytes=math.floor(limit * config.gpu_memory_utilization),
-        weight_bytes=weight_bytes,
-        workspace_bytes=workspace,
-    )
 
 
 def _read_tokenizer(named: str | pathlib.Path | None, directory: pathlib.Path) -> Tokenizer | None:

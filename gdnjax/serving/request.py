@@ -30,10 +30,10 @@ class Request:
     system_end      prompt tokens that other chats with the same system messages and tools begin with, too; 0: no chat.
     order           its place in the queue, (place, arrival): what comes first is admitted first and preempted last.
 
-    While it runs it holds `slot`, `logit_row` and `blocks`, of which the first `num_shared` belong to the prefix cache,
-    up to `node`. `unpublished` are (position, slot) of checkpoints that the cache has not taken over yet; a request
-    that is `detached` found somebody else's blocks in the place of its own, and publishes when it ends. `marks` are
-    (position, slot) of checkpoints that decode steps are asked for and that have not been seen written yet.
+    While it runs it holds `slot`, `logit_row`, `count_row` and `blocks`, of which the first `num_shared` belong to the
+    prefix cache, up to `node`. `unpublished` are (position, slot) of checkpoints that the cache has not taken over yet;
+    a request that is `detached` found somebody else's blocks in the place of its own, and publishes when it ends.
+    `marks` are (position, slot) of checkpoints that decode steps are asked for and that have not been seen written yet.
 
     prefill_length  tokens to prefill: the prompt, and what it had produced when it was preempted.
     num_settled     tokens that the device has been fed, as far as the host knows: those of dispatched pieces and of
@@ -72,6 +72,7 @@ class Request:
     slot: int = 0
     blocks: list[int] = dataclasses.field(default_factory=list)
     logit_row: int = 0
+    count_row: int = 0
     num_shared: int = 0
     node: "Node | None" = None
     detached: bool = False
@@ -147,7 +148,7 @@ class Request:
 
     def let_go(self) -> None:
         """As it was before it was admitted: it holds nothing, and nothing of it is computed."""
-        self.slot, self.logit_row, self.blocks, self.num_shared = 0, 0, [], 0
+        self.slot, self.logit_row, self.count_row, self.blocks, self.num_shared = 0, 0, 0, [], 0
         self.node, self.detached, self.unpublished, self.wanted = None, False, [], ()
         self.marks, self.next_mark = [], 0
         self.num_settled = self.num_ahead = self.num_steps = self.num_folded = 0

@@ -21,7 +21,7 @@ from gdnjax.batch import Emitted
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import Model, engine_geometry
-from gdnjax.serving import packing
+from gdnjax.serving import packing, planning
 from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.plan import Admission, Growth, Piece, Plan, Seal, max_growth
 from gdnjax.serving.request import Request
@@ -64,13 +64,7 @@ class Runner:
     ):
         self.model, self.params, self.mesh, self.config = model, params, mesh, config
         self.metrics = Metrics()
-        self._plain = StepOptions(
-            state_layout=config.state_layout,
-            num_drafts=config.num_speculative_tokens,
-            acceptance=config.draft_acceptance,
-            forced_length=config.spec_acceptance_length,
-        )
-        self._full = full_options(model, config, self._plain)
+        self._plain, self._full = planning.plain_options(config), planning.full_options(model, config)
         self._with_prompt = dataclasses.replace(self._full, prompt_logprobs=True)
         geometry = engine_geometry(model, config)
 
@@ -146,6 +140,8 @@ class Runner:
         if not admissions:
             return
         self.state = self._run(self._admit_call(admissions))
+        for call in self._count_calls([admission.request for admission in admissions]):
+            self.state = self._run(call)
         for admission in admissions:
             if admission.request.logit_row:
                 self.state = self._run(self._logit_row_call(admission.request))
@@ -158,6 +154,12 @@ class Runner:
     @property
     def _table_width(self) -> int:
         return self.state.slots.block_table.shape[1]
+
+    def _count_calls(self, requests: list[Request]) -> list[Call]:
+        """What fills the count rows of those that have one."""
+        with self.metrics.timed("pack"):
+            batches = packing.pack_counts(requests, self.model.vocab_size, rows=self.config.prefill_rows)
+        return [Call(self.steps.fill_counts, batch) for batch in batches]
 
     def _logit_row_call(self, request: Request | None) -> Call:
         width = self.state.logit_rows.bias.shape[1]
@@ -235,6 +237,7 @@ class Runner:
     def warm_up(self) -> None:
         """Compiles every step, side by side, and runs each on padding, which changes nothing but what is null."""
         calls = {"admit": self._admit_call([]), "logit row": self._logit_row_call(None)}
+        calls["counts"] = Call(self.steps.fill_counts, packing.count_batch([], [], rows=self.config.prefill_rows))
         if self.config.enable_prefix_caching:
             calls["seal"] = self._seal_call([])
         for options in (self._full, self._with_prompt):
@@ -295,7 +298,3 @@ def wait_for(turns: Iterable[InFlight]) -> None:
     """Returns when the device is through with these turns."""
     for turn in turns:
         jax.block_until_ready((turn.prefill, turn.decode))
-
-
-def full_options(model: Model, config: EngineConfig, plain: StepOptions) -> StepOptions:
-    return dataclasses.replace(plain, full=True, max_logprobs=min(config.max_logprobs, model.vocab_size))

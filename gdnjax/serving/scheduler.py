@@ -362,6 +362,8 @@ class Scheduler:
         self._cut_piece(request, match.slot or request.slot, room, pieces)
         if request.params.needs_logit_row:
             (request.logit_row,) = self.allocator.logit_rows.take(1) or [0]
+        if request.params.needs_counts:
+            (request.count_row,) = self.allocator.count_rows.take(1) or [0]
         self._count_hit(request, match)
         self.waiting.discard(request)
         request.status = Status.RUNNING
@@ -599,6 +601,8 @@ class Scheduler:
             self.allocator.slots.give([request.slot])
         if request.logit_row:
             self.allocator.logit_rows.give([request.logit_row])
+        if request.count_row:
+            self.allocator.count_rows.give([request.count_row])
         if request.node is not None:
             self.cache.unlock(request.node)
         request.let_go()
@@ -797,6 +801,7 @@ class Scheduler:
         self.allocator.blocks.check_integrity(blocks)
         self.allocator.slots.check_integrity(slots)
         self.allocator.logit_rows.check_integrity([r.logit_row for r in self.running if r.logit_row])
+        self.allocator.count_rows.check_integrity([r.count_row for r in self.running if r.count_row])
         self.waiting.check_integrity()
         orders = [_order(request) for request in self.running]
         assert orders == sorted(orders), "a queue is out of order"

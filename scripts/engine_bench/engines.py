@@ -149,7 +149,9 @@ class Bench:
         if not prefix_caching:
             config = dataclasses.replace(config, enable_prefix_caching=False, num_checkpoint_slots=None)
         blocks = min(plan.num_blocks, num_blocks or plan.num_blocks)
-        llm.engine.scheduler = Scheduler(config, Allocator(plan.num_slots, blocks, plan.num_logit_rows))
+        llm.engine.scheduler = Scheduler(
+            config, Allocator(plan.num_slots, blocks, plan.num_logit_rows, plan.num_count_rows)
+        )
         try:
             yield
         finally:

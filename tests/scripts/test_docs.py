@@ -26,6 +26,7 @@ SCRIPTS = (
     "lm_eval_gdnjax",
     "make_random_checkpoint",
     "measure_tiny",
+    "measure_workspace",
     "profile_step",
     "rocm_gate",
     "train_tiny",

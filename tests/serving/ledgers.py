@@ -221,7 +221,8 @@ def check_nothing_is_held(llm: LLM) -> None:
     llm.reset_prefix_cache()
     scheduler = llm.engine.scheduler
     scheduler.check_integrity()
-    for pool in (scheduler.allocator.slots, scheduler.allocator.blocks, scheduler.allocator.logit_rows):
+    allocator = scheduler.allocator
+    for pool in (allocator.slots, allocator.blocks, allocator.logit_rows, allocator.count_rows):
         assert pool.num_free == pool.size
 
 
@@ -335,7 +336,7 @@ class Watch:
     def _is_right(self, most: int, request, step: Step, done: bool) -> bool:
         known, (made, places) = request.num_tokens, self._made[request]
         allowed = min(most, made, request.max_length - 1 - known)
-        if request.params.temperature or request.params.needs_logit_row:
+        if request.params.temperature or request.params.needs_logit_row or request.params.needs_counts:
             # What comes behind a stop token is not put to the test.
             return step.drafts == allowed or (done and step.drafts == step.count - 1)
         # Drafts for which there was no place saw what is not theirs; they may be anything.

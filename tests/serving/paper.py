@@ -51,7 +51,7 @@ LETTERS = Tokenizer(Letters())
 def make_scheduler(*, seqs=3, tokens=128, blocks=40, rows=1, checkpoints=4, block_size=16, **config) -> Scheduler:
     """A scheduler over pools of these sizes, with the prefix cache on."""
     config = EngineConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, block_size=block_size, **config)
-    return Scheduler(config, Allocator(seqs + checkpoints, blocks, rows))
+    return Scheduler(config, Allocator(seqs + checkpoints, blocks, rows, seqs))
 
 
 def make_request(
@@ -410,5 +410,5 @@ def check_nothing_is_held(scheduler: Scheduler) -> None:
     scheduler.cache.reset()
     scheduler.check_integrity()
     allocator = scheduler.allocator
-    for pool in (allocator.slots, allocator.blocks, allocator.logit_rows):
+    for pool in (allocator.slots, allocator.blocks, allocator.logit_rows, allocator.count_rows):
         assert pool.num_free == pool.size

@@ -187,7 +187,7 @@ def poison(state):
 
     return dataclasses.replace(
         state, gdn=of(state.gdn, False), kv=of(state.kv, False), slots=of(state.slots, True),
-        logit_rows=of(state.logit_rows, True),
+        logit_rows=of(state.logit_rows, True), token_counts=of(state.token_counts, True),
     )  # fmt: skip
 
 

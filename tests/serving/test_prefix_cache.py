@@ -16,7 +16,7 @@ class Rig:
     """A cache over its pools, and what nobody but the test holds."""
 
     def __init__(self, blocks: int = 40, slots: int = 12):
-        self.allocator = Allocator(slots, blocks, 0)
+        self.allocator = Allocator(slots, blocks, 0, 0)
         self.cache = PrefixCache(SIZE, self.allocator)
         self.cache.begin_turn()
 

@@ -515,6 +515,20 @@ def test_request_waits_for_a_logit_row():
     assert [admission.request for admission in scheduler.plan().admitted] == [second]
 
 
+@pytest.mark.parametrize(
+    "params", [{"presence_penalty": 1.5}, {"repetition_penalty": 1.1}, {"frequency_penalty": -1.0}, {"min_tokens": 3}]
+)
+def test_penalties_and_minimum_wait_for_no_row(params):
+    scheduler = make_scheduler(seqs=4, rows=1)
+    requests = [make_request(5, **params) for _ in range(4)]
+    for request in requests:
+        scheduler.add(request)
+    assert [admission.request for admission in scheduler.plan().admitted] == requests
+    scheduler.check_integrity()
+    assert [request.logit_row for request in requests] == [0] * 4
+    assert [request.count_row for request in requests] == ([0] * 4 if "min_tokens" in params else [1, 2, 3, 4])
+
+
 def test_lower_priority_number_comes_first_by_a_bounded_number_of_places():
     scheduler = make_scheduler(seqs=1)
     places = scheduler_module.PLACES_PER_PRIORITY
@@ -1282,10 +1296,10 @@ def test_abort_frees_everything_wherever_a_request_is(when):
     assert request.finish_reason == "abort"
 
 
-@pytest.mark.parametrize("pool", ["blocks", "slots", "logit_rows"])
+@pytest.mark.parametrize("pool", ["blocks", "slots", "logit_rows", "count_rows"])
 def test_integrity_check_sees_what_nobody_holds(pool):
     scheduler = make_scheduler()
-    scheduler.add(make_request(30, logit_bias={0: 1.0}))
+    scheduler.add(make_request(30, logit_bias={0: 1.0}, presence_penalty=1.0))
     scheduler.plan()
     scheduler.check_integrity()
     getattr(scheduler.allocator, pool).take(1)
