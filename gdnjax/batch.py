@@ -32,6 +32,10 @@ class AdmitBatch:
     top_p: Leaf  # [r] float32
     min_p: Leaf  # [r] float32
     seed: Leaf  # [r, 2] uint32
+    repetition: Leaf  # [r] float32
+    frequency: Leaf  # [r] float32
+    presence: Leaf  # [r] float32
+    count_row: Leaf  # [r] int32
     logit_row: Leaf  # [r] int32
     copy_from: Leaf = None  # [r] int32 blocks, or None: nothing is copied
     copy_to: Leaf = None  # [r] int32 blocks
@@ -43,14 +47,22 @@ class LogitRowBatch:
     """One request's logit row, filled before its first step; see LogitRows."""
 
     row: Leaf  # [] int32
-    in_prompt: Leaf  # [V] bool
-    counts: Leaf  # [V] int32: tokens produced before this admission; zeros for a new request
-    recent: Leaf  # [MAX_BAD_WORD_TOKENS - 1] int32: the last of them, newest last
+    recent: Leaf  # [MAX_BAD_WORD_TOKENS - 1] int32: the last tokens produced before this admission, newest last
     bias: Leaf  # [V] float32
-    repetition: Leaf  # [] float32
-    frequency: Leaf  # [] float32
-    presence: Leaf  # [] float32
     bad_words: Leaf  # [MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CountBatch:
+    """Tokens that requests with penalties bring along: entries of ServeState.token_counts, in rows that are emptied
+    first. An entry is given once; padding has NO_TOKEN.
+    """
+
+    emptied: Leaf  # [r] int32: rows that are handed out; 0 = none
+    row: Leaf  # [f] int32
+    token: Leaf  # [f] int32
+    value: Leaf  # [f] uint16
 
 
 @jax.tree_util.register_dataclass
@@ -126,11 +138,14 @@ class Logprobs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Emitted:
-    """What a step produced, row by row of its batch. T is 1 in a prefill step."""
+    """What a step produced, row by row of its batch. T is 1 in a prefill step.
+
+    A NO_TOKEN that counts, always the last that does, says that no token might be drawn there.
+    """
 
     tokens: Leaf  # [n, T] int32, NO_TOKEN past the last that counts
     count: Leaf  # [n] int32: how many of them count
-    done: Leaf  # [n] bool: the request ended on the device (stop token or max_length)
+    done: Leaf  # [n] bool: the request ended on the device (stop token, max_length, no token to draw)
     drafted: Leaf  # [n] int32: drafts that were put to the test; the first `count` - 1 of them were kept
     logprobs: Leaf  # Logprobs of `tokens`, or None
     prompt_logprobs: Leaf  # Logprobs of the targets [t], or None

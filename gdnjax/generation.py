@@ -146,9 +146,9 @@ def full_logits(
     """The logits at every position of one sequence, by one prefill. Traceable; one rank only.
 
     `length` (default: all) says how many tokens count, so that one compilation serves every length up to t; the
-    logits past it mean nothing.
+    logits past it mean nothing. Raises ValueError for tokens that are no one sequence of integers.
     """
-    _check_sequence(tokens)
+    tokens = _one_sequence(tokens)
     count = tokens.shape[0]
     whole = jnp.full((1,), count if length is None else length, jnp.int32)
     state = start(model, whole + 1, count + 1)
@@ -177,7 +177,7 @@ def draft_logits(
         raise ValueError("draft_logits needs a model with its MTP head: build_model(..., mtp=True)")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
-    _check_sequence(tokens)
+    tokens = _one_sequence(tokens)
     count = tokens.shape[0]
     options = StepOptions()
     # Blocks of one token, so that every position can have drafts of its own behind a shared past: block 1 + i holds
@@ -204,6 +204,16 @@ def draft_logits(
         drafted, kv = model.draft(params, tokens, jnp.roll(drafted, 1, axis=0), context, gdn, kv)
         drafts.append(model.logits(params, drafted))
     return model.logits(params, hidden), jnp.stack(drafts)
+
+
+def _one_sequence(tokens: Any) -> Int32[Array, "t"]:
+    """Tokens as an array. Raises ValueError for what is no sequence of integers."""
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 1 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens must be one sequence of integers, [t] with t above 0, got {tokens.dtype} {list(tokens.shape)}"
+        )
+    return tokens.astype(jnp.int32)
 
 
 def _checked_lengths(tokens: Any, lengths: Any, vocab_size: int) -> Any:
@@ -234,11 +244,6 @@ def _checked_lengths(tokens: Any, lengths: Any, vocab_size: int) -> Any:
                 f"tokens[{row}, {place}] is {ids[row, place]}, outside the vocabulary; allowed: 0 to {vocab_size - 1}"
             )
     return lengths
-
-
-def _check_sequence(tokens: Any) -> None:
-    if not _are_integers(tokens) or tokens.ndim != 1 or not tokens.size:
-        raise ValueError(f"tokens must be an integer array [t] of one sequence, got {_described(tokens)}")
 
 
 def _are_integers(values: Any) -> bool:
@@ -302,5 +307,9 @@ def _admission(state, max_length, sampling: SamplingParams, stop_token_ids, seed
         top_p=every_row(sampling.top_p, jnp.float32),
         min_p=every_row(sampling.min_p, jnp.float32),
         seed=seeds,
+        repetition=every_row(1, jnp.float32),
+        frequency=every_row(0, jnp.float32),
+        presence=every_row(0, jnp.float32),
+        count_row=every_row(0, jnp.int32),
         logit_row=every_row(0, jnp.int32),
     )

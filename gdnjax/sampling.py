@@ -7,6 +7,8 @@ its own at the same position (speculative.py) takes it from another stream.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,49 @@ from jax import lax
 
 from gdnjax import sharding
 from gdnjax.backend import REFERENCE, Backend
-from gdnjax.batch import Logprobs
+from gdnjax.batch import CountBatch, Logprobs
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel, gumbel_argmax
-from gdnjax.shapes import Array, Float, Float32, Int32, Leaf, UInt32
-from gdnjax.state import NO_TOKEN, LogitRows, SlotTable
+from gdnjax.shapes import Array, Float, Float32, Int32, Leaf, UInt16, UInt32
+from gdnjax.state import IN_PROMPT, MOST_COUNTED, NO_TOKEN, LogitRows, SlotTable
 
 RADIX_BITS = 4
 """Bits of a threshold found in one pass over the logits: 8 passes of 15 candidates find all 32."""
+
+
+GROUP_ROWS, MOST_GROUPS = 16, 16
+"""Rows of logits that are sampled from at once, and more where there would be more groups than this: what is made of
+them on the way, several times their own size, stays small beside all of them.
+"""
+
+CPU_GROUP_ROWS = 4
+"""The same where XLA compiles for a CPU, and keeps a copy of the row for each of the candidates of a threshold."""
+
+
+def in_groups(function: Callable[[Any], Any], rows: Any, count: int, size: int) -> Any:
+    """`function(rows)`, `size` of `count` requests at a time, one group after another.
+
+    The first axis of every array, given or returned, has as many rows for each request, which have nothing to do with
+    those of others. The last group begins early enough to be as large as the others, so some are computed twice.
+    """
+    if count <= size:
+        return function(rows)
+
+    def one_group(start):
+        def part(x):
+            each = x.shape[0] // count
+            return lax.dynamic_slice_in_dim(x, start * each, size * each)
+
+        return function(jax.tree.map(part, rows))
+
+    starts = [min(start, count - size) for start in range(0, count, size)]
+    found = lax.map(one_group, jnp.array(starts, jnp.int32))
+    again = size * len(starts) - count
+
+    def joined(x):
+        whole, last = x[:-1].reshape(-1, *x.shape[2:]), x[-1]
+        return jnp.concatenate([whole, last[again * last.shape[0] // size :]])
+
+    return jax.tree.map(joined, found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +71,10 @@ class Vocab:
     size: int
     tp: int
     backend: Backend = REFERENCE
+
+    def group_of(self, rows: int) -> int:
+        """Of so many rows of logits those that are sampled from at once."""
+        return CPU_GROUP_ROWS if self.backend.is_reference else max(GROUP_ROWS, -(-rows // MOST_GROUPS))
 
     def offset(self, width: int) -> Array | int:
         """The first token of this rank, whose part is `width` wide."""
@@ -96,7 +138,10 @@ def scores(logits: Float32[Array, "n V"], draw: Draw, vocab: Vocab, full: bool) 
 
 
 def choose(scores: Float32[Array, "n V"], draw: Draw, vocab: Vocab, stream: int = 0) -> Int32[Array, "n"]:
-    """Tokens drawn with probability softmax(scores), by the noise of a stream; the best where the temperature is 0."""
+    """Tokens drawn with probability softmax(scores), by the noise of a stream; the best where the temperature is 0.
+
+    NO_TOKEN where no token may be drawn.
+    """
     return argmax(_noisy(scores, draw, vocab, stream), vocab)
 
 
@@ -117,18 +162,21 @@ def _noisy(scores: Array, draw: Draw, vocab: Vocab, stream: int) -> Array:
 
 
 def argmax(scores: Float32[Array, "n V"], vocab: Vocab) -> Int32[Array, "n"]:
-    """The best token over all ranks; the lowest of those that tie."""
+    """The best token over all ranks; the lowest of those that tie. NO_TOKEN where no score is above -inf."""
     best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     return _best_rank(best, jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0], scores.shape[1], vocab)
 
 
 def _best_rank(best: Array, value: Array, width: int, vocab: Vocab) -> Int32[Array, "n"]:
-    """Of each rank's best token and its value the best token, the lowest rank's of those that tie."""
-    if vocab.tp == 1:
-        return best
-    values = sharding.all_gather(value[:, None], vocab.tp, axis=1)
-    tokens = sharding.all_gather((best + vocab.offset(width))[:, None], vocab.tp, axis=1)
-    return jnp.take_along_axis(tokens, jnp.argmax(values, axis=1)[:, None], axis=1)[:, 0]
+    """Of each rank's best token and its value the best token, the lowest rank's of those that tie; NO_TOKEN where no
+    value is above -inf: no token may be drawn.
+    """
+    if vocab.tp > 1:
+        values = sharding.all_gather(value[:, None], vocab.tp, axis=1)
+        tokens = sharding.all_gather((best + vocab.offset(width))[:, None], vocab.tp, axis=1)
+        place = jnp.argmax(values, axis=1)[:, None]
+        best, value = (jnp.take_along_axis(x, place, axis=1)[:, 0] for x in (tokens, values))
+    return jnp.where(value > -jnp.inf, best, NO_TOKEN)
 
 
 def _top_k(scaled: Array, top_k: Array, vocab: Vocab) -> Array:
@@ -170,34 +218,60 @@ def _threshold(keys: Array, weight: Array, wanted: Array, vocab: Vocab) -> UInt3
     return lax.fori_loop(0, 32 // RADIX_BITS, one_digit, jnp.zeros(keys.shape[:1], jnp.uint32))
 
 
-def adjust(
-    logits: Float32[Array, "n V"],
-    rows: LogitRows,
-    row: Int32[Array, "n"],
-    banned: Int32[Array, "n bans"],
-    vocab: Vocab,
-    drafted: Int32[Array, "n j"] | None = None,
-) -> Float32[Array, "n V"]:
-    """Bias, bans and penalties. `banned` holds token ids (NO_TOKEN for none) that may not be drawn now, beside the
-    request's bad words. Row 0 of `rows` changes nothing.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What changes each row's logits before it draws.
 
-    `drafted` are tokens between what `rows` has counted and the token to draw, in order, NO_TOKEN after the last. They
-    count as if they had been produced: the result is that of `adjust` after `count_tokens` of them, bit for bit.
+    `banned` may not be drawn now, beside the request's bad words. `drafted` are tokens between what is counted and the
+    token to draw, in order, NO_TOKEN after the last; they count as if they had been produced.
     """
-    width = logits.shape[1]
-    counts, recent = rows.counts[row], rows.recent[row]
+
+    logit_row: Leaf  # [n] int32 of LogitRows; row 0 changes nothing
+    count_row: Leaf  # [n] int32 of ServeState.token_counts; row 0 has counted nothing
+    repetition: Leaf  # [n] float32
+    frequency: Leaf  # [n] float32
+    presence: Leaf  # [n] float32
+    banned: Leaf  # [n, bans] int32, NO_TOKEN for none
+    drafted: Leaf = None  # [n, j] int32, or None
+
+    @classmethod
+    def of_slots(
+        cls, slots: SlotTable, slot: Int32[Array, "n"], banned: Array, drafted: Array | None = None
+    ) -> "Change":
+        return cls(
+            logit_row=slots.logit_row[slot],
+            count_row=slots.count_row[slot],
+            repetition=slots.repetition[slot],
+            frequency=slots.frequency[slot],
+            presence=slots.presence[slot],
+            banned=banned,
+            drafted=drafted,
+        )
+
+
+def adjust(
+    logits: Float32[Array, "n V"], rows: LogitRows, token_counts: UInt16[Array, "c V"], change: Change, vocab: Vocab
+) -> Float32[Array, "n V"]:
+    """Bias, bans and penalties. With drafted tokens the result is that after `count_tokens` and `remember_tokens` of
+    them, bit for bit.
+    """
+    width, drafted = logits.shape[1], change.drafted
+    entry, recent = token_counts[change.count_row], rows.recent[change.logit_row]
+    counts = (entry & MOST_COUNTED).astype(jnp.int32)
     if drafted is not None:
         counts = jax.vmap(lambda line, ids: line.at[ids].add(1, mode="drop"))(counts, _local(drafted, width, vocab))
+        counts = jnp.minimum(counts, MOST_COUNTED)
         recent = _followed(recent, drafted, jnp.sum(drafted != NO_TOKEN, axis=1))
-    logits = logits + rows.bias[row]
-    banned = jnp.concatenate([banned, _bad_word_ends(rows.bad_words[row], recent)], axis=1)
+    logits = logits + rows.bias[change.logit_row]
+    banned = jnp.concatenate([change.banned, _bad_word_ends(rows.bad_words[change.logit_row], recent)], axis=1)
     local = _local(banned, width, vocab)
     logits = jax.vmap(lambda line, ids: line.at[ids].set(-jnp.inf, mode="drop"))(logits, local)
-    seen = (counts > 0) | rows.in_prompt[row]
-    repetition = rows.repetition[row][:, None]
+    seen = (counts > 0) | (entry >= IN_PROMPT)
+    repetition = change.repetition[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
-    logits = logits - rows.frequency[row][:, None] * counts
-    return logits - rows.presence[row][:, None] * (counts > 0)
+    logits = logits - change.frequency[:, None] * counts
+    return logits - change.presence[:, None] * (counts > 0)
 
 
 def _local(token: Array, width: int, vocab: Vocab) -> Array:
@@ -222,21 +296,41 @@ def _bad_word_ends(words: Int32[Array, "n words length"], recent: Int32[Array, "
 
 
 def count_tokens(
-    rows: LogitRows, row: Int32[Array, "n"], tokens: Int32[Array, "n T"], count: Int32[Array, "n"], vocab: Vocab
-) -> LogitRows:
-    """The rows after each drew the first `count` of its tokens. `rows` is consumed. A row of `rows` other than 0 may be
-    given once only among those that count.
+    token_counts: UInt16[Array, "c V"],
+    row: Int32[Array, "n"],
+    tokens: Int32[Array, "n T"],
+    count: Int32[Array, "n"],
+    vocab: Vocab,
+) -> UInt16[Array, "c V"]:
+    """The counts after each row drew the first `count` of its tokens. `token_counts` is consumed. A row other than 0
+    may be given once only among those that count.
     """
-    past, width = rows.counts.shape
-    row = jnp.where((count > 0) & (row > 0), row, past)  # others land past the end and are dropped
+    past, width = token_counts.shape
+    row = jnp.where((count > 0) & (row > 0), row, past)[:, None]  # others land past the end and are dropped
     counted = jnp.arange(tokens.shape[1]) < count[:, None]
     local = _local(jnp.where(counted, tokens, NO_TOKEN), width, vocab)
+    # Sums are made here, so that a token that comes twice is written twice as the same, and no sum passes the most.
+    times = jnp.sum((tokens[:, :, None] == tokens[:, None, :]) & counted[:, None, :], axis=2)
+    entry = token_counts.at[row, local].get(mode="fill", fill_value=0).astype(jnp.int32)
+    entry = entry & IN_PROMPT | jnp.minimum((entry & MOST_COUNTED) + times, MOST_COUNTED)
+    return token_counts.at[row, local].set(entry.astype(jnp.uint16), mode="drop")
+
+
+def fill_counts(token_counts: UInt16[Array, "c V"], batch: CountBatch, vocab: Vocab) -> UInt16[Array, "c V"]:
+    """The counts with rows emptied and entries filled in. `token_counts` is consumed."""
+    local = _local(batch.token, token_counts.shape[1], vocab)
+    return token_counts.at[batch.emptied].set(0).at[batch.row, local].set(batch.value, mode="drop")
+
+
+def remember_tokens(
+    rows: LogitRows, row: Int32[Array, "n"], tokens: Int32[Array, "n T"], count: Int32[Array, "n"]
+) -> LogitRows:
+    """The rows after each drew the first `count` of its tokens, for bad words. `rows` is consumed; a row other than 0
+    may be given once only among those that count.
+    """
+    row = jnp.where((count > 0) & (row > 0), row, rows.recent.shape[0])
     recent = _followed(rows.recent.at[row].get(mode="clip"), tokens, count)
-    return dataclasses.replace(
-        rows,
-        counts=rows.counts.at[row[:, None], local].add(1, mode="drop"),
-        recent=rows.recent.at[row].set(recent, mode="drop"),
-    )
+    return dataclasses.replace(rows, recent=rows.recent.at[row].set(recent, mode="drop"))
 
 
 def logprobs(logits: Float32[Array, "n V"], chosen: Int32[Array, "n"], most: int, vocab: Vocab) -> Logprobs:

@@ -24,6 +24,9 @@ MAX_BAD_WORD_TOKENS = 8
 MAX_SAMPLES = 1024
 """Samples of one prompt. All of them are queued at once, and each takes some 6 kB of the host."""
 
+NO_TOKEN = -1
+"""Where a token id might stand: none."""
+
 LARGEST = 1e30
 """Magnitude that a number may have, and its inverse for one that is not 0: the device computes in float32, where
 products and quotients with a logit must stay finite and a small number must not become 0."""
@@ -169,22 +172,21 @@ class SamplingParams:
 
     @property
     def needs_logit_row(self) -> bool:
-        """Whether this request needs vocabulary-sized rows on the device: penalties, bias, bans or min_tokens."""
-        return bool(
-            self.repetition_penalty != 1.0
-            or self.frequency_penalty
-            or self.presence_penalty
-            or self.logit_bias
-            or self.bad_words
-            or self.allowed_token_ids is not None
-            or self.min_tokens
-        )
+        """Whether this request needs a row of bias and bans on the device, of which there are few."""
+        return bool(self.logit_bias or self.bad_words or self.allowed_token_ids is not None)
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether this request has penalties, for which its tokens are counted on the device."""
+        return bool(self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty)
 
     @property
     def needs_full_sampler(self) -> bool:
         """Whether the plain sampler (greedy, temperature, min_p) is not enough."""
         return bool(
             self.needs_logit_row
+            or self.needs_counts
+            or self.min_tokens
             or (self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0))
             or self.logprobs is not None
         )

@@ -33,7 +33,7 @@ All sizes are those of one tensor-parallel rank, except where a docstring says "
 from typing import Any, TypeAlias
 
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int32, Shaped, UInt32
+from jaxtyping import Bool, Float, Float32, Int32, Shaped, UInt16, UInt32
 
 # A leaf of one of our pytrees: an array, or what stands in its place in a tree of shapes, shardings or specs.
 Leaf: TypeAlias = Any
@@ -50,5 +50,6 @@ __all__ = [
     "Leaf",
     "Params",
     "Shaped",
+    "UInt16",
     "UInt32",
 ]

@@ -48,7 +48,7 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r"gdn\.pending_ab", P(None, None, None, AXIS)),
     (r"gdn\.(layout|pending)", P()),
     (r"kv\.(k|v)", P(None, None, None, AXIS)),
-    (r"logit_rows\.(counts|bias|in_prompt)", P(None, AXIS)),
+    (r"logit_rows\.bias|token_counts", P(None, AXIS)),
     (r"logit_rows\..*", P()),
     (r"slots\..*", P()),
 )

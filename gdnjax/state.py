@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
-from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS
+from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS, NO_TOKEN
 from gdnjax.shapes import Leaf
 
 LAYOUT_KV = 0
@@ -19,7 +19,12 @@ LAYOUT_VK = 1
 
 NULL_SLOT = 0
 NULL_BLOCK = 0
-NO_TOKEN = -1
+
+IN_PROMPT = 1 << 15
+"""The bit of an entry of `ServeState.token_counts` that says that the token is in the prompt."""
+
+MOST_COUNTED = IN_PROMPT - 1
+"""Where a count stops: the other bits of the entry. Occurrences beyond that many change no penalty any more."""
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +74,10 @@ class SlotTable:
     top_p: Leaf  # [s] float32, 1 = all
     min_p: Leaf  # [s] float32, 0 = all
     seed: Leaf  # [s, 2] uint32
+    repetition: Leaf  # [s] float32 penalties: 1 = none
+    frequency: Leaf  # [s] float32, 0 = none
+    presence: Leaf  # [s] float32, 0 = none
+    count_row: Leaf  # [s] int32: row of ServeState.token_counts, 0 = none
     logit_row: Leaf  # [s] int32: row of LogitRows, 0 = none
     hidden: Leaf  # [s, d] final hidden state of the last token in the recurrent state: the MTP head's input
     pending_hidden: Leaf = None  # [s, P, d] those of the pending rows; None without speculation
@@ -80,16 +89,11 @@ class SlotTable:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LogitRows:
-    """Vocabulary-sized rows for the requests that change logits. Requests that do not use them hold row 0 and pay
+    """Vocabulary-sized rows for the requests with bias or bans. Requests that do not use them hold row 0 and pay
     nothing. `g` counts the rows.
     """
 
-    counts: Leaf  # [g, V] int32: occurrences of each token in the output
-    in_prompt: Leaf  # [g, V] bool: tokens of the prompt
     bias: Leaf  # [g, V] float32: logit_bias, and -inf where a token may not be drawn
-    repetition: Leaf  # [g] float32
-    frequency: Leaf  # [g] float32
-    presence: Leaf  # [g] float32
     bad_words: Leaf  # [g, MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS] int32, right-aligned, NO_TOKEN where unused
     recent: Leaf  # [g, MAX_BAD_WORD_TOKENS - 1] int32: the last output tokens, newest last
 
@@ -97,12 +101,17 @@ class LogitRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ServeState:
-    """Everything that outlives a step. `jax.eval_shape` of it is the memory account."""
+    """Everything that outlives a step. `jax.eval_shape` of it is the memory account.
+
+    `token_counts` is what penalties ask for, a row for each running request that has any, so that nobody waits for one:
+    the bit IN_PROMPT, and how often the token occurs in the output, up to MOST_COUNTED. Row 0 is null.
+    """
 
     gdn: GDNState
     kv: KVBlocks
     slots: SlotTable
     logit_rows: LogitRows
+    token_counts: Leaf  # [c, V] uint16
 
 
 def empty_state(geometry: StateGeometry, plan: MemoryPlan, engine: EngineConfig, max_model_len: int) -> ServeState:
@@ -124,6 +133,7 @@ def empty_state(geometry: StateGeometry, plan: MemoryPlan, engine: EngineConfig,
         kv=KVBlocks(k=jnp.zeros(kv_shape, g.kv_dtype), v=jnp.zeros(kv_shape, g.kv_dtype)),
         slots=_empty_slots(g, slots, table_width),
         logit_rows=_empty_logit_rows(rows, g.vocab_size * tp),
+        token_counts=jnp.zeros((plan.num_count_rows + 1, g.vocab_size * tp), jnp.uint16),
     )
 
 
@@ -166,6 +176,10 @@ def _empty_slots(geometry: StateGeometry, slots: int, table_width: int) -> SlotT
         top_p=jnp.ones((slots,), jnp.float32),
         min_p=zeros(jnp.float32),
         seed=zeros(jnp.uint32, 2),
+        repetition=jnp.ones((slots,), jnp.float32),
+        frequency=zeros(jnp.float32),
+        presence=zeros(jnp.float32),
+        count_row=zeros(jnp.int32),
         logit_row=zeros(jnp.int32),
         hidden=zeros(geometry.hidden_dtype, geometry.hidden_size),
         **_empty_drafts(geometry, slots),
@@ -174,12 +188,7 @@ def _empty_slots(geometry: StateGeometry, slots: int, table_width: int) -> SlotT
 
 def _empty_logit_rows(rows: int, vocab: int) -> LogitRows:
     return LogitRows(
-        counts=jnp.zeros((rows, vocab), jnp.int32),
-        in_prompt=jnp.zeros((rows, vocab), bool),
         bias=jnp.zeros((rows, vocab), jnp.float32),
-        repetition=jnp.ones((rows,), jnp.float32),
-        frequency=jnp.zeros((rows,), jnp.float32),
-        presence=jnp.zeros((rows,), jnp.float32),
         bad_words=jnp.full((rows, MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS), NO_TOKEN, jnp.int32),
         recent=jnp.full((rows, MAX_BAD_WORD_TOKENS - 1), NO_TOKEN, jnp.int32),
     )
@@ -188,7 +197,7 @@ def _empty_logit_rows(rows: int, vocab: int) -> LogitRows:
 def check_state(state: ServeState) -> None:
     """Raises ValueError where the fields' shapes do not fit together. Looks at shapes alone, never at values."""
     slots = state.slots.length.shape[0]
-    rows = state.logit_rows.counts.shape[0]
+    rows = state.logit_rows.bad_words.shape[0]
     for owner, size, axis in ((state.slots, slots, 0), (state.logit_rows, rows, 0)):
         for field in dataclasses.fields(owner):
             leaf = getattr(owner, field.name)
@@ -197,6 +206,11 @@ def check_state(state: ServeState) -> None:
             shape = leaf.shape
             if shape[axis] != size:
                 raise ValueError(f"{type(owner).__name__}.{field.name} has shape {shape}, expected {size} rows")
+    if state.token_counts.shape[1:] != state.logit_rows.bias.shape[1:]:
+        raise ValueError(
+            f"ServeState.token_counts has shape {state.token_counts.shape}, LogitRows.bias has "
+            f"{state.logit_rows.bias.shape}"
+        )
     if state.gdn.ssm.shape[1] != slots or state.gdn.conv.shape[1] != slots or state.gdn.layout.shape != (slots,):
         raise ValueError(
             f"GDNState holds {state.gdn.ssm.shape[1]}, {state.gdn.conv.shape[1]} and {state.gdn.layout.shape[0]} "

@@ -1,5 +1,5 @@
-"""The steps: admit, fill a logit row, prefill, decode, seal. Pure: `(params, ServeState, batch) -> (ServeState,
-Emitted)`, those without a model without params, those that draw nothing without Emitted.
+"""The steps: admit, fill token counts, fill a logit row, prefill, decode, seal. Pure: `(params, ServeState, batch) ->
+(ServeState, Emitted)`, those without a model without params, those that draw nothing without Emitted.
 
 A decode step that speculates verifies the drafts of the step before and makes the next ones, so that nothing is read
 back in between. What it accepts is pending: the next step folds it into the recurrent state (see GDNState).
@@ -18,10 +18,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from gdnjax import sampling, sharding, speculative
-from gdnjax.batch import AdmitBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch, SealBatch
+from gdnjax.batch import AdmitBatch, CountBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch, SealBatch
 from gdnjax.models import Model
 from gdnjax.models.context import Pools, decode_context, fold_context, prefill_context
-from gdnjax.sampling import Draw, Vocab
+from gdnjax.pallas_kernels.pools import read_rows, write_rows
+from gdnjax.sampling import Change, Draw, Vocab, in_groups
 from gdnjax.shapes import Array, Params
 from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN, NULL_SLOT, LogitRows, ServeState
 
@@ -83,10 +84,15 @@ def admit(state: ServeState, batch: AdmitBatch, options: StepOptions) -> ServeSt
 
 
 def fill_logit_row(state: ServeState, batch: LogitRowBatch) -> ServeState:
-    """Hands a logit row to a request. `in_prompt`, `counts` and `bias` are this rank's part of the vocabulary."""
+    """Hands a logit row to a request. `bias` is this rank's part of the vocabulary."""
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "row"}
     rows = {name: getattr(state.logit_rows, name).at[batch.row].set(value) for name, value in values.items()}
     return dataclasses.replace(state, logit_rows=LogitRows(**rows))
+
+
+def fill_counts(state: ServeState, batch: CountBatch, vocab: Vocab) -> ServeState:
+    """Hands count rows to requests, with the tokens that they bring along."""
+    return dataclasses.replace(state, token_counts=sampling.fill_counts(state.token_counts, batch, vocab))
 
 
 def prefill(
@@ -102,7 +108,7 @@ def prefill(
         state = _with_slots(state, block_table=table)
     context = prefill_context(pools_of(state, options), batch)
     hidden, gdn, kv = model.forward(params, batch.tokens, context, state.gdn, state.kv)
-    previous = state.slots.hidden[context.rows.read_slot]
+    previous = read_rows(state.slots.hidden, context.rows.read_slot)
     if state.slots.drafts is not None:
         # The head's keys have to be there for every token that is, drafting or not.
         before = previous[batch.token_row]
@@ -165,7 +171,8 @@ def seal(model: Model, options: StepOptions, params: Params, state: ServeState, 
     reached = (jnp.arange(read.shape[0]) < batch.count) & (count >= 0) & (count <= pending)
     write, count = jnp.where(reached, batch.write_slot, NULL_SLOT), jnp.where(reached, count, 0)
     context = fold_context(pools_of(state, options), read, write, count)
-    hidden = _hidden_behind(state.slots.hidden[read], state.slots.pending_hidden[read], count)
+    kept = read_rows(state.slots.pending_hidden, read)
+    hidden = _hidden_behind(read_rows(state.slots.hidden, read), kept, count)
     gdn = model.fold(params, context, state.gdn)
     gdn = dataclasses.replace(gdn, pending=gdn.pending.at[write].set(0))
     return _written(dataclasses.replace(state, gdn=gdn), write, hidden, _layout(options, LAYOUT_VK))
@@ -188,12 +195,18 @@ def _drafts_to_verify(state: ServeState, options: StepOptions, batch: DecodeBatc
     slots, slot = state.slots, batch.slot
     if not options.num_drafts:
         return jnp.zeros((slot.shape[0], 0), jnp.int32), jnp.zeros(slot.shape, jnp.int32)
-    # The last token that a request may have is drawn, never fed.
-    room = slots.max_length[slot] - 2 - length
-    count = jnp.minimum(slots.num_drafts[slot], jnp.clip(room, 0, options.num_drafts))
+    room = jnp.clip(_room_for_drafts(state, slot, length), 0, options.num_drafts)
+    count = jnp.minimum(read_rows(slots.num_drafts, slot), room)
     if batch.max_drafts is not None:
         count = jnp.minimum(count, batch.max_drafts)
     return slots.drafts[slot, : options.num_drafts], count
+
+
+def _room_for_drafts(state: ServeState, slot: Array, length: Array) -> Array:
+    """How many drafts behind the token at position `length` can be verified, [n], below 0 at the end: the last token
+    that a request may have is drawn, never fed.
+    """
+    return state.slots.max_length[slot] - 2 - length
 
 
 def _accepted(state: ServeState, options: StepOptions, context, hidden, count) -> ServeState:
@@ -202,12 +215,12 @@ def _accepted(state: ServeState, options: StepOptions, context, hidden, count) -
     if state.gdn.pending is None:
         return _written(state, write, hidden[:, 0], layout)
     rows, width = state.slots.pending_hidden, hidden.shape[1]
-    old = rows[context.read_slot]
-    behind = _hidden_behind(state.slots.hidden[context.read_slot], old, context.pending)
+    old = read_rows(rows, context.read_slot)
+    behind = _hidden_behind(read_rows(state.slots.hidden, context.read_slot), old, context.pending)
     state = _written(state, write, behind, layout)
     # What is written follows from what was read, so that XLA need not keep the old pool beside the new one.
-    kept = jnp.where(context.valid.reshape(-1, width, 1), hidden.astype(rows.dtype), old[:, :width])
-    rows = rows.at[write, :width].set(kept)
+    kept = jnp.where(context.valid.reshape(-1, width, 1), hidden.astype(old.dtype), old[:, :width])
+    rows = write_rows(rows, write, slice(width), rows=kept)
     gdn = dataclasses.replace(state.gdn, pending=state.gdn.pending.at[write].set(count))
     return _with_slots(dataclasses.replace(state, gdn=gdn), pending_hidden=rows)
 
@@ -241,8 +254,7 @@ def _with_slots(state: ServeState, **fields: Array) -> ServeState:
 
 def _written(state: ServeState, slot: Array, hidden: Array, layout: int) -> ServeState:
     """The layout bit and last hidden state of slots whose rows the layers have written."""
-    kept = state.slots.hidden
-    state = _with_slots(state, hidden=kept.at[slot].set(hidden.astype(kept.dtype)))
+    state = _with_slots(state, hidden=write_rows(state.slots.hidden, slot, rows=hidden))
     return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=state.gdn.layout.at[slot].set(layout)))
 
 
@@ -258,6 +270,7 @@ class _Drawn:
     drafted: Array
     logprobs: Logprobs | None
     logit_rows: LogitRows
+    token_counts: Array
 
 
 def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> _Drawn:
@@ -267,53 +280,68 @@ def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> 
     count, rows = valid.shape
     sampler = _Sampler.of(model, options, state, slot, first, rows)
     logits = model.logits(params, hidden.reshape(count * rows, -1))
-    scores = sampler.scores(logits, _produced(drafts) if rows > 1 else None)
-    tokens = sampler.tokens(logits, scores).reshape(count, rows)
-    accepted = jnp.zeros((count,), jnp.int32)
+    produced = _produced(drafts) if rows > 1 else None
     num_drafts = jnp.sum(valid[:, 1:], axis=1, dtype=jnp.int32)
-    if rows > 1:
-        if options.forced_length is not None:
+    if rows > 1 and options.acceptance == "rejection" and options.forced_length is None:
+        tokens, accepted = _reject(model, options, params, state, slot, first, logits, drafts, num_drafts)
+    else:
+        tokens, accepted = sampler.tokens(logits, produced).reshape(count, rows), jnp.zeros((count,), jnp.int32)
+        if rows > 1 and options.forced_length is not None:
             length = options.forced_length
             tokens, accepted = speculative.accept_forced(drafts, tokens, num_drafts, length, sampler.draw)
-        elif options.acceptance == "rejection":
-            target = scores.reshape(count, rows, -1)
-            proposed = _draft_scores(model, options, params, state, slot, first, drafts)
-            tokens, accepted = speculative.accept_rejection(
-                target, proposed, drafts, num_drafts, sampler.draw, sampler.vocab
-            )
-        else:
+        elif rows > 1:
             accepted = speculative.accept_shared(drafts, tokens, num_drafts)
-    # A stop token ends what counts.
-    stops = jnp.any(state.slots.stop_tokens[slot][:, None] == tokens[:, :, None], axis=-1)
+    # A stop token ends what counts, and so does the lack of any token that may be drawn.
+    stops = jnp.any(state.slots.stop_tokens[slot][:, None] == tokens[:, :, None], axis=-1) | (tokens == NO_TOKEN)
     stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1), rows)
     kept = jnp.where(valid[:, 0], jnp.minimum(accepted, stop) + 1, 0).astype(jnp.int32)
     drafted = jnp.where(stop < accepted, kept - 1, num_drafts)
     if not options.full:
-        return _Drawn(tokens, kept, drafted, None, state.logit_rows)
-    found = sampling.logprobs(logits, tokens.reshape(-1), options.max_logprobs, sampler.vocab)
+        return _Drawn(tokens, kept, drafted, None, state.logit_rows, state.token_counts)
+
+    def logprobs(group):
+        logits, chosen = group
+        return sampling.logprobs(logits, chosen, options.max_logprobs, sampler.vocab)
+
+    found = in_groups(logprobs, (logits, tokens.reshape(-1)), count * rows, sampler.vocab.group_of(count * rows))
+    slots = state.slots
     return _Drawn(
         tokens=tokens,
         count=kept,
         drafted=drafted,
         logprobs=jax.tree.map(lambda x: x.reshape(count, rows, *x.shape[1:]), found),
-        logit_rows=sampling.count_tokens(state.logit_rows, state.slots.logit_row[slot], tokens, kept, sampler.vocab),
+        logit_rows=sampling.remember_tokens(state.logit_rows, slots.logit_row[slot], tokens, kept),
+        token_counts=sampling.count_tokens(state.token_counts, slots.count_row[slot], tokens, kept, sampler.vocab),
     )
 
 
-def _draft_scores(model, options, params, state, slot, first, drafts) -> Array:
-    """The scores [n, k, V] that drafts were drawn by, made again from the head's hidden states, which are small."""
+def _reject(model, options, params, state, slot, first, logits, drafts, valid) -> tuple[Array, Array]:
+    """Tokens [n, T], and how many drafts are kept, by rejection, some requests at a time. Beside the target's `logits`
+    [n * T, V] it holds those of the drafts, made again from the head's hidden states, which are small.
+    """
     count, k = drafts.shape
-    drafter = _Sampler.of(model, options, state, slot, first, k)
-    hidden = state.slots.draft_hidden[slot, :k].reshape(count * k, -1)
-    scores = drafter.scores(model.logits(params, hidden), _produced(drafts[:, :-1]) if k > 1 else None)
-    return scores.reshape(count, k, -1)
+    hidden = read_rows(state.slots.draft_hidden, slot, slice(k)).reshape(count * k, -1)
+    vocab = _vocab_of(model)
+
+    def some_requests(group):
+        slot, first, logits, proposed, drafts, valid = group
+        target = _Sampler.of(model, options, state, slot, first, 1 + k)
+        drafter = _Sampler.of(model, options, state, slot, first, k)
+        p = target.scores(logits, _produced(drafts))
+        q = drafter.scores(proposed, _produced(drafts[:, :-1]) if k > 1 else None)
+        p, q = (scores.reshape(slot.shape[0], -1, scores.shape[1]) for scores in (p, q))
+        return speculative.accept_rejection(p, q, drafts, valid, target.draw, vocab)
+
+    requests = (slot, first, logits, model.logits(params, hidden), drafts, valid)
+    return in_groups(some_requests, requests, count, max(1, vocab.group_of(logits.shape[0]) // (1 + k)))
 
 
 def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
     """Runs the MTP head over the tokens [n, T] that were drawn behind `hidden` [n, T, d], and drafts the next ones.
 
     Every token that counts gets its key and value from the target's hidden state before it, in the place of what a
-    draft may have left there.
+    draft may have left there. Behind the first draft only those are made that the next step may verify: a row that has
+    ended makes none, and no position comes to the end of the context.
     """
     if state.slots.drafts is None:
         return state
@@ -325,15 +353,16 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
     context = decode_context(pools, slot, length - emitted.count + 1, valid)
     found, kv = model.draft(params, tokens, hidden.reshape(count * rows, -1), context, state.gdn, state.kv)
     last = found.reshape(count, rows, -1)[jnp.arange(count), jnp.maximum(emitted.count - 1, 0)]
+    room = jnp.where(active & ~emitted.done, _room_for_drafts(state, slot, length), 0)
     drafts, outputs = jnp.zeros((count, 0), jnp.int32), []
     for depth in range(options.num_drafts):
         if depth:
-            context = decode_context(pools, slot, length + depth, active[:, None])
+            context = decode_context(pools, slot, length + depth, (depth < room)[:, None])
             last, kv = model.draft(params, drafts[:, -1], last, context, state.gdn, kv)
         outputs.append(last)
         sampler = _Sampler.of(model, options, state, slot, length + depth + 1, 1)
         logits = model.logits(params, last)
-        draft = sampler.tokens(logits, sampler.scores(logits, drafts if depth else None), options.draft_stream)
+        draft = sampler.tokens(logits, drafts if depth else None, options.draft_stream)
         drafts = jnp.concatenate([drafts, draft[:, None]], axis=1)
     # Others than those that have drawn a token keep what they have.
     write = jnp.where(active, slot, NULL_SLOT)
@@ -341,8 +370,8 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
     if options.num_drafts:
         made["drafts"] = state.slots.drafts.at[write, : options.num_drafts].set(drafts)
     if options.num_drafts and state.slots.draft_hidden is not None:
-        kept = state.slots.draft_hidden
-        made["draft_hidden"] = kept.at[write, : options.num_drafts].set(jnp.stack(outputs, axis=1).astype(kept.dtype))
+        kept, rows = state.slots.draft_hidden, jnp.stack(outputs, axis=1)
+        made["draft_hidden"] = write_rows(kept, write, slice(options.num_drafts), rows=rows)
     return _with_slots(dataclasses.replace(state, kv=kv), **made)
 
 
@@ -360,7 +389,7 @@ class _Sampler:
     def of(cls, model, options, state, slot, first, rows) -> "_Sampler":
         """`rows` tokens of each slot, from position `first` on."""
         position = (first[:, None] + jnp.arange(rows, dtype=jnp.int32)).reshape(-1)
-        vocab = Vocab(size=model.vocab_size, tp=model.tp, backend=model.backend)
+        vocab = _vocab_of(model)
         return cls(options, state, vocab, jnp.repeat(slot, rows), position)
 
     @property
@@ -371,19 +400,27 @@ class _Sampler:
         """What they are drawn by. `produced` [t, j] counts as produced, for penalties and bad words."""
         if not self.options.full:
             return sampling.scores(logits, self.draw, self.vocab, full=False)
-        slots = self.state.slots
+        state, slots = self.state, self.state.slots
         # Below its minimum a request may not end, so what would end it may not be drawn.
         early = self.position < slots.min_length[self.slot]
         banned = jnp.where(early[:, None], slots.stop_tokens[self.slot], NO_TOKEN)
-        row = slots.logit_row[self.slot]
-        logits = sampling.adjust(logits, self.state.logit_rows, row, banned, self.vocab, produced)
+        change = Change.of_slots(slots, self.slot, banned, produced)
+        logits = sampling.adjust(logits, state.logit_rows, state.token_counts, change, self.vocab)
         return sampling.scores(logits, self.draw, self.vocab, full=True)
 
-    def tokens(self, logits: Array, scores: Array, stream: int = 0) -> Array:
+    def tokens(self, logits: Array, produced: Array | None = None, stream: int = 0) -> Array:
         """Tokens drawn from logits, by their scores, with the noise of a stream."""
-        if self.options.full:
-            return sampling.choose(scores, self.draw, self.vocab, stream)
-        return sampling.draw_plain(logits, self.draw, self.vocab, stream)
+        if not self.options.full and not self.vocab.backend.is_reference:
+            # One pass over the logits that holds nothing beside them.
+            return sampling.draw_plain(logits, self.draw, self.vocab, stream)
+
+        def some_rows(rows):
+            logits, slot, position, produced = rows
+            some = dataclasses.replace(self, slot=slot, position=position)
+            return sampling.choose(some.scores(logits, produced), some.draw, self.vocab, stream)
+
+        rows = (logits, self.slot, self.position, produced)
+        return in_groups(some_rows, rows, logits.shape[0], self.vocab.group_of(logits.shape[0]))
 
 
 def _produced(drafts: Array) -> Array:
@@ -393,26 +430,26 @@ def _produced(drafts: Array) -> Array:
     return jnp.where(before, drafts[:, None], NO_TOKEN).reshape(count * (most + 1), most)
 
 
+def _vocab_of(model: Model) -> Vocab:
+    return Vocab(size=model.vocab_size, tp=model.tp, backend=model.backend)
+
+
 def _prompt_logprobs(model, options, params, hidden, target) -> Logprobs:
     """Log-probabilities of each packed token's successor, a few positions at a time."""
-    vocab = Vocab(size=model.vocab_size, tp=model.tp, backend=model.backend)
+    vocab = _vocab_of(model)
 
     def some_rows(rows):
         hidden, target = rows
         return sampling.logprobs(model.logits(params, hidden), jnp.maximum(target, 0), options.max_logprobs, vocab)
 
-    def split(x):
-        return x.reshape(-1, min(PROMPT_LOGPROB_ROWS, x.shape[0]), *x.shape[1:])
-
-    found = lax.map(some_rows, (split(hidden), split(target)))
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
+    return in_groups(some_rows, (hidden, target), hidden.shape[0], PROMPT_LOGPROB_ROWS)
 
 
 def _commit(state, drawn: _Drawn, slot, length, active, prompt_logprobs) -> tuple[ServeState, Emitted]:
     """Writes progress back to the slots and packs what the host is told. `length` is that behind the tokens fed."""
     slots = state.slots
     last = jnp.take_along_axis(drawn.tokens, jnp.maximum(drawn.count - 1, 0)[:, None], axis=1)[:, 0]
-    stopped = jnp.any(slots.stop_tokens[slot] == last[:, None], axis=1)
+    stopped = jnp.any(slots.stop_tokens[slot] == last[:, None], axis=1) | (last == NO_TOKEN)
     done = active & (stopped | (length + 1 >= slots.max_length[slot]))
     # Rows of a prompt that goes on have no token yet, but their length counts.
     table = dataclasses.replace(
@@ -430,7 +467,8 @@ def _commit(state, drawn: _Drawn, slot, length, active, prompt_logprobs) -> tupl
         logprobs=drawn.logprobs,
         prompt_logprobs=prompt_logprobs,
     )
-    return dataclasses.replace(state, slots=table, logit_rows=drawn.logit_rows), emitted
+    counted = {"logit_rows": drawn.logit_rows, "token_counts": drawn.token_counts}
+    return dataclasses.replace(state, slots=table, **counted), emitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,6 +476,7 @@ class Steps:
     """The jitted steps of one engine. Each donates the state it is given."""
 
     admit: Callable[[ServeState, AdmitBatch], ServeState]
+    fill_counts: Callable[[ServeState, CountBatch], ServeState]
     fill_logit_row: Callable[[ServeState, LogitRowBatch], ServeState]
     prefill: Callable[[StepOptions], Any]  # jitted (params, state, PrefillBatch) -> (state, Emitted)
     decode: Callable[[StepOptions], Any]  # jitted (params, state, DecodeBatch) -> (state, Emitted)
@@ -455,9 +494,9 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
     state_out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs)
     whole = NamedSharding(mesh, replicated)
     row_specs = LogitRowBatch(
-        **{f.name: replicated for f in dataclasses.fields(LogitRowBatch)}
-        | {name: sharding.P(sharding.AXIS) for name in ("in_prompt", "counts", "bias")}
+        **{f.name: replicated for f in dataclasses.fields(LogitRowBatch)} | {"bias": sharding.P(sharding.AXIS)}
     )
+    vocab = _vocab_of(model)
 
     traces: list[None] = []
 
@@ -487,6 +526,7 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
 
     return Steps(
         admit=over_state(functools.partial(admit, options=options), replicated),
+        fill_counts=over_state(functools.partial(fill_counts, vocab=vocab), replicated),
         fill_logit_row=over_state(fill_logit_row, row_specs),
         prefill=functools.partial(over_model, prefill),
         decode=functools.partial(over_model, decode),

@@ -65,6 +65,10 @@ def pack_admissions(admissions: Sequence[Admission], *, table_width: int) -> Adm
         top_p=np.ones(ROWS, np.float32),
         min_p=np.zeros(ROWS, np.float32),
         seed=np.zeros((ROWS, 2), np.uint32),
+        repetition=np.ones(ROWS, np.float32),
+        frequency=np.zeros(ROWS, np.float32),
+        presence=np.zeros(ROWS, np.float32),
+        count_row=np.zeros(ROWS, np.int32),
         logit_row=np.zeros(ROWS, np.int32),
         copy_from=column(a.copy[0] for a in admissions),
         copy_to=column(a.copy[1] for a in admissions),
@@ -132,7 +136,9 @@ class Driver:
             num_speculative_tokens=num_speculative_tokens,
         )
         geometry = model.geometry(BLOCK, "float32").speculating(config)
-        plan = MemoryPlan.of_counts(geometry, num_slots=NUM_SLOTS, num_blocks=NUM_BLOCKS, num_logit_rows=1)
+        plan = MemoryPlan.of_counts(
+            geometry, num_slots=NUM_SLOTS, num_blocks=NUM_BLOCKS, num_logit_rows=1, num_count_rows=1
+        )
         self.mesh = make_mesh(model.tp)
         empty = jax.eval_shape(lambda: empty_state(geometry, plan, config, MAX_MODEL_LEN))
         make = jax.jit(

@@ -359,7 +359,7 @@ def assert_unchanged_but(before: dict, after: dict, slots=(), blocks=()) -> None
     for name, leaf in before.items():
         axis = 1 if name in ("gdn.ssm", "gdn.conv", "gdn.pending_ab", "kv.k", "kv.v") else 0
         changed = [0, *(blocks if name.startswith("kv.") else slots)]
-        if name.startswith("logit_rows."):
+        if name.startswith(("logit_rows.", "token_counts")):
             changed = []
         np.testing.assert_array_equal(
             np.delete(leaf, changed, axis), np.delete(after[name], changed, axis), err_msg=name
@@ -474,26 +474,18 @@ def test_request_that_grows_equals_its_solo_run(ledger):
 
 
 def test_refilled_logit_row_remembers_what_was_produced():
-    """A request that comes back after preemption has its counts and last tokens as they were."""
+    """A request that comes back after preemption has its last tokens as they were."""
     state = ledger_driver("mixed").state
     vocab = state.logit_rows.bias.shape[1]
-    counts = np.arange(vocab, dtype=np.int32) % 3
     recent = np.arange(MAX_BAD_WORD_TOKENS - 1, dtype=np.int32)
     batch = LogitRowBatch(
         row=np.int32(1),
-        in_prompt=np.zeros(vocab, bool),
-        counts=counts,
         recent=recent,
         bias=np.zeros(vocab, np.float32),
-        repetition=np.float32(1),
-        frequency=np.float32(0),
-        presence=np.float32(0),
         bad_words=np.full((MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS), NO_TOKEN, np.int32),
     )
     rows = fill_logit_row(state, batch).logit_rows
-    np.testing.assert_array_equal(rows.counts[1], counts)
     np.testing.assert_array_equal(rows.recent[1], recent)
-    assert not np.asarray(rows.counts[0]).any()
     assert (np.asarray(rows.recent[0]) == NO_TOKEN).all()
 
 

@@ -14,6 +14,7 @@ from gdnjax import (
     abstract_params,
     batch_generate,
     build_model,
+    draft_logits,
     full_logits,
     generation,
     random_params,
@@ -267,9 +268,13 @@ def test_lengths_default_to_the_width_and_padding_may_hold_anything():
     jax.eval_shape(lambda t, n: generation._checked_lengths(t, n, 10), tokens, np.array([0, 9]))
 
 
-def test_scores_are_of_one_sequence():
-    with pytest.raises(ValueError, match=r"tokens must be an integer array \[t\] of one sequence, got int32 \[1, 3\]"):
-        generation._check_sequence(np.ones((1, 3), np.int32))
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("tokens", [np.ones((1, 5), np.int32), np.ones(5, np.float32), np.ones(0, np.int32)], ids=str)
+def test_tokens_that_are_no_sequence_are_named(tokens):
+    model, params = build_model(dataclasses.replace(CONFIG, mtp_layers=1), "float32", mtp=True), {}
+    for scores in (full_logits, functools.partial(draft_logits, depth=1)):
+        with pytest.raises(ValueError, match=r"tokens must be one sequence of integers, \[t\] .* got (int|float)32 \["):
+            scores(model, params, tokens)
 
 
 def test_full_logits_of_a_shorter_sequence_are_a_prefix():

@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
-from gdnjax import memory
+from gdnjax import abstract_params, memory
 from gdnjax.assets import EMBEDDED_MODEL, PRESETS, config_file
 from gdnjax.config import AttentionConfig, DeltaConfig, EngineConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
-from gdnjax.memory.__main__ import main
+from gdnjax.memory.__main__ import build_parser, main
+from gdnjax.memory.weights import weight_bytes, workspace_estimate
+from gdnjax.serving import planning
 from tests.geometries import SMALL_GEOMETRY as SMALL
 
 PATTERN = (LayerKind.DELTA,) * 3 + (LayerKind.ATTENTION,)
@@ -83,7 +85,8 @@ def test_large_model_by_default_dtypes_is_exact():
 def test_small_geometry_is_exact():
     assert SMALL.slot_bytes == 3 * (3 * 208 * 2 + 6 * 16 * 24 * 4)
     assert SMALL.block_bytes == 2 * 2 * 16 * 2 * 32 * 2
-    assert SMALL.logit_row_bytes == 401 * 9
+    assert SMALL.logit_row_bytes == 401 * 4
+    assert SMALL.count_row_bytes == 401 * 2
     assert SMALL.hidden_bytes == 40 * 2
 
 
@@ -113,7 +116,8 @@ def test_plan_divides_a_budget_by_what_speculating_slots_take(num_drafts):
     config = uncached(num_speculative_tokens=num_drafts, draft_acceptance="rejection")
     geometry = SMALL.speculating(config)
     slot = geometry.slot_bytes + geometry.hidden_bytes
-    budget = 5 * slot + 5 * SMALL.logit_row_bytes + (16 + 1) * SMALL.block_bytes
+    rows = 5 * (SMALL.logit_row_bytes + SMALL.count_row_bytes)
+    budget = 5 * slot + rows + (16 + 1) * SMALL.block_bytes
     plan = memory.plan(geometry, config, max_model_len=250, budget_bytes=budget)
     assert (plan.num_slots, plan.num_blocks, plan.total_bytes) == (4, 16, budget)
     with pytest.raises(MemoryError, match=rf"^1 bytes short: 5 slots {5 * slot:,}"):
@@ -144,7 +148,8 @@ def uncached(**overrides):
 
 def floor_bytes(config, weights=0, workspace=0):
     slots = (config.max_num_seqs + 1) * SLOT
-    return slots + (config.num_logit_rows + 1) * SMALL.logit_row_bytes + weights + workspace
+    rows = (config.num_logit_rows + 1) * SMALL.logit_row_bytes + (config.max_num_seqs + 1) * SMALL.count_row_bytes
+    return slots + rows + weights + workspace
 
 
 def test_plan_reserves_state_first_and_gives_the_rest_to_blocks():
@@ -158,6 +163,7 @@ def test_plan_reserves_state_first_and_gives_the_rest_to_blocks():
     assert plan.hidden_bytes == 5 * SMALL.hidden_bytes
     assert plan.kv_bytes == 21 * SMALL.block_bytes
     assert plan.logit_row_bytes == 5 * SMALL.logit_row_bytes
+    assert plan.count_row_bytes == 5 * SMALL.count_row_bytes
     assert plan.total_bytes == budget - (SMALL.block_bytes - 1)
 
 
@@ -252,6 +258,7 @@ def test_shortfall_names_every_part_and_every_remedy():
         f"5 slots {5 * SLOT:,}",
         f"9 checkpoint slots {9 * SLOT:,}",
         f"5 logit rows {5 * SMALL.logit_row_bytes:,}",
+        f"5 rows of token counts {5 * SMALL.count_row_bytes:,}",
         f"17 KV blocks {17 * SMALL.block_bytes:,}",
         "budget of 12,345 bytes",
         "max_num_seqs (now 4)",
@@ -300,9 +307,16 @@ def test_plan_refuses_8_bit_keys_that_kernels_cannot_number(edge, over):
 
 def test_printed_plan_adds_up():
     plan = MemoryPlan.of_counts(
-        SMALL, num_slots=6, num_checkpoint_slots=2, num_blocks=20, num_logit_rows=2, weight_bytes=1 << 20
+        SMALL,
+        num_slots=6,
+        num_checkpoint_slots=2,
+        num_blocks=20,
+        num_logit_rows=2,
+        num_count_rows=4,
+        weight_bytes=1 << 20,
     )
     text = str(plan)
+    assert "4 rows, for penalties" in text
     assert f"6 slots of {SMALL.slot_bytes:,} B: 4 live, 2 checkpoints" in text
     assert f"20 blocks of {SMALL.block_bytes:,} B" in text
     assert f"a slot is worth {SMALL.equivalent_blocks} blocks" in text
@@ -342,7 +356,7 @@ def test_command_prints_the_published_arithmetic(capsys):
     text = capsys.readouterr().out
     for part in ("24,422,400 B", "124,800 B", "24,547,200 B", "96.1%", " 6,906 ", "196 blocks", "193.1x"):
         assert part in text
-    assert "weights and workspace are not known" in text
+    assert "neither weights nor workspace are in it" in text
 
 
 def test_command_prints_the_same_as_json(capsys):
@@ -385,11 +399,72 @@ def test_command_without_drafts_says_nothing_of_them(capsys):
     assert not re.search("draft|gates|MTP", text)
 
 
+@pytest.mark.parametrize(("name", "tp"), [*((name, 1) for name in PRESETS), ("qwen3.5-9b", 4), ("qwen3.5-35b-a3b", 2)])
+def test_weights_are_what_the_modules_hold(name, tp):
+    """To the byte, of one rank: what `abstract_params` has, divided as the sharding table says. One period of layers
+    stands for all."""
+    whole = ModelConfig.from_hf(config_file(name))
+    config = dataclasses.replace(whole, layer_kinds=whole.layer_kinds[:4], mlp_kinds=whole.mlp_kinds[:4])
+    for mtp in {False, config.mtp_layers > 0}:
+        params = abstract_params(config, tp, "bfloat16", mtp=mtp)
+        assert weight_bytes(config, tp=tp, dtype="bfloat16", mtp=mtp) == planning.weight_bytes(params, tp)
+
+
+NINE = ["--config", "qwen3.5-9b"]
+
+
+def test_command_says_whether_a_model_fits(capsys):
+    """9B in 24 GB: where JAX may have enough of them."""
+    assert main([*NINE, "--gpu-memory", "24", "--json"]) == 0
+    fit = json.loads(capsys.readouterr().out)["fit"]
+    assert fit["budget_bytes"] == int(24 * GIB * 0.9 * 0.9)
+    assert fit["plan"]["weight_bytes"] == 17_907_609_600
+    assert (fit["plan"]["num_slots"], fit["plan"]["num_checkpoint_slots"]) > (8, 0)
+    assert main([*NINE, "--gpu-memory", "24"]) == 0
+    text = capsys.readouterr().out
+    assert "Fits in 24 GiB" in text
+    assert "16.68 GiB in bfloat16" in text
+    assert main([*NINE, "--gpu-memory", "24", "--memory-fraction", "0.75"]) == 1
+    assert re.search(r"Does not fit in 24 GiB .*: [\d,]+ bytes short: weights 17,907,609,600", capsys.readouterr().out)
+    assert main([*NINE, "--gpu-memory", "24", "--dtype", "float32", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["fit"]["plan"] is None
+    assert report["weight_bytes"] > 1.99 * 17_907_609_600
+    assert main([*NINE, "--gpu-memory", "24", "--tp", "4", "--memory-fraction", "0.75"]) == 0
+
+
+def test_command_speaks_of_a_model_where_none_is_named(capsys):
+    """As README.md has it."""
+    assert main(["--num-speculative-tokens", "3"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("qwen3.5-9b, one rank")
+    assert "the MTP head among them" in text
+
+
+def test_every_flag_is_explained(capsys):
+    for action in build_parser()._actions:
+        assert action.help, action.option_strings
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "Exit status: 0, 1 where the model does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "drafts", "tokens", "compiled"),
+    # MiB of the largest step of four layers of 9B, as scripts/measure_workspace.py --arch gfx942 has them.
+    [(8, 0, 1024, 206), (8, 0, 8192, 774), (256, 0, 1024, 294), (256, 3, 1024, 1233)],
+)
+def test_estimated_workspace_is_enough(rows, drafts, tokens, compiled):
+    engine = EngineConfig(max_num_seqs=rows, num_speculative_tokens=drafts, max_num_batched_tokens=tokens)
+    estimate = workspace_estimate(ModelConfig.from_hf(config_file("qwen3.5-9b")), engine, "bfloat16") / (1 << 20)
+    assert compiled <= estimate <= 1.2 * compiled
+
+
 def test_command_without_a_budget_prints_costs_alone(capsys):
     assert main(["--config", EMBEDDED_MODEL]) == 0
     text = capsys.readouterr().out
     assert "a slot" in text
-    assert "GiB" not in text
+    assert not re.search("accounting|Fits|Does not fit", text)
 
 
 def test_command_refuses_drafts_of_a_model_without_a_head(tmp_path, capsys):
@@ -420,6 +495,8 @@ def test_command_lists_the_presets(capsys):
         (["--config", EMBEDDED_MODEL, "--max-num-seqs", "0"], "max_num_seqs must be an integer of at least 1"),
         (["--config", EMBEDDED_MODEL, "--max-model-len", "9999999"], "exceeds the model's context"),
         (["--config", EMBEDDED_MODEL, "--budget-gib", "0.0001"], r"bytes short: 8 slots"),
+        (["--gpu-memory", "24", "--memory-fraction", "1.5"], r"--memory-fraction must be in \(0, 1\], got 1.5"),
+        (["--gpu-memory", "24", "--gpu-memory-utilization", "0"], r"gpu_memory_utilization must be in \(0, 1\], got 0"),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(capsys, arguments, problem):

@@ -1,5 +1,6 @@
 """Logits to tokens: masks equal a sort-based definition, noise is a function of (seed, position, token) alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,9 @@ from scipy import stats
 
 from gdnjax import sampling, sharding
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel, reference, uniform
-from gdnjax.sampling import Draw, Vocab
+from gdnjax.sampling import Change, Draw, Vocab
 from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS
-from gdnjax.state import NO_TOKEN, LogitRows
+from gdnjax.state import IN_PROMPT, MOST_COUNTED, NO_TOKEN, LogitRows
 from gdnjax.step import PROMPT_LOGPROB_ROWS
 from tests.draws import (
     IMPOSSIBLE,
@@ -42,8 +43,6 @@ def log_softmax(x):
 
 # Compiled once a shape; called as they are, every call would compile its loops again.
 _gumbel = jax.jit(gumbel)
-_adjust = jax.jit(sampling.adjust, static_argnums=4)
-_count_tokens = jax.jit(sampling.count_tokens, static_argnums=4)
 _logprobs = jax.jit(sampling.logprobs, static_argnums=(2, 3))
 _top_k, _top_p = (jax.jit(mask, static_argnums=2) for mask in (sampling._top_k, sampling._top_p))
 
@@ -433,8 +432,57 @@ SIZE = 37
 """Odd, so that two and four ranks pad it."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What changes logits, in as many rows of each kind; in the tests a request has the same row of all."""
+
+    counts: jax.Array
+    in_prompt: jax.Array
+    bias: jax.Array
+    repetition: jax.Array
+    frequency: jax.Array
+    presence: jax.Array
+    bad_words: jax.Array
+    recent: jax.Array
+
+    @property
+    def logit_rows(self) -> LogitRows:
+        return LogitRows(bias=self.bias, bad_words=self.bad_words, recent=self.recent)
+
+    @property
+    def token_counts(self) -> jax.Array:
+        return (self.counts + IN_PROMPT * self.in_prompt).astype(jnp.uint16)
+
+    def change(self, row, banned, drafted=None) -> Change:
+        return Change(row, row, self.repetition[row], self.frequency[row], self.presence[row], banned, drafted)
+
+
+SPLIT = ("counts", "in_prompt", "bias")
+"""Fields along the vocabulary."""
+
+ROW_SPECS = Rows(
+    **{f.name: sharding.P(None, sharding.AXIS) if f.name in SPLIT else sharding.P() for f in dataclasses.fields(Rows)}
+)
+
+
+def adjusted(logits, rows, row, banned, vocab, drafted=None):
+    return sampling.adjust(logits, rows.logit_rows, rows.token_counts, rows.change(row, banned, drafted), vocab)
+
+
+def counted(rows, row, tokens, count, vocab):
+    entries = sampling.count_tokens(rows.token_counts, row, tokens, count, vocab)
+    recent = sampling.remember_tokens(rows.logit_rows, row, tokens, count).recent
+    counts, in_prompt = (entries & MOST_COUNTED).astype(jnp.int32), entries >= IN_PROMPT
+    return dataclasses.replace(rows, counts=counts, in_prompt=in_prompt, recent=recent)
+
+
+_adjust = jax.jit(adjusted, static_argnums=4)
+_count_tokens = jax.jit(counted, static_argnums=4)
+
+
 def random_rows(rng, size=SIZE, rows=5):
-    """LogitRows with every kind of content in rows 1 and up, as numpy; row 0 is neutral."""
+    """Rows with every kind of content in rows 1 and up, as numpy; row 0 is neutral."""
     bias = np.where(rng.random((rows, size)) < 0.3, rng.normal(0, 3, (rows, size)), 0).astype(np.float32)
     bias[2, rng.random(size) < 0.5] = -np.inf
     values = {
@@ -450,14 +498,14 @@ def random_rows(rng, size=SIZE, rows=5):
     values["recent"][1:] = rng.integers(0, size, (rows - 1, MAX_BAD_WORD_TOKENS - 1))
     for name in ("counts", "in_prompt", "bias"):
         values[name][0] = 0
-    return LogitRows(**{name: jnp.asarray(value) for name, value in values.items()})
+    return Rows(**{name: jnp.asarray(value) for name, value in values.items()})
 
 
 def set_bad_words(rows, row, words):
     table = np.asarray(rows.bad_words).copy()
     for i, word in enumerate(words):
         table[row, i, MAX_BAD_WORD_TOKENS - len(word) :] = word
-    return LogitRows(**{**vars(rows), "bad_words": jnp.asarray(table)})
+    return Rows(**{**vars(rows), "bad_words": jnp.asarray(table)})
 
 
 def adjust_by_formula(logits, rows, row, banned, words):
@@ -494,7 +542,7 @@ def adjust(logits, rows, row, banned, drafted=()):
         line[: len(tokens)] = tokens
     padding = ((0, LINES - count), (0, 0))
     banned = np.pad(np.asarray(banned, np.int32), ((0, 0), (0, 3 - np.shape(banned)[1])), constant_values=NO_TOKEN)
-    adjusted = _adjust(
+    changed = _adjust(
         jnp.asarray(np.pad(np.asarray(logits, np.float32), padding)),
         rows,
         jnp.asarray(np.pad(row, padding[0]), jnp.int32),
@@ -502,7 +550,7 @@ def adjust(logits, rows, row, banned, drafted=()):
         whole(SIZE),
         jnp.asarray(drafted_table),
     )
-    return np.asarray(adjusted)[:count]
+    return np.asarray(changed)[:count]
 
 
 def close(actual, expected):
@@ -527,7 +575,7 @@ def test_each_penalty_alone_equals_its_formula(field):
     rows = random_rows(rng)
     neutral = {"repetition": jnp.ones(5), "frequency": jnp.zeros(5), "presence": jnp.zeros(5)}
     neutral.pop(field)
-    rows = LogitRows(**{**vars(rows), "bias": jnp.zeros((5, SIZE)), **neutral})
+    rows = Rows(**{**vars(rows), "bias": jnp.zeros((5, SIZE)), **neutral})
     logits = 5 * rng.standard_normal((4, SIZE)).astype(np.float32)
     row, banned = np.arange(1, 5), np.full((4, 1), NO_TOKEN, np.int32)
     actual = adjust(logits, rows, row, banned)
@@ -573,11 +621,11 @@ def test_banned_tokens_cannot_be_drawn_and_others_are_untouched():
 def test_last_token_of_a_bad_word_is_forbidden_after_its_beginning(word, recent, forbidden):
     """`recent` is what `count_tokens` has seen, one token at a time."""
     empty = random_rows(np.random.default_rng(44))
-    rows = LogitRows(**{**vars(empty), "recent": jnp.full_like(empty.recent, NO_TOKEN)})
+    rows = Rows(**{**vars(empty), "recent": jnp.full_like(empty.recent, NO_TOKEN)})
     rows = set_bad_words(rows, 1, [word, [30, 31]])
     for token in recent:
         rows = _count_tokens(rows, jnp.array([1]), jnp.array([[token]], jnp.int32), jnp.array([1]), whole(SIZE))
-    rows = LogitRows(**{**vars(rows), "bias": jnp.zeros_like(rows.bias)})
+    rows = Rows(**{**vars(rows), "bias": jnp.zeros_like(rows.bias)})
     actual = adjust(np.zeros((1, SIZE)), rows, [1], np.full((1, 1), NO_TOKEN, np.int32))
     np.testing.assert_array_equal(np.flatnonzero(np.isinf(actual[0])), [5] if forbidden else [])
 
@@ -644,10 +692,10 @@ def test_drafted_tokens_adjust_as_counted_ones_bit_for_bit():
         logits = 5 * rng.standard_normal((LINES, SIZE)).astype(np.float32)
         actual = adjust(logits, rows, [r] * LINES, banned, drafts)
         for i, tokens in enumerate(drafts):
-            counted = _count_tokens(
+            after = _count_tokens(
                 rows, jnp.array([r]), with_spare_tokens(tokens, rng), jnp.array([len(tokens)]), whole(SIZE)
             )
-            expected = adjust(logits, counted, [r] * LINES, banned)[i]
+            expected = adjust(logits, after, [r] * LINES, banned)[i]
             np.testing.assert_array_equal(actual[i].view(np.uint32), expected.view(np.uint32), err_msg=f"{r} {tokens}")
             if r and tokens:
                 assert (actual[i] != adjust(logits, rows, [r] * LINES, banned)[i]).any(), "drafted tokens count"
@@ -655,11 +703,39 @@ def test_drafted_tokens_adjust_as_counted_ones_bit_for_bit():
 
 def test_drafted_tokens_complete_bad_words():
     rows = random_rows(np.random.default_rng(49))
-    rows = LogitRows(**{**vars(rows), "bias": jnp.zeros_like(rows.bias), "recent": rows.recent.at[1, -2:].set([8, 9])})
+    rows = Rows(**{**vars(rows), "bias": jnp.zeros_like(rows.bias), "recent": rows.recent.at[1, -2:].set([8, 9])})
     rows = set_bad_words(rows, 1, [[9, 20, 5], [8, 9, 6], [20, 21, 7]])
     drafts = [[], [20], [20, 21], [21]]
     actual = adjust(np.zeros((4, SIZE)), rows, [1] * 4, np.full((4, 1), NO_TOKEN), drafts)
     assert [list(np.flatnonzero(np.isinf(line))) for line in actual] == [[6], [5], [7], []]
+
+
+@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("count", [1, 4, 5, 11, 12])
+def test_groups_of_rows_give_what_all_of_them_give_bit_for_bit(count, each):
+    """Filters, noise, log-probabilities; of counts that the size of a group divides, and of others."""
+    rng = np.random.default_rng([count, each])
+    lines = count * each
+    logits = jnp.asarray(4 * rng.standard_normal((lines, SIZE)).astype(np.float32))
+    draw = make_draw(
+        lines, top_k=rng.integers(0, 12, lines), top_p=rng.uniform(0.4, 1, lines), min_p=rng.uniform(0, 0.1, lines)
+    )
+    seen = []
+
+    def run(rows):
+        logits, position, top_k, top_p, min_p = rows
+        seen.append(len(logits))
+        here = dataclasses.replace(draw, position=position, top_k=top_k, top_p=top_p, min_p=min_p)
+        here = dataclasses.replace(here, temperature=draw.temperature[: len(logits)], seed=draw.seed[: len(logits)])
+        tokens = sampling.draw_full(logits, here, whole(SIZE))
+        return tokens, sampling.logprobs(logits, tokens, 5, whole(SIZE))
+
+    rows = (logits, draw.position, draw.top_k, draw.top_p, draw.min_p)
+    expected = jax.jit(run)(rows)
+    found = jax.jit(lambda rows: sampling.in_groups(run, rows, count, 4))(rows)
+    assert max(seen[1:]) == min(count, 4) * each
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(one).view(np.uint32), np.asarray(other).view(np.uint32))
 
 
 def logprobs(logits, chosen, most):
@@ -713,19 +789,18 @@ def test_sharded_draw_equals_one_rank(tp):
         seed=(3, 1),
     )
     active = jnp.asarray([2, 0, 1])
-    specs = LogitRows(**{name: sharding.spec_of(f"logit_rows.{name}") for name in vars(rows)})
 
     drafted = jnp.asarray(
         np.where(np.arange(3) < rng.integers(0, 4, count)[:, None], rng.integers(0, SIZE, (count, 3)), -1)
     )
 
     def run(logits, rows, vocab):
-        adjusted = sampling.adjust(logits, rows, row, banned, vocab, drafted.astype(jnp.int32))
-        # Rows of LogitRows are owned by one request each in a step; counted one after another they may repeat.
-        full = sampling.draw_full(adjusted, draw, vocab)
-        plain = sampling.draw_plain(adjusted, draw, vocab)
-        counted = sampling.count_tokens(rows, jnp.arange(1, 4), full[:6].reshape(3, 2), active, vocab)
-        return full, plain, sampling.logprobs(logits, full, 6, vocab), counted.recent
+        changed = adjusted(logits, rows, row, banned, vocab, drafted.astype(jnp.int32))
+        # Rows are owned by one request each in a step; counted one after another they may repeat.
+        full = sampling.draw_full(changed, draw, vocab)
+        plain = sampling.draw_plain(changed, draw, vocab)
+        after = counted(rows, jnp.arange(1, 4), full[:6].reshape(3, 2), active, vocab)
+        return full, plain, sampling.logprobs(logits, full, 6, vocab), after.recent
 
     def at(tp):
         widths = {"counts": 0, "in_prompt": False, "bias": 0.0}
@@ -734,8 +809,8 @@ def test_sharded_draw_equals_one_rank(tp):
             tp,
             functools.partial(run, vocab=Vocab(size=SIZE, tp=tp)),
             padded(logits, tp, -jnp.inf),
-            LogitRows(**{**vars(rows), **parts}),
-            specs=(sharding.P(None, sharding.AXIS), specs),
+            Rows(**{**vars(rows), **parts}),
+            specs=(sharding.P(None, sharding.AXIS), ROW_SPECS),
         )
 
     (expected,) = at(1)
@@ -753,15 +828,14 @@ def test_sharded_draw_equals_one_rank(tp):
 def test_sharded_counts_equal_one_rank(tp):
     rows = random_rows(np.random.default_rng(61))
     parts = {name: padded(getattr(rows, name), tp, 0) for name in ("counts", "in_prompt", "bias")}
-    rows = LogitRows(**{**vars(rows), **parts})
-    specs = LogitRows(**{name: sharding.spec_of(f"logit_rows.{name}") for name in vars(rows)})
+    rows = Rows(**{**vars(rows), **parts})
     row, tokens = jnp.arange(1, 5), jnp.asarray([[0, 36], [9, 9], [20, 3], [36, 1]], jnp.int32)
     active = jnp.asarray([2, 2, 1, 0])
 
     def run(rows):
-        return sampling.count_tokens(rows, row, tokens, active, Vocab(size=SIZE, tp=tp))
+        return counted(rows, row, tokens, active, Vocab(size=SIZE, tp=tp))
 
-    mapped = sharding.shard_step(run, sharding.make_mesh(tp), (specs,), specs)
+    mapped = sharding.shard_step(run, sharding.make_mesh(tp), (ROW_SPECS,), ROW_SPECS)
     expected = np.asarray(rows.counts).copy()
     for r, token in ((1, 0), (1, 36), (2, 9), (2, 9), (3, 20)):
         expected[r, token] += 1
@@ -776,6 +850,18 @@ def test_padded_vocabulary_is_never_drawn():
     run = functools.partial(sampling.draw_full, draw=draw, vocab=Vocab(size=size, tp=tp))
     for tokens in over_ranks(tp, run, logits, specs=(sharding.P(None, sharding.AXIS),)):
         assert set(tokens) == set(range(size))
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("function", [sampling.draw_plain, sampling.draw_full])
+def test_row_in_which_every_token_is_forbidden_draws_none(function, tp):
+    """Greedy or not, and whatever its neighbours draw."""
+    size = 6
+    draw = make_draw(4, temperature=[0, 1, 0, 1], min_p=0.1, top_k=2, top_p=0.9)
+    logits = jnp.full((4, size), -jnp.inf).at[2, 5].set(-3.0).at[3, 4].set(-1e30)
+    run = functools.partial(function, draw=draw, vocab=Vocab(size=size, tp=tp))
+    for tokens in over_ranks(tp, run, padded(logits, tp, -jnp.inf), specs=(sharding.P(None, sharding.AXIS),)):
+        assert tokens.tolist() == [NO_TOKEN, NO_TOKEN, 5, 4]
 
 
 @pytest.mark.parametrize("function", [sampling.draw_plain, sampling.draw_full])

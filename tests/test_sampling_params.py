@@ -156,30 +156,30 @@ def test_parameters_cannot_be_changed():
 
 
 @pytest.mark.parametrize(
-    ("values", "row", "full"),
+    ("values", "row", "counts", "full"),
     [
-        ({}, False, False),
-        ({"temperature": 0.0, "top_k": 5, "top_p": 0.5}, False, False),
-        ({"temperature": 0.5, "min_p": 0.1}, False, False),
-        ({"top_k": 5}, False, True),
-        ({"top_k": -1}, False, False),
-        ({"top_p": 0.5}, False, True),
-        ({"logprobs": 0}, False, True),
-        ({"repetition_penalty": 1.1}, True, True),
-        ({"frequency_penalty": -0.5}, True, True),
-        ({"presence_penalty": 0.5}, True, True),
-        ({"logit_bias": {1: 0.5}}, True, True),
-        ({"logit_bias": {}}, False, False),
-        ({"bad_words": ["x"]}, True, True),
-        ({"allowed_token_ids": [1]}, True, True),
-        ({"min_tokens": 1}, True, True),
-        ({"stop": ["x"], "stop_token_ids": [4], "seed": 5, "n": 3}, False, False),
-        ({"speculate": False}, False, False),
+        ({}, False, False, False),
+        ({"temperature": 0.0, "top_k": 5, "top_p": 0.5}, False, False, False),
+        ({"temperature": 0.5, "min_p": 0.1}, False, False, False),
+        ({"top_k": 5}, False, False, True),
+        ({"top_k": -1}, False, False, False),
+        ({"top_p": 0.5}, False, False, True),
+        ({"logprobs": 0}, False, False, True),
+        ({"repetition_penalty": 1.1}, False, True, True),
+        ({"frequency_penalty": -0.5}, False, True, True),
+        ({"presence_penalty": 0.5}, False, True, True),
+        ({"logit_bias": {1: 0.5}}, True, False, True),
+        ({"logit_bias": {}}, False, False, False),
+        ({"bad_words": ["x"]}, True, False, True),
+        ({"allowed_token_ids": [1]}, True, False, True),
+        ({"min_tokens": 1}, False, False, True),
+        ({"stop": ["x"], "stop_token_ids": [4], "seed": 5, "n": 3}, False, False, False),
+        ({"speculate": False}, False, False, False),
     ],
 )
-def test_only_those_who_need_a_row_or_the_full_sampler_pay_for_it(values, row, full):
+def test_only_those_who_need_a_row_or_the_full_sampler_pay_for_it(values, row, counts, full):
     params = SamplingParams(**values)
-    assert (params.needs_logit_row, params.needs_full_sampler) == (row, full)
+    assert (params.needs_logit_row, params.needs_counts, params.needs_full_sampler) == (row, counts, full)
 
 
 def test_params_are_hashable_and_equal_by_value():

@@ -72,13 +72,13 @@ def llm(request) -> LLM:
     )  # fmt: skip
     llm = LLM.from_model(micro_model(tp), micro_params(tp), config, max_model_len=128)
     emitted: list = []
-    read = llm.engine._read
+    read = llm.engine.runner.read
 
     def keep(turn):
         emitted.append((turn.prefill, turn.decode))
         return read(turn)
 
-    llm.engine._read = keep
+    llm.engine.runner.read = keep
     params = [
         SamplingParams(temperature=0.0, max_tokens=8, logprobs=5),
         SamplingParams(temperature=0.8, top_k=9, top_p=0.9, seed=3, max_tokens=8),
@@ -118,13 +118,16 @@ def test_forks_on_two_ranks_equal_the_oracle(ledger):
     assert_equal_on_all_ranks(ledger.state.slots.hidden)
 
 
-def test_counts_of_a_logit_row_go_to_the_ranks_of_their_tokens(ledger):
-    vocab = ledger.state.logit_rows.counts.shape[1]
-    counts = np.arange(vocab, dtype=np.int32)
-    batch = dataclasses.replace(packing.pack_logit_row(None, 61, vocab), row=np.int32(1), counts=counts)
+def test_rows_of_the_vocabulary_go_to_the_ranks_of_their_tokens(ledger):
+    rows, tokens = ledger.state.token_counts.shape
+    bias, counts = np.arange(tokens, dtype=np.float32), np.arange(1, 62, dtype=np.uint16)
+    batch = dataclasses.replace(packing.pack_logit_row(None, 61, tokens), row=np.int32(1), bias=bias)
     ledger.state = ledger.steps.fill_logit_row(ledger.state, batch)
-    found = [part[1] for part in rank_values(ledger.state.logit_rows.counts)]
-    np.testing.assert_array_equal(found, np.split(counts, 2))
+    np.testing.assert_array_equal([part[1] for part in rank_values(ledger.state.logit_rows.bias)], np.split(bias, 2))
+    entries = (np.full(61, rows - 1), np.arange(61), counts)
+    ledger.state = ledger.steps.fill_counts(ledger.state, packing.count_batch([rows - 1], entries, rows=2))
+    found = [part[rows - 1] for part in rank_values(ledger.state.token_counts)]
+    np.testing.assert_array_equal(found, np.split(np.pad(counts, (0, tokens - 61)), 2))
 
 
 def rank_values(array: jax.Array) -> list[np.ndarray]:
@@ -147,23 +150,23 @@ def test_all_ranks_emit_the_same(llm):
 
 
 def test_replicated_state_is_the_same_on_all_ranks(llm):
-    specs = jax.tree.leaves(specs_of(llm.engine.state), is_leaf=lambda x: isinstance(x, P))
-    for leaf, spec in zip(jax.tree.leaves(llm.engine.state), specs, strict=True):
+    specs = jax.tree.leaves(specs_of(llm.engine.runner.state), is_leaf=lambda x: isinstance(x, P))
+    for leaf, spec in zip(jax.tree.leaves(llm.engine.runner.state), specs, strict=True):
         if AXIS not in spec:
             assert_equal_on_all_ranks(leaf)
 
 
 def test_state_keeps_its_shardings(llm):
-    wanted = shardings_of(llm.engine.state, llm.mesh)
+    wanted = shardings_of(llm.engine.runner.state, llm.mesh)
     jax.tree.map(lambda leaf, where: leaf.sharding.is_equivalent_to(where, leaf.ndim) or pytest.fail(str(where)),
-                 llm.engine.state, wanted)  # fmt: skip
+                 llm.engine.runner.state, wanted)  # fmt: skip
 
 
 def test_ranks_of_one_kv_head_hold_the_same_keys(llm):
     """With more ranks than kv heads, neighbours hold one head: weights, keys and values."""
     copies = max(1, llm.model.tp // MICRO.attention.num_kv_heads)
     attention = llm.params["layers"][2]["self_attn"]
-    arrays = [llm.engine.state.kv.k, llm.engine.state.kv.v]
+    arrays = [llm.engine.runner.state.kv.k, llm.engine.runner.state.kv.v]
     arrays += [attention[name]["weight"] for name in ("k_proj", "v_proj")]
     for array in arrays:
         ranks = rank_values(array)

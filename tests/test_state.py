@@ -14,7 +14,7 @@ from gdnjax.state import NO_TOKEN, ServeState, check_state, empty_state
 from tests.geometries import SMALL_GEOMETRY
 
 GEOMETRY = dataclasses.replace(SMALL_GEOMETRY, vocab_size=101, block_size=8)
-PLAN = MemoryPlan.of_counts(GEOMETRY, num_slots=4, num_blocks=20, num_logit_rows=2)
+PLAN = MemoryPlan.of_counts(GEOMETRY, num_slots=4, num_blocks=20, num_logit_rows=2, num_count_rows=4)
 
 
 def empty(geometry=GEOMETRY, **options):
@@ -26,13 +26,14 @@ def size_of(tree):
 
 
 def sizes_of(state):
-    """Bytes of (state and windows, hidden states, keys and values, vocabulary rows), with speculation."""
+    """Bytes of (state and windows, hidden states, keys and values, bias, counts), with speculation."""
     gdn, slots, rows = state.gdn, state.slots, state.logit_rows
     return (
         size_of((gdn.ssm, gdn.conv, gdn.pending_ab)),
         size_of((slots.hidden, slots.pending_hidden, slots.draft_hidden)),
         size_of(state.kv),
-        size_of((rows.counts, rows.bias, rows.in_prompt)),
+        size_of(rows.bias),
+        size_of(state.token_counts),
     )
 
 
@@ -44,7 +45,7 @@ SPECULATION = ({}, *({"num_speculative_tokens": 3, "draft_acceptance": rule} for
 @pytest.mark.parametrize("tp", [1, 2])
 def test_pools_take_exactly_the_planned_bytes(speculation, ssm_dtype, tp):
     geometry = dataclasses.replace(GEOMETRY, ssm_dtype=ssm_dtype).speculating(EngineConfig(**speculation))
-    plan = MemoryPlan.of_counts(geometry, num_slots=4, num_blocks=20, num_logit_rows=2)
+    plan = MemoryPlan.of_counts(geometry, num_slots=4, num_blocks=20, num_logit_rows=2, num_count_rows=4)
     state = jax.eval_shape(lambda: empty(geometry, tensor_parallel_size=tp, **speculation))
     # Every rank holds all of the hidden states.
     assert sizes_of(state) == (
@@ -52,6 +53,7 @@ def test_pools_take_exactly_the_planned_bytes(speculation, ssm_dtype, tp):
         plan.hidden_bytes,
         tp * plan.kv_bytes,
         tp * plan.logit_row_bytes,
+        tp * plan.count_row_bytes,
     )
 
 
@@ -65,7 +67,7 @@ def test_state_of_a_speculating_request_is_at_most_a_twentieth_more(name):
         engine = EngineConfig(max_num_seqs=2, **speculation)
         geometry = plain.speculating(engine)
         plan = MemoryPlan.of_counts(geometry, num_slots=2, num_blocks=4, num_logit_rows=1)
-        state, hidden, _, _ = sizes_of(jax.eval_shape(lambda: empty_state(geometry, plan, engine, 64)))
+        state, hidden, *_ = sizes_of(jax.eval_shape(lambda: empty_state(geometry, plan, engine, 64)))
         assert (state, hidden) == (plan.state_bytes, plan.hidden_bytes)
         return (state + hidden) // 3
 
@@ -81,7 +83,7 @@ def test_uncounted_fields_are_small():
     slots = size_of((state.slots, state.gdn)) - sum(sizes_of(state)[:2])
     assert slots / 5 < 256 + 4 * state.slots.block_table.shape[1]
     rows = state.logit_rows
-    assert size_of((rows.bad_words, rows.recent, rows.repetition, rows.frequency, rows.presence)) / 3 < 4096
+    assert size_of((rows.bad_words, rows.recent)) / 3 < 4096
 
 
 def test_block_table_covers_the_longest_request():
@@ -95,9 +97,9 @@ def test_empty_state_produces_nothing_and_stops_nowhere():
     assert (np.asarray(slots.stop_tokens) == NO_TOKEN).all()
     assert (np.asarray(state.logit_rows.bad_words) == NO_TOKEN).all()
     assert (np.asarray(state.logit_rows.recent) == NO_TOKEN).all()
-    assert (np.asarray(state.logit_rows.repetition) == 1).all()
+    assert (np.asarray(slots.repetition) == 1).all()
     assert (np.asarray(slots.top_p) == 1).all()
-    neutral = {"done", "stop_tokens", "top_p"}
+    neutral = {"done", "stop_tokens", "top_p", "repetition"}
     for field in dataclasses.fields(slots):
         if field.name not in neutral:
             assert not np.asarray(getattr(slots, field.name)).any(), field.name
@@ -135,3 +137,10 @@ def test_check_names_the_field_that_does_not_fit(part, field, shape, named):
     broken = dataclasses.replace(getattr(state, part), **{field: jnp.zeros(shape)})
     with pytest.raises(ValueError, match=named):
         check_state(dataclasses.replace(state, **{part: broken}))
+
+
+def test_check_refuses_counts_of_another_vocabulary():
+    with pytest.raises(
+        ValueError, match=r"ServeState\.token_counts has shape \(5, 100\), LogitRows\.bias has \(3, 101\)"
+    ):
+        check_state(dataclasses.replace(empty(), token_counts=jnp.zeros((5, 100), jnp.uint16)))

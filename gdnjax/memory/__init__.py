@@ -11,7 +11,10 @@ import functools
 
 from gdnjax.config import EngineConfig, ModelConfig
 
-ITEMSIZE = {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "fp8": 1}
+ITEMSIZE = {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "uint16": 2, "fp8": 1}
+
+BITS = {"bfloat16": "uint16"}
+"""Dtypes that pools may hold as their bits, and the dtype of those bits."""
 
 # 8-bit KV carries one float32 scale per token and head, for keys and for values.
 KV_SCALE_BYTES = {"fp8": 4}
@@ -101,6 +104,11 @@ class StateGeometry:
             draft_rows=drafts if engine.draft_acceptance == "rejection" else 0,
         )
 
+    def as_bits(self) -> "StateGeometry":
+        """The same bytes in pools of bits: see `pallas_kernels/pools.py`."""
+        names = ("ssm_dtype", "conv_dtype", "kv_dtype", "hidden_dtype")
+        return dataclasses.replace(self, **{name: BITS.get(dtype := getattr(self, name), dtype) for name in names})
+
     @property
     def conv_bytes(self) -> int:
         """One request's convolution window in one layer, with the inputs of pending rows."""
@@ -136,8 +144,16 @@ class StateGeometry:
 
     @property
     def logit_row_bytes(self) -> int:
-        """The vocabulary-sized rows of one request with penalties or bans: counts, bias, prompt flags."""
-        return self.vocab_size * (4 + 4 + 1)
+        """The row of one request with bias or bans."""
+        return self.vocab_size * 4
+
+    @property
+    def count_row_bytes(self) -> int:
+        """The token counts of one request with penalties: two bytes a token of the vocabulary, so that a decode step
+        reads and writes them as they are. The tokens themselves take fewer bytes, up to 124,160 of them at 248,320
+        entries, and would have to be counted anew in every step.
+        """
+        return self.vocab_size * 2
 
     @property
     def packed_block_bytes(self) -> int:
@@ -152,7 +168,8 @@ class StateGeometry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """How the bytes of one rank are divided. Counts leave out slot 0, block 0 and logit row 0; bytes include them.
+    """How the bytes of one rank are divided. Counts leave out slot 0, block 0, and row 0 of logit and count rows; bytes
+    include them.
 
     `num_slots` counts all other slots; `num_checkpoint_slots` of them are there for the prefix cache.
     """
@@ -161,6 +178,7 @@ class MemoryPlan:
     num_checkpoint_slots: int
     num_blocks: int
     num_logit_rows: int
+    num_count_rows: int
     slot_bytes: int
     block_bytes: int
     weight_bytes: int
@@ -168,6 +186,7 @@ class MemoryPlan:
     hidden_bytes: int
     kv_bytes: int
     logit_row_bytes: int
+    count_row_bytes: int
     workspace_bytes: int
     equivalent_blocks: int
 
@@ -179,16 +198,18 @@ class MemoryPlan:
         num_slots: int,
         num_blocks: int,
         num_logit_rows: int,
+        num_count_rows: int = 0,
         num_checkpoint_slots: int = 0,
         weight_bytes: int = 0,
         workspace_bytes: int = 0,
     ) -> "MemoryPlan":
-        """The plan that holds so many slots (all of them), blocks and logit rows, whatever the budget."""
+        """The plan that holds so many slots (all of them), blocks and rows, whatever the budget."""
         return cls(
             num_slots=num_slots,
             num_checkpoint_slots=num_checkpoint_slots,
             num_blocks=num_blocks,
             num_logit_rows=num_logit_rows,
+            num_count_rows=num_count_rows,
             slot_bytes=geometry.slot_bytes,
             block_bytes=geometry.block_bytes,
             weight_bytes=weight_bytes,
@@ -196,13 +217,15 @@ class MemoryPlan:
             hidden_bytes=(num_slots + 1) * geometry.hidden_bytes,
             kv_bytes=(num_blocks + 1) * geometry.block_bytes,
             logit_row_bytes=(num_logit_rows + 1) * geometry.logit_row_bytes,
+            count_row_bytes=(num_count_rows + 1) * geometry.count_row_bytes,
             workspace_bytes=workspace_bytes,
             equivalent_blocks=geometry.equivalent_blocks,
         )
 
     @property
     def total_bytes(self) -> int:
-        pools = self.state_bytes + self.hidden_bytes + self.kv_bytes + self.logit_row_bytes
+        rows = self.logit_row_bytes + self.count_row_bytes
+        pools = self.state_bytes + self.hidden_bytes + self.kv_bytes + rows
         return self.weight_bytes + pools + self.workspace_bytes
 
     def __str__(self) -> str:
@@ -214,7 +237,8 @@ class MemoryPlan:
             ("recurrent state", self.state_bytes, slots),
             ("last hidden", self.hidden_bytes, "one a slot"),
             ("KV cache", self.kv_bytes, f"{self.num_blocks} blocks of {self.block_bytes:,} B"),
-            ("logit rows", self.logit_row_bytes, f"{self.num_logit_rows} rows"),
+            ("logit rows", self.logit_row_bytes, f"{self.num_logit_rows} rows of bias and bans"),
+            ("token counts", self.count_row_bytes, f"{self.num_count_rows} rows, for penalties"),
             ("workspace", self.workspace_bytes, ""),
             ("total", self.total_bytes, f"a slot is worth {self.equivalent_blocks} blocks"),
         ]
@@ -310,9 +334,12 @@ def plan(
     settings that change it, and ValueError for 8-bit KV of a size in UNNUMBERED.
     """
     live, logit_rows = engine.max_num_seqs + 1, engine.num_logit_rows + 1
+    # Everybody who runs may have penalties.
+    count_rows = live
     slot_bytes = geometry.slot_bytes + geometry.hidden_bytes
     row_bytes = logit_rows * geometry.logit_row_bytes
-    floor = weight_bytes + workspace_bytes + live * slot_bytes + row_bytes
+    count_bytes = count_rows * geometry.count_row_bytes
+    floor = weight_bytes + workspace_bytes + live * slot_bytes + row_bytes + count_bytes
     per_request = _blocks_of(max_model_len, engine.block_size)
     least = engine.num_kv_blocks or per_request
     # What is left beside the floor and the least blocks; below 0 where not even those fit.
@@ -329,6 +356,7 @@ def plan(
                 f"{live} slots": live * slot_bytes,
                 f"{checkpoints} checkpoint slots": checkpoints * slot_bytes,
                 f"{logit_rows} logit rows": row_bytes,
+                f"{count_rows} rows of token counts": count_bytes,
                 f"{least + 1} KV blocks": (least + 1) * geometry.block_bytes,
             },
             settings={
@@ -351,6 +379,7 @@ def plan(
         num_checkpoint_slots=checkpoints,
         num_blocks=blocks,
         num_logit_rows=logit_rows - 1,
+        num_count_rows=count_rows - 1,
         weight_bytes=weight_bytes,
         workspace_bytes=workspace_bytes,
     )

@@ -1,8 +1,11 @@
-"""`python -m gdnjax.memory`: what a slot and a block of a model cost, and what a budget holds. No weights needed."""
+"""`python -m gdnjax.memory`: what weights, a slot and a block of a model cost, what a budget holds, and whether a GPU
+does. No weights are read.
+"""
 
 import argparse
 import dataclasses
 import fractions
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -11,29 +14,37 @@ from typing import Any
 from gdnjax import memory
 from gdnjax.assets import PRESETS, config_file
 from gdnjax.config import DTYPES, EngineConfig, ModelConfig
-from gdnjax.memory import KV_SCALE_BYTES, Accounting, StateGeometry
+from gdnjax.memory import KV_SCALE_BYTES, Accounting, MemoryPlan, StateGeometry
+from gdnjax.memory.weights import weight_bytes, workspace_estimate
 
 GIB = 1 << 30
 
+DOES_NOT_FIT = 1
 BAD_INPUT = 2
 
+DEFAULT = "qwen3.5-9b"
+"""The model of which it speaks where none is named."""
+
 DESCRIPTION = """\
-Bytes of one recurrent state (a slot) and of one block of keys and values, for one tensor-parallel rank of a model, from
-its geometry alone. With a budget: what it holds in two accountings.
+Bytes of the weights, of one recurrent state (a slot) and of one block of keys and values, for one tensor-parallel rank
+of a model, from its geometry alone. With --gpu-memory: whether the model fits, by the plan that the engine would make;
+the workspace, which the engine measures, is an estimate here. With --budget-gib: what that holds in two accountings.
 
   packed     every block holds a whole recurrent state beside its keys and values, the field's older layout
   decoupled  a slot for each request, and the rest is blocks, as gdnjax divides memory
 
-The budget is that of these pools alone. Weights, workspace, logit rows, last hidden states, and the null slot and block
-come on top: the engine counts them at start and prints its plan."""
+The budget is that of these pools alone. Weights, workspace, logit rows, token counts, last hidden states, and the null
+slot and block come on top: --gpu-memory counts them."""
 
 EXAMPLES = """\
 examples:
   python -m gdnjax.memory --list
-  python -m gdnjax.memory --config qwen3.5-9b
+  python -m gdnjax.memory --config qwen3.5-9b --gpu-memory 24
   python -m gdnjax.memory --config path/to/checkpoint --budget-gib 40 --max-num-seqs 64 --max-model-len 32768
   python -m gdnjax.memory --config qwen3.5-397b-a17b --tp 4 --kv-dtype fp8 --ssm-dtype bfloat16 --budget-gib 157.88 \\
-      --max-num-seqs 128"""
+      --max-num-seqs 128
+
+Exit status: 0, 1 where the model does not fit in --gpu-memory, 2 for input that makes no sense."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,13 +54,18 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="NAME|PATH", help="a preset, a config.json, or a directory that holds one")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--config",
+        default=DEFAULT,
+        metavar="NAME|PATH",
+        help=f"a preset, a config.json, or a directory that holds one ({DEFAULT})",
+    )
     what.add_argument("--list", action="store_true", help="print the names of the presets")
     add = parser.add_argument_group("geometry").add_argument
     add("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (1); all bytes are those of one rank")
     add("--block-size", type=int, default=16, metavar="N", help="tokens in a block, a power of two (16)")
-    add("--dtype", choices=DTYPES, default="auto", help="activations and convolution windows (auto: the model's)")
+    add("--dtype", choices=DTYPES, default="auto", help="weights, activations, windows (auto: the model's)")
     add("--ssm-dtype", choices=("float32", "bfloat16"), default="float32", help="the recurrent state (float32)")
     add(
         "--kv-dtype",
@@ -64,10 +80,32 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="drafts of the MTP head in a step (0): a slot keeps their inputs, a block the head's keys and values",
     )
+    add = parser.add_argument_group("GPU").add_argument
+    add("--gpu-memory", type=budget, metavar="GIB", help="say whether the model fits in so many GiB of one GPU, a rank")
+    add(
+        "--memory-fraction",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="of it that JAX takes, by XLA_PYTHON_CLIENT_MEM_FRACTION (0.9, as the commands set it; unset it is 0.75)",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=EngineConfig.gpu_memory_utilization,
+        metavar="SHARE",
+        help="of that what the engine may use (%(default)g)",
+    )
+    add("--max-num-batched-tokens", type=int, default=1024, metavar="N", help="tokens of a prefill step (1024)")
     add = parser.add_argument_group("budget").add_argument
     add("--budget-gib", type=budget, metavar="GIB", help="GiB for slots and blocks on one rank")
     add("--max-num-seqs", type=int, default=8, metavar="N", help="requests that run at once, each with a slot (8)")
-    add("--num-checkpoint-slots", type=int, default=0, metavar="N", help="slots for the prefix cache, beside them (0)")
+    add(
+        "--num-checkpoint-slots",
+        type=int,
+        metavar="N",
+        help="slots for the prefix cache, beside them (0; with --gpu-memory: as many as the engine would make)",
+    )
     add("--max-model-len", type=int, metavar="N", help="tokens of one request (the model's context, and at most 8192)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
@@ -85,7 +123,7 @@ def budget(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; returns 0, or 2 where the input makes none."""
+    """Prints the report; returns 0, 1 where the model does not fit, or 2 where the input makes no report."""
     arguments = build_parser().parse_args(argv)
     if arguments.list:
         print(*PRESETS, sep="\n")
@@ -96,7 +134,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gdnjax.memory: {error}", file=sys.stderr)
         return BAD_INPUT
     print(json.dumps(report.as_json(), indent=2) if arguments.json else report)
-    return 0
+    return DOES_NOT_FIT if report.fit and report.fit.plan is None else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Whether a model fits in one GPU. `plan` is what the engine would make of it; None, and why, where it does not."""
+
+    gpu_memory_bytes: int
+    memory_fraction: float
+    budget_bytes: int
+    workspace_bytes: int
+    plan: MemoryPlan | None = None
+    shortfall: str = ""
+
+    def text(self, max_num_seqs: int, max_model_len: int, block_size: int) -> str:
+        gpu = f"{self.gpu_memory_bytes / GIB:,.6g} GiB"
+        share = f"JAX has {self.memory_fraction:g} of them, and the engine {self.budget_bytes / GIB:,.4g} GiB"
+        if self.plan is None:
+            return f"Does not fit in {gpu} ({share}): {self.shortfall}."
+        blocks = self.plan.num_blocks
+        requests = min(max_num_seqs, blocks // -(-max_model_len // block_size))
+        return (
+            f"Fits in {gpu} ({share}), the workspace being an estimate.\n\n{self.plan}\n\n"
+            f"  {blocks:,} blocks hold {blocks * block_size:,} tokens: {requests:,} requests of {max_model_len:,} "
+            f"tokens at once, of at most {max_num_seqs:,}."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,10 +174,13 @@ class Report:
     num_drafts: int
     geometry: StateGeometry
     plain: StateGeometry
+    dtype: str
+    weight_bytes: int
     budget_bytes: int | None
     max_num_seqs: int
     num_checkpoint_slots: int
     max_model_len: int
+    fit: Fit | None = None
     packed: Accounting | None = None
     decoupled: Accounting | None = None
 
@@ -132,7 +198,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         parts = ("slot_bytes", "conv_bytes", "ssm_bytes", "pending_bytes", "block_bytes", "packed_block_bytes")
-        names = (*parts, "equivalent_blocks", "hidden_bytes", "logit_row_bytes")
+        names = (*parts, "equivalent_blocks", "hidden_bytes", "logit_row_bytes", "count_row_bytes")
         data["bytes"] = {name: getattr(self.geometry, name) for name in names}
         data["ssm_share"] = self.ssm_share
         data["slot_growth"] = self.slot_growth
@@ -141,7 +207,8 @@ class Report:
         return data
 
     def __str__(self) -> str:
-        return "\n\n".join(filter(None, (self._costs(), self._holdings())))
+        fit = self.fit.text(self.max_num_seqs, self.max_model_len, self.geometry.block_size) if self.fit else ""
+        return "\n\n".join(filter(None, (self._costs(), fit, self._holdings())))
 
     def _costs(self) -> str:
         g = self.geometry
@@ -151,12 +218,14 @@ class Report:
         head = ", one of them the MTP head's" if self.num_drafts else ""
         scales = " + scales" if g.kv_dtype in KV_SCALE_BYTES else ""
         block = f"{g.block_size} tokens x {g.attention_layers} layers x {g.kv_heads} x {g.head_dim} keys and values in "
+        with_head = ", the MTP head among them" if self.num_drafts else ""
         rows = [
+            ("weights", self.weight_bytes, f"{self.weight_bytes / GIB:,.2f} GiB in {self.dtype}{with_head}"),
             ("a slot", g.slot_bytes, f"{slot}{g.ssm_dtype}{gates})"),
             ("a block", g.block_bytes, f"{block}{g.kv_dtype}{scales}{head}"),
             ("packed block", g.packed_block_bytes, f"both in one: {self.ssm_share:.1%} of it is recurrent state"),
         ]
-        table = "\n".join(f"  {name:<12} {size:>13,} B  {note}" for name, size, note in rows)
+        table = "\n".join(f"  {name:<12} {size:>15,} B  {note}" for name, size, note in rows)
         return (
             f"{self.name}, {rank}, by geometry alone\n\n{table}\n\n"
             f"  By its bytes a slot is worth {g.equivalent_blocks:,} blocks: "
@@ -187,8 +256,8 @@ class Report:
         if self.packed.num_blocks:
             ratio = f"Decoupled has {self.decoupled.num_blocks / self.packed.num_blocks:,.1f}x the blocks."
         return (
-            f"{self.budget_bytes / GIB:,.2f} GiB ({self.budget_bytes:,} B) for slots and blocks alone: weights and "
-            f"workspace are not known here\n\n"
+            f"{self.budget_bytes / GIB:,.2f} GiB ({self.budget_bytes:,} B) for slots and blocks alone: neither weights "
+            f"nor workspace are in it\n\n"
             f"  {'accounting':<10} {'B a block':>12} {'blocks':>12} {'tokens':>14} {'requests':>10}\n{rows}\n\n"
             f"  {ratio} It counts {slots}. Requests: of {self.max_model_len:,} tokens each, at once, and at most "
             f"{self.max_num_seqs:,}."
@@ -206,13 +275,16 @@ def make_report(arguments: argparse.Namespace) -> Report:
         num_checkpoint_slots=arguments.num_checkpoint_slots,
         max_model_len=arguments.max_model_len,
         num_speculative_tokens=arguments.num_speculative_tokens,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
     )
     model = ModelConfig.from_hf(config_file(arguments.config))
+    dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     plain = geometry = StateGeometry.of(
         model,
         tp=engine.tensor_parallel_size,
         block_size=engine.block_size,
-        dtype=model.dtype if engine.dtype == "auto" else engine.dtype,
+        dtype=dtype,
         ssm_dtype=engine.ssm_dtype,
         kv_dtype=None if arguments.kv_dtype == "auto" else arguments.kv_dtype,
     )
@@ -228,7 +300,15 @@ def make_report(arguments: argparse.Namespace) -> Report:
             arguments.budget_gib,
             max_num_seqs=engine.max_num_seqs,
             max_model_len=max_model_len,
-            num_checkpoint_slots=arguments.num_checkpoint_slots,
+            num_checkpoint_slots=arguments.num_checkpoint_slots or 0,
+        )
+    weights = weight_bytes(model, tp=engine.tensor_parallel_size, dtype=dtype, mtp=engine.num_speculative_tokens > 0)
+    fit = None
+    if arguments.gpu_memory is not None:
+        if not 0 < arguments.memory_fraction <= 1:
+            raise ValueError(f"--memory-fraction must be in (0, 1], got {arguments.memory_fraction:g}")
+        fit = _fit(
+            arguments.gpu_memory, arguments.memory_fraction, engine, model, geometry, weights, dtype, max_model_len
         )
     return Report(
         name=str(arguments.config),
@@ -236,13 +316,33 @@ def make_report(arguments: argparse.Namespace) -> Report:
         num_drafts=engine.num_speculative_tokens,
         geometry=geometry,
         plain=plain,
+        dtype=dtype,
+        weight_bytes=weights,
         budget_bytes=arguments.budget_gib,
         max_num_seqs=engine.max_num_seqs,
-        num_checkpoint_slots=arguments.num_checkpoint_slots,
+        num_checkpoint_slots=arguments.num_checkpoint_slots or 0,
         max_model_len=max_model_len,
+        fit=fit,
         packed=packed,
         decoupled=decoupled,
     )
+
+
+def _fit(gpu_memory, memory_fraction, engine, model, geometry, weights, dtype, max_model_len) -> Fit:
+    workspace = workspace_estimate(model, engine, dtype)
+    allowed = int(gpu_memory * memory_fraction * engine.gpu_memory_utilization)
+    fit = functools.partial(
+        Fit,
+        gpu_memory_bytes=gpu_memory,
+        memory_fraction=memory_fraction,
+        budget_bytes=allowed,
+        workspace_bytes=workspace,
+    )
+    options = {"max_model_len": max_model_len, "weight_bytes": weights, "workspace_bytes": workspace}
+    try:
+        return fit(plan=memory.plan(geometry, engine, budget_bytes=allowed, **options))
+    except MemoryError as error:
+        return fit(shortfall=str(error))
 
 
 if __name__ == "__main__":

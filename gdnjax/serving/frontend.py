@@ -5,7 +5,6 @@ server prepares requests beside the thread that runs the engine.
 """
 
 import dataclasses
-import math
 import numbers
 import threading
 import time
@@ -25,6 +24,9 @@ from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or either under the key "prompt" or "prompt_token_ids"."""
 
+
+LEAST_BIAS = float(np.finfo(np.float32).min)
+"""A logit_bias below this is -inf on the device."""
 
 NO_LISTS = (bytes, bytearray, set, frozenset, Mapping)
 """What holds integers, or may, and is no list of token ids."""
@@ -147,15 +149,18 @@ class Frontend:
             )
         try:
             check_fits(max_length, len(token_ids), num_blocks=self.num_blocks, block_size=self.config.block_size)
+            stop_token_ids = self._check_params(params)
+            bad_words: list[list[int]] = []
+            if params.bad_words:
+                bad_words = self.require_tokenizer("bad_words").bad_word_sequences(params.bad_words)
+            _check_something_is_allowed(params, stop_token_ids, bad_words, self.vocab_size)
             return _Checked(
                 text=prompt if isinstance(prompt, str) else None,
                 token_ids=token_ids,
                 params=params,
                 max_length=max_length,
-                stop_token_ids=self._check_params(params),
-                bad_words=self.require_tokenizer("bad_words").bad_word_sequences(params.bad_words)
-                if params.bad_words
-                else [],
+                stop_token_ids=stop_token_ids,
+                bad_words=bad_words,
                 detokenizers=[Detokenizer(self.tokenizer, params) for _ in range(params.n)],
                 urgency=urgency,
             )
@@ -212,22 +217,26 @@ class Frontend:
             raise ValueError(
                 f"EOS and stop_token_ids together are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKENS}"
             )
-        _check_something_is_allowed(params, stop_token_ids)
         return stop_token_ids
 
 
-def _check_something_is_allowed(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> None:
-    """Raises ValueError where allowed_token_ids, bias and min_tokens together leave no token to draw."""
-    if params.allowed_token_ids is None:
-        return
-    banned = {token for token, bias in (params.logit_bias or {}).items() if bias == -math.inf}
+def _check_something_is_allowed(
+    params: SamplingParams, stop_token_ids: tuple[int, ...], bad_words: list[list[int]], vocab_size: int
+) -> None:
+    """Raises ValueError where masks leave no token to draw from the start. Bad words of several tokens may leave none
+    later: such a request ends with finish_reason "error".
+    """
+    banned = {token for token, bias in (params.logit_bias or {}).items() if bias < LEAST_BIAS}
+    banned.update(sequence[0] for sequence in bad_words if len(sequence) == 1)
     if params.min_tokens:
         banned.update(stop_token_ids)
-    if banned.issuperset(params.allowed_token_ids):
+    if params.allowed_token_ids is not None and banned.issuperset(params.allowed_token_ids):
         raise ValueError(
             f"allowed_token_ids={list(params.allowed_token_ids)} leaves no token to draw: all of them are forbidden by "
-            "logit_bias, or end the output before min_tokens"
+            "logit_bias or bad_words, or end the output before min_tokens"
         )
+    if len(banned) >= vocab_size:
+        raise ValueError(f"logit_bias and bad_words forbid all {vocab_size} tokens of the vocabulary")
 
 
 def _integers(prompt: Any, where: str) -> list[int]:

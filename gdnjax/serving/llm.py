@@ -2,28 +2,29 @@
 
 import dataclasses
 import logging
-import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import psutil
-from jax.sharding import Mesh
 
-from gdnjax import backend, checkpoint, memory, sharding
+from gdnjax import backend, checkpoint, sharding
 from gdnjax.assets import model_directory
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.progress import Progress
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving import compilation_cache
-from gdnjax.serving.engine import Engine, step_workspace
+from gdnjax.serving.allocator import Allocator
+from gdnjax.serving.chat import render_chats, template_options
+from gdnjax.serving.engine import Engine
 from gdnjax.serving.frontend import Frontend, Prompt, as_list
 from gdnjax.serving.outputs import RequestOutput
+from gdnjax.serving.planning import plan_memory
 from gdnjax.serving.request import Request
+from gdnjax.serving.runner import Runner
 from gdnjax.serving.submission import Submission, urgencies
-from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generation_defaults
+from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, ends_of_sequence, load_generation_defaults
 from gdnjax.shapes import Params
 
 log = logging.getLogger("gdnjax")
@@ -54,7 +55,8 @@ class LLM:
     `model` is a Hugging Face checkpoint directory, one written by scripts/convert.py, or "tiny", the small trained
     model that is a part of the package. Keyword arguments are
     EngineConfig's fields; pass them or an EngineConfig. `tokenizer` is a Tokenizer, or names another directory to read
-    one from; without tokenizer files prompts are token ids and texts are empty.
+    one from; without tokenizer files prompts are token ids and texts are empty. `eos_token_ids` are all that
+    generation_config.json, config.json and the tokenizer name: any of them ends an output.
 
     Raises FileNotFoundError, ValueError or MemoryError, before any weight is read, for what cannot work.
     `load_report` says what became of the checkpoint's tensors, and how fast; None where nothing was read.
@@ -84,11 +86,18 @@ class LLM:
         hybrid = build_model(model_config, dtype, config.tensor_parallel_size, mtp=mtp, backend=implementation)
         abstract = abstract_params(model_config, config.tensor_parallel_size, dtype, mtp=mtp)
         max_model_len = config.length_within(model_config.max_position_embeddings)
-        plan = _plan(hybrid, config, mesh, max_model_len, abstract)
+        plan = plan_memory(hybrid, config, mesh, max_model_len, abstract)
         reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
         defaults = load_generation_defaults(directory)
+        eos = ends_of_sequence(
+            {
+                f"{directory / 'generation_config.json'}: eos_token_id": defaults.eos_token_ids,
+                f"{directory / 'config.json'}: eos_token_id": model_config.eos_token_ids,
+                "the tokenizer's eos_token": reader.eos_token_ids if reader else (),
+            },
+            model_config.vocab_size,
+        )
         params, self.load_report = checkpoint.load_params(directory, model_config, abstract, mesh, progress=use_tqdm)
-        eos = defaults.eos_token_ids or model_config.eos_token_ids or (reader.eos_token_ids if reader else ())
         self._start(hybrid, params, mesh, config, plan, max_model_len, reader, defaults, eos)
 
     @classmethod
@@ -114,21 +123,21 @@ class LLM:
                 f"num_speculative_tokens={config.num_speculative_tokens} needs a model with its MTP head: "
                 "build_model(..., mtp=True)"
             )
+        eos = ends_of_sequence({"eos_token_ids": eos_token_ids}, model.vocab_size)
         compilation_cache.configure(config)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         model = model.on(backend.of_device(config.kernels, mesh.devices.flat[0]))
         length = config.length_within(max_model_len)
-        plan = _plan(model, config, mesh, length, params)
+        plan = plan_memory(model, config, mesh, length, params)
         llm = cls.__new__(cls)
         placed = jax.device_put(params, sharding.shardings_of(params, mesh))
-        llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos_token_ids)
+        llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos)
         return llm
 
     def _start(self, model, params, mesh, config, plan, max_model_len, tokenizer, defaults, eos_token_ids) -> None:
         log.info("memory of one rank:\n%s", plan)
         self.model, self.config, self.mesh = model, config, mesh
         self.memory_plan, self.max_model_len = plan, max_model_len
-        self._closed = False
         self.frontend = Frontend(
             config,
             max_model_len=max_model_len,
@@ -138,7 +147,9 @@ class LLM:
             defaults=defaults,
             eos_token_ids=tuple(eos_token_ids),
         )
-        self.engine = Engine(model, params, mesh, config, plan, max_model_len, tokenizer)
+        runner = Runner(model, params, mesh, config, plan, max_model_len)
+        allocator = Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows, plan.num_count_rows)
+        self.engine = Engine(runner, allocator, tokenizer)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -152,7 +163,7 @@ class LLM:
     @property
     def params(self) -> Params:
         """The parameters: a nested dict of global arrays."""
-        return self.engine.params
+        return self.engine.runner.params
 
     def get_tokenizer(self) -> Any:
         """The checkpoint's transformers tokenizer. Raises ValueError where there is none."""
@@ -190,29 +201,39 @@ class LLM:
         use_tqdm: bool = True,
         *,
         add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int | Sequence[int] = 0,
         timeout: float | None = None,
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several, through the tokenizer's chat template. Text only.
 
-        `priority` and `timeout` are as in `generate`; other keywords go to the template.
+        Messages are dictionaries as OpenAI's clients send them. `priority` and `timeout` are as in `generate`; other
+        keywords go to the template, and so does what is in `chat_template_kwargs`. An output's `prompt` is the text
+        that the template gave. Raises ValueError as `generate` does, for a keyword that the template does not know,
+        and for messages that are malformed or that the template fails at, by the index of the message, and of the
+        conversation where there are several.
         """
         self._check_open()
         several = isinstance(messages, Sequence) and messages and isinstance(messages[0], list | tuple)
         tokenizer = self.frontend.require_tokenizer("chat")
         chats = messages if several else [messages]
-        prompts: list[Prompt] = [
-            tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, **template_kwargs)
-            for chat in chats
-        ]
+        options = template_options(chat_template_kwargs, template_kwargs)
+        texts = render_chats(tokenizer, chats, options, add_generation_prompt, several=bool(several))
+        prompts: list[Prompt] = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         groups = self.frontend.prepare(prompts, sampling_params, urgencies(len(prompts), priority, timeout))
-        if add_generation_prompt and self.config.enable_prefix_caching:
+        groups = [dataclasses.replace(group, prompt=text) for group, text in zip(groups, texts, strict=True)]
+        if self.config.enable_prefix_caching:
             # The next turn renders the answer anew, so it parts from this one at the generation prompt.
-            for chat, group in zip(chats, groups, strict=True):
-                turn = tokenizer.apply_chat_template(chat, add_generation_prompt=False, **template_kwargs)
+            turns = render_chats(tokenizer, chats, options, False, several=bool(several))
+            for chat, turn, group in zip(chats, turns, groups, strict=True):
+                # Other chats part from this one at their first question.
+                system_end = _common_length(tokenizer.with_another_question(chat, **options), group.token_ids)
+                turn_start = 0
+                if add_generation_prompt:
+                    turn_start = _common_length(tokenizer.encode(turn, add_special_tokens=False), group.token_ids)
                 for request in group.requests:
-                    request.turn_start = _common_length(self.frontend.token_ids(turn, "chat"), request.prompt_token_ids)
+                    request.system_end, request.turn_start = system_end, turn_start
         return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
 
     def submit(
@@ -235,16 +256,14 @@ class LLM:
 
     def step(self) -> bool:
         """One turn of the engine for everything that is queued. Whether work is left."""
-        self._check_open()
-        self.engine.step()
+        self.engine.take_turn()
         return self.engine.has_work
 
     def abort(self, submission: Submission) -> None:
         """Ends what was submitted, wherever it is; what it has produced so far stays."""
         if not isinstance(submission, Submission):
             raise TypeError(f"abort takes what submit has returned, got {submission!r}")
-        for request in submission.requests:
-            self.engine.abort(request)
+        self.engine.abort(*submission.requests)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix: what is submitted from now on computes its own. Always True."""
@@ -270,21 +289,22 @@ class LLM:
         self.engine.add(request)
         try:
             while not finished:
+                self._check_open()
                 # Between two turns of this loop another call may have moved the request on, or ended it.
                 if not request.finished:
-                    self._check_open()
-                    self.engine.step()
-                text, tokens = request.detokenizer.text, tuple(request.output_token_ids[shown_tokens:])
+                    self.engine.take_turn()
+                text = request.detokenizer.text_since(shown_text)
+                tokens = tuple(request.output_token_ids[shown_tokens:])
                 finished = request.finished
                 if not tokens and not finished:
                     continue
                 output = StreamOutput(
-                    text=text[shown_text:],
+                    text=text,
                     token_ids=tokens,
                     finish_reason=request.finish_reason,
                     output=group.output() if finished else None,
                 )
-                shown_text, shown_tokens = len(text), shown_tokens + len(tokens)
+                shown_text, shown_tokens = shown_text + len(text), shown_tokens + len(tokens)
                 yield output
         finally:
             self.engine.abort(request)
@@ -307,9 +327,7 @@ class LLM:
 
     def close(self) -> None:
         """Frees pools and parameters. Whatever generates raises RuntimeError from then on, streams in progress too."""
-        if not self._closed:
-            self._closed = True
-            self.engine.close()
+        self.engine.close()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raises TypeError: neither a device's memory nor what runs in it can be copied or pickled."""
@@ -325,21 +343,18 @@ class LLM:
         self.close()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self.engine.closed:
             raise RuntimeError("this LLM is closed")
 
     def _run(self, requests: list[Request], groups: list[Submission], use_tqdm: bool) -> list[RequestOutput]:
         progress = Progress("generating", len(requests), "sequence", enabled=use_tqdm)
         try:
-            finished = 0
-            for _ in self.engine.run(requests):
-                now = sum(request.finished for request in requests)
-                progress.update(now - finished)
-                finished = now
+            mine = set(requests)
+            for moved in self.engine.run(requests):
+                progress.update(sum(request.finished and request in mine for request in moved))
         except BaseException:
             # An interrupted call must not leave its requests behind for the next one.
-            for request in requests:
-                self.engine.abort(request)
+            self.engine.abort(*requests)
             raise
         finally:
             progress.close()
@@ -362,29 +377,6 @@ def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> Engin
     if unknown:
         raise ValueError(f"unknown engine options: {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     return EngineConfig(**kwargs)
-
-
-def _plan(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> memory.MemoryPlan:
-    """Divides the memory of one rank. `params` are the parameters or their shapes."""
-    geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
-    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) // model.tp
-    stats = mesh.devices.flat[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        limit, workspace = stats["bytes_limit"], 0
-        # Where blocks are given and nothing is to be compiled before it is used, neither is the largest step.
-        if config.warmup or config.num_kv_blocks is None:
-            workspace = step_workspace(model, config, mesh, max_model_len, params)
-    else:
-        # A CPU has no limit to stay under, only memory that happens to be free, so its workspace is not counted.
-        limit, workspace = psutil.virtual_memory().available // mesh.devices.size, 0
-    return memory.plan(
-        geometry,
-        config,
-        max_model_len=max_model_len,
-        budget_bytes=math.floor(limit * config.gpu_memory_utilization),
-        weight_bytes=weight_bytes,
-        workspace_bytes=workspace,
-    )
 
 
 def _read_tokenizer(named: str | pathlib.Path | None, directory: pathlib.Path) -> Tokenizer | None:

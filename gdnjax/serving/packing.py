@@ -1,14 +1,17 @@
 """Plans to padded batches: numpy arrays of a compiled size. A size that no bucket covers is an error."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from gdnjax.batch import AdmitBatch, DecodeBatch, LogitRowBatch, PrefillBatch, SealBatch
+from gdnjax.batch import AdmitBatch, CountBatch, DecodeBatch, LogitRowBatch, PrefillBatch, SealBatch
 from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS
 from gdnjax.serving.plan import Admission, Growth, Piece, Seal, max_chunks
 from gdnjax.serving.request import Request
-from gdnjax.state import NO_TOKEN
+from gdnjax.state import IN_PROMPT, MOST_COUNTED, NO_TOKEN
+
+COUNT_ENTRIES = 2048
+"""Token counts that one step fills in: the distinct tokens of most prompts."""
 
 
 def bucket_for(size: int, buckets: Sequence[int]) -> int:
@@ -17,6 +20,13 @@ def bucket_for(size: int, buckets: Sequence[int]) -> int:
         if size <= bucket:
             return bucket
     raise ValueError(f"{size} exceeds the largest compiled bucket; compiled: {tuple(buckets)}")
+
+
+def prefill_bucket(pieces: Sequence[Piece], buckets: Sequence[int], rows_of: Callable[[int], int]) -> int:
+    """The smallest bucket of tokens that has room for these pieces' tokens, rows and chunks; see `bucket_for`."""
+    chunks = sum(len(piece.chunks()) for piece in pieces)
+    fits = [size for size in buckets if len(pieces) <= rows_of(size) and chunks <= max_chunks(size, rows_of(size))]
+    return bucket_for(sum(piece.length for piece in pieces), fits)
 
 
 def pack_admissions(admissions: Sequence[Admission], *, rows: int, table_width: int) -> AdmitBatch:
@@ -49,27 +59,66 @@ def pack_admissions(admissions: Sequence[Admission], *, rows: int, table_width: 
         top_p=column((p.top_p for p in params), np.float32, 1),
         min_p=column((p.min_p for p in params), np.float32, 0),
         seed=seed,
+        repetition=column((p.repetition_penalty for p in params), np.float32, 1),
+        frequency=column((p.frequency_penalty for p in params), np.float32, 0),
+        presence=column((p.presence_penalty for p in params), np.float32, 0),
+        count_row=column((r.count_row for r in requests), np.int32, 0),
         logit_row=column((r.logit_row for r in requests), np.int32, 0),
         copy_from=column((admission.copy_from for admission in admissions), np.int32, 0),
         copy_to=column((admission.copy_to for admission in admissions), np.int32, 0),
     )
 
 
+def pack_counts(requests: Sequence[Request], vocab_size: int, *, rows: int) -> list[CountBatch]:
+    """What fills the count rows of those that have one: up to `rows` of them, each counted from its tokens."""
+    counted = [request for request in requests if request.count_row]
+    if not counted:
+        return []
+    found = [_token_counts(request, vocab_size) for request in counted]
+    row = np.concatenate(
+        [np.full(len(tokens), request.count_row) for request, (tokens, _) in zip(counted, found, strict=True)]
+    )
+    token, value = (np.concatenate(column) for column in zip(*found, strict=True))
+    cuts = range(0, len(row), COUNT_ENTRIES)
+    entries = [tuple(column[cut : cut + COUNT_ENTRIES] for column in (row, token, value)) for cut in cuts]
+    # The first step empties the rows, before it fills them.
+    emptied = [[request.count_row for request in counted], *[[]] * (len(entries) - 1)]
+    return [count_batch(rows_now, now, rows=rows) for rows_now, now in zip(emptied, entries, strict=True)]
+
+
+def count_batch(emptied: Sequence[int], entries: Sequence[np.ndarray], *, rows: int) -> CountBatch:
+    """A batch of these entries: rows, tokens and values."""
+    fields = (np.zeros(COUNT_ENTRIES, np.int32), np.full(COUNT_ENTRIES, NO_TOKEN, np.int32))
+    fields += (np.zeros(COUNT_ENTRIES, np.uint16),)
+    for field, values in zip(fields, entries, strict=False):
+        field[: len(values)] = values
+    out = np.zeros(rows, np.int32)
+    out[: len(emptied)] = emptied
+    return CountBatch(out, *fields)
+
+
+def _token_counts(request: Request, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct tokens of a request, and what ServeState.token_counts has of each. One that was preempted has
+    produced some already.
+    """
+    entry = np.zeros(vocab_size, np.uint16)
+    entry[request.prompt_token_ids] = IN_PROMPT
+    if request.output_token_ids:
+        times = np.bincount(request.output_token_ids, minlength=vocab_size)
+        entry |= np.minimum(times, MOST_COUNTED).astype(np.uint16)
+    tokens = np.flatnonzero(entry != 0)
+    return tokens, entry[tokens]
+
+
 def pack_logit_row(request: Request | None, vocab_size: int, padded_vocab_size: int) -> LogitRowBatch:
-    """The rows of a request that needs them; None gives what resets the null row."""
+    """The row of a request that needs one; None gives what resets the null row."""
     bias = np.zeros((padded_vocab_size,), np.float32)
-    in_prompt = np.zeros((padded_vocab_size,), bool)
-    counts = np.zeros((padded_vocab_size,), np.int32)
     recent = np.full((MAX_BAD_WORD_TOKENS - 1,), NO_TOKEN, np.int32)
     bad_words = np.full((MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS), NO_TOKEN, np.int32)
-    repetition, frequency, presence = 1.0, 0.0, 0.0
     if request is not None:
         params = request.params
-        in_prompt[request.prompt_token_ids] = True
         # A request that was preempted has produced tokens already.
-        produced = request.output_token_ids
-        np.add.at(counts, produced, 1)
-        last = produced[-len(recent) :]
+        last = request.output_token_ids[-len(recent) :]
         recent[len(recent) - len(last) :] = last
         if params.allowed_token_ids is not None:
             bias[:vocab_size] = -np.inf
@@ -78,20 +127,10 @@ def pack_logit_row(request: Request | None, vocab_size: int, padded_vocab_size: 
             bias[token] += value
         for i, word in enumerate(request.bad_words):
             bad_words[i, MAX_BAD_WORD_TOKENS - len(word) :] = word
-        repetition, frequency, presence = (
-            params.repetition_penalty,
-            params.frequency_penalty,
-            params.presence_penalty,
-        )
     return LogitRowBatch(
         row=np.int32(request.logit_row if request is not None else 0),
-        in_prompt=in_prompt,
-        counts=counts,
         recent=recent,
         bias=bias,
-        repetition=np.float32(repetition),
-        frequency=np.float32(frequency),
-        presence=np.float32(presence),
         bad_words=bad_words,
     )
 

@@ -19,7 +19,7 @@ from gdnjax.config import EngineConfig, ModelConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.models import abstract_params, build_model
 from gdnjax.serving import packing
-from gdnjax.serving.engine import _with_shardings
+from gdnjax.serving.planning import with_shardings
 from gdnjax.state import empty_state
 from gdnjax.step import StepOptions, build_steps
 from rocm.compiling import Demands
@@ -163,9 +163,9 @@ def _steps(arch: str, devices, preset: str, ranks: int, drafts: int, large: bool
     model = build_model(config, "bfloat16", ranks, mtp=drafts > 0, backend=Backend("pallas", arch))
     geometry = model.geometry(engine.block_size, engine.ssm_dtype).speculating(engine)
     slots, blocks = _large_counts(geometry) if large else (SLOTS, BLOCKS)
-    plan = MemoryPlan.of_counts(geometry, num_slots=slots, num_blocks=blocks, num_logit_rows=8)
-    state = _with_shardings(jax.eval_shape(lambda: empty_state(geometry, plan, engine, MAX_MODEL_LEN)), mesh)
-    params = _with_shardings(abstract_params(config, ranks, "bfloat16", mtp=drafts > 0), mesh)
+    plan = MemoryPlan.of_counts(geometry, num_slots=slots, num_blocks=blocks, num_logit_rows=8, num_count_rows=32)
+    state = with_shardings(jax.eval_shape(lambda: empty_state(geometry, plan, engine, MAX_MODEL_LEN)), mesh)
+    params = with_shardings(abstract_params(config, ranks, "bfloat16", mtp=drafts > 0), mesh)
     options = StepOptions(state_layout=engine.state_layout, num_drafts=drafts)
     full = dataclasses.replace(options, full=True, max_logprobs=engine.max_logprobs)
     built = build_steps(model, mesh, options, params, state)

@@ -15,6 +15,8 @@ WORKSPACE = (ROOT / "WORKSPACE.md").read_text()
 SCRIPTS = (
     "bench_engine",
     "bench_kernels",
+    "bench_pools",
+    "bench_scheduler",
     "bench_serving",
     "bench_start",
     "convert",
@@ -24,6 +26,7 @@ SCRIPTS = (
     "lm_eval_gdnjax",
     "make_random_checkpoint",
     "measure_tiny",
+    "measure_workspace",
     "profile_step",
     "rocm_gate",
     "train_tiny",

@@ -68,7 +68,7 @@ def test_last_given_back_is_handed_out_first():
 
 
 def test_pools_of_an_engine_are_apart():
-    allocator = Allocator(num_slots=2, num_blocks=3, num_logit_rows=0)
+    allocator = Allocator(num_slots=2, num_blocks=3, num_logit_rows=0, num_count_rows=0)
     assert allocator.slots.take(2) == [1, 2]
     assert allocator.blocks.take(3) == [1, 2, 3]
     assert allocator.logit_rows.take(1) is None

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from gdnjax.config import CHUNK
+from gdnjax.config import CHUNK, EngineConfig
 from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
 from gdnjax.serving import packing
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.plan import Admission, Growth, Piece, Seal, max_chunks, max_growth
 from gdnjax.serving.request import Request
-from gdnjax.state import NO_TOKEN
+from gdnjax.state import IN_PROMPT, MOST_COUNTED, NO_TOKEN
 
 ROWS = 4
 
@@ -38,6 +38,27 @@ def test_smallest_bucket_that_holds_is_chosen(size, bucket):
 def test_size_past_the_buckets_is_an_error():
     with pytest.raises(ValueError, match=r"21 exceeds the largest compiled bucket; compiled: \(1, 8, 20\)"):
         packing.bucket_for(21, (1, 8, 20))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bucket"),
+    [([10], 64), ([64], 64), ([65], 256), ([5] * 9, 64), ([5] * 10, 256), ([5] * 13, 1024), ([20] * 12, 256)],
+)
+def test_prefill_bucket_has_a_row_for_every_piece(lengths, bucket):
+    config = EngineConfig(max_num_seqs=64)
+    pieces = [Piece(make_request(n, slot=i + 1), 0, n, True, i + 1) for i, n in enumerate(lengths)]
+    assert packing.prefill_bucket(pieces, config.prefill_buckets, config.prefill_rows_of) == bucket
+    rows = config.prefill_rows_of(bucket)
+    batch = packing.pack_prefill(pieces, tokens=bucket, rows=rows, table_width=1)
+    assert batch.length.tolist() == lengths + [0] * (rows - len(lengths))
+
+
+def test_prefill_bucket_has_room_for_every_chunk():
+    """Cut at a checkpoint, each of these has two."""
+    config = EngineConfig(max_num_seqs=64)
+    pieces = [Piece(make_request(6, slot=i), 0, 6, True, i, ((4, 20 + i),)) for i in range(1, 7)]
+    assert packing.prefill_bucket(pieces[:5], config.prefill_buckets, config.prefill_rows_of) == 64
+    assert packing.prefill_bucket(pieces, config.prefill_buckets, config.prefill_rows_of) == 256
 
 
 PIECES = st.lists(
@@ -166,31 +187,25 @@ def test_huge_limits_do_not_overflow():
     assert batch.top_k[0] == (1 << 31) - 1
 
 
-def test_logit_row_holds_prompt_bias_and_bans():
-    request = make_request(
-        3, logit_bias={4: 1.5, 101: -2.0, 7: -np.inf}, allowed_token_ids=[4, 101], repetition_penalty=1.2
-    )
+def test_logit_row_holds_bias_and_bans():
+    request = make_request(3, logit_bias={4: 1.5, 101: -2.0, 7: -np.inf}, allowed_token_ids=[4, 101])
     request.logit_row, request.bad_words = 2, [[5], [6, 7, 8]]
     batch = packing.pack_logit_row(request, vocab_size=200, padded_vocab_size=204)
     assert batch.row == 2
-    np.testing.assert_array_equal(np.flatnonzero(batch.in_prompt), [100, 101, 102])
     expected = np.full(204, -np.inf)
     expected[4], expected[101], expected[200:] = 1.5, -2.0, 0.0
     np.testing.assert_array_equal(batch.bias, np.float32(expected))
     np.testing.assert_array_equal(batch.bad_words[0], [*[NO_TOKEN] * (MAX_BAD_WORD_TOKENS - 1), 5])
     np.testing.assert_array_equal(batch.bad_words[1], [*[NO_TOKEN] * (MAX_BAD_WORD_TOKENS - 3), 6, 7, 8])
     assert (batch.bad_words[2:] == NO_TOKEN).all()
-    assert batch.repetition == np.float32(1.2)
-    assert not batch.counts.any()
     assert (batch.recent == NO_TOKEN).all()
 
 
 @pytest.mark.parametrize("produced", [[9], [9, 4, 9], [*range(10, 30), 4, 4]], ids=len)
-def test_logit_row_of_a_resumed_request_counts_what_it_had_produced(produced):
-    request = make_request(3, repetition_penalty=1.2)
+def test_logit_row_of_a_resumed_request_has_its_last_tokens(produced):
+    request = make_request(3, bad_words=["x"])
     request.output_token_ids = produced
     batch = packing.pack_logit_row(request, vocab_size=200, padded_vocab_size=204)
-    np.testing.assert_array_equal(batch.counts, np.bincount(produced, minlength=204))
     recent = produced[-(MAX_BAD_WORD_TOKENS - 1) :]
     np.testing.assert_array_equal(batch.recent, [NO_TOKEN] * (MAX_BAD_WORD_TOKENS - 1 - len(recent)) + recent)
 
@@ -199,9 +214,43 @@ def test_logit_row_of_nobody_is_neutral():
     batch = packing.pack_logit_row(None, vocab_size=20, padded_vocab_size=20)
     assert batch.row == 0
     assert not batch.bias.any()
-    assert not batch.in_prompt.any()
     assert (batch.bad_words == NO_TOKEN).all()
-    assert (batch.repetition, batch.frequency, batch.presence) == (1, 0, 0)
+
+
+def counts_after(batches, rows: int, vocab_size: int) -> np.ndarray:
+    """The table that was full of something else, after these batches."""
+    table = np.full((rows, vocab_size), 77, np.uint16)
+    for batch in batches:
+        table[batch.emptied] = 0
+        here = batch.token != NO_TOKEN
+        # An entry is given once, in whichever batch.
+        assert not table[batch.row[here], batch.token[here]].any()
+        table[batch.row[here], batch.token[here]] = batch.value[here]
+    return table
+
+
+@pytest.mark.parametrize("length", [3, 5000])
+def test_counts_of_a_request_are_those_of_its_tokens(length):
+    """Of one that comes and of one that was preempted; many distinct tokens take several steps."""
+    numbers = np.random.default_rng(length)
+    fresh, resumed, other = (make_request(length, presence_penalty=1.5) for _ in range(3))
+    fresh.count_row, resumed.count_row = 2, 3
+    for request in (fresh, resumed):
+        request.prompt_token_ids = numbers.integers(0, 9000, length).tolist()
+    resumed.output_token_ids = [*numbers.integers(0, 9000, 2 * length).tolist(), *[5] * (MOST_COUNTED + 9)]
+    batches = packing.pack_counts([fresh, other, resumed], 9000, rows=4)
+    assert (len(batches) > 5) == (length > 3)
+    table = counts_after(batches, 5, 9000)
+    assert (table[[1, 4]] == 77).all()
+    for request in (fresh, resumed):
+        counts = np.minimum(np.bincount(request.output_token_ids, minlength=9000), MOST_COUNTED)
+        entries = counts | np.isin(np.arange(9000), request.prompt_token_ids) * IN_PROMPT
+        np.testing.assert_array_equal(table[request.count_row], entries)
+    assert table[3, 5] & MOST_COUNTED == MOST_COUNTED
+
+
+def test_nobody_with_penalties_needs_no_step():
+    assert packing.pack_counts([make_request(5), make_request(5, logit_bias={1: 2.0})], 300, rows=4) == []
 
 
 @pytest.mark.parametrize("drafts", [False, True])

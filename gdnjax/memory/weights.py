@@ -1,0 +1,63 @@
+"""Bytes of a model's weights on one rank, from its geometry: what the modules of `gdnjax.models` hold; and an estimate
+of the workspace beside them, for where there is no compiler.
+"""
+
+from gdnjax.config import EngineConfig, LayerKind, MlpKind, ModelConfig
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+def weight_bytes(model: ModelConfig, *, tp: int, dtype: str, mtp: bool = False) -> int:
+    """Bytes of all weights of one of `tp` ranks in `dtype`, with the MTP head if `mtp`."""
+    rank = model.shard(tp)
+    layers = [*zip(rank.layer_kinds, rank.mlp_kinds, strict=True)]
+    if mtp:
+        layers += [(LayerKind.ATTENTION, rank.mlp_kinds[-1])] * rank.mtp_layers
+    width = rank.hidden_size
+    size = rank.vocab_size * width * (1 if rank.tie_word_embeddings else 2) + width
+    size += sum(_mixer(rank, kind) + _mlp(rank, mlp) + 2 * width for kind, mlp in layers)
+    if mtp:
+        # Two norms before the product of embedding and hidden state, and one at the end.
+        size += 2 * width * width + 3 * width
+    # A_log and dt_bias are float32 whatever the others are.
+    gates = 2 * rank.delta.num_value_heads * rank.num_delta_layers
+    return size * ITEMSIZE[dtype] + gates * ITEMSIZE["float32"]
+
+
+def _mixer(rank: ModelConfig, kind: LayerKind) -> int:
+    width = rank.hidden_size
+    if kind is LayerKind.DELTA:
+        delta = rank.delta
+        inputs = delta.conv_dim + delta.value_dim + 2 * delta.num_value_heads
+        return width * (inputs + delta.value_dim) + delta.conv_dim * delta.conv_kernel + delta.value_head_dim
+    attention = rank.attention
+    # Queries come with a gate of their own width.
+    heads = 3 * attention.num_heads + 2 * attention.num_kv_heads
+    return width * heads * attention.head_dim + 2 * attention.head_dim
+
+
+def _mlp(rank: ModelConfig, kind: MlpKind) -> int:
+    if kind is MlpKind.DENSE:
+        return 3 * rank.hidden_size * rank.intermediate_size
+    moe = rank.moe
+    assert moe is not None, "checked where the configuration is made"
+    experts = 3 * (moe.num_experts * moe.intermediate_size + moe.shared_intermediate_size)
+    # The router, and the gate of the shared expert.
+    return rank.hidden_size * (experts + moe.num_experts + 1)
+
+
+def workspace_estimate(model: ModelConfig, engine: EngineConfig, dtype: str) -> int:
+    """Bytes of temporaries of the largest step on one rank, about: a little more than was compiled for an AMD GPU.
+
+    A decode step holds its logits, with rejection those of the drafts too, and some rows beside them; a prefill step
+    the activations of a layer, or a few copies of the logits of 64 positions.
+    """
+    rank, drafts = model.shard(engine.tensor_parallel_size), engine.num_speculative_tokens
+    rows = 1 + drafts + (drafts if engine.draft_acceptance == "rejection" else 0)
+    logits = 4 * rank.vocab_size
+    decode = (engine.max_num_seqs * rows + max(64, engine.max_num_seqs * (1 + drafts) // 3)) * logits
+    ffn = rank.intermediate_size
+    if rank.moe is not None:
+        ffn = max(ffn, rank.moe.experts_per_token * rank.moe.intermediate_size + rank.moe.shared_intermediate_size)
+    width = 4 * rank.hidden_size + 2 * ffn + rank.delta.conv_dim + rank.delta.value_dim
+    return max(decode, 4 * 64 * logits, engine.max_num_batched_tokens * width * ITEMSIZE[dtype])
