@@ -1,16 +1,19 @@
 """Measures what the host's bookkeeping costs as requests, cached tokens and texts grow. No jax, no model."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import gc
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from command import exit_status, write_json
-
+from gdnjax.cli.command import exit_status, run_as_process, write_json
 from gdnjax.config import EngineConfig
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.allocator import Allocator
@@ -303,4 +306,4 @@ PARTS = {
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("bench_scheduler.py", main))
+    run_as_process(lambda: exit_status("bench_scheduler.py", main))

@@ -1,14 +1,18 @@
 """Bytes of temporaries of a model's compiled steps, by rows, drafts and sampler. Nothing runs, no weights are read."""
 
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
 import argparse
 import contextlib
 import dataclasses
 import itertools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from command import exit_status, prepare_environment
+from gdnjax.cli.command import exit_status, prepare_environment, run_as_process
 
 DESCRIPTION = """\
 Compiles the steps that an engine plans its workspace by, each in its largest bucket, from shapes alone: for the devices
@@ -119,4 +123,4 @@ def line(arguments: argparse.Namespace, found: list[Any], backend: Any, rule: st
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

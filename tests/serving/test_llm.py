@@ -25,6 +25,7 @@ from gdnjax.serving import engine as engine_module
 from gdnjax.serving import frontend as frontend_module
 from gdnjax.serving import llm as llm_module
 from gdnjax.serving import metrics as metrics_module
+from gdnjax.serving import runner as runner_module
 from gdnjax.serving import scheduler as scheduler_module
 from gdnjax.serving import submission as submission_module
 from gdnjax.serving.detokenizer import Detokenizer
@@ -1184,11 +1185,11 @@ def test_engine_is_closed_when_its_block_raises(directory):
 def test_deadline_does_not_count_what_compiles(llm, monkeypatch):
     """By a clock of its own, in which a step takes 100 s the first time, as one does that is compiled."""
     now, traces = [1000.0], [0]
-    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
-    for module in (engine_module, frontend_module, scheduler_module, submission_module):
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter, sleep=time.sleep)
+    for module in (engine_module, runner_module, frontend_module, scheduler_module, submission_module):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(llm.engine, "compile_seconds", 0.0)
-    steps = llm.engine.steps
+    monkeypatch.setattr(llm.engine.runner, "compile_seconds", 0.0)
+    steps = llm.engine.runner.steps
 
     def slow(step, compiles):
         def call(*arguments):
@@ -1203,7 +1204,7 @@ def test_deadline_does_not_count_what_compiles(llm, monkeypatch):
         slowed = dataclasses.replace(
             steps, admit=slow(steps.admit, compiles), num_traces=lambda: steps.num_traces() + min(1, traces[0])
         )
-        monkeypatch.setattr(llm.engine, "steps", slowed)
+        monkeypatch.setattr(llm.engine.runner, "steps", slowed)
         params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
         timeout = 50.0 if compiles else 0.5
         (output,) = llm.generate([ids(20)], params, use_tqdm=False, timeout=timeout)
