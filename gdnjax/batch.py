@@ -138,11 +138,14 @@ class Logprobs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Emitted:
-    """What a step produced, row by row of its batch. T is 1 in a prefill step."""
+    """What a step produced, row by row of its batch. T is 1 in a prefill step.
+
+    A NO_TOKEN that counts, always the last that does, says that no token might be drawn there.
+    """
 
     tokens: Leaf  # [n, T] int32, NO_TOKEN past the last that counts
     count: Leaf  # [n] int32: how many of them count
-    done: Leaf  # [n] bool: the request ended on the device (stop token or max_length)
+    done: Leaf  # [n] bool: the request ended on the device (stop token, max_length, no token to draw)
     drafted: Leaf  # [n] int32: drafts that were put to the test; the first `count` - 1 of them were kept
     logprobs: Leaf  # Logprobs of `tokens`, or None
     prompt_logprobs: Leaf  # Logprobs of the targets [t], or None

@@ -3,14 +3,21 @@
 Imports neither jax nor flax, so that plans and errors can be had without a device.
 """
 
+import copy
 import dataclasses
 import enum
 import json
+import math
 import pathlib
 from typing import Any
 
+from gdnjax import config_keys
+
 CHUNK = 64
 """Tokens in a chunk of the chunked delta rule, and the grid on which prefill pieces are cut."""
+
+LONG_ROWS = 8
+"""Prompts of which each may end within a chunk in a prefill step that is full of whole ones."""
 
 SUPPORTED_MODEL_TYPES = (
     "qwen3_5",
@@ -19,6 +26,9 @@ SUPPORTED_MODEL_TYPES = (
     "qwen3_5_text",
     "qwen3_next",
 )
+
+WRAPPERS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+"""model_type of a multimodal wrapper -> that of its text_config."""
 
 DEFAULT_MAX_MODEL_LEN = 8192
 """The most tokens of a request where nobody says: memory is not promised to lengths that nobody uses."""
@@ -119,14 +129,67 @@ class DeltaConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN, arXiv:2309.00071: rotary frequencies for a context `factor` times as long as that of the training.
+
+    original_context   tokens of the training's context
+    beta_fast          rotations within it from which on a frequency stays as it is
+    beta_slow          rotations up to which it is divided by `factor`; in between it is a mixture
+    attention_factor   what cos and sin are multiplied by
+    truncate           whether the two bounds are rounded to whole dimensions
+    """
+
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float
+    truncate: bool = True
+
+    @classmethod
+    def of(cls, rope: dict[str, Any], max_position_embeddings: int) -> "YarnConfig":
+        """From rope settings under transformers' names, with its defaults. Raises ValueError for a bad value."""
+        original = rope.get("original_max_position_embeddings", max_position_embeddings)
+        _check_int("original_max_position_embeddings", original, 1)
+        stated = rope.get("factor")
+        factor = _number("factor", max_position_embeddings / original if stated is None else stated, 1.0)
+        names = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+        given = {name: _number(name, rope[name], 0.0) for name in names if rope.get(name) is not None}
+        # One of the two alone counts for nothing, in transformers too.
+        above, below = given.pop("mscale", 0.0), given.pop("mscale_all_dim", 0.0)
+        above, below = (above, below) if above and below else (1.0, 0.0)
+        longer = 0.1 * math.log(factor)
+        given.setdefault("attention_factor", (above * longer + 1) / (below * longer + 1))
+        truncate = rope.get("truncate", True)
+        if not isinstance(truncate, bool):
+            raise ValueError(f"truncate must be true or false, got {truncate!r}")
+        return cls(factor=factor, original_context=original, truncate=truncate, **given)
+
+    def __post_init__(self):
+        for name in ("beta_fast", "beta_slow", "attention_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast must be at least beta_slow, got {self.beta_fast} and {self.beta_slow}")
+
+    @property
+    def context(self) -> int:
+        """Tokens that it is meant for."""
+        return int(self.original_context * self.factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Geometry of the gated full-attention layers."""
+    """Geometry of the gated full-attention layers, and their rotary frequencies: those of `rope_theta`, with `yarn`
+    changed for a longer context.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rotary_dim: int
     rope_theta: float
+    yarn: YarnConfig | None = None
 
     def __post_init__(self):
         _check_positive(self)
@@ -135,6 +198,8 @@ class AttentionConfig:
                 f"num_attention_heads must be a multiple of num_key_value_heads, "
                 f"got {self.num_heads} and {self.num_kv_heads}"
             )
+        if self.yarn and self.rope_theta <= 1:
+            raise ValueError(f"YaRN needs a rope_theta above 1, got {self.rope_theta}")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"the rotary part of a head must be even and at most head_dim={self.head_dim}, got {self.rotary_dim}"
@@ -188,6 +253,9 @@ class MoeConfig:
 class ModelConfig:
     """What the engine needs to know of a hybrid model, whatever its family.
 
+    `max_position_embeddings` is the longest context: with YaRN that which it is meant for, if it is longer than what
+    the file says.
+
     `interleaved_projections` says that the checkpoint stores q, k, v, z (and b, a) grouped by key head, as
     Qwen3-Next does; the modules never see it, the loader undoes it. `mtp_layers` counts the decoder layers of the
     checkpoint's multi-token-prediction head, 0 where it has none; `mtp_dedicated_embeddings` says that this head has
@@ -220,6 +288,8 @@ class ModelConfig:
             raise ValueError(f"{len(self.layer_kinds)} token mixers but {len(self.mlp_kinds)} MLPs")
         if MlpKind.MOE in self.mlp_kinds and self.moe is None:
             raise ValueError("mlp_kinds names a mixture of experts, but moe is None")
+        if not self.rms_norm_eps > 0 or math.isinf(self.rms_norm_eps):
+            raise ValueError(f"rms_norm_eps must be a finite number above 0, got {self.rms_norm_eps!r}")
 
     @property
     def num_layers(self) -> int:
@@ -273,22 +343,29 @@ class ModelConfig:
         """Reads a Hugging Face `config.json` (a directory that holds one, the file itself, or its parsed dict).
 
         Multimodal wrappers are read through their `text_config`. A count of MTP layers is what the file says, whether
-        or not the tensors are there: the loader sees those, where the head is wanted. Raises FileNotFoundError where
-        there is no config.json, and ValueError for an unknown model_type, a quantised checkpoint or a feature that the
-        engine does not compute.
+        or not the tensors are there: the loader sees those, where the head is wanted. What becomes of each key is in
+        gdnjax.config_keys; keys that are not known there are named in a warning. Raises FileNotFoundError where there
+        is no config.json, and ValueError for an unknown model_type, a quantised checkpoint, a feature that the engine
+        does not compute, or what transformers refuses.
         """
-        raw = source if isinstance(source, dict) else _read_config_json(pathlib.Path(source))
-        return _from_hf_dict(raw)
+        if isinstance(source, dict):
+            return _from_hf_dict(source)
+        file = _config_json(pathlib.Path(source))
+        raw = read_json_object(file)
+        try:
+            return _from_hf_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
 
-def _read_config_json(path: pathlib.Path) -> dict[str, Any]:
+def _config_json(path: pathlib.Path) -> pathlib.Path:
     file = path if path.suffix == ".json" else path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
             f"{path}: no config.json here; expected a Hugging Face checkpoint directory "
             "(config.json, *.safetensors, tokenizer files) or one written by scripts/convert.py"
         )
-    return read_json_object(file)
+    return file
 
 
 def read_json_object(file: pathlib.Path) -> dict[str, Any]:
@@ -315,32 +392,26 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
             f"quantised checkpoints are not supported yet (quantization_config: "
             f"{quantisation.get('quant_method', 'unknown')}); use the bfloat16 or float32 checkpoint"
         )
-    # transformers knows the defaults and the older spellings of every family; it is imported here because it is slow.
-    import transformers
-
-    hf = transformers.AutoConfig.for_model(**raw).get_text_config()
+    config_keys.check_rope_places(raw)
+    hf = _read_by_transformers(raw)
     rope = hf.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"unsupported rope_type {rope['rope_type']!r}; supported: default")
-    if hf.hidden_act != "silu":
-        raise ValueError(f"unsupported hidden_act {hf.hidden_act!r}; supported: silu")
-    if hf.attention_bias:
-        raise ValueError("attention_bias=true is not supported; supported: false")
+    nested = [name for name, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"rope settings by layer type are not supported, got {', '.join(nested)}")
+    config_keys.check_rope_keys(rope)
     unknown = sorted(set(hf.layer_types) - {kind.value for kind in LayerKind})
     if unknown:
         raise ValueError(f"unsupported layer_types {unknown}; supported: {[kind.value for kind in LayerKind]}")
     layer_kinds = tuple(LayerKind(kind) for kind in hf.layer_types)
-    moe = None
-    if getattr(hf, "num_experts", 0):
-        moe = MoeConfig(
-            num_experts=hf.num_experts,
-            experts_per_token=hf.num_experts_per_tok,
-            intermediate_size=hf.moe_intermediate_size,
-            shared_intermediate_size=hf.shared_expert_intermediate_size,
-            normalise_top_k=getattr(hf, "norm_topk_prob", True),
-        )
+    if len(layer_kinds) != hf.num_hidden_layers:
+        raise ValueError(f"num_hidden_layers={hf.num_hidden_layers}, but layer_types has {len(layer_kinds)} entries")
+    for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
+        _check_int(name, getattr(hf, name), 1)
+    moe = _moe(hf)
     mtp_layers, mtp_dedicated_embeddings = _mtp_head(raw)
     eos = hf.eos_token_id if hf.eos_token_id is not None else raw.get("eos_token_id")
+    partial = _number("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 0.0)
+    yarn = YarnConfig.of(rope, hf.max_position_embeddings) if rope.get("rope_type") == "yarn" else None
     return ModelConfig(
         model_type=model_type,
         vocab_size=hf.vocab_size,
@@ -359,19 +430,80 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
             num_heads=hf.num_attention_heads,
             num_kv_heads=hf.num_key_value_heads,
             head_dim=hf.head_dim,
-            rotary_dim=int(hf.head_dim * rope.get("partial_rotary_factor", 1.0)),
-            rope_theta=float(rope["rope_theta"]),
+            rotary_dim=int(hf.head_dim * partial),
+            rope_theta=_number("rope_theta", rope.get("rope_theta"), 0.0),
+            yarn=yarn,
         ),
         moe=moe,
         mtp_layers=mtp_layers,
         mtp_dedicated_embeddings=mtp_dedicated_embeddings,
-        rms_norm_eps=hf.rms_norm_eps,
+        rms_norm_eps=_number("rms_norm_eps", hf.rms_norm_eps, 0.0),
         # A wrapper may state the tying outside its text_config; either place counts.
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", hf.tie_word_embeddings) or hf.tie_word_embeddings),
-        max_position_embeddings=hf.max_position_embeddings,
+        max_position_embeddings=max(hf.max_position_embeddings, yarn.context if yarn else 0),
         dtype=_dtype_name(raw, hf),
         interleaved_projections=hf.model_type == "qwen3_next",
-        eos_token_ids=as_id_tuple(eos),
+        eos_token_ids=checked_eos(eos, hf.vocab_size),
+    )
+
+
+def _read_by_transformers(raw: dict[str, Any]) -> Any:
+    """The text model's configuration as transformers reads it: it knows defaults and older spellings.
+
+    Raises ValueError for what it refuses, for keys with a value that is not computed, and where a wrapper states
+    something beside its text_config that the text_config does not say.
+    """
+    # Imported here because it is slow.
+    import transformers
+
+    of_files = transformers.GenerationConfig._get_default_generation_params()
+    config_keys.check_keys(raw, frozenset(of_files))
+    model_type, text = raw["model_type"], raw.get("text_config")
+    inner = WRAPPERS.get(model_type)
+    if inner is None and text is not None:
+        raise ValueError(f"model_type {model_type!r} is a text model's, which has no text_config")
+    named = (text or {}).get("model_type")
+    if named not in (None, model_type, inner):
+        raise ValueError(f"text_config of model_type {model_type!r} must be of {inner!r}, got {named!r}")
+    beside = {} if inner is None else config_keys.misplaced(raw)
+    try:
+        # A copy, because it changes what it is given.
+        given = copy.deepcopy({name: value for name, value in raw.items() if name not in beside})
+        hf = transformers.AutoConfig.for_model(**given).get_text_config()
+        hf.standardize_rope_params()
+    except Exception as error:  # Its own kinds of errors, KeyError and TypeError among them.
+        raise ValueError(f"transformers refuses this configuration: {' '.join(str(error).split())}") from error
+    _check_misplaced(beside, hf)
+    return hf
+
+
+def _check_misplaced(beside: dict[str, Any], hf: Any) -> None:
+    rope = hf.rope_parameters or {}
+    for name, value in beside.items():
+        if name in ("rope_parameters", "rope_scaling"):
+            same = isinstance(value, dict) and all(rope.get(key) == one for key, one in value.items() if key != "type")
+        elif name in config_keys.ROPE_PLACES:
+            same = rope.get(name) == value
+        else:
+            same = getattr(hf, name, None) == value
+        if not same:
+            raise ValueError(
+                f"{name} stands beside text_config, which says otherwise or nothing; put it into text_config, where "
+                "the language model's settings are read"
+            )
+
+
+def _moe(hf: Any) -> MoeConfig | None:
+    if not getattr(hf, "num_experts", 0):
+        return None
+    if not hasattr(hf, "moe_intermediate_size"):
+        raise ValueError(f"model_type {hf.model_type!r} has no experts, got num_experts={hf.num_experts!r}")
+    return MoeConfig(
+        num_experts=hf.num_experts,
+        experts_per_token=hf.num_experts_per_tok,
+        intermediate_size=hf.moe_intermediate_size,
+        shared_intermediate_size=hf.shared_expert_intermediate_size,
+        normalise_top_k=getattr(hf, "norm_topk_prob", True),
     )
 
 
@@ -406,6 +538,14 @@ def _dtype_name(raw: dict[str, Any], hf: Any) -> str:
     return name
 
 
+def checked_eos(ids: Any, vocab_size: int) -> tuple[int, ...]:
+    """`as_id_tuple` of end-of-sequence ids. Raises ValueError for what is no id, or none of the vocabulary."""
+    for token in ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise ValueError(f"eos_token_id must be of ids from 0 to {vocab_size - 1}, the vocabulary's, got {token!r}")
+    return as_id_tuple(ids)
+
+
 def as_id_tuple(ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
     """Token ids as configuration files spell them (absent, one, or several), as a tuple."""
     if ids is None:
@@ -430,6 +570,10 @@ class EngineConfig:
       max_logit_rows          running requests that may use logit_bias, bad_words or allowed_token_ids at once (each
                               holds a row of the vocabulary's size); further ones wait. None: min(max_num_seqs, 16).
                               Penalties need none: there is a row of token counts for every running request.
+      max_num_prefill_seqs    prompts that may share a prefill step of the largest bucket. None: 8, and one for each 64
+                              tokens of the bucket, as in the others; never more than max_num_seqs. A step draws behind
+                              as many prompts as it has rows for, and beyond the default each costs a chunk, too,
+                              whether there are so many or not.
     Numerics
       dtype                   "auto" (the checkpoint's), "float32" or "bfloat16": weights, activations and KV.
       ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".
@@ -440,7 +584,8 @@ class EngineConfig:
       tensor_parallel_size    devices that share one model.
       kernels                 "auto", "pallas", "interpret" or "reference"; see gdnjax.backend.
       prefill_buckets         packed prompt tokens a step is compiled for; empty: 64, 256 and max_num_batched_tokens.
-      decode_buckets          rows a decode step is compiled for; empty: 1, 8 and max_num_seqs, as far as they apply.
+      decode_buckets          rows a decode step is compiled for; empty: 1, 8, 32, twice that and so on, below
+                              max_num_seqs, and that.
       max_logprobs            the most alternatives a request may ask log-probabilities of.
       warmup                  compile every step at start; False compiles each at its first use.
       compilation_cache_dir   JAX's persistent compilation cache; None: the one JAX is configured with, or
@@ -472,6 +617,7 @@ class EngineConfig:
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     max_logit_rows: int | None = None
+    max_num_prefill_seqs: int | None = None
     dtype: str = "auto"
     ssm_dtype: str = "float32"
     state_layout: str = "vk"
@@ -495,7 +641,7 @@ class EngineConfig:
     def __post_init__(self):
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size"):
             _check_int(name, getattr(self, name), 1)
-        for name in ("max_model_len", "num_kv_blocks", "max_logit_rows"):
+        for name in ("max_model_len", "num_kv_blocks", "max_logit_rows", "max_num_prefill_seqs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
         _check_int("max_logprobs", self.max_logprobs, 0)
@@ -533,7 +679,9 @@ class EngineConfig:
                 )
         self._check_speculation()
         _set_buckets(self, "prefill_buckets", self.max_num_batched_tokens, () if self.batch_invariant else (64, 256))
-        _set_buckets(self, "decode_buckets", self.max_num_seqs, () if self.batch_invariant else (1, 8))
+        # Up to 32 rows the weights are what a step costs, so few sizes will do; from there on it is the rows.
+        doubled = tuple(32 << i for i in range(self.max_num_seqs.bit_length()))
+        _set_buckets(self, "decode_buckets", self.max_num_seqs, () if self.batch_invariant else (1, 8, *doubled))
         if self.batch_invariant and (len(self.prefill_buckets) > 1 or len(self.decode_buckets) > 1):
             raise ValueError(
                 f"batch_invariant=True needs one prefill bucket and one decode bucket, got {self.prefill_buckets} and "
@@ -590,16 +738,33 @@ class EngineConfig:
 
     @property
     def prefill_rows(self) -> int:
-        """Requests whose prompt tokens may share one prefill step."""
-        return min(self.max_num_seqs, 8)
+        """Requests whose prompt tokens may share one prefill step, of the largest bucket."""
+        return min(self.max_num_seqs, self.max_num_prefill_seqs or _prompts_within(self.max_num_batched_tokens))
+
+    def prefill_rows_of(self, bucket: int) -> int:
+        """Requests whose prompt tokens may share a prefill step of so many tokens: one of `prefill_buckets`."""
+        most = self.prefill_rows
+        return most if bucket == self.max_num_batched_tokens else min(most, _prompts_within(bucket))
+
+
+def _prompts_within(tokens: int) -> int:
+    """Prompts that a step of so many tokens has rows for, unless it is said otherwise."""
+    return LONG_ROWS + tokens // CHUNK
 
 
 def _check_positive(geometry: Any) -> None:
     """Raises ValueError for a field of a geometry that is not above 0."""
     for field in dataclasses.fields(geometry):
         value = getattr(geometry, field.name)
-        if not value > 0:
+        if isinstance(value, int | float) and not 0 < value < math.inf:
             raise ValueError(f"{type(geometry).__name__}.{field.name} must be above 0, got {value!r}")
+
+
+def _number(name: str, value: Any, least: float) -> float:
+    """A finite number of at least `least`, as a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least {least:g}, got {value!r}")
+    return float(value)
 
 
 def _check_int(name: str, value: Any, least: int) -> None:

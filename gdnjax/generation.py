@@ -1,6 +1,7 @@
 """Whole generations and scores as pure functions, for notebooks and for tests: no engine, no host loop."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,8 +140,9 @@ def full_logits(
     """The logits at every position of one sequence, by one prefill. Traceable; one rank only.
 
     `length` (default: all) says how many tokens count, so that one compilation serves every length up to t; the
-    logits past it mean nothing.
+    logits past it mean nothing. Raises ValueError for tokens that are no one sequence of integers.
     """
+    tokens = _one_sequence(tokens)
     count = tokens.shape[0]
     whole = jnp.full((1,), count if length is None else length, jnp.int32)
     state = start(model, whole + 1, count + 1)
@@ -169,6 +171,7 @@ def draft_logits(
         raise ValueError("draft_logits needs a model with its MTP head: build_model(..., mtp=True)")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
+    tokens = _one_sequence(tokens)
     count = tokens.shape[0]
     options = StepOptions()
     # Blocks of one token, so that every position can have drafts of its own behind a shared past: block 1 + i holds
@@ -195,6 +198,16 @@ def draft_logits(
         drafted, kv = model.draft(params, tokens, jnp.roll(drafted, 1, axis=0), context, gdn, kv)
         drafts.append(model.logits(params, drafted))
     return model.logits(params, hidden), jnp.stack(drafts)
+
+
+def _one_sequence(tokens: Any) -> Int32[Array, "t"]:
+    """Tokens as an array. Raises ValueError for what is no sequence of integers."""
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 1 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens must be one sequence of integers, [t] with t above 0, got {tokens.dtype} {list(tokens.shape)}"
+        )
+    return tokens.astype(jnp.int32)
 
 
 def _check_batch_sampling(sampling: SamplingParams, stop_token_ids: tuple[int, ...]) -> None:

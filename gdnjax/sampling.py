@@ -138,7 +138,10 @@ def scores(logits: Float32[Array, "n V"], draw: Draw, vocab: Vocab, full: bool) 
 
 
 def choose(scores: Float32[Array, "n V"], draw: Draw, vocab: Vocab, stream: int = 0) -> Int32[Array, "n"]:
-    """Tokens drawn with probability softmax(scores), by the noise of a stream; the best where the temperature is 0."""
+    """Tokens drawn with probability softmax(scores), by the noise of a stream; the best where the temperature is 0.
+
+    NO_TOKEN where no token may be drawn.
+    """
     return argmax(_noisy(scores, draw, vocab, stream), vocab)
 
 
@@ -159,18 +162,21 @@ def _noisy(scores: Array, draw: Draw, vocab: Vocab, stream: int) -> Array:
 
 
 def argmax(scores: Float32[Array, "n V"], vocab: Vocab) -> Int32[Array, "n"]:
-    """The best token over all ranks; the lowest of those that tie."""
+    """The best token over all ranks; the lowest of those that tie. NO_TOKEN where no score is above -inf."""
     best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     return _best_rank(best, jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0], scores.shape[1], vocab)
 
 
 def _best_rank(best: Array, value: Array, width: int, vocab: Vocab) -> Int32[Array, "n"]:
-    """Of each rank's best token and its value the best token, the lowest rank's of those that tie."""
-    if vocab.tp == 1:
-        return best
-    values = sharding.all_gather(value[:, None], vocab.tp, axis=1)
-    tokens = sharding.all_gather((best + vocab.offset(width))[:, None], vocab.tp, axis=1)
-    return jnp.take_along_axis(tokens, jnp.argmax(values, axis=1)[:, None], axis=1)[:, 0]
+    """Of each rank's best token and its value the best token, the lowest rank's of those that tie; NO_TOKEN where no
+    value is above -inf: no token may be drawn.
+    """
+    if vocab.tp > 1:
+        values = sharding.all_gather(value[:, None], vocab.tp, axis=1)
+        tokens = sharding.all_gather((best + vocab.offset(width))[:, None], vocab.tp, axis=1)
+        place = jnp.argmax(values, axis=1)[:, None]
+        best, value = (jnp.take_along_axis(x, place, axis=1)[:, 0] for x in (tokens, values))
+    return jnp.where(value > -jnp.inf, best, NO_TOKEN)
 
 
 def _top_k(scaled: Array, top_k: Array, vocab: Vocab) -> Array:

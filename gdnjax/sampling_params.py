@@ -18,6 +18,9 @@ MAX_BAD_SEQUENCES = 2 * MAX_BAD_WORDS
 MAX_BAD_WORD_TOKENS = 8
 """Tokens in one forbidden sequence."""
 
+NO_TOKEN = -1
+"""Where a token id might stand: none."""
+
 LARGEST = 1e30
 """Magnitude that a number may have, and its inverse for one that is not 0: the device computes in float32, where
 products and quotients with a logit must stay finite and a small number must not become 0."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
-from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS
+from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS, NO_TOKEN
 from gdnjax.shapes import Leaf
 
 LAYOUT_KV = 0
@@ -19,7 +19,6 @@ LAYOUT_VK = 1
 
 NULL_SLOT = 0
 NULL_BLOCK = 0
-NO_TOKEN = -1
 
 IN_PROMPT = 1 << 15
 """The bit of an entry of `ServeState.token_counts` that says that the token is in the prompt."""

@@ -21,6 +21,7 @@ from gdnjax import sampling, sharding, speculative
 from gdnjax.batch import AdmitBatch, CountBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch, SealBatch
 from gdnjax.models import Model
 from gdnjax.models.context import Pools, decode_context, fold_context, prefill_context
+from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.sampling import Change, Draw, Vocab, in_groups
 from gdnjax.shapes import Array, Params
 from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN, NULL_SLOT, LogitRows, ServeState
@@ -107,7 +108,7 @@ def prefill(
         state = _with_slots(state, block_table=table)
     context = prefill_context(pools_of(state, options), batch)
     hidden, gdn, kv = model.forward(params, batch.tokens, context, state.gdn, state.kv)
-    previous = state.slots.hidden[context.rows.read_slot]
+    previous = read_rows(state.slots.hidden, context.rows.read_slot)
     if state.slots.drafts is not None:
         # The head's keys have to be there for every token that is, drafting or not.
         before = previous[batch.token_row]
@@ -170,7 +171,8 @@ def seal(model: Model, options: StepOptions, params: Params, state: ServeState, 
     reached = (jnp.arange(read.shape[0]) < batch.count) & (count >= 0) & (count <= pending)
     write, count = jnp.where(reached, batch.write_slot, NULL_SLOT), jnp.where(reached, count, 0)
     context = fold_context(pools_of(state, options), read, write, count)
-    hidden = _hidden_behind(state.slots.hidden[read], state.slots.pending_hidden[read], count)
+    kept = read_rows(state.slots.pending_hidden, read)
+    hidden = _hidden_behind(read_rows(state.slots.hidden, read), kept, count)
     gdn = model.fold(params, context, state.gdn)
     gdn = dataclasses.replace(gdn, pending=gdn.pending.at[write].set(0))
     return _written(dataclasses.replace(state, gdn=gdn), write, hidden, _layout(options, LAYOUT_VK))
@@ -193,12 +195,18 @@ def _drafts_to_verify(state: ServeState, options: StepOptions, batch: DecodeBatc
     slots, slot = state.slots, batch.slot
     if not options.num_drafts:
         return jnp.zeros((slot.shape[0], 0), jnp.int32), jnp.zeros(slot.shape, jnp.int32)
-    # The last token that a request may have is drawn, never fed.
-    room = slots.max_length[slot] - 2 - length
-    count = jnp.minimum(slots.num_drafts[slot], jnp.clip(room, 0, options.num_drafts))
+    room = jnp.clip(_room_for_drafts(state, slot, length), 0, options.num_drafts)
+    count = jnp.minimum(read_rows(slots.num_drafts, slot), room)
     if batch.max_drafts is not None:
         count = jnp.minimum(count, batch.max_drafts)
     return slots.drafts[slot, : options.num_drafts], count
+
+
+def _room_for_drafts(state: ServeState, slot: Array, length: Array) -> Array:
+    """How many drafts behind the token at position `length` can be verified, [n], below 0 at the end: the last token
+    that a request may have is drawn, never fed.
+    """
+    return state.slots.max_length[slot] - 2 - length
 
 
 def _accepted(state: ServeState, options: StepOptions, context, hidden, count) -> ServeState:
@@ -207,12 +215,12 @@ def _accepted(state: ServeState, options: StepOptions, context, hidden, count) -
     if state.gdn.pending is None:
         return _written(state, write, hidden[:, 0], layout)
     rows, width = state.slots.pending_hidden, hidden.shape[1]
-    old = rows[context.read_slot]
-    behind = _hidden_behind(state.slots.hidden[context.read_slot], old, context.pending)
+    old = read_rows(rows, context.read_slot)
+    behind = _hidden_behind(read_rows(state.slots.hidden, context.read_slot), old, context.pending)
     state = _written(state, write, behind, layout)
     # What is written follows from what was read, so that XLA need not keep the old pool beside the new one.
-    kept = jnp.where(context.valid.reshape(-1, width, 1), hidden.astype(rows.dtype), old[:, :width])
-    rows = rows.at[write, :width].set(kept)
+    kept = jnp.where(context.valid.reshape(-1, width, 1), hidden.astype(old.dtype), old[:, :width])
+    rows = write_rows(rows, write, slice(width), rows=kept)
     gdn = dataclasses.replace(state.gdn, pending=state.gdn.pending.at[write].set(count))
     return _with_slots(dataclasses.replace(state, gdn=gdn), pending_hidden=rows)
 
@@ -246,8 +254,7 @@ def _with_slots(state: ServeState, **fields: Array) -> ServeState:
 
 def _written(state: ServeState, slot: Array, hidden: Array, layout: int) -> ServeState:
     """The layout bit and last hidden state of slots whose rows the layers have written."""
-    kept = state.slots.hidden
-    state = _with_slots(state, hidden=kept.at[slot].set(hidden.astype(kept.dtype)))
+    state = _with_slots(state, hidden=write_rows(state.slots.hidden, slot, rows=hidden))
     return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=state.gdn.layout.at[slot].set(layout)))
 
 
@@ -284,8 +291,8 @@ def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> 
             tokens, accepted = speculative.accept_forced(drafts, tokens, num_drafts, length, sampler.draw)
         elif rows > 1:
             accepted = speculative.accept_shared(drafts, tokens, num_drafts)
-    # A stop token ends what counts.
-    stops = jnp.any(state.slots.stop_tokens[slot][:, None] == tokens[:, :, None], axis=-1)
+    # A stop token ends what counts, and so does the lack of any token that may be drawn.
+    stops = jnp.any(state.slots.stop_tokens[slot][:, None] == tokens[:, :, None], axis=-1) | (tokens == NO_TOKEN)
     stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1), rows)
     kept = jnp.where(valid[:, 0], jnp.minimum(accepted, stop) + 1, 0).astype(jnp.int32)
     drafted = jnp.where(stop < accepted, kept - 1, num_drafts)
@@ -313,7 +320,7 @@ def _reject(model, options, params, state, slot, first, logits, drafts, valid) -
     [n * T, V] it holds those of the drafts, made again from the head's hidden states, which are small.
     """
     count, k = drafts.shape
-    hidden = state.slots.draft_hidden[slot, :k].reshape(count * k, -1)
+    hidden = read_rows(state.slots.draft_hidden, slot, slice(k)).reshape(count * k, -1)
     vocab = _vocab_of(model)
 
     def some_requests(group):
@@ -333,7 +340,8 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
     """Runs the MTP head over the tokens [n, T] that were drawn behind `hidden` [n, T, d], and drafts the next ones.
 
     Every token that counts gets its key and value from the target's hidden state before it, in the place of what a
-    draft may have left there.
+    draft may have left there. Behind the first draft only those are made that the next step may verify: a row that has
+    ended makes none, and no position comes to the end of the context.
     """
     if state.slots.drafts is None:
         return state
@@ -345,10 +353,11 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
     context = decode_context(pools, slot, length - emitted.count + 1, valid)
     found, kv = model.draft(params, tokens, hidden.reshape(count * rows, -1), context, state.gdn, state.kv)
     last = found.reshape(count, rows, -1)[jnp.arange(count), jnp.maximum(emitted.count - 1, 0)]
+    room = jnp.where(active & ~emitted.done, _room_for_drafts(state, slot, length), 0)
     drafts, outputs = jnp.zeros((count, 0), jnp.int32), []
     for depth in range(options.num_drafts):
         if depth:
-            context = decode_context(pools, slot, length + depth, active[:, None])
+            context = decode_context(pools, slot, length + depth, (depth < room)[:, None])
             last, kv = model.draft(params, drafts[:, -1], last, context, state.gdn, kv)
         outputs.append(last)
         sampler = _Sampler.of(model, options, state, slot, length + depth + 1, 1)
@@ -361,8 +370,8 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
     if options.num_drafts:
         made["drafts"] = state.slots.drafts.at[write, : options.num_drafts].set(drafts)
     if options.num_drafts and state.slots.draft_hidden is not None:
-        kept = state.slots.draft_hidden
-        made["draft_hidden"] = kept.at[write, : options.num_drafts].set(jnp.stack(outputs, axis=1).astype(kept.dtype))
+        kept, rows = state.slots.draft_hidden, jnp.stack(outputs, axis=1)
+        made["draft_hidden"] = write_rows(kept, write, slice(options.num_drafts), rows=rows)
     return _with_slots(dataclasses.replace(state, kv=kv), **made)
 
 
@@ -440,7 +449,7 @@ def _commit(state, drawn: _Drawn, slot, length, active, prompt_logprobs) -> tupl
     """Writes progress back to the slots and packs what the host is told. `length` is that behind the tokens fed."""
     slots = state.slots
     last = jnp.take_along_axis(drawn.tokens, jnp.maximum(drawn.count - 1, 0)[:, None], axis=1)[:, 0]
-    stopped = jnp.any(slots.stop_tokens[slot] == last[:, None], axis=1)
+    stopped = jnp.any(slots.stop_tokens[slot] == last[:, None], axis=1) | (last == NO_TOKEN)
     done = active & (stopped | (length + 1 >= slots.max_length[slot]))
     # Rows of a prompt that goes on have no token yet, but their length counts.
     table = dataclasses.replace(

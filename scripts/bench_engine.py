@@ -30,12 +30,13 @@ EXAMPLES = """\
 examples:
   python scripts/bench_engine.py --output engine.json                        everything
   python scripts/bench_engine.py decode speculation --batches 64,1           some
+  python scripts/bench_engine.py decode --batches 128 --padded 9             what rows of padding cost
   python scripts/bench_engine.py --config tiny --scale 0.03                  a look on a CPU
 
 Exit status: 0 done, 2 an error, or a section that failed; 130 interrupted.
 """
 
-LENGTHS = {"batches": "batches", "input_len": "input_len", "output_len": "output_len",
+LENGTHS = {"batches": "batches", "padded": "padded", "input_len": "input_len", "output_len": "output_len",
            "max_num_batched_tokens": "batched_tokens", "checkpoints": "checkpoints"}  # fmt: skip
 """Arguments that are sizes, and which."""
 
@@ -62,6 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", default="qwen3.5-9b", help="a preset, or a config.json (default: %(default)s)")
     add("--layers", type=int, metavar="N", help="of the model; fewer than it has for a quick look")
     add("--batches", type=_batches, metavar="N,N", help=f"requests that decode together (default: {batches})")
+    add(
+        "--padded",
+        type=_batches,
+        metavar="N,N",
+        help="fewer that decode in the next larger batch's bucket (default: none)",
+    )
     add("--input-len", type=int, metavar="N", help=f"tokens of most prompts (default: {default.input_len})")
     add("--output-len", type=int, metavar="N", help=f"output tokens of throughput (default: {default.output_len})")
     add("--max-num-batched-tokens", type=int, metavar="N", help=f"of a step (default: {default.batched_tokens})")

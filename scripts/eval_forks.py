@@ -235,7 +235,7 @@ def _force_bits(llm: "LLM") -> None:
     """Makes every fork read its checkpoint as if prefill had written it."""
     import jax.numpy as jnp
 
-    steps, config = llm.engine.steps, llm.engine.config
+    steps, config = llm.engine.runner.steps, llm.engine.config
 
     def prefill(options):
         step = steps.prefill(options)
@@ -248,7 +248,7 @@ def _force_bits(llm: "LLM") -> None:
 
         return forgetful
 
-    llm.engine.steps = dataclasses.replace(steps, prefill=prefill)
+    llm.engine.runner.steps = dataclasses.replace(steps, prefill=prefill)
 
 
 def _complete(llm: "LLM", prompts: Sequence[list[int]], max_tokens: int) -> list[tuple[list[int], int]]:
@@ -265,6 +265,7 @@ def _state_behind(llm: "LLM", prompt: list[int]) -> Any:
     import numpy as np
 
     from gdnjax import SamplingParams
+    from gdnjax.pallas_kernels.pools import read_rows
 
     submission = llm.submit({"prompt_token_ids": prompt}, SamplingParams(temperature=0.0, max_tokens=1))
     (request,) = submission.requests
@@ -272,8 +273,8 @@ def _state_behind(llm: "LLM", prompt: list[int]) -> Any:
     while not request.filled:
         llm.engine.step()
         slot = request.slot or slot
-    gdn = llm.engine.state.gdn
-    flat = np.array(gdn.ssm[:, slot])
+    gdn = llm.engine.runner.state.gdn
+    flat = np.stack([read_rows(gdn.ssm, layer, slot) for layer in range(gdn.ssm.shape[0])])
     while llm.step():
         pass
     delta = llm.model.config.delta

@@ -106,23 +106,23 @@ def run(arguments) -> int:
             with jax.profiler.trace(scratch):
                 while not llm.engine.scheduler.running or llm.engine.scheduler.waiting or _prefilling(llm):
                     llm.step()
-                jax.block_until_ready(llm.engine.state)
+                jax.block_until_ready(llm.engine.runner.state)
             prefill = kernels_of(scratch)
         seconds = time.perf_counter() - begin
         print(f"prefill: {arguments.requests * arguments.input_len / seconds:.0f} tokens/s, profiled")
         for _ in range(8):
             llm.step()
-        jax.block_until_ready(llm.engine.state)
+        jax.block_until_ready(llm.engine.runner.state)
         begin = time.perf_counter()
         for _ in range(arguments.steps // 2):
             llm.step()
-        jax.block_until_ready(llm.engine.state)
+        jax.block_until_ready(llm.engine.runner.state)
         wall = (time.perf_counter() - begin) / (arguments.steps // 2)
         with tempfile.TemporaryDirectory() as scratch:
             with jax.profiler.trace(scratch):
                 for _ in range(arguments.steps // 2):
                     llm.step()
-                jax.block_until_ready(llm.engine.state)
+                jax.block_until_ready(llm.engine.runner.state)
             decode = kernels_of(scratch)
     print(table("prefill", prefill, 1))
     print(table("decode", decode, arguments.steps // 2))

@@ -1,6 +1,6 @@
 """Faults that this kind of system has had, done to a running engine: the rungs must see each of them.
 
-A fault of BETWEEN_TURNS `(engine, victim, neighbour)` changes `engine.state` between two turns; `victim` and
+A fault of BETWEEN_TURNS `(engine, victim, neighbour)` changes `engine.runner.state` between two turns; `victim` and
 `neighbour` are running requests. The others `(engine)` change its steps: `missing_reset` before the victim is admitted,
 those of FORKS before it goes on from a checkpoint, those of CHECKPOINTS before that one is written.
 
@@ -19,33 +19,33 @@ from gdnjax.state import LAYOUT_KV
 
 def _replace(engine, part: str, **leaves) -> None:
     """Puts new leaves into a part of the state, with the shardings of the old ones."""
-    old = getattr(engine.state, part)
+    old = getattr(engine.runner.state, part)
     placed = {name: jax.device_put(leaf, getattr(old, name).sharding) for name, leaf in leaves.items()}
-    engine.state = dataclasses.replace(engine.state, **{part: dataclasses.replace(old, **placed)})
+    engine.runner.state = dataclasses.replace(engine.runner.state, **{part: dataclasses.replace(old, **placed)})
 
 
 def stale_layout_bit(engine, victim, neighbour) -> None:
-    layout = engine.state.gdn.layout
+    layout = engine.runner.state.gdn.layout
     _replace(engine, "gdn", layout=layout.at[victim.slot].set(1 - layout[victim.slot]))
 
 
 def wrong_slot(engine, victim, neighbour) -> None:
     """Two requests work on each other's rows."""
-    gdn, to, of = engine.state.gdn, [victim.slot, neighbour.slot], [neighbour.slot, victim.slot]
+    gdn, to, of = engine.runner.state.gdn, [victim.slot, neighbour.slot], [neighbour.slot, victim.slot]
     swapped = {"ssm": gdn.ssm.at[:, to].set(gdn.ssm[:, of]), "conv": gdn.conv.at[:, to].set(gdn.conv[:, of])}
     _replace(engine, "gdn", **swapped, layout=gdn.layout.at[jnp.array(to)].set(gdn.layout[jnp.array(of)]))
 
 
 def state_of_neighbour(engine, victim, neighbour) -> None:
     """The recurrent state alone, under the right layout bit."""
-    gdn = engine.state.gdn
+    gdn = engine.runner.state.gdn
     layout = gdn.layout.at[victim.slot].set(gdn.layout[neighbour.slot])
     _replace(engine, "gdn", ssm=gdn.ssm.at[:, victim.slot].set(gdn.ssm[:, neighbour.slot]), layout=layout)
 
 
 def transposed_state(engine, victim, neighbour, key_dim: int) -> None:
     """K and V change places in one layer."""
-    ssm = engine.state.gdn.ssm
+    ssm = engine.runner.state.gdn.ssm
     row = ssm[-1, victim.slot]
     turned = row.reshape(row.shape[0], key_dim, -1).swapaxes(1, 2).reshape(row.shape)
     _replace(engine, "gdn", ssm=ssm.at[-1, victim.slot].set(turned))
@@ -53,54 +53,54 @@ def transposed_state(engine, victim, neighbour, key_dim: int) -> None:
 
 def dropped_conv_window(engine, victim, neighbour) -> None:
     """Of one layer."""
-    _replace(engine, "gdn", conv=engine.state.gdn.conv.at[-1, victim.slot].set(0))
+    _replace(engine, "gdn", conv=engine.runner.state.gdn.conv.at[-1, victim.slot].set(0))
 
 
 def zeroed_first_layer(engine, victim, neighbour) -> None:
-    _replace(engine, "gdn", ssm=engine.state.gdn.ssm.at[0, victim.slot].set(0))
+    _replace(engine, "gdn", ssm=engine.runner.state.gdn.ssm.at[0, victim.slot].set(0))
 
 
 def zeroed_last_layer(engine, victim, neighbour) -> None:
-    _replace(engine, "gdn", ssm=engine.state.gdn.ssm.at[-1, victim.slot].set(0))
+    _replace(engine, "gdn", ssm=engine.runner.state.gdn.ssm.at[-1, victim.slot].set(0))
 
 
 def keys_off_by_one(engine, victim, neighbour) -> None:
     """Every key stands one place later than its position."""
-    k, block = engine.state.kv.k, jnp.array(victim.blocks)
+    k, block = engine.runner.state.kv.k, jnp.array(victim.blocks)
     moved = jnp.roll(k[:, block].reshape(k.shape[0], -1, *k.shape[3:]), 1, axis=1)
     _replace(engine, "kv", k=k.at[:, block].set(moved.reshape(k.shape[0], len(victim.blocks), *k.shape[2:])))
 
 
 def block_of_neighbour(engine, victim, neighbour) -> None:
-    table = engine.state.slots.block_table
+    table = engine.runner.state.slots.block_table
     _replace(engine, "slots", block_table=table.at[victim.slot, 0].set(table[neighbour.slot, 0]))
 
 
 def length_off_by_one(engine, victim, neighbour) -> None:
-    _replace(engine, "slots", length=engine.state.slots.length.at[victim.slot].add(1))
+    _replace(engine, "slots", length=engine.runner.state.slots.length.at[victim.slot].add(1))
 
 
 def missing_reset(engine) -> None:
     """Admission leaves the last owner's length in a slot, so the slot is not fresh."""
-    admit = engine.steps.admit
+    admit = engine.runner.steps.admit
 
     def forgetful(state, batch):
         length = jnp.array(state.slots.length, copy=True)
         state = admit(state, batch)
         return dataclasses.replace(state, slots=dataclasses.replace(state.slots, length=length))
 
-    engine.steps = dataclasses.replace(engine.steps, admit=forgetful)
+    engine.runner.steps = dataclasses.replace(engine.runner.steps, admit=forgetful)
 
 
 def _before_prefill(engine, change) -> None:
     """`change(state, batch)` gives what each prefill step works on instead."""
-    prefill = engine.steps.prefill
+    prefill = engine.runner.steps.prefill
 
     def changed(options):
         step = prefill(options)
         return lambda params, state, batch: step(params, *change(state, batch))
 
-    engine.steps = dataclasses.replace(engine.steps, prefill=changed)
+    engine.runner.steps = dataclasses.replace(engine.runner.steps, prefill=changed)
 
 
 def _forks(batch) -> np.ndarray:
@@ -139,13 +139,13 @@ def own_slot_instead_of_checkpoint(engine) -> None:
 
 def tail_not_copied(engine) -> None:
     """A fork within a block goes on in a block of its own that nobody has filled."""
-    admit = engine.steps.admit
+    admit = engine.runner.steps.admit
 
     def forgetful(state, batch):
         null = np.zeros_like(batch.copy_from)
         return admit(state, dataclasses.replace(batch, copy_from=null, copy_to=null))
 
-    engine.steps = dataclasses.replace(engine.steps, admit=forgetful)
+    engine.runner.steps = dataclasses.replace(engine.runner.steps, admit=forgetful)
 
 
 def checkpoint_one_chunk_early(engine) -> None:
@@ -161,8 +161,8 @@ def checkpoint_one_chunk_early(engine) -> None:
 
 def _around_seal(engine, change) -> None:
     """`change(seal, params, state, batch)` takes the place of the seals."""
-    seal = engine.steps.seal
-    engine.steps = dataclasses.replace(engine.steps, seal=lambda *given: change(seal, *given))
+    seal = engine.runner.steps.seal
+    engine.runner.steps = dataclasses.replace(engine.runner.steps, seal=lambda *given: change(seal, *given))
 
 
 def _seal_without(engine, pool: str, field: str) -> None:
@@ -183,19 +183,19 @@ def seal_without_layout_bit(engine) -> None:
 
 def stale_rows_of_the_head(engine, victim, neighbour) -> None:
     """The head's keys stand one place later than their positions, as rejected drafts would leave them."""
-    k, block = engine.state.kv.k, jnp.array(victim.blocks)
+    k, block = engine.runner.state.kv.k, jnp.array(victim.blocks)
     moved = jnp.roll(k[-1, block].reshape(-1, *k.shape[3:]), 1, axis=0)
     _replace(engine, "kv", k=k.at[-1, block].set(moved.reshape(len(victim.blocks), *k.shape[2:])))
 
 
 def drafts_of_neighbour(engine, victim, neighbour) -> None:
-    drafts = engine.state.slots.drafts
+    drafts = engine.runner.state.slots.drafts
     _replace(engine, "slots", drafts=drafts.at[victim.slot].set(drafts[neighbour.slot]))
 
 
 def pending_rows_of_neighbour(engine, victim, neighbour) -> None:
     """Raw inputs and gates of the tokens that are to be folded."""
-    gdn, rows = engine.state.gdn, engine.state.gdn.pending_ab.shape[2]
+    gdn, rows = engine.runner.state.gdn, engine.runner.state.gdn.pending_ab.shape[2]
     conv = gdn.conv.at[:, victim.slot, -rows:].set(gdn.conv[:, neighbour.slot, -rows:])
     pending_ab = gdn.pending_ab.at[:, victim.slot].set(gdn.pending_ab[:, neighbour.slot])
     _replace(engine, "gdn", conv=conv, pending_ab=pending_ab)
@@ -203,18 +203,18 @@ def pending_rows_of_neighbour(engine, victim, neighbour) -> None:
 
 def pending_off_by_one(engine, victim, neighbour) -> None:
     """One row fewer is folded than was accepted."""
-    pending = engine.state.gdn.pending
+    pending = engine.runner.state.gdn.pending
     _replace(engine, "gdn", pending=pending.at[victim.slot].add(-1))
 
 
 def pending_gates_zeroed(engine, victim, neighbour) -> None:
-    pending_ab = engine.state.gdn.pending_ab
+    pending_ab = engine.runner.state.gdn.pending_ab
     _replace(engine, "gdn", pending_ab=pending_ab.at[:, victim.slot].set(0))
 
 
 def _after_decode(engine, change) -> None:
     """`change(before, state)` gives what each decode step leaves instead; `before` is a copy of the pools before it."""
-    decode = engine.steps.decode
+    decode = engine.runner.steps.decode
 
     def changed(options):
         step = decode(options)
@@ -226,7 +226,7 @@ def _after_decode(engine, change) -> None:
 
         return wrong
 
-    engine.steps = dataclasses.replace(engine.steps, decode=changed)
+    engine.runner.steps = dataclasses.replace(engine.runner.steps, decode=changed)
 
 
 def window_not_shifted(engine) -> None:

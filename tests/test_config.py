@@ -1,13 +1,15 @@
 """Checkpoint configurations as transformers writes them, and engine settings: what is read, and what is refused."""
 
 import dataclasses
+import itertools
 import json
+import math
 
 import numpy as np
 import pytest
 import transformers
 
-from gdnjax import EngineConfig, LayerKind, ModelConfig
+from gdnjax import EngineConfig, LayerKind, ModelConfig, config_keys
 from gdnjax.config import MTP_KEYS, SUPPORTED_MODEL_TYPES, AttentionConfig, DeltaConfig, MlpKind, MoeConfig
 
 DELTA, ATTENTION = LayerKind.DELTA, LayerKind.ATTENTION
@@ -236,8 +238,11 @@ def test_config_is_read_from_directory_file_and_dict_alike(tmp_path):
     assert ModelConfig.from_hf(tmp_path / "config.json") == expected
 
 
-def test_reading_does_not_change_the_dict():
+@pytest.mark.parametrize("rope", [{}, {"rope_theta": 5e5, "type": "default"}])
+def test_reading_does_not_change_the_dict(rope):
+    """Nor what is in it: transformers completes rope settings in place."""
     raw = hf_dict("qwen3_5")
+    raw["text_config"]["rope_parameters"] = rope
     before = json.dumps(raw)
     ModelConfig.from_hf(raw)
     assert json.dumps(raw) == before
@@ -279,21 +284,180 @@ def test_quantised_checkpoint_is_refused_by_its_method(inside, method):
         ModelConfig.from_hf(raw)
 
 
-@pytest.mark.parametrize("rope_type", ["yarn", "linear", "dynamic"])
-def test_other_rope_types_are_refused(rope_type):
-    rope = {**TEXT["rope_parameters"], "rope_type": rope_type, "factor": 4.0}
-    rope["original_max_position_embeddings"] = 512
-    raw = hf_dict("qwen3_5_text")
-    raw["rope_parameters"] = rope
-    with pytest.raises(ValueError, match=f"unsupported rope_type '{rope_type}'; supported: default"):
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_every_key_of_transformers_is_in_the_tables(model_type, caplog):
+    """So none is ignored without a decision, whatever another version of transformers adds."""
+    wrapper, inner, _ = CLASSES[model_type]
+    tables = (config_keys.HONOURED, set(config_keys.FIXED), set(config_keys.WITHOUT_EFFECT))
+    for name in (wrapper, inner):
+        keys = {field.name for field in dataclasses.fields(getattr(transformers, name))} if name else set()
+        assert not keys - set().union(*tables)
+    assert sum(map(len, tables)) == len(set().union(*tables)), "a key is in one table"
+    with caplog.at_level("WARNING", logger="gdnjax"):
+        from_hf(model_type)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_key_that_nobody_knows_is_named_in_a_warning(inside, caplog):
+    raw = hf_dict("qwen3_5")
+    (raw["text_config"] if inside else raw)["frobnication"] = 3
+    with caplog.at_level("WARNING", logger="gdnjax"):
         ModelConfig.from_hf(raw)
+    (record,) = caplog.records
+    assert record.message.endswith("without effect: text_config.frobnication" if inside else "effect: frobnication")
+
+
+@pytest.mark.parametrize("name", config_keys.FIXED)
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_next"])
+def test_key_that_changes_numbers_is_refused_with_any_other_value(name, model_type):
+    allowed = config_keys.FIXED[name]
+    for value in (*allowed, "another", 7, allowed[0] is False):
+        raw = hf_dict(model_type)
+        raw.get("text_config", raw)[name] = value
+        if value in allowed:
+            if value is not None or allowed[0] is None:
+                ModelConfig.from_hf(raw)
+        else:
+            with pytest.raises(ValueError, match=rf"unsupported (text_config\.)?{name} .*; supported: "):
+                ModelConfig.from_hf(raw)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, "unsupported rope_type 'linear'; supported: default, yarn"),
+        ({"rope_type": "dynamic", "factor": 4.0}, "unsupported rope_type 'dynamic'"),
+        ({"type": "mrope", "mrope_section": [1, 1, 2]}, "unsupported rope_type 'mrope'"),
+        ({"factor": 4.0}, "rope_type 'default' does not take 'factor'; allowed: finetuned, mrope_interleaved, "),
+        ({"rope_type": "yarn", "factor": 4.0, "attn_factor": 1.0}, "rope_type 'yarn' does not take 'attn_factor'"),
+        ({"rope_type": "yarn"}, "transformers refuses this configuration: .*factor"),
+        ({"rope_type": "yarn", "factor": 0.5}, "factor must be a finite number of at least 1, got 0.5"),
+        (
+            {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 4096},
+            "factor must be a finite number of at least 1, got 0.25",
+        ),
+        ({"rope_type": "yarn", "factor": "4"}, "factor must be a finite number of at least 1, got '4'"),
+        ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 0}, "beta_fast must be above 0, got 0"),
+        ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 2}, "beta_fast must be at least beta_slow"),
+        ({"rope_type": "yarn", "factor": 4.0, "truncate": 1}, "truncate must be true or false, got 1"),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0}, "transformers|original_max"),
+        ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1}, "YaRN needs a rope_theta above 1"),
+        ({"rope_theta": 0}, "rope_theta must be above 0, got 0"),
+        ({"rope_theta": math.inf}, "rope_theta must be a finite number"),
+        ({"full_attention": {"rope_theta": 1e4}}, "rope settings by layer type are not supported"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rope_settings_that_are_not_computed_are_refused(rope, message):
+    raw = hf_dict("qwen3_5_text")
+    raw["rope_parameters"] = {"rope_theta": 1e4, "partial_rotary_factor": 0.25} | rope
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(raw)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 777.0}
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_rope_settings_are_read_where_transformers_reads_them(model_type, name):
+    raw = hf_dict(model_type)
+    text = raw.get("text_config", raw)
+    del text["rope_parameters"]
+    text |= {name: YARN, "partial_rotary_factor": 0.5}
+    config = ModelConfig.from_hf(raw)
+    assert (config.attention.rope_theta, config.attention.rotary_dim) == (777.0, 16)
+    assert (config.attention.yarn.factor, config.attention.yarn.original_context) == (4.0, 512)
+    assert config.max_position_embeddings == 2048
+
+
+def test_rope_settings_in_two_places_are_refused():
+    """transformers would take the second and drop the first, rope_theta included."""
+    raw = hf_dict("qwen3_5")
+    raw["text_config"]["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+    with pytest.raises(ValueError, match=r"both text_config\.rope_parameters and text_config\.rope_scaling are given"):
+        ModelConfig.from_hf(raw)
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "partial_rotary_factor", "original_max_position_embeddings"])
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+def test_rope_setting_that_contradicts_itself_is_refused(name, place):
+    rope = YARN | {"partial_rotary_factor": 0.25}
+    raw = hf_dict("qwen3_next") | {"rope_parameters": None, place: rope}
+    assert ModelConfig.from_hf(raw | {name: rope[name]}) == ModelConfig.from_hf(raw)
+    with pytest.raises(ValueError, match=f"^{name} is 768, and {rope[name]} among the rope settings"):
+        ModelConfig.from_hf(raw | {name: 768})
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"rope_parameters": YARN},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_theta": 5e5},
+        {"partial_rotary_factor": 0.5},
+        {"hidden_size": 64},
+        {"rms_norm_eps": 1e-6},
+        {"max_position_embeddings": 4096},
+    ],
+    ids=str,
+)
+def test_setting_that_a_wrapper_states_beside_its_text_config_must_be_the_same(beside):
+    """transformers reads it there for nothing."""
+    raw = hf_dict("qwen3_5")
+    (name,) = beside
+    with pytest.raises(ValueError, match=f"{name} stands beside text_config, which says otherwise or nothing; put it"):
+        ModelConfig.from_hf(raw | beside)
+    text = raw["text_config"]
+    same = {key: text[key] for key in ("hidden_size", "rms_norm_eps", "rope_parameters")} | {"rope_theta": 12345.0}
+    assert ModelConfig.from_hf(raw | same) == ModelConfig.from_hf(raw)
+
+
+def test_wrapper_of_another_model_is_refused():
+    raw = hf_dict("qwen3_5")
+    raw["text_config"]["model_type"] = "llama"
+    with pytest.raises(ValueError, match="text_config of model_type 'qwen3_5' must be of 'qwen3_5_text', got 'llama'"):
+        ModelConfig.from_hf(raw)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_next"])
+@pytest.mark.parametrize(
+    "change",
+    [{"layer_types": list(KINDS[:2])}, {"hidden_size": "48"}, {"layer_types": None, "full_attention_interval": 0}],
+    ids=str,
+)
+def test_what_transformers_refuses_is_one_line(change, model_type):
+    raw = hf_dict(model_type)
+    raw.get("text_config", raw).update(change)
+    with pytest.raises(ValueError, match="transformers refuses this configuration: ") as caught:
+        ModelConfig.from_hf(raw)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("eps", [math.nan, math.inf, 0.0, -1e-6])
+def test_eps_that_is_none_is_refused(eps):
+    with pytest.raises(ValueError, match="rms_norm_eps must be"):
+        from_hf("qwen3_5_text", rms_norm_eps=eps)
+
+
+@pytest.mark.parametrize("eos", [401, [399, -1], 999999])
+def test_eos_outside_the_vocabulary_is_refused(eos, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf_dict("qwen3_5", text={"eos_token_id": 3})))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["text_config"]["eos_token_id"] = eos
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"config\.json: eos_token_id must be of ids from 0 to 400, .*got (401|-1|9)"):
+        ModelConfig.from_hf(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_bias": True}, "attention_bias=true is not supported"),
-        ({"hidden_act": "gelu"}, "unsupported hidden_act 'gelu'; supported: silu"),
+        ({"attention_bias": True}, "unsupported attention_bias true; supported: false"),
+        ({"hidden_act": "gelu"}, 'unsupported hidden_act "gelu"; supported: "silu"'),
+        ({"output_gate_type": "sigmoid"}, 'unsupported output_gate_type "sigmoid"; supported: "swish", "silu", null'),
+        ({"num_experts": 4}, "model_type 'qwen3_5_text' has no experts, got num_experts=4"),
         ({"dtype": "float16"}, "unsupported checkpoint dtype 'float16'; supported: float32, bfloat16"),
         ({"dtype": None, "torch_dtype": "float8_e4m3fn"}, "unsupported checkpoint dtype"),
         (
@@ -425,6 +589,7 @@ BAD_ENGINE = [
     ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization must be in"),
     ({"gpu_memory_utilization": "half"}, "gpu_memory_utilization must be"),
     ({"max_logit_rows": -1}, "max_logit_rows must be an integer"),
+    ({"max_num_prefill_seqs": 0}, "max_num_prefill_seqs must be an integer of at least 1, got 0"),
     ({"dtype": "float16"}, "dtype must be one of 'auto', 'float32', 'bfloat16', got 'float16'"),
     ({"ssm_dtype": "auto"}, "ssm_dtype must be one of 'float32', 'bfloat16', got 'auto'"),
     ({"state_layout": "KV"}, "state_layout must be one of 'kv', 'vk', 'mixed', got 'KV'"),
@@ -489,9 +654,37 @@ def test_default_buckets_cover_every_step():
             for buckets, largest in ((config.prefill_buckets, tokens), (config.decode_buckets, seqs)):
                 assert buckets[-1] == largest
                 assert list(buckets) == sorted(set(buckets))
-            # Few: each is compiled at start, plain and full.
-            assert len(config.prefill_buckets) + len(config.decode_buckets) <= 6
+            # Few: each is compiled at start, decode steps plain and full.
+            assert len(config.prefill_buckets) + len(config.decode_buckets) <= 8
             assert config.decode_buckets[0] == 1
+
+
+def test_decode_step_is_at_most_four_times_its_rows_and_twice_where_rows_cost():
+    for seqs in (8, 9, 32, 33, 100, 128, 256, 1000):
+        buckets = EngineConfig(max_num_seqs=seqs).decode_buckets
+        for smaller, larger in itertools.pairwise(buckets):
+            assert larger <= (2 if smaller >= 32 else 8 if smaller == 1 else 4) * smaller
+    assert EngineConfig(max_num_seqs=128).decode_buckets == (1, 8, 32, 64, 128)
+    assert EngineConfig(max_num_seqs=8).decode_buckets == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({}, [8, 8, 8]),
+        ({"max_num_seqs": 3}, [3, 3, 3]),
+        ({"max_num_seqs": 256}, [9, 12, 24]),
+        ({"max_num_seqs": 256, "max_num_batched_tokens": 8192}, [9, 12, 136]),
+        ({"max_num_seqs": 256, "max_num_prefill_seqs": 100}, [9, 12, 100]),
+        ({"max_num_seqs": 64, "max_num_prefill_seqs": 4}, [4, 4, 4]),
+        ({"max_num_seqs": 64, "max_num_prefill_seqs": 100}, [9, 12, 64]),
+        ({"max_num_seqs": 256, "batch_invariant": True}, [24]),
+    ],
+)
+def test_prefill_steps_have_rows_for_short_prompts(options, rows):
+    config = EngineConfig(**options)
+    assert [config.prefill_rows_of(bucket) for bucket in config.prefill_buckets] == rows
+    assert config.prefill_rows == rows[-1]
 
 
 @pytest.mark.usefixtures("without_type_checks")

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax import LLM, SamplingParams, abstract_params, batch_generate, build_model, full_logits, random_params
+from gdnjax import (
+    LLM,
+    SamplingParams,
+    abstract_params,
+    batch_generate,
+    build_model,
+    draft_logits,
+    full_logits,
+    random_params,
+)
 from gdnjax.config import MlpKind
 from gdnjax.models import HybridModel
 from tests.micro import MICRO, A, D
@@ -216,6 +225,15 @@ def test_bad_arguments_are_named():
         ValueError, match=r"batch_generate runs on one rank, the model was built for 2; use LLM\.generate"
     ):
         call(build_model(CONFIG, "float32", tp=2))
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("tokens", [np.ones((1, 5), np.int32), np.ones(5, np.float32), np.ones(0, np.int32)], ids=str)
+def test_tokens_that_are_no_sequence_are_named(tokens):
+    model, params = build_model(dataclasses.replace(CONFIG, mtp_layers=1), "float32", mtp=True), {}
+    for scores in (full_logits, functools.partial(draft_logits, depth=1)):
+        with pytest.raises(ValueError, match=r"tokens must be one sequence of integers, \[t\] .* got (int|float)32 \["):
+            scores(model, params, tokens)
 
 
 def test_full_logits_of_a_shorter_sequence_are_a_prefix():

@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "gdnjax"
 
 LAYERS = (
+    ("config_keys",),
     ("version", "config", "sampling_params", "shapes", "assets"),
     ("memory", "backend", "sharding"),
     ("state", "batch"),
@@ -29,7 +30,8 @@ LAYERS = (
 """Modules and packages, lowest first. A module imports from layers below its own, and from its own package."""
 
 ONLY = {
-    "config": set(),
+    "config": {"config_keys"},
+    "config_keys": set(),
     "sampling_params": set(),
     "shapes": set(),
     "version": set(),
@@ -46,12 +48,20 @@ ONLY = {
 }
 """Where the design allows less than the layers do: these and nothing else of the package."""
 
-HOST_ONLY = ("assets", "config", "sampling_params", "memory", "version", "serving.outputs", "serving.tokenizer")
+HOST_ONLY = ("assets", "config", "config_keys", "sampling_params", "memory", "version")
+HOST_ONLY += ("serving.outputs", "serving.tokenizer", "serving.chat")
 HOST_ONLY += ("serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler", "serving.plan")
 HOST_ONLY += ("serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
-PLANNERS = ("serving.request", "serving.allocator", "serving.plan", "serving.scheduler", "serving.prefix_cache")
+PLANNERS = (
+    "serving.request",
+    "serving.waiting",
+    "serving.allocator",
+    "serving.plan",
+    "serving.scheduler",
+    "serving.prefix_cache",
+)
 PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
 
 

@@ -852,6 +852,18 @@ def test_padded_vocabulary_is_never_drawn():
         assert set(tokens) == set(range(size))
 
 
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("function", [sampling.draw_plain, sampling.draw_full])
+def test_row_in_which_every_token_is_forbidden_draws_none(function, tp):
+    """Greedy or not, and whatever its neighbours draw."""
+    size = 6
+    draw = make_draw(4, temperature=[0, 1, 0, 1], min_p=0.1, top_k=2, top_p=0.9)
+    logits = jnp.full((4, size), -jnp.inf).at[2, 5].set(-3.0).at[3, 4].set(-1e30)
+    run = functools.partial(function, draw=draw, vocab=Vocab(size=size, tp=tp))
+    for tokens in over_ranks(tp, run, padded(logits, tp, -jnp.inf), specs=(sharding.P(None, sharding.AXIS),)):
+        assert tokens.tolist() == [NO_TOKEN, NO_TOKEN, 5, 4]
+
+
 @pytest.mark.parametrize("function", [sampling.draw_plain, sampling.draw_full])
 def test_no_sort_of_the_vocabulary(function):
     size = 4096

@@ -72,13 +72,13 @@ def llm(request) -> LLM:
     )  # fmt: skip
     llm = LLM.from_model(micro_model(tp), micro_params(tp), config, max_model_len=128)
     emitted: list = []
-    read = llm.engine._read
+    read = llm.engine.runner.read
 
     def keep(turn):
         emitted.append((turn.prefill, turn.decode))
         return read(turn)
 
-    llm.engine._read = keep
+    llm.engine.runner.read = keep
     params = [
         SamplingParams(temperature=0.0, max_tokens=8, logprobs=5),
         SamplingParams(temperature=0.8, top_k=9, top_p=0.9, seed=3, max_tokens=8),
@@ -150,23 +150,23 @@ def test_all_ranks_emit_the_same(llm):
 
 
 def test_replicated_state_is_the_same_on_all_ranks(llm):
-    specs = jax.tree.leaves(specs_of(llm.engine.state), is_leaf=lambda x: isinstance(x, P))
-    for leaf, spec in zip(jax.tree.leaves(llm.engine.state), specs, strict=True):
+    specs = jax.tree.leaves(specs_of(llm.engine.runner.state), is_leaf=lambda x: isinstance(x, P))
+    for leaf, spec in zip(jax.tree.leaves(llm.engine.runner.state), specs, strict=True):
         if AXIS not in spec:
             assert_equal_on_all_ranks(leaf)
 
 
 def test_state_keeps_its_shardings(llm):
-    wanted = shardings_of(llm.engine.state, llm.mesh)
+    wanted = shardings_of(llm.engine.runner.state, llm.mesh)
     jax.tree.map(lambda leaf, where: leaf.sharding.is_equivalent_to(where, leaf.ndim) or pytest.fail(str(where)),
-                 llm.engine.state, wanted)  # fmt: skip
+                 llm.engine.runner.state, wanted)  # fmt: skip
 
 
 def test_ranks_of_one_kv_head_hold_the_same_keys(llm):
     """With more ranks than kv heads, neighbours hold one head: weights, keys and values."""
     copies = max(1, llm.model.tp // MICRO.attention.num_kv_heads)
     attention = llm.params["layers"][2]["self_attn"]
-    arrays = [llm.engine.state.kv.k, llm.engine.state.kv.v]
+    arrays = [llm.engine.runner.state.kv.k, llm.engine.runner.state.kv.v]
     arrays += [attention[name]["weight"] for name in ("k_proj", "v_proj")]
     for array in arrays:
         ranks = rank_values(array)

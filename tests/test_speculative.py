@@ -14,6 +14,7 @@ import pytest
 from gdnjax import sampling, sharding, speculative
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel, uniform
 from gdnjax.sampling import Draw, Vocab
+from gdnjax.state import NO_TOKEN
 from tests.draws import IMPOSSIBLE, fit, make_draw, masked, over_ranks, primitives, softmax, whole
 
 LIKELY = 1e-3
@@ -343,6 +344,20 @@ def test_residual_that_rounding_lost_is_the_target():
     p = np.random.default_rng(74).standard_normal((5, 60)).astype(np.float32)
     p[1, 5:] = -np.inf
     np.testing.assert_array_equal(_residual(p, p.copy(), whole(60)), p)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_rejection_draws_no_token_where_all_are_forbidden(first, temperature):
+    """From row `first` on, by target and drafter, which then proposes NO_TOKEN; drafts before it are kept."""
+    scores = jnp.zeros((1, 3, 4)).at[:, first:].set(-jnp.inf).at[:, :first, 2].set(60.0)
+    drafts = jnp.where(jnp.arange(2) < first, 2, NO_TOKEN)[None]
+    draw = draw_of_rows(jnp.zeros((1, 2), jnp.uint32), jnp.zeros(1, jnp.int32), temperature, 3)
+    tokens, accepted = rejection(scores, scores[:, :2], drafts, jnp.asarray([2]), draw)
+    emitted = tokens[0, : accepted[0] + 1].tolist()
+    assert emitted[: first + 1] == [2] * first + [NO_TOKEN]
+    # What ends a request is the first NO_TOKEN, as if it were a stop token.
+    assert set(emitted[first:]) == {NO_TOKEN}
 
 
 def test_residual_equals_formula_also_where_probabilities_underflow():

@@ -20,6 +20,13 @@ PRESETS = (
 )
 """Published models whose configuration ships as presets/NAME.json; presets/README.md has where they are from."""
 
+SAME_AS = {
+    "qwen3.6-27b": "qwen3.5-27b",
+    "qwen3.6-35b-a3b": "qwen3.5-35b-a3b",
+    "qwen3.8-27b": "qwen3.5-27b",
+}
+"""Later models of the same configuration -> the preset that serves them too."""
+
 _ASSETS = pathlib.Path(__file__).parent
 
 
@@ -42,13 +49,14 @@ def config_file(config: str | pathlib.Path) -> pathlib.Path:
 
     Raises FileNotFoundError where there is none.
     """
-    if str(config) in PRESETS:
-        return _ASSETS / "presets" / f"{config}.json"
+    preset = SAME_AS.get(str(config), str(config))
+    if preset in PRESETS:
+        return _ASSETS / "presets" / f"{preset}.json"
     path = _ASSETS / EMBEDDED_MODEL if str(config) == EMBEDDED_MODEL else pathlib.Path(config)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
             f"{file}: no such file; a configuration is a config.json, a directory that holds one, or one of "
-            f"{', '.join((EMBEDDED_MODEL, *PRESETS))}"
+            f"{', '.join((EMBEDDED_MODEL, *PRESETS, *SAME_AS))}"
         )
     return file

@@ -122,11 +122,9 @@ def _read_ahead(view: np.ndarray, mapping: mmap.mmap) -> None:
 
 
 def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
-    """Tensor name -> shard, or None for a checkpoint of one file."""
+    """Tensor name -> shard, or None for a checkpoint of one file without an index."""
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if single.is_file() and index.is_file():
-        raise ValueError(f"{directory}: both {SINGLE_FILE} and {INDEX_FILE} are here; keep the one that is meant")
-    if single.is_file():
+    if single.is_file() and not index.is_file():
         return None
     if not index.is_file():
         shards = sorted(file.name for file in directory.glob("*.safetensors"))
@@ -139,6 +137,10 @@ def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: damaged, expected a JSON object with a weight_map: {error!r}") from error
+    if single.is_file() and SINGLE_FILE not in shards:
+        raise ValueError(
+            f"{directory}: {SINGLE_FILE} is here, and {INDEX_FILE} names other files; keep what is meant of the two"
+        )
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise FileNotFoundError(f"{directory}: shards named in {INDEX_FILE} are missing: {abbreviate(missing)}")

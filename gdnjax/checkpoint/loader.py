@@ -22,7 +22,7 @@ from gdnjax import sharding
 from gdnjax.checkpoint.formats import open_source
 from gdnjax.checkpoint.mapping import Copy, Origin, copies, origin_of, stores_experts_apart
 from gdnjax.checkpoint.names import Names, sort_names
-from gdnjax.checkpoint.sources import TensorSource, abbreviate
+from gdnjax.checkpoint.sources import TensorSource, abbreviate, read_whole
 from gdnjax.config import ModelConfig
 from gdnjax.shapes import Params
 
@@ -30,6 +30,9 @@ log = logging.getLogger("gdnjax")
 
 IN_FLIGHT_BYTES = 4 << 30
 """Host memory of the parameters that are on their way to the devices; a larger one travels alone."""
+
+TIED_ROWS = 4096
+"""Rows of a stored head that are compared with the embedding at once."""
 
 THREADS = min(8, max(2, os.cpu_count() or 1))
 """Parameters on their way at once: one is read while others are transferred, and a single thread does neither as fast
@@ -45,7 +48,7 @@ class LoadReport:
     mtp_shared        modules of the target that the loaded MTP head uses in place of its own; empty without a head
     skipped_vision    belong to the vision tower, which the engine does not run
     skipped_mtp       belong to the multi-token-prediction head, which `abstract` does not have
-    skipped_tied      the lm_head of a model whose lm_head is its embedding
+    skipped_tied      the lm_head of a model whose lm_head is its embedding, and equal to it
     parameter_bytes   size of all parameters, all ranks together, replicated ones counted once
     seconds           from the opened checkpoint to the last parameter on its device; reports are equal without it
     """
@@ -89,9 +92,9 @@ def load_params(
     and transferred at a time, and host memory holds IN_FLIGHT_BYTES of them, or the one that is larger; of an Orbax
     checkpoint also a tensor for each thread. Raises FileNotFoundError where the directory is no checkpoint, and
     ValueError that names the tensors where some are missing, unexpected, of another shape or dtype, where a file is
-    damaged, where the MTP head is wanted and not stored, or has an embedding or a head of its own, or where the ranks
-    of `mesh` do not divide the model. What fails on the way names the parameter, and is raised when the others under
-    way have ended; so is a KeyboardInterrupt.
+    damaged, where the MTP head is wanted and not stored, or has an embedding or a head of its own, where a stored head
+    differs from the embedding that is to be the head, or where the ranks of `mesh` do not divide the model. What fails
+    on the way names the parameter, and is raised when the others under way have ended; so is a KeyboardInterrupt.
     """
     tp = mesh.shape[sharding.AXIS]
     # For its errors: what the ranks cannot divide is named before any index vector is cut.
@@ -100,6 +103,8 @@ def load_params(
     parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
     with open_source(directory) as source:
         names, origins = _resolve(source, directory, parameters, cfg, tp)
+        for head in names.tied:
+            _check_tied(source, directory, head, names.language["embed_tokens.weight"])
         began = time.monotonic()
 
         def load(name: str) -> jax.Array:
@@ -168,6 +173,20 @@ def _resolve(
             problems.append("Without the MTP head (num_speculative_tokens=0) nothing that begins with mtp. is read")
         raise ValueError(f"{directory}: the tensors do not fit the model's config.json. {'. '.join(problems)}")
     return names, origins
+
+
+def _check_tied(source: TensorSource, directory: str | pathlib.Path, head: str, embedding: str) -> None:
+    """Raises ValueError where a stored head is not the embedding that the model is configured to use as its head."""
+    if source.shape(head) == source.shape(embedding):
+        # Of a file these are views, and what is read of them is on its way to the device anyway.
+        one, other = read_whole(source, head), read_whole(source, embedding)
+        parts = (slice(start, start + TIED_ROWS) for start in range(0, len(one), TIED_ROWS))
+        if all(np.array_equal(one[part], other[part]) for part in parts):
+            return
+    raise ValueError(
+        f"{directory}: {head} differs from {embedding}, and tie_word_embeddings=true makes that the head; set it to "
+        f"false in config.json to use the stored head, or leave {head} out"
+    )
 
 
 def _is_of_head(name: str) -> bool:

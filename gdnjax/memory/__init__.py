@@ -11,7 +11,10 @@ import functools
 
 from gdnjax.config import EngineConfig, ModelConfig
 
-ITEMSIZE = {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "fp8": 1}
+ITEMSIZE = {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "uint16": 2, "fp8": 1}
+
+BITS = {"bfloat16": "uint16"}
+"""Dtypes that pools may hold as their bits, and the dtype of those bits."""
 
 # 8-bit KV carries one float32 scale per token and head, for keys and for values.
 KV_SCALE_BYTES = {"fp8": 4}
@@ -100,6 +103,11 @@ class StateGeometry:
             pending_rows=1 + drafts,
             draft_rows=drafts if engine.draft_acceptance == "rejection" else 0,
         )
+
+    def as_bits(self) -> "StateGeometry":
+        """The same bytes in pools of bits: see `pallas_kernels/pools.py`."""
+        names = ("ssm_dtype", "conv_dtype", "kv_dtype", "hidden_dtype")
+        return dataclasses.replace(self, **{name: BITS.get(dtype := getattr(self, name), dtype) for name in names})
 
     @property
     def conv_bytes(self) -> int:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from gdnjax import sharding
 from gdnjax.backend import REFERENCE, Backend
-from gdnjax.config import ModelConfig
+from gdnjax.config import EngineConfig, ModelConfig
 from gdnjax.memory import StateGeometry
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.qwen3_5 import Qwen3_5
@@ -52,7 +52,8 @@ class Model(Protocol):
     def forward(
         self, params: Params, tokens: Any, context: PrefillContext | DecodeContext, gdn: GDNState, kv: KVBlocks
     ) -> tuple[Any, GDNState, KVBlocks]:
-        """Final hidden states [t, d] of the step's tokens, and the pools, which are consumed.
+        """Final hidden states [t, d] of the step's tokens, and the pools, which are consumed. An engine with the
+        reference keeps bfloat16 pools as bits: see `engine_geometry`.
 
         Where the context's chunks have checkpoints, the rows of `gdn` behind each chunk are stored there, too.
         """
@@ -81,6 +82,12 @@ class Model(Protocol):
     def logits(self, params: Params, hidden: Any) -> Any:
         """[n, V] float32 of this rank's part of the vocabulary; entries that pad it are -inf."""
         ...
+
+
+def engine_geometry(model: Model, config: EngineConfig) -> StateGeometry:
+    """Of one rank of an engine's state: with speculation, and as bits where the ops are the reference."""
+    geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
+    return geometry.as_bits() if model.backend.is_reference else geometry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,4 +238,4 @@ def _random_leaf(kind: str, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
     return value.astype(leaf.dtype)
 
 
-__all__ = ["HybridModel", "Model", "abstract_params", "build_model", "random_params"]
+__all__ = ["HybridModel", "Model", "abstract_params", "build_model", "engine_geometry", "random_params"]

@@ -11,6 +11,7 @@ from gdnjax.batch import PrefillBatch
 from gdnjax.config import CHUNK
 from gdnjax.pallas_kernels.gated_delta_rule import StateOrder
 from gdnjax.pallas_kernels.paged_attention import Tiles
+from gdnjax.pallas_kernels.pools import read_rows
 from gdnjax.pallas_kernels.rows import Chunks, Rows, make_chunks
 from gdnjax.shapes import Array, Bool, Int32, Leaf
 from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NULL_BLOCK, NULL_SLOT, SlotTable
@@ -153,7 +154,7 @@ def decode_context(
         order=_state_order(pools, slot, writes=LAYOUT_VK),
         position=flat,
         valid=flat_valid,
-        pending=None if pools.pending is None else jnp.where(active, pools.pending[slot], 0),
+        pending=None if pools.pending is None else jnp.where(active, read_rows(pools.pending, slot), 0),
     )
 
 

@@ -12,6 +12,7 @@ from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.layers import GatedRMSNorm, Linear, project
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule
 from gdnjax.pallas_kernels.gated_delta_rule import Gates
+from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.shapes import Array, Float
 from gdnjax.state import GDNState
 
@@ -61,7 +62,7 @@ class GatedDeltaNet(nnx.Module):
         """State and window of `write_slot`: those of `read_slot` with pending rows folded in. `gdn` is consumed."""
         read, write, count = context.read_slot, context.write_slot, context.count
         qkv, conv = causal_conv1d.fold(self._taps, gdn.conv, layer, read, write, count, backend=self.backend)
-        gates = self._gates(*jnp.split(gdn.pending_ab[layer, read], 2, axis=-1))
+        gates = self._gates(*jnp.split(read_rows(gdn.pending_ab, layer, read), 2, axis=-1))
         ssm = gated_delta_rule.fold(qkv, gates, gdn.ssm, layer, read, write, count, context.order, **self._static)
         return dataclasses.replace(gdn, ssm=ssm, conv=conv)
 
@@ -95,7 +96,7 @@ class GatedDeltaNet(nnx.Module):
         of the first pass.
         """
         read, write, rows = context.read_slot, context.write_slot, context.rows_per_slot
-        pending_ab = gdn.pending_ab[layer, read]
+        pending_ab = read_rows(gdn.pending_ab, layer, read)
         new = jnp.concatenate([a, b], axis=-1).reshape(-1, rows, 2 * a.shape[-1]).astype(pending_ab.dtype)
         both = jnp.concatenate([pending_ab, new], axis=1)
         qkv, conv = causal_conv1d.verify(
@@ -122,5 +123,5 @@ class GatedDeltaNet(nnx.Module):
         )
         # What is written follows from what was read, so that XLA need not keep the old pool beside the new one.
         kept = jnp.where(context.valid.reshape(-1, rows, 1), new, pending_ab[:, :rows])
-        pool = gdn.pending_ab.at[layer, write, :rows].set(kept)
+        pool = write_rows(gdn.pending_ab, layer, write, slice(rows), rows=kept)
         return o, dataclasses.replace(gdn, ssm=ssm, conv=conv, pending_ab=pool)

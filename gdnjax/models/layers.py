@@ -3,14 +3,17 @@
 Weights are stored as in the checkpoint, [out, in]. Modules hold the parameters of one rank and nothing else.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from gdnjax import sharding
 from gdnjax.backend import Backend, dot_precision
-from gdnjax.config import ModelConfig
+from gdnjax.config import AttentionConfig, ModelConfig, YarnConfig
 from gdnjax.pallas_kernels import matmul
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
@@ -66,15 +69,44 @@ def rms_normalise(x: Float[Array, "... d"], eps: float) -> Float32[Array, "... d
     return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def rotary_angles(position: Int32[Array, "t"], rotary_dim: int, theta: float) -> tuple[Array, Array]:
+def rotary_angles(position: Int32[Array, "t"], attention: AttentionConfig) -> tuple[Array, Array]:
     """cos and sin [t, rotary_dim], float32.
 
     Text has one position for all three sections of the interleaved mrope, so the sections do not show.
     """
-    frequency = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    size, theta, yarn = attention.rotary_dim, attention.rope_theta, attention.yarn
+    if yarn is None:
+        frequency = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    else:
+        frequency = yarn_frequencies(size, theta, yarn)
     angle = position.astype(jnp.float32)[:, None] * frequency
     angle = jnp.concatenate([angle, angle], axis=-1)
-    return jnp.cos(angle), jnp.sin(angle)
+    if yarn is None:
+        return jnp.cos(angle), jnp.sin(angle)
+    return jnp.cos(angle) * yarn.attention_factor, jnp.sin(angle) * yarn.attention_factor
+
+
+def yarn_frequencies(rotary_dim: int, theta: float, yarn: YarnConfig) -> np.ndarray:
+    """Radians a token, float32 [rotary_dim / 2]. YaRN, arXiv:2309.00071, section 3.2.
+
+    A pair of dimensions that turns beta_fast times or more within the training's context keeps its frequency, one of
+    beta_slow turns or fewer has it divided by the factor, and between their dimensions the share rises linearly.
+    Computed in float64: near the end of a long context an error of the frequency is multiplied by a million.
+    """
+    dim = np.arange(0, rotary_dim, 2) / rotary_dim
+    frequency = theta**-dim
+
+    def dim_of(turns: float) -> float:
+        return rotary_dim * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dim_of(yarn.beta_fast), dim_of(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    # Bounds that fall together would divide by 0; this is what transformers puts between them.
+    high = high + 0.001 if low == high else high
+    share = np.clip((np.arange(rotary_dim // 2) - low) / (high - low), 0, 1)
+    return (frequency * (1 - share) + frequency / yarn.factor * share).astype(np.float32)
 
 
 def rotate(x: Float[Array, "t h hd"], angles: tuple[Array, Array]) -> Float[Array, "t h hd"]:

@@ -63,5 +63,4 @@ class Qwen3_5(nnx.Module):
         return mask_padded_vocab(logits, self.config, self.tp)
 
     def _angles(self, context: PrefillContext | DecodeContext) -> tuple[Array, Array]:
-        attention = self.config.attention
-        return rotary_angles(context.position, attention.rotary_dim, attention.rope_theta)
+        return rotary_angles(context.position, self.config.attention)

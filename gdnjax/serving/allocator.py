@@ -1,4 +1,4 @@
-"""Slots, blocks, logit rows and count rows: the numbers 1..n of each pool, handed out all or nothing. Plain ints."""
+"""Slots, blocks and logit rows: the numbers 1..n of each pool, handed out all or nothing. Plain ints."""
 
 from collections.abc import Iterable
 
@@ -8,6 +8,8 @@ class Pool:
 
     def __init__(self, name: str, size: int):
         self.name, self.size = name, size
+        # Since the beginning, never fewer.
+        self.num_given = 0
         # A stack with the lowest number on top: what was used last is used next.
         self._free = list(range(size, 0, -1))
 
@@ -27,7 +29,9 @@ class Pool:
 
     def give(self, numbers: Iterable[int]) -> None:
         """Takes numbers back; the first of them is the next to be handed out."""
-        self._free.extend(reversed(list(numbers)))
+        numbers = list(numbers)
+        self.num_given += len(numbers)
+        self._free.extend(reversed(numbers))
 
     def check_integrity(self, held: Iterable[int]) -> None:
         """Raises AssertionError unless every number is either free or held once, and 0 is neither."""
@@ -37,13 +41,14 @@ class Pool:
 
 
 class Allocator:
-    """The pools of one engine. Slots are handed out to requests and to checkpoints alike.
-
-    There is a count row for everybody who may run.
-    """
+    """The pools of one engine. Slots are handed out to requests and to checkpoints alike."""
 
     def __init__(self, num_slots: int, num_blocks: int, num_logit_rows: int, num_count_rows: int):
         self.slots = Pool("slot", num_slots)
         self.blocks = Pool("block", num_blocks)
         self.logit_rows = Pool("logit row", num_logit_rows)
         self.count_rows = Pool("count row", num_count_rows)
+
+    def fresh(self) -> "Allocator":
+        """The same pools, nothing handed out."""
+        return Allocator(self.slots.size, self.blocks.size, self.logit_rows.size, self.count_rows.size)

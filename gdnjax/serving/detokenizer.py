@@ -36,14 +36,41 @@ class Detokenizer:
         # The end of the text so far that begins a stop string.
         self._begun_stop = ""
         self._pieces: list[str] = []
+        self._num_characters = 0
         self._num_tokens = 0
         self._finished = False
         self._stop_reason: str | None = None
 
+    def fresh(self) -> "Detokenizer":
+        """One for the same sample that has seen no token."""
+        return Detokenizer(self._tokenizer, self._params)
+
     @property
     def text(self) -> str:
         """All the text released so far: what append and finish have returned, in one piece."""
-        return "".join(self._pieces)
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0] if self._pieces else ""
+
+    @property
+    def num_characters(self) -> int:
+        """Length of the text released so far."""
+        return self._num_characters
+
+    def text_since(self, start: int) -> str:
+        """The text released so far from character `start` on; costs what it returns, however long the text is.
+
+        `text_since(num_characters)` of before is what has come since.
+        """
+        if start < 0:
+            raise ValueError(f"start must be at least 0, got {start}")
+        missing, pieces = self._num_characters - start, []
+        for piece in reversed(self._pieces):
+            if missing <= 0:
+                break
+            pieces.append(piece[-missing:])
+            missing -= len(piece)
+        return "".join(reversed(pieces))
 
     @property
     def stop_reason(self) -> str | None:
@@ -73,7 +100,7 @@ class Detokenizer:
                 break
             self._num_tokens += 1
             released += self._release(self._decode(token_id))
-        self._pieces.append(released)
+        self._keep(released)
         return released
 
     def finish(self) -> str:
@@ -86,8 +113,13 @@ class Detokenizer:
             if not self._params.include_stop_str_in_output:
                 released += self._begun_stop
         self._finished = True
-        self._pieces.append(released)
+        self._keep(released)
         return released
+
+    def _keep(self, released: str) -> None:
+        if released:
+            self._pieces.append(released)
+            self._num_characters += len(released)
 
     def _decode(self, token_id: int) -> str:
         """The characters that this token completes."""

@@ -1,270 +1,172 @@
-"""The loop: plan, dispatch, and harvest one step late. The only place that reads the device is `Engine._read`."""
+"""The loop: plan, dispatch, and harvest one step late.
+
+A turn is whole or it never was. Whatever cuts one off, an interrupt or an error, at whatever line: what is true of a
+request are the tokens that were committed to it, and what is true of the device is nothing. So the next call that comes
+starts over: empty pools, an empty cache, and everybody who has not ended waits in the place that he had, to be computed
+anew from his tokens, as after a preemption.
+"""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import logging
-import os
+import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
-from tqdm import tqdm
 
-from gdnjax import sharding
 from gdnjax.batch import Emitted, Logprobs
-from gdnjax.config import EngineConfig
-from gdnjax.memory import MemoryPlan
-from gdnjax.models import Model
-from gdnjax.serving import packing, planning
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.outputs import Logprob
-from gdnjax.serving.plan import Admission, Growth, Piece, Plan, Seal, max_chunks, max_growth
+from gdnjax.serving.plan import Piece, Plan
 from gdnjax.serving.request import Request, Status
+from gdnjax.serving.runner import InFlight, Runner, wait_for
 from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.speculation import DraftController
 from gdnjax.serving.tokenizer import Tokenizer
-from gdnjax.shapes import Params
-from gdnjax.state import ServeState, empty_state
-from gdnjax.step import StepOptions, Steps, build_steps
+from gdnjax.state import NO_TOKEN
 
 log = logging.getLogger("gdnjax")
 
-
-@dataclasses.dataclass(frozen=True)
-class InFlight:
-    """A dispatched turn whose tokens have not been read."""
-
-    plan: Plan
-    prefill: Emitted | None
-    decode: Emitted | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A jitted step, and what it is called with beside the state."""
-
-    step: Any
-    batch: Any
-    arguments: tuple[Any, ...] = ()
+COURTESY = 1e-4
+"""Seconds that a caller who takes turn after turn leaves to others who wait for theirs."""
 
 
 class Engine:
-    """One model, its pools and its scheduler. Drive it with `step()` until `has_work` is False."""
+    """A runner and its scheduler. Drive it with `step()` until `has_work` is False.
 
-    def __init__(
-        self,
-        model: Model,
-        params: Params,
-        mesh: Mesh,
-        config: EngineConfig,
-        plan: MemoryPlan,
-        max_model_len: int,
-        tokenizer: Tokenizer | None = None,
-    ):
-        self.model, self.params, self.mesh, self.config = model, params, mesh, config
-        self.memory_plan, self.max_model_len, self.tokenizer = plan, max_model_len, tokenizer
-        self.scheduler = Scheduler(
-            config, Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows, plan.num_count_rows)
-        )
-        self.metrics = Metrics()
+    Threads may share it: each call waits until it is alone, and a turn serves the requests of all of them.
+    """
+
+    def __init__(self, runner: Runner, allocator: Allocator, tokenizer: Tokenizer | None = None):
+        config = runner.config
+        self.runner, self.config, self.tokenizer = runner, config, tokenizer
+        self.scheduler = Scheduler(config, allocator)
         drafts = config.num_speculative_tokens
         self._controller = DraftController(drafts, config.decode_buckets) if config.adaptive_speculation else None
         # When a turn was harvested behind which the device had another to do; None where it had none.
         self._last_harvest: float | None = None
         self._in_flight: collections.deque[InFlight] = collections.deque()
         # A program that ends with a step in flight would tear the device down under it.
-        weakref.finalize(self, _wait_for, self._in_flight)
-        self._plain, self._full = planning.plain_options(config), planning.full_options(model, config)
-        self._with_prompt = dataclasses.replace(self._full, prompt_logprobs=True)
-        self.state = self._make_state()
-        self.steps: Steps = build_steps(model, mesh, self._plain, params, self.state)
+        weakref.finalize(self, wait_for, self._in_flight)
+        # Who moved on and has not been told of, and who is to be aborted.
+        self._moved: list[Request] = []
+        self._aborted: collections.deque[Request] = collections.deque()
+        self._half_done = self._closed = False
+        # Of single tokens, for log-probabilities: decoding twenty a row anew would take longer than the step.
+        self._texts: dict[int, str] = {}
+        # Of a thread, so that one that is interrupted on its way out does not lock itself out.
+        self._lock = threading.RLock()
+        self._callers: dict[int, None] = {}
         if config.warmup:
-            self._warm_up()
-            # Padding and compiling are not what users ask the statistics about.
-            self.metrics = Metrics()
-
-    def _make_state(self) -> ServeState:
-        geometry = self.model.geometry(self.config.block_size, self.config.ssm_dtype).speculating(self.config)
-
-        def empty():
-            return empty_state(geometry, self.memory_plan, self.config, self.max_model_len)
-
-        shardings = sharding.shardings_of(jax.eval_shape(empty), self.mesh)
-        return jax.jit(empty, out_shardings=shardings)()
+            runner.warm_up()
+        # Padding and compiling are not what users ask the statistics about.
+        self.metrics = runner.metrics = Metrics()
 
     @property
     def num_compilations(self) -> int:
         """Times a step was traced and compiled. Constant after warm-up."""
-        return self.steps.num_traces()
+        return self.runner.num_compilations
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._in_flight)
 
     @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
     def counters(self) -> Counters:
         return self.metrics.counters
 
     def add(self, request: Request) -> None:
-        """Queues a request."""
-        self.counters.num_requests += 1
-        self.scheduler.add(request)
+        """Queues a request. Raises RuntimeError once the engine is closed."""
+        with self._lock, self._whole():
+            self.counters.num_requests += 1
+            self.scheduler.add(request)
 
-    def abort(self, request: Request) -> None:
-        """Ends a request wherever it is; what it has produced so far stays."""
-        self.scheduler.finish(request, "abort")
+    def abort(self, *requests: Request) -> None:
+        """Ends requests wherever they are; what they have produced so far stays."""
+        # Should this be cut off, the next call goes on with it.
+        self._aborted.extend(requests)
+        with self._lock:
+            if not self._closed:
+                with self._whole():
+                    self._abort_all()
+
+    def _abort_all(self) -> None:
+        while self._aborted:
+            self.scheduler.finish(self._aborted[0], "abort")
+            self._aborted.popleft()
 
     def preempt(self, request: Request) -> None:
         """Harvests what is in flight, then sends a running request back to the queue, as want of blocks would."""
-        while self._in_flight:
-            self._harvest(self._in_flight[0])
-        if request.status is Status.RUNNING:
-            self.scheduler.preempt(request)
+        with self._lock:
+            while self._in_flight:
+                self._harvest(self._in_flight[0])
+            with self._whole():
+                if request.status is Status.RUNNING:
+                    self.scheduler.preempt(request)
 
     def step(self) -> list[Request]:
-        """One turn: dispatches the next plan, then reads the turn before it. Returns the requests that moved on.
+        """One turn: dispatches the next plan, then reads the turn before it.
 
-        Where the plan has to know what is in flight, nothing is dispatched, and what is in flight is read.
+        Returns the requests that moved on or ended, by whatever, since the last call returned. Where the plan has to
+        know what is in flight, nothing is dispatched, and what is in flight is read. Raises RuntimeError once the
+        engine is closed, and what the device raises; whatever is raised, no request is lost, and the next call goes on.
         """
-        with self.metrics.timed("plan"):
-            plan = self.scheduler.plan(in_flight=bool(self._in_flight), num_drafts=self._choose_drafts())
-        if plan is not None:
-            self._in_flight.append(self._dispatch_or_reset(plan))
-        if self.metrics.line_is_due():
-            self._log_line()
-        if self._in_flight and (plan is None or len(self._in_flight) > 1):
-            return self._harvest(self._in_flight[0])
-        return []
+        with self._lock:
+            with self._whole():
+                self._abort_all()
+                with self.metrics.timed("plan"):
+                    plan = self.scheduler.plan(in_flight=bool(self._in_flight), num_drafts=self._choose_drafts())
+                if plan is not None:
+                    self._in_flight.append(self.runner.dispatch(plan))
+            if self.metrics.line_is_due():
+                self._log_line()
+            if self._in_flight and (plan is None or len(self._in_flight) > 1):
+                self._harvest(self._in_flight[0])
+            return self._told()
 
-    def _dispatch_or_reset(self, plan: Plan) -> InFlight:
-        """Dispatches; if that fails, or is interrupted, nobody waits for tokens that will never come, and nothing that
-        was promised to be computed is taken for computed.
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around whatever changes the scheduler or the pools: if what was done before was cut off, starts over first.
+
+        No `finally`: what leaves this by an exception has not been done.
         """
-        try:
-            return self._dispatch(plan)
-        except BaseException:
-            self._in_flight.clear()
-            self.scheduler.reset()
-            raise
+        if self._closed:
+            raise RuntimeError("this LLM is closed")
+        if self._half_done:
+            self._start_over()
+        self._half_done = True
+        yield
+        self._half_done = False
 
-    def _dispatch(self, plan: Plan) -> InFlight:
-        """Sends a plan to the device without waiting for anything."""
-        self.counters.num_turns += 1
-        self._seal(plan.seals)
-        self._admit(plan.admitted)
-        prefill = self._prefill(plan.pieces) if plan.pieces else None
-        decode = self._decode(plan) if plan.decoding else None
-        turn = InFlight(plan, prefill, decode)
-        self._start_copies(turn)
-        return turn
+    def _start_over(self) -> None:
+        log.warning(
+            "a turn was cut off: the prefix cache is forgotten, and %d requests are computed anew from their tokens",
+            len(self.scheduler.running),
+        )
+        self._last_harvest = None
+        self.runner.start_over(self._in_flight)
+        self._in_flight.clear()
+        self.scheduler.start_over()
 
-    def _start_copies(self, turn: InFlight) -> None:
-        """Has the device send home what _read will look for, as soon as it is there. Waits for nothing."""
-        for leaf in jax.tree.leaves((turn.prefill, turn.decode)):
-            leaf.copy_to_host_async()
-
-    def _run(self, call: Call) -> Any:
-        with self.metrics.timed("dispatch"):
-            return call.step(*call.arguments, self.state, call.batch)
-
-    def _admit(self, admissions: list[Admission]) -> None:
-        if not admissions:
-            return
-        self.state = self._run(self._admit_call(admissions))
-        for call in self._count_calls([admission.request for admission in admissions]):
-            self.state = self._run(call)
-        for admission in admissions:
-            if admission.request.logit_row:
-                self.state = self._run(self._logit_row_call(admission.request))
-
-    def _admit_call(self, admissions: list[Admission]) -> Call:
-        with self.metrics.timed("pack"):
-            batch = packing.pack_admissions(admissions, rows=self.config.prefill_rows, table_width=self._table_width)
-        return Call(self.steps.admit, batch)
-
-    @property
-    def _table_width(self) -> int:
-        return self.state.slots.block_table.shape[1]
-
-    def _count_calls(self, requests: list[Request]) -> list[Call]:
-        """What fills the count rows of those that have one."""
-        with self.metrics.timed("pack"):
-            batches = packing.pack_counts(requests, self.model.vocab_size, rows=self.config.prefill_rows)
-        return [Call(self.steps.fill_counts, batch) for batch in batches]
-
-    def _logit_row_call(self, request: Request | None) -> Call:
-        width = self.state.logit_rows.bias.shape[1]
-        with self.metrics.timed("pack"):
-            batch = packing.pack_logit_row(request, self.model.vocab_size, width)
-        return Call(self.steps.fill_logit_row, batch)
-
-    def _prefill(self, pieces: list[Piece]) -> Emitted:
-        # A prefill step draws a few rows only, so it has no variant with the plain sampler.
-        wants_prompt = any(piece.request.wants_prompt_logprobs for piece in pieces)
-        options = self._with_prompt if wants_prompt else self._full
-        length = sum(piece.length for piece in pieces)
-        chunks = sum(len(piece.chunks()) for piece in pieces)
-        rows = self.config.prefill_rows
-        # A bucket has to hold the chunk table, too.
-        fits = [size for size in self._prefill_buckets(options) if chunks <= max_chunks(size, rows)]
-        tokens = packing.bucket_for(length, fits)
-        self.counters.num_prompt_tokens += length
-        self.counters.num_padded_tokens += tokens - length
-        self.state, emitted = self._run(self._prefill_call(options, pieces, tokens))
-        return emitted
-
-    def _prefill_call(self, options: StepOptions, pieces: list[Piece], tokens: int) -> Call:
-        with self.metrics.timed("pack"):
-            batch = packing.pack_prefill(
-                pieces,
-                tokens=tokens,
-                rows=self.config.prefill_rows,
-                table_width=self._table_width,
-                checkpoints=self.config.enable_prefix_caching,
-            )
-        return Call(self.steps.prefill(options), batch, (self.params,))
-
-    def _prefill_buckets(self, options: StepOptions) -> tuple[int, ...]:
-        """Log-probabilities of prompts are rare and slow to compile: they get the largest bucket alone."""
-        buckets = self.config.prefill_buckets
-        return buckets[-1:] if options.prompt_logprobs else buckets
-
-    def _decode(self, plan: Plan) -> Emitted:
-        requests = plan.decoding
-        full = self.config.batch_invariant or any(r.params.needs_full_sampler for r in requests)
-        options = dataclasses.replace(self._full if full else self._plain, num_drafts=plan.num_drafts)
-        rows = packing.bucket_for(len(requests), self.config.decode_buckets)
-        self.counters.num_padded_tokens += rows - len(requests)
-        self.state, emitted = self._run(self._decode_call(options, requests, plan.growth, plan.bounds, rows))
-        return emitted
-
-    def _decode_call(
-        self,
-        options: StepOptions,
-        requests: list[Request],
-        growth: dict[int, list[Growth]],
-        bounds: list[int],
-        rows: int,
-    ) -> Call:
-        drafts = self.config.num_speculative_tokens
-        with self.metrics.timed("pack"):
-            batch = packing.pack_decode(
-                requests,
-                growth,
-                bounds,
-                rows=rows,
-                table_width=self._table_width,
-                grown_width=max_growth(drafts, self.config.block_size),
-                drafts=drafts > 0,
-            )
-        return Call(self.steps.decode(options), batch, (self.params,))
+    def _told(self) -> list[Request]:
+        """Who has moved on or ended since this was last asked."""
+        ended = self.scheduler.ended
+        for request in ended:
+            self.metrics.finished(request)
+        told = list(dict.fromkeys([*self._moved, *ended]))
+        self._moved.clear()
+        ended.clear()
+        return told
 
     def _choose_drafts(self) -> int:
         """Drafts of the next decode step."""
@@ -280,125 +182,50 @@ class Engine:
             rows, tokens = int(np.count_nonzero(counts)), int(counts.sum())
             self._controller.observe(len(decode.count), turn.plan.num_drafts, now - began, rows, tokens)
 
-    def _seal(self, seals: Sequence[Seal]) -> None:
-        rows = self.config.prefill_rows
-        for start in range(0, len(seals), rows):
-            self.state = self._run(self._seal_call(seals[start : start + rows]))
-
-    def _seal_call(self, seals: Sequence[Seal]) -> Call:
-        with self.metrics.timed("pack"):
-            batch = packing.pack_seals(seals, rows=self.config.prefill_rows)
-        return Call(self.steps.seal, batch, (self.params,))
-
-    def _warm_up(self) -> None:
-        """Compiles every step, side by side, and runs each on padding, which changes nothing but what is null."""
-        calls = {"admit": self._admit_call([]), "logit row": self._logit_row_call(None)}
-        calls["counts"] = Call(self.steps.fill_counts, packing.count_batch([], [], rows=self.config.prefill_rows))
-        if self.config.enable_prefix_caching:
-            calls["seal"] = self._seal_call([])
-        for options in (self._full, self._with_prompt):
-            for tokens in self._prefill_buckets(options):
-                kind = "prompt log-probabilities" if options.prompt_logprobs else "prefill"
-                calls[f"{kind} {tokens}"] = self._prefill_call(options, [], tokens)
-        for options in self._decode_options():
-            kind = f"decode, {'full' if options.full else 'plain'} sampler, {options.num_drafts} drafts,"
-            for rows in self.config.decode_buckets:
-                calls[f"{kind} {rows}"] = self._decode_call(options, [], {}, [], rows)
-        self._compile(calls)
-
-    def prepare(self, rows: Iterable[int]) -> None:
-        """Compiles what plain requests need, so many of them at once, for engines that do not warm up.
-
-        Every prefill bucket, and the decode buckets of `rows`; each step runs on padding once, as in the warm-up.
-        """
-        calls = {"admit": self._admit_call([])}
-        if self.config.enable_prefix_caching:
-            calls["seal"] = self._seal_call([])
-        for tokens in self.config.prefill_buckets:
-            calls[f"prefill {tokens}"] = self._prefill_call(self._full, [], tokens)
-        options = self._full if self.config.batch_invariant else self._plain
-        for size in sorted({packing.bucket_for(count, self.config.decode_buckets) for count in rows}):
-            calls[f"decode {size}"] = self._decode_call(options, [], {}, [], size)
-        self._compile(calls)
-
-    def _compile(self, calls: dict[str, Call]) -> None:
-        """Compiles steps side by side, and runs each."""
-        began = time.monotonic()
-        progress = tqdm(calls.items(), desc="compiling steps", unit="step", disable=None, leave=False)
-        # Tracing holds Python's lock; the compiler does not, and what it has made is there when the step is called.
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as compilers:
-            compiled = {
-                name: compilers.submit(call.step.lower(*call.arguments, self.state, call.batch).compile)
-                for name, call in calls.items()
-            }
-            for name, call in progress:
-                progress.set_postfix_str(name)
-                compiled[name].result()
-                result = self._run(call)
-                self.state = result if isinstance(result, ServeState) else result[0]
-        jax.block_until_ready(self.state)
-        log.info("compiled %d steps in %.1f s", len(calls), time.monotonic() - began)
-
-    def _decode_options(self) -> list[StepOptions]:
-        """What decode steps are compiled with."""
-        samplers = (self._full,) if self.config.batch_invariant else (self._plain, self._full)
-        drafts = self.config.num_speculative_tokens
-        choices = {drafts, 0} if self._controller else {drafts}
-        return [
-            dataclasses.replace(options, num_drafts=drafts)
-            for options, drafts in itertools.product(samplers, sorted(choices))
-        ]
-
-    def _read(self, turn: InFlight) -> tuple[Emitted | None, Emitted | None]:
-        """The one place where the host waits for the device."""
-        self.counters.num_device_reads += 1
-        with self.metrics.timed("read"):
-            return jax.device_get((turn.prefill, turn.decode))
-
-    def _harvest(self, turn: InFlight) -> list[Request]:
+    def _harvest(self, turn: InFlight) -> None:
         """Commits what a turn emitted to the requests of its own plan."""
-        prefill, decode = self._read(turn)
-        # Not before it is read: a call that is interrupted while it waits loses nobody's tokens.
-        if self._in_flight and self._in_flight[0] is turn:
+        try:
+            prefill, decode = self.runner.read(turn)
+        except Exception:
+            # It failed on the device, and left nothing there. An interrupt of the wait is none of these: what the
+            # turn emitted is still to be had.
+            self._half_done = True
+            raise
+        with self._whole():
             self._in_flight.popleft()
-        self._observe(turn, decode)
-        spent = self.scheduler.detokenise_seconds
-        moved = []
-        with self.metrics.timed("commit"):
-            if prefill is not None:
-                self._collect_prompt_logprobs(turn.plan.pieces, prefill)
-                rows = [(row, piece.request, 0) for row, piece in enumerate(turn.plan.pieces) if piece.is_last]
-                moved += self._commit(rows, prefill)
-            for mark in turn.plan.marks:
-                self.scheduler.confirm(mark)
-            if decode is not None:
-                rows = zip(itertools.count(), turn.plan.decoding, turn.plan.bounds, strict=False)
-                moved += self._commit(rows, decode)
-                self._account(turn.plan, decode)
-        spent = self.scheduler.detokenise_seconds - spent
-        self.metrics.seconds.commit -= spent
-        self.metrics.seconds.detokenise += spent
-        return moved
+            self._observe(turn, decode)
+            spent = self.scheduler.detokenise_seconds
+            with self.metrics.timed("commit"):
+                if prefill is not None:
+                    self._collect_prompt_logprobs(turn.plan.pieces, prefill)
+                    rows = [(row, piece.request, 0) for row, piece in enumerate(turn.plan.pieces) if piece.is_last]
+                    self._commit(rows, prefill)
+                for mark in turn.plan.marks:
+                    self.scheduler.confirm(mark)
+                if decode is not None:
+                    rows = zip(itertools.count(), turn.plan.decoding, turn.plan.bounds, strict=False)
+                    self._commit(rows, decode)
+                    self._account(turn.plan, decode)
+            spent = self.scheduler.detokenise_seconds - spent
+            self.metrics.seconds.commit -= spent
+            self.metrics.seconds.detokenise += spent
 
-    def _commit(self, rows: Iterable[tuple[int, Request, int]], emitted: Emitted) -> list[Request]:
-        """Takes over what each (row, request, bound) emitted. Returns the requests that moved on."""
-        moved, produced = [], 0
+    def _commit(self, rows: Iterable[tuple[int, Request, int]], emitted: Emitted) -> None:
+        """Takes over what each (row, request, bound) emitted."""
+        produced = 0
         tokens, counts, dones = emitted.tokens.tolist(), emitted.count.tolist(), emitted.done.tolist()
         for row, request, bound in rows:
             token_ids = tokens[row][: counts[row]]
             if request.status is Status.FINISHED or not token_ids:
                 continue
             if request.params.logprobs is not None:
-                for place, token in enumerate(token_ids):
-                    found = self._logprob_entries(emitted.logprobs, (row, place), token, request.params.logprobs)
-                    request.output_logprobs.append(found)
+                where = [((row, at), token) for at, token in enumerate(token_ids) if token != NO_TOKEN]
+                found = self._entries_of(request, emitted.logprobs, where, request.params.logprobs)
+                request.output_logprobs.extend(found)
             self.scheduler.commit(request, token_ids, dones[row], bound)
-            moved.append(request)
-            produced += len(token_ids)
-            if request.status is Status.FINISHED:
-                self.metrics.finished(request)
+            self._moved.append(request)
+            produced += len(token_ids) - (token_ids[-1] == NO_TOKEN)
         self.metrics.produced(produced)
-        return moved
 
     def _account(self, plan: Plan, emitted: Emitted) -> None:
         """Counts drafts and what came of them, for each request and in all."""
@@ -416,14 +243,28 @@ class Engine:
     def _collect_prompt_logprobs(self, pieces: list[Piece], emitted: Emitted) -> None:
         place = 0
         for piece in pieces:
-            request, most = piece.request, piece.request.params.prompt_logprobs
+            request = piece.request
             # A request that was preempted prefills its prompt again, but knows these already.
+            most = request.params.prompt_logprobs
             if most is not None and not request.finished and len(request.prompt_logprobs) == piece.start:
                 successors = request.prompt_token_ids[piece.start + 1 : piece.end + 1]
-                for offset, token in enumerate(successors):
-                    entry = self._logprob_entries(emitted.prompt_logprobs, (place + offset,), token, most)
-                    request.prompt_logprobs.append(entry)
+                where = [((at,), token) for at, token in enumerate(successors, start=place)]
+                found = self._entries_of(request, emitted.prompt_logprobs, where, most)
+                request.prompt_logprobs.extend(found)
             place += piece.length
+
+    def _entries_of(
+        self, request: Request, found: Logprobs, where: list[tuple[tuple[int, ...], int]], most: int
+    ) -> list[dict[int, Logprob]]:
+        """For each (place, token) the token and the `most` most probable ones there, by token id.
+
+        Their texts are the tokenizer's work, and what fails there ends this request alone: then the list is empty.
+        """
+        try:
+            return [self._logprob_entries(found, place, token, most) for place, token in where]
+        except Exception as error:
+            self.scheduler.fail(request, error)
+            return []
 
     def _logprob_entries(self, found: Logprobs, place: tuple[int, ...], token: int, most: int) -> dict[int, Logprob]:
         """The token in question and the `most` most probable, by token id."""
@@ -436,19 +277,48 @@ class Engine:
         return entries
 
     def _logprob(self, token: int, value: np.floating, rank: int | np.integer) -> Logprob:
-        text = None if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
-        return Logprob(logprob=float(value), rank=int(rank), decoded_token=text)
+        return Logprob(logprob=float(value), rank=int(rank), decoded_token=self._text_of(token))
+
+    def _text_of(self, token: int) -> str | None:
+        if self.tokenizer is None:
+            return None
+        if token not in self._texts:
+            self._texts[token] = self.tokenizer.decode([token], skip_special_tokens=False)
+        return self._texts[token]
 
     def run(self, requests: list[Request]) -> Iterator[list[Request]]:
         """Queues requests and yields those that moved on, turn by turn, until all of these have finished."""
         for request in requests:
             self.add(request)
-        while not all(request.finished for request in requests):
-            yield self.step()
+        unfinished = requests[::-1]
+        while True:
+            while unfinished and unfinished[-1].finished:
+                unfinished.pop()
+            if not unfinished:
+                return
+            yield self.take_turn()
+
+    def take_turn(self) -> list[Request]:
+        """`step()` for callers who take turn after turn beside others: whoever has waited longer comes first."""
+        me = threading.get_ident()
+        self._callers[me] = None
+        try:
+            return self.step()
+        finally:
+            self._callers.pop(me, None)
+            if self._callers:
+                # A lock that is let go and taken again at once would stay with whoever has it.
+                time.sleep(COURTESY)
+
+    def prepare(self, rows: Iterable[int]) -> None:
+        """See Runner.prepare."""
+        with self._lock, self._whole():
+            self.runner.prepare(rows)
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block and state. Requests that run keep what they have."""
-        self.scheduler.cache.reset()
+        with self._lock, self._whole():
+            self.scheduler.cache.reset()
 
     def stats(self) -> dict[str, Any]:
         """See LLM.stats."""
@@ -507,14 +377,17 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Drops everything in flight and frees the pools and parameters. The engine is unusable afterwards."""
-        self._in_flight.clear()
-        for leaf in jax.tree.leaves(self.state):
-            leaf.delete()
-        self.params = {}
+        """Aborts every request, drops everything in flight and frees the pools and parameters. Nothing runs afterwards.
 
-
-def _wait_for(turns: Iterable[InFlight]) -> None:
-    """Returns when the device is through with these turns."""
-    for turn in turns:
-        jax.block_until_ready((turn.prefill, turn.decode))
+        Waits for the turn of another thread to end.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            with self._whole():
+                self.runner.give_up(self._in_flight)
+                self._in_flight.clear()
+                for request in list(self.scheduler.unfinished):
+                    self.scheduler.finish(request, "abort")
+                self.runner.close()
+                self._closed = True

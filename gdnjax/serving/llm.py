@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import numbers
 import pathlib
 import time
@@ -18,19 +17,25 @@ from gdnjax.assets import model_directory
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
+from gdnjax.serving.allocator import Allocator
+from gdnjax.serving.chat import render_chats, template_options
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.engine import Engine
 from gdnjax.serving.outputs import RequestOutput
 from gdnjax.serving.planning import plan_memory
 from gdnjax.serving.request import Request
+from gdnjax.serving.runner import Runner
 from gdnjax.serving.submission import Submission, Urgency, urgencies
-from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, load_generation_defaults
+from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, ends_of_sequence, load_generation_defaults
 from gdnjax.shapes import Params
 
 log = logging.getLogger("gdnjax")
 
 JAX_CACHE_THRESHOLD = 1.0
 """JAX's own least compile time, in seconds, of what it caches: it would leave the small steps out."""
+
+LEAST_BIAS = float(np.finfo(np.float32).min)
+"""A logit_bias below this is -inf on the device."""
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or either under the key "prompt" or "prompt_token_ids"."""
@@ -61,7 +66,8 @@ class LLM:
     `model` is a Hugging Face checkpoint directory, one written by scripts/convert.py, or "tiny", the small trained
     model that is a part of the package. Keyword arguments are
     EngineConfig's fields; pass them or an EngineConfig. `tokenizer` is a Tokenizer, or names another directory to read
-    one from; without tokenizer files prompts are token ids and texts are empty.
+    one from; without tokenizer files prompts are token ids and texts are empty. `eos_token_ids` are all that
+    generation_config.json, config.json and the tokenizer name: any of them ends an output.
 
     Raises FileNotFoundError, ValueError or MemoryError, before any weight is read, for what cannot work.
     `load_report` says what became of the checkpoint's tensors, and how fast; None where nothing was read.
@@ -94,8 +100,15 @@ class LLM:
         plan = plan_memory(hybrid, config, mesh, max_model_len, abstract)
         reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
         defaults = load_generation_defaults(directory)
+        eos = ends_of_sequence(
+            {
+                f"{directory / 'generation_config.json'}: eos_token_id": defaults.eos_token_ids,
+                f"{directory / 'config.json'}: eos_token_id": model_config.eos_token_ids,
+                "the tokenizer's eos_token": reader.eos_token_ids if reader else (),
+            },
+            model_config.vocab_size,
+        )
         params, self.load_report = checkpoint.load_params(directory, model_config, abstract, mesh, progress=use_tqdm)
-        eos = defaults.eos_token_ids or model_config.eos_token_ids or (reader.eos_token_ids if reader else ())
         self._start(hybrid, params, mesh, config, plan, max_model_len, reader, defaults, eos)
 
     @classmethod
@@ -121,6 +134,7 @@ class LLM:
                 f"num_speculative_tokens={config.num_speculative_tokens} needs a model with its MTP head: "
                 "build_model(..., mtp=True)"
             )
+        eos = ends_of_sequence({"eos_token_ids": eos_token_ids}, model.vocab_size)
         _configure_compilation_cache(config)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         model = model.on(backend.of_device(config.kernels, mesh.devices.flat[0]))
@@ -128,7 +142,7 @@ class LLM:
         plan = plan_memory(model, config, mesh, length, params)
         llm = cls.__new__(cls)
         placed = jax.device_put(params, sharding.shardings_of(params, mesh))
-        llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos_token_ids)
+        llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos)
         return llm
 
     def _start(self, model, params, mesh, config, plan, max_model_len, tokenizer, defaults, eos_token_ids) -> None:
@@ -136,16 +150,17 @@ class LLM:
         self.model, self.config, self.mesh = model, config, mesh
         self.memory_plan, self.max_model_len = plan, max_model_len
         self.tokenizer = tokenizer
-        self.eos_token_ids = tuple(eos_token_ids)
+        self.eos_token_ids = eos_token_ids
         self._defaults = defaults
         self._num_requests = 0
-        self._closed = False
-        self.engine = Engine(model, params, mesh, config, plan, max_model_len, tokenizer)
+        runner = Runner(model, params, mesh, config, plan, max_model_len)
+        allocator = Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows, plan.num_count_rows)
+        self.engine = Engine(runner, allocator, tokenizer)
 
     @property
     def params(self) -> Params:
         """The parameters: a nested dict of global arrays."""
-        return self.engine.params
+        return self.engine.runner.params
 
     def get_tokenizer(self) -> Any:
         """The checkpoint's transformers tokenizer. Raises ValueError where there is none."""
@@ -184,29 +199,39 @@ class LLM:
         use_tqdm: bool = True,
         *,
         add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int | Sequence[int] = 0,
         timeout: float | None = None,
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several, through the tokenizer's chat template. Text only.
 
-        `priority` and `timeout` are as in `generate`; other keywords go to the template.
+        Messages are dictionaries as OpenAI's clients send them. `priority` and `timeout` are as in `generate`; other
+        keywords go to the template, and so does what is in `chat_template_kwargs`. An output's `prompt` is the text
+        that the template gave. Raises ValueError as `generate` does, for a keyword that the template does not know,
+        and for messages that are malformed or that the template fails at, by the index of the message, and of the
+        conversation where there are several.
         """
         several = isinstance(messages, Sequence) and messages and isinstance(messages[0], list | tuple)
         tokenizer = self._require_tokenizer("chat")
         chats = messages if several else [messages]
-        prompts: list[Prompt] = [
-            tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, **template_kwargs)
-            for chat in chats
-        ]
+        options = template_options(chat_template_kwargs, template_kwargs)
+        texts = render_chats(tokenizer, chats, options, add_generation_prompt, several=bool(several))
+        prompts: list[Prompt] = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         params = self._params_for(prompts, sampling_params)
         groups = self._make_groups(prompts, params, urgencies(len(prompts), priority, timeout))
-        if add_generation_prompt and self.config.enable_prefix_caching:
+        groups = [dataclasses.replace(group, prompt=text) for group, text in zip(groups, texts, strict=True)]
+        if self.config.enable_prefix_caching:
             # The next turn renders the answer anew, so it parts from this one at the generation prompt.
-            for chat, group in zip(chats, groups, strict=True):
-                turn = tokenizer.apply_chat_template(chat, add_generation_prompt=False, **template_kwargs)
+            turns = render_chats(tokenizer, chats, options, False, several=bool(several))
+            for chat, turn, group in zip(chats, turns, groups, strict=True):
+                # Other chats part from this one at their first question.
+                system_end = _common_length(tokenizer.with_another_question(chat, **options), group.token_ids)
+                turn_start = 0
+                if add_generation_prompt:
+                    turn_start = _common_length(tokenizer.encode(turn, add_special_tokens=False), group.token_ids)
                 for request in group.requests:
-                    request.turn_start = _common_length(self._token_ids(turn, "chat"), request.prompt_token_ids)
+                    request.system_end, request.turn_start = system_end, turn_start
         return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
 
     def submit(
@@ -229,14 +254,12 @@ class LLM:
 
     def step(self) -> bool:
         """One turn of the engine for everything that is queued. Whether work is left."""
-        self._check_open()
-        self.engine.step()
+        self.engine.take_turn()
         return self.engine.has_work
 
     def abort(self, submission: Submission) -> None:
         """Ends what was submitted, wherever it is; what it has produced so far stays."""
-        for request in submission.requests:
-            self.engine.abort(request)
+        self.engine.abort(*submission.requests)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix: what is submitted from now on computes its own. Always True."""
@@ -260,10 +283,10 @@ class LLM:
         self.engine.add(request)
         try:
             while not finished:
+                self._check_open()
                 # Between two turns of this loop another call may have moved the request on, or ended it.
                 if not request.finished:
-                    self._check_open()
-                    self.engine.step()
+                    self.engine.take_turn()
                 text, tokens = request.detokenizer.text, tuple(request.output_token_ids[shown_tokens:])
                 finished = request.finished
                 if not tokens and not finished:
@@ -297,9 +320,7 @@ class LLM:
 
     def close(self) -> None:
         """Frees pools and parameters. Whatever generates raises RuntimeError from then on, streams in progress too."""
-        if not self._closed:
-            self._closed = True
-            self.engine.close()
+        self.engine.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -313,7 +334,7 @@ class LLM:
         return self.tokenizer
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self.engine.closed:
             raise RuntimeError("this LLM is closed")
 
     def _params_for(self, prompts: list, params: Any) -> list[SamplingParams]:
@@ -362,6 +383,7 @@ class LLM:
             bad_words = (
                 self._require_tokenizer("bad_words").bad_word_sequences(params.bad_words) if params.bad_words else []
             )
+            _check_something_is_allowed(params, stop_token_ids, bad_words, self.model.vocab_size)
             detokenizers = [Detokenizer(self.tokenizer, params) for _ in range(params.n)]
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
@@ -432,39 +454,40 @@ class LLM:
             raise ValueError(
                 f"EOS and stop_token_ids together are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKENS}"
             )
-        _check_something_is_allowed(params, stop_token_ids)
         return stop_token_ids
 
     def _run(self, requests: list[Request], groups: list[Submission], use_tqdm: bool) -> list[RequestOutput]:
         progress = tqdm(total=len(requests), desc="generating", unit="seq", disable=not use_tqdm)
         try:
-            finished = 0
-            for _ in self.engine.run(requests):
-                now = sum(request.finished for request in requests)
-                progress.update(now - finished)
-                finished = now
+            mine = set(requests)
+            for moved in self.engine.run(requests):
+                progress.update(sum(request.finished and request in mine for request in moved))
         except BaseException:
             # An interrupted call must not leave its requests behind for the next one.
-            for request in requests:
-                self.engine.abort(request)
+            self.engine.abort(*requests)
             raise
         finally:
             progress.close()
         return [group.output() for group in groups]
 
 
-def _check_something_is_allowed(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> None:
-    """Raises ValueError where allowed_token_ids, bias and min_tokens together leave no token to draw."""
-    if params.allowed_token_ids is None:
-        return
-    banned = {token for token, bias in (params.logit_bias or {}).items() if bias == -math.inf}
+def _check_something_is_allowed(
+    params: SamplingParams, stop_token_ids: tuple[int, ...], bad_words: list[list[int]], vocab_size: int
+) -> None:
+    """Raises ValueError where masks leave no token to draw from the start. Bad words of several tokens may leave none
+    later: such a request ends with finish_reason "error".
+    """
+    banned = {token for token, bias in (params.logit_bias or {}).items() if bias < LEAST_BIAS}
+    banned.update(sequence[0] for sequence in bad_words if len(sequence) == 1)
     if params.min_tokens:
         banned.update(stop_token_ids)
-    if banned.issuperset(params.allowed_token_ids):
+    if params.allowed_token_ids is not None and banned.issuperset(params.allowed_token_ids):
         raise ValueError(
             f"allowed_token_ids={list(params.allowed_token_ids)} leaves no token to draw: all of them are forbidden by "
-            "logit_bias, or end the output before min_tokens"
+            "logit_bias or bad_words, or end the output before min_tokens"
         )
+    if len(banned) >= vocab_size:
+        raise ValueError(f"logit_bias and bad_words forbid all {vocab_size} tokens of the vocabulary")
 
 
 def _prompt_of_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:

@@ -25,8 +25,10 @@ class CompletionOutput:
     token_ids           every kept output token, an ending EOS or stop token included.
     cumulative_logprob  sum of the drawn tokens' log-probabilities; None unless logprobs were asked for.
     logprobs            one dictionary per output token: the drawn token and the most probable ones.
-    finish_reason       "stop", "length" or "abort"; None while the sample runs.
-    stop_reason         the stop string or stop token id that ended it; None for EOS and every other end.
+    finish_reason       "stop", "length", "abort", or "error" where no token might be drawn any more or its text could
+                        not be made; None while the sample runs.
+    stop_reason         the stop string or stop token id that ended it, "timeout", or the error in words; None for EOS
+                        and every other end.
     """
 
     index: int
@@ -127,7 +129,7 @@ class RequestOutput:
     """A request and its samples, complete or as far as they have come.
 
     request_id         the engine's or the caller's name for the request.
-    prompt             its text; None where token ids were given without a tokenizer.
+    prompt             its text, of a chat that which the template gave; None where token ids were given.
     prompt_token_ids   its tokens.
     prompt_logprobs    one dictionary per prompt token, None for the first; None unless asked for.
     outputs            the n samples, by index.

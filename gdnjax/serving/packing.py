@@ -1,6 +1,6 @@
 """Plans to padded batches: numpy arrays of a compiled size. A size that no bucket covers is an error."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +20,13 @@ def bucket_for(size: int, buckets: Sequence[int]) -> int:
         if size <= bucket:
             return bucket
     raise ValueError(f"{size} exceeds the largest compiled bucket; compiled: {tuple(buckets)}")
+
+
+def prefill_bucket(pieces: Sequence[Piece], buckets: Sequence[int], rows_of: Callable[[int], int]) -> int:
+    """The smallest bucket of tokens that has room for these pieces' tokens, rows and chunks; see `bucket_for`."""
+    chunks = sum(len(piece.chunks()) for piece in pieces)
+    fits = [size for size in buckets if len(pieces) <= rows_of(size) and chunks <= max_chunks(size, rows_of(size))]
+    return bucket_for(sum(piece.length for piece in pieces), fits)
 
 
 def pack_admissions(admissions: Sequence[Admission], *, rows: int, table_width: int) -> AdmitBatch:

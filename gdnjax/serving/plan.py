@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 
-from gdnjax.config import CHUNK
+from gdnjax.config import CHUNK, LONG_ROWS
 from gdnjax.serving.request import Request
 
 
@@ -98,5 +98,7 @@ def max_growth(num_drafts: int, block_size: int) -> int:
 
 
 def max_chunks(tokens: int, rows: int) -> int:
-    """Rows of the chunk table of a prefill step: whole chunks, a cut one for each row, and two for good measure."""
-    return tokens // CHUNK + rows + 2
+    """Rows of the chunk table of a prefill step: whole chunks, a cut one for each of a few rows, and two for good
+    measure; and one for each row, where they are many and their pieces short.
+    """
+    return max(tokens // CHUNK + min(rows, LONG_ROWS), rows) + 2

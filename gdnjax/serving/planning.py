@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from gdnjax import memory, sharding
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan
-from gdnjax.models import Model
+from gdnjax.models import Model, engine_geometry
 from gdnjax.serving import packing
 from gdnjax.serving.plan import max_growth
 from gdnjax.state import empty_state
@@ -36,7 +36,7 @@ def plan_memory(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: i
         workspace = step_workspace(model, config, mesh, max_model_len, params)
     try:
         return memory.plan(
-            model.geometry(config.block_size, config.ssm_dtype).speculating(config),
+            engine_geometry(model, config),
             config,
             max_model_len=max_model_len,
             budget_bytes=math.floor(left * config.gpu_memory_utilization),
@@ -105,7 +105,7 @@ def workspaces(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: in
     side by side, from shapes alone.
     """
     pools = _pools(model, config, max_model_len)
-    geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
+    geometry = engine_geometry(model, config)
     state = jax.eval_shape(lambda: empty_state(geometry, pools, config, max_model_len))
     params, state = (with_shardings(tree, mesh) for tree in (params, state))
     # Tracing holds Python's lock; the compiler does not.
@@ -127,7 +127,7 @@ def _pools(model: Model, config: EngineConfig, max_model_len: int) -> MemoryPlan
     if not config.enable_prefix_caching or config.num_checkpoint_slots is not None:
         blocks, checkpoints = config.num_kv_blocks or blocks, config.num_checkpoint_slots or 0
     return MemoryPlan.of_counts(
-        model.geometry(config.block_size, config.ssm_dtype).speculating(config),
+        engine_geometry(model, config),
         num_slots=config.max_num_seqs + checkpoints,
         num_checkpoint_slots=checkpoints,
         num_blocks=blocks,
@@ -145,7 +145,7 @@ def largest_steps(model, config: EngineConfig, mesh, params, state) -> Iterator[
     prefill = packing.pack_prefill(
         [],
         tokens=config.max_num_batched_tokens,
-        rows=rows,
+        rows=config.prefill_rows_of(config.max_num_batched_tokens),
         table_width=width,
         checkpoints=config.enable_prefix_caching,
     )

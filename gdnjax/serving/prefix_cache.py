@@ -104,7 +104,11 @@ class PrefixCache:
         self.block_size = block_size
         self.counters = CacheCounters()
         self.turn = 0
+        self.num_blocks = 0
         self.num_evictable_blocks = 0
+        # Blocks that have come to be evictable since the beginning, never fewer: whoever lacks some looks again when
+        # there are enough of them.
+        self.num_loosened_blocks = 0
         self._blocks, self._slots = allocator.blocks, allocator.slots
         self._ticks = itertools.count(1)
         self.root = self._new_root()
@@ -113,8 +117,8 @@ class PrefixCache:
         # and those that somebody has. The former go first, or the ends of requests would push out what they share.
         self._untried: collections.OrderedDict[int, Node] = collections.OrderedDict()
         self._proven: collections.OrderedDict[int, Node] = collections.OrderedDict()
-        # Slots that the turn being planned reads or writes.
-        self._busy: set[int] = set()
+        # Slots that the turn being planned reads or writes, and their owners in the tree, locked for as long.
+        self._busy: dict[int, Node | None] = {}
         # Slots that this turn writes for nothing.
         self._surplus: list[int] = []
         # Leaves that may be evicted, oldest first; entries that no longer hold are skipped.
@@ -123,10 +127,6 @@ class PrefixCache:
     @staticmethod
     def _new_root() -> Node:
         return Node(parent=None, keys=[], blocks=[], end=0)
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(len(node.blocks) for node in self._nodes)
 
     @property
     def num_states(self) -> int:
@@ -140,10 +140,11 @@ class PrefixCache:
     def begin_turn(self) -> None:
         """Another turn is planned. What the last one reads and writes happens before it, in the device's order."""
         self.turn += 1
-        self._busy.clear()
-        self._give_surplus()
+        self._end_turn()
 
-    def _give_surplus(self) -> None:
+    def _end_turn(self) -> None:
+        for slot in list(self._busy):
+            self.let_go(slot)
         self._slots.give(self._surplus)
         self._surplus.clear()
 
@@ -182,13 +183,16 @@ class PrefixCache:
         return max(found, key=lambda tail: tail.end, default=None)
 
     def hold(self, slot: int) -> bool:
-        """The turn being planned reads or writes this checkpoint, so it stays for as long. False if it did already."""
+        """The turn being planned reads or writes this checkpoint, so it stays for as long, and the blocks before it.
+        False if it did already.
+        """
         if not slot or slot in self._busy:
             return False
-        self._busy.add(slot)
         node = self._untried.pop(slot, None) or self._proven.pop(slot, None)
+        self._busy[slot] = node
         if node is not None:
             self._prove(slot, node)
+            self.lock(node)
         return True
 
     def _prove(self, slot: int, node: Node) -> None:
@@ -204,7 +208,9 @@ class PrefixCache:
 
     def let_go(self, slot: int) -> None:
         """Takes a `hold` back."""
-        self._busy.remove(slot)
+        node = self._busy.pop(slot)
+        if node is not None:
+            self.unlock(node)
 
     def share(self, match: Match) -> tuple[Node, list[int]]:
         """Locks the blocks that a match has seen. Returns the node that ends with the last of them, and all of them."""
@@ -242,8 +248,24 @@ class PrefixCache:
             node.used = tick
             if node.locks == 0:
                 self.num_evictable_blocks += len(node.blocks)
+                self.num_loosened_blocks += len(node.blocks)
                 self._offer(node)
             node = node.parent
+
+    def num_blocks_before(self, nodes: Iterable[Node], match: Match) -> int:
+        """Blocks on the ways to these nodes and of what a match has seen, each counted once."""
+        passed, count = set(), 0
+        for node in nodes:
+            while node.parent is not None and node not in passed:
+                passed.add(node)
+                count += len(node.blocks)
+                node = node.parent
+        node, depth = match.node, match.depth
+        while node.parent is not None and node not in passed:
+            count += depth
+            node = node.parent
+            depth = len(node.blocks)
+        return count
 
     # Taking over.
 
@@ -271,7 +293,9 @@ class PrefixCache:
         siblings = parent.children if length % self.block_size == 0 else parent.tails
         siblings[keys[0]] = node
         self._nodes.add(node)
+        self.num_blocks += len(blocks)
         self.num_evictable_blocks += len(blocks)
+        self.num_loosened_blocks += len(blocks)
         self._offer(node)
         return node
 
@@ -324,22 +348,14 @@ class PrefixCache:
     # Giving back.
 
     def make_room(self, count: int) -> bool:
-        """Evicts blocks until `count` are free. False where that cannot be."""
+        """Evicts blocks until `count` are free. False, and nothing evicted, where that cannot be."""
         if self._blocks.num_free + self.num_evictable_blocks < count:
             return False
-        held = []
-        while self._blocks.num_free < count and self._leaves:
+        while self._blocks.num_free < count:
             entry = heapq.heappop(self._leaves)
-            node = entry[2]
-            if not self._may_evict(entry):
-                continue
-            if node.slot in self._busy:
-                held.append(entry)
-                continue
-            self._shorten(node, count - self._blocks.num_free)
-        for entry in held:
-            heapq.heappush(self._leaves, entry)
-        return self._blocks.num_free >= count
+            if self._may_evict(entry):
+                self._shorten(entry[2], count - self._blocks.num_free)
+        return True
 
     def _shorten(self, node: Node, count: int) -> None:
         """Gives back up to `count` blocks from the end of a leaf, and the state that stood behind them."""
@@ -348,6 +364,7 @@ class PrefixCache:
             self._give_slot(node)
         count = min(count, len(node.blocks))
         self._blocks.give(node.blocks[-count:])
+        self.num_blocks -= count
         self.num_evictable_blocks -= count
         self.counters.evicted_blocks += count
         if count == len(node.blocks):
@@ -405,15 +422,27 @@ class PrefixCache:
 
     def reset(self) -> None:
         """Forgets everything. What running requests share is found no more, and given back for want of room."""
+        self._end_turn()
         for node in [*self._untried.values(), *self._proven.values()]:
             self._give_slot(node)
-        self._give_surplus()
-        self.make_room(self._blocks.num_free + self.num_evictable_blocks)
+        kept = {node for node in self._nodes if node.locks}
+        for node in self._nodes - kept:
+            self._blocks.give(node.blocks)
+            self.num_blocks -= len(node.blocks)
+            # Parent and child know each other, and nobody else knows them: apart, they go at once.
+            node.parent = None
+        # What is not locked has nothing locked below it.
+        for node in (self.root, *kept, *(node.parent for node in kept if node.parent is not None)):
+            for siblings in (node.children, node.tails):
+                for key in [key for key, child in siblings.items() if child not in kept]:
+                    del siblings[key]
+        self._nodes, self._leaves, self.num_evictable_blocks = kept, [], 0
         self.root = self._new_root()
 
     def check_integrity(self) -> tuple[list[int], list[int]]:
         """Returns the blocks and the slots that the cache owns. Raises AssertionError for a broken tree."""
         evictable, locks = 0, collections.Counter()
+        assert self.num_blocks == sum(len(node.blocks) for node in self._nodes)
         states = self._untried | self._proven
         assert len(states) == self.num_states
         for node in self._nodes:
@@ -430,6 +459,8 @@ class PrefixCache:
             locks[node.parent] += node.locks
             if node.locks == 0 and node.is_leaf:
                 assert any(entry[2] is node and entry[0] == node.used for entry in self._leaves), "a leaf out of line"
+        for slot, node in self._busy.items():
+            assert node is None or (node in self._nodes and node.slot == slot and node.locks), "a held state is loose"
         for node in self._nodes:
             assert node.locks >= locks[node], "a node that is locked less than those below it"
         assert evictable == self.num_evictable_blocks, f"{evictable} blocks may be evicted"

@@ -17,7 +17,7 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
     """One sequence: a prompt and what it has produced. `n` samples of one prompt are `n` of these.
 
@@ -27,6 +27,7 @@ class Request:
     priority        places in the queue, in steps of `scheduler.PLACES_PER_PRIORITY`; lower comes first.
     deadline        `time.monotonic()` at which it is aborted; None: never.
     turn_start      prompt tokens before a chat's generation prompt, where the next turn of the chat parts; 0: no chat.
+    system_end      prompt tokens that other chats with the same system messages and tools begin with, too; 0: no chat.
     order           its place in the queue, (place, arrival): what comes first is admitted first and preempted last.
 
     While it runs it holds `slot`, `logit_row`, `count_row` and `blocks`, of which the first `num_shared` belong to the
@@ -43,6 +44,9 @@ class Request:
     next_mark       where the next checkpoint is wanted as it decodes.
     num_cached      tokens whose KV was cached when it was admitted; their blocks are not its to write.
     num_placed      blocks that the device's block table holds.
+
+    num_committed   output tokens that are its own for good. What stands behind them came with a turn that is not over.
+    half_done       a commit or its end is under way; where it stays so, it was cut off.
 
     num_decode_steps, num_draft_tokens and num_accepted_tokens count over its life: the decode steps that it had a part
     in, the drafts that they verified, and those of them that were kept.
@@ -61,6 +65,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     turn_start: int = 0
+    system_end: int = 0
     order: tuple[int, int] = (0, 0)
 
     status: Status = Status.WAITING
@@ -82,6 +87,8 @@ class Request:
     next_mark: int = 0
     num_cached: int = 0
     num_placed: int = 0
+    num_committed: int = 0
+    half_done: bool = False
 
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list = dataclasses.field(default_factory=list)
@@ -138,6 +145,26 @@ class Request:
         """Sum over the output tokens, as far as their log-probabilities were asked for."""
         pairs = zip(self.output_token_ids, self.output_logprobs, strict=False)
         return sum(entries[token].logprob for token, entries in pairs)
+
+    def let_go(self) -> None:
+        """As it was before it was admitted: it holds nothing, and nothing of it is computed."""
+        self.slot, self.logit_row, self.count_row, self.blocks, self.num_shared = 0, 0, 0, [], 0
+        self.node, self.detached, self.unpublished, self.wanted = None, False, [], ()
+        self.marks, self.next_mark = [], 0
+        self.num_settled = self.num_ahead = self.num_steps = self.num_folded = 0
+        self.prefill_length = self.num_cached = self.num_placed = 0
+
+    def roll_back(self) -> None:
+        """Undoes what a turn that was cut off has done to its output. What is drawn again will be the same."""
+        if self.wants_prompt_logprobs:
+            self.prompt_logprobs.clear()
+        if self.half_done:
+            self.detokenizer = self.detokenizer.fresh()
+            del self.output_token_ids[self.num_committed :]
+            self._block_keys.clear()
+            self.detokenizer.append(self.output_token_ids)
+        del self.output_logprobs[self.num_committed :]
+        self.half_done = False
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Known tokens `start` to `stop` of prompt and output."""

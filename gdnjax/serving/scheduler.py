@@ -9,33 +9,63 @@ there are blocks for them that nobody else is about to need: they never cost any
 
 Nobody starves. Once the first in order runs it is never preempted, and every plan made with nothing in flight moves it
 on by a chunk or a token. While it waits, such plans fill prompts of those that run, or preempt one of them, with at
-most two exceptions in a row. A priority is worth a fixed number of places, so boundedly many later requests overtake.
+most two exceptions in a row. A priority is worth a fixed number of places, so boundedly many later requests come first.
+
+Who waits for a logit row alone keeps nobody back who needs none. However many pass it, they cost it no more than a
+preemption or two: the rows are with those before it, which end as everybody does, or with some behind it, of whom the
+last-come is preempted; and when a row is free it stands before all that have passed, so that it takes their seats and
+blocks as an urgent request does. In invariant mode, where nobody is preempted, nobody passes it from the moment that a
+row is free, and it waits for those alone that run by then. Nobody is preempted for a request that would have to wait
+all the same: only who holds what it lacks, and only if what stands behind it holds enough.
 """
 
 import bisect
 import dataclasses
 import heapq
 import itertools
+import logging
 import time
 
 from gdnjax.config import CHUNK, EngineConfig
+from gdnjax.sampling_params import NO_TOKEN
 from gdnjax.serving import prefix_cache
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.plan import Admission, Growth, Mark, Piece, Plan, Seal, max_chunks, max_growth
 from gdnjax.serving.prefix_cache import Match, PrefixCache
 from gdnjax.serving.request import Request, Status
+from gdnjax.serving.waiting import WaitingQueue
+
+log = logging.getLogger("gdnjax")
 
 PLACES_PER_PRIORITY = 64
 """A request of priority p stands in the queue as if it had come 64 p requests later."""
 
+NOTHING_ALLOWED = "no token may be drawn: bans and masks forbid all of them"
+"""The stop_reason of a request that its own masks have ended."""
+
 
 @dataclasses.dataclass
 class _Room:
-    """What a prefill step can still take."""
+    """What a prefill step can still take, and how many prompts may still come to it."""
 
     tokens: int
     rows: int
     chunks: int
+    prompts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refusal:
+    """A request that found too few blocks, `short` of what it needs, when `num_freed` had been freed in all.
+
+    Nothing that happens meanwhile brings it more than what is freed, published or no more kept for those that run.
+    """
+
+    request: Request
+    cache: PrefixCache
+    short: int
+    num_freed: int
+    num_running: int
 
 
 class Scheduler:
@@ -45,8 +75,12 @@ class Scheduler:
         self.config = config
         self.allocator = allocator
         self.cache = PrefixCache(config.block_size, allocator)
-        self.waiting: list[Request] = []
+        # Whoever has not ended, whatever becomes of the queues: what `start_over` goes by.
+        self.unfinished: dict[Request, None] = {}
+        self.waiting = WaitingQueue()
         self.running: list[Request] = []
+        # Those that have ended and whose end nobody has taken note of. The engine empties it.
+        self.ended: list[Request] = []
         self.num_preemptions = 0
         self.detokenise_seconds = 0.0
         # The head that drafts keeps a key for the token that is fed next, too.
@@ -56,10 +90,13 @@ class Scheduler:
         # Of slots that have become checkpoints while tokens were pending there. The next plan takes them along.
         self._seals: list[Seal] = []
         self._preempting = False
+        # Checkpoints that running requests are to write or have not handed over: see _num_fixed_checkpoints.
+        self._num_kept_back = 0
+        self._refusal: _Refusal | None = None
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.unfinished)
 
     def num_blocks_for(self, max_length: int) -> int:
         """Blocks of a request of `max_length` tokens. Its last token is drawn, never fed, and needs no place."""
@@ -79,7 +116,8 @@ class Scheduler:
         """Queues a request that `check_fits` let pass."""
         arrival = next(self._arrivals)
         request.order = (arrival + PLACES_PER_PRIORITY * request.priority, arrival)
-        bisect.insort(self.waiting, request, key=_order)
+        self.unfinished[request] = None
+        self.waiting.add(request)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, arrival, request))
 
@@ -97,16 +135,22 @@ class Scheduler:
         self._abort_overdue(time.monotonic() if now is None else now)
         if not self._yield_to_urgent(in_flight) or not self._grow_all(in_flight):
             return None
-        decoding = [request for request in self.running if request.may_decode]
-        filling = [request for request in self.running if not request.filled]
+        decoding, filling = [], []
+        for request in self.running:
+            if request.may_decode:
+                decoding.append(request)
+            elif not request.filled:
+                filling.append(request)
         room = _Room(
             tokens=self.config.max_num_batched_tokens,
             rows=self.config.prefill_rows,
             chunks=max_chunks(self.config.max_num_batched_tokens, self.config.prefill_rows),
+            prompts=len(filling) + len(self.waiting),
         )
         pieces: list[Piece] = []
         for request in filling:
-            self._cut_piece(request, request.slot, room, pieces)
+            if self._has_room(request, request.num_settled, request.prefill_length, room, pieces):
+                self._cut_piece(request, request.slot, room, pieces)
         # Who is preempted waits for the next turn at least, and so does everybody behind it.
         admitted = [] if self._preempting else self._admit(room, pieces)
         if not (pieces or decoding):
@@ -126,23 +170,52 @@ class Scheduler:
         while self._deadlines and self._deadlines[0][0] <= now:
             self.finish(heapq.heappop(self._deadlines)[-1], "abort", "timeout")
 
-    def _yield_to_urgent(self, in_flight: bool) -> bool:
-        """Preempts requests that stand behind the first of the queue while it lacks a slot, a row or blocks.
+    def _drop_deadlines(self) -> None:
+        """Forgets finished requests, or they would stay in memory until their deadlines."""
+        if len(self._deadlines) > 2 * (len(self.waiting) + len(self.running)):
+            self._deadlines = [entry for entry in self._deadlines if not entry[-1].finished]
+            heapq.heapify(self._deadlines)
 
-        Where all have one priority, nobody who runs stands behind somebody who waits.
+    def _yield_to_urgent(self, in_flight: bool) -> bool:
+        """Preempts requests that hold what one lacks that waits before them: a seat, a logit row or blocks.
+
+        Where all have one priority, only those stand behind somebody who waits that have passed it for want of a row.
         """
         if self.config.batch_invariant:
             return True
-        while self.waiting and self.running and self.running[-1].order > self.waiting[0].order:
-            first = self.waiting[0]
-            needed = self._blocks_to_admit(first) + len(self.running)
-            room = self.allocator.blocks.num_free + self.cache.num_evictable_blocks
-            if self._has_place(first) and needed <= room:
-                return True
+        while (request := self._in_the_way()) is not None:
             if in_flight:
                 return False
-            self.preempt(self.running[-1])
+            self.preempt(request)
         return True
+
+    def _in_the_way(self) -> Request | None:
+        """The last-come of those that hold what the first that waits lacks, and stand behind it; None if there is
+        nobody, or if all of them together do not hold enough.
+        """
+        firsts = (self.waiting.first, self.waiting.first_without_row)
+        for first in dict.fromkeys(request for request in firsts if request is not None):
+            num_ahead = bisect.bisect(self.running, first.order, key=_order)
+            behind, lacks_row = self.running[num_ahead:], self._lacks_row(first)
+            holders = [request for request in behind if request.logit_row] if lacks_row else behind
+            match = self._match(first) if holders else None
+            if match and self._fits_beside(first, match, self.running[:num_ahead]):
+                fits = self._fits_beside(first, match, self.running, tails=1)
+                return None if self._has_place(first) and fits else holders[-1]
+            if not lacks_row:
+                return None
+        return None
+
+    def _fits_beside(self, request: Request, match: Match, others: list[Request], tails: int = 0) -> bool:
+        """Whether there are blocks for a request, and one for each of these to grow by, if they alone ran.
+
+        A tail that it forks stays with the cache until it is copied; count it with `tails`.
+        """
+        own = sum(len(other.blocks) - other.num_shared for other in others)
+        shared = self.cache.num_blocks_before((other.node for other in others if other.node is not None), match)
+        size = self.config.block_size
+        own += self._blocks_to_admit(request) - match.seen // size + (tails if match.position % size else 0)
+        return own + shared + len(others) <= self.allocator.blocks.size
 
     def _grow_all(self, in_flight: bool) -> bool:
         """A block for every decode row that may have filled its last one, by preemption if need be."""
@@ -219,6 +292,7 @@ class Scheduler:
                 slot = self._take_checkpoint_slot()
                 if slot:
                     request.marks.append((request.next_mark, slot))
+                    self._num_kept_back += 1
                 request.next_mark += self.config.checkpoint_interval
             marks += [Mark(request, position, slot) for position, slot in request.marks]
         return marks
@@ -234,16 +308,15 @@ class Scheduler:
 
     def _num_fixed_checkpoints(self) -> int:
         """Slots of checkpoints that are not the cache's to give up, or not in this turn."""
-        fixed = self.cache.num_busy_states
-        for request in self.running:
-            fixed += len(request.marks) + (len(request.unpublished) if request.detached else 0)
-        return fixed
+        return self.cache.num_busy_states + self._num_kept_back
 
     # Admission.
 
+    def _lacks_row(self, request: Request) -> bool:
+        return request.params.needs_logit_row and not self.allocator.logit_rows.num_free
+
     def _has_place(self, request: Request) -> bool:
-        free_row = self.allocator.logit_rows.num_free > 0 or not request.params.needs_logit_row
-        return len(self.running) < self.config.max_num_seqs and free_row
+        return len(self.running) < self.config.max_num_seqs and not self._lacks_row(request)
 
     def _blocks_to_admit(self, request: Request) -> int:
         """Blocks that a request needs to begin, cached ones among them: for what is to be prefilled, and for the drafts
@@ -255,10 +328,15 @@ class Scheduler:
         return self.num_blocks_for(length)
 
     def _admit(self, room: _Room, pieces: list[Piece]) -> list[Admission]:
-        """Admits from the head of the queue only, so nobody is overtaken, and no more than the step can start on."""
+        """Admits in order, but for requests that wait for a logit row alone, and no more than the step can start on."""
         admitted: list[Admission] = []
-        while self.waiting and room.tokens and room.rows and self._has_place(self.waiting[0]):
-            admission = self._admit_one(self.waiting[0], room, pieces)
+        while room.tokens and room.rows:
+            request = self.waiting.first
+            if request is not None and self._lacks_row(request):
+                request = self.waiting.first_without_row
+            if request is None or not self._has_place(request) or self._is_still_refused(request):
+                break
+            admission = self._admit_one(request, room, pieces)
             if admission is None:
                 break
             admitted.append(admission)
@@ -269,48 +347,74 @@ class Scheduler:
         if match.pending:
             # What it needs is being computed by this turn for somebody else: it starts from there in the next.
             return None
+        if not self._has_room(request, match.position, request.num_tokens, room, pieces):
+            return None
         reserved = self._reserve(request, match)
         if not reserved and match.slot and (not self.running or self.allocator.slots.size == self.config.max_num_seqs):
             # The checkpoint itself, or its block, is what is in the way, and will be for ever.
             match = self.cache.match(request, 0)
-            reserved = self._reserve(request, match)
+            reserved = self._has_room(request, 0, request.num_tokens, room, pieces) and self._reserve(request, match)
         if not reserved:
             return None
         request.num_settled = request.num_folded = match.position
         request.prefill_length = request.num_tokens
         request.wanted = self._wanted_checkpoints(request, match)
-        if not self._cut_piece(request, match.slot or request.slot, room, pieces):
-            self._release(request)
-            return None
+        self._cut_piece(request, match.slot or request.slot, room, pieces)
         if request.params.needs_logit_row:
             (request.logit_row,) = self.allocator.logit_rows.take(1) or [0]
         if request.params.needs_counts:
             (request.count_row,) = self.allocator.count_rows.take(1) or [0]
         self._count_hit(request, match)
-        self.waiting.pop(0)
+        self.waiting.discard(request)
         request.status = Status.RUNNING
         bisect.insort(self.running, request, key=_order)
         copy_to = request.blocks[match.seen // self.config.block_size] if match.tail else 0
         return Admission(request, match.position, match.tail, copy_to)
 
     def _reserve(self, request: Request, match: Match) -> bool:
-        """Gives a request its slot and its blocks, those it shares among them; nothing where there are not enough."""
+        """Gives a request its slot and its blocks, those it shares among them; nothing, and nothing is evicted, where
+        there are not enough.
+        """
         node, shared = self.cache.share(match)
         newly_held = self.cache.hold(match.slot)
         needed = self._blocks_to_admit(request) - len(shared)
         # Room for everybody who runs to grow by a block, or whoever comes in would be the next to be preempted.
         headroom = 0 if self.config.batch_invariant else len(self.running)
-        enough = self.allocator.blocks.num_free + self.cache.num_evictable_blocks >= needed + headroom
-        slot = self._take_live_slot() if enough and self.cache.make_room(needed) else 0
+        short = needed + headroom - self.allocator.blocks.num_free - self.cache.num_evictable_blocks
+        slot = 0 if short > 0 else self._take_live_slot()
         if not slot:
             self.cache.unlock(node)
             if newly_held:
                 self.cache.let_go(match.slot)
+            self._refuse(request, short)
             return False
+        self.cache.make_room(needed)
+        blocks = self.allocator.blocks.take(needed)
+        assert blocks is not None, "the cache counts more blocks as evictable than it can evict"
         request.slot, request.node, request.num_shared = slot, node, len(shared)
-        request.blocks = shared + (self.allocator.blocks.take(needed) or [])
+        request.blocks = shared + blocks
         request.num_cached = len(shared) * self.config.block_size
         return True
+
+    def _refuse(self, request: Request, short: int) -> None:
+        """Remembers that a request lacks blocks. Where a slot is what it lacks, the next turn may have one."""
+        running = len(self.running)
+        self._refusal = _Refusal(request, self.cache, short, self._num_freed, running) if short > 0 else None
+
+    @property
+    def _num_freed(self) -> int:
+        """Blocks that have come to be to be had since the beginning, never fewer: free, or evictable."""
+        # One that is evicted is given to the pool, and was counted as it came to be evictable.
+        evicted = self.cache.counters.evicted_blocks
+        return self.allocator.blocks.num_given + self.cache.num_loosened_blocks - evicted
+
+    def _is_still_refused(self, request: Request) -> bool:
+        """Whether less has been freed than a request lacked when it was looked at last, so nobody need look again."""
+        refusal = self._refusal
+        if refusal is None or refusal.request is not request or refusal.cache is not self.cache or not self.running:
+            return False
+        freed = self._num_freed - refusal.num_freed + max(0, refusal.num_running - len(self.running))
+        return freed < refusal.short
 
     def _take_live_slot(self) -> int:
         """A slot for a request: a free one, a cached state's, or that of a checkpoint which a running request keeps for
@@ -324,6 +428,7 @@ class Scheduler:
                 for checkpoint in checkpoints:
                     if not self.cache.is_held(checkpoint[1]):
                         checkpoints.remove(checkpoint)
+                        self._num_kept_back -= request.detached or checkpoints is request.marks
                         return checkpoint[1]
         return 0
 
@@ -355,50 +460,56 @@ class Scheduler:
 
     def _wanted_checkpoints(self, request: Request, match: Match) -> tuple[int, ...]:
         """Positions at which later requests may want to go on, the most likely first: below the last token (at the end
-        itself an identical prompt would miss), before a chat's generation prompt, at a branch, and every interval.
+        itself an identical prompt would miss), before a chat's generation prompt, behind its system messages, at a
+        branch, and every interval.
         """
         if not self.config.enable_prefix_caching:
             return ()
         grid, interval, last = self.config.checkpoint_grid, self.config.checkpoint_interval, request.num_tokens - 1
         step = -(-interval // grid) * grid
         every = range((match.position // step + 1) * step, last + 1, step)
-        first = (position // grid * grid for position in (last, request.turn_start, match.seen))
+        first = (position // grid * grid for position in (last, request.turn_start, request.system_end, match.seen))
         return tuple(dict.fromkeys(p for p in (*first, *reversed(every)) if match.position < p <= last))
 
     # Pieces.
 
-    def _cut_piece(self, request: Request, read_slot: int, room: _Room, pieces: list[Piece]) -> bool:
-        """The next tokens of a prompt, as many as there is room for. False, and nothing taken, where there is none."""
+    def _has_room(self, request: Request, start: int, end: int, room: _Room, pieces: list[Piece]) -> bool:
+        """Whether a step with these pieces can take some of a request's tokens `start` to `end`."""
         if not room.rows or (self.config.batch_invariant and not _may_share(request, pieces)):
             return False
-        start, end = request.num_settled, request.prefill_length
-        if end - start > room.tokens:
-            end = (start + room.tokens) // CHUNK * CHUNK
-        # Chunks end at multiples of CHUNK, so the first may be a short one.
-        end = min(end, (start // CHUNK + room.chunks) * CHUNK)
-        if end <= start:
-            return False
+        return _end_of_piece(start, end, room) > start
+
+    def _cut_piece(self, request: Request, read_slot: int, room: _Room, pieces: list[Piece]) -> None:
+        """The next tokens of a prompt, as many as there is room for."""
+        start = request.num_settled
+        end = _end_of_piece(start, request.prefill_length, room)
+        room.rows -= 1
+        room.prompts -= 1
         spare = room.chunks - (-(-end // CHUNK) - start // CHUNK)
-        checkpoints = self._checkpoints_of_piece(request, start, end, spare)
+        checkpoints = self._checkpoints_of_piece(request, start, end, spare, min(room.rows, room.prompts))
         piece = Piece(request, start, end - start, end == request.prefill_length, read_slot, checkpoints)
         pieces.append(piece)
         room.tokens -= piece.length
-        room.rows -= 1
         room.chunks -= len(piece.chunks())
         request.num_settled = request.num_folded = end
         request.num_placed = len(request.blocks)
         request.next_mark = (end // self.config.checkpoint_interval + 1) * self.config.checkpoint_interval
         request.unpublished += checkpoints
+        self._num_kept_back += len(checkpoints) if request.detached else 0
         # A piece's tokens are known, and every later step runs after it, so what it computes can be shared at once.
         self._publish(request, end)
-        return True
 
-    def _checkpoints_of_piece(self, request: Request, start: int, end: int, spare: int) -> tuple[tuple[int, int], ...]:
-        """Slots for the wanted positions within a piece; those off the grid of chunks cost one of `spare` chunks."""
+    def _checkpoints_of_piece(
+        self, request: Request, start: int, end: int, spare: int, prompts: int
+    ) -> tuple[tuple[int, int], ...]:
+        """Slots for the wanted positions within a piece; those off the grid of chunks cost one of `spare` chunks.
+
+        A state that saves less than a chunk is not worth the place of one of the `prompts` that may come behind.
+        """
         found = []
         for position in request.wanted:
             cut = position % CHUNK != 0 and position != end
-            if not start < position <= end or spare < cut:
+            if not start < position <= end or cut > spare - (prompts if position < CHUNK else 0):
                 continue
             slot = self._take_checkpoint_slot()
             if not slot:
@@ -429,6 +540,7 @@ class Scheduler:
                 keys = request.block_keys(count, size)[request.num_shared :]
                 if self.cache.has_child(request.node, keys[0]):
                     request.detached = True
+                    self._num_kept_back += len(request.unpublished)
                     return
                 node, _ = self.cache.insert(request.node, keys, request.blocks[request.num_shared : count])
                 self.cache.lock(node, above=request.node)
@@ -463,6 +575,7 @@ class Scheduler:
                 taken = count
             if slot:
                 request.unpublished.remove((position, slot))
+                self._num_kept_back -= request.detached
                 self.cache.keep_state(self.cache.node_at(node, position), slot)
         slot = request.slot
         if sealed and computed % size == 0:
@@ -483,6 +596,7 @@ class Scheduler:
         """Gives back what a request holds, but for its first `taken` blocks, which are the cache's."""
         self.allocator.blocks.give(request.blocks[request.num_shared if taken is None else taken :])
         self.allocator.slots.give([slot for _, slot in (*request.unpublished, *request.marks)])
+        self._num_kept_back -= len(request.marks) + (len(request.unpublished) if request.detached else 0)
         if request.slot:
             self.allocator.slots.give([request.slot])
         if request.logit_row:
@@ -491,11 +605,7 @@ class Scheduler:
             self.allocator.count_rows.give([request.count_row])
         if request.node is not None:
             self.cache.unlock(request.node)
-        request.slot, request.logit_row, request.count_row, request.blocks, request.num_shared = 0, 0, 0, [], 0
-        request.node, request.detached, request.unpublished, request.wanted = None, False, [], ()
-        request.marks, request.next_mark = [], 0
-        request.num_settled = request.num_ahead = request.num_steps = request.num_folded = 0
-        request.prefill_length = request.num_cached = request.num_placed = 0
+        request.let_go()
 
     def preempt(self, request: Request) -> None:
         """Sends a running request back to its place in the queue. Nothing of it is in flight."""
@@ -504,10 +614,16 @@ class Scheduler:
         request.num_preemptions += 1
         if request.wants_prompt_logprobs:
             request.prompt_logprobs.clear()
-        self.running.remove(request)
+        self._leave(request)
         self._retire(request, *self._reach_of(request, ended=False))
         request.status = Status.WAITING
-        bisect.insort(self.waiting, request, key=_order)
+        self.waiting.add(request)
+
+    def _leave(self, request: Request) -> None:
+        """Takes a request from those that run, if it is one of them."""
+        place = bisect.bisect_left(self.running, request.order, key=_order)
+        if place < len(self.running) and self.running[place] is request:
+            del self.running[place]
 
     def _reach_of(self, request: Request, ended: bool) -> tuple[int, bool]:
         """(tokens whose KV is right and known, whether its slot can be sealed behind them) of a request that stops.
@@ -539,31 +655,41 @@ class Scheduler:
         if checkpoint in request.marks and mark.position <= request.num_settled:
             request.marks.remove(checkpoint)
             request.unpublished.append(checkpoint)
+            self._num_kept_back -= not request.detached
 
     def commit(self, request: Request, token_ids: list[int], ended: bool, bound: int = 0) -> None:
         """Takes what a step emitted for a request: appends its tokens, and finishes it if it has ended.
 
-        `ended` says that the device stopped it with the last of these tokens; `bound` is the plan's for a row of a
-        decode step, 0 for one of a prefill step. Tokens of a request that has finished meanwhile (a stop string seen
-        late, an abort) are dropped.
+        `ended` says that the device stopped it with the last of these tokens, which is NO_TOKEN where no token might
+        be drawn; `bound` is the plan's for a row of a decode step, 0 for one of a prefill step. Tokens of a request
+        that has finished meanwhile (a stop string seen late, an abort) are dropped.
         """
         if request.status is Status.FINISHED or not token_ids:
             return
+        request.half_done = True
         if request.first_token_time is None:
             request.first_token_time = time.monotonic()
-        request.output_token_ids.extend(token_ids)
         if bound:
             self._settle(request, len(token_ids), bound)
-        stopped = ended and token_ids[-1] in request.stop_token_ids
+        exhausted = token_ids[-1] == NO_TOKEN
+        token_ids = token_ids[:-1] if exhausted else token_ids
+        request.output_token_ids.extend(token_ids)
+        stopped = ended and not exhausted and token_ids[-1] in request.stop_token_ids
         # The text of a token that ends the output is shown only where stop strings are.
         shown = token_ids[:-1] if stopped and not request.params.include_stop_str_in_output else token_ids
         began = time.perf_counter()
-        request.detokenizer.append(shown)
+        try:
+            request.detokenizer.append(shown)
+        except Exception as error:
+            self.fail(request, error)
+            return
         self.detokenise_seconds += time.perf_counter() - began
         if request.detokenizer.stop_reason is not None:
             kept = request.detokenizer.num_tokens_kept
             del request.output_token_ids[kept:], request.output_logprobs[kept:]
             self.finish(request, "stop", request.detokenizer.stop_reason, ended=ended)
+        elif exhausted:
+            self.finish(request, "error", NOTHING_ALLOWED, ended=True)
         elif stopped:
             explicit = token_ids[-1] in (request.params.stop_token_ids or ())
             self.finish(request, "stop", token_ids[-1] if explicit else None, ended=True)
@@ -571,6 +697,8 @@ class Scheduler:
             self.finish(request, "length", ended=True)
         elif request.unpublished:
             self._publish(request, request.num_settled)
+        request.num_committed = len(request.output_token_ids)
+        request.half_done = False
 
     def _settle(self, request: Request, count: int, bound: int) -> None:
         """A decode step has fed `count` tokens, of `bound` that it might have."""
@@ -591,22 +719,61 @@ class Scheduler:
         """
         if request.finished:
             return
+        request.half_done = True
         if request.status is Status.RUNNING:
-            self.running.remove(request)
+            self._leave(request)
             self._retire(request, *self._reach_of(request, ended))
         else:
-            self.waiting.remove(request)
-        request.status = Status.FINISHED
+            self.waiting.discard(request)
+        try:
+            request.detokenizer.finish()
+        except Exception as error:
+            log.exception("the text of request %s cannot be ended", request.request_id)
+            reason, stop_reason = "error", _words(error)
         request.finish_reason, request.stop_reason = reason, stop_reason
         request.finished_time = time.monotonic()
-        request.detokenizer.finish()
+        self.ended.append(request)
+        request.status = Status.FINISHED
+        self.unfinished.pop(request, None)
+        self._drop_deadlines()
 
-    def reset(self) -> None:
-        """After a failure on the device: ends every running request, and forgets everything that was computed."""
-        for request in list(self.running):
-            self.finish(request, "abort")
+    def fail(self, request: Request, error: Exception) -> None:
+        """Ends a request whose text cannot be made, with the finish_reason "error". Others go on."""
+        log.error("request %s ends: its text cannot be made", request.request_id, exc_info=error)
+        self.finish(request, "error", _words(error))
+
+    def start_over(self) -> None:
+        """Forgets everything that was computed, and who holds what: everybody who has not ended waits in the place that
+        he had, with the tokens that were committed to him.
+
+        Nothing is asked of the queues, the pools and the cache: a turn that was cut off may have left them anyhow. May
+        itself be cut off, and called again.
+        """
+        counters = self.cache.counters
+        self.allocator = self.allocator.fresh()
+        self.cache = PrefixCache(self.config.block_size, self.allocator)
+        self.cache.counters = counters
         self._seals.clear()
-        self.cache.reset()
+        self.ended = [request for request in self.ended if request.finished]
+        waiting = [request for request in self.unfinished if not request.finished]
+        faults = []
+        for request in waiting:
+            if request.slot:
+                self.num_preemptions += 1
+                request.num_preemptions += 1
+            request.status = Status.WAITING
+            request.let_go()
+            try:
+                request.roll_back()
+            except Exception as error:
+                faults.append((request, error))
+        self.running, self._num_kept_back, self._refusal = [], 0, None
+        self.waiting = WaitingQueue(waiting)
+        self.unfinished = dict.fromkeys(waiting)
+        self._deadlines = [(r.deadline, r.order[1], r) for r in waiting if r.deadline is not None]
+        heapq.heapify(self._deadlines)
+        for request, error in faults:
+            self.fail(request, error)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every slot, block and logit row is free or held once, by the right holder."""
@@ -629,16 +796,37 @@ class Scheduler:
             assert not request.slot
             assert not request.blocks
             assert not request.marks
+        assert self.unfinished.keys() == {*self.running, *self.waiting}
+        assert not any(request.half_done for request in self.unfinished)
         self.allocator.blocks.check_integrity(blocks)
         self.allocator.slots.check_integrity(slots)
         self.allocator.logit_rows.check_integrity([r.logit_row for r in self.running if r.logit_row])
         self.allocator.count_rows.check_integrity([r.count_row for r in self.running if r.count_row])
-        for queue in (self.waiting, self.running):
-            assert [_order(r) for r in queue] == sorted(_order(r) for r in queue), "a queue is out of order"
+        self.waiting.check_integrity()
+        orders = [_order(request) for request in self.running]
+        assert orders == sorted(orders), "a queue is out of order"
+        kept_back = sum(len(r.marks) + (len(r.unpublished) if r.detached else 0) for r in self.running)
+        assert self._num_kept_back == kept_back, "checkpoints that running requests keep back are miscounted"
+        live = {*self.waiting, *self.running}
+        overdue = [request for *_, request in self._deadlines]
+        assert live.issuperset(request for request in overdue if not request.finished)
+        assert len(overdue) <= 2 * len(live), "finished requests stay alive"
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _order(request: Request) -> tuple[int, int]:
     return request.order
+
+
+def _end_of_piece(start: int, end: int, room: _Room) -> int:
+    """Where a piece of tokens `start` to `end` has to end, with so much room; at or before `start`: there is none."""
+    if end - start > room.tokens:
+        end = (start + room.tokens) // CHUNK * CHUNK
+    # Chunks end at multiples of CHUNK, so the first may be a short one.
+    return min(end, (start // CHUNK + room.chunks) * CHUNK)
 
 
 def _place_growth(decoding: list[Request]) -> dict[int, list[Growth]]:

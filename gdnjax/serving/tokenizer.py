@@ -1,12 +1,16 @@
 """Text to token ids and back, and chats to prompts, with the checkpoint's own tokenizer. Never touches the network."""
 
+import bisect
 import dataclasses
+import functools
+import itertools
+import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gdnjax.config import as_id_tuple, read_json_object
-from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
+from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS, SamplingParams
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of which a tokenizer directory holds at least one."""
@@ -24,8 +28,23 @@ MEDIA_PARTS = {
 }
 """Types of message parts that other engines take, and what they carry."""
 
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""The sampling parameters that are read from generation_config.json."""
+TEMPLATE_OPTIONS = ("chat_template", "continue_final_message")
+"""Keywords of a chat that transformers takes itself, whatever the template knows."""
+
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of the messages before a chat's first question, which other chats may begin with, too."""
+
+SAMPLING_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""What is read from generation_config.json -> the sampling parameter that it is."""
+
+INTEGER_DEFAULTS = ("top_k", "max_new_tokens")
 
 
 class Tokenizer:
@@ -72,7 +91,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts around a text (Qwen's puts none)."""
-        return self.hf.encode(text, add_special_tokens=add_special_tokens)
+        # Not verbose: whether a text is too long is the engine's to say, which knows how long a request may be.
+        return self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; incomplete UTF-8 becomes U+FFFD, ids outside the vocabulary decode to nothing."""
@@ -81,27 +101,72 @@ class Tokenizer:
         )
 
     def apply_chat_template(self, messages: Any, add_generation_prompt: bool = True, **kwargs: Any) -> list[int]:
-        """Token ids of a chat: a list of {"role", "content"}, where content is a text or a list of text parts.
+        """Token ids of `render_chat`, with its arguments and errors."""
+        return self.encode(self.render_chat(messages, add_generation_prompt, **kwargs), add_special_tokens=False)
 
-        Other keys of a message (tool_calls, name, ...) and `kwargs` (tools, enable_thinking, ...) go to the template.
-        Raises ValueError for messages of another form, for images, video and audio, where the tokenizer has no
-        template, and where the template refuses the messages.
+    def render_chat(self, messages: Any, add_generation_prompt: bool = True, **kwargs: Any) -> str:
+        """The text of a chat: a list of {"role", "content"}, where content is a text or a list of text parts.
+
+        Messages may be as OpenAI's clients send them, see `text_messages`. Other keys of a message (tool_calls, name,
+        ...) and `kwargs` (tools, enable_thinking, ...) go to the template; those of TEMPLATE_OPTIONS are
+        transformers'. Raises ValueError for messages of another form, for images, video and audio, where the tokenizer
+        has no template, for keywords that the template does not know, and where the template fails, with the message
+        that it fails at.
         """
         texts = text_messages(messages)
-        if self.hf.chat_template is None:
+        if self.hf.chat_template is None and not kwargs.get("chat_template"):
             raise ValueError(
                 "this tokenizer has no chat template; give the prompt as text, "
                 "or put the model's chat_template.jinja beside its tokenizer files"
             )
-        # Needed by chat templates alone; transformers imports it for the first of them too.
-        import jinja2
-
+        render = functools.partial(
+            self.hf.apply_chat_template, add_generation_prompt=add_generation_prompt, tokenize=False, **kwargs
+        )
+        # Templates are programs: whatever they raise is about the messages, or what came with them.
         try:
-            return self.hf.apply_chat_template(
-                texts, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False, **kwargs
+            known = self._template_variables(kwargs)
+        except Exception as error:
+            raise ValueError(f"the chat template cannot be read: {error}") from error
+        unknown = [name for name in kwargs if name not in known and name not in TEMPLATE_OPTIONS]
+        if unknown:
+            raise ValueError(
+                f"neither the chat template nor chat knows {', '.join(map(repr, unknown))}; the template knows "
+                f"{', '.join(map(repr, sorted(known))) or 'no keywords'}"
             )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        try:
+            return render(texts)
+        except Exception as error:
+            place = _failing_message(render, texts, error)
+            raise ValueError(f"the chat template fails at messages[{place}]: {_of_error(error)}") from error
+
+    def _template_variables(self, kwargs: dict[str, Any]) -> set[str]:
+        """Names that the template takes from outside, without those that every template is given."""
+        from jinja2 import meta
+        from transformers.utils import chat_template_utils
+
+        source = self.hf.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
+        environment = chat_template_utils._compile_jinja_template(source).environment
+        given = {"messages", "add_generation_prompt", *environment.globals}
+        return meta.find_undeclared_variables(environment.parse(source)) - given
+
+    def with_another_question(self, messages: Any, **kwargs: Any) -> list[int]:
+        """Token ids of a chat with the same system messages, tools and other `kwargs`, whose first question is another.
+
+        What it has in common with the chat is what all such chats begin with. Empty where there is no question, or
+        where the template wants more than one message behind the system's.
+        """
+        texts = text_messages(messages)
+        system = list(itertools.takewhile(lambda message: message["role"] in SYSTEM_ROLES, texts))
+        if len(system) == len(texts):
+            return []
+        # From its first character on it differs.
+        content = "1" if texts[len(system)]["content"].lstrip().startswith("0") else "0"
+        try:
+            return self.apply_chat_template(
+                [*system, {"role": "user", "content": content}], add_generation_prompt=False, **kwargs
+            )
+        except ValueError:
+            return []
 
     def bad_word_sequences(self, words: Sequence[str]) -> list[list[int]]:
         """Token sequences to forbid for each word: as it starts a text, and after a space, which BPE merges into it.
@@ -122,10 +187,11 @@ class Tokenizer:
 
 
 def text_messages(messages: Any) -> list[dict[str, Any]]:
-    """Checks the messages of a chat and joins text parts, so that every content is a text.
+    """Checks the messages of a chat, as OpenAI's clients send them, and gives them as templates want them.
 
-    Parts are joined without a separator, as the templates of the Qwen models do themselves. An assistant's message
-    that carries tool_calls may have no content (None).
+    Every content becomes a text: parts are joined without a separator, as the templates of the Qwen models do
+    themselves, and an assistant's message may have no content, or None. The arguments of tool calls become objects
+    where they are JSON text. The messages given are not changed.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages must be a non-empty list of {{'role', 'content'}}, got {messages!r}")
@@ -136,19 +202,70 @@ def _text_message(index: int, message: Any) -> dict[str, Any]:
     place = f"messages[{index}]"
     if not isinstance(message, dict):
         raise ValueError(f"{place} must be a dictionary with 'role' and 'content', got {message!r}")
+    by_assistant = message.get("role") == "assistant"
     for key in ("role", "content"):
-        if key not in message:
+        if key not in message and not (key == "content" and by_assistant and message.get("tool_calls")):
             raise ValueError(f"{place} has no {key!r}; required: 'role' and 'content', got {', '.join(message)}")
     if not isinstance(message["role"], str) or not message["role"]:
         raise ValueError(f"{place}['role'] must be a non-empty string, got {message['role']!r}")
-    content = message["content"]
-    if content is None and message.get("tool_calls"):
+    content = message.get("content")
+    if content is None and by_assistant:
         content = ""
     if isinstance(content, list):
         content = "".join(_part_text(f"{place}['content'][{i}]", part) for i, part in enumerate(content))
     if not isinstance(content, str):
         raise ValueError(f"{place}['content'] must be a string or a list of text parts, got {content!r}")
-    return {**message, "content": content}
+    found = {**message, "content": content}
+    if message.get("tool_calls"):
+        found["tool_calls"] = _tool_calls(f"{place}['tool_calls']", message["tool_calls"])
+    return found
+
+
+def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:
+    """Tool calls whose arguments are objects. A call has "arguments", or a "function" that has them."""
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise ValueError(f"{place} must be a list of tool calls, got {calls!r}")
+    found = []
+    for index, call in enumerate(calls):
+        here = f"{place}[{index}]"
+        if not isinstance(call, dict):
+            raise ValueError(f"{here} must be a dictionary, got {call!r}")
+        if call.get("function") is None:
+            found.append(_parsed_arguments(here, call))
+            continue
+        if not isinstance(call["function"], dict):
+            raise ValueError(f"{here}['function'] must be a dictionary, got {call['function']!r}")
+        found.append({**call, "function": _parsed_arguments(f"{here}['function']", call["function"])})
+    return found
+
+
+def _parsed_arguments(place: str, function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError as error:
+            raise ValueError(f"{place}['arguments'] is not JSON: {error}, got {function['arguments']!r}") from error
+    if arguments is not None and not isinstance(arguments, dict):
+        raise ValueError(f"{place}['arguments'] must be an object, got {function['arguments']!r}")
+    return function if arguments is None else {**function, "arguments": arguments}
+
+
+def _failing_message(render: Any, messages: list[dict[str, Any]], error: Exception) -> int:
+    """The first message from which on a template that has raised `error` raises it, whatever follows."""
+
+    def fails(count: int) -> bool:
+        try:
+            render(messages[:count])
+        except Exception as other:
+            return _of_error(other) == _of_error(error)
+        return False
+
+    return bisect.bisect_left(range(1, len(messages)), True, key=fails)
+
+
+def _of_error(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _part_text(place: str, part: Any) -> str:
@@ -169,7 +286,9 @@ def _part_text(place: str, part: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationDefaults:
-    """What a checkpoint's generation_config.json says: ids that end a sequence, and its sampling parameters."""
+    """What a checkpoint's generation_config.json says: ids that end a sequence, and its sampling parameters under the
+    names of SamplingParams, `max_new_tokens` as max_tokens.
+    """
 
     eos_token_ids: tuple[int, ...] = ()
     sampling: dict[str, int | float] = dataclasses.field(default_factory=dict)
@@ -191,15 +310,30 @@ def load_generation_defaults(directory: str | pathlib.Path) -> GenerationDefault
     return GenerationDefaults(eos_token_ids=as_id_tuple(eos), sampling=_sampling_defaults(file, raw))
 
 
+def ends_of_sequence(found: Mapping[str, Iterable[int]], vocab_size: int) -> tuple[int, ...]:
+    """All ids that end a sequence, by where they are from. Raises ValueError that names the place of a wrong one."""
+    for where, ids in found.items():
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{where}: {token} is outside the vocabulary; allowed: 0 to {vocab_size - 1}")
+    every = tuple(dict.fromkeys(token for ids in found.values() for token in ids))
+    if len(every) > MAX_STOP_TOKENS:
+        counts = ", ".join(f"{where} ({len(tuple(ids))})" for where, ids in found.items() if ids)
+        raise ValueError(f"{len(every)} ids end a sequence, of {counts}; allowed: {MAX_STOP_TOKENS}")
+    return every
+
+
 def _sampling_defaults(file: pathlib.Path, raw: dict[str, Any]) -> dict[str, int | float]:
     sampling: dict[str, Any] = {}
-    for name in SAMPLING_DEFAULTS:
+    for name, parameter in SAMPLING_DEFAULTS.items():
         value = raw.get(name)
         if value is None:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError(f"{file}: {name} must be a number, got {value!r}")
-        sampling[name] = value if name == "top_k" else float(value)
+        if name in INTEGER_DEFAULTS and not isinstance(value, int):
+            raise ValueError(f"{file}: {name} must be an integer, got {value!r}")
+        sampling[parameter] = value if name in INTEGER_DEFAULTS else float(value)
     if raw.get("do_sample") is False:
         sampling["temperature"] = 0.0
     try:

@@ -58,7 +58,7 @@ class Bench:
             begin = time.perf_counter()
             with saying_what_does_not_fit():
                 self.llm.engine.prepare(sorted(new))
-                jax.block_until_ready(self.llm.engine.state)
+                jax.block_until_ready(self.llm.engine.runner.state)
             self._prepared |= new
             seconds = time.perf_counter() - begin
             name = f"rows {', '.join(map(str, sorted(new)))}"
@@ -74,7 +74,7 @@ class Bench:
         begin = time.perf_counter()
         with saying_what_does_not_fit():
             self._llm = LLM.from_model(loaded.model, loaded.params, config, max_model_len=config.max_model_len or 0)
-            jax.block_until_ready(self._llm.engine.state)
+            jax.block_until_ready(self._llm.engine.runner.state)
         seconds = time.perf_counter() - begin
         self._drafts, self._prepared = drafts, set()
         plan = self._llm.memory_plan

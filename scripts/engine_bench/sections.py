@@ -15,11 +15,11 @@ PUBLISHED_ACCOUNTING = 1.59
 
 
 def decode(bench: "Bench", sizes: Sizes) -> None:
-    """Steps of full batches without drafts."""
+    """Steps of full batches without drafts, and of padded ones."""
     bench.open(0, sizes.batches)
-    for batch in sizes.batches:
+    for name, batch in sizes.named_batches.items():
         found = _decode(bench, sizes, batch, drafts=0, tokens_per_step=1.0)
-        bench.record.figure("decode", str(batch), _decode_line(found), found)
+        bench.record.figure("decode", name, _decode_line(name, found), found)
 
 
 def speculation(bench: "Bench", sizes: Sizes) -> None:
@@ -27,14 +27,14 @@ def speculation(bench: "Bench", sizes: Sizes) -> None:
     (drafts,) = (number for number in bench.configs if number)
     length = bench.configs[drafts].spec_acceptance_length or 1.0
     bench.open(drafts, sizes.batches)
-    for batch in sizes.batches:
+    for name, batch in sizes.named_batches.items():
         found = _decode(bench, sizes, batch, drafts=drafts, tokens_per_step=length)
-        plain = bench.record.of("decode").get(str(batch))
+        plain = bench.record.of("decode").get(name)
         ratio = found["tokens_per_second"] / plain["tokens_per_second"] if plain else None
         found |= {"forced_acceptance_length": length, "outputs_are_the_models": False, "ratio": ratio}
-        line = f"k = {drafts}, forced to {length:g} tokens a step: {_decode_line(found)}"
+        line = f"k = {drafts}, forced to {length:g} tokens a step: {_decode_line(name, found)}"
         line += f", {ratio:.2f}x of k = 0" if ratio else ""
-        bench.record.figure("speculation", str(batch), line, found)
+        bench.record.figure("speculation", name, line, found)
 
 
 def _decode(bench: "Bench", sizes: Sizes, batch: int, *, drafts: int, tokens_per_step: float) -> dict[str, Any]:
@@ -78,9 +78,9 @@ def _num_tokens(requests: list[Any]) -> int:
     return sum(len(request.output_token_ids) for request in requests)
 
 
-def _decode_line(found: dict[str, Any]) -> str:
+def _decode_line(name: str, found: dict[str, Any]) -> str:
     return (
-        f"{found['batch']} requests at {found['mean_context']:.0f} tokens: {found['ms_per_step']:.2f} ms a step, "
+        f"{name} requests at {found['mean_context']:.0f} tokens: {found['ms_per_step']:.2f} ms a step, "
         f"{found['tokens_per_second']:.0f} tokens/s{_remarks(found)}"
     )
 

@@ -25,6 +25,7 @@ class Sizes:
     """Requests and tokens.
 
     batches             of decode and speculation, requests that decode together; the largest is the engines' rows.
+    padded              further batches, which have no bucket of their own: they decode in the next larger one.
     input_len           prompt tokens of decode, speculation, throughput and accounting.
     output_len          output tokens of throughput and accounting.
     decode_len          tokens that a sequence gains over all windows of decode and of speculation.
@@ -38,6 +39,7 @@ class Sizes:
     """
 
     batches: tuple[int, ...] = (128, 64, 16, 1)
+    padded: tuple[int, ...] = ()
     input_len: int = 1024
     output_len: int = 1024
     decode_len: int = 192
@@ -59,18 +61,24 @@ class Sizes:
             for number in value if isinstance(value, tuple) else (value,):
                 if number < least:
                     raise ValueError(f"--{field.name.replace('_', '-')} must be at least {least}, got {number}")
+        for batch in self.padded:
+            if batch in self.batches or batch > self.rows:
+                raise ValueError(
+                    f"--padded {batch} is a batch with a bucket of its own, or larger than all; allowed: others below "
+                    f"{self.rows}"
+                )
         if self.batched_tokens % CHUNK:
             raise ValueError(f"--max-num-batched-tokens must be a multiple of {CHUNK}, got {self.batched_tokens}")
 
     def scaled(self, factor: float) -> "Sizes":
-        """Everything but `repeat` times `factor`, at least 1 each; a prefix is shared by 2 at least."""
+        """Everything but `repeat` and `padded` times `factor`, at least 1 each; a prefix is shared by 2 at least."""
         if not 0 < factor <= 1:
             raise ValueError(f"--scale must be in (0, 1], got {factor:g}")
 
         def times(size: int) -> int:
             return max(1, round(size * factor))
 
-        kept = ("batches", "batched_tokens", "repeat")
+        kept = ("batches", "padded", "batched_tokens", "repeat")
         lengths = {f.name: times(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in kept}
         lengths["prefix_requests"] = max(2, lengths["prefix_requests"])
         batches = tuple(dict.fromkeys(times(batch) for batch in self.batches))
@@ -85,6 +93,12 @@ class Sizes:
     @property
     def buckets(self) -> tuple[int, ...]:
         return tuple(sorted(set(self.batches)))
+
+    @property
+    def named_batches(self) -> dict[str, int]:
+        """Requests that decode together, by what their figures are called."""
+        padded = {f"{batch} of {min(size for size in self.buckets if size > batch)}": batch for batch in self.padded}
+        return {str(batch): batch for batch in self.batches} | padded
 
     def window_steps(self, tokens_per_step: float) -> int:
         """Steps of a window of decode."""

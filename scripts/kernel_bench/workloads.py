@@ -2,6 +2,9 @@
 
 A workload's pools have several layers, and its calls go from one to the next as a model's do, so that what is read is
 not in the cache.
+
+Of some the first few rows are `real`, and the others padding, as in a decode step whose bucket is larger than its
+batch: they point at null slots, null blocks and no query, give zeros, and have no bytes but those.
 """
 
 import dataclasses
@@ -73,13 +76,32 @@ def _gates(keys, shape, heads):
     )
 
 
+def _padding(numbers: jax.Array, real: int) -> jax.Array:
+    """Slots or blocks of rows, those behind the first `real` null."""
+    return jnp.where(jnp.arange(numbers.shape[0]) < real, numbers, 0)
+
+
+def _rows(rows: int, real: int) -> str:
+    return str(rows) if real == rows else f"{real}of{rows}"
+
+
 jax.tree_util.register_dataclass(Gates, data_fields=["a", "b", "A_log", "dt_bias"], meta_fields=[])
 
 
 def recurrent(
-    kind: str, rows: int, key_heads: int, heads: int, *, old: int = 0, new: int = 1, state="float32", vk=True
+    kind: str,
+    rows: int,
+    key_heads: int,
+    heads: int,
+    *,
+    old: int = 0,
+    new: int = 1,
+    state="float32",
+    vk=True,
+    real: int | None = None,
 ):
     """Decode, or verify with `old` pending rows and `new` tokens."""
+    real = rows if real is None else real
     channels = 2 * key_heads * K + heads * V
     layers = max(2, min(24, 512 // rows))
     order = StateOrder(read=vk, write=vk)
@@ -91,8 +113,8 @@ def recurrent(
         arguments = {
             "qkv": _random(keys[0], (*shape, channels)),
             "gates": _gates(jax.random.split(keys[1]), shape, heads),
-            "slot": slot,
-            "pending": jnp.full((rows,), old, jnp.int32),
+            "slot": _padding(slot, real),
+            "pending": _padding(jnp.full((rows,), old, jnp.int32), real),
         }
         return arguments, _random(keys[2], (layers, rows + 1, heads, K * V), state, 0.1)
 
@@ -105,18 +127,20 @@ def recurrent(
         )
 
     size = jnp.dtype(state).itemsize
-    name = f"gdn-{kind}-{heads}h-{rows}" + (f"-{old}+{new}" if kind == "verify" else "")
+    name = f"gdn-{kind}-{heads}h-{_rows(rows, real)}" + (f"-{old}+{new}" if kind == "verify" else "")
     name += ("" if vk else "-kv") + ("-bf16state" if state == "bfloat16" else "")
     tokens = old + new if kind == "verify" else 1
     return Workload(
         name=name,
         inputs=inputs,
         call=call,
-        exact=functools.partial(exact.recurrent, old=0 if kind == "decode" else old, kind=kind, vk=vk, key_dim=K),
-        written=lambda ssm, x, layer: ssm[layer, x["slot"]],
+        exact=exact.padded(
+            functools.partial(exact.recurrent, old=0 if kind == "decode" else old, kind=kind, vk=vk, key_dim=K), real
+        ),
+        written=lambda ssm, x, layer: ssm[layer, x["slot"][:real]],
         layers=layers,
-        bytes=rows * (2 * heads * K * V * size + tokens * (2 * channels + 4 * heads) + new * 2 * heads * V),
-        flops=rows * tokens * heads * 8 * K * V,
+        bytes=real * (2 * heads * K * V * size + tokens * (2 * channels + 4 * heads)) + rows * new * 2 * heads * V,
+        flops=real * tokens * heads * 8 * K * V,
         limits=(4e-3, 1e-5 if state == "float32" else 4e-3),
     )
 
@@ -229,8 +253,9 @@ def conv_prefill(lengths: tuple[int, ...], channels: int):
     )
 
 
-def conv_update(rows: int, channels: int, *, pending: int = 0, new: int = 1):
+def conv_update(rows: int, channels: int, *, pending: int = 0, new: int = 1, real: int | None = None):
     """Decode, or verify of `new` tokens behind `pending` ones."""
+    real = rows if real is None else real
     layers = 24
 
     def inputs(key):
@@ -238,8 +263,8 @@ def conv_update(rows: int, channels: int, *, pending: int = 0, new: int = 1):
         arguments = {
             "x": _random(keys[0], (rows, new, channels) if pending else (rows, channels)),
             "weight": _random(keys[1], (channels, TAPS), scale=0.5),
-            "slot": 1 + jnp.arange(rows, dtype=jnp.int32),
-            "pending": jnp.full((rows,), pending, jnp.int32),
+            "slot": _padding(1 + jnp.arange(rows, dtype=jnp.int32), real),
+            "pending": _padding(jnp.full((rows,), pending, jnp.int32), real),
         }
         return arguments, _random(keys[2], (layers, rows + 1, TAPS - 1 + pending, channels))
 
@@ -249,16 +274,17 @@ def conv_update(rows: int, channels: int, *, pending: int = 0, new: int = 1):
             return causal_conv1d.decode(x["x"], x["weight"], conv, layer, slot, slot, backend=backend)
         return causal_conv1d.verify(x["x"], x["weight"], conv, layer, slot, slot, x["pending"], backend=backend)
 
-    moved = 2 * (TAPS - 1) + 2 * new if not pending else 2 * (TAPS - 1 + pending) + 2 * new + pending
+    # Windows and pending rows are read and written; tokens are read, and written as channels.
+    moved = 2 * (TAPS - 1 + pending) + new
     return Workload(
-        name=f"conv-{'verify' if pending else 'decode'}-{channels}-{rows}",
+        name=f"conv-{'verify' if pending else 'decode'}-{channels}-{_rows(rows, real)}",
         inputs=inputs,
         call=call,
-        exact=functools.partial(exact.conv_update, pending=pending),
-        written=lambda conv, x, layer: conv[layer, x["slot"]],
+        exact=exact.padded(functools.partial(exact.conv_update, pending=pending), real),
+        written=lambda conv, x, layer: conv[layer, x["slot"][:real]],
         layers=layers,
-        bytes=rows * channels * 2 * moved,
-        flops=rows * channels * (pending + new) * 2 * TAPS,
+        bytes=2 * channels * (real * moved + rows * (pending + new)),
+        flops=real * channels * (pending + new) * 2 * TAPS,
         limits=(4e-3, 0),
     )
 
@@ -273,10 +299,12 @@ def attention(
     *,
     block_size: int = 16,
     int8: bool = False,
+    real: int | None = None,
 ):
     """`queries` tokens of each request at the end of its context: 1 to 8 in decode, all of a chunk in prefill. Keys and
     values are bfloat16, or int8 with scales.
     """
+    real = requests if real is None else real
     per_tile = min(queries, CHUNK)
     tiles_of = queries // per_tile
     blocks_of = -(-context // block_size)
@@ -301,7 +329,7 @@ def attention(
         shape = (layers, count + 1, block_size, kv_heads, width)
         arguments = {
             "q": _random(keys[0], (requests * tiles_of, per_tile, heads, width)),
-            "position": jnp.broadcast_to(position, (requests, tiles_of, per_tile)).reshape(-1, per_tile),
+            "position": jnp.where(jnp.arange(requests)[:, None, None] < real, position, -1).reshape(-1, per_tile),
             "table": jnp.repeat(blocks, tiles_of, axis=0),
             "k": stored(keys[1], shape),
             "v": stored(keys[2], shape),
@@ -314,26 +342,27 @@ def attention(
         o = paged_attention.attend(x["q"], x["k"], x["v"], layer, tiles, scales=x["scales"], backend=backend)
         return o, pools
 
-    pairs = requests * sum(context - queries + i + 1 for i in range(queries))
+    pairs = real * sum(context - queries + i + 1 for i in range(queries))
     kind = "decode" if queries <= 8 else "prefill"
     return Workload(
-        name=f"attention-{kind}-{heads}/{kv_heads}x{width}-{requests}x{context}"
+        name=f"attention-{kind}-{heads}/{kv_heads}x{width}-{_rows(requests, real)}x{context}"
         + (f"-{queries}q" if queries > 1 else "")
         + ("-int8" if int8 else ""),
         inputs=inputs,
         call=call,
-        exact=exact.attention,
+        exact=exact.padded(exact.attention, real * tiles_of),
         written=lambda pools, x, layer: (),
         layers=layers,
-        bytes=requests * (context * of_token + queries * heads * width * 4),
+        bytes=real * (context * of_token + queries * heads * width * 2) + requests * queries * heads * width * 2,
         flops=pairs * heads * width * 4,
         limits=(6e-3, 0),
         chain="layer",
     )
 
 
-def kv_write(rows: int, kv_heads: int, width: int, *, int8: bool = False):
+def kv_write(rows: int, kv_heads: int, width: int, *, int8: bool = False, real: int | None = None):
     """Keys and values of so many tokens to blocks of their own."""
+    real = rows if real is None else real
     layers, block_size = 8, 16
 
     def inputs(key):
@@ -342,7 +371,7 @@ def kv_write(rows: int, kv_heads: int, width: int, *, int8: bool = False):
         arguments = {
             "k": _random(keys[0], (rows, kv_heads, width)),
             "v": _random(keys[1], (rows, kv_heads, width)),
-            "block": 1 + jax.random.permutation(keys[2], rows).astype(jnp.int32),
+            "block": _padding(1 + jax.random.permutation(keys[2], rows).astype(jnp.int32), real),
             "offset": jax.random.randint(keys[3], (rows,), 0, block_size, jnp.int32),
         }
         pool = jnp.zeros(shape, jnp.int8 if int8 else jnp.bfloat16)
@@ -359,21 +388,20 @@ def kv_write(rows: int, kv_heads: int, width: int, *, int8: bool = False):
         return (), write(layer, k, v, block, offset)
 
     def written(pools, x, layer):
-        k, v = (pool[layer, x["block"], x["offset"]].astype(jnp.float32) for pool in pools[:2])
+        place = layer, x["block"][:real], x["offset"][:real]
+        k, v = (pool[place].astype(jnp.float32) for pool in pools[:2])
         if int8:
-            k, v = (
-                part * s[layer, x["block"], x["offset"]][..., None] for part, s in zip((k, v), pools[2], strict=True)
-            )
+            k, v = (part * scale[place][..., None] for part, scale in zip((k, v), pools[2], strict=True))
         return k, v
 
     return Workload(
-        name=f"kv-write-{kv_heads}x{width}-{rows}" + ("-int8" if int8 else ""),
+        name=f"kv-write-{kv_heads}x{width}-{_rows(rows, real)}" + ("-int8" if int8 else ""),
         inputs=inputs,
         call=call,
-        exact=exact.kv_write,
+        exact=exact.padded(exact.kv_write, real),
         written=written,
         layers=layers,
-        bytes=rows * kv_heads * 2 * (2 * width + (width + 4 if int8 else 2 * width)),
+        bytes=real * kv_heads * 2 * (2 * width + (width + 4 if int8 else 2 * width)),
         flops=0,
         # Half a step of 127 is 0.7% of values whose largest is three times the usual one.
         limits=(0, 1.5e-2 if int8 else 0),
@@ -494,6 +522,8 @@ WORKLOADS = {
         *(recurrent("verify", 128, 16, 48, old=old, new=4) for old in (0, 1, 4)),
         recurrent("verify", 128, 16, 32, old=4, new=4),
         recurrent("verify", 1, 16, 48, old=4, new=4),
+        recurrent("decode", 128, 16, 48, real=9),
+        recurrent("verify", 128, 16, 48, old=4, new=4, real=9),
         *(chunked((n,), 16, 48) for n in (1024, 8192, 32768)),
         chunked((1024,) * 8, 16, 48),
         chunked((8192,), 16, 48, correlated=True),
@@ -502,16 +532,20 @@ WORKLOADS = {
         conv_prefill((8192,), 8192),
         conv_update(128, 10240),
         conv_update(128, 10240, pending=4, new=4),
+        conv_update(128, 10240, real=9),
+        conv_update(128, 10240, pending=4, new=4, real=9),
         attention(128, 2048, 1, 24, 4, 256),
         attention(128, 2048, 4, 24, 4, 256),
         attention(128, 2048, 1, 24, 4, 256, int8=True),
         attention(128, 2048, 1, 16, 4, 256),
         attention(128, 2048, 1, 32, 2, 256),
+        attention(128, 2048, 1, 24, 4, 256, real=9),
         attention(1, 131072, 1, 24, 4, 256),
         attention(1, 8192, 8192, 24, 4, 256),
         attention(1, 8192, 2048, 24, 4, 256),
         kv_write(128, 4, 256),
         kv_write(128, 4, 256, int8=True),
+        kv_write(128, 4, 256, real=9),
         *(
             work
             for rows in (1, 128)

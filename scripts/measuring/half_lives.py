@@ -57,8 +57,7 @@ def decays(model: HybridModel, params: Params, state: ServeState, batch: Prefill
     """[GDN layers, tokens, value heads]: g of every packed token. Traceable."""
     module = merged(model, params)
     context = prefill_context(step.pools_of(state, OPTIONS), batch)
-    attention = model.config.attention
-    angles = rotary_angles(context.position, attention.rotary_dim, attention.rope_theta)
+    angles = rotary_angles(context.position, model.config.attention)
     x, gdn, kv = module.embed_tokens(batch.tokens), state.gdn, state.kv
     found = []
     for layer in module.layers:

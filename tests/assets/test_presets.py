@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from gdnjax import assets
-from gdnjax.assets import EMBEDDED_MODEL, PRESETS, config_file
+from gdnjax.assets import EMBEDDED_MODEL, PRESETS, SAME_AS, config_file
 from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.models import abstract_params
 
@@ -86,6 +86,13 @@ def test_largest_preset_is_exact():
         normalise_top_k=True,
     )
     assert not config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", SAME_AS)
+def test_name_of_a_later_model_stands_for_its_preset(name):
+    assert SAME_AS[name] in PRESETS
+    assert name.split("-", 1)[1] == SAME_AS[name].split("-", 1)[1], "the sizes are the same"
+    assert config_file(name) == config_file(SAME_AS[name])
 
 
 def test_config_file_takes_names_files_and_directories(tmp_path):

@@ -197,6 +197,32 @@ def test_missing_tensor_is_named(tmp_path):
     _assert_rejected(tmp_path, tiny.DENSE, model, stored, match)
 
 
+@pytest.mark.parametrize("orbax", [False, True])
+def test_stored_head_that_differs_from_a_tied_embedding_is_refused(tmp_path, orbax, monkeypatch):
+    """Equal in another dtype is equal; a single number that differs, in the last rows compared, is not."""
+    monkeypatch.setattr(loader, "TIED_ROWS", 5)
+    model = tiny.model_tensors(tiny.TIED)
+    model["embed_tokens.weight"] = model["embed_tokens.weight"].astype(tiny.BFLOAT16).astype(np.float32)
+    stored = tiny.stored_tensors(model, tiny.TIED)
+    head = model["embed_tokens.weight"].astype(tiny.BFLOAT16)
+
+    def write(name, head):
+        directory = tmp_path / name
+        directory.mkdir()
+        tiny.write_single(directory, stored | {"lm_head.weight": head})
+        (directory / "config.json").write_text("{}")
+        if orbax:
+            convert(directory, directory / "orbax", progress=False)
+        return directory / "orbax" if orbax else directory
+
+    assert _load(write("equal", head), tiny.TIED, model, 1)[1].skipped_tied == 1
+    head[-1, -1] += 1
+    match = r"lm_head\.weight differs from model\.language_model\.embed_tokens\.weight.*tie_word_embeddings=true"
+    for name, other in (("changed", head), ("shorter", head[:-1])):
+        with pytest.raises(ValueError, match=match):
+            _load(write(name, other), tiny.TIED, model, 1)
+
+
 @pytest.mark.usefixtures("nothing_is_read")
 def test_misshaped_tensor_is_named_with_both_shapes(tmp_path):
     model = tiny.model_tensors(tiny.DENSE)

@@ -65,10 +65,21 @@ def test_two_kinds_in_one_directory_are_ambiguous(tmp_path):
         open_source(tmp_path)
 
 
-def test_index_beside_single_file_is_ambiguous(tmp_path):
+def test_index_of_other_files_beside_single_file_is_ambiguous(tmp_path):
     tiny.write_single(tmp_path, TENSORS)
     tiny.write_sharded(tmp_path, TENSORS)
-    with pytest.raises(ValueError, match=r"both model\.safetensors and model\.safetensors\.index\.json"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is here, and model\.safetensors\.index\.json names"):
+        open_source(tmp_path)
+
+
+def test_index_that_names_the_single_file_is_held_to_it(tmp_path):
+    tiny.write_single(tmp_path, TENSORS)
+    index = {"weight_map": dict.fromkeys(TENSORS, "model.safetensors")}
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    with open_source(tmp_path) as source:
+        assert set(source.names()) == set(TENSORS)
+    _change_weight_map(tmp_path, lambda names: names.pop(NAME))
+    with pytest.raises(ValueError, match=r"does not list: .*in_proj_qkv"):
         open_source(tmp_path)
 
 

@@ -104,11 +104,18 @@ def test_norms_compute_in_float32_and_round_once():
     assert gated(jnp.asarray(x, jnp.float32), jnp.asarray(x)).dtype == jnp.bfloat16
 
 
+def heads_of(width, rotary_dim, theta, yarn=None):
+    return AttentionConfig(
+        num_heads=1, num_kv_heads=1, head_dim=width, rotary_dim=rotary_dim, rope_theta=theta, yarn=yarn
+    )
+
+
 @pytest.mark.parametrize(("width", "rotary_dim", "theta"), [(16, 4, 1e4), (16, 16, 1e7), (256, 64, 1e7)])
 def test_rotary_turns_pairs_by_position_times_frequency(width, rotary_dim, theta):
     """Pair (i, i + rotary_dim / 2) turns by position * theta^(-2 i / rotary_dim); the rest of the head passes."""
     x, position = draw(6, 3, width), np.array([0, 1, 2, 63, 64, 1000])
-    actual = np.asarray(rotate(jnp.asarray(x), rotary_angles(jnp.asarray(position, jnp.int32), rotary_dim, theta)))
+    attention = heads_of(width, rotary_dim, theta)
+    actual = np.asarray(rotate(jnp.asarray(x), rotary_angles(jnp.asarray(position, jnp.int32), attention)))
     half = rotary_dim // 2
     expected = x.astype(np.float64)
     for i in range(half):
@@ -127,7 +134,9 @@ def test_rotated_products_depend_on_the_distance_alone():
 
     def product(i, j):
         turned = [
-            np.asarray(rotate(jnp.asarray(x), rotary_angles(jnp.array([p], jnp.int32), 8, 1e4)), np.float64)
+            np.asarray(
+                rotate(jnp.asarray(x), rotary_angles(jnp.array([p], jnp.int32), heads_of(16, 8, 1e4))), np.float64
+            )
             for x, p in ((q, i), (k, j))
         ]
         return float(np.vdot(*turned))

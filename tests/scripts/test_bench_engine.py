@@ -15,7 +15,7 @@ from scripts import bench_engine as script
 
 # As small as it gets, with sequences long enough that packed blocks for one pay for the states of both.
 SMALL = ["--config", "tiny", "--layers", "4", "--scale", "0.016", "--batches", "2", "--num-speculative-tokens", "1"]
-SMALL += ["--acceptance-length", "1.5", "--input-len", "48", "--output-len", "48"]
+SMALL += ["--acceptance-length", "1.5", "--input-len", "48", "--output-len", "48", "--padded", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,9 @@ def test_figures_are_of_what_they_say(whole_run):
     content = whole_run[2]
     found, sizes = content["sections"], content["sizes"]
     assert found["decode"]["2"]["tokens_per_step"] == 1.0
+    # In the bucket of 2: no other was compiled.
+    assert found["decode"]["1 of 2"]["batch"] == 1
+    assert list(content["engines"]["k = 0"]["prepare_seconds"]) == ["rows 2"]
     assert 1.0 <= found["speculation"]["2"]["tokens_per_step"] <= 2.0
     assert found["throughput"]["run"]["output_tokens"] == sizes["requests"] * sizes["output_len"]
     # The packed pool makes requests wait, or end early and come again, and all of them end.
@@ -115,6 +118,8 @@ def test_engine_that_does_not_fit_is_said_to(monkeypatch, tmp_path, capsys):
     [
         (["decoding"], "no section 'decoding'; allowed: decode, prefill"),
         (["--batches", "4,0"], "--batches must be at least 1, got 0"),
+        (["--batches", "4,2", "--padded", "3,2"], "--padded 2 is a batch with a bucket of its own"),
+        (["--batches", "4", "--padded", "9"], "or larger than all; allowed: others below 4"),
         (["--scale", "2"], "--scale must be in (0, 1], got 2"),
         (["--max-num-batched-tokens", "100"], "--max-num-batched-tokens must be a multiple of 64, got 100"),
         (["--layers", "99"], "--layers must be between 1 and the model's 32, got 99"),

@@ -30,19 +30,19 @@ SMALL = {
     for work in (
         workloads.recurrent("decode", 2, 1, 2),
         workloads.recurrent("decode", 2, 1, 2, vk=False, state="bfloat16"),
-        workloads.recurrent("verify", 2, 1, 2, old=2, new=3),
+        workloads.recurrent("verify", 3, 1, 2, old=2, new=3, real=2),
         workloads.chunked((70, 70), 1, 2),
         workloads.conv_prefill((70, 70), 48),
         workloads.conv_update(3, 48),
-        workloads.conv_update(3, 48, pending=3, new=3),
-        workloads.attention(2, 70, 1, 4, 2, 32),
+        workloads.conv_update(3, 48, pending=3, new=3, real=2),
+        workloads.attention(3, 70, 1, 4, 2, 32, real=2),
         workloads.attention(1, 128, 128, 4, 2, 32),
-        workloads.kv_write(3, 2, 32),
+        workloads.kv_write(3, 2, 32, real=2),
         workloads.kv_write(3, 2, 32, int8=True),
         workloads.grouped(20, 4, 2, 32, 48),
     )
 }
-"""One of each kind, made as the large ones are."""
+"""One of each kind, made as the large ones are, some of them with a row of padding."""
 DECODE = "gdn-decode-2h-2"
 CEILINGS = Ceilings(copy=1e10, read=1.2e10, matmul=1e11)
 
@@ -94,7 +94,7 @@ def spoil(monkeypatch, name: str, change) -> None:
 
 def test_list_prints_names_and_no_more(capsys):
     assert script.main(["--list", "conv-*"]) == 0
-    assert capsys.readouterr().out.split() == ["conv-prefill-48-2x70", "conv-decode-48-3", "conv-verify-48-3"]
+    assert capsys.readouterr().out.split() == ["conv-prefill-48-2x70", "conv-decode-48-3", "conv-verify-48-2of3"]
 
 
 def test_pattern_of_no_workload_is_an_error(capsys):
@@ -386,11 +386,11 @@ def test_time_that_is_over_leaves_workloads_out_by_name(clocked, monkeypatch, ca
     flags = ["--no-peers", "--runs", "1", "--limit-s", "60", "--output", str(target)]
     assert script.main(["conv-*", *flags]) == 3
     out = capsys.readouterr().out
-    assert "not run within --limit-s 60: conv-verify-48-3\n" in out
+    assert "not run within --limit-s 60: conv-verify-48-2of3\n" in out
     assert "2 of 3 workloads in " in out
     figures = json.loads(target.read_text())
     assert [row["name"] for row in figures["workloads"]] == ["conv-prefill-48-2x70", "conv-decode-48-3"]
-    assert figures["not_run"] == ["conv-verify-48-3"]
+    assert figures["not_run"] == ["conv-verify-48-2of3"]
 
 
 def test_run_that_is_ended_keeps_what_it_had(clocked, monkeypatch, tmp_path):
@@ -406,7 +406,7 @@ def test_run_that_is_ended_keeps_what_it_had(clocked, monkeypatch, tmp_path):
     assert script.main(["conv-*", "--no-peers", "--runs", "1", "--output", str(target)]) == 143
     figures = json.loads(target.read_text())
     assert [row["name"] for row in figures["workloads"]] == ["conv-prefill-48-2x70"]
-    assert figures["not_run"] == ["conv-decode-48-3", "conv-verify-48-3"]
+    assert figures["not_run"] == ["conv-decode-48-3", "conv-verify-48-2of3"]
 
 
 # What is written.

@@ -15,6 +15,8 @@ WORKSPACE = (ROOT / "WORKSPACE.md").read_text()
 SCRIPTS = (
     "bench_engine",
     "bench_kernels",
+    "bench_pools",
+    "bench_scheduler",
     "bench_serving",
     "bench_start",
     "convert",

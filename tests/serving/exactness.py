@@ -142,7 +142,7 @@ def solo(llm: LLM, prompt: list[int], params: SamplingParams = GREEDY) -> Run:
 
 
 def observe(llm: LLM, request, slot: int, blocks: list[int]) -> Run:
-    state = llm.engine.state
+    state = llm.engine.runner.state
     kv, fed = jax.device_get(state.kv), request.num_tokens - 1
     places = min(fed + 1, len(blocks) * kv.k.shape[2])
     keys, values = (_keys_of(llm, pool[:, blocks], fed)[:, :places] for pool in (kv.k, kv.v))
@@ -165,7 +165,7 @@ def observe(llm: LLM, request, slot: int, blocks: list[int]) -> Run:
 
 def row_of(llm: LLM, slot: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Of a slot: how many tokens are pending, states and windows as in Run, and the last hidden state."""
-    gdn, slots, delta = llm.engine.state.gdn, llm.engine.state.slots, llm.model.config.delta
+    gdn, slots, delta = llm.engine.runner.state.gdn, llm.engine.runner.state.slots, llm.model.config.delta
     pending = 0 if gdn.pending is None else gdn.pending[slot]
     row = (pending, gdn.ssm[:, slot], gdn.conv[:, slot], gdn.layout[slot], slots.hidden[slot])
     pending, flat, conv, layout, hidden = jax.device_get(row)
@@ -343,7 +343,7 @@ def checkpoints_of(llm: LLM) -> dict[tuple[int, ...], int]:
     """The slots of an idle engine's checkpoints, by the tokens before them."""
     engine = llm.engine
     # The next plan would take these along.
-    engine._seal(engine.scheduler._seals)
+    engine.runner._seal(engine.scheduler._seals)
     engine.scheduler._seals.clear()
     return {_path(node): node.slot for node in engine.scheduler.cache._nodes if node.slot}
 

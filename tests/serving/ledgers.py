@@ -113,7 +113,7 @@ def oracle(mtp: bool = False) -> Oracle:
 
 
 def oracle_of(llm: LLM) -> Oracle:
-    return oracle(llm.engine.model.mtp)
+    return oracle(llm.engine.runner.model.mtp)
 
 
 @functools.cache
@@ -180,7 +180,7 @@ def go_on_from_decode(llm: LLM, seed: int, max_tokens: int = 3):
         llm.engine.step()
         pieces = [piece for turn in llm.engine._in_flight for piece in turn.plan.pieces if piece.request is second]
         read = pieces[0].read_slot if pieces else None
-    layout = int(llm.engine.state.gdn.layout[read])
+    layout = int(llm.engine.runner.state.gdn.layout[read])
     drain(llm)
     assert second.num_cached_tokens == first.num_tokens - 1
     return second, layout
@@ -236,7 +236,10 @@ def check_cache(llm: LLM) -> int:
         # They wait for the next turn.
         generate(llm, prompt_of(99, 1), 1)
     assert not engine.scheduler._seals
-    state, wanted = jax.device_get((engine.state.kv, engine.state.gdn, engine.state.slots.hidden)), oracle_of(llm)
+    state, wanted = (
+        jax.device_get((engine.runner.state.kv, engine.runner.state.gdn, engine.runner.state.slots.hidden)),
+        oracle_of(llm),
+    )
     kv, gdn, hidden = state
     pools, looked_at = np.stack([kv.k, kv.v]), 0
     nodes = [(child, ()) for child in _below(engine.scheduler.cache.root)]
@@ -245,7 +248,7 @@ def check_cache(llm: LLM) -> int:
         tokens = (*before, *itertools.chain.from_iterable(node.keys))
         found = pools[:, :, node.blocks].reshape(*pools.shape[:2], -1, *pools.shape[4:])[:, :, : node.end - len(before)]
         expected = wanted.entries(tokens, len(before))
-        if engine.model.mtp and not before:
+        if engine.runner.model.mtp and not before:
             expected[:, -1, 0] = found[:, -1, 0]
         np.testing.assert_array_equal(found, expected, err_msg=f"blocks of tokens {len(before)} to {node.end}")
         if node.slot:
@@ -297,12 +300,12 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         engine = self.llm.engine
-        self._dispatch, self._read = engine._dispatch, engine._read
-        engine._dispatch, engine._read = self.dispatch, self.read
+        self._dispatch, self._read = engine.runner.dispatch, engine.runner.read
+        engine.runner.dispatch, engine.runner.read = self.dispatch, self.read
         return self
 
     def __exit__(self, *_) -> None:
-        del self.llm.engine._dispatch, self.llm.engine._read
+        del self.llm.engine.runner.dispatch, self.llm.engine.runner.read
 
     def dispatch(self, plan):
         size, most = self.llm.config.block_size, self.llm.config.num_speculative_tokens

@@ -54,7 +54,9 @@ def make_scheduler(*, seqs=3, tokens=128, blocks=40, rows=1, checkpoints=4, bloc
     return Scheduler(config, Allocator(seqs + checkpoints, blocks, rows, seqs))
 
 
-def make_request(prompt, *, name="r", priority=0, deadline=None, turn_start=0, **params) -> Request:
+def make_request(
+    prompt, *, name="r", priority=0, deadline=None, turn_start=0, system_end=0, longest=MAX_MODEL_LEN, **params
+) -> Request:
     """A request for token ids, or for that many tokens that no other length begins with."""
     if isinstance(prompt, int):
         prompt = [(prompt * 31 + i * i) % 26 for i in range(prompt)]
@@ -63,14 +65,20 @@ def make_request(prompt, *, name="r", priority=0, deadline=None, turn_start=0, *
         request_id=name,
         prompt_token_ids=list(prompt),
         params=params,
-        max_length=min(len(prompt) + params.max_tokens, MAX_MODEL_LEN),
+        max_length=min(len(prompt) + params.max_tokens, longest),
         stop_token_ids=(*(() if params.ignore_eos else (EOS,)), *params.stop_token_ids),
         seed=0,
         detokenizer=Detokenizer(LETTERS, params),
         priority=priority,
         deadline=deadline,
         turn_start=turn_start,
+        system_end=system_end,
     )
+
+
+def distinct(which: int, count: int) -> list[int]:
+    """So many tokens that begin like those of no other number below 26."""
+    return [which, *(next_token(hash((which, i))) for i in range(count - 1))]
 
 
 def chains(tokens) -> list[int]:
@@ -334,11 +342,13 @@ class Loop:
         return plan
 
     def fail(self) -> None:
-        """A plan whose dispatch raises: what was in flight is never read."""
+        """A plan whose dispatch raises: what was in flight is never read, and everything starts over."""
         self.now += 1
         self.scheduler.plan(in_flight=bool(self.in_flight), now=self.now)
         self.in_flight.clear()
-        self.scheduler.reset()
+        seen, self.device = self.device.seen, Paper(self.scheduler.config)
+        self.device.seen = seen
+        self.scheduler.start_over()
 
     def harvest(self) -> None:
         plan, prefill, decode = self.in_flight.popleft()

@@ -56,6 +56,29 @@ def test_streamed_text_equals_full_decode(tokenizer, text, cuts):
     assert "\ufffd" not in detokenizer.text
     assert not any("\ufffd" in piece for piece in pieces)
     assert detokenizer.num_tokens_kept == len(ids)
+    assert detokenizer.num_characters == len(detokenizer.text)
+
+
+@settings(derandomize=True, deadline=None)
+@given(text=TEXTS, cuts=CUTS, start=st.integers(0, 50), reads=st.integers(1, 5))
+def test_text_since_a_character_is_the_rest_of_the_text(tokenizer, text, cuts, start, reads):
+    """Whether the whole text was asked for in between or not."""
+    detokenizer, shown = Detokenizer(tokenizer, SamplingParams()), ""
+    for number, run in enumerate(chunked(tokenizer.encode(text), cuts)):
+        detokenizer.append(run)
+        shown += detokenizer.text_since(len(shown))
+        if number % reads == 0:
+            assert detokenizer.text == shown
+    detokenizer.finish()
+    shown += detokenizer.text_since(len(shown))
+    assert shown == detokenizer.text
+    assert detokenizer.text_since(start) == shown[start:]
+    assert detokenizer.text_since(detokenizer.num_characters) == ""
+
+
+def test_text_since_a_negative_character_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="start must be at least 0, got -1"):
+        Detokenizer(tokenizer, SamplingParams()).text_since(-1)
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)

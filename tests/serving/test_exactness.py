@@ -160,8 +160,8 @@ def test_reused_slot_remembers_nothing(mixed, alone):
 
 def test_request_ignores_poisoned_pools(mixed, alone):
     """NaN in every float and garbage in every integer of every slot, block and row that nobody holds, null ones too."""
-    clean = mixed.engine.state
-    mixed.engine.state = poison(clean)
+    clean = mixed.engine.runner.state
+    mixed.engine.runner.state = poison(clean)
     neighbours = [queue(mixed, prompt_of(seed, 20)) for seed in (1, 2)]
     for _ in range(3):
         mixed.engine.step()
@@ -169,7 +169,7 @@ def test_request_ignores_poisoned_pools(mixed, alone):
     assert all(np.isfinite(table(neighbour.output_logprobs)).all() for neighbour in neighbours)
     assert_bit_equal(found, alone)
     # Later baselines are taken from a clean engine.
-    mixed.engine.state = jax.tree.map(jnp.nan_to_num, mixed.engine.state)
+    mixed.engine.runner.state = jax.tree.map(jnp.nan_to_num, mixed.engine.runner.state)
 
 
 def poison(state):
@@ -327,7 +327,7 @@ def tiny_engine():
     )
     params = llm.params
     yield llm
-    llm.engine.params = params
+    llm.engine.runner.params = params
     llm.close()
 
 
@@ -359,7 +359,7 @@ def test_embedded_model_is_within_the_float64_bound_whatever_its_head_drafts(tin
     trained = load_model(dtype="float32", mtp=True)[1]
     params = with_noise(trained, noise)
     llm.reset_prefix_cache()
-    llm.engine.params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, llm.params))
+    llm.engine.runner.params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, llm.params))
     exact, tally = Exact(llm.model.config, params), Tally()
     for seed in range(2):
         tally.add(llm, exact, interleave(llm, seed, functools.partial(tiny_arrivals, llm=llm)))
@@ -477,7 +477,7 @@ def test_float64_bound_sees_nothing_without_a_fault(mixed):
 
 def test_float64_bound_sees_a_missing_reset(mixed, monkeypatch):
     solo(mixed, prompt_of(5, 65))
-    monkeypatch.setattr(mixed.engine, "steps", mixed.engine.steps)
+    monkeypatch.setattr(mixed.engine.runner, "steps", mixed.engine.runner.steps)
     faults.missing_reset(mixed.engine)
     assert error_of(solo(mixed, prompt_of(0, 65))).logprob > 100 * LOGPROB_BOUND
 
@@ -487,7 +487,7 @@ def test_float64_bound_sees_the_fault_of_a_fork_in_its_states(cached, monkeypatc
     """And when the text breaks is reported: often later, or never."""
     expected = go_on_from_decode(cached).tokens
     cached.reset_prefix_cache()
-    monkeypatch.setattr(cached.engine, "steps", cached.engine.steps)
+    monkeypatch.setattr(cached.engine.runner, "steps", cached.engine.runner.steps)
     fault(cached.engine)
     run = go_on_from_decode(cached)
     cached.reset_prefix_cache()
@@ -501,9 +501,9 @@ def test_float64_bound_sees_the_fault_of_a_fork_in_its_states(cached, monkeypatc
 @pytest.mark.parametrize("fault", faults.CHECKPOINTS, ids=lambda fault: fault.__name__)
 def test_float64_bound_sees_the_fault_of_a_checkpoint(cached, monkeypatch, fault):
     """Written by a prefill step at 128, and by a decode step at 64."""
-    monkeypatch.setattr(cached.engine, "steps", cached.engine.steps)
+    monkeypatch.setattr(cached.engine.runner, "steps", cached.engine.runner.steps)
     fault(cached.engine)
-    faults._replace(cached.engine, "gdn", layout=jnp.zeros_like(cached.engine.state.gdn.layout))
+    faults._replace(cached.engine, "gdn", layout=jnp.zeros_like(cached.engine.runner.state.gdn.layout))
     if fault is faults.checkpoint_one_chunk_early:
         solo(cached, prompt_of(0, 129))
         run = solo(cached, prompt_of(0, 129))
@@ -520,8 +520,8 @@ def test_float64_bound_sees_the_fault_of_speculation(monkeypatch, fault):
     """In the log-probabilities, in the head's keys, or in a checkpoint. Wrong drafts alone do no harm."""
     llm, tally = caching_engine("mixed, 4 drafts"), Tally()
     llm.reset_prefix_cache()
-    monkeypatch.setattr(llm.engine, "steps", llm.engine.steps)
-    faults._replace(llm.engine, "gdn", layout=jnp.zeros_like(llm.engine.state.gdn.layout))
+    monkeypatch.setattr(llm.engine.runner, "steps", llm.engine.runner.steps)
+    faults._replace(llm.engine, "gdn", layout=jnp.zeros_like(llm.engine.runner.state.gdn.layout))
     befalls = fault is not None and len(inspect.signature(fault).parameters) > 1
     if fault is not None and not befalls:
         fault(llm.engine)

@@ -314,9 +314,8 @@ def fresh_if_failed(llm: LLM) -> None:
     """Ends what a failed example has left, so that shrinking starts from an idle engine."""
     if llm.engine.has_work:
         harvest_all(llm)
-        llm.engine.scheduler.reset()
-        for request in list(llm.engine.scheduler.waiting):
-            llm.engine.abort(request)
+        llm.engine.abort(*llm.engine.scheduler.unfinished)
+        llm.reset_prefix_cache()
 
 
 MOST_ROUNDS = 4

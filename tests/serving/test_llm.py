@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,18 @@ import safetensors.numpy
 from gdnjax import LLM, EngineConfig, RequestOutput, SamplingParams, StreamOutput, full_logits
 from gdnjax.serving import llm as llm_module
 from gdnjax.serving import metrics as metrics_module
+from gdnjax.serving.detokenizer import Detokenizer
+from gdnjax.serving.scheduler import NOTHING_ALLOWED
 from tests.make_tokenizer import write_tokenizer
 from tests.models.test_parity import GOLDENS
 
 VOCAB, EOS = 307, 305
+IM_END = 2
+"""The tokenizer's own EOS, which the files beside it do not name."""
+
+SEVEN = 25
+"""The token of "7" in the tokenizer of these tests."""
+
 MAX_MODEL_LEN = 192
 
 OPTIONS = {
@@ -172,12 +181,15 @@ def test_chat_is_generate_through_the_template(llm):
     (output,) = llm.chat(messages, GREEDY, use_tqdm=False)
     assert output.prompt_token_ids == expected.prompt_token_ids
     assert tokens_of(output) == tokens_of(expected)
+    assert output.prompt == prompt
     both = llm.chat([messages, messages[1:]], GREEDY, use_tqdm=False)
     assert [tokens_of(o) for o in both] == [tokens_of(o) for o in (output, *llm.chat(messages[1:], GREEDY, False))]
     (thinking,) = llm.chat(messages, GREEDY, False, add_generation_prompt=False)
     assert len(thinking.prompt_token_ids) < len(output.prompt_token_ids)
     (off,) = llm.chat(messages, GREEDY, False, enable_thinking=False)
     assert llm.tokenizer.decode(off.prompt_token_ids).endswith("<think>\n\n</think>\n\n")
+    (same,) = llm.chat(messages, GREEDY, False, chat_template_kwargs={"enable_thinking": False})
+    assert same.prompt_token_ids == off.prompt_token_ids
 
 
 def test_tokenizer_is_the_checkpoints(llm):
@@ -335,7 +347,7 @@ def test_stop_token_ends_with_its_id(llm):
 WANTS_EOS = {EOS: 1000.0}
 
 
-@pytest.mark.parametrize("eos", [EOS, 302])
+@pytest.mark.parametrize("eos", [EOS, 302, IM_END])
 def test_every_eos_of_the_checkpoint_ends_without_a_reason(llm, eos):
     (completion,) = text_of(llm, ignore_eos=False, logit_bias={eos: 1000.0}).outputs
     assert completion.token_ids == (eos,)
@@ -365,6 +377,16 @@ def test_allowed_ids_and_bad_words_bind_every_token(llm):
     (completion,) = text_of(llm, bad_words=[word]).outputs
     single = llm.tokenizer.bad_word_sequences([word])
     assert all(sequence[0] not in completion.token_ids for sequence in single if len(sequence) == 1)
+
+
+def test_output_ends_where_masks_leave_no_token(llm):
+    """7 may be drawn, and not once more behind itself: nothing that is forbidden takes its place."""
+    sequences = llm.tokenizer.bad_word_sequences(["77"])
+    assert [SEVEN, SEVEN] in sequences
+    (output,) = run(llm, TEXT, SamplingParams(allowed_token_ids=[SEVEN], bad_words=["77"], max_tokens=5, logprobs=1))
+    (completion,) = output.outputs
+    assert (completion.token_ids, completion.text, len(completion.logprobs)) == ((SEVEN,), "7", 1)
+    assert (completion.finish_reason, completion.stop_reason) == ("error", NOTHING_ALLOWED)
 
 
 def test_presence_penalty_forbids_repeats_where_it_outweighs_the_logits(llm):
@@ -481,6 +503,8 @@ BAD_PROMPTS = [
     (TEXT, SamplingParams(stop_token_ids=list(range(16))), "prompt 1: EOS and .* together are 18 ids; allowed: 16"),
     (TEXT, SamplingParams(allowed_token_ids=[9], logit_bias={9: -math.inf}), "prompt 1: .* leaves no token to draw"),
     (TEXT, SamplingParams(allowed_token_ids=[9], stop_token_ids=[9], min_tokens=1), "prompt 1: .* leaves no token"),
+    (TEXT, SamplingParams(allowed_token_ids=[SEVEN], bad_words=["7"]), "prompt 1: .* leaves no token to draw"),
+    (TEXT, SamplingParams(logit_bias=dict.fromkeys(range(VOCAB), -1e300)), "prompt 1: .* forbid all 307 tokens"),
     (TEXT, SamplingParams(bad_words=["x" * 100]), "prompt 1: bad word 'xxx.*allowed: 1 to 8"),
 ]  # fmt: skip
 
@@ -549,6 +573,33 @@ def test_image_in_a_chat_is_refused_and_never_dropped(llm, kind):
         llm.chat([good, bad], GREEDY, use_tqdm=False)
     assert llm.stats()["num_requests"] == before
     assert len(llm.chat([good], GREEDY, use_tqdm=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_thnking": False}, "neither the chat template nor chat knows 'enable_thnking'"),
+        ({"chat_template_kwargs": {"tools": []}}, "neither the chat template nor chat knows 'tools'"),
+        ({"chat_template_kwargs": {"enable_thinking": 1}, "enable_thinking": 2}, "enable_thinking stands in chat_temp"),
+        ({"chat_template_kwargs": {"add_generation_prompt": 1}}, "may not have add_generation_prompt"),
+        ({"chat_template_kwargs": "thinking"}, "chat_template_kwargs must be a dictionary, got 'thinking'"),
+        ({"tokenize": False}, "may not have tokenize"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("without_type_checks")
+def test_bad_option_of_a_chat_is_named(llm, options, message):
+    with pytest.raises(ValueError, match=message):
+        llm.chat([{"role": "user", "content": "Hello"}], GREEDY, use_tqdm=False, **options)
+
+
+def test_bad_conversation_is_named_by_its_index(llm):
+    good, bad = [{"role": "user", "content": "Hello"}], [{"role": "user", "content": 5}]
+    with pytest.raises(ValueError, match=r"conversation 1: messages\[0\]\['content'\] must be a string"):
+        llm.chat([good, bad], GREEDY, use_tqdm=False)
+    failing = {"chat_template": "{{ raise_exception('no') if messages[0].content == 'Hello' }}x"}
+    with pytest.raises(ValueError, match=r"conversation 1: the chat template fails at messages\[0\]: no"):
+        llm.chat([[{"role": "user", "content": "Hi"}], good], GREEDY, use_tqdm=False, **failing)
 
 
 @pytest.mark.parametrize(
@@ -652,6 +703,26 @@ BREAKS = {
         lambda d: (d / "tokenizer.json").write_text("{}"),
         ValueError,
         "the tokenizer cannot be read",
+    ),
+    "EOS outside the vocabulary": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [5, 999999]}'),
+        ValueError,
+        r"generation_config\.json: eos_token_id: 999999 is outside the vocabulary; allowed: 0 to 306",
+    ),
+    "EOS of config.json outside the vocabulary": (
+        lambda d: edit_config(d, lambda raw: raw["text_config"].update(eos_token_id=307)),
+        ValueError,
+        r"config\.json: eos_token_id must be of ids from 0 to 306",
+    ),
+    "too many EOS": (
+        lambda d: (d / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(30))})),
+        ValueError,
+        r"31 ids end a sequence, of .*generation_config\.json: eos_token_id \(30\), .*config\.json.* \(1\), the tok",
+    ),
+    "another head": (
+        lambda d: edit_config(d, lambda raw: raw.update(tie_word_embeddings=True)),
+        ValueError,
+        "lm_head.weight differs from model.language_model.embed_tokens.weight, and tie_word_embeddings=true",
     ),
     "damaged defaults": (
         lambda d: (d / "generation_config.json").write_text('{"top_p": 7}'),
@@ -824,6 +895,16 @@ def test_next_turn_of_a_chat_goes_on_from_the_last(llm):
     assert second.num_cached_tokens == common // 16 * 16 > 0
 
 
+def test_second_chat_goes_on_from_the_end_of_the_system_prompt(llm):
+    llm.reset_prefix_cache()
+    system = {"role": "system", "content": "The state forgets. " * 4}
+    chats = [[system, {"role": "user", "content": question}] for question in ("How?", "When?", "0 or 1?")]
+    outputs = [llm.chat(chat, GREEDY, use_tqdm=False, add_generation_prompt=i < 2)[0] for i, chat in enumerate(chats)]
+    common = llm_module._common_length(outputs[0].prompt_token_ids, outputs[1].prompt_token_ids)
+    assert [output.num_cached_tokens for output in outputs] == [0, *[common // 16 * 16] * 2]
+    assert common // 16 * 16 > 32
+
+
 # Order, deadlines, and loops of one's own.
 
 
@@ -879,7 +960,7 @@ def test_bad_priority_or_timeout_queues_nothing(llm, given, message):
 
 
 def test_interrupted_wait_for_the_device_loses_no_tokens_of_others(llm, monkeypatch):
-    read, calls = llm.engine._read, []
+    read, calls = llm.engine.runner.read, []
     other = llm.submit(ids(20), GREEDY)
 
     def interrupted(turn):
@@ -888,7 +969,7 @@ def test_interrupted_wait_for_the_device_loses_no_tokens_of_others(llm, monkeypa
             raise KeyboardInterrupt
         return read(turn)
 
-    monkeypatch.setattr(llm.engine, "_read", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(llm, [ids(10)])
     while llm.step():
@@ -915,22 +996,127 @@ def test_interrupted_call_leaves_nothing_behind(llm, monkeypatch):
     assert tokens_of(run(llm, TEXT)[0]) == tokens_of(expected)
 
 
-def test_failed_dispatch_keeps_nobody_waiting(llm, monkeypatch):
-    """A request beside the one whose call fails ends as aborted, and the engine serves the next."""
+def test_failed_dispatch_costs_nobody_else_anything(llm, monkeypatch):
+    """The call that fails raises; a stream beside it goes on, and the engine serves the next."""
     (expected,) = run(llm, TEXT)
     stream = llm.stream(TEXT, GREEDY)
-    next(stream)
+    pieces = [next(stream)]
 
     def broken(plan):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(llm.engine, "_dispatch", broken)
+    monkeypatch.setattr(llm.engine.runner, "dispatch", broken)
     with pytest.raises(RuntimeError, match="out of order"):
         run(llm, TEXT)
     monkeypatch.undo()
-    assert [piece.finish_reason for piece in stream][-1] == "abort"
+    pieces += stream
+    assert "".join(map(str, pieces)) == expected.outputs[0].text
+    assert tokens_of(pieces[-1].output) == tokens_of(expected)
     assert (llm.stats()["num_running"], llm.stats()["num_waiting"]) == (0, 0)
     assert tokens_of(run(llm, TEXT)[0]) == tokens_of(expected)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("RESOURCE_EXHAUSTED")], ids=str)
+def test_error_after_the_pools_were_donated_leaves_an_engine_that_works(llm, monkeypatch, error):
+    """A step has taken the pools and returned others, and nobody has got them."""
+    (expected,) = run(llm, TEXT)
+    beside = llm.submit(ids(20), GREEDY)
+    whole, calls = llm.engine.runner._run, []
+
+    def cut_off(call):
+        result = whole(call)
+        calls.append(None)
+        if len(calls) == 4:
+            raise error
+        return result
+
+    monkeypatch.setattr(llm.engine.runner, "_run", cut_off)
+    with pytest.raises(type(error)):
+        run(llm, TEXT)
+    assert not llm.engine.runner.state.kv.k.is_deleted()
+    while llm.step():
+        pass
+    assert tokens_of(run(llm, TEXT)[0]) == tokens_of(expected)
+    assert tokens_of(beside.output()) == tokens_of(run(llm, [ids(20)])[0])
+    assert llm.reset_prefix_cache()
+
+
+def test_failure_that_shows_when_tokens_are_read_is_told_once(llm, monkeypatch):
+    """What has failed on the device is not read again, and what it had computed is computed anew."""
+    read, calls = llm.engine.runner.read, []
+    beside = llm.submit(ids(20), GREEDY)
+
+    def failed(turn):
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("the device has failed")
+        return read(turn)
+
+    monkeypatch.setattr(llm.engine.runner, "read", failed)
+    with pytest.raises(RuntimeError, match="the device has failed"):
+        run(llm, TEXT)
+    while llm.step():
+        pass
+    assert tokens_of(beside.output()) == tokens_of(run(llm, [ids(20)])[0])
+
+
+def test_interrupt_while_requests_are_queued_is_an_interrupt(llm, monkeypatch):
+    add, calls = llm.engine.scheduler.add, []
+
+    def interrupted(request):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        add(request)
+
+    monkeypatch.setattr(llm.engine.scheduler, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, [ids(10), ids(11), ids(12)])
+    monkeypatch.undo()
+    assert not llm.engine.has_work
+    assert len(run(llm, [ids(10)])) == 1
+
+
+def test_tokenizer_that_fails_for_one_request_ends_that_request_alone(llm, monkeypatch):
+    prompts, expected = [ids(20), ids(30)], run(llm, [ids(20), ids(30)])
+    append = Detokenizer.append
+    doomed = llm.submit(prompts[0], GREEDY)
+    beside = llm.submit(prompts[1], GREEDY)
+
+    def fails(detokenizer, token_ids):
+        if detokenizer is doomed.requests[0].detokenizer and doomed.requests[0].num_committed >= 3:
+            raise UnicodeError("no such letter")
+        return append(detokenizer, token_ids)
+
+    monkeypatch.setattr(Detokenizer, "append", fails)
+    told = []
+    while llm.engine.has_work:
+        told += [request for request in llm.engine.step() if request.finished]
+    (failed,) = doomed.output().outputs
+    assert (failed.finish_reason, failed.stop_reason) == ("error", "UnicodeError: no such letter")
+    assert tokens_of(beside.output()) == tokens_of(expected[1])
+    assert {*told} == {*doomed.requests, *beside.requests}
+
+
+def test_threads_may_share_an_engine(llm):
+    """Their requests run in the same turns, and each gets its own answers."""
+    prompts = [[ids(10 + 7 * caller + call) for call in range(3)] for caller in range(4)]
+    expected = [[tokens_of(run(llm, [prompt])[0]) for prompt in own] for own in prompts]
+
+    def call(own):
+        return [tokens_of(run(llm, [prompt])[0]) for prompt in own]
+
+    with ThreadPoolExecutor(4) as callers:
+        found = list(callers.map(call, prompts))
+    assert found == expected
+
+
+def test_what_ended_by_a_deadline_or_an_abort_is_told(llm):
+    late, aborted = llm.submit(ids(20), GREEDY, timeout=1e-9), llm.submit(ids(21), GREEDY)
+    llm.abort(aborted)
+    assert {*llm.engine.step()} >= {*late.requests, *aborted.requests}
+    assert late.output().outputs[0].stop_reason == "timeout"
+    assert llm.engine.step() == []
 
 
 def test_failed_call_changes_no_later_seed(llm):
@@ -954,6 +1140,18 @@ def test_closed_engine_refuses_every_call(directory):
         with pytest.raises(RuntimeError, match="this LLM is closed"):
             call()
     assert closed.stats()["num_requests"] == 0
+
+
+def test_close_ends_what_was_submitted(directory):
+    closed = LLM(directory, use_tqdm=False, **OPTIONS)
+    submission = closed.submit(TEXT, GREEDY)
+    closed.step()
+    closed.close()
+    assert submission.finished
+    assert submission.output().outputs[0].finish_reason == "abort"
+    with pytest.raises(RuntimeError, match="this LLM is closed"):
+        closed.step()
+    closed.abort(submission)
 
 
 def test_stream_of_a_closed_engine_ends_with_an_error(directory):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from gdnjax.config import CHUNK
+from gdnjax.config import CHUNK, EngineConfig
 from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
 from gdnjax.serving import packing
 from gdnjax.serving.detokenizer import Detokenizer
@@ -38,6 +38,27 @@ def test_smallest_bucket_that_holds_is_chosen(size, bucket):
 def test_size_past_the_buckets_is_an_error():
     with pytest.raises(ValueError, match=r"21 exceeds the largest compiled bucket; compiled: \(1, 8, 20\)"):
         packing.bucket_for(21, (1, 8, 20))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bucket"),
+    [([10], 64), ([64], 64), ([65], 256), ([5] * 9, 64), ([5] * 10, 256), ([5] * 13, 1024), ([20] * 12, 256)],
+)
+def test_prefill_bucket_has_a_row_for_every_piece(lengths, bucket):
+    config = EngineConfig(max_num_seqs=64)
+    pieces = [Piece(make_request(n, slot=i + 1), 0, n, True, i + 1) for i, n in enumerate(lengths)]
+    assert packing.prefill_bucket(pieces, config.prefill_buckets, config.prefill_rows_of) == bucket
+    rows = config.prefill_rows_of(bucket)
+    batch = packing.pack_prefill(pieces, tokens=bucket, rows=rows, table_width=1)
+    assert batch.length.tolist() == lengths + [0] * (rows - len(lengths))
+
+
+def test_prefill_bucket_has_room_for_every_chunk():
+    """Cut at a checkpoint, each of these has two."""
+    config = EngineConfig(max_num_seqs=64)
+    pieces = [Piece(make_request(6, slot=i), 0, 6, True, i, ((4, 20 + i),)) for i in range(1, 7)]
+    assert packing.prefill_bucket(pieces[:5], config.prefill_buckets, config.prefill_rows_of) == 64
+    assert packing.prefill_bucket(pieces, config.prefill_buckets, config.prefill_rows_of) == 256
 
 
 PIECES = st.lists(

@@ -351,6 +351,46 @@ def test_room_that_cannot_be_made_evicts_nothing(rig):
     assert rig.cache.num_blocks == 6
 
 
+def test_room_that_cannot_be_made_beside_a_held_state_evicts_nothing(rig):
+    """The tail of a fork stays until it is copied, so it does not count as room."""
+    rig.insert([90, *A[1:8]])
+    node = rig.insert(A[:12])
+    rig.keep_tail(node, A[12:14])
+    rig.cache.begin_turn()
+    match = rig.match(A)
+    assert rig.cache.hold(match.slot)
+    free = rig.allocator.blocks.num_free
+    assert rig.cache.num_evictable_blocks == 2
+    assert not rig.cache.make_room(free + 3)
+    assert rig.cache.num_blocks == 6
+    assert rig.cache.make_room(free + 2)
+    rig.cache.begin_turn()
+    assert rig.cache.make_room(free + 6)
+    assert rig.cache.num_blocks == rig.cache.num_states == 0
+
+
+def test_second_state_that_this_turn_writes_is_free_in_the_next(rig):
+    node = rig.insert(A, state=True)
+    rig.cache.begin_turn()
+    (slot,) = rig.allocator.slots.take(1)
+    rig.cache.hold(slot)
+    free = rig.allocator.slots.num_free
+    rig.cache.keep_state(node, slot)
+    assert (node.slot == slot, rig.allocator.slots.num_free) == (False, free)
+    rig.check()
+    rig.cache.begin_turn()
+    assert rig.allocator.slots.num_free == free + 1
+
+
+def test_blocks_on_several_ways_are_counted_once(rig):
+    first, second = rig.insert(A), rig.insert(B)
+    match = rig.match([*A[:20], 99])
+    assert rig.cache.num_blocks_before([], match) == 5
+    assert rig.cache.num_blocks_before([second], match) == 3 + 3 + 2
+    assert rig.cache.num_blocks_before([first, second, first], match) == 3 + 3 + 3
+    assert rig.cache.num_blocks_before([second], rig.match([99])) == 6
+
+
 def test_reset_forgets_all_and_leaves_running_requests_their_blocks(rig):
     rig.insert(A, state=True)
     rig.insert([90, *A], state=True)

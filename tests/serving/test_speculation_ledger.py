@@ -3,11 +3,13 @@
 import dataclasses
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax import LLM, SamplingParams
+from gdnjax import LLM, EngineConfig, SamplingParams, step
+from gdnjax.serving.scheduler import NOTHING_ALLOWED
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.state import LAYOUT_KV
 from tests import faults
@@ -18,6 +20,7 @@ from tests.serving.ledgers import (
     DRAWN,
     GEOMETRIES,
     INVARIANT,
+    KV,
     KV_DRAFTS,
     LARGE_BLOCKS,
     MAX_MODEL_LEN,
@@ -113,6 +116,46 @@ def test_max_tokens_ends_a_request_within_a_run_of_drafts(llm, max_tokens):
     check_cache(llm)
 
 
+def test_no_query_comes_to_the_end_of_the_context(monkeypatch):
+    """Where the context is as long as the block table, there is nothing behind it to read keys from. Only what may be
+    verified is drafted: nothing by a request that ends in that step.
+    """
+    made, positions, drafting = step.decode_context, [], []
+
+    def seen(position, length):
+        positions.append(int(position.max()))
+        # Behind the last token there is: what is fed is a draft.
+        drafting.extend((int(length[row]), int(position[row, 0])) for row in np.flatnonzero(position[:, 0] > length))
+
+    def recorded(pools, slot, first, valid):
+        context = made(pools, slot, first, valid)
+        jax.debug.callback(seen, context.tiles.position, pools.slots.length[slot])
+        return context
+
+    monkeypatch.setattr(step, "decode_context", recorded)
+    model, end = LedgerModel(mtp=True), 64
+    config = EngineConfig(
+        max_num_seqs=2, max_num_batched_tokens=64, prefill_buckets=(64,), decode_buckets=(2,), block_size=16,
+        num_kv_blocks=10, enable_prefix_caching=False, num_speculative_tokens=3, warmup=False, compilation_cache_dir="",
+    )  # fmt: skip
+    with LLM.from_model(model, model.params(), config, max_model_len=end) as llm:
+        for seed in range(3):
+            with Watch(llm) as watch:
+                (request,) = queue(llm, prompt_of(seed, 50 + seed), greedy(14 - seed))
+                (short,) = queue(llm, prompt_of(seed, 9), greedy(1))
+                drain(llm)
+            assert request.num_tokens == end
+            assert steps_of(watch, request) == pattern_of(llm, request)
+            check_greedy(llm, short)
+    jax.effects_barrier()
+    # The head gets the last token, too, for its key; behind that there is nothing. The last draft that is fed is the
+    # one before the last that is verified.
+    assert max(positions) == end - 1
+    assert max(position for _, position in drafting) == end - 3
+    # The one token of these is their last.
+    assert not {length for length, _ in drafting} & {9, end - 1}
+
+
 def _accepted_run(model: Oracle, num_drafts: int, length: int = 3) -> tuple[tuple[int, ...], list[int], int]:
     """A prompt, its greedy output, and the place where a step begins that emits `length` tokens or more, the second of
     which stands nowhere before.
@@ -144,6 +187,30 @@ def test_stop_token_among_accepted_drafts_ends_the_request_there(llm):
     assert again.num_cached_tokens == len(prompt) + place + 1
 
 
+@pytest.mark.parametrize("name", [KV, KV_DRAFTS])
+def test_request_whose_masks_leave_no_token_ends_there(name):
+    """In the middle of a run of drafts. Nothing that was forbidden comes out, and what is cached is right."""
+    llm = fresh(name)
+    prompt, tokens, place = next(
+        (prompt, tokens, place)
+        for prompt in (prompt_of(seed, 65) for seed in range(100))
+        for tokens in [oracle_of(llm).solo_run(prompt, 9)]
+        for place in range(3, 8)
+        if tokens[place] not in tokens[:place]
+    )
+    (request,) = queue(llm, prompt, greedy(40, allowed_token_ids=tokens[: place + 1]))
+    # The first of them as bad words of the tokenizer would be; these models have no texts.
+    request.bad_words = [[tokens[place], token] for token in set(tokens[: place + 1])]
+    (neighbour,) = queue(llm, prompt_of(1, 20), greedy(12, logit_bias={0: 0.0}))
+    drain(llm)
+    assert request.output_token_ids == tokens[: place + 1]
+    assert (request.finish_reason, request.stop_reason) == ("error", NOTHING_ALLOWED)
+    check_greedy(llm, neighbour)
+    check_cache(llm)
+    again = generate(llm, [*prompt, *tokens[: place + 1], *prompt_of(1, 5)], 5)
+    assert again.num_cached_tokens == len(prompt) + place + 1
+
+
 @pytest.fixture(scope="module")
 def speaking(tmp_path_factory) -> LLM:
     """Drafts, and text."""
@@ -157,7 +224,7 @@ def speaking(tmp_path_factory) -> LLM:
 
 def test_stop_string_among_accepted_drafts_drops_the_tokens_behind_it(speaking):
     """The host finds it when drafts behind it have been accepted, and another step is on its way."""
-    llm, model = speaking, Oracle(speaking.engine.model)
+    llm, model = speaking, Oracle(speaking.engine.runner.model)
     most = llm.config.num_speculative_tokens
     prompt, tokens, stop, end = greedy_run_with_stop(model, llm.get_tokenizer(), most)
     params = SamplingParams(temperature=0.0, max_tokens=len(tokens), stop=stop, logprobs=1)
@@ -297,7 +364,7 @@ def test_ledger_sees_a_stale_layout_bit_of_what_decode_sealed():
         first = start(llm, prompt_of(seed, 20 + seed), 6)
         drain(llm)
         generate(llm, prompt_of(99, 1), 1)
-        faults._replace(llm.engine, "gdn", layout=jnp.full_like(llm.engine.state.gdn.layout, LAYOUT_KV))
+        faults._replace(llm.engine, "gdn", layout=jnp.full_like(llm.engine.runner.state.gdn.layout, LAYOUT_KV))
         (second,) = queue(llm, [*first.tokens(0, first.num_tokens), *prompt_of(seed + 1, 9)], greedy(12))
         drain(llm)
         assert second.num_cached_tokens == first.num_tokens - 1
@@ -333,7 +400,7 @@ def _seen_of(llm: LLM, fault) -> tuple[list[int], int, bool]:
 def test_ledger_sees_the_fault_of_speculation(fault, monkeypatch):
     """Each by what it is named with: the tokens, the drafts that are kept, or what the cache was given."""
     llm = fresh(MIXED_DRAFTS)
-    monkeypatch.setattr(llm.engine, "steps", llm.engine.steps)
+    monkeypatch.setattr(llm.engine.runner, "steps", llm.engine.runner.steps)
     tokens, wrong, cache = _seen_of(llm, fault)
     expected = oracle_of(llm).solo_run(prompt_of(3, 65), 40)
     seen = "tokens" if tokens != expected else "drafts" if wrong else "cache" if cache else "nothing"
@@ -356,7 +423,7 @@ def test_ledger_sees_nothing_without_a_fault_of_speculation():
 def test_fault_of_the_head_changes_no_token(fault, monkeypatch):
     """A fork goes on from it: its tokens are right, and its steps keep other drafts than they should."""
     llm = fresh(MIXED_DRAFTS)
-    monkeypatch.setattr(llm.engine, "steps", llm.engine.steps)
+    monkeypatch.setattr(llm.engine.runner, "steps", llm.engine.runner.steps)
     befalls = len(inspect.signature(fault).parameters) > 1
     if not befalls:
         fault(llm.engine)

@@ -4,6 +4,7 @@
 
 `conv [L, s, w, x]` is consumed (donate it); windows hold raw inputs, oldest first. With speculation a slot has P rows
 more, behind the window: the raw inputs of the tokens that the last step verified, of which the first are pending.
+Rows that write to the null slot are padding: kernels give zeros for them, and store nothing.
 """
 
 from gdnjax.backend import REFERENCE, Backend

@@ -1,7 +1,7 @@
 """The convolution in three kernels: packed rows, the windows behind them, and the rows of a decode step.
 
 Bytes: every input once in and once out, 40 kB a token at 10,240 channels in bfloat16, so the ceiling is that of a copy.
-Taps read their neighbours' rows, which the cache holds.
+Taps read their neighbours' rows, which the cache holds. Who writes to the null slot has neither loads nor a window.
 """
 
 import jax
@@ -200,28 +200,38 @@ def _update_kernel(program, layer_ref, read_ref, write_ref, *refs, columns, pend
     def put(i, value):
         plgpu.store(out_ref.at[layer, target, i, channel], value, mask=mask)
 
-    weights = [
-        plgpu.load(weight_ref.at[channel, tap], mask=mask, other=other).astype(jnp.float32) for tap in range(taps)
-    ]
+    def nothing():
+        # Of padding, and of a request that has ended: zeros are finite, whatever is computed of them.
+        for i in range(pending + new):
+            plgpu.store(y_ref.at[row, i, channel], jnp.zeros((columns,), y_ref.dtype), mask=mask)
 
-    def emit(i, inputs):
-        total = _convolve(inputs, weights)
-        plgpu.store(y_ref.at[row, i, channel], (total * sigmoid(total)).astype(y_ref.dtype), mask=mask)
+    def run():
+        weights = [
+            plgpu.load(weight_ref.at[channel, tap], mask=mask, other=other).astype(jnp.float32) for tap in range(taps)
+        ]
 
-    # Everything is read before anything is written, since both may be one slot.
-    if count_ref is not None:
-        inputs = [stored(i) for i in range(width + pending)]
-        done = bounded(count_ref[row], pending + 1)
-        window = [stored(done + i) for i in range(width)]
-    else:
-        inputs = []
-        window = [stored(i) for i in range(width)]
-    tokens = [plgpu.load(x_ref.at[row, i, channel], mask=mask, other=other).astype(conv_ref.dtype) for i in range(new)]
-    for i in range(pending):
-        emit(i, inputs[i : i + taps])
-    both = [*window, *tokens]
-    for i in range(new):
-        emit(pending + i, both[i : i + taps])
-    # Without pending rows the token is part of the window at once; with them it takes their place behind it.
-    for i, value in enumerate(both if pending else both[new:]):
-        put(i, value)
+        def emit(i, inputs):
+            total = _convolve(inputs, weights)
+            plgpu.store(y_ref.at[row, i, channel], (total * sigmoid(total)).astype(y_ref.dtype), mask=mask)
+
+        # Everything is read before anything is written, since both may be one slot.
+        if count_ref is not None:
+            inputs = [stored(i) for i in range(width + pending)]
+            done = bounded(count_ref[row], pending + 1)
+            window = [stored(done + i) for i in range(width)]
+        else:
+            inputs = []
+            window = [stored(i) for i in range(width)]
+        tokens = [
+            plgpu.load(x_ref.at[row, i, channel], mask=mask, other=other).astype(conv_ref.dtype) for i in range(new)
+        ]
+        for i in range(pending):
+            emit(i, inputs[i : i + taps])
+        both = [*window, *tokens]
+        for i in range(new):
+            emit(pending + i, both[i : i + taps])
+        # Without pending rows the token is part of the window at once; with them it takes their place behind it.
+        for i, value in enumerate(both if pending else both[new:]):
+            put(i, value)
+
+    lax.cond(target > 0, run, nothing)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.pallas_kernels.rows import Chunks, Rows
 from gdnjax.shapes import Array
 
@@ -10,7 +11,7 @@ from gdnjax.shapes import Array
 def prefill(x: Array, weight: Array, conv: Array, layer: int, rows: Rows, chunks: Chunks) -> tuple[Array, Array]:
     taps = weight.shape[1]
     width = taps - 1
-    window = jnp.where(rows.fresh[:, None, None], 0, conv[layer, rows.read_slot, :width])
+    window = jnp.where(rows.fresh[:, None, None], 0, read_rows(conv, layer, rows.read_slot, slice(width)))
     total = jnp.zeros(x.shape, jnp.float32)
     for tap in range(taps):
         back = width - tap
@@ -21,11 +22,12 @@ def prefill(x: Array, weight: Array, conv: Array, layer: int, rows: Rows, chunks
             earlier = jnp.where(in_piece, earlier, from_window)
         total += earlier.astype(jnp.float32) * weight[:, tap].astype(jnp.float32)
     y = jnp.where(rows.token_valid[:, None], jax.nn.silu(total), 0).astype(x.dtype)
-    conv = conv.at[layer, rows.write_slot, :width].set(_last_inputs(x, window, rows.start, rows.length))
+    last = _last_inputs(x, window, rows.start, rows.length)
+    conv = write_rows(conv, layer, rows.write_slot, slice(width), rows=last)
     if chunks.checkpoint is not None:
         start = rows.start[chunks.row]
         kept = _last_inputs(x, window[chunks.row], start, chunks.end - start)
-        conv = conv.at[layer, chunks.checkpoint, :width].set(kept)
+        conv = write_rows(conv, layer, chunks.checkpoint, slice(width), rows=kept)
     return y, conv
 
 
@@ -41,14 +43,16 @@ def _last_inputs(x: Array, window: Array, start: Array, length: Array) -> Array:
 def decode(
     x: Array, weight: Array, conv: Array, layer: int, read_slot: Array, write_slot: Array
 ) -> tuple[Array, Array]:
-    inputs = jnp.concatenate([conv[layer, read_slot], x[:, None].astype(conv.dtype)], axis=1)
+    window = read_rows(conv, layer, read_slot)
+    inputs = jnp.concatenate([window, x[:, None].astype(window.dtype)], axis=1)
     total = jnp.sum(inputs.astype(jnp.float32) * weight.T.astype(jnp.float32), axis=1)
-    return jax.nn.silu(total).astype(x.dtype), conv.at[layer, write_slot].set(inputs[:, 1:])
+    return jax.nn.silu(total).astype(x.dtype), write_rows(conv, layer, write_slot, rows=inputs[:, 1:])
 
 
 def verify(x, weight, conv, layer: int, read_slot, write_slot, pending) -> tuple[Array, Array]:
     width = weight.shape[1] - 1
-    stored, new = conv[layer, read_slot], x.astype(conv.dtype)
+    stored = read_rows(conv, layer, read_slot)
+    new = x.astype(stored.dtype)
     # The new inputs stand behind the pending ones, of which every row has its own number.
     place = jnp.arange(stored.shape[1] + new.shape[1]) - (width + pending)[:, None]
     inputs = jnp.where(
@@ -59,14 +63,16 @@ def verify(x, weight, conv, layer: int, read_slot, write_slot, pending) -> tuple
     y = _convolve(inputs, weight, x.dtype)
     rows, tokens = stored.shape[1] - width, new.shape[1]
     y = jnp.concatenate([y[:, :rows], _rows_from(y, pending, tokens)], axis=1)
-    return y, conv.at[layer, write_slot, : width + tokens].set(_rows_from(inputs, pending, width + tokens))
+    kept = _rows_from(inputs, pending, width + tokens)
+    return y, write_rows(conv, layer, write_slot, slice(width + tokens), rows=kept)
 
 
 def fold(weight, conv, layer: int, read_slot, write_slot, count) -> tuple[Array, Array]:
     width = weight.shape[1] - 1
-    inputs = conv[layer, read_slot]
+    inputs = read_rows(conv, layer, read_slot)
     window = _rows_from(inputs, count, width)
-    return _convolve(inputs, weight, conv.dtype), conv.at[layer, write_slot, :width].set(window)
+    conv = write_rows(conv, layer, write_slot, slice(width), rows=window)
+    return _convolve(inputs, weight, inputs.dtype), conv
 
 
 def _convolve(inputs: Array, weight: Array, dtype) -> Array:

@@ -303,4 +303,5 @@ def _walk(
 
     begin = bounded(first_ref[row], start_ref.shape[0])
     state, *_ = lax.fori_loop(0, number_ref[row], one_chunk, (state, start_ref[begin], length_ref[begin]))
-    tile.store(out_ref, write_ref[row], state.T, write_vk)
+    # A padded row is fresh, has no chunks, and is not stored: it moves nothing.
+    tile.store(out_ref, write_ref[row], state.T, write_vk, when=write_ref[row] > 0)

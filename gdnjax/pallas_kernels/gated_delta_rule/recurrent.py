@@ -2,7 +2,8 @@
 
 A program holds a tile of one head's state, some value columns by all of K, in registers: it reads the tile once, walks
 over the request's rows, and writes the tile once. Bytes: each state once in and once out, and little else (at 48 heads
-of 128 x 128 in float32, 6.3 MB a request against 30 kB of inputs), so the ceiling is that of a copy.
+of 128 x 128 in float32, 6.3 MB a request against 30 kB of inputs), so the ceiling is that of a copy. A request that
+writes to the null slot is padding, or has ended: it costs its outputs' zeros.
 """
 
 import jax
@@ -95,63 +96,74 @@ def _kernel(
     # Eight threads side by side read 128 bytes.
     lanes = 128 // ssm_ref.dtype.itemsize
     tile = StateTile.of(layer_ref[0], head, block, columns=columns, key_dim=key_dim, value_dim=value_dim, lanes=lanes)
-    state = tile.load(ssm_ref, read_ref[row], bool(read_vk) if stored_ref is None else stored_ref[row] != 0)
-    if stored_ref is not None:
-        # Where the order changes in place, what one thread stores another may not have loaded yet. (The tile is a
-        # whole head then, so that no other program is in it.)
-        barrier(interpret)
 
-    key_start = head // ratio * key_dim
-    value_start = 2 * keys + head * value_dim
-    rate = jnp.exp(A_log_ref[head].astype(jnp.float32))
-    bias = dt_bias_ref[head].astype(jnp.float32)
+    def nothing():
+        # Zeros are finite, through norms, products and routers.
+        zeros = jnp.zeros((columns,), qkv_ref.dtype)
+        for j in range(new):
+            plgpu.store(outputs[0].at[row, j, head, tile.v], zeros, mask=tile.v_mask)
 
-    def load(j, channel, there, mask):
-        """Channels of a row, 0 where the row is not `there` (a scalar; None: it is)."""
-        if there is not None:
-            there = jnp.broadcast_to(there, channel.shape)
-            mask = there if mask is None else there & mask
-        return plgpu.load(qkv_ref.at[row, j, channel], mask=mask, other=None if mask is None else 0)
+    def run():
+        state = tile.load(ssm_ref, read_ref[row], bool(read_vk) if stored_ref is None else stored_ref[row] != 0)
+        if stored_ref is not None:
+            # Where the order changes in place, what one thread stores another may not have loaded yet. (The tile is a
+            # whole head then, so that no other program is in it.)
+            barrier(interpret)
 
-    # All rows are loaded before the first is used: one latency, not one a row.
-    pending = [] if count_ref is None else [j < count_ref[row] for j in range(rows - new)]
-    exists = [*pending, *[None] * new]
-    ks = [load(j, keys + key_start + tile.k, there, tile.k_mask) for j, there in enumerate(exists)]
-    vs = [load(j, value_start + tile.v, there, tile.v_mask) for j, there in enumerate(exists)]
-    qs = [load(j, key_start + tile.k, None, tile.k_mask) for j in range(rows - new, rows)]
+        key_start = head // ratio * key_dim
+        value_start = 2 * keys + head * value_dim
+        rate = jnp.exp(A_log_ref[head].astype(jnp.float32))
+        bias = dt_bias_ref[head].astype(jnp.float32)
 
-    # The gates of all rows at once, a thread a row. A row that is not there leaves the state as it is, to the bit; its
-    # gates may be anything.
-    place = jnp.arange(power_of_two(rows), dtype=jnp.int32)
-    real = place < rows
-    if count_ref is not None:
-        real &= (place < count_ref[row]) | (place >= rows - new)
-    a = plgpu.load(a_ref.at[row, place, head], mask=real, other=0).astype(jnp.float32)
-    b = plgpu.load(b_ref.at[row, place, head], mask=real, other=0).astype(jnp.float32)
-    keeps = jnp.where(real, jnp.exp(-rate * softplus(a + bias)), 1.0)
-    betas = jnp.where(real, sigmoid(b), 0.0)
+        def load(j, channel, there, mask):
+            """Channels of a row, 0 where the row is not `there` (a scalar; None: it is)."""
+            if there is not None:
+                there = jnp.broadcast_to(there, channel.shape)
+                mask = there if mask is None else there & mask
+            return plgpu.load(qkv_ref.at[row, j, channel], mask=mask, other=None if mask is None else 0)
 
-    def inputs(j):
-        """k as it came, its reciprocal norm, v, and the two gates."""
-        k = ks[j].astype(jnp.float32)
-        keep, beta = (jnp.sum(jnp.where(place == j, gate, 0.0)) for gate in (keeps, betas))
-        return k, lax.rsqrt(jnp.sum(k * k) + 1e-6), vs[j].astype(jnp.float32), keep, beta
+        # All rows are loaded before the first is used: one latency, not one a row.
+        pending = [] if count_ref is None else [j < count_ref[row] for j in range(rows - new)]
+        exists = [*pending, *[None] * new]
+        ks = [load(j, keys + key_start + tile.k, there, tile.k_mask) for j, there in enumerate(exists)]
+        vs = [load(j, value_start + tile.v, there, tile.v_mask) for j, there in enumerate(exists)]
+        qs = [load(j, key_start + tile.k, None, tile.k_mask) for j in range(rows - new, rows)]
 
-    for j in range(len(pending)):
-        k, norm, v, keep, beta = inputs(j)
-        written = beta * (v - keep * norm * tile.over_k(state * tile.along_k(k)))
-        state = keep * state + tile.along_v(written * norm) * tile.along_k(k)
-    if not keep_new:
-        tile.store(out_ref, write_ref[row], state, write_vk)
-    for j in range(new):
-        k, norm, v, keep, beta = inputs(len(pending) + j)
-        q = qs[j].astype(jnp.float32)
-        scale = lax.rsqrt(jnp.sum(q * q) + 1e-6) * key_dim**-0.5
-        # What the old state gives to k and to q is summed side by side; the row's own part of the output is rank one.
-        written = norm * beta * (v - keep * norm * tile.over_k(state * tile.along_k(k)))
-        o = scale * (keep * tile.over_k(state * tile.along_k(q)) + written * jnp.sum(k * q))
-        plgpu.store(outputs[0].at[row, j, head, tile.v], o.astype(qkv_ref.dtype), mask=tile.v_mask)
-        if keep_new or j + 1 < new:
-            state = keep * state + tile.along_v(written) * tile.along_k(k)
-    if keep_new:
-        tile.store(out_ref, write_ref[row], state, write_vk)
+        # The gates of all rows at once, a thread a row. A row that is not there leaves the state as it is, to the bit;
+        # its gates may be anything.
+        place = jnp.arange(power_of_two(rows), dtype=jnp.int32)
+        real = place < rows
+        if count_ref is not None:
+            real &= (place < count_ref[row]) | (place >= rows - new)
+        a = plgpu.load(a_ref.at[row, place, head], mask=real, other=0).astype(jnp.float32)
+        b = plgpu.load(b_ref.at[row, place, head], mask=real, other=0).astype(jnp.float32)
+        keeps = jnp.where(real, jnp.exp(-rate * softplus(a + bias)), 1.0)
+        betas = jnp.where(real, sigmoid(b), 0.0)
+
+        def inputs(j):
+            """k as it came, its reciprocal norm, v, and the two gates."""
+            k = ks[j].astype(jnp.float32)
+            keep, beta = (jnp.sum(jnp.where(place == j, gate, 0.0)) for gate in (keeps, betas))
+            return k, lax.rsqrt(jnp.sum(k * k) + 1e-6), vs[j].astype(jnp.float32), keep, beta
+
+        for j in range(len(pending)):
+            k, norm, v, keep, beta = inputs(j)
+            written = beta * (v - keep * norm * tile.over_k(state * tile.along_k(k)))
+            state = keep * state + tile.along_v(written * norm) * tile.along_k(k)
+        if not keep_new:
+            tile.store(out_ref, write_ref[row], state, write_vk)
+        for j in range(new):
+            k, norm, v, keep, beta = inputs(len(pending) + j)
+            q = qs[j].astype(jnp.float32)
+            scale = lax.rsqrt(jnp.sum(q * q) + 1e-6) * key_dim**-0.5
+            # What the old state gives to k and to q is summed side by side; the row's own part of the output is rank
+            # one.
+            written = norm * beta * (v - keep * norm * tile.over_k(state * tile.along_k(k)))
+            o = scale * (keep * tile.over_k(state * tile.along_k(q)) + written * jnp.sum(k * q))
+            plgpu.store(outputs[0].at[row, j, head, tile.v], o.astype(qkv_ref.dtype), mask=tile.v_mask)
+            if keep_new or j + 1 < new:
+                state = keep * state + tile.along_v(written) * tile.along_k(k)
+        if keep_new:
+            tile.store(out_ref, write_ref[row], state, write_vk)
+
+    lax.cond(write_ref[row] > 0, run, nothing)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdnjax.backend import FLOAT32_DOT
+from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.pallas_kernels.rows import Chunks
 from gdnjax.shapes import Array
 
@@ -46,7 +47,7 @@ def delta_step(state: Array, q: Array, k: Array, v: Array, g: Array, beta: Array
 
 def read_states(ssm: Array, layer: int, slot: Array, vk: bool | Array, key_dim: int) -> Array:
     """[n, hv, K, V] float32 of the slots, from either layout."""
-    flat = ssm[layer, slot].astype(jnp.float32)
+    flat = read_rows(ssm, layer, slot).astype(jnp.float32)
     value_dim = flat.shape[-1] // key_dim
     as_kv = flat.reshape(*flat.shape[:-1], key_dim, value_dim)
     if vk is False:
@@ -57,13 +58,12 @@ def read_states(ssm: Array, layer: int, slot: Array, vk: bool | Array, key_dim: 
 
 def write_states(ssm: Array, layer: int, slot: Array, states: Array, vk: bool) -> Array:
     """The pool with [n, hv, K, V] stored at the slots, in the layout asked for."""
-    return ssm.at[layer, slot].set(_as_rows(states, vk).astype(ssm.dtype))
+    return write_rows(ssm, layer, slot, rows=_as_rows(states, vk))
 
 
 def write_state(ssm: Array, layer: int, slot: Array, state: Array, vk: bool) -> Array:
     """The same of one state [hv, K, V], in place inside a loop that carries the pool."""
-    row = _as_rows(state, vk).astype(ssm.dtype)
-    return lax.dynamic_update_slice(ssm, row[None, None], (layer, slot, 0, 0))
+    return write_rows(ssm, layer, slot[None], rows=_as_rows(state, vk)[None])
 
 
 def _as_rows(states: Array, vk: bool) -> Array:

@@ -18,7 +18,9 @@ class Recurrent:
 
 
 # (dtype of the state, order of the pool) -> tile. A mixed pool changes the order of a row in place, which only a
-# program that holds the whole head can do.
+# program that holds the whole head can do. Such a tile goes through shared memory, in a way that Triton chooses: the 64
+# KiB of gfx942 do not hold heads of 256 x 256, nor of K = 128 and V = 256 in float32, while 192 x 192 takes 1 KiB. So
+# what does not fit is known to the compiler alone, which refuses it, with the bytes, when the engine warms up.
 RECURRENT = {
     "cuda": {
         ("float32", "vk"): Recurrent(8, 1),

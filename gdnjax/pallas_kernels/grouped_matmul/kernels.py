@@ -69,6 +69,8 @@ def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, weight_ref, o
     row = start + jnp.arange(rows, dtype=jnp.int32)
     column = block * columns + jnp.arange(columns, dtype=jnp.int32)
     step = jnp.arange(depth, dtype=jnp.int32)
+    # Rows behind the end are other programs', which run before this one or after: what is stored there would stay in
+    # some orders, as tests/pallas_kernels/test_program_order.py sees.
     real, there = row < end, column < width
     even = total % depth == 0
 

@@ -3,7 +3,7 @@
     o_i = sum_j softmax_j(q_i . k_j / sqrt(hd)) v_j    over the keys at first <= j <= position_i of its request
 
 A tile holds queries of one request: 64 of a chunk in prefill, one token in decode. The keys of the step itself are
-written first.
+written first. What goes to the null block is padding: kernels do not store it.
 
 Keys and values are stored as bfloat16 or float32, or as int8 or float8_e4m3fn with `scales`. The engine itself does
 not store 8 bits yet.
@@ -41,8 +41,9 @@ def attend(
     scales: Scales | None = None,
     backend: Backend = REFERENCE,
 ) -> Float[Array, "g q h hd"]:
-    """Query head i reads kv head `i // (h / kh)`. Null blocks and keys past a query are selected away. Sums are
-    float32; the output is in the dtype of `q`.
+    """Query head i reads kv head `i // (h / kh)`. Null blocks and keys past a query are selected away, and there are no
+    keys behind the table: a query at or past its `m * p` tokens sees those alone. Sums are float32; the output is in
+    the dtype of `q`.
 
     Pools of int8 or float8_e4m3fn have `scales`: a key's multiplies its scores, a value's its probabilities. Raises
     ValueError for 8-bit pools without scales, scales of other pools, float8_e4m3fn on CUDA devices before sm_89, and,

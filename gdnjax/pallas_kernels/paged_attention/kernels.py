@@ -100,10 +100,13 @@ def _attend(
     lanes = lane < width
     q_mask = real[:, None] if exact else real[:, None] & lanes[None, :]
     position = plgpu.load(position_ref.at[tile, query], mask=real, other=-1)
-    q = plgpu.load(q_ref.at[tile, query[:, None], head[:, None], lane[None, :]], mask=q_mask, other=0)
+    # Of places without a query only zeros are stored, and a tile of none has no keys: it moves nothing else.
+    asked = q_mask & (position >= 0)[:, None]
+    q = plgpu.load(q_ref.at[tile, query[:, None], head[:, None], lane[None, :]], mask=asked, other=0)
 
-    # What no query of the tile sees is not loaded: it may be anything.
-    seen = jnp.max(position) + 1
+    # What no query of the tile sees is not loaded: it may be anything. Nor is what stands behind the table: whatever it
+    # is would be taken for the number of a block.
+    seen = jnp.minimum(jnp.max(position) + 1, table_ref.shape[1] * block_size)
     pages = pl.cdiv(seen, page)
     per_split = pl.cdiv(pages, splits)
     begin = jnp.maximum(split * per_split, first // page)
@@ -149,7 +152,7 @@ def _attend(
     start = (jnp.full((rows,), -jnp.inf), jnp.zeros((rows,)), jnp.zeros((rows, lane.size)))
     # Pages before the first whole one, whole ones, and those that the last queries see in part.
     head_end = jnp.maximum(begin, jnp.minimum(-(-first // page), end))
-    least = jnp.min(jnp.where(real, position, seen)) + 1
+    least = jnp.minimum(jnp.min(jnp.where(real, position, seen)) + 1, seen)
     whole_end = jnp.maximum(head_end, jnp.minimum(least // page, end))
     masked, whole = functools.partial(one_page, whole=False), functools.partial(one_page, whole=True)
     carry = lax.fori_loop(begin, head_end, masked, start) if first else start
@@ -204,11 +207,17 @@ def _write(token, layer_ref, block_ref, offset_ref, k_ref, v_ref, *pools):
     lane = jnp.arange(power_of_two(width), dtype=jnp.int32)[None, :]
     mask = None if (head.size, lane.size) == (heads, width) else (head < heads) & (lane < width)
     other = None if mask is None else 0
-    for i, (values, pool) in enumerate(zip((k_ref, v_ref), places, strict=True)):
-        value = plgpu.load(values.at[token, head, lane], mask=mask, other=other)
-        numbers = (layer_ref[0], block_ref[token], offset_ref[token])
-        at = (*(bounded(number, count) for number, count in zip(numbers, pool.shape, strict=False)), head)
-        if scale_refs:
-            value, scale = quantise(value, pool.dtype)
-            plgpu.store(scale_refs[i].at[at], scale, mask=head < heads)
-        plgpu.store(pool.at[*at, lane], value.astype(pool.dtype), mask=mask)
+    block = block_ref[token]
+
+    def run():
+        for i, (values, pool) in enumerate(zip((k_ref, v_ref), places, strict=True)):
+            value = plgpu.load(values.at[token, head, lane], mask=mask, other=other)
+            numbers = (layer_ref[0], block, offset_ref[token])
+            at = (*(bounded(number, count) for number, count in zip(numbers, pool.shape, strict=False)), head)
+            if scale_refs:
+                value, scale = quantise(value, pool.dtype)
+                plgpu.store(scale_refs[i].at[at], scale, mask=head < heads)
+            plgpu.store(pool.at[*at, lane], value.astype(pool.dtype), mask=mask)
+
+    # The null block holds nothing.
+    pl.when(block > 0)(run)

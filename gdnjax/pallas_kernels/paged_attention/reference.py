@@ -5,6 +5,7 @@ from jax import lax
 
 from gdnjax.backend import FLOAT32_DOT
 from gdnjax.pallas_kernels.paged_attention.scales import quantise
+from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.shapes import Array
 
 PAGE = 256
@@ -26,11 +27,12 @@ def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles, scales
         top, weight, total = carry
         blocks = lax.dynamic_slice_in_dim(table, i * per_page, per_page, axis=1)
         position = i * page + jnp.arange(page)
-        visible = position >= tiles.first
+        # Behind the table there are no keys, whatever position a query has.
+        visible = (position >= tiles.first) & (position < tiles.block_table.shape[1] * block_size)
         keep = visible & (position <= tiles.position[:, :, None])
         seen = (visible & (position <= jnp.max(tiles.position, axis=1)[:, None]))[:, :, None, None]
         k, v = (
-            jnp.where(seen, pool[layer, blocks].reshape(count, page, kv_heads, width), 0).astype(jnp.float32)
+            jnp.where(seen, read_rows(pool, layer, blocks).reshape(count, page, kv_heads, width), 0).astype(jnp.float32)
             for pool in (k_blocks, v_blocks)
         )
 
@@ -62,13 +64,14 @@ def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles, scales
 
 
 def write(k_blocks: Array, v_blocks: Array, layer: int, k: Array, v: Array, block: Array, offset: Array):
-    k_blocks = k_blocks.at[layer, block, offset].set(k.astype(k_blocks.dtype))
-    return k_blocks, v_blocks.at[layer, block, offset].set(v.astype(v_blocks.dtype))
+    k_blocks = write_rows(k_blocks, layer, block, offset, rows=k)
+    return k_blocks, write_rows(v_blocks, layer, block, offset, rows=v)
 
 
 def write_quantised(k_blocks: Array, v_blocks: Array, scales, layer: int, k: Array, v: Array, block, offset):
     (k, k_scale), (v, v_scale) = (quantise(x, pool.dtype) for x, pool in ((k, k_blocks), (v, v_blocks)))
     k_scales, v_scales = (
-        pool.at[layer, block, offset].set(scale[..., 0]) for pool, scale in zip(scales, (k_scale, v_scale), strict=True)
+        write_rows(pool, layer, block, offset, rows=scale[..., 0])
+        for pool, scale in zip(scales, (k_scale, v_scale), strict=True)
     )
     return *write(k_blocks, v_blocks, layer, k, v, block, offset), (k_scales, v_scales)

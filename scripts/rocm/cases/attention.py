@@ -25,6 +25,10 @@ SCALE = Bound(norm=2e-7, place=5e-7)
 """A maximum and a division."""
 
 
+NOWHERE = 0x7B7B7B7B
+"""A block that there is not, whoever takes it for one."""
+
+
 def eight_bits(dtype) -> bool:
     return np.dtype(dtype).itemsize == 1
 
@@ -58,21 +62,27 @@ def attention(
     blocks: int = 6,
     kv: DTypeLike = BFLOAT16,
     first: int = 0,
+    past: int = 0,
 ) -> Case:
-    """Two tiles of queries over contexts of nearly all, and of less than half of `blocks` blocks of 16 keys.
+    """Two tiles of queries over contexts of nearly all, and of less than half of `blocks` blocks of 16 keys; and a tile
+    that is padding.
 
-    Keys before `first` are masked.
+    Keys before `first` are masked. With `past` the last query of either context stands so far behind its table, which
+    then is full; what follows in memory, the padding's table or nothing, names no block of theirs.
     """
     kv = np.dtype(kv)
-    name = f"attention-{kind}-{heads}of{kv_heads}x{width}-{kv.name}" + (f"-first{first}" if first else "")
+    name = f"attention-{kind}-{heads}of{kv_heads}x{width}-{kv.name}" + f"-first{first}" * bool(first)
+    name += f"-past{past}" * bool(past)
     r = random(name)
-    size, requests = 16, 2
-    contexts = (blocks * size - 3, blocks * size // 2 - 5)
-    shape = (LAYERS, requests * blocks + 1, size, kv_heads, width)
+    size, requests = 16, 3
+    contexts = (blocks * size - 3, blocks * size // 2 - 5) if not past else (blocks * size,) * 2
+    shape = (LAYERS, len(contexts) * blocks + 1, size, kv_heads, width)
     x = {"table": np.zeros((requests, blocks), np.int32), "position": np.full((requests, queries), -1, np.int32)}
     pools = {name: poison(shape, kv) for name in ("k", "v")}
     scales = {f"{name}_scale": poison(shape[:-1], np.float32) for name in ("k", "v")}
     free = list(r.permutation(np.arange(1, shape[1])))
+    # Of a request that is not there, nothing is read, whatever its table says.
+    x["table"][2] = NOWHERE
     for row, context in enumerate(contexts):
         for number in range(-(-context // size)):
             block = x["table"][row, number] = free.pop()
@@ -84,7 +94,7 @@ def attention(
                 scale[LAYER, block, seen] = largest * r.uniform(0.5, 1.5, (here, kv_heads))
         # The second tile has two places without a query.
         here = min(queries, context) if row == 0 else min(max(1, queries - 2), context)
-        x["position"][row, :here] = context - here + np.arange(here)
+        x["position"][row, :here] = context - here + np.arange(here) + past
     x["q"] = normal(r, (requests, queries, heads, width))
     real = x["position"] >= 0
     x["q"][~real] = np.nan
@@ -96,6 +106,7 @@ def attention(
         LAYER,
         {"o": ATTENTION},
         seen={"o": real[:, :, None, None]},
+        padding={"o": ~real[:, :, None, None]},
         rounded=frozenset({"k", "v"}),
     )
 
@@ -115,7 +126,7 @@ def write_op(quantised: bool) -> Op:
 
 
 def kv_write(kv: DTypeLike = BFLOAT16, *, kv_heads: int = 2, width: int = 128) -> Case:
-    """Five tokens, of which one is padding and goes to the null block, and one has a head of zeros."""
+    """Five tokens, of which one is padding, whose block is null: it goes nowhere. One has a head of zeros."""
     kv = np.dtype(kv)
     name = f"kv-write-{kv.name}-{kv_heads}x{width}"
     r = random(name)
@@ -128,10 +139,9 @@ def kv_write(kv: DTypeLike = BFLOAT16, *, kv_heads: int = 2, width: int = 128) -
     pools = {name: poison(shape, kv) for name in ("k_blocks", "v_blocks")}
     if eight_bits(kv):
         pools |= {name: poison(shape[:-1], np.float32) for name in ("k_scales", "v_scales")}
-    written, free = (np.zeros(shape[:-1], bool) for _ in range(2))
+    written = np.zeros(shape[:-1], bool)
     real = x["block"] > 0
     written[LAYER, x["block"][real], x["offset"][real]] = True
-    free[LAYER, x["block"], x["offset"]] = True
 
     def mask(places, pool):
         return np.broadcast_to(places[..., None], pool.shape) if pool.ndim == 5 else places
@@ -144,6 +154,6 @@ def kv_write(kv: DTypeLike = BFLOAT16, *, kv_heads: int = 2, width: int = 128) -
         LAYER,
         {name: values_bound if name.endswith("blocks") else SCALE for name in pools},
         seen={name: mask(written, pool) for name, pool in pools.items()},
-        kept={name: mask(~free, pool) for name, pool in pools.items()},
+        kept={name: mask(~written, pool) for name, pool in pools.items()},
         rounded=frozenset({"k", "v", "k_blocks", "v_blocks"}),
     )

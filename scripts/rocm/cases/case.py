@@ -61,6 +61,7 @@ class Case:
       bounds   output -> its bound. "kernel[i]" is output i of a launch, which the emulator sees.
       seen     output -> mask of the places that mean something; all, where an output is not named.
       kept     output -> mask of the places that nobody addresses: they stay as they are in `arrays`, to the bit.
+      padding  output -> mask of the places of padded rows in which a kernel leaves zeros, whatever it was given.
       clean    arrays that the definition gets in place of poisoned ones, where it is XLA that reads them.
       rounded  arrays that the definition gets as they are. All others of bfloat16 it gets widened to float32, so that
                nothing is rounded on its way to the result.
@@ -73,6 +74,7 @@ class Case:
     bounds: dict[str, Bound]
     seen: dict[str, Any] = dataclasses.field(default_factory=dict)
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)
+    padding: dict[str, Any] = dataclasses.field(default_factory=dict)
     clean: dict[str, Any] = dataclasses.field(default_factory=dict)
     rounded: frozenset[str] = frozenset()
 
@@ -109,6 +111,12 @@ class Case:
             changed = ~same_bits(outputs[name], self.arrays[name])[mask]
             if changed.any():
                 wrong.append(f"{name}: {int(changed.sum())} places changed that nobody addresses")
+        for name, mask in self.padding.items():
+            if name not in outputs:
+                continue
+            filled = np.asarray(outputs[name])[np.broadcast_to(mask, outputs[name].shape)] != 0
+            if filled.any():
+                wrong.append(f"{name}: {int(filled.sum())} places of padding are not 0")
         return errors, wrong
 
 

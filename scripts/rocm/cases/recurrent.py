@@ -1,7 +1,8 @@
 """Cases of the kernels that own recurrent state: the gated delta rule, and the windows of the convolution.
 
 Of three rows one moves to another slot, one is padding, and one stays in its slot. Slots that nobody reads, the null
-slot among them, other layers, pending rows past a row's count and padded tokens are poison.
+slot among them, other layers, pending rows past a row's count and padded tokens are poison. Padding gives zeros, and
+goes nowhere, not even to the null slot.
 """
 
 import functools
@@ -198,7 +199,8 @@ def delta(
         LAYER,
         bounds,
         seen={"ssm": slots_mask(x["ssm"], [write[0], write[2]]), "o": real.reshape(3, *(1,) * (len(lead) + 1))},
-        kept={"ssm": ~slots_mask(x["ssm"], write)},
+        kept={"ssm": ~slots_mask(x["ssm"], [write[0], write[2]])},
+        padding={"o": ~real.reshape(3, *(1,) * (len(lead) + 1))},
     )
 
 
@@ -364,8 +366,7 @@ def chunked(
         {"o": bound, "ssm": bound if state == np.float32 else CHUNKED_ROUNDED}
         | {SCORES: rounded, SYSTEM: exact, FACTORS: exact, KEEP: exact, INVERSE: solved},
         seen={"o": x["token_valid"][:, None, None], "ssm": slots_mask(x["ssm"], written)} | chunk_terms_seen(x),
-        # The null slot may get anything.
-        kept={"ssm": ~slots_mask(x["ssm"], [0, *written])},
+        kept={"ssm": ~slots_mask(x["ssm"], written)},
     )
 
 
@@ -415,7 +416,6 @@ def conv_prefill(channels: int = 520, *, dtype: DTypeLike = BFLOAT16, kept: bool
         LAYER,
         {"y": activated(dtype, large), "conv": EXACT},
         seen={"conv": slots_mask(x["conv"], written)},
-        # Windows of padding go nowhere, not even to the null slot.
         kept={"conv": ~slots_mask(x["conv"], written)},
     )
 
@@ -469,5 +469,6 @@ def conv(kind: str, channels: int = 520, *, dtype: DTypeLike = BFLOAT16, large: 
         LAYER,
         {"y": activated(dtype, large), "conv": EXACT},
         seen={"y": seen, "conv": written},
-        kept={"conv": ~slots_mask(x["conv"], x["write"])},
+        kept={"conv": ~slots_mask(x["conv"], [2, 4])},
+        padding={"y": np.arange(3).reshape(3, *(1,) * (seen.ndim - 1)) == 1},
     )

@@ -1,0 +1,243 @@
+"""What becomes of every key of a Hugging Face config.json: honoured, without effect here, or allowed one value only.
+
+The keys are those of transformers' configuration classes of Qwen3-Next and Qwen3.5, of what publishers write beside
+them, and of their neighbours in the family that would change what is computed. A key that is in none of the tables
+cannot be judged: files carry the notes of whatever tool wrote them. It is named in a warning and otherwise ignored,
+except among the rope settings, where every key changes numbers: there it is an error.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+log = logging.getLogger("gdnjax")
+
+HONOURED = frozenset(
+    (
+        "model_type",
+        "text_config",
+        "quantization_config",  # refused by its method, whatever else it says
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "layer_types",
+        "full_attention_interval",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+        "linear_conv_kernel_dim",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "mtp_num_hidden_layers",
+        "mtp_use_dedicated_embeddings",
+        "num_nextn_predict_layers",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "original_max_position_embeddings",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "partial_rotary_factor",
+        "tie_word_embeddings",
+        "dtype",
+        "torch_dtype",
+        "eos_token_id",
+    )
+)
+
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "attn_output_gate": (True,),
+    # Of the delta layers' norm. "swish" is another name of silu; transformers computes silu whatever is stated.
+    "output_gate_type": ("swish", "silu", None),
+    # What it asks for is the arithmetic of the state, which is float32 here; EngineConfig.ssm_dtype is how it is kept.
+    "mamba_ssm_dtype": ("float32", None),
+    "is_encoder_decoder": (False, None),
+    "per_layer_config": (None, {}),
+    "use_sliding_window": (False, None),
+    "sliding_window": (None,),
+    "qkv_bias": (False, None),
+    "mlp_bias": (False, None),
+    "scoring_func": ("softmax", None),
+    "routed_scaling_factor": (1.0, None),
+    "n_group": (1, None),
+    "topk_group": (1, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (1.0, None),
+    "residual_multiplier": (1.0, None),
+    "logits_scaling": (1.0, None),
+    "logit_scale": (1.0, None),
+}
+"""Keys that change numbers, and the values of them that are computed. The first is what an absent key means."""
+
+_TRAINING = "of training"
+_OUTPUT = "of what transformers' forward returns"
+_VISION = "of images and video; text only here"
+_FILE = "about the file, not the model"
+_CLASSIFIER = "of classifiers"
+_TRANSFORMERS = "how transformers computes, not what"
+_TOKENS = "the tokenizer puts these tokens where they belong"
+_WINDOW = "of layers with a sliding window, which none may be"
+
+WITHOUT_EFFECT: dict[str, str] = {
+    "attention_dropout": _TRAINING,
+    "hidden_dropout": _TRAINING,
+    "initializer_range": _TRAINING,
+    "router_aux_loss_coef": _TRAINING,
+    "gradient_checkpointing": _TRAINING,
+    "mtp_loss_weight": _TRAINING,
+    "output_router_logits": _OUTPUT,
+    "output_hidden_states": _OUTPUT,
+    "output_attentions": _OUTPUT,
+    "return_dict": _OUTPUT,
+    "tie_last_hidden_states": _OUTPUT,
+    "vision_config": _VISION,
+    "image_token_id": _VISION,
+    "video_token_id": _VISION,
+    "vision_start_token_id": _VISION,
+    "vision_end_token_id": _VISION,
+    "vision_token_id": _VISION,
+    "language_model_only": _VISION,
+    "architectures": _FILE,
+    "transformers_version": _FILE,
+    "name_or_path": _FILE,
+    "_name_or_path": _FILE,
+    "_commit_hash": _FILE,
+    "auto_map": _FILE,
+    "unsloth_version": _FILE,
+    "unsloth_fixed": _FILE,
+    "model_name": _FILE,
+    "id2label": _CLASSIFIER,
+    "label2id": _CLASSIFIER,
+    "num_labels": _CLASSIFIER,
+    "problem_type": _CLASSIFIER,
+    "use_cache": _TRANSFORMERS,
+    "chunk_size_feed_forward": _TRANSFORMERS,
+    "attn_implementation": _TRANSFORMERS,
+    "_attn_implementation": _TRANSFORMERS,
+    "experts_implementation": _TRANSFORMERS,
+    "max_window_layers": _WINDOW,
+    "bos_token_id": _TOKENS,
+    "pad_token_id": _TOKENS,
+    "sep_token_id": _TOKENS,
+    "decoder_start_token_id": _TOKENS,
+}
+"""Keys that change nothing here, and why."""
+
+ROPE_KEYS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "yarn": frozenset(
+        (
+            "factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        )
+    ),
+}
+"""rope_type -> the settings that it takes, beside those of ANY_ROPE."""
+
+# Text has one position for all sections of mrope, so they change nothing. "type" is the older name of "rope_type";
+# "finetuned" is a note.
+ANY_ROPE = frozenset(
+    ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved", "finetuned")
+)
+
+ROPE_PLACES = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+"""Keys under which a configuration has rope settings."""
+
+# A wrapper may state these beside its text_config: config.py has a rule for each.
+_OF_EITHER = frozenset(
+    (
+        "model_type",
+        "text_config",
+        "quantization_config",
+        "tie_word_embeddings",
+        "dtype",
+        "torch_dtype",
+        "eos_token_id",
+        "mtp_num_hidden_layers",
+        "mtp_use_dedicated_embeddings",
+        "num_nextn_predict_layers",
+    )
+)
+
+
+def check_keys(raw: Mapping[str, Any], generation: frozenset[str]) -> None:
+    """Raises ValueError for a key of config.json, or of its text_config, with a value that is not computed.
+
+    `generation` are keys of generation_config.json, which older files have here. Unknown keys are logged by name.
+    """
+    unknown = []
+    for where, section in (("", raw), ("text_config.", raw.get("text_config") or {})):
+        for name, value in section.items():
+            if name in FIXED and not _is_one_of(value, FIXED[name]):
+                allowed = ", ".join(json.dumps(one) for one in FIXED[name])
+                raise ValueError(f"unsupported {where}{name} {json.dumps(value)}; supported: {allowed}")
+            if not (name in HONOURED or name in FIXED or name in WITHOUT_EFFECT or name in generation):
+                unknown.append(where + name)
+    if unknown:
+        log.warning("config.json has keys that are not known here, and without effect: %s", ", ".join(unknown))
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    # 0 == False and 1 == True: a number is no truth value.
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+
+
+def check_rope_places(raw: Mapping[str, Any]) -> None:
+    """Raises ValueError where rope settings are given twice and differ: transformers would take one in silence."""
+    for where, section in (("", raw), ("text_config.", raw.get("text_config") or {})):
+        both = [section.get(name) for name in ("rope_parameters", "rope_scaling")]
+        if all(both) and both[0] != both[1]:
+            raise ValueError(
+                f"both {where}rope_parameters and {where}rope_scaling are given, and differ; put all of them into "
+                "rope_parameters"
+            )
+        rope = next((one for one in both if isinstance(one, dict)), {})
+        for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+            values = [given[name] for given in (section, rope) if given.get(name) is not None]
+            if len(values) == 2 and values[0] != values[1]:
+                raise ValueError(f"{where}{name} is {values[0]!r}, and {values[1]!r} among the rope settings")
+
+
+def check_rope_keys(rope: Mapping[str, Any]) -> None:
+    """Raises ValueError for a rope type that is not computed, or a setting that it does not take."""
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"unsupported rope_type {kind!r}; supported: {', '.join(ROPE_KEYS)}")
+    unknown = [name for name in rope if name not in ANY_ROPE | ROPE_KEYS[kind]]
+    if unknown:
+        raise ValueError(
+            f"rope_type {kind!r} does not take {', '.join(map(repr, unknown))}; allowed: "
+            f"{', '.join(sorted(ANY_ROPE | ROPE_KEYS[kind]))}"
+        )
+
+
+def misplaced(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What a wrapper states beside its text_config although it is the text model's, and transformers reads it there
+    alone. Harmless where text_config says the same.
+    """
+    return {
+        name: value
+        for name, value in raw.items()
+        if name in HONOURED and name not in _OF_EITHER and value not in (None, {}, [])
+    }

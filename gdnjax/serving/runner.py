@@ -1,0 +1,300 @@
+"""The device under an engine: the pools, the jitted steps, and what a plan becomes there.
+
+The only place that reads the device is `Runner.read`.
+"""
+
+import dataclasses
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from gdnjax import sharding
+from gdnjax.batch import Emitted
+from gdnjax.config import EngineConfig
+from gdnjax.memory import MemoryPlan
+from gdnjax.models import Model, engine_geometry
+from gdnjax.serving import packing, planning
+from gdnjax.serving.metrics import Counters, Metrics
+from gdnjax.serving.plan import Admission, Growth, Piece, Plan, Seal, max_growth
+from gdnjax.serving.request import Request
+from gdnjax.shapes import Params
+from gdnjax.state import ServeState, empty_state
+from gdnjax.step import StepOptions, Steps, build_steps
+
+log = logging.getLogger("gdnjax")
+
+
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """A dispatched turn whose tokens have not been read."""
+
+    plan: Plan
+    prefill: Emitted | None
+    decode: Emitted | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A jitted step, and what it is called with beside the state."""
+
+    step: Any
+    batch: Any
+    arguments: tuple[Any, ...] = ()
+
+
+class Runner:
+    """One model and its pools. `metrics` counts what is dispatched and read; the engine puts its own there."""
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        mesh: Mesh,
+        config: EngineConfig,
+        plan: MemoryPlan,
+        max_model_len: int,
+    ):
+        self.model, self.params, self.mesh, self.config = model, params, mesh, config
+        self.metrics = Metrics()
+        self._plain, self._full = planning.plain_options(config), planning.full_options(model, config)
+        self._with_prompt = dataclasses.replace(self._full, prompt_logprobs=True)
+        geometry = engine_geometry(model, config)
+
+        def empty():
+            return empty_state(geometry, plan, config, max_model_len)
+
+        shardings = sharding.shardings_of(jax.eval_shape(empty), mesh)
+        # Kept, since pools that are made anew must not be compiled anew.
+        self._empty = jax.jit(empty, out_shardings=shardings)
+        self.state: ServeState = self._empty()
+        self.steps: Steps = build_steps(model, mesh, self._plain, params, self.state)
+
+    @property
+    def counters(self) -> Counters:
+        return self.metrics.counters
+
+    @property
+    def num_compilations(self) -> int:
+        """Times a step was traced and compiled. Constant after warm-up."""
+        return self.steps.num_traces()
+
+    def dispatch(self, plan: Plan) -> InFlight:
+        """Sends a plan to the device without waiting for anything."""
+        self.counters.num_turns += 1
+        self._seal(plan.seals)
+        self._admit(plan.admitted)
+        prefill = self._prefill(plan.pieces) if plan.pieces else None
+        decode = self._decode(plan) if plan.decoding else None
+        turn = InFlight(plan, prefill, decode)
+        self._start_copies(turn)
+        return turn
+
+    def read(self, turn: InFlight) -> tuple[Emitted | None, Emitted | None]:
+        """What a turn emitted. The one place where the host waits for the device."""
+        self.counters.num_device_reads += 1
+        with self.metrics.timed("read"):
+            return jax.device_get((turn.prefill, turn.decode))
+
+    def start_over(self, unread: Iterable[InFlight]) -> None:
+        """Empty pools in the place of whatever is left of the old ones; `unread` turns are given up."""
+        self.give_up(unread)
+        self._delete_state()
+        self.state = self._empty()
+
+    def give_up(self, turns: Iterable[InFlight]) -> None:
+        """Waits for turns that nobody will read: what they need must not be taken from under them."""
+        for turn in turns:
+            try:
+                wait_for([turn])
+            except Exception:
+                log.exception("a turn that is given up has failed on the device")
+
+    def close(self) -> None:
+        """Frees the pools and parameters."""
+        self._delete_state()
+        self.params = {}
+
+    def _delete_state(self) -> None:
+        for leaf in jax.tree.leaves(self.state):
+            if not leaf.is_deleted():
+                leaf.delete()
+
+    def _start_copies(self, turn: InFlight) -> None:
+        """Has the device send home what _read will look for, as soon as it is there. Waits for nothing."""
+        for leaf in jax.tree.leaves((turn.prefill, turn.decode)):
+            leaf.copy_to_host_async()
+
+    def _run(self, call: Call) -> Any:
+        with self.metrics.timed("dispatch"):
+            return call.step(*call.arguments, self.state, call.batch)
+
+    def _admit(self, admissions: list[Admission]) -> None:
+        if not admissions:
+            return
+        self.state = self._run(self._admit_call(admissions))
+        for call in self._count_calls([admission.request for admission in admissions]):
+            self.state = self._run(call)
+        for admission in admissions:
+            if admission.request.logit_row:
+                self.state = self._run(self._logit_row_call(admission.request))
+
+    def _admit_call(self, admissions: list[Admission]) -> Call:
+        with self.metrics.timed("pack"):
+            batch = packing.pack_admissions(admissions, rows=self.config.prefill_rows, table_width=self._table_width)
+        return Call(self.steps.admit, batch)
+
+    @property
+    def _table_width(self) -> int:
+        return self.state.slots.block_table.shape[1]
+
+    def _count_calls(self, requests: list[Request]) -> list[Call]:
+        """What fills the count rows of those that have one."""
+        with self.metrics.timed("pack"):
+            batches = packing.pack_counts(requests, self.model.vocab_size, rows=self.config.prefill_rows)
+        return [Call(self.steps.fill_counts, batch) for batch in batches]
+
+    def _logit_row_call(self, request: Request | None) -> Call:
+        width = self.state.logit_rows.bias.shape[1]
+        with self.metrics.timed("pack"):
+            batch = packing.pack_logit_row(request, self.model.vocab_size, width)
+        return Call(self.steps.fill_logit_row, batch)
+
+    def _prefill(self, pieces: list[Piece]) -> Emitted:
+        # A prefill step draws a few rows only, so it has no variant with the plain sampler.
+        wants_prompt = any(piece.request.wants_prompt_logprobs for piece in pieces)
+        options = self._with_prompt if wants_prompt else self._full
+        length = sum(piece.length for piece in pieces)
+        tokens = packing.prefill_bucket(pieces, self._prefill_buckets(options), self.config.prefill_rows_of)
+        self.counters.num_prompt_tokens += length
+        self.counters.num_padded_tokens += tokens - length
+        self.state, emitted = self._run(self._prefill_call(options, pieces, tokens))
+        return emitted
+
+    def _prefill_call(self, options: StepOptions, pieces: list[Piece], tokens: int) -> Call:
+        with self.metrics.timed("pack"):
+            batch = packing.pack_prefill(
+                pieces,
+                tokens=tokens,
+                rows=self.config.prefill_rows_of(tokens),
+                table_width=self._table_width,
+                checkpoints=self.config.enable_prefix_caching,
+            )
+        return Call(self.steps.prefill(options), batch, (self.params,))
+
+    def _prefill_buckets(self, options: StepOptions) -> tuple[int, ...]:
+        """Log-probabilities of prompts are rare and slow to compile: they get the largest bucket alone."""
+        buckets = self.config.prefill_buckets
+        return buckets[-1:] if options.prompt_logprobs else buckets
+
+    def _decode(self, plan: Plan) -> Emitted:
+        requests = plan.decoding
+        full = self.config.batch_invariant or any(r.params.needs_full_sampler for r in requests)
+        options = dataclasses.replace(self._full if full else self._plain, num_drafts=plan.num_drafts)
+        rows = packing.bucket_for(len(requests), self.config.decode_buckets)
+        self.counters.num_padded_tokens += rows - len(requests)
+        self.state, emitted = self._run(self._decode_call(options, requests, plan.growth, plan.bounds, rows))
+        return emitted
+
+    def _decode_call(
+        self,
+        options: StepOptions,
+        requests: list[Request],
+        growth: dict[int, list[Growth]],
+        bounds: list[int],
+        rows: int,
+    ) -> Call:
+        drafts = self.config.num_speculative_tokens
+        with self.metrics.timed("pack"):
+            batch = packing.pack_decode(
+                requests,
+                growth,
+                bounds,
+                rows=rows,
+                table_width=self._table_width,
+                grown_width=max_growth(drafts, self.config.block_size),
+                drafts=drafts > 0,
+            )
+        return Call(self.steps.decode(options), batch, (self.params,))
+
+    def _seal(self, seals: Sequence[Seal]) -> None:
+        rows = self.config.prefill_rows
+        for start in range(0, len(seals), rows):
+            self.state = self._run(self._seal_call(seals[start : start + rows]))
+
+    def _seal_call(self, seals: Sequence[Seal]) -> Call:
+        with self.metrics.timed("pack"):
+            batch = packing.pack_seals(seals, rows=self.config.prefill_rows)
+        return Call(self.steps.seal, batch, (self.params,))
+
+    def warm_up(self) -> None:
+        """Compiles every step, side by side, and runs each on padding, which changes nothing but what is null."""
+        calls = {"admit": self._admit_call([]), "logit row": self._logit_row_call(None)}
+        calls["counts"] = Call(self.steps.fill_counts, packing.count_batch([], [], rows=self.config.prefill_rows))
+        if self.config.enable_prefix_caching:
+            calls["seal"] = self._seal_call([])
+        for options in (self._full, self._with_prompt):
+            for tokens in self._prefill_buckets(options):
+                kind = "prompt log-probabilities" if options.prompt_logprobs else "prefill"
+                calls[f"{kind} {tokens}"] = self._prefill_call(options, [], tokens)
+        for options in self._decode_options():
+            kind = f"decode, {'full' if options.full else 'plain'} sampler, {options.num_drafts} drafts,"
+            for rows in self.config.decode_buckets:
+                calls[f"{kind} {rows}"] = self._decode_call(options, [], {}, [], rows)
+        self._compile(calls)
+
+    def prepare(self, rows: Iterable[int]) -> None:
+        """Compiles what plain requests need, so many of them at once, for engines that do not warm up.
+
+        Every prefill bucket, and the decode buckets of `rows`; each step runs on padding once, as in the warm-up.
+        """
+        calls = {"admit": self._admit_call([])}
+        if self.config.enable_prefix_caching:
+            calls["seal"] = self._seal_call([])
+        for tokens in self.config.prefill_buckets:
+            calls[f"prefill {tokens}"] = self._prefill_call(self._full, [], tokens)
+        options = self._full if self.config.batch_invariant else self._plain
+        for size in sorted({packing.bucket_for(count, self.config.decode_buckets) for count in rows}):
+            calls[f"decode {size}"] = self._decode_call(options, [], {}, [], size)
+        self._compile(calls)
+
+    def _compile(self, calls: dict[str, Call]) -> None:
+        """Compiles steps side by side, and runs each."""
+        began = time.monotonic()
+        progress = tqdm(calls.items(), desc="compiling steps", unit="step", disable=None, leave=False)
+        # Tracing holds Python's lock; the compiler does not, and what it has made is there when the step is called.
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as compilers:
+            compiled = {
+                name: compilers.submit(call.step.lower(*call.arguments, self.state, call.batch).compile)
+                for name, call in calls.items()
+            }
+            for name, call in progress:
+                progress.set_postfix_str(name)
+                compiled[name].result()
+                result = self._run(call)
+                self.state = result if isinstance(result, ServeState) else result[0]
+        jax.block_until_ready(self.state)
+        log.info("compiled %d steps in %.1f s", len(calls), time.monotonic() - began)
+
+    def _decode_options(self) -> list[StepOptions]:
+        """What decode steps are compiled with."""
+        samplers = (self._full,) if self.config.batch_invariant else (self._plain, self._full)
+        drafts = self.config.num_speculative_tokens
+        choices = {drafts, 0} if self.config.adaptive_speculation else {drafts}
+        return [
+            dataclasses.replace(options, num_drafts=drafts)
+            for options, drafts in itertools.product(samplers, sorted(choices))
+        ]
+
+
+def wait_for(turns: Iterable[InFlight]) -> None:
+    """Returns when the device is through with these turns."""
+    for turn in turns:
+        jax.block_until_ready((turn.prefill, turn.decode))

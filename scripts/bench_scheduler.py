@@ -1,0 +1,306 @@
+"""Measures what the host's bookkeeping costs as requests, cached tokens and texts grow. No jax, no model."""
+
+import argparse
+import gc
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from command import exit_status, write_json
+
+from gdnjax.config import EngineConfig
+from gdnjax.sampling_params import SamplingParams
+from gdnjax.serving.allocator import Allocator
+from gdnjax.serving.detokenizer import Detokenizer
+from gdnjax.serving.plan import Plan
+from gdnjax.serving.request import Request
+from gdnjax.serving.scheduler import Scheduler
+from gdnjax.serving.tokenizer import Tokenizer
+
+DESCRIPTION = """\
+Drives the scheduler and its prefix cache as the engine does, with made-up tokens in place of a device, and prints what
+each kind of work costs at several sizes:
+
+  plan, commit     a turn in which everybody decodes, without drafts and with three
+  interval         the slowest plan while all come to a checkpoint's interval at once, and somebody waits
+  abort            one of many that wait, from the far end of the queue
+  head             a turn while the first that waits has a long cached prompt and does not fit
+  logit rows       where every second request needs one of two logit rows: turns, and those until the others have ended
+  reset            forgetting everything in a cache of many blocks
+  count            asking such a cache how many blocks it holds, as a line of the log does
+  text             making and reading the text of one output, token by token, as a stream does
+  deadlines        finished requests that are still kept in memory, of so many served with a deadline far away
+
+Times are those of the processor, of this machine and what else it does: compare runs of one hour, and growth rather
+than numbers. Python's garbage collector walks over everything now and then, which is in them as far as it happens.
+"""
+
+EXAMPLES = """\
+examples:
+  python scripts/bench_scheduler.py                        every part, about a minute
+  python scripts/bench_scheduler.py --only plan interval   some of it
+  python scripts/bench_scheduler.py --largest 1000 --json costs.json    small sizes alone, and the figures as JSON
+
+Exit status: 0 done, 2 wrong arguments (the reason is on stderr).
+"""
+
+BLOCK = 16
+
+Row = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"some of: {', '.join(PARTS)}")
+    parser.add_argument("--largest", type=int, default=1_000_000, metavar="N", help="leave out larger sizes than N")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
+    arguments = parser.parse_args(argv)
+    if arguments.largest < 1:
+        parser.error(f"--largest must be at least 1, got {arguments.largest}")
+    rows: list[Row] = []
+    for name in arguments.only or PARTS:
+        for size in PARTS[name].sizes:
+            if size <= arguments.largest:
+                gc.collect()
+                measured = PARTS[name].measure(size)
+                rows += [{"part": name, "size": size, **row} for row in measured]
+                for row in measured:
+                    print(f"{name:11} {size:>9,} {row['what']:44} {row['value']:>12,.3f} {row['unit']}", flush=True)
+    if arguments.json:
+        write_json(arguments.json, {"rows": rows})
+    return 0
+
+
+class WideConfig(EngineConfig):
+    """Everybody's prompt fits into one step, so that all come to the same place at once."""
+
+    @property
+    def prefill_rows(self) -> int:
+        return self.max_num_seqs
+
+
+def make_scheduler(
+    seqs: int, blocks: int, *, drafts: int = 0, rows: int = 16, checkpoints: int = 64, tokens: int = 8192
+) -> Scheduler:
+    config = WideConfig(
+        max_num_seqs=seqs, max_num_batched_tokens=tokens, block_size=BLOCK, num_speculative_tokens=drafts
+    )
+    return Scheduler(config, Allocator(seqs + checkpoints, blocks, rows, seqs))
+
+
+def make_request(prompt: list[int], max_tokens: int, *, deadline: float | None = None, **params: Any) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
+    return Request(
+        request_id="",
+        prompt_token_ids=prompt,
+        params=sampling,
+        max_length=len(prompt) + max_tokens,
+        stop_token_ids=(),
+        seed=0,
+        detokenizer=Detokenizer(None, sampling),
+        deadline=deadline,
+    )
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(10_000), k=count)
+
+
+def commit(scheduler: Scheduler, plan: Plan, tokens: int = 1) -> None:
+    """What a device would have emitted: so many tokens a row, as far as its bound goes."""
+    for piece in plan.pieces:
+        if piece.is_last:
+            scheduler.commit(piece.request, [1], piece.request.num_tokens + 1 >= piece.request.max_length)
+    for mark in plan.marks:
+        scheduler.confirm(mark)
+    for request, bound in zip(plan.decoding, plan.bounds, strict=True):
+        count = min(tokens, bound, request.max_length - request.num_tokens)
+        scheduler.commit(request, [1] * count, request.num_tokens + count >= request.max_length, bound)
+
+
+def turn(scheduler: Scheduler) -> Plan | None:
+    plan = scheduler.plan()
+    if plan is not None:
+        commit(scheduler, plan)
+    return plan
+
+
+def timed(work: Callable[[], Any]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def figure(what: str, value: float, unit: str) -> Row:
+    return {"what": what, "value": value, "unit": unit}
+
+
+def fill(scheduler: Scheduler, count: int, prompt: int, max_tokens: int) -> None:
+    """So many requests that decode."""
+    for index in range(count):
+        scheduler.add(make_request(random_tokens(prompt, index), max_tokens))
+    turn(scheduler)
+    assert len(scheduler.running) == count
+    assert all(request.filled for request in scheduler.running)
+    # Or the collector would walk all that was built here now and then.
+    gc.freeze()
+
+
+def steady(count: int) -> list[Row]:
+    rows = []
+    for drafts in (0, 3):
+        scheduler = make_scheduler(count, count * 16, drafts=drafts, tokens=count * 64)
+        fill(scheduler, count, 20, 200)
+        plans, commits = [], []
+        for _ in range(20):
+            began = time.process_time()
+            plan = scheduler.plan()
+            planned = time.process_time()
+            assert plan is not None
+            commit(scheduler, plan, tokens=1 + drafts // 2)
+            plans.append(planned - began)
+            commits.append(time.process_time() - planned)
+        rows.append(figure(f"plan, {drafts} drafts", 1e3 * statistics.median(plans), "ms"))
+        rows.append(figure(f"commit, {drafts} drafts", 1e3 * statistics.median(commits), "ms"))
+    return rows
+
+
+def interval(count: int) -> list[Row]:
+    scheduler = make_scheduler(count, count * 80, checkpoints=2 * count, tokens=count * 2048)
+    fill(scheduler, count, 1000, 200)
+    # It waits for blocks, so checkpoints leave slots for it.
+    scheduler.add(make_request(random_tokens(8, count), 10))
+    scheduler.add(make_request(random_tokens(count * 80 * BLOCK - 100, count + 1), 10))
+    worst = 0.0
+    for _ in range(60):
+        began = time.process_time()
+        plan = scheduler.plan()
+        worst = max(worst, time.process_time() - began)
+        assert plan is not None
+        commit(scheduler, plan)
+    return [figure("slowest plan of 60 turns", 1e3 * worst, "ms")]
+
+
+def abort(count: int) -> list[Row]:
+    scheduler = make_scheduler(4, 1000)
+    requests = [make_request([index % 100, 1, 2], 8) for index in range(count)]
+    adding = timed(lambda: [scheduler.add(request) for request in requests])
+    some = requests[-1 : -1 - min(count, 2000) : -1]
+    aborting = timed(lambda: [scheduler.finish(request, "abort") for request in some])
+    return [
+        figure("add", 1e6 * adding / count, "us each"),
+        figure("abort", 1e6 * aborting / len(some), "us each"),
+    ]
+
+
+def head(tokens: int) -> list[Row]:
+    prompt = random_tokens(tokens)
+    blocks = tokens // BLOCK + 100
+    scheduler = make_scheduler(64, blocks)
+    scheduler.add(make_request(prompt, 2))
+    while scheduler.has_work:
+        turn(scheduler)
+    # Somebody goes on from all of it and holds it, and the next one would fit alone, not beside.
+    scheduler.add(make_request([*prompt, *random_tokens(100, 1)], 600))
+    turn(scheduler)
+    scheduler.add(make_request([*prompt, *random_tokens(1500, 2)], 8))
+    times = [timed(lambda: turn(scheduler)) for _ in range(40)]
+    assert (len(scheduler.running), len(scheduler.waiting)) == (1, 1)
+    return [figure("turn", 1e3 * statistics.median(times), "ms")]
+
+
+def logit_rows(count: int) -> list[Row]:
+    scheduler = make_scheduler(32, 32 * 16, rows=2, tokens=1024)
+    for index in range(count):
+        bias = {1: 1.0} if index % 2 else None
+        scheduler.add(make_request(random_tokens(40, index), 20, logit_bias=bias))
+    requests, turns, plain = list(scheduler.waiting), 0, 0
+    while scheduler.has_work:
+        turn(scheduler)
+        turns += 1
+        if not all(request.finished or request.params.logit_bias for request in requests):
+            plain = turns
+    return [figure("turns", turns, ""), figure("turns until all without a row have ended", plain, "")]
+
+
+def tree(blocks: int) -> Scheduler:
+    """A cache of so many blocks, in nodes of four."""
+    scheduler = make_scheduler(4, blocks)
+    pool, cache = scheduler.allocator.blocks, scheduler.cache
+    for index in range(blocks // 4):
+        cache.insert(cache.root, [(index, place) for place in range(4)], pool.take(4) or [])
+    return scheduler
+
+
+def reset(blocks: int) -> list[Row]:
+    scheduler = tree(blocks)
+    return [figure("reset", 1e3 * timed(scheduler.cache.reset), "ms")]
+
+
+def count_blocks(blocks: int) -> list[Row]:
+    cache = tree(blocks).cache
+    return [figure("count", 1e6 * min(timed(lambda: cache.num_blocks) for _ in range(3)), "us")]
+
+
+class Letters:
+    """Stands for a transformers tokenizer: token i is the i-th letter."""
+
+    eos_token_id = 0
+
+    def __init__(self):
+        self.added_tokens_decoder: dict[int, str] = {}
+
+    def __len__(self):
+        return 26
+
+    def decode(self, token_ids: list[int], **_: Any) -> str:
+        return "".join(chr(ord("a") + token % 26) for token in token_ids)
+
+
+def text(tokens: int) -> list[Row]:
+    detokenizer, shown = Detokenizer(Tokenizer(Letters()), SamplingParams()), 0
+    began = time.process_time()
+    for index in range(tokens):
+        detokenizer.append([index % 26])
+        shown += len(detokenizer.text_since(shown))
+    assert shown == tokens
+    return [figure("append and read", time.process_time() - began, "s")]
+
+
+def deadlines(count: int) -> list[Row]:
+    scheduler = make_scheduler(8, 1000)
+    for index in range(count):
+        scheduler.add(make_request([index % 100, 2], 2, deadline=time.monotonic() + 3600))
+    while scheduler.has_work:
+        turn(scheduler)
+    gc.collect()
+    return [figure("finished requests kept", sum(isinstance(o, Request) for o in gc.get_objects()), "")]
+
+
+class Part:
+    """A measurement, and the sizes at which it is taken."""
+
+    def __init__(self, measure: Callable[[int], list[Row]], *sizes: int):
+        self.measure, self.sizes = measure, sizes
+
+
+PARTS = {
+    "plan": Part(steady, 64, 256, 1024, 4096),
+    "interval": Part(interval, 256, 1024),
+    "abort": Part(abort, 1000, 100_000),
+    "head": Part(head, 10_000, 100_000, 250_000),
+    "logit rows": Part(logit_rows, 60, 600),
+    "reset": Part(reset, 10_000, 1_000_000),
+    "count": Part(count_blocks, 10_000, 1_000_000),
+    "text": Part(text, 8000, 32_000, 100_000),
+    "deadlines": Part(deadlines, 100, 1000),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status("bench_scheduler.py", main))

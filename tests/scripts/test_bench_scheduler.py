@@ -1,0 +1,28 @@
+"""scripts/bench_scheduler.py measures what it names, at small sizes; its times are nobody's promise."""
+
+import json
+
+import pytest
+
+from scripts import bench_scheduler
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_figures_are_printed_and_written(tmp_path, capsys):
+    file = tmp_path / "costs.json"
+    assert bench_scheduler.main(["--largest", "100", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(printed)
+    assert {row["part"] for row in rows} == {"plan", "logit rows", "deadlines"}
+    assert all(row["value"] >= 0 for row in rows)
+    found = {(row["part"], row["size"], row["what"]): row["value"] for row in rows}
+    # These do not depend on the machine.
+    assert found["deadlines", 100, "finished requests kept"] == 0
+    assert found["logit rows", 60, "turns until all without a row have ended"] == 20
+
+
+def test_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_scheduler.main(["--only", "everything"])
+    assert "invalid choice: 'everything'" in capsys.readouterr().err

@@ -1,0 +1,169 @@
+"""An interrupt at each line of plan and harvest: `python -m tests.serving.interrupts [--all]`.
+
+The engine's own loop runs over the device of plain Python, whose reads check that what they find is right. In a process
+of its own, since under pytest every function of the package is checked for types, which takes ten times as long.
+"""
+
+import argparse
+import collections
+import logging
+import pathlib
+import sys
+
+import numpy as np
+
+from gdnjax import serving
+from gdnjax.batch import Emitted
+from gdnjax.serving.engine import Engine
+from gdnjax.serving.metrics import Metrics
+from gdnjax.serving.runner import InFlight, Runner
+from tests.serving.paper import EOS, Paper, check_nothing_is_held, check_output, make_request, make_scheduler
+
+PARTS = ("engine", "scheduler", "prefix_cache", "allocator", "request", "detokenizer")
+LINES_OF = {str(pathlib.Path(serving.__file__).parent / f"{part}.py") for part in PARTS}
+
+
+class PaperRunner(Runner):
+    """The paper device in the runner's place."""
+
+    def __init__(self, config):
+        self.config, self.metrics = config, Metrics()
+        self.device = Paper(config)
+
+    def dispatch(self, plan) -> InFlight:
+        prefill, decode = self.device.execute(plan)
+        return InFlight(plan, *(_emitted(rows, self.config) if rows else None for rows in (prefill, decode)))
+
+    def read(self, turn):
+        return turn.prefill, turn.decode
+
+    def start_over(self, unread) -> None:
+        self.device = Paper(self.config)
+
+    def give_up(self, turns) -> None:
+        """Nothing runs that could be waited for."""
+
+
+def _emitted(rows, config) -> Emitted:
+    tokens = np.full((len(rows), 1 + config.num_speculative_tokens), -1, np.int32)
+    for row, (produced, _) in enumerate(rows):
+        tokens[row, : len(produced)] = produced
+    count = np.array([len(produced) for produced, _ in rows], np.int32)
+    drafted = np.maximum(count - 1, 0)
+    done = np.array([ended for _, ended in rows])
+    return Emitted(tokens=tokens, count=count, done=done, drafted=drafted, logprobs=None, prompt_logprobs=None)
+
+
+class Cut:
+    """Raises KeyboardInterrupt at one of the lines that run within it, by its number, and counts them all."""
+
+    def __init__(self, at: int | None = None):
+        self.at = at
+        self.places: list[tuple[str, int]] = []
+
+    def __enter__(self) -> "Cut":
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame, event, arg):
+        return self._line if frame.f_code.co_filename in LINES_OF else None
+
+    def _line(self, frame, event, arg):
+        if event != "line":
+            return self._line
+        self.places.append((frame.f_code.co_filename, frame.f_lineno))
+        if len(self.places) - 1 == self.at:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return self._line
+
+
+def _scene(drafts: int):
+    """An engine, the requests of others, some in the queue, and those of the call that is to be interrupted.
+
+    Blocks are scarce, prompts are cut and share their beginnings, checkpoints are due while requests decode, and
+    requests end by a stop string, a stop token and their length.
+    """
+    scheduler = make_scheduler(
+        seqs=3, tokens=64, blocks=16, block_size=4, checkpoints=3, rows=1,
+        state_checkpoint_interval=8, num_speculative_tokens=drafts, warmup=False,
+    )  # fmt: skip
+    engine = Engine(PaperRunner(scheduler.config), scheduler.allocator)
+    shared = [5, 2, 7, 1, 8, 2, 8, 1]
+    others = [
+        make_request([*shared, 3], max_tokens=14, ignore_eos=True),
+        make_request([*shared, 4, 4], max_tokens=12, stop=["c"], priority=1),
+        make_request([6] * 20, max_tokens=9, ignore_eos=True),
+        make_request([*shared, 3, 9, 9], max_tokens=6, logit_bias={0: 1.0}),
+    ]
+    own = [make_request([*shared, 5], max_tokens=5, stop_token_ids=[EOS - 1]), make_request([7] * 6, max_tokens=4)]
+    return engine, others, own
+
+
+def play(drafts: int, at: int | None) -> Cut:
+    """Runs the scene, interrupted at that line, and checks what must hold after it."""
+    engine, others, own = _scene(drafts)
+    for request in others[:2]:
+        engine.add(request)
+    told: list = []
+    for _ in range(3):
+        told += engine.step()
+    for request in [*others[2:], *own]:
+        engine.add(request)
+    cut = Cut(at)
+    try:
+        with cut:
+            while not all(request.finished for request in own):
+                told += engine.step()
+    except KeyboardInterrupt:
+        engine.abort(*own)
+    for _ in range(400):
+        if not engine.has_work:
+            break
+        told += engine.step()
+        engine.scheduler.check_integrity()
+        engine.runner.device.check_cache(engine.scheduler.cache.root, engine.scheduler._seals)
+    told += engine.step()
+    for request in [*others, *own]:
+        check_output(request)
+    assert all(request.finish_reason != "abort" for request in others)
+    # What an interrupt takes away on its last line is the answer of that very call.
+    assert at is not None or {*told} == {*others, *own}
+    check_nothing_is_held(engine.scheduler)
+    return cut
+
+
+def main() -> int:
+    """Prints a line for each line of code after whose interrupt something was wrong; the last one says how many ran."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--all", action="store_true", help="every time that a line runs, not the first, a middle, the last"
+    )
+    every = parser.parse_args().all
+    logging.disable()
+    wrong, played = collections.Counter(), 0
+    lines: set[tuple[str, int]] = set()
+    for drafts in (0, 3):
+        runs = collections.defaultdict(list)
+        for number, place in enumerate(play(drafts, None).places):
+            runs[place].append(number)
+        lines |= runs.keys()
+        for (file, line), numbers in runs.items():
+            moments = numbers if every else {numbers[0], numbers[len(numbers) // 2], numbers[-1]}
+            for at in moments:
+                played += 1
+                try:
+                    play(drafts, at)
+                except BaseException as error:
+                    wrong[f"{pathlib.Path(file).name}:{line}, {drafts} drafts: {type(error).__name__}: {error}"] += 1
+    for found, times in wrong.items():
+        print(f"{found}, {times} times")
+    print(f"{len(lines)} lines, {played} interrupts, {wrong.total()} wrong")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""A turn is whole or it never was: an interrupt at every line of plan and harvest, and signals at random moments."""
+
+import contextlib
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.serving.ledgers import (
+    KV,
+    VK_DRAFTS,
+    check_nothing_is_held,
+    drain,
+    fresh,
+    greedy,
+    oracle_of,
+    prompt_of,
+    queue,
+)
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_interrupt_at_every_line_costs_nobody_else_anything():
+    """Others' outputs are those of their solo runs, the cache holds nothing wrong, and nothing leaks."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serving.interrupts"], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines, played, wrong = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
+    assert (lines > 550, played > 2500, wrong) == (True, True, 0)
+
+
+@contextlib.contextmanager
+def interrupted_after(seconds: float):
+    """An interrupt that comes so late, unless what runs within is over by then."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        SEEN.append(seconds)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+SEEN: list[float] = []
+"""After how long those came that came at all."""
+
+LENGTH = 12
+PROMPTS = [prompt_of(seed, length) for seed, length in enumerate((9, 40, 70, 21))]
+
+
+def answers(llm, by: str) -> list[list[int]]:
+    """What a caller gets for three of the prompts; a stream asks for one after the other."""
+    if by == "generate":
+        outputs = llm.generate([list(prompt) for prompt in PROMPTS[:3]], greedy(LENGTH), use_tqdm=False)
+    else:
+        outputs = [list(llm.stream(list(prompt), greedy(LENGTH)))[-1].output for prompt in PROMPTS[:3]]
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.mark.parametrize("name", [KV, VK_DRAFTS])
+def test_signals_at_random_moments_leave_right_answers(name, caplog):
+    """Steps really run: the moment may be within a dispatch, after which the pools that it took are gone."""
+    caplog.set_level("ERROR", logger="gdnjax")
+    llm, moments = fresh(name), random.Random(name)
+    expected = [oracle_of(llm).solo_run(list(prompt), LENGTH) for prompt in PROMPTS]
+    took = {}
+    for by in ("generate", "stream", "generate", "stream"):
+        began = time.perf_counter()
+        assert answers(llm, by) == expected[:3]
+        took[by] = time.perf_counter() - began
+    SEEN.clear()
+    while len(SEEN) < 50:
+        by = moments.choice(["generate", "stream"])
+        (beside,) = queue(llm, PROMPTS[3], greedy(LENGTH))
+        with interrupted_after(max(1e-4, moments.random() * took[by])):
+            assert answers(llm, by) == expected[:3]
+        drain(llm)
+        assert beside.output_token_ids == expected[3]
+    assert answers(llm, "generate") == expected[:3]
+    drain(llm)
+    check_nothing_is_held(llm)
