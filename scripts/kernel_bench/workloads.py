@@ -4,7 +4,7 @@ A workload's pools have several layers, and its calls go from one to the next as
 not in the cache.
 
 Of some the first few rows are `real`, and the others padding, as in a decode step whose bucket is larger than its
-batch: they point at null slots, null blocks and no query, give zeros, and have no bytes but those.
+batch: they point at null slots, null blocks and no query, and give zeros. Bytes and operations are of real rows alone.
 """
 
 import dataclasses
