@@ -94,7 +94,7 @@ def test_plan_fits_the_device(llm, others):
     outputs = llm.generate(_prompts(1000, 64, *[10] * (ROWS - 2)), params, use_tqdm=False)
     assert [len(output.outputs[0].token_ids) for output in outputs] == [6] * ROWS
     # The plan counts the hidden states of slots, and leaves out the rest of their table.
-    table = sum(leaf.nbytes for leaf in jax.tree.leaves(llm.engine.state.slots))
+    table = sum(leaf.nbytes for leaf in jax.tree.leaves(llm.engine.runner.state.slots))
     peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
     assert peak - others <= plan.total_bytes + table
 

@@ -1,4 +1,4 @@
-"""Slots, blocks, logit rows and count rows: the numbers 1..n of each pool, handed out all or nothing. Plain ints."""
+"""Slots, blocks and logit rows: the numbers 1..n of each pool, handed out all or nothing. Plain ints."""
 
 from collections.abc import Iterable
 
@@ -41,10 +41,7 @@ class Pool:
 
 
 class Allocator:
-    """The pools of one engine. Slots are handed out to requests and to checkpoints alike.
-
-    There is a count row for everybody who may run.
-    """
+    """The pools of one engine. Slots are handed out to requests and to checkpoints alike."""
 
     def __init__(self, num_slots: int, num_blocks: int, num_logit_rows: int, num_count_rows: int):
         self.slots = Pool("slot", num_slots)

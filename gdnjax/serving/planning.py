@@ -144,7 +144,7 @@ def largest_steps(model, config: EngineConfig, mesh, params, state) -> Iterator[
     prefill = packing.pack_prefill(
         [],
         tokens=config.max_num_batched_tokens,
-        rows=rows,
+        rows=config.prefill_rows_of(config.max_num_batched_tokens),
         table_width=width,
         checkpoints=config.enable_prefix_caching,
     )

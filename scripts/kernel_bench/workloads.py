@@ -4,7 +4,7 @@ A workload's pools have several layers, and its calls go from one to the next as
 not in the cache.
 
 Of some the first few rows are `real`, and the others padding, as in a decode step whose bucket is larger than its
-batch: they point at null slots, null blocks and no query, give zeros, and have no bytes but those.
+batch: they point at null slots, null blocks and no query, and give zeros. Bytes and operations are of real rows alone.
 """
 
 import dataclasses
@@ -139,7 +139,7 @@ def recurrent(
         ),
         written=lambda ssm, x, layer: ssm[layer, x["slot"][:real]],
         layers=layers,
-        bytes=real * (2 * heads * K * V * size + tokens * (2 * channels + 4 * heads)) + rows * new * 2 * heads * V,
+        bytes=real * (2 * heads * K * V * size + tokens * (2 * channels + 4 * heads) + new * 2 * heads * V),
         flops=real * tokens * heads * 8 * K * V,
         limits=(4e-3, 1e-5 if state == "float32" else 4e-3),
     )
@@ -283,7 +283,7 @@ def conv_update(rows: int, channels: int, *, pending: int = 0, new: int = 1, rea
         exact=exact.padded(functools.partial(exact.conv_update, pending=pending), real),
         written=lambda conv, x, layer: conv[layer, x["slot"][:real]],
         layers=layers,
-        bytes=2 * channels * (real * moved + rows * (pending + new)),
+        bytes=2 * channels * real * (moved + pending + new),
         flops=real * channels * (pending + new) * 2 * TAPS,
         limits=(4e-3, 0),
     )
@@ -353,7 +353,7 @@ def attention(
         exact=exact.padded(exact.attention, real * tiles_of),
         written=lambda pools, x, layer: (),
         layers=layers,
-        bytes=real * (context * of_token + queries * heads * width * 2) + requests * queries * heads * width * 2,
+        bytes=real * (context * of_token + 2 * queries * heads * width * 2),
         flops=pairs * heads * width * 4,
         limits=(6e-3, 0),
         chain="layer",

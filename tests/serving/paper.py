@@ -366,9 +366,9 @@ class Loop:
     def turn(self) -> Plan | None:
         """One turn as the engine takes it: dispatch, then read the turn before, and take note of who has ended."""
         plan = self.dispatch()
-        self.scheduler.ended.clear()
         if self.in_flight and (plan is None or len(self.in_flight) > 1):
             self.harvest()
+        self.scheduler.ended.clear()
         return plan
 
     def drain(self, turns: int = 1000) -> None:

@@ -393,7 +393,7 @@ def test_failed_dispatch_leaves_an_engine_that_works_and_an_empty_cache(llm, mon
     llm.reset_prefix_cache()
     llm.engine.scheduler.check_integrity()
     assert llm.stats()["prefix_cache"]["cached_states"] == 0
-    assert llm.engine.scheduler.waiting == [running, follower, waiting]
+    assert list(llm.engine.scheduler.waiting) == [running, follower, waiting]
     drain(llm)
     for request in (running, follower, waiting):
         assert request.finish_reason == "length"

@@ -10,8 +10,9 @@ import pytest
 from gdnjax import EngineConfig, abstract_params, build_model
 from gdnjax.assets import config_file
 from gdnjax.config import ModelConfig
+from gdnjax.models import engine_geometry
 from gdnjax.serving import planning
-from gdnjax.serving.engine import Engine
+from gdnjax.serving.runner import Runner
 from gdnjax.sharding import make_mesh, shardings_of
 from gdnjax.state import empty_state
 from tests.ledger import LedgerModel
@@ -131,12 +132,11 @@ def test_workspace_is_of_every_step_that_the_engine_warms_up(monkeypatch, option
     config = EngineConfig(max_num_seqs=16, max_num_batched_tokens=128, num_kv_blocks=8, **options)
     model = LedgerModel(mtp=config.num_speculative_tokens > 0)
     params, mesh, calls = model.params(), make_mesh(1), {}
-    monkeypatch.setattr(Engine, "_compile", lambda self, found: calls.update(found))
-    plan = planning.memory.plan(
-        model.geometry(16, "float32").speculating(config), config, max_model_len=64, budget_bytes=GIB
-    )
-    engine = Engine(model, params, mesh, config, plan, 64)
-    state = jax.eval_shape(lambda: engine.state)
+    monkeypatch.setattr(Runner, "_compile", lambda self, found: calls.update(found))
+    plan = planning.memory.plan(engine_geometry(model, config), config, max_model_len=64, budget_bytes=GIB)
+    runner = Runner(model, params, mesh, config, plan, 64)
+    runner.warm_up()
+    state = jax.eval_shape(lambda: runner.state)
 
     def shapes(batch):
         return [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
@@ -178,7 +178,7 @@ def test_full_sampler_holds_little_more_than_the_logits(drafts, acceptance, most
     config = EngineConfig(
         max_num_seqs=rows, max_num_batched_tokens=64, num_speculative_tokens=drafts, draft_acceptance=acceptance
     )
-    geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
+    geometry = engine_geometry(model, config)
     state = jax.eval_shape(lambda: empty_state(geometry, planning._pools(model, config, 64), config, 64))
     steps = planning.largest_steps(model, config, make_mesh(1), jax.eval_shape(model.params), state)
     step, arguments = next(found for name, *found in steps if name == "decode, full sampler")
