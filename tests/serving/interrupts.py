@@ -27,7 +27,7 @@ class PaperRunner(Runner):
     """The paper device in the runner's place."""
 
     def __init__(self, config):
-        self.config, self.metrics = config, Metrics()
+        self.config, self.metrics, self.compile_seconds = config, Metrics(), 0.0
         self.device = Paper(config)
 
     def dispatch(self, plan) -> InFlight:
