@@ -487,6 +487,9 @@ def test_float64_bound_sees_the_fault_of_a_fork_in_its_states(cached, monkeypatc
     """And when the text breaks is reported: often later, or never."""
     expected = go_on_from_decode(cached).tokens
     cached.reset_prefix_cache()
+    # Or a block that is not filled could hold by chance what it should.
+    state = cached.engine.runner.state
+    cached.engine.runner.state = dataclasses.replace(state, kv=jax.tree.map(jnp.zeros_like, state.kv))
     monkeypatch.setattr(cached.engine.runner, "steps", cached.engine.runner.steps)
     fault(cached.engine)
     run = go_on_from_decode(cached)
