@@ -14,8 +14,8 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,8 @@ from gdnjax.state import NO_TOKEN
 
 log = logging.getLogger("gdnjax")
 
+T = TypeVar("T")
+
 COURTESY = 1e-4
 """Seconds that a caller who takes turn after turn leaves to others who wait for theirs."""
 
@@ -41,7 +43,9 @@ COURTESY = 1e-4
 class Engine:
     """A runner and its scheduler. Drive it with `step()` until `has_work` is False.
 
-    Threads may share it: each call waits until it is alone, and a turn serves the requests of all of them.
+    Threads may share it: each call waits until it is alone, and a turn serves the requests of all of them. A signal
+    handler or a finaliser, which may call in the middle of a turn, is allowed nothing there but `abort` and `stats`: a
+    RuntimeError says so.
     """
 
     def __init__(self, runner: Runner, allocator: Allocator, tokenizer: Tokenizer | None = None):
@@ -91,7 +95,7 @@ class Engine:
 
         Raises RuntimeError once the engine is closed.
         """
-        with self._lock, self._whole():
+        with self._alone(), self._whole():
             self.counters.num_requests += 1
             if request.deadline is not None:
                 request.deadline -= self.runner.compile_seconds
@@ -101,10 +105,13 @@ class Engine:
         """Ends requests wherever they are; what they have produced so far stays."""
         # Should this be cut off, the next call goes on with it.
         self._aborted.extend(requests)
+        if self._is_within_a_turn:
+            # A stream that nobody holds any more ends wherever Python collects it. The turn does it when it is over.
+            return
         with self._lock:
             if not self._closed:
                 with self._whole():
-                    self._abort_all()
+                    pass
 
     def _abort_all(self) -> None:
         while self._aborted:
@@ -113,7 +120,9 @@ class Engine:
 
     def preempt(self, request: Request) -> None:
         """Harvests what is in flight, then sends a running request back to the queue, as want of blocks would."""
-        with self._lock:
+        with self._alone():
+            with self._whole():
+                pass
             while self._in_flight:
                 self._harvest(self._in_flight[0])
             with self._whole():
@@ -127,7 +136,7 @@ class Engine:
         know what is in flight, nothing is dispatched, and what is in flight is read. Raises RuntimeError once the
         engine is closed, and what the device raises; whatever is raised, no request is lost, and the next call goes on.
         """
-        with self._lock:
+        with self._alone():
             with self._whole():
                 self._abort_all()
                 with self.metrics.timed("plan"):
@@ -141,9 +150,24 @@ class Engine:
                 self._harvest(self._in_flight[0])
             return self._told()
 
+    @property
+    def _is_within_a_turn(self) -> bool:
+        """Whether this thread is in the middle of `_whole`, from where a signal handler or a finaliser has called."""
+        return self._half_done and self._lock._is_owned()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _alone(self) -> Any:
+        """The lock, to be taken. Raises RuntimeError within a turn: what it has begun must not change under it."""
+        if self._is_within_a_turn:
+            raise RuntimeError(
+                "the engine is in the middle of a turn of this very thread: a signal handler or a finaliser may abort "
+                "requests, and has to leave everything else until the turn is over"
+            )
+        return self._lock
+
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
         """Around whatever changes the scheduler or the pools: if what was done before was cut off, starts over first.
+        Whoever is to be aborted ends with it.
 
         No `finally`: what leaves this by an exception has not been done.
         """
@@ -153,6 +177,7 @@ class Engine:
             self._start_over()
         self._half_done = True
         yield
+        self._abort_all()
         self._half_done = False
 
     def _start_over(self) -> None:
@@ -306,11 +331,21 @@ class Engine:
             yield self.take_turn()
 
     def take_turn(self) -> list[Request]:
-        """`step()` for callers who take turn after turn beside others: whoever has waited longer comes first."""
-        me = threading.get_ident()
+        """`step()` for callers who take turn after turn beside others; see `between_turns`."""
+        return self.between_turns(self.step)
+
+    def between_turns(self, call: Callable[[], T]) -> T:
+        """`call()` while no other thread takes a turn: it may take one, and what it sees of requests is whole. Of those
+        who call this again and again whoever has waited longer comes first.
+        """
+        lock, me = self._alone(), threading.get_ident()
         self._callers[me] = None
         try:
-            return self.step()
+            with lock:
+                if self._half_done and not self._closed:
+                    with self._whole():
+                        pass
+                return call()
         finally:
             self._callers.pop(me, None)
             if self._callers:
@@ -324,16 +359,20 @@ class Engine:
 
     def prepare(self, rows: Iterable[int], params: Iterable[SamplingParams] = (SamplingParams(),)) -> None:
         """See Runner.prepare."""
-        with self._lock, self._whole():
+        with self._alone(), self._whole():
             self.runner.prepare(rows, params)
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block and state. Requests that run keep what they have."""
-        with self._lock, self._whole():
+        with self._alone(), self._whole():
             self.scheduler.cache.reset()
 
     def stats(self) -> dict[str, Any]:
         """See LLM.stats."""
+        with self._lock:
+            return self._stats()
+
+    def _stats(self) -> dict[str, Any]:
         scheduler, metrics = self.scheduler, self.metrics
         allocator, cache = scheduler.allocator, scheduler.cache
         counters = cache.counters
@@ -393,7 +432,7 @@ class Engine:
 
         Waits for the turn of another thread to end.
         """
-        with self._lock:
+        with self._alone():
             if self._closed:
                 return
             with self._whole():

@@ -1,6 +1,7 @@
 """`LLM`: the whole engine behind a few calls, with the names that vLLM's users know."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -290,24 +291,27 @@ class LLM:
         try:
             while not finished:
                 self._check_open()
-                # Between two turns of this loop another call may have moved the request on, or ended it.
-                if not request.finished:
-                    self.engine.take_turn()
-                text = request.detokenizer.text_since(shown_text)
-                tokens = tuple(request.output_token_ids[shown_tokens:])
-                finished = request.finished
-                if not tokens and not finished:
+                output = self.engine.between_turns(functools.partial(self._next_piece, group, shown_text, shown_tokens))
+                finished = output.output is not None
+                if not output.token_ids and not finished:
                     continue
-                output = StreamOutput(
-                    text=text,
-                    token_ids=tokens,
-                    finish_reason=request.finish_reason,
-                    output=group.output() if finished else None,
-                )
-                shown_text, shown_tokens = shown_text + len(text), shown_tokens + len(tokens)
+                shown_text, shown_tokens = shown_text + len(output.text), shown_tokens + len(output.token_ids)
                 yield output
         finally:
             self.engine.abort(request)
+
+    def _next_piece(self, group: Submission, shown_text: int, shown_tokens: int) -> StreamOutput:
+        """What the next turn brings beside the characters and tokens that were shown, which may be nothing."""
+        (request,) = group.requests
+        # Since the last one the turn of another call may have moved the request on, or ended it.
+        if not request.finished:
+            self.engine.step()
+        return StreamOutput(
+            text=request.detokenizer.text_since(shown_text),
+            token_ids=tuple(request.output_token_ids[shown_tokens:]),
+            finish_reason=request.finish_reason if request.finished else None,
+            output=group.output() if request.finished else None,
+        )
 
     def stats(self) -> dict[str, Any]:
         """What the engine holds now and has done since the start.
@@ -349,16 +353,20 @@ class LLM:
     def _run(self, requests: list[Request], groups: list[Submission], use_tqdm: bool) -> list[RequestOutput]:
         progress = Progress("generating", len(requests), "sequence", enabled=use_tqdm)
         try:
-            mine = set(requests)
+            mine, told = set(requests), 0
             for moved in self.engine.run(requests):
-                progress.update(sum(request.finished and request in mine for request in moved))
+                ended = sum(request.finished and request in mine for request in moved)
+                progress.update(ended)
+                told += ended
+            # The turns of other calls have told those of the others.
+            progress.update(len(requests) - told)
         except BaseException:
             # An interrupted call must not leave its requests behind for the next one.
             self.engine.abort(*requests)
             raise
         finally:
             progress.close()
-        return [group.output() for group in groups]
+        return self.engine.between_turns(lambda: [group.output() for group in groups])
 
 
 def _common_length(tokens: Sequence[int], others: Sequence[int]) -> int:

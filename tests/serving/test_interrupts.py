@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from gdnjax.serving.engine import Engine
+from tests.serving.interrupts import PaperRunner
 from tests.serving.ledgers import (
     KV,
     VK_DRAFTS,
@@ -22,6 +24,7 @@ from tests.serving.ledgers import (
     prompt_of,
     queue,
 )
+from tests.serving.paper import check_output, make_request, make_scheduler
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -34,6 +37,80 @@ def test_interrupt_at_every_line_costs_nobody_else_anything():
     assert done.returncode == 0, done.stdout + done.stderr
     lines, played, wrong = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
     assert (lines > 550, played > 2500, wrong) == (True, True, 0)
+
+
+def paper_engine():
+    """An engine over the device of plain Python, three requests that run, and a turn in flight."""
+    scheduler = make_scheduler(seqs=3, tokens=64, blocks=30, block_size=4, warmup=False)
+    engine = Engine(PaperRunner(scheduler.config), scheduler.allocator)
+    requests = [make_request([5, 2, 7, i], max_tokens=10, ignore_eos=True) for i in range(3)]
+    for request in requests:
+        engine.add(request)
+    while not all(request.output_token_ids for request in requests):
+        engine.step()
+    return engine, requests
+
+
+def run_to_the_end(engine, requests):
+    while engine.has_work:
+        engine.step()
+        engine.scheduler.check_integrity()
+        engine.runner.device.check_cache(engine.scheduler.cache.root, engine.scheduler._seals)
+    for request in requests:
+        check_output(request)
+
+
+@pytest.mark.parametrize("where", ["scheduler._marks_for", "runner.dispatch", "runner.read", "scheduler.commit"])
+def test_turn_in_whose_middle_a_stream_is_collected_ends_as_it_began(where, monkeypatch):
+    """As Python does with a stream that nobody holds any more, wherever it is."""
+    engine, requests = paper_engine()
+    part, name = where.split(".")
+    owner = getattr(engine, part)
+    inner = getattr(owner, name)
+
+    def outer(*args):
+        monkeypatch.undo()
+        engine.abort(requests[1])
+        return inner(*args)
+
+    monkeypatch.setattr(owner, name, outer)
+    assert requests[1] in engine.step()
+    assert requests[1].finish_reason == "abort"
+    run_to_the_end(engine, requests)
+    assert not engine.scheduler.num_preemptions
+
+
+def test_turn_is_no_place_for_anything_but_an_abort(monkeypatch):
+    """A signal handler that queues, steps or closes would do it to a turn that is half done."""
+    engine, requests = paper_engine()
+    plan, late = engine.scheduler.plan, make_request(9)
+    calls = (lambda: engine.add(late), engine.step, engine.take_turn, engine.reset_prefix_cache, engine.close)
+
+    def within(**options):
+        for call in calls:
+            with pytest.raises(RuntimeError, match="in the middle of a turn of this very thread"):
+                call()
+        return plan(**options)
+
+    monkeypatch.setattr(engine.scheduler, "plan", within)
+    engine.step()
+    monkeypatch.undo()
+    run_to_the_end(engine, requests)
+
+
+def test_preemption_after_a_turn_that_was_cut_off(monkeypatch):
+    """What was in flight then is given up, and nobody may look for it."""
+    engine, requests = paper_engine()
+
+    def interrupt(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.scheduler, "plan", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    monkeypatch.undo()
+    engine.preempt(requests[0])
+    run_to_the_end(engine, requests)
 
 
 @contextlib.contextmanager

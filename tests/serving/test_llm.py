@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -1121,6 +1122,48 @@ def test_threads_may_share_an_engine(llm):
     with ThreadPoolExecutor(4) as callers:
         found = list(callers.map(call, prompts))
     assert found == expected
+
+
+def test_turns_of_other_threads_end_no_stream_within_a_piece(llm, monkeypatch):
+    """Texts and tokens of the pieces are those of the output, though others step as soon as they are let."""
+    text_since, others = Detokenizer.text_since, []
+
+    def slow(detokenizer, start):
+        text = text_since(detokenizer, start)
+        others.append(threading.Thread(target=lambda: [llm.step() for _ in range(8)]))
+        others[-1].start()
+        # It waits for the piece; one that does not is through by then.
+        others[-1].join(timeout=1.0)
+        monkeypatch.setattr(Detokenizer, "text_since", text_since)
+        return text
+
+    # Compiles, if nobody has.
+    run(llm, TEXT)
+    monkeypatch.setattr(Detokenizer, "text_since", slow)
+    pieces = list(llm.stream(TEXT, dataclasses.replace(GREEDY, max_tokens=6)))
+    for other in others:
+        other.join()
+    output = pieces[-1].output.outputs[0]
+    assert "".join(map(str, pieces)) == output.text
+    assert sum((piece.token_ids for piece in pieces), ()) == output.token_ids
+
+
+def test_statistics_wait_for_the_turn_of_another_thread(llm, monkeypatch):
+    """They were a RuntimeError now and then: a deque that changed while it was looked at."""
+    asked, order, plan = [], [], llm.engine.scheduler.plan
+
+    def slow(**options):
+        asked.append(threading.Thread(target=lambda: order.append(len(llm.stats()))))
+        asked[-1].start()
+        asked[-1].join(timeout=0.2)
+        order.append("turn")
+        monkeypatch.undo()
+        return plan(**options)
+
+    monkeypatch.setattr(llm.engine.scheduler, "plan", slow)
+    llm.engine.step()
+    asked[0].join()
+    assert order[0] == "turn"
 
 
 def test_what_ended_by_a_deadline_or_an_abort_is_told(llm):
