@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gdnjax.config import as_id_tuple, import_transformers, read_json_object
-from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS, SamplingParams
+from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS, SamplingParams, check_unicode
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of which a tokenizer directory holds at least one."""
@@ -118,9 +118,16 @@ class Tokenizer:
                 "this tokenizer has no chat template; give the prompt as text, "
                 "or put the model's chat_template.jinja beside its tokenizer files"
             )
-        render = functools.partial(
+        template = functools.partial(
             self.hf.apply_chat_template, add_generation_prompt=add_generation_prompt, tokenize=False, **kwargs
         )
+
+        def render(messages: list[dict[str, Any]]) -> str:
+            text = template(messages)
+            # Half a character may come with a tool, or escaped in the JSON text of a call's arguments.
+            check_unicode("what it gives", text)
+            return text
+
         # Templates are programs: whatever they raise is about the messages, or what came with them.
         try:
             known = self._template_variables(kwargs)
@@ -214,6 +221,7 @@ def _text_message(index: int, message: Any) -> dict[str, Any]:
         content = "".join(_part_text(f"{place}['content'][{i}]", part) for i, part in enumerate(content))
     if not isinstance(content, str):
         raise ValueError(f"{place}['content'] must be a string or a list of text parts, got {content!r}")
+    check_unicode(f"{place}['content']", content)
     found = {**message, "content": content}
     if message.get("tool_calls"):
         found["tool_calls"] = _tool_calls(f"{place}['tool_calls']", message["tool_calls"])

@@ -146,6 +146,7 @@ def test_media_parts_are_errors(tokenizer, kind, what):
         (user([{"text": "Hi"}]), r"messages\[0\]\['content'\]\[0\] must be a dictionary with a 'type'"),
         (user([{"type": "refusal"}]), r"unknown type 'refusal'; allowed: \{'type': 'text'"),
         (user([{"type": "text"}]), "'text' must be a string, got None"),
+        ([*user("Hi"), *user("a\ud83d")], r"messages\[1\]\['content'\] is no valid text: .* is a lone surrogate"),
     ],
 )
 def test_malformed_messages_are_errors(messages, message):
@@ -256,6 +257,15 @@ def test_messages_of_openai_s_clients_are_taken():
 def test_malformed_tool_calls_are_named(calls, message):
     with pytest.raises(ValueError, match=message):
         text_messages([*user("Hi"), {"role": "assistant", "content": "", "tool_calls": calls}])
+
+
+def test_half_a_character_in_a_call_is_named():
+    """Escaped, as JSON may have it; tokenizers raise a TypeError that tells nothing."""
+    tokenizer = Tokenizer.from_directory(model_directory("tiny"))
+    call = {"function": {"name": "add", "arguments": '{"a": "\\ud83d"}'}}
+    messages = [*user("Hi"), {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(ValueError, match=r"fails at messages\[1\]: what it gives is no valid text: .*lone surrogate"):
+        tokenizer.apply_chat_template(messages)
 
 
 def test_long_text_prints_no_warning(tokenizer, caplog):
