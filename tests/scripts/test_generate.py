@@ -61,7 +61,7 @@ def test_unknown_flag_ends_with_status_2(capsys):
         (["--model", "{tmp}/none", "-p", "x"], "no such directory; a model is a local checkpoint directory"),
         (["--model", "{tmp}", "-p", "x"], "no config.json here"),
         (["--model", "{golden}", "-p", "x"], "no tokenizer here"),
-        (["--model", "{model}"], "no prompt: give -p TEXT"),
+        (["--model", "{model}"], "no prompt: give PROMPT or -p TEXT"),
         (["--model", "{model}", "-p", ""], "prompt 1 is empty"),
         (["--model", "{model}", "-p", "-", "-p", "-"], "stdin can be read once"),
         (["--model", "{model}", "-p", "x", "--prompts-file", "{tmp}/none.txt"], "none.txt: No such file or directory"),
