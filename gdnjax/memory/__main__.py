@@ -1,5 +1,5 @@
-"""`gdnjax memory`, also `python -m gdnjax.memory`: what weights, a slot and a block of a model cost, what a budget holds,
-and whether a GPU does. No weights are read.
+"""`gdnjax memory`: what weights, a slot and a block of a model cost, what a budget holds, and whether a GPU does. No
+weights are read.
 """
 
 import argparse
