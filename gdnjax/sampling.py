@@ -25,7 +25,7 @@ RADIX_BITS = 4
 """Bits of a threshold found in one pass over the logits: 8 passes of 15 candidates find all 32."""
 
 
-GROUP_ROWS, MOST_GROUPS = 16, 16
+GROUP_ROWS, MOST_GROUPS = 16, 10
 """Rows of logits that are sampled from at once, and more where there would be more groups than this: what is made of
 them on the way, several times their own size, stays small beside all of them.
 """
