@@ -26,7 +26,7 @@ PATIENCE_S = 5.0
 may be the compilation of a program."""
 
 RETRY_S = 0.02
-"""How soon a signal that came during an import comes again."""
+"""How soon a signal that came during an import, or was dropped, comes again."""
 
 IMPORT_PATIENCE_S = 0.5
 """So long it waits for imports. Those that take longer stand at the start, where there is nothing to put in order."""
@@ -109,7 +109,8 @@ def _imports(frame: types.FrameType | None) -> bool:
 @contextlib.contextmanager
 def _listening(heard: list[signal.Signals], patience_s: float | None) -> Iterator[None]:
     """Signals raise KeyboardInterrupt or TerminatedError meanwhile and are noted in `heard`; during an import they wait
-    for its end. A thread ends the process where that leads to nothing. Signals are for the main thread alone.
+    for its end, and what Python drops comes again. A thread ends the process where that leads to nothing. Signals are
+    for the main thread alone.
     """
     numbers = [number for number in STATUSES if signal.getsignal(number) is not signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread() or not numbers:
@@ -136,6 +137,13 @@ def _listening(heard: list[signal.Signals], patience_s: float | None) -> Iterato
                     signal.pthread_kill(main_thread, postponed.pop())
         os.close(reader)
 
+    def drop(unraisable):
+        # Raised in a callback, of the garbage collector say, from which Python lets nothing out: it comes again.
+        if heard and isinstance(unraisable.exc_value, KeyboardInterrupt):
+            postponed.append(heard[-1])
+        else:
+            hook_before(unraisable)
+
     main_thread = threading.get_ident()
     ended = threading.Event()
     postponed: list[int] = []
@@ -145,6 +153,7 @@ def _listening(heard: list[signal.Signals], patience_s: float | None) -> Iterato
     threading.Thread(target=watch, name="signals", daemon=True).start()
     pipe_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     _pipes.append(writer)
+    hook_before, sys.unraisablehook = sys.unraisablehook, drop
     before = {number: signal.signal(number, raise_it) for number in numbers}
     try:
         yield
@@ -152,6 +161,7 @@ def _listening(heard: list[signal.Signals], patience_s: float | None) -> Iterato
         ended.set()
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook_before
         signal.set_wakeup_fd(pipe_before)
         _pipes.remove(writer)
         os.close(writer)

@@ -41,8 +41,8 @@ BODIES = {
     "python": ("", "ready(); time.sleep(60)", 60),
     # Python's handlers run between its own steps alone, and this is one step of a minute.
     "outside of python": ("", "ready(); hashlib.pbkdf2_hmac('sha512', b'', b'', 10**8)", 0.5),
-    # Python says "Exception ignored in" and goes on.
-    "dropped": ("sys.unraisablehook = lambda _: None", "Dropping()", 60),
+    # Python would say "Exception ignored in" and go on.
+    "dropped": ("", "Dropping(); time.sleep(30)", 60),
     "made another error of": (
         "",
         "\n    ".join(
