@@ -112,18 +112,14 @@ class SamplingParams:
                 "prompt several times"
             )
         _real("temperature", self.temperature, 0.0, math.inf)
-        _real("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0:
-            raise ValueError("top_p must be in (0, 1], got 0")
+        _real("top_p", self.top_p, 0.0, 1.0, above=True)
         _integer("top_k", self.top_k, -1)
         if self.top_k >= 1 << 31:
             raise ValueError(f"top_k must be below 2**31, got {self.top_k}")
         _real("min_p", self.min_p, 0.0, 1.0)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
-        if self.repetition_penalty == 0:
-            raise ValueError("repetition_penalty must be above 0, got 0")
+        _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
         if self.seed is not None:
             _integer("seed", self.seed, 0)
             if self.seed >= 1 << 64:
@@ -197,9 +193,12 @@ def _integer(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
-def _real(name: str, value: Any, least: float, most: float) -> None:
-    if not _is_number(value) or not least <= value <= most or value == math.inf:
-        bound = f"at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
+def _real(name: str, value: Any, least: float, most: float, *, above: bool = False) -> None:
+    """Raises ValueError for what is no finite number from `least`, or with `above` from beyond it, to `most`."""
+    if not _is_number(value) or not least <= value <= most or value == math.inf or (above and value == least):
+        bound = f"in {'(' if above else '['}{least:g}, {most:g}]"
+        if most == math.inf:
+            bound = f"{'above' if above else 'of at least'} {least:g}"
         raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
     if value and not 1 / LARGEST <= abs(value) <= LARGEST:
         raise ValueError(f"{name} must be 0 or of a magnitude in [{1 / LARGEST:g}, {LARGEST:g}], got {value!r}")

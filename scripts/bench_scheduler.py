@@ -130,6 +130,8 @@ def turn(scheduler: Scheduler) -> Plan | None:
     plan = scheduler.plan()
     if plan is not None:
         commit(scheduler, plan)
+    # As the engine does, once it has told of them.
+    scheduler.ended.clear()
     return plan
 
 

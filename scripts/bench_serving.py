@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--random-weights",
         metavar="PRESET",
-        help="random weights: a preset (python -m gdnjax.memory --list) or config.json",
+        help="random weights: a preset (gdnjax memory --list) or config.json",
     )
     add("--dtype", choices=DTYPES, default="auto", help="of weights and activations; auto: the checkpoint's")
     add("--ssm-dtype", choices=DTYPES[1:], default="float32", help="of the recurrent state (default: float32)")

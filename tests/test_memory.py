@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gdnjax import abstract_params, memory
-from gdnjax.assets import EMBEDDED_MODEL, PRESETS, config_file
+from gdnjax.assets import EMBEDDED_MODEL, PRESETS, SAME_AS, config_file
 from gdnjax.config import AttentionConfig, DeltaConfig, EngineConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.memory.__main__ import build_parser, main
@@ -478,7 +478,7 @@ def test_command_refuses_drafts_of_a_model_without_a_head(tmp_path, capsys):
 
 def test_command_lists_the_presets(capsys):
     assert main(["--list"]) == 0
-    assert capsys.readouterr().out.split() == list(PRESETS)
+    assert capsys.readouterr().out.split() == [*PRESETS, *SAME_AS]
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ def test_bad_input_is_one_line_and_status_two(capsys, arguments, problem):
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert re.fullmatch(rf"gdnjax\.memory: .*{problem}.*\n", printed.err)
+    assert re.fullmatch(rf"gdnjax memory: error: .*{problem}.*\n", printed.err)
 
 
 @pytest.mark.parametrize("given", ["x", "0", "-1", "nan", "1/0"])

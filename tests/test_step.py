@@ -368,7 +368,7 @@ def unseal(tree):
 
 @pytest.fixture
 def sealed(warm, monkeypatch) -> LLM:
-    """The engine with every array that a step returns sealed, and `_read` the only place that can open one."""
+    """The engine with every array that a step returns sealed, and `Runner.read` the only place that can open one."""
     engine, steps, read = warm.engine, warm.engine.runner.steps, warm.engine.runner.read
     while engine.has_work:
         engine.step()

@@ -11,7 +11,9 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -22,6 +24,12 @@ CLOSED_PIPE = 141
 PATIENCE_S = 5.0
 """Seconds that a signal waits for the command to end. Python looks at signals between its own steps alone, and one step
 may be the compilation of a program."""
+
+RETRY_S = 0.02
+"""How soon a signal that came during an import, or was dropped, comes again."""
+
+IMPORT_PATIENCE_S = 0.5
+"""So long it waits for imports. Those that take longer stand at the start, where there is nothing to put in order."""
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -89,10 +97,20 @@ def _forget_pipes() -> None:
 os.register_at_fork(after_in_child=_forget_pipes)
 
 
+def _imports(frame: types.FrameType | None) -> bool:
+    """Whether an import is under way there. Modules in C print what is raised in theirs, or crash."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextlib.contextmanager
 def _listening(heard: list[signal.Signals], patience_s: float | None) -> Iterator[None]:
-    """Signals raise KeyboardInterrupt or TerminatedError meanwhile and are noted in `heard`. A thread ends the process
-    where that leads to nothing. Signals are for the main thread alone.
+    """Signals raise KeyboardInterrupt or TerminatedError meanwhile and are noted in `heard`; during an import they wait
+    for its end, and what Python drops comes again. A thread ends the process where that leads to nothing. Signals are
+    for the main thread alone.
     """
     numbers = [number for number in STATUSES if signal.getsignal(number) is not signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread() or not numbers:
@@ -101,21 +119,41 @@ def _listening(heard: list[signal.Signals], patience_s: float | None) -> Iterato
 
     def raise_it(number, frame):
         heard.append(signal.Signals(number))
+        if _imports(frame):
+            postponed.append(number)
+            return
         raise TerminatedError if number == signal.SIGTERM else KeyboardInterrupt
 
     def watch():
         while came := os.read(reader, 1):
-            if came[0] in numbers and patience_s is not None and not ended.wait(patience_s):
-                end_now(came[0])
+            if came[0] not in numbers:
+                continue
+            began = time.monotonic()
+            while not ended.wait(RETRY_S):
+                patience = min(patience_s, IMPORT_PATIENCE_S) if postponed and patience_s is not None else patience_s
+                if patience is not None and time.monotonic() - began > patience:
+                    end_now(came[0])
+                if postponed:
+                    signal.pthread_kill(main_thread, postponed.pop())
         os.close(reader)
 
+    def drop(unraisable):
+        # Raised in a callback, of the garbage collector say, from which Python lets nothing out: it comes again.
+        if heard and isinstance(unraisable.exc_value, KeyboardInterrupt):
+            postponed.append(heard[-1])
+        else:
+            hook_before(unraisable)
+
+    main_thread = threading.get_ident()
     ended = threading.Event()
+    postponed: list[int] = []
     # C's handler writes the number of each signal there, whatever Python is at.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     threading.Thread(target=watch, name="signals", daemon=True).start()
     pipe_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     _pipes.append(writer)
+    hook_before, sys.unraisablehook = sys.unraisablehook, drop
     before = {number: signal.signal(number, raise_it) for number in numbers}
     try:
         yield
@@ -123,6 +161,7 @@ def _listening(heard: list[signal.Signals], patience_s: float | None) -> Iterato
         ended.set()
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook_before
         signal.set_wakeup_fd(pipe_before)
         _pipes.remove(writer)
         os.close(writer)
@@ -157,8 +196,8 @@ def write_json(file: str | pathlib.Path, content: Any, *, indent: int = 2) -> No
 
 def in_one_line(error: Exception) -> str:
     """What an error says, without the line breaks and error numbers of those who raised it."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())
 
 

@@ -247,6 +247,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tokenizer:
         arguments.tokenizer = model_directory(arguments.tokenizer)
     given = given_sampling(arguments)
+    if sys.stdout is None:
+        raise ValueError("standard output is closed")
     check_writable("--stats-json", arguments.stats_json)
     arguments.prompt = [*arguments.text, *arguments.prompt]
     if arguments.model == EMBEDDED_MODEL and not arguments.prompt and not arguments.prompts_file:
@@ -310,7 +312,9 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
     if arguments.prompts_file:
         prompts += read_prompts_file(pathlib.Path(arguments.prompts_file))
     if not prompts:
-        raise ValueError("no prompt: give -p TEXT, -p - for stdin, or --prompts-file FILE")
+        if arguments.prompts_file:
+            raise ValueError(f"{arguments.prompts_file} holds no prompt")
+        raise ValueError("no prompt: give PROMPT or -p TEXT, -p - for stdin, or --prompts-file FILE")
     for prompt in prompts:
         if not prompt.text and not prompt.token_ids:
             raise ValueError(f"{prompt.origin} is empty")
@@ -372,7 +376,7 @@ def _prompt_of_json(where: str, line: str) -> Prompt:
         return Prompt(text=content["prompt"], origin=where)
     ids = content["prompt_token_ids"]
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise ValueError(f"{where}: prompt_token_ids must be a list of token ids, got {str(ids)[:80]}")
+        raise ValueError(f"{where}: prompt_token_ids must be a list of token ids, got {str(ids)[:80]!r}")
     return Prompt(text=None, token_ids=ids, origin=where)
 
 

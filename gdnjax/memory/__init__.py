@@ -3,7 +3,7 @@
 slot  = delta layers * (conv window + recurrent state [+ pending rows])             per tensor-parallel rank
 block = 2 * attention layers * block_size * kv heads * head width * bytes + scales
 
-`python -m gdnjax.memory` prints these for a config.json or a preset, without weights.
+`gdnjax memory` prints these for a config.json or a preset, without weights.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""`python -m gdnjax.memory`: what weights, a slot and a block of a model cost, what a budget holds, and whether a GPU
-does. No weights are read.
+"""`gdnjax memory`: what weights, a slot and a block of a model cost, what a budget holds, and whether a GPU does. No
+weights are read.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gdnjax import memory
-from gdnjax.assets import PRESETS, config_file
+from gdnjax.assets import PRESETS, SAME_AS, config_file
 from gdnjax.config import DTYPES, EngineConfig, ModelConfig
 from gdnjax.memory import KV_SCALE_BYTES, Accounting, MemoryPlan, StateGeometry
 from gdnjax.memory.weights import weight_bytes, workspace_estimate
@@ -38,10 +38,10 @@ slot and block come on top: --gpu-memory counts them."""
 
 EXAMPLES = """\
 examples:
-  python -m gdnjax.memory --list
-  python -m gdnjax.memory --config qwen3.5-9b --gpu-memory 24
-  python -m gdnjax.memory --config path/to/checkpoint --budget-gib 40 --max-num-seqs 64 --max-model-len 32768
-  python -m gdnjax.memory --config qwen3.5-397b-a17b --tp 4 --kv-dtype fp8 --ssm-dtype bfloat16 --budget-gib 157.88 \\
+  gdnjax memory --list
+  gdnjax memory --config qwen3.5-9b --gpu-memory 24
+  gdnjax memory --config path/to/checkpoint --budget-gib 40 --max-num-seqs 64 --max-model-len 32768
+  gdnjax memory --config qwen3.5-397b-a17b --tp 4 --kv-dtype fp8 --ssm-dtype bfloat16 --budget-gib 157.88 \\
       --max-num-seqs 128
 
 Exit status: 0, 1 where the model does not fit in --gpu-memory, 2 for input that makes no sense."""
@@ -49,7 +49,7 @@ Exit status: 0, 1 where the model does not fit in --gpu-memory, 2 for input that
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m gdnjax.memory",
+        prog="gdnjax memory",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -126,12 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; returns 0, 1 where the model does not fit, or 2 where the input makes no report."""
     arguments = build_parser().parse_args(argv)
     if arguments.list:
-        print(*PRESETS, sep="\n")
+        print(*PRESETS, *SAME_AS, sep="\n")
         return 0
     try:
         report = make_report(arguments)
     except (OSError, ValueError, MemoryError) as error:
-        print(f"gdnjax.memory: {error}", file=sys.stderr)
+        print(f"gdnjax memory: error: {error}", file=sys.stderr)
         return BAD_INPUT
     print(json.dumps(report.as_json(), indent=2) if arguments.json else report)
     return DOES_NOT_FIT if report.fit and report.fit.plan is None else 0

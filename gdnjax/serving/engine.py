@@ -181,7 +181,9 @@ class Engine:
         self._half_done = False
 
     def _start_over(self) -> None:
-        log.warning(
+        log.log(
+            # Where nobody waits, whoever ended the turn has ended all of it.
+            logging.WARNING if self.scheduler.unfinished else logging.INFO,
             "a turn was cut off: the prefix cache is forgotten, and %d requests are computed anew from their tokens",
             len(self.scheduler.running),
         )

@@ -37,7 +37,7 @@ class StreamOutput:
 
     text           newly released text, possibly empty.
     token_ids      the tokens that came with this turn.
-    finish_reason  None until the last piece.
+    finish_reason  as of CompletionOutput, on the last piece; None before.
     output         on the last piece, the whole RequestOutput.
     """
 
@@ -53,11 +53,11 @@ class StreamOutput:
 class LLM:
     """A model ready to generate.
 
-    `model` is a Hugging Face checkpoint directory, one written by scripts/convert.py, or "tiny", the small trained
-    model that is a part of the package. Keyword arguments are
-    EngineConfig's fields; pass them or an EngineConfig. `tokenizer` is a Tokenizer, or names another directory to read
-    one from; without tokenizer files prompts are token ids and texts are empty. `eos_token_ids` are all that
-    generation_config.json, config.json and the tokenizer name: any of them ends an output.
+    `model` is a Hugging Face checkpoint directory, one written by `gdnjax convert`, or "tiny", the small trained model
+    that is a part of the package. Keyword arguments are EngineConfig's fields; pass them or an EngineConfig.
+    `tokenizer` is a Tokenizer, or names another directory to read one from; without tokenizer files prompts are token
+    ids and texts are empty. `eos_token_ids` are all that generation_config.json, config.json and the tokenizer name:
+    any of them ends an output.
 
     Raises FileNotFoundError, ValueError or MemoryError, before any weight is read, for what cannot work.
     `load_report` says what became of the checkpoint's tensors, and how fast; None where nothing was read.

@@ -132,7 +132,7 @@ class Runner:
                 leaf.delete()
 
     def _start_copies(self, turn: InFlight) -> None:
-        """Has the device send home what _read will look for, as soon as it is there. Waits for nothing."""
+        """Has the device send home what `read` will look for, as soon as it is there. Waits for nothing."""
         for leaf in jax.tree.leaves((turn.prefill, turn.decode)):
             leaf.copy_to_host_async()
 

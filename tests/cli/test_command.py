@@ -41,8 +41,8 @@ BODIES = {
     "python": ("", "ready(); time.sleep(60)", 60),
     # Python's handlers run between its own steps alone, and this is one step of a minute.
     "outside of python": ("", "ready(); hashlib.pbkdf2_hmac('sha512', b'', b'', 10**8)", 0.5),
-    # Python says "Exception ignored in" and goes on.
-    "dropped": ("sys.unraisablehook = lambda _: None", "Dropping()", 60),
+    # Python would say "Exception ignored in" and go on.
+    "dropped": ("", "Dropping(); time.sleep(30)", 60),
     "made another error of": (
         "",
         "\n    ".join(
@@ -85,6 +85,24 @@ def test_interrupt_ends_with_130_and_one_line_whatever_is_under_way(body):
     assert _interrupted(COMMAND.format(early=early, body=run, patience=patience)) == (130, "\ninterrupted\n")
 
 
+SLOW_MODULE = """
+import sys, time
+print("ready", flush=True)
+try:
+    time.sleep({seconds})
+except BaseException:
+    print("raised in an import", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.4, 60])
+def test_interrupt_is_never_raised_in_an_import(tmp_path, seconds):
+    """A module in C prints it, or crashes. What takes long ends with the process."""
+    (tmp_path / "slow_module.py").write_text(SLOW_MODULE.format(seconds=seconds))
+    body = f"sys.path.insert(0, {str(tmp_path)!r}); import slow_module; time.sleep(60)"
+    assert _interrupted(COMMAND.format(early="", body=body, patience=60)) == (130, "\ninterrupted\n")
+
+
 def test_termination_ends_with_143():
     code = COMMAND.format(early="", body="ready(); time.sleep(60)", patience=60)
     assert _interrupted(code, signal.SIGTERM) == (143, "\nterminated\n")
@@ -122,6 +140,11 @@ def test_programming_errors_are_not_hidden(capsys):
     with pytest.raises(KeyError):
         command.exit_status("command", run)
     assert capsys.readouterr().err == ""
+
+
+def test_error_of_the_system_has_its_words_alone():
+    assert command.in_one_line(OSError(28, "No space left on device")) == "No space left on device"
+    assert command.in_one_line(OSError(2, "No such file", "x.txt")) == "x.txt: No such file"
 
 
 def test_place_of_a_result_is_checked(tmp_path):

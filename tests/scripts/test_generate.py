@@ -61,8 +61,9 @@ def test_unknown_flag_ends_with_status_2(capsys):
         (["--model", "{tmp}/none", "-p", "x"], "no such directory; a model is a local checkpoint directory"),
         (["--model", "{tmp}", "-p", "x"], "no config.json here"),
         (["--model", "{golden}", "-p", "x"], "no tokenizer here"),
-        (["--model", "{model}"], "no prompt: give -p TEXT"),
+        (["--model", "{model}"], "no prompt: give PROMPT or -p TEXT"),
         (["--model", "{model}", "-p", ""], "prompt 1 is empty"),
+        (["--model", "{model}", "--prompts-file", "{none}"], "none.jsonl holds no prompt"),
         (["--model", "{model}", "-p", "-", "-p", "-"], "stdin can be read once"),
         (["--model", "{model}", "-p", "x", "--prompts-file", "{tmp}/none.txt"], "none.txt: No such file or directory"),
         (["--model", "{model}", "-p", "x", "--chat", "--ignore-chat-template"], "contradicts --chat"),
@@ -96,7 +97,9 @@ def test_unknown_flag_ends_with_status_2(capsys):
 def test_mistake_is_one_line_and_status_2(capsys, random_model, tmp_path, flags, message):
     ids = tmp_path / "ids.jsonl"
     ids.write_text('{"prompt_token_ids": [1]}\n{"prompt_token_ids": [1, 99999]}\n')
-    places = {"tmp": tmp_path, "golden": GOLDEN, "model": random_model, "ids": ids}
+    none = tmp_path / "none.jsonl"
+    none.write_text("\n")
+    places = {"tmp": tmp_path, "golden": GOLDEN, "model": random_model, "ids": ids, "none": none}
     assert script.main([flag.format_map(places) for flag in flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -241,9 +244,26 @@ def test_chat_template_is_applied_on_request_only(random_model):
         (("--ignore-chat-template",), tokenizer.encode("Hi")),
         (("--chat",), tokenizer.apply_chat_template([user])),
         (("--system-prompt", "Be brief."), tokenizer.apply_chat_template([system, user])),
-        (("--no-thinking",), tokenizer.apply_chat_template([user], enable_thinking=False)),
     ):
         assert generate.encode(tokenizer, generate.Prompt(text="Hi"), _arguments(*flags)) == expected
+
+
+def test_thinking_is_told_to_templates_that_know_it(random_model):
+    tokenizer = Tokenizer.from_directory(random_model)
+    prompt, user = generate.Prompt(text="Hi"), {"role": "user", "content": "Hi"}
+    with pytest.raises(ValueError, match="neither the chat template nor chat knows 'enable_thinking'"):
+        generate.encode(tokenizer, prompt, _arguments("--no-thinking"))
+    tokenizer.hf.chat_template += "{% if not enable_thinking %}No thinking.{% endif %}"
+    for flag, value in (("--thinking", True), ("--no-thinking", False)):
+        expected = tokenizer.apply_chat_template([user], enable_thinking=value)
+        assert generate.encode(tokenizer, prompt, _arguments(flag)) == expected
+        assert ("No thinking." in tokenizer.decode(expected)) is not value
+
+
+def test_standard_output_that_is_closed_is_told(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert script.main(["x"]) == 2
+    assert capsys.readouterr().err == "generate.py: error: standard output is closed\n"
 
 
 def test_prompts_files_give_one_prompt_a_line(tmp_path):
