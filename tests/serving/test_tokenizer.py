@@ -328,7 +328,7 @@ def test_generation_defaults_may_be_absent(tmp_path):
         ({"eos_token_id": [7, -1]}, "eos_token_id must be a token id"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
-        ({"top_p": 3}, r"top_p must be a finite number in \[0, 1\], got 3"),
+        ({"top_p": 3}, r"top_p must be a finite number in \(0, 1\], got 3"),
     ],
 )
 def test_malformed_generation_config_is_named(tmp_path, config, message):
