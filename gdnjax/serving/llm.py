@@ -316,11 +316,12 @@ class LLM:
     def stats(self) -> dict[str, Any]:
         """What the engine holds now and has done since the start.
 
-        num_running, num_waiting, num_preemptions, num_requests, num_turns, num_prompt_tokens (computed, so without
-        cached ones), num_output_tokens, num_compilations, num_device_reads, uptime in seconds; slots_used and
-        blocks_used (by running requests) of slots_total and blocks_total; output_tokens_per_second over the last ten
-        seconds; padding_waste, the share of all steps' places that held nothing; prefix_cache, a dictionary of its
-        counters (gdnjax.serving.prefix_cache.CacheCounters), hit_rate, cached_blocks and cached_states; speculation, a
+        num_running, num_waiting, num_preemptions, num_requests, num_ended (by finish_reason, or "timeout"), num_turns,
+        num_prompt_tokens (computed, so without cached ones), num_output_tokens, num_compilations, num_device_reads,
+        uptime in seconds; slots_used and blocks_used (by running requests) of slots_total and blocks_total;
+        output_tokens_per_second over the last ten seconds; padding_waste, the share of all steps' places that held
+        nothing; prefix_cache, a dictionary of its counters (gdnjax.serving.prefix_cache.CacheCounters), hit_rate,
+        cached_blocks and cached_states; speculation, a
         dictionary of num_speculative_tokens, num_draft_tokens, num_accepted_draft_tokens, draft_acceptance_rate,
         acceptance_per_position, mean_acceptance_length (tokens a request and decode step, drafting or not) and
         forced_acceptance; seconds, the host's time by what it did (gdnjax.serving.metrics.Seconds);

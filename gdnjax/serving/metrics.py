@@ -25,6 +25,8 @@ PERCENTILES = (50, 90, 99)
 class Counters:
     """What the engine has done since it was built. Padded tokens are places of steps that held nothing.
 
+    num_ended  requests that have ended, by finish_reason; those that a deadline ended by "timeout".
+
     Counted where the engine speculates, else 0 and empty:
     num_decode_rows            rows of decode steps that emitted something, each a forward pass for one request.
     num_draft_tokens           drafts that these verified.
@@ -33,6 +35,7 @@ class Counters:
     """
 
     num_requests: int = 0
+    num_ended: dict[str, int] = dataclasses.field(default_factory=dict)
     num_turns: int = 0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
@@ -138,7 +141,10 @@ class Metrics:
         return f"drafts accepted {rate:.0f}%, {length:.1f} tokens a step"
 
     def finished(self, request: Request) -> None:
-        """A request has ended; its times count towards the percentiles."""
+        """A request has ended. It is counted, and if it has produced anything, its times are among the percentiles."""
+        timed_out = request.finish_reason == "abort" and request.stop_reason == "timeout"
+        reason, ended = "timeout" if timed_out else str(request.finish_reason), self.counters.num_ended
+        ended[reason] = ended.get(reason, 0) + 1
         if request.first_token_time is None or request.finished_time is None:
             return
         self._first_token.append(request.first_token_time - request.arrival_time)

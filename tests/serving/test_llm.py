@@ -1167,11 +1167,17 @@ def test_statistics_wait_for_the_turn_of_another_thread(llm, monkeypatch):
 
 
 def test_what_ended_by_a_deadline_or_an_abort_is_told(llm):
+    before = llm.stats()["num_ended"]
     late, aborted = llm.submit(ids(20), GREEDY, timeout=1e-9), llm.submit(ids(21), GREEDY)
     llm.abort(aborted)
     assert {*llm.engine.step()} >= {*late.requests, *aborted.requests}
     assert late.output().outputs[0].stop_reason == "timeout"
     assert llm.engine.step() == []
+    now = llm.stats()["num_ended"]
+    assert {reason: now[reason] - before.get(reason, 0) for reason in ("abort", "timeout")} == {
+        "abort": 1,
+        "timeout": 1,
+    }
 
 
 def test_failed_call_changes_no_later_seed(llm):
