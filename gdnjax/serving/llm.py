@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from gdnjax import backend, checkpoint, sharding
-from gdnjax.assets import model_directory
+from gdnjax.assets import EMBEDDED_MODEL, model_directory
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.progress import Progress
@@ -391,7 +391,8 @@ def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> Engin
 def _read_tokenizer(named: str | pathlib.Path | None, directory: pathlib.Path) -> Tokenizer | None:
     """The tokenizer of the directory that the user named, or the checkpoint's own if it has one."""
     if named is not None:
-        return Tokenizer.from_directory(model_directory(named))
+        embedded = str(named) == EMBEDDED_MODEL
+        return Tokenizer.from_directory(model_directory(named) if embedded else named)
     try:
         return Tokenizer.from_directory(directory)
     except FileNotFoundError:
