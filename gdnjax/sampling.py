@@ -55,7 +55,8 @@ def in_groups(function: Callable[[Any], Any], rows: Any, count: int, size: int) 
     again = size * len(starts) - count
 
     def joined(x):
-        whole, last = x[:-1].reshape(-1, *x.shape[2:]), x[-1]
+        # Not -1: an axis may be empty, as max_logprobs may be 0.
+        whole, last = x[:-1].reshape((x.shape[0] - 1) * x.shape[1], *x.shape[2:]), x[-1]
         return jnp.concatenate([whole, last[again * last.shape[0] // size :]])
 
     return jax.tree.map(joined, found)

@@ -283,8 +283,9 @@ class Engine:
             if most is not None and not request.finished and len(request.prompt_logprobs) == piece.start:
                 successors = request.prompt_token_ids[piece.start + 1 : piece.end + 1]
                 where = [((at,), token) for at, token in enumerate(successors, start=place)]
-                found = self._entries_of(request, emitted.prompt_logprobs, where, most)
-                request.prompt_logprobs.extend(found)
+                # A prompt of one token has none, and asks no step for them.
+                if where:
+                    request.prompt_logprobs.extend(self._entries_of(request, emitted.prompt_logprobs, where, most))
             place += piece.length
 
     def _entries_of(
