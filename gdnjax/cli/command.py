@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from gdnjax.cli.interrupt import INTERRUPTED, STATUSES, TERMINATED, end_now, leave_at_once
+from gdnjax.cli.interrupt import STATUSES, WORDS, end_now, leave_at_once
 
 CLOSED_PIPE = 141
 
@@ -80,8 +80,8 @@ def exit_status(
 
 def _told(number: signal.Signals) -> int:
     """Says what came, and gives its status."""
-    print("\nterminated" if number is signal.SIGTERM else "\ninterrupted", file=sys.stderr)
-    return TERMINATED if number is signal.SIGTERM else INTERRUPTED
+    print(WORDS[number].decode(), end="", file=sys.stderr)
+    return STATUSES[number]
 
 
 _pipes: list[int] = []

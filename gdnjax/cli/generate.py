@@ -244,8 +244,6 @@ def run(arguments: argparse.Namespace) -> int:
     from gdnjax.assets import EMBEDDED_MODEL, model_directory
 
     directory = model_directory(arguments.model)
-    if arguments.tokenizer:
-        arguments.tokenizer = model_directory(arguments.tokenizer)
     given = given_sampling(arguments)
     if sys.stdout is None:
         raise ValueError("standard output is closed")
@@ -403,7 +401,7 @@ def start(
     clock.compiling.listen()
     clock.finished("import")
     model = ModelConfig.from_hf(directory)
-    tokenizer = Tokenizer.from_directory(arguments.tokenizer or directory)
+    tokenizer = Tokenizer.named(arguments.tokenizer or directory)
     prompts = [dataclasses.replace(prompt, token_ids=encode(tokenizer, prompt, arguments)) for prompt in prompts]
     for prompt in prompts:
         outside = [token for token in prompt.token_ids if not 0 <= token < model.vocab_size]

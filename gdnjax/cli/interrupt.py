@@ -45,7 +45,5 @@ def leave_at_once(status: int) -> "NoReturn":
         processes = sys.modules.get("multiprocessing")
         for child in processes.active_children() if processes else ():
             child.terminate()
-    except Exception:
-        pass
     finally:
         os._exit(status)

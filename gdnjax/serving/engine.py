@@ -110,8 +110,7 @@ class Engine:
             return
         with self._lock:
             if not self._closed:
-                with self._whole():
-                    pass
+                self._catch_up()
 
     def _abort_all(self) -> None:
         while self._aborted:
@@ -121,8 +120,7 @@ class Engine:
     def preempt(self, request: Request) -> None:
         """Harvests what is in flight, then sends a running request back to the queue, as want of blocks would."""
         with self._alone():
-            with self._whole():
-                pass
+            self._catch_up()
             while self._in_flight:
                 self._harvest(self._in_flight[0])
             with self._whole():
@@ -179,6 +177,11 @@ class Engine:
         yield
         self._abort_all()
         self._half_done = False
+
+    def _catch_up(self) -> None:
+        """Does what the last call left: starts over if it was cut off, and ends whoever is to be aborted."""
+        with self._whole():
+            pass
 
     def _start_over(self) -> None:
         log.log(
@@ -346,8 +349,7 @@ class Engine:
         try:
             with lock:
                 if self._half_done and not self._closed:
-                    with self._whole():
-                        pass
+                    self._catch_up()
                 return call()
         finally:
             self._callers.pop(me, None)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from gdnjax import backend, checkpoint, sharding
-from gdnjax.assets import EMBEDDED_MODEL, model_directory
+from gdnjax.assets import model_directory
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model
 from gdnjax.progress import Progress
@@ -225,14 +225,15 @@ class LLM:
         groups = self.frontend.prepare(prompts, sampling_params, urgencies(len(prompts), priority, timeout))
         groups = [dataclasses.replace(group, prompt=text) for group, text in zip(groups, texts, strict=True)]
         if self.config.enable_prefix_caching:
-            # The next turn renders the answer anew, so it parts from this one at the generation prompt.
-            turns = render_chats(tokenizer, chats, options, False, several=bool(several))
-            for chat, turn, group in zip(chats, turns, groups, strict=True):
+            starts = [0] * len(groups)
+            if add_generation_prompt:
+                # The next turn renders the answer anew, so it parts from this one at the generation prompt.
+                turns = render_chats(tokenizer, chats, options, False, several=bool(several))
+                encoded = [tokenizer.encode(turn, add_special_tokens=False) for turn in turns]
+                starts = [_common_length(turn, group.token_ids) for turn, group in zip(encoded, groups, strict=True)]
+            for chat, turn_start, group in zip(chats, starts, groups, strict=True):
                 # Other chats part from this one at their first question.
                 system_end = _common_length(tokenizer.with_another_question(chat, **options), group.token_ids)
-                turn_start = 0
-                if add_generation_prompt:
-                    turn_start = _common_length(tokenizer.encode(turn, add_special_tokens=False), group.token_ids)
                 for request in group.requests:
                     request.system_end, request.turn_start = system_end, turn_start
         return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
@@ -391,8 +392,7 @@ def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> Engin
 def _read_tokenizer(named: str | pathlib.Path | None, directory: pathlib.Path) -> Tokenizer | None:
     """The tokenizer of the directory that the user named, or the checkpoint's own if it has one."""
     if named is not None:
-        embedded = str(named) == EMBEDDED_MODEL
-        return Tokenizer.from_directory(model_directory(named) if embedded else named)
+        return Tokenizer.named(named)
     try:
         return Tokenizer.from_directory(directory)
     except FileNotFoundError:

@@ -37,7 +37,6 @@ from gdnjax.serving.plan import (
     Piece,
     Plan,
     Seal,
-    check_fits,
     max_chunks,
     max_growth,
     num_blocks_for,
@@ -113,13 +112,8 @@ class Scheduler:
         """Blocks of a request of `max_length` tokens. Its last token is drawn, never fed, and needs no place."""
         return num_blocks_for(max_length, self.config.block_size)
 
-    def check_fits(self, max_length: int, prompt_length: int) -> None:
-        """Raises ValueError for a request that could never run, however long it waited."""
-        blocks, block_size = self.allocator.blocks.size, self.config.block_size
-        check_fits(max_length, prompt_length, num_blocks=blocks, block_size=block_size)
-
     def add(self, request: Request) -> None:
-        """Queues a request that `check_fits` let pass."""
+        """Queues a request that `plan.check_fits` let pass."""
         arrival = next(self._arrivals)
         request.order = (arrival + PLACES_PER_PRIORITY * request.priority, arrival)
         self.unfinished[request] = None

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gdnjax.assets import EMBEDDED_MODEL, model_directory
 from gdnjax.config import as_id_tuple, import_transformers, read_json_object
 from gdnjax.sampling_params import MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS, SamplingParams, check_unicode
 
@@ -87,6 +88,11 @@ class Tokenizer:
         except Exception as error:  # transformers and tokenizers raise anything here, bare Exception included.
             raise ValueError(f"{directory}: the tokenizer cannot be read: {error}") from error
         return cls(hf)
+
+    @classmethod
+    def named(cls, name: str | pathlib.Path) -> "Tokenizer":
+        """The embedded model's, by its name, or that of a directory; see `from_directory`."""
+        return cls.from_directory(model_directory(name) if str(name) == EMBEDDED_MODEL else name)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts around a text (Qwen's puts none)."""

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import math
 import pickle
@@ -972,17 +973,21 @@ def test_bad_priority_or_timeout_queues_nothing(llm, given, message):
     assert llm.stats()["num_requests"] == before
 
 
+def raising(function, number: int, error: BaseException):
+    """The function, but its call of that number raises in its place."""
+    calls = itertools.count(1)
+
+    def called(*arguments):
+        if next(calls) == number:
+            raise error
+        return function(*arguments)
+
+    return called
+
+
 def test_interrupted_wait_for_the_device_loses_no_tokens_of_others(llm, monkeypatch):
-    read, calls = llm.engine.runner.read, []
     other = llm.submit(ids(20), GREEDY)
-
-    def interrupted(turn):
-        calls.append(None)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return read(turn)
-
-    monkeypatch.setattr(llm.engine.runner, "read", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "read", raising(llm.engine.runner.read, 3, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run(llm, [ids(10)])
     while llm.step():
@@ -992,15 +997,7 @@ def test_interrupted_wait_for_the_device_loses_no_tokens_of_others(llm, monkeypa
 
 
 def test_interrupted_call_leaves_nothing_behind(llm, monkeypatch):
-    step, calls = llm.engine.step, []
-
-    def interrupted():
-        calls.append(None)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step()
-
-    monkeypatch.setattr(llm.engine, "step", interrupted)
+    monkeypatch.setattr(llm.engine, "step", raising(llm.engine.step, 3, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run(llm, [ids(10), ids(150), ids(5), ids(6), ids(7)])
     assert (llm.stats()["num_running"], llm.stats()["num_waiting"]) == (0, 0)
@@ -1056,16 +1053,9 @@ def test_error_after_the_pools_were_donated_leaves_an_engine_that_works(llm, mon
 
 def test_failure_that_shows_when_tokens_are_read_is_told_once(llm, monkeypatch):
     """What has failed on the device is not read again, and what it had computed is computed anew."""
-    read, calls = llm.engine.runner.read, []
     beside = llm.submit(ids(20), GREEDY)
-
-    def failed(turn):
-        calls.append(None)
-        if len(calls) == 3:
-            raise RuntimeError("the device has failed")
-        return read(turn)
-
-    monkeypatch.setattr(llm.engine.runner, "read", failed)
+    error = RuntimeError("the device has failed")
+    monkeypatch.setattr(llm.engine.runner, "read", raising(llm.engine.runner.read, 3, error))
     with pytest.raises(RuntimeError, match="the device has failed"):
         run(llm, TEXT)
     while llm.step():
@@ -1074,15 +1064,7 @@ def test_failure_that_shows_when_tokens_are_read_is_told_once(llm, monkeypatch):
 
 
 def test_interrupt_while_requests_are_queued_is_an_interrupt(llm, monkeypatch):
-    add, calls = llm.engine.scheduler.add, []
-
-    def interrupted(request):
-        calls.append(None)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        add(request)
-
-    monkeypatch.setattr(llm.engine.scheduler, "add", interrupted)
+    monkeypatch.setattr(llm.engine.scheduler, "add", raising(llm.engine.scheduler.add, 2, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run(llm, [ids(10), ids(11), ids(12)])
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gdnjax.config import CHUNK
 from gdnjax.serving import scheduler as scheduler_module
-from gdnjax.serving.plan import Seal, max_growth
+from gdnjax.serving.plan import Seal, check_fits, max_growth
 from gdnjax.serving.prefix_cache import NO_CHECKPOINT
 from gdnjax.serving.request import Status
 from tests.serving.paper import (
@@ -33,6 +33,12 @@ PLACES = 3
 
 FAMILIES = tuple([next_token(hash((family, i))) for i in range(MAX_MODEL_LEN)] for family in range(2))
 """Prompts begin with the first tokens of one of these."""
+
+
+def sizes_of(scheduler) -> dict[str, int]:
+    """Of its pool of blocks, for check_fits."""
+    return {"num_blocks": scheduler.allocator.blocks.size, "block_size": scheduler.config.block_size}
+
 
 SEEN = collections.Counter()
 """What happened over all runs of the machine: it would show nothing if nothing happened."""
@@ -120,7 +126,7 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
             **how[ends],
             **({"logit_bias": {0: 1.0}} if row else {}),
         )
-        self.scheduler.check_fits(request.max_length, request.prompt_length)
+        check_fits(request.max_length, request.prompt_length, **sizes_of(self.scheduler))
         self.scheduler.add(request)
         self.requests.append(request)
 
@@ -820,12 +826,12 @@ def test_blocks_come_as_a_request_grows(drafts, size):
 
 
 def test_request_that_can_never_fit_is_refused_by_its_numbers():
-    scheduler = make_scheduler(blocks=4)
-    scheduler.check_fits(65, 60)
+    sizes = sizes_of(make_scheduler(blocks=4))
+    check_fits(65, 60, **sizes)
     with pytest.raises(
         ValueError, match=r"prompt of 60 tokens with up to 6 output tokens needs 5 KV blocks, the pool has 4"
     ):
-        scheduler.check_fits(66, 60)
+        check_fits(66, 60, **sizes)
 
 
 def test_no_plan_without_work():
