@@ -1,4 +1,5 @@
-"""Tensor parallelism in one place: the mesh, the table of partition specs, the one shard_map, the collectives.
+"""Tensor parallelism: the mesh, the one shard_map, the collectives. How parameters are split is in `models/partition.py`,
+how the state is, in `state.py`.
 
 Everything that a step computes runs per rank inside `shard_step`. Model code sees the sizes of its rank and calls
 `psum` and its siblings below; with one rank they are the identity and no shard_map is built.
@@ -6,14 +7,13 @@ Everything that a step computes runs per rank inside `shard_step`. Model code se
 
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import DictKey, GetAttrKey, KeyPath
 
 log = logging.getLogger("gdnjax")
@@ -21,38 +21,6 @@ log = logging.getLogger("gdnjax")
 AXIS = "tp"
 
 P = PartitionSpec
-
-# The one table. A leaf's path (parameter or state field, joined by dots) is matched against these from the top.
-# Weights are stored as in the checkpoint: [out, in]. Column-parallel weights split their outputs, row-parallel ones
-# their inputs, and the layer that ends with a row-parallel weight sums over ranks.
-TABLE: tuple[tuple[str, PartitionSpec], ...] = (
-    # Parameters.
-    (r"(embed_tokens|lm_head)\.weight", P(AXIS)),
-    (r".*linear_attn\.(in_proj_qkv|in_proj_z|in_proj_b|in_proj_a)\.weight", P(AXIS)),
-    (r".*linear_attn\.conv1d\.weight", P(AXIS)),
-    (r".*linear_attn\.(A_log|dt_bias)", P(AXIS)),
-    (r".*linear_attn\.out_proj\.weight", P(None, AXIS)),
-    (r".*self_attn\.(q_proj|k_proj|v_proj)\.weight", P(AXIS)),
-    (r".*self_attn\.o_proj\.weight", P(None, AXIS)),
-    (r".*mlp\.experts\.gate_up_proj", P(None, AXIS)),
-    (r".*mlp\.experts\.down_proj", P(None, None, AXIS)),
-    (r".*mlp\.(shared_expert\.)?(gate_proj|up_proj)\.weight", P(AXIS)),
-    (r".*mlp\.(shared_expert\.)?down_proj\.weight", P(None, AXIS)),
-    (r".*mlp\.gate\.weight", P()),
-    (r".*mlp\.shared_expert_gate\.weight", P()),
-    (r".*(norm|layernorm)\.weight", P()),
-    (r"mtp\.(fc|pre_fc_norm_embedding|pre_fc_norm_hidden)\.weight", P()),
-    # State: heads, channels and vocabulary are split, slots and blocks are not.
-    (r"gdn\.ssm", P(None, None, AXIS)),
-    (r"gdn\.conv", P(None, None, None, AXIS)),
-    (r"gdn\.pending_ab", P(None, None, None, AXIS)),
-    (r"gdn\.(layout|pending)", P()),
-    (r"kv\.(k|v)", P(None, None, None, AXIS)),
-    (r"logit_rows\.bias|token_counts", P(None, AXIS)),
-    (r"logit_rows\..*", P()),
-    (r"slots\..*", P()),
-)
-
 
 def make_mesh(tp: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `tp` devices along the axis "tp". Raises ValueError where there are fewer.
@@ -77,7 +45,7 @@ def make_mesh(tp: int, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def path_name(path: KeyPath) -> str:
-    """A key path of a pytree as the table spells it: `layers.0.mlp.up_proj.weight`, `gdn.ssm`."""
+    """A key path of a pytree, joined by dots: `layers.0.mlp.up_proj.weight`, `slots.hidden`."""
     parts = []
     for key in path:
         if isinstance(key, DictKey):
@@ -87,24 +55,6 @@ def path_name(path: KeyPath) -> str:
         else:
             parts.append(str(getattr(key, "idx", key)))
     return ".".join(parts)
-
-
-def spec_of(name: str) -> PartitionSpec:
-    """The partition spec of a parameter or state field. A name that the table lacks is an error, never replicated."""
-    for pattern, spec in TABLE:
-        if re.fullmatch(pattern, name):
-            return spec
-    raise KeyError(f"{name!r} is not in the sharding table (gdnjax/sharding.py)")
-
-
-def specs_of(tree: Any) -> Any:
-    """The tree of partition specs of a tree of parameters or of a ServeState."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: spec_of(path_name(path)), tree)
-
-
-def shardings_of(tree: Any, mesh: Mesh) -> Any:
-    """The tree of NamedShardings of a tree of parameters or of a ServeState."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, spec_of(path_name(path))), tree)
 
 
 def shard_step(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:

@@ -1,5 +1,7 @@
 """The pytrees that outlive a step. `ServeState` is the sole carry: a step takes it, donates it and returns it.
 
+What a model keeps of its requests is in `gdnjax.cache`; this is what every engine has beside it.
+
 Field comments give the axes in the letters of `gdnjax.shapes`. Sizes along heads, channels and vocabulary are global
 (all ranks together) outside a step and those of one rank inside.
 """
@@ -8,14 +10,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
+from gdnjax.cache import Cache, check_cache, empty_cache, partition_specs
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS, NO_TOKEN
 from gdnjax.shapes import Leaf
-
-LAYOUT_KV = 0
-LAYOUT_VK = 1
+from gdnjax.sharding import AXIS, P
 
 NULL_SLOT = 0
 NULL_BLOCK = 0
@@ -29,40 +31,17 @@ MOST_COUNTED = IN_PROMPT - 1
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class GDNState:
-    """The recurrent state of all Gated DeltaNet layers, one row a slot.
+class SlotTable:
+    """What the device knows of each slot's request: progress, blocks, limits, and how to sample.
 
-    With speculation a step folds the tokens that the step before it accepted, and verifies new ones without writing
-    what comes of them. Until then the accepted ones are pending: `ssm` stands behind `SlotTable.length - pending`
-    tokens, the first w rows of `conv` before them, and the next P hold the inputs of the last step's tokens, of which
-    the first `pending` are accepted. P is one more than the most drafts of a step.
-
-    `layout[slot]` says how that row of `ssm` is stored, for all layers at once (LAYOUT_KV: k outer, v inner). It is
-    reset when a slot is handed out, written by every step that writes the row, and goes with the row in every copy.
+    With speculation a step folds the tokens that the step before it accepted into the states of the Slot kinds, and
+    verifies new ones without writing what comes of them. Until then the accepted ones are pending: the states stand
+    behind `length - pending` tokens, and the kinds hold what the last P tokens need to be folded, of which the first
+    `pending` are accepted. P is one more than the most drafts of a step. A model without Slots has nothing to fold, and
+    none of this.
     """
 
-    ssm: Leaf  # [L, s, hv, k * v] float32 or bfloat16; flat rows, because K and V may differ between layouts
-    conv: Leaf  # [L, s, w + P, x] the last raw inputs of the convolution, oldest first; then those of pending rows
-    layout: Leaf  # [s] int8
-    pending: Leaf = None  # [s] int32: rows that are accepted, and not folded into `ssm` yet; None without speculation
-    pending_ab: Leaf = None  # [L, s, P, 2 hv] the gate inputs of pending rows: a, then b
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVBlocks:
-    """The paged key/value cache of all full-attention layers."""
-
-    k: Leaf  # [L, b, p, kh, hd]
-    v: Leaf  # [L, b, p, kh, hd]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SlotTable:
-    """What the device knows of each slot's request: progress, blocks, limits, and how to sample."""
-
-    length: Leaf  # [s] int32: tokens folded into state and KV
+    length: Leaf  # [s] int32: tokens that the model has been fed
     last_token: Leaf  # [s] int32: the token that the next decode step feeds
     done: Leaf  # [s] bool: nothing more is to be produced
     max_length: Leaf  # [s] int32: prompt and output tokens at which the request ends
@@ -79,11 +58,12 @@ class SlotTable:
     presence: Leaf  # [s] float32, 0 = none
     count_row: Leaf  # [s] int32: row of ServeState.token_counts, 0 = none
     logit_row: Leaf  # [s] int32: row of LogitRows, 0 = none
-    hidden: Leaf  # [s, d] final hidden state of the last token in the recurrent state: the MTP head's input
-    pending_hidden: Leaf = None  # [s, P, d] those of the pending rows; None without speculation
-    drafts: Leaf = None  # [s, P - 1] int32: the tokens that the next decode step verifies
+    hidden: Leaf  # [s, d] final hidden state of the last token that is not pending: the MTP head's input
+    pending: Leaf = None  # [s] int32: tokens that are accepted, and not folded into the states yet
+    pending_hidden: Leaf = None  # [s, P, d] those of the pending rows; both None where nothing is ever pending
+    drafts: Leaf = None  # [s, k] int32: the tokens that the next decode step verifies; None without speculation
     num_drafts: Leaf = None  # [s] int32: how many of them there are
-    draft_hidden: Leaf = None  # [s, P - 1, d] what the head drew them from; None where acceptance does not need it
+    draft_hidden: Leaf = None  # [s, k, d] what the head drew them from; None where acceptance does not need it
 
 
 @jax.tree_util.register_dataclass
@@ -107,8 +87,7 @@ class ServeState:
     the bit IN_PROMPT, and how often the token occurs in the output, up to MOST_COUNTED. Row 0 is null.
     """
 
-    gdn: GDNState
-    kv: KVBlocks
+    cache: Cache
     slots: SlotTable
     logit_rows: LogitRows
     token_counts: Leaf  # [c, V] uint16
@@ -117,46 +96,32 @@ class ServeState:
 def empty_state(geometry: StateGeometry, plan: MemoryPlan, engine: EngineConfig, max_model_len: int) -> ServeState:
     """A state with nothing in it. Global sizes: `geometry` is one rank's, `engine.tensor_parallel_size` ranks.
 
-    Traceable: jit it with the output shardings of `sharding.shardings_of` to make each rank's part in place.
+    Traceable: jit it with the output shardings of `shardings_of` to make each rank's part in place.
     """
     tp, g = engine.tensor_parallel_size, geometry
-    slots, blocks, rows = plan.num_slots + 1, plan.num_blocks + 1, plan.num_logit_rows + 1
+    slots, rows = plan.num_slots + 1, plan.num_logit_rows + 1
     table_width = -(-max_model_len // g.block_size)
-    kv_shape = (g.attention_layers, blocks, g.block_size, g.kv_heads * tp, g.head_dim)
     return ServeState(
-        gdn=GDNState(
-            ssm=jnp.zeros((g.delta_layers, slots, g.value_heads * tp, g.state_size), g.ssm_dtype),
-            conv=jnp.zeros((g.delta_layers, slots, g.conv_rows, g.conv_dim * tp), g.conv_dtype),
-            layout=jnp.zeros((slots,), jnp.int8),
-            **_empty_pending(g, slots, tp),
-        ),
-        kv=KVBlocks(k=jnp.zeros(kv_shape, g.kv_dtype), v=jnp.zeros(kv_shape, g.kv_dtype)),
+        cache=empty_cache(g.cache, slots=slots, blocks=plan.num_blocks + 1, ranks=tp),
         slots=_empty_slots(g, slots, table_width),
         logit_rows=_empty_logit_rows(rows, g.vocab_size * tp),
         token_counts=jnp.zeros((plan.num_count_rows + 1, g.vocab_size * tp), jnp.uint16),
     )
 
 
-def _empty_pending(g: StateGeometry, slots: int, tp: int) -> dict[str, Leaf]:
-    if not g.pending_rows:
-        return {}
-    gates = (g.delta_layers, slots, g.pending_rows, 2 * g.value_heads * tp)
-    return {"pending": jnp.zeros((slots,), jnp.int32), "pending_ab": jnp.zeros(gates, g.conv_dtype)}
-
-
 def _empty_drafts(g: StateGeometry, slots: int) -> dict[str, Leaf]:
-    if not g.pending_rows:
-        return {}
-
     def hidden(rows):
-        return jnp.zeros((slots, rows, g.hidden_size), g.hidden_dtype)
+        return jnp.zeros((slots, rows, g.hidden_size), g.hidden_dtype) if rows else None
 
-    return {
-        "pending_hidden": hidden(g.pending_rows),
-        "drafts": jnp.zeros((slots, g.pending_rows - 1), jnp.int32),
-        "num_drafts": jnp.zeros((slots,), jnp.int32),
-        "draft_hidden": hidden(g.draft_rows) if g.draft_rows else None,
-    }
+    def numbers(*shape):
+        return jnp.zeros((slots, *shape), jnp.int32)
+
+    fields = {}
+    if g.num_drafts:
+        fields |= {"drafts": numbers(g.num_drafts), "num_drafts": numbers(), "draft_hidden": hidden(g.draft_rows)}
+    if g.pending_rows:
+        fields |= {"pending": numbers(), "pending_hidden": hidden(g.pending_rows)}
+    return fields
 
 
 def _empty_slots(geometry: StateGeometry, slots: int, table_width: int) -> SlotTable:
@@ -211,10 +176,20 @@ def check_state(state: ServeState) -> None:
             f"ServeState.token_counts has shape {state.token_counts.shape}, LogitRows.bias has "
             f"{state.logit_rows.bias.shape}"
         )
-    if state.gdn.ssm.shape[1] != slots or state.gdn.conv.shape[1] != slots or state.gdn.layout.shape != (slots,):
-        raise ValueError(
-            f"GDNState holds {state.gdn.ssm.shape[1]}, {state.gdn.conv.shape[1]} and {state.gdn.layout.shape[0]} "
-            f"slots, SlotTable {slots}"
-        )
-    if state.kv.k.shape != state.kv.v.shape:
-        raise ValueError(f"KVBlocks.k has shape {state.kv.k.shape}, KVBlocks.v {state.kv.v.shape}")
+    check_cache(state.cache, slots)
+
+
+def specs_of(state: ServeState) -> ServeState:
+    """The tree of partition specs of a state: heads, channels and vocabulary are split, slots and blocks are not."""
+    whole = jax.tree.map(lambda _: P(), state)
+    return dataclasses.replace(
+        whole,
+        cache=partition_specs(state.cache.spec),
+        logit_rows=dataclasses.replace(whole.logit_rows, bias=P(None, AXIS)),
+        token_counts=P(None, AXIS),
+    )
+
+
+def shardings_of(state: ServeState, mesh: Mesh) -> ServeState:
+    """The tree of NamedShardings of a state."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(state))

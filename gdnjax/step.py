@@ -2,7 +2,9 @@
 (ServeState, Emitted)`, those without a model without params, those that draw nothing without Emitted.
 
 A decode step that speculates verifies the drafts of the step before and makes the next ones, so that nothing is read
-back in between. What it accepts is pending: the next step folds it into the recurrent state (see GDNState).
+back in between. Where the model has states, what it accepts is pending: the next step folds it (see SlotTable).
+
+Nothing here knows what a model keeps of its requests: `gdnjax.cache` does, and the model.
 
 Everything per-step (masks, indices, places) is made here, before the layers. No step reads a value back.
 """
@@ -19,12 +21,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from gdnjax import sampling, sharding, speculative
 from gdnjax.batch import AdmitBatch, CountBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch, SealBatch
-from gdnjax.models import Model
+from gdnjax.cache import LAYOUT, LAYOUT_KV, LAYOUT_VK, copy_row
+from gdnjax.models import Model, partition
 from gdnjax.models.context import Pools, decode_context, fold_context, prefill_context
 from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.sampling import Change, Draw, Vocab, in_groups
 from gdnjax.shapes import Array, Params
-from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN, NULL_SLOT, LogitRows, ServeState
+from gdnjax.state import NO_TOKEN, NULL_SLOT, LogitRows, ServeState, specs_of
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once: [64, V] float32 instead of the whole prompt's."""
@@ -67,20 +70,12 @@ def admit(state: ServeState, batch: AdmitBatch, options: StepOptions) -> ServeSt
     kept = ("slot", "copy_from", "copy_to")
     replaced = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in kept}
     replaced |= {"last_token": 0, "done": slot == NULL_SLOT, "hidden": 0}
-    gdn = dataclasses.replace(state.gdn, layout=state.gdn.layout.at[slot].set(_layout(options, LAYOUT_KV)))
-    if gdn.pending is not None:
-        replaced |= {"num_drafts": 0}
-        gdn = dataclasses.replace(gdn, pending=gdn.pending.at[slot].set(0))
+    replaced |= {name: 0 for name in ("num_drafts", "pending") if getattr(state.slots, name) is not None}
     table = {name: getattr(state.slots, name).at[slot].set(value) for name, value in replaced.items()}
-    kv = state.kv
+    cache = state.cache.written(slot, _layout(options, LAYOUT_KV))
     if batch.copy_from is not None:
-        kv = jax.tree.map(lambda pool: pool.at[:, batch.copy_to].set(pool[:, batch.copy_from]), kv)
-    return dataclasses.replace(
-        state,
-        slots=dataclasses.replace(state.slots, **table),
-        gdn=gdn,
-        kv=kv,
-    )
+        cache = cache.with_copied_blocks(batch.copy_from, batch.copy_to)
+    return dataclasses.replace(state, slots=dataclasses.replace(state.slots, **table), cache=cache)
 
 
 def fill_logit_row(state: ServeState, batch: LogitRowBatch) -> ServeState:
@@ -98,23 +93,23 @@ def fill_counts(state: ServeState, batch: CountBatch, vocab: Vocab) -> ServeStat
 def prefill(
     model: Model, options: StepOptions, params: Params, state: ServeState, batch: PrefillBatch
 ) -> tuple[ServeState, Emitted]:
-    """Folds pieces of prompts into state and KV; rows whose prompt ends here draw their first token, and draft.
+    """Feeds pieces of prompts; rows whose prompt ends here draw their first token, and draft.
 
     A row reads its state at `read_slot` and writes it to `slot`, so a fork costs no copy. Chunks with a checkpoint
-    leave state, window, layout bit and last hidden state there, too.
+    leave state and last hidden state there, too.
     """
     if batch.block_table is not None:
         table = state.slots.block_table.at[batch.slot].set(batch.block_table)
         state = _with_slots(state, block_table=table)
     context = prefill_context(pools_of(state, options), batch)
-    hidden, gdn, kv = model.forward(params, batch.tokens, context, state.gdn, state.kv)
+    hidden, cache = model.forward(params, batch.tokens, context, state.cache)
     previous = read_rows(state.slots.hidden, context.rows.read_slot)
     if state.slots.drafts is not None:
         # The head's keys have to be there for every token that is, drafting or not.
         before = previous[batch.token_row]
         before = jnp.where(context.rows.token_offset[:, None] > 0, jnp.roll(hidden, 1, axis=0), before)
         before = jnp.where(context.position[:, None] > 0, before, 0)
-        _, kv = model.draft(params, batch.tokens, before, context, gdn, kv)
+        _, cache = model.draft(params, batch.tokens, before, context, cache)
     last = hidden[jnp.maximum(batch.start + batch.length - 1, 0)]
     length = state.slots.length[batch.slot] + batch.length
     active = batch.is_last & (batch.slot != NULL_SLOT)
@@ -123,7 +118,7 @@ def prefill(
     layout = _layout(options, LAYOUT_KV)
     # A row without tokens has no hidden state in this step: what it had stays.
     kept = jnp.where((batch.length > 0)[:, None], last, previous)
-    state = _written(dataclasses.replace(state, gdn=gdn, kv=kv), batch.slot, kept, layout)
+    state = _written(dataclasses.replace(state, cache=cache), batch.slot, kept, layout)
     if batch.chunk_checkpoint is not None:
         behind = hidden[jnp.maximum(context.chunks.end - 1, 0)]
         state = _written(state, batch.chunk_checkpoint, behind, layout)
@@ -147,10 +142,10 @@ def decode(
     tokens = jnp.concatenate([state.slots.last_token[slot][:, None], drafts], axis=1)
     valid = active[:, None] & (jnp.arange(tokens.shape[1]) <= num_drafts[:, None])
     context = decode_context(pools_of(state, options), slot, before, valid)
-    hidden, gdn, kv = model.forward(params, tokens.reshape(-1), context, state.gdn, state.kv)
+    hidden, cache = model.forward(params, tokens.reshape(-1), context, state.cache)
     hidden = hidden.reshape(*tokens.shape, -1)
     drawn = _draw(model, options, params, state, slot, before + 1, hidden, valid, drafts)
-    state = dataclasses.replace(state, gdn=gdn, kv=kv)
+    state = dataclasses.replace(state, cache=cache)
     state = _accepted(state, options, context, hidden, drawn.count)
     state, emitted = _commit(state, drawn, slot, before + drawn.count, active, None)
     return _draft(model, options, params, state, slot, hidden, emitted), emitted
@@ -159,35 +154,28 @@ def decode(
 def seal(model: Model, options: StepOptions, params: Params, state: ServeState, batch: SealBatch) -> ServeState:
     """Makes checkpoints of what slots hold: so many pending rows are folded in that the state has the wanted length.
 
-    State and window, and with them the layout bit and the last hidden state, go to `write_slot`.
+    The states of all Slot kinds, and with them the last hidden state, go to `write_slot`.
     """
-
     length, read = state.slots.length[batch.read_slot], batch.read_slot
-    if state.gdn.pending is None:
+    if state.slots.pending is None:
         write = jnp.where(length == batch.position, batch.write_slot, NULL_SLOT)
         return lax.fori_loop(0, batch.count, lambda i, state: _copied(state, read[i], write[i]), state)
-    pending = state.gdn.pending[read]
+    pending = state.slots.pending[read]
     count = batch.position - (length - pending)
     reached = (jnp.arange(read.shape[0]) < batch.count) & (count >= 0) & (count <= pending)
     write, count = jnp.where(reached, batch.write_slot, NULL_SLOT), jnp.where(reached, count, 0)
     context = fold_context(pools_of(state, options), read, write, count)
     kept = read_rows(state.slots.pending_hidden, read)
     hidden = _hidden_behind(read_rows(state.slots.hidden, read), kept, count)
-    gdn = model.fold(params, context, state.gdn)
-    gdn = dataclasses.replace(gdn, pending=gdn.pending.at[write].set(0))
-    return _written(dataclasses.replace(state, gdn=gdn), write, hidden, _layout(options, LAYOUT_VK))
+    state = dataclasses.replace(state, cache=model.fold(params, context, state.cache))
+    state = _with_slots(state, pending=state.slots.pending.at[write].set(0))
+    return _written(state, write, hidden, _layout(options, LAYOUT_VK))
 
 
 def _copied(state: ServeState, source: Array, target: Array) -> ServeState:
-    """The state with one slot's row of the pools at another slot, too."""
-
-    def copy(pool, axis):
-        row = lax.dynamic_slice_in_dim(pool, source, 1, axis)
-        return lax.dynamic_update_slice_in_dim(pool, row, target, axis)
-
-    gdn = state.gdn
-    gdn = dataclasses.replace(gdn, ssm=copy(gdn.ssm, 1), conv=copy(gdn.conv, 1), layout=copy(gdn.layout, 0))
-    return _with_slots(dataclasses.replace(state, gdn=gdn), hidden=copy(state.slots.hidden, 0))
+    """The state with one slot's rows of the pools at another slot, too."""
+    state = dataclasses.replace(state, cache=state.cache.with_copied_slot(source, target))
+    return _with_slots(state, hidden=copy_row(state.slots.hidden, source, target, axis=0))
 
 
 def _drafts_to_verify(state: ServeState, options: StepOptions, batch: DecodeBatch, length) -> tuple[Array, Array]:
@@ -210,10 +198,13 @@ def _room_for_drafts(state: ServeState, slot: Array, length: Array) -> Array:
 
 
 def _accepted(state: ServeState, options: StepOptions, context, hidden, count) -> ServeState:
-    """The state after a decode step, whose layers have folded what was pending: `count` new rows are so now."""
+    """The state after a decode step, whose layers have folded what was pending: `count` new rows are so now. Where
+    nothing is ever pending, their hidden states are all that is left of them.
+    """
     write, layout = context.write_slot, _layout(options, LAYOUT_VK)
-    if state.gdn.pending is None:
-        return _written(state, write, hidden[:, 0], layout)
+    if state.slots.pending is None:
+        last = hidden[:, 0] if hidden.shape[1] == 1 else _hidden_behind(hidden[:, 0], hidden, count)
+        return _written(state, write, last, layout)
     rows, width = state.slots.pending_hidden, hidden.shape[1]
     old = read_rows(rows, context.read_slot)
     behind = _hidden_behind(read_rows(state.slots.hidden, context.read_slot), old, context.pending)
@@ -221,8 +212,7 @@ def _accepted(state: ServeState, options: StepOptions, context, hidden, count) -
     # What is written follows from what was read, so that XLA need not keep the old pool beside the new one.
     kept = jnp.where(context.valid.reshape(-1, width, 1), hidden.astype(old.dtype), old[:, :width])
     rows = write_rows(rows, write, slice(width), rows=kept)
-    gdn = dataclasses.replace(state.gdn, pending=state.gdn.pending.at[write].set(count))
-    return _with_slots(dataclasses.replace(state, gdn=gdn), pending_hidden=rows)
+    return _with_slots(state, pending=state.slots.pending.at[write].set(count), pending_hidden=rows)
 
 
 def _hidden_behind(hidden: Array, pending: Array, count: Array) -> Array:
@@ -235,10 +225,9 @@ def pools_of(state: ServeState, options: StepOptions) -> Pools:
     """What the context of a step is made from."""
     return Pools(
         slots=state.slots,
-        layout=state.gdn.layout,
-        pending=state.gdn.pending,
+        layouts={name: pools[LAYOUT] for name, pools in state.cache.slots.items() if LAYOUT in pools},
         state_layout=options.state_layout,
-        block_size=state.kv.k.shape[2],
+        block_size=state.cache.spec.block_size,
     )
 
 
@@ -255,7 +244,7 @@ def _with_slots(state: ServeState, **fields: Array) -> ServeState:
 def _written(state: ServeState, slot: Array, hidden: Array, layout: int) -> ServeState:
     """The layout bit and last hidden state of slots whose rows the layers have written."""
     state = _with_slots(state, hidden=write_rows(state.slots.hidden, slot, rows=hidden))
-    return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=state.gdn.layout.at[slot].set(layout)))
+    return dataclasses.replace(state, cache=state.cache.written(slot, layout))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,14 +340,14 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
     valid = jnp.arange(rows) < emitted.count[:, None]
     tokens = jnp.where(valid, emitted.tokens, 0).reshape(-1)
     context = decode_context(pools, slot, length - emitted.count + 1, valid)
-    found, kv = model.draft(params, tokens, hidden.reshape(count * rows, -1), context, state.gdn, state.kv)
+    found, cache = model.draft(params, tokens, hidden.reshape(count * rows, -1), context, state.cache)
     last = found.reshape(count, rows, -1)[jnp.arange(count), jnp.maximum(emitted.count - 1, 0)]
     room = jnp.where(active & ~emitted.done, _room_for_drafts(state, slot, length), 0)
     drafts, outputs = jnp.zeros((count, 0), jnp.int32), []
     for depth in range(options.num_drafts):
         if depth:
             context = decode_context(pools, slot, length + depth, (depth < room)[:, None])
-            last, kv = model.draft(params, drafts[:, -1], last, context, state.gdn, kv)
+            last, cache = model.draft(params, drafts[:, -1], last, context, cache)
         outputs.append(last)
         sampler = _Sampler.of(model, options, state, slot, length + depth + 1, 1)
         logits = model.logits(params, last)
@@ -372,7 +361,7 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
     if options.num_drafts and state.slots.draft_hidden is not None:
         kept, rows = state.slots.draft_hidden, jnp.stack(outputs, axis=1)
         made["draft_hidden"] = write_rows(kept, write, slice(options.num_drafts), rows=rows)
-    return _with_slots(dataclasses.replace(state, kv=kv), **made)
+    return _with_slots(dataclasses.replace(state, cache=cache), **made)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,7 +478,7 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
 
     The state is donated and leaves with the shardings it came with, so that its buffers stay where they are.
     """
-    param_specs, state_specs = sharding.specs_of(params), sharding.specs_of(state)
+    param_specs, state_specs = partition.specs_of(params), specs_of(state)
     replicated = sharding.P()
     state_out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs)
     whole = NamedSharding(mesh, replicated)

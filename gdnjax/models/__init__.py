@@ -11,12 +11,14 @@ from flax import nnx
 
 from gdnjax import sharding
 from gdnjax.backend import REFERENCE, Backend
+from gdnjax.cache import Cache
+from gdnjax.cache_kinds import CacheSpec
 from gdnjax.config import EngineConfig, ModelConfig
 from gdnjax.memory import StateGeometry
+from gdnjax.models import partition
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.qwen3_5 import Qwen3_5
 from gdnjax.shapes import Array, Float, Float32, Int32, Params
-from gdnjax.state import GDNState, KVBlocks
 
 
 @runtime_checkable
@@ -45,34 +47,42 @@ class Model(Protocol):
         """The same model, its ops run by `backend`."""
         ...
 
-    def geometry(self, block_size: int, ssm_dtype: str) -> StateGeometry:
-        """Of one rank, without speculation; the head's layer is one of `attention_layers`."""
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a token's final hidden state, whole on every rank."""
         ...
 
-    def forward(
-        self, params: Params, tokens: Any, context: PrefillContext | DecodeContext, gdn: GDNState, kv: KVBlocks
-    ) -> tuple[Any, GDNState, KVBlocks]:
-        """Final hidden states [t, d] of the step's tokens, and the pools, which are consumed. An engine with the
-        reference keeps bfloat16 pools as bits: see `engine_geometry`.
+    @property
+    def hidden_dtype(self) -> str:
+        """Their dtype."""
+        ...
 
-        Where the context's chunks have checkpoints, the rows of `gdn` behind each chunk are stored there, too.
+    def cache_spec(self, *, block_size: int, ssm_dtype: str, pending_rows: int = 0) -> CacheSpec:
+        """What one rank keeps of its requests; the head's layers are among the others of their kind.
+
+        `ssm_dtype` is that of recurrent states, `pending_rows` how many tokens a slot may hold that are not folded in.
         """
         ...
 
-    def fold(self, params: Params, context: FoldContext, gdn: GDNState) -> GDNState:
-        """The pools with pending rows folded into state and window. `gdn` is consumed."""
+    def forward(
+        self, params: Params, tokens: Any, context: PrefillContext | DecodeContext, cache: Cache
+    ) -> tuple[Any, Cache]:
+        """Final hidden states [t, d] of the step's tokens, and the pools, which are consumed. An engine with the
+        reference keeps bfloat16 pools as bits: see `engine_geometry`.
+
+        Where the context's chunks have checkpoints, the states behind each chunk are stored there, too.
+        """
+        ...
+
+    def fold(self, params: Params, context: FoldContext, cache: Cache) -> Cache:
+        """The pools, which are consumed, with pending rows folded into the states."""
         ...
 
     def draft(
-        self,
-        params: Params,
-        tokens: Any,
-        previous: Any,
-        context: PrefillContext | DecodeContext,
-        gdn: GDNState,
-        kv: KVBlocks,
-    ) -> tuple[Any, KVBlocks]:
-        """The head's hidden states [t, d] of tokens, given the hidden state before each. `kv` is consumed.
+        self, params: Params, tokens: Any, previous: Any, context: PrefillContext | DecodeContext, cache: Cache
+    ) -> tuple[Any, Cache]:
+        """The head's hidden states [t, d] of tokens, given the hidden state before each, and the pools, which are
+        consumed.
 
         `logits` of them are those of the token after each. At index 0 there is no hidden state before a token, and
         `previous` may hold anything finite there.
@@ -84,9 +94,31 @@ class Model(Protocol):
         ...
 
 
+def geometry_of(
+    model: Model, *, block_size: int, ssm_dtype: str, num_drafts: int = 0, keep_draft_hidden: bool = False
+) -> StateGeometry:
+    """Of one rank of everything that outlives a step, with room for `num_drafts` drafts of a step."""
+    return StateGeometry(
+        cache=model.cache_spec(
+            block_size=block_size, ssm_dtype=ssm_dtype, pending_rows=1 + num_drafts if num_drafts else 0
+        ),
+        hidden_size=model.hidden_size,
+        vocab_size=-(-model.vocab_size // model.tp),
+        hidden_dtype=model.hidden_dtype,
+        num_drafts=num_drafts,
+        keep_draft_hidden=keep_draft_hidden,
+    )
+
+
 def engine_geometry(model: Model, config: EngineConfig) -> StateGeometry:
     """Of one rank of an engine's state: with speculation, and as bits where the ops are the reference."""
-    geometry = model.geometry(config.block_size, config.ssm_dtype).speculating(config)
+    geometry = geometry_of(
+        model,
+        block_size=config.block_size,
+        ssm_dtype=config.ssm_dtype,
+        num_drafts=config.num_speculative_tokens,
+        keep_draft_hidden=config.keeps_draft_hidden,
+    )
     return geometry.as_bits() if model.backend.is_reference else geometry
 
 
@@ -108,25 +140,31 @@ class HybridModel:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
-    def geometry(self, block_size: int, ssm_dtype: str) -> StateGeometry:
-        geometry = StateGeometry.of(
-            self.config, tp=self.tp, block_size=block_size, dtype=self.dtype, ssm_dtype=ssm_dtype
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def hidden_dtype(self) -> str:
+        return self.dtype
+
+    def cache_spec(self, *, block_size: int, ssm_dtype: str, pending_rows: int = 0) -> CacheSpec:
+        return self.config.cache_spec(
+            tp=self.tp,
+            block_size=block_size,
+            dtype=self.dtype,
+            ssm_dtype=ssm_dtype,
+            pending_rows=pending_rows,
+            mtp=self.mtp,
         )
-        layers = geometry.attention_layers + (self.config.mtp_layers if self.mtp else 0)
-        return dataclasses.replace(geometry, attention_layers=layers)
 
     def forward(
-        self,
-        params: Params,
-        tokens: Int32[Array, "t"],
-        context: PrefillContext | DecodeContext,
-        gdn: GDNState,
-        kv: KVBlocks,
-    ) -> tuple[Array, GDNState, KVBlocks]:
-        return nnx.merge(self.graphdef, params)(tokens, context, gdn, kv)
+        self, params: Params, tokens: Int32[Array, "t"], context: PrefillContext | DecodeContext, cache: Cache
+    ) -> tuple[Array, Cache]:
+        return nnx.merge(self.graphdef, params)(tokens, context, cache)
 
-    def fold(self, params: Params, context: FoldContext, gdn: GDNState) -> GDNState:
-        return nnx.merge(self.graphdef, params).fold(context, gdn)
+    def fold(self, params: Params, context: FoldContext, cache: Cache) -> Cache:
+        return nnx.merge(self.graphdef, params).fold(context, cache)
 
     def draft(
         self,
@@ -134,11 +172,10 @@ class HybridModel:
         tokens: Int32[Array, "t"],
         previous: Float[Array, "t d"],
         context: PrefillContext | DecodeContext,
-        gdn: GDNState,
-        kv: KVBlocks,
-    ) -> tuple[Float[Array, "t d"], KVBlocks]:
+        cache: Cache,
+    ) -> tuple[Float[Array, "t d"], Cache]:
         """Only for a model built with `mtp`."""
-        return nnx.merge(self.graphdef, params).draft(tokens, previous, context, gdn, kv)
+        return nnx.merge(self.graphdef, params).draft(tokens, previous, context, cache)
 
     def logits(self, params: Params, hidden: Array) -> Float32[Array, "n V"]:
         return nnx.merge(self.graphdef, params).logits(hidden)
@@ -162,7 +199,7 @@ def abstract_params(config: ModelConfig, tp: int, dtype: str, *, mtp: bool = Fal
     local = nnx.to_pure_dict(nnx.split(_abstract(config, dtype, tp, mtp, REFERENCE))[1])
 
     def global_shape(path, leaf):
-        spec = sharding.spec_of(sharding.path_name(path))
+        spec = partition.spec_of(sharding.path_name(path))
         shape = [size * tp if i < len(spec) and spec[i] else size for i, size in enumerate(leaf.shape)]
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
 
@@ -238,4 +275,4 @@ def _random_leaf(kind: str, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
     return value.astype(leaf.dtype)
 
 
-__all__ = ["HybridModel", "Model", "abstract_params", "build_model", "engine_geometry", "random_params"]
+__all__ = ["HybridModel", "Model", "abstract_params", "build_model", "engine_geometry", "geometry_of", "random_params"]

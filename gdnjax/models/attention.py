@@ -4,12 +4,12 @@ import jax
 from flax import nnx
 
 from gdnjax.backend import Backend
-from gdnjax.config import ModelConfig
+from gdnjax.cache import Cache
+from gdnjax.config import ATTENTION, ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.layers import Linear, RMSNorm, project, rotate
 from gdnjax.pallas_kernels import paged_attention
 from gdnjax.shapes import Array, Float
-from gdnjax.state import KVBlocks
 
 
 class GatedAttention(nnx.Module):
@@ -31,19 +31,19 @@ class GatedAttention(nnx.Module):
         x: Float[Array, "t d"],
         context: PrefillContext | DecodeContext,
         angles: tuple[Array, Array],
-        kv: KVBlocks,
+        cache: Cache,
         layer: int,
-    ) -> tuple[Float[Array, "t d"], KVBlocks]:
-        """`layer` counts attention layers. The pools of `kv` are consumed."""
+    ) -> tuple[Float[Array, "t d"], Cache]:
+        """`layer` is the row in the pools. Those of `cache` are consumed."""
         tokens, width = x.shape[0], self.head_dim
         projected = project(x, self.q_proj, self.k_proj, self.v_proj, backend=self.backend)
         qg, k, v = (part.reshape(tokens, -1, width) for part in projected)
         # q_proj gives [q | gate] for each head.
         q, gate = qg[:, ::2], qg[:, 1::2]
         q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
-        places = context.places
+        places, pools = context.places, cache.pages[ATTENTION]
         k_blocks, v_blocks = paged_attention.write(
-            kv.k, kv.v, layer, k, v, places.block, places.offset, backend=self.backend
+            pools["k"], pools["v"], layer, k, v, places.block, places.offset, backend=self.backend
         )
         match context:
             case PrefillContext(chunks=chunks):
@@ -56,4 +56,4 @@ class GatedAttention(nnx.Module):
                 o = o.reshape(tokens, *o.shape[2:])
         o = o * jax.nn.sigmoid(gate)
         (out,) = project(o.reshape(tokens, -1), self.o_proj, backend=self.backend)
-        return out, KVBlocks(k=k_blocks, v=v_blocks)
+        return out, cache.with_pages(ATTENTION, k=k_blocks, v=v_blocks)

@@ -8,18 +8,19 @@ import dataclasses
 import jax.numpy as jnp
 
 from gdnjax.batch import PrefillBatch
+from gdnjax.cache import LAYOUT_KV, LAYOUT_VK
 from gdnjax.config import CHUNK
 from gdnjax.pallas_kernels.gated_delta_rule import StateOrder
 from gdnjax.pallas_kernels.paged_attention import Tiles
 from gdnjax.pallas_kernels.pools import read_rows
 from gdnjax.pallas_kernels.rows import Chunks, Rows, make_chunks
 from gdnjax.shapes import Array, Bool, Int32, Leaf
-from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NULL_BLOCK, NULL_SLOT, SlotTable
+from gdnjax.state import NULL_BLOCK, NULL_SLOT, SlotTable
 
 
 @dataclasses.dataclass(frozen=True)
-class KVPlaces:
-    """Where the keys and values of each token of the step are stored; padding goes to the null block."""
+class Places:
+    """Where the entries of each token of the step are stored; padding goes to the null block."""
 
     block: Leaf  # [t] int32
     offset: Leaf  # [t] int32
@@ -27,13 +28,13 @@ class KVPlaces:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillContext:
-    """Packed pieces of prompts."""
+    """Packed pieces of prompts. `orders`, here and below: how rows of each ordered Slot are stored, by its name."""
 
     rows: Rows
     chunks: Chunks
     tiles: Tiles
-    places: KVPlaces
-    order: StateOrder
+    places: Places
+    orders: dict[str, StateOrder]
     position: Leaf  # [t] int32: absolute position of each token
     valid: Leaf  # [t] bool
 
@@ -47,16 +48,16 @@ class DecodeContext:
     """T tokens a request, one after another: the last one and its drafts. t = n * T, request by request. Requests that
     produce nothing write to slot 0 and block 0.
 
-    With `pending` a delta layer folds so many rows of the slot into its state, stores that, and goes on with the new
+    With `pending` a layer with a state folds so many rows of the slot into it, stores that, and goes on with the new
     tokens for their outputs alone; what it needs to fold those later takes the place of the pending rows. Without,
-    T is 1, and the token is folded at once.
+    such a layer has T = 1, and folds the token at once.
     """
 
     read_slot: Leaf  # [n] int32
     write_slot: Leaf  # [n] int32
     tiles: Tiles
-    places: KVPlaces
-    order: StateOrder
+    places: Places
+    orders: dict[str, StateOrder]
     position: Leaf  # [t] int32
     valid: Leaf  # [t] bool
     pending: Leaf = None  # [n] int32
@@ -73,16 +74,15 @@ class FoldContext:
     read_slot: Leaf  # [n] int32
     write_slot: Leaf  # [n] int32
     count: Leaf  # [n] int32
-    order: StateOrder
+    orders: dict[str, StateOrder]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pools:
-    """What a context needs to know of the pools: the slots, the layout bits, and two static facts."""
+    """What a context needs to know of the pools: the slots, the layout bits of ordered ones, and two static facts."""
 
     slots: SlotTable
-    layout: Leaf  # [s] int8
-    pending: Leaf  # [s] int32, or None
+    layouts: dict[str, Leaf]  # [s] int8 each
     state_layout: str
     block_size: int
 
@@ -125,7 +125,7 @@ def prefill_context(pools: Pools, batch: PrefillBatch) -> PrefillContext:
             longest=jnp.max(before + batch.length),
         ),
         places=_places(row_blocks[batch.token_row], position, stored, pools.block_size),
-        order=_state_order(pools, read_slot, writes=LAYOUT_KV),
+        orders=_orders(pools, read_slot, writes=LAYOUT_KV),
         position=position,
         valid=batch.token_valid,
     )
@@ -138,7 +138,7 @@ def decode_context(
     that has none is inactive.
     """
     blocks = pools.slots.block_table[slot]
-    rows = valid.shape[1]
+    rows, pending = valid.shape[1], pools.slots.pending
     position = first[:, None] + jnp.arange(rows, dtype=jnp.int32)
     flat, flat_valid = position.reshape(-1), valid.reshape(-1)
     active = valid[:, 0]
@@ -151,10 +151,10 @@ def decode_context(
             longest=jnp.max(jnp.where(valid, position + 1, 0)),
         ),
         places=_places(jnp.repeat(blocks, rows, axis=0), flat, flat_valid, pools.block_size),
-        order=_state_order(pools, slot, writes=LAYOUT_VK),
+        orders=_orders(pools, slot, writes=LAYOUT_VK),
         position=flat,
         valid=flat_valid,
-        pending=None if pools.pending is None else jnp.where(active, read_rows(pools.pending, slot), 0),
+        pending=None if pending is None else jnp.where(active, read_rows(pending, slot), 0),
     )
 
 
@@ -162,25 +162,30 @@ def fold_context(
     pools: Pools, read_slot: Int32[Array, "n"], write_slot: Int32[Array, "n"], count: Int32[Array, "n"]
 ) -> FoldContext:
     """The context of sealing states. They are stored as a decode step stores them."""
-    order = _state_order(pools, read_slot, writes=LAYOUT_VK)
-    return FoldContext(read_slot=read_slot, write_slot=write_slot, count=count, order=order)
+    orders = _orders(pools, read_slot, writes=LAYOUT_VK)
+    return FoldContext(read_slot=read_slot, write_slot=write_slot, count=count, orders=orders)
 
 
-def _places(blocks: Array, position: Array, valid: Array, block_size: int) -> KVPlaces:
+def _places(blocks: Array, position: Array, valid: Array, block_size: int) -> Places:
     """A token's block is looked up in its row of the table; a position past the table goes to the null block."""
     width = blocks.shape[1]
     index = position // block_size
     block = jnp.take_along_axis(blocks, jnp.clip(index, 0, width - 1)[:, None], axis=1)[:, 0]
-    return KVPlaces(block=jnp.where(valid & (index < width), block, NULL_BLOCK), offset=position % block_size)
+    return Places(block=jnp.where(valid & (index < width), block, NULL_BLOCK), offset=position % block_size)
 
 
-def _state_order(pools: Pools, read_slot: Array, writes: int) -> StateOrder:
+def _orders(pools: Pools, read_slot: Array, writes: int) -> dict[str, StateOrder]:
+    """The order of each ordered Slot's rows."""
+    return {name: _order(pools.state_layout, layout, read_slot, writes) for name, layout in pools.layouts.items()}
+
+
+def _order(state_layout: str, layout: Array, read_slot: Array, writes: int) -> StateOrder:
     """Static for a pool of one layout. In a mixed pool the slots' bits say how to read; `writes` is the step's own."""
-    match pools.state_layout:
+    match state_layout:
         case "kv":
             return StateOrder(read=False, write=False)
         case "vk":
             return StateOrder(read=True, write=True)
         case "mixed":
-            return StateOrder(read=pools.layout[read_slot] == LAYOUT_VK, write=writes == LAYOUT_VK)
-    raise ValueError(f"state_layout must be 'kv', 'vk' or 'mixed', got {pools.state_layout!r}")
+            return StateOrder(read=layout[read_slot] == LAYOUT_VK, write=writes == LAYOUT_VK)
+    raise ValueError(f"state_layout must be 'kv', 'vk' or 'mixed', got {state_layout!r}")

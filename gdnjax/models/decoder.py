@@ -4,6 +4,7 @@ from flax import nnx
 
 from gdnjax import sharding
 from gdnjax.backend import Backend
+from gdnjax.cache import Cache
 from gdnjax.config import LayerKind, MlpKind, ModelConfig
 from gdnjax.models.attention import GatedAttention
 from gdnjax.models.context import DecodeContext, PrefillContext
@@ -11,7 +12,6 @@ from gdnjax.models.gated_deltanet import GatedDeltaNet
 from gdnjax.models.layers import DenseMLP, RMSNorm
 from gdnjax.models.moe import MoeMLP
 from gdnjax.shapes import Array, Float
-from gdnjax.state import GDNState, KVBlocks
 
 
 class DecoderLayer(nnx.Module):
@@ -57,15 +57,14 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "t d"],
         context: PrefillContext | DecodeContext,
         angles: tuple[Array, Array],
-        gdn: GDNState,
-        kv: KVBlocks,
-    ) -> tuple[Float[Array, "t d"], GDNState, KVBlocks]:
+        cache: Cache,
+    ) -> tuple[Float[Array, "t d"], Cache]:
         normal = self.input_layernorm(x)
         match self.kind:
             case LayerKind.DELTA:
-                mixed, gdn = self.linear_attn(normal, context, gdn, self.pool_row)
+                mixed, cache = self.linear_attn(normal, context, cache, self.pool_row)
             case LayerKind.ATTENTION:
-                mixed, kv = self.self_attn(normal, context, angles, kv, self.pool_row)
+                mixed, cache = self.self_attn(normal, context, angles, cache, self.pool_row)
         x = x + sharding.psum(mixed, self.tp)
         out = self.mlp(self.post_attention_layernorm(x), context.valid)
-        return x + sharding.psum(out, self.tp), gdn, kv
+        return x + sharding.psum(out, self.tp), cache

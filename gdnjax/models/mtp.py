@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gdnjax.backend import Backend
+from gdnjax.cache import Cache
 from gdnjax.config import LayerKind, ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.decoder import DecoderLayer
 from gdnjax.models.layers import Linear, RMSNorm
 from gdnjax.shapes import Array, Float
-from gdnjax.state import GDNState, KVBlocks
 
 FIRST_INDEX = 1
 """The first index at which a token has a hidden state before it."""
@@ -49,13 +49,12 @@ class MultiTokenPredictor(nnx.Module):
         previous: Float[Array, "t d"],
         context: PrefillContext | DecodeContext,
         angles: tuple[Array, Array],
-        gdn: GDNState,
-        kv: KVBlocks,
-    ) -> tuple[Float[Array, "t d"], KVBlocks]:
-        """`previous` holds the hidden state before each token; at index 0 anything. `kv` is consumed."""
+        cache: Cache,
+    ) -> tuple[Float[Array, "t d"], Cache]:
+        """`previous` holds the hidden state before each token; at index 0 anything. The pools are consumed."""
         context = dataclasses.replace(context, tiles=dataclasses.replace(context.tiles, first=FIRST_INDEX))
         both = [self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(previous)]
         x = self.fc(jnp.concatenate(both, axis=-1))
         for layer in self.layers:
-            x, _, kv = layer(x, context, angles, gdn, kv)
-        return self.norm(x), kv
+            x, cache = layer(x, context, angles, cache)
+        return self.norm(x), cache

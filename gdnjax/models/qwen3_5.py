@@ -4,13 +4,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gdnjax.backend import REFERENCE, Backend
+from gdnjax.cache import Cache
 from gdnjax.config import LayerKind, ModelConfig
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.decoder import DecoderLayer
 from gdnjax.models.layers import Embedding, Linear, RMSNorm, linear, mask_padded_vocab, rotary_angles
 from gdnjax.models.mtp import MultiTokenPredictor
 from gdnjax.shapes import Array, Float, Float32, Int32
-from gdnjax.state import GDNState, KVBlocks
 
 
 class Qwen3_5(nnx.Module):
@@ -29,32 +29,31 @@ class Qwen3_5(nnx.Module):
         self.tp = tp
 
     def __call__(
-        self, tokens: Int32[Array, "t"], context: PrefillContext | DecodeContext, gdn: GDNState, kv: KVBlocks
-    ) -> tuple[Float[Array, "t d"], GDNState, KVBlocks]:
+        self, tokens: Int32[Array, "t"], context: PrefillContext | DecodeContext, cache: Cache
+    ) -> tuple[Float[Array, "t d"], Cache]:
         """Hidden states after the final norm. The pools are consumed."""
         angles = self._angles(context)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
-            x, gdn, kv = layer(x, context, angles, gdn, kv)
-        return self.norm(x), gdn, kv
+            x, cache = layer(x, context, angles, cache)
+        return self.norm(x), cache
 
-    def fold(self, context: FoldContext, gdn: GDNState) -> GDNState:
+    def fold(self, context: FoldContext, cache: Cache) -> Cache:
         """Pending rows folded into the states of all layers. The pools are consumed."""
         for layer in self.layers:
             if layer.kind is LayerKind.DELTA:
-                gdn = layer.linear_attn.fold(context, gdn, layer.pool_row)
-        return gdn
+                cache = layer.linear_attn.fold(context, cache, layer.pool_row)
+        return cache
 
     def draft(
         self,
         tokens: Int32[Array, "t"],
         previous: Float[Array, "t d"],
         context: PrefillContext | DecodeContext,
-        gdn: GDNState,
-        kv: KVBlocks,
-    ) -> tuple[Float[Array, "t d"], KVBlocks]:
-        """The MTP head over tokens and the final hidden states of the tokens before them. `kv` is consumed."""
-        return self.mtp(self.embed_tokens(tokens), previous, context, self._angles(context), gdn, kv)
+        cache: Cache,
+    ) -> tuple[Float[Array, "t d"], Cache]:
+        """The MTP head over tokens and the final hidden states of the tokens before them. The pools are consumed."""
+        return self.mtp(self.embed_tokens(tokens), previous, context, self._angles(context), cache)
 
     def logits(self, hidden: Float[Array, "n d"]) -> Float32[Array, "n V"]:
         """This rank's part of the vocabulary; entries that pad it are -inf."""

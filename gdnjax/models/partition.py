@@ -1,0 +1,48 @@
+"""How ranks share the parameters: one table for all families. No parameter is replicated because nobody thought of it."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gdnjax.sharding import AXIS, P, path_name
+
+# The one table. A parameter's path, joined by dots, is matched against these from the top.
+# Weights are stored as in the checkpoint: [out, in]. Column-parallel weights split their outputs, row-parallel ones
+# their inputs, and the layer that ends with a row-parallel weight sums over ranks.
+TABLE: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"(embed_tokens|lm_head)\.weight", P(AXIS)),
+    (r".*linear_attn\.(in_proj_qkv|in_proj_z|in_proj_b|in_proj_a)\.weight", P(AXIS)),
+    (r".*linear_attn\.conv1d\.weight", P(AXIS)),
+    (r".*linear_attn\.(A_log|dt_bias)", P(AXIS)),
+    (r".*linear_attn\.out_proj\.weight", P(None, AXIS)),
+    (r".*self_attn\.(q_proj|k_proj|v_proj)\.weight", P(AXIS)),
+    (r".*self_attn\.o_proj\.weight", P(None, AXIS)),
+    (r".*mlp\.experts\.gate_up_proj", P(None, AXIS)),
+    (r".*mlp\.experts\.down_proj", P(None, None, AXIS)),
+    (r".*mlp\.(shared_expert\.)?(gate_proj|up_proj)\.weight", P(AXIS)),
+    (r".*mlp\.(shared_expert\.)?down_proj\.weight", P(None, AXIS)),
+    (r".*mlp\.gate\.weight", P()),
+    (r".*mlp\.shared_expert_gate\.weight", P()),
+    (r".*(norm|layernorm)\.weight", P()),
+    (r"mtp\.(fc|pre_fc_norm_embedding|pre_fc_norm_hidden)\.weight", P()),
+)
+
+
+def spec_of(name: str) -> PartitionSpec:
+    """The partition spec of a parameter. A name that the table lacks is an error, never replicated."""
+    for pattern, spec in TABLE:
+        if re.fullmatch(pattern, name):
+            return spec
+    raise KeyError(f"{name!r} is not in the sharding table (gdnjax/models/partition.py)")
+
+
+def specs_of(tree: Any) -> Any:
+    """The tree of partition specs of a tree of parameters."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: spec_of(path_name(path)), tree)
+
+
+def shardings_of(tree: Any, mesh: Mesh) -> Any:
+    """The tree of NamedShardings of a tree of parameters."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, spec_of(path_name(path))), tree)
