@@ -12,7 +12,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "gdnjax"
 
 LAYERS = (
-    ("config_keys",),
     ("version", "config", "sampling_params", "shapes", "assets", "progress"),
     ("memory", "backend", "sharding"),
     ("state", "batch"),
@@ -32,8 +31,7 @@ LAYERS = (
 """Modules and packages, lowest first. A module imports from layers below its own, and from its own package."""
 
 ONLY = {
-    "config": {"config_keys"},
-    "config_keys": set(),
+    "config": set(),
     "sampling_params": set(),
     "shapes": set(),
     "version": set(),
@@ -51,7 +49,7 @@ ONLY = {
 }
 """Where the design allows less than the layers do: these and nothing else of the package."""
 
-HOST_ONLY = ("assets", "config", "config_keys", "sampling_params", "memory", "version", "progress", "serving.outputs")
+HOST_ONLY = ("assets", "config", "sampling_params", "memory", "version", "progress", "serving.outputs")
 HOST_ONLY += ("serving.tokenizer", "serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler")
 HOST_ONLY += ("serving.plan", "serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
 HOST_ONLY += ("serving.chat", "serving.frontend", "cli.command", "cli.generate", "cli.convert", "cli.main")

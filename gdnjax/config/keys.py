@@ -164,7 +164,7 @@ ANY_ROPE = frozenset(
 ROPE_PLACES = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 """Keys under which a configuration has rope settings."""
 
-# A wrapper may state these beside its text_config: config.py has a rule for each.
+# A wrapper may state these beside its text_config: huggingface.py has a rule for each.
 _OF_EITHER = frozenset(
     (
         "model_type",

@@ -1,67 +1,15 @@
-"""Checkpoint configurations as transformers writes them, and engine settings: what is read, and what is refused."""
+"""Checkpoint configurations as transformers writes them: what is read, and what is refused."""
 
-import dataclasses
-import itertools
 import json
 import math
 
-import numpy as np
 import pytest
-import transformers
 
-from gdnjax import EngineConfig, LayerKind, ModelConfig, config_keys
+from gdnjax import LayerKind, ModelConfig
 from gdnjax.config import MTP_KEYS, SUPPORTED_MODEL_TYPES, AttentionConfig, DeltaConfig, MlpKind, MoeConfig
+from tests.config.configurations import CLASSES, KINDS, from_hf, hf_dict
 
 DELTA, ATTENTION = LayerKind.DELTA, LayerKind.ATTENTION
-KINDS = ("linear_attention", "full_attention", "linear_attention")
-
-TEXT = {
-    "vocab_size": 401,
-    "hidden_size": 48,
-    "num_hidden_layers": 3,
-    "layer_types": list(KINDS),
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 24,
-    "linear_conv_kernel_dim": 5,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-5,
-    "eos_token_id": 399,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0, "partial_rotary_factor": 0.25},
-}
-DENSE = {"intermediate_size": 72}
-MOE = {
-    "num_experts": 5,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 24,
-}
-CLASSES = {
-    "qwen3_5": ("Qwen3_5Config", "Qwen3_5TextConfig", DENSE),
-    "qwen3_5_text": (None, "Qwen3_5TextConfig", DENSE),
-    "qwen3_5_moe": ("Qwen3_5MoeConfig", "Qwen3_5MoeTextConfig", MOE),
-    "qwen3_5_moe_text": (None, "Qwen3_5MoeTextConfig", MOE),
-    "qwen3_next": (None, "Qwen3NextConfig", {**DENSE, **MOE, "mlp_only_layers": [1], "norm_topk_prob": False}),
-}
-
-
-def hf_dict(model_type, text=None, **outside):
-    """config.json of a model type, as transformers' own class writes it."""
-    wrapper, inner, more = CLASSES[model_type]
-    arguments = {**TEXT, **more, **(text or {})}
-    if wrapper is None:
-        config = getattr(transformers, inner)(**arguments, dtype="float32")
-    else:
-        config = getattr(transformers, wrapper)(text_config=arguments, dtype="float32")
-    return json.loads(json.dumps(config.to_dict())) | outside
-
-
-def from_hf(model_type, **options):
-    return ModelConfig.from_hf(hf_dict(model_type, **options))
 
 
 def test_every_supported_model_type_is_tested():
@@ -185,34 +133,6 @@ def test_count_of_mtp_layers_in_a_wrapper_is_that_of_its_text_config(model_type,
     assert ModelConfig.from_hf(raw).mtp_layers == layers
 
 
-@pytest.mark.parametrize("model_type", [name for name in CLASSES if name != "qwen3_next"])
-def test_mtp_head_with_an_embedding_of_its_own_is_refused_only_where_it_is_wanted(model_type):
-    shared, own = (
-        from_hf(model_type, text={"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": dedicated})
-        for dedicated in (False, True)
-    )
-    assert (shared.mtp_dedicated_embeddings, own.mtp_dedicated_embeddings) == (False, True)
-    shared.require_mtp()
-    with pytest.raises(ValueError, match=r"mtp_use_dedicated_embeddings=true.*allowed: num_speculative_tokens=0"):
-        own.require_mtp()
-
-
-@pytest.mark.parametrize(
-    ("model_type", "text", "message"),
-    [
-        ("qwen3_5", {}, r"num_speculative_tokens above 0.*counts none \(mtp_num_hidden_layers\)"),
-        ("qwen3_5_moe_text", {"mtp_num_hidden_layers": 0}, r"counts none \(mtp_num_hidden_layers\)"),
-        ("qwen3_5_text", {"mtp_num_hidden_layers": 2}, "of one layer, got mtp_num_hidden_layers=2"),
-        ("qwen3_next", {"num_nextn_predict_layers": 0}, r"counts none \(num_nextn_predict_layers\)"),
-        ("qwen3_next", {"num_nextn_predict_layers": 3}, "of one layer, got num_nextn_predict_layers=3"),
-    ],
-)
-def test_model_without_an_mtp_head_to_run_says_so(model_type, text, message):
-    with pytest.raises(ValueError, match=message) as raised:
-        from_hf(model_type, text=text).require_mtp()
-    assert str(raised.value).endswith("allowed: num_speculative_tokens=0")
-
-
 @pytest.mark.parametrize("value", [-1, 1.0, "1", True])
 @pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_text", "qwen3_next"])
 def test_count_of_mtp_layers_that_is_none_is_refused(model_type, value):
@@ -282,45 +202,6 @@ def test_quantised_checkpoint_is_refused_by_its_method(inside, method):
         ValueError, match=f"quantised checkpoints are not supported yet.*{method or 'unknown'}.*use the"
     ):
         ModelConfig.from_hf(raw)
-
-
-@pytest.mark.parametrize("model_type", CLASSES)
-def test_every_key_of_transformers_is_in_the_tables(model_type, caplog):
-    """So none is ignored without a decision, whatever another version of transformers adds."""
-    wrapper, inner, _ = CLASSES[model_type]
-    tables = (config_keys.HONOURED, set(config_keys.FIXED), set(config_keys.WITHOUT_EFFECT))
-    for name in (wrapper, inner):
-        keys = {field.name for field in dataclasses.fields(getattr(transformers, name))} if name else set()
-        assert not keys - set().union(*tables)
-    assert sum(map(len, tables)) == len(set().union(*tables)), "a key is in one table"
-    with caplog.at_level("WARNING", logger="gdnjax"):
-        from_hf(model_type)
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_key_that_nobody_knows_is_named_in_a_warning(inside, caplog):
-    raw = hf_dict("qwen3_5")
-    (raw["text_config"] if inside else raw)["frobnication"] = 3
-    with caplog.at_level("WARNING", logger="gdnjax"):
-        ModelConfig.from_hf(raw)
-    (record,) = caplog.records
-    assert record.message.endswith("without effect: text_config.frobnication" if inside else "effect: frobnication")
-
-
-@pytest.mark.parametrize("name", config_keys.FIXED)
-@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_next"])
-def test_key_that_changes_numbers_is_refused_with_any_other_value(name, model_type):
-    allowed = config_keys.FIXED[name]
-    for value in (*allowed, "another", 7, allowed[0] is False):
-        raw = hf_dict(model_type)
-        raw.get("text_config", raw)[name] = value
-        if value in allowed:
-            if value is not None or allowed[0] is None:
-                ModelConfig.from_hf(raw)
-        else:
-            with pytest.raises(ValueError, match=rf"unsupported (text_config\.)?{name} .*; supported: "):
-                ModelConfig.from_hf(raw)
 
 
 @pytest.mark.parametrize(
@@ -475,25 +356,9 @@ def test_what_the_engine_does_not_compute_is_refused(change, message):
         ModelConfig.from_hf(hf_dict("qwen3_5_text") | change)
 
 
-def test_more_experts_a_token_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="num_experts_per_tok must be between 1 and num_experts=5, got 6"):
-        from_hf("qwen3_5_moe", text={"num_experts_per_tok": 6})
-
-
-def test_model_without_layers_is_refused():
-    with pytest.raises(ValueError, match="at least one layer"):
-        dataclasses.replace(from_hf("qwen3_5"), layer_kinds=(), mlp_kinds=())
-
-
 def test_unknown_layer_type_is_refused():
     with pytest.raises(ValueError, match="sliding_attention"):
         ModelConfig.from_hf(hf_dict("qwen3_5_text") | {"layer_types": ["sliding_attention"] * 3})
-
-
-@pytest.mark.parametrize("name", ["linear_num_key_heads", "linear_value_head_dim", "num_key_value_heads"])
-def test_geometry_of_nothing_is_refused(name):
-    with pytest.raises(ValueError, match="must be above 0, got 0"):
-        ModelConfig.from_hf(hf_dict("qwen3_5_text") | {name: 0})
 
 
 @pytest.mark.parametrize("name", ["text_config", "quantization_config"])
@@ -514,203 +379,3 @@ def test_damaged_config_names_the_file(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"config\.json: {message}"):
         ModelConfig.from_hf(tmp_path)
-
-
-# Ranks.
-
-
-def test_shard_divides_heads_widths_and_vocabulary():
-    config = from_hf("qwen3_5_moe")
-    rank = config.shard(2)
-    assert (rank.delta.num_key_heads, rank.delta.num_value_heads) == (1, 3)
-    assert (rank.attention.num_heads, rank.attention.num_kv_heads) == (2, 1)
-    assert (rank.moe.intermediate_size, rank.moe.shared_intermediate_size) == (8, 12)
-    assert rank.vocab_size == 201
-    assert config.padded_vocab_size(2) == 402
-    assert from_hf("qwen3_5").shard(2).intermediate_size == 36
-    assert config.shard(1) == config
-
-
-def test_kv_heads_are_replicated_beyond_their_number():
-    attention = AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=32, rotary_dim=8, rope_theta=1e4)
-    assert attention.shard(8) == dataclasses.replace(attention, num_heads=1, num_kv_heads=1)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "text", "tp", "message"),
-    [
-        ("qwen3_5", {}, 0, "tensor_parallel_size must be at least 1, got 0"),
-        ("qwen3_5", {}, 5, "tensor_parallel_size=5 does not divide intermediate_size=72"),
-        ("qwen3_5", {}, 4, "tensor_parallel_size=4 does not divide linear_num_key_heads=2; allowed: divisors of 2"),
-        (
-            "qwen3_5",
-            {"linear_num_key_heads": 6},
-            3,
-            "tensor_parallel_size=3 does not divide num_attention_heads=4; allowed: divisors of 4",
-        ),
-        (
-            "qwen3_5",
-            {"linear_num_key_heads": 6, "num_attention_heads": 12, "num_key_value_heads": 4},
-            6,
-            "tensor_parallel_size=6 and num_key_value_heads=4: one must divide the other",
-        ),
-        (
-            "qwen3_5_moe",
-            {"moe_intermediate_size": 15},
-            2,
-            "tensor_parallel_size=2 does not divide moe intermediate_size=15",
-        ),
-        (
-            "qwen3_5_moe",
-            {"shared_expert_intermediate_size": 23},
-            2,
-            "tensor_parallel_size=2 does not divide moe shared_intermediate_size=23",
-        ),
-    ],
-)
-def test_shard_names_what_does_not_divide(model_type, text, tp, message):
-    with pytest.raises(ValueError, match=message):
-        from_hf(model_type, text=text).shard(tp)
-
-
-# Engine settings.
-
-BAD_ENGINE = [
-    ({"max_num_seqs": 0}, "max_num_seqs must be an integer of at least 1, got 0"),
-    ({"max_num_seqs": 2.0}, "max_num_seqs must be an integer"),
-    ({"max_num_batched_tokens": 100}, "max_num_batched_tokens must be a multiple of 64.*got 100"),
-    ({"max_num_batched_tokens": -64}, "max_num_batched_tokens must be an integer of at least 1"),
-    ({"max_model_len": 0}, "max_model_len must be an integer of at least 1"),
-    ({"block_size": 24}, "block_size must be a power of two, got 24"),
-    ({"block_size": True}, "block_size must be an integer"),
-    ({"num_kv_blocks": 0}, "num_kv_blocks must be an integer of at least 1"),
-    ({"gpu_memory_utilization": 0}, r"gpu_memory_utilization must be in \(0, 1\], got 0"),
-    ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be in"),
-    ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization must be in"),
-    ({"gpu_memory_utilization": "half"}, "gpu_memory_utilization must be"),
-    ({"max_logit_rows": -1}, "max_logit_rows must be an integer"),
-    ({"max_num_prefill_seqs": 0}, "max_num_prefill_seqs must be an integer of at least 1, got 0"),
-    ({"dtype": "float16"}, "dtype must be one of 'auto', 'float32', 'bfloat16', got 'float16'"),
-    ({"ssm_dtype": "auto"}, "ssm_dtype must be one of 'float32', 'bfloat16', got 'auto'"),
-    ({"state_layout": "KV"}, "state_layout must be one of 'kv', 'vk', 'mixed', got 'KV'"),
-    ({"seed": -1}, "seed must be an integer of at least 0"),
-    ({"tensor_parallel_size": 0}, "tensor_parallel_size must be an integer of at least 1"),
-    ({"kernels": "triton"}, "kernels must be one of 'auto', 'pallas', 'interpret', 'reference', got 'triton'"),
-    ({"prefill_buckets": (64,)}, "prefill_buckets must ascend and end with 1024"),
-    ({"prefill_buckets": (128, 64, 1024)}, "prefill_buckets must ascend"),
-    ({"prefill_buckets": (64, 64, 1024)}, "prefill_buckets must ascend"),
-    ({"prefill_buckets": (0, 1024)}, "prefill_buckets must be an integer of at least 1, got 0"),
-    ({"decode_buckets": 3}, "decode_buckets must be a list of sizes, got 3"),
-    ({"prefill_buckets": "64"}, "prefill_buckets must be a list of sizes, got '64'"),
-    ({"compilation_cache_dir": 5}, "compilation_cache_dir must be a path, None or"),
-    ({"gpu_memory_utilization": True}, "gpu_memory_utilization must be in"),
-    ({"decode_buckets": (1, 4)}, "decode_buckets must ascend and end with 8"),
-    ({"max_logprobs": -1}, "max_logprobs must be an integer of at least 0"),
-    ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
-    ({"batch_invariant": 1}, "batch_invariant must be True or False, got 1"),
-    ({"batch_invariant": True, "decode_buckets": (1, 8)}, "batch_invariant=True needs one prefill bucket and one"),
-    ({"warmup": None}, "warmup must be True or False, got None"),
-    ({"num_checkpoint_slots": -1}, "num_checkpoint_slots must be an integer of at least 0"),
-    (
-        {"num_checkpoint_slots": 2, "enable_prefix_caching": False},
-        "num_checkpoint_slots=2 are of no use with enable_prefix_caching=False; allowed: None or 0",
-    ),
-    ({"state_checkpoint_interval": 0}, "state_checkpoint_interval must be an integer of at least 1"),
-    ({"state_checkpoint_interval": 40}, "state_checkpoint_interval must be a multiple of block_size=16, got 40"),
-    ({"num_speculative_tokens": -1}, "num_speculative_tokens must be an integer of at least 0, got -1"),
-    ({"num_speculative_tokens": True}, "num_speculative_tokens must be an integer of at least 0, got True"),
-    ({"num_speculative_tokens": 8}, "num_speculative_tokens must be at most 7, got 8"),
-    ({"draft_acceptance": "greedy"}, "draft_acceptance must be one of 'shared_noise', 'rejection', got 'greedy'"),
-    ({"adaptive_speculation": 1}, "adaptive_speculation must be True or False, got 1"),
-    ({"adaptive_speculation": True}, "adaptive_speculation=True needs num_speculative_tokens above 0"),
-    (
-        {"adaptive_speculation": True, "num_speculative_tokens": 2, "batch_invariant": True},
-        "adaptive_speculation=True needs num_speculative_tokens above 0 and batch_invariant=False, got 2 and True",
-    ),
-    ({"spec_acceptance_length": 2}, r"between 1 and 1 \+ num_speculative_tokens=1, and needs speculation, got 2"),
-    ({"spec_acceptance_length": 0.5, "num_speculative_tokens": 2}, r"between 1 and 1 \+ num_speculative_tokens=3"),
-    ({"spec_acceptance_length": 3.5, "num_speculative_tokens": 2}, r"spec_acceptance_length must be between 1 and 1 "),
-    ({"spec_acceptance_length": "3", "num_speculative_tokens": 2}, "spec_acceptance_length must be between 1 and 1 "),
-    (
-        {"state_checkpoint_interval": 2, "block_size": 2, "num_speculative_tokens": 2},
-        "state_checkpoint_interval must be at least the 3 tokens that a step may produce, got 2",
-    ),
-]
-
-
-@pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize(("values", "message"), BAD_ENGINE, ids=[str(values) for values, _ in BAD_ENGINE])
-def test_bad_engine_setting_is_named(values, message):
-    with pytest.raises(ValueError, match=message):
-        EngineConfig(**values)
-
-
-def test_every_engine_setting_has_a_bad_value_tested():
-    tested = {name for values, _ in BAD_ENGINE for name in values}
-    fields = {field.name for field in dataclasses.fields(EngineConfig)}
-    assert fields == tested
-
-
-def test_default_buckets_cover_every_step():
-    for seqs in (1, 2, 8, 9, 100):
-        for tokens in (64, 128, 1024, 8192):
-            config = EngineConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
-            for buckets, largest in ((config.prefill_buckets, tokens), (config.decode_buckets, seqs)):
-                assert buckets[-1] == largest
-                assert list(buckets) == sorted(set(buckets))
-            # Few: each is compiled at start, decode steps plain and full.
-            assert len(config.prefill_buckets) + len(config.decode_buckets) <= 8
-            assert config.decode_buckets[0] == 1
-
-
-def test_decode_step_is_at_most_four_times_its_rows_and_twice_where_rows_cost():
-    for seqs in (8, 9, 32, 33, 100, 128, 256, 1000):
-        buckets = EngineConfig(max_num_seqs=seqs).decode_buckets
-        for smaller, larger in itertools.pairwise(buckets):
-            assert larger <= (2 if smaller >= 32 else 8 if smaller == 1 else 4) * smaller
-    assert EngineConfig(max_num_seqs=128).decode_buckets == (1, 8, 32, 64, 128)
-    assert EngineConfig(max_num_seqs=8).decode_buckets == (1, 8)
-
-
-@pytest.mark.parametrize(
-    ("options", "rows"),
-    [
-        ({}, [8, 8, 8]),
-        ({"max_num_seqs": 3}, [3, 3, 3]),
-        ({"max_num_seqs": 256}, [9, 12, 24]),
-        ({"max_num_seqs": 256, "max_num_batched_tokens": 8192}, [9, 12, 136]),
-        ({"max_num_seqs": 256, "max_num_prefill_seqs": 100}, [9, 12, 100]),
-        ({"max_num_seqs": 64, "max_num_prefill_seqs": 4}, [4, 4, 4]),
-        ({"max_num_seqs": 64, "max_num_prefill_seqs": 100}, [9, 12, 64]),
-        ({"max_num_seqs": 256, "batch_invariant": True}, [24]),
-    ],
-)
-def test_prefill_steps_have_rows_for_short_prompts(options, rows):
-    config = EngineConfig(**options)
-    assert [config.prefill_rows_of(bucket) for bucket in config.prefill_buckets] == rows
-    assert config.prefill_rows == rows[-1]
-
-
-@pytest.mark.usefixtures("without_type_checks")
-def test_given_buckets_are_kept_as_tuples():
-    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=256, prefill_buckets=[128, 256], decode_buckets=[2, 4])
-    assert (config.prefill_buckets, config.decode_buckets) == ((128, 256), (2, 4))
-
-
-def test_logit_rows_are_as_many_as_requests_up_to_16():
-    assert [EngineConfig(max_num_seqs=n).num_logit_rows for n in (1, 8, 16, 100)] == [1, 8, 16, 16]
-    assert EngineConfig(max_num_seqs=4, max_logit_rows=2).num_logit_rows == 2
-
-
-def test_settings_can_be_replaced():
-    """Derived values are derived again: nothing of the first construction sticks."""
-    config = dataclasses.replace(EngineConfig(max_num_seqs=4), seed=1)
-    assert config == EngineConfig(max_num_seqs=4, seed=1)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.seed = 2
-
-
-@pytest.mark.usefixtures("without_type_checks")
-def test_numpy_integers_are_refused_by_name():
-    with pytest.raises(ValueError, match="max_num_seqs must be an integer"):
-        EngineConfig(max_num_seqs=np.int64(4))

@@ -1,0 +1,58 @@
+"""What a model is and how the engine is set up.
+
+Imports neither jax nor flax, so that plans and errors can be had without a device.
+"""
+
+from gdnjax.config.engine import (
+    CHUNK,
+    DEFAULT_MAX_MODEL_LEN,
+    DRAFT_ACCEPTANCES,
+    DTYPES,
+    KERNELS,
+    LONG_ROWS,
+    MAX_SPECULATIVE_TOKENS,
+    STATE_LAYOUTS,
+    EngineConfig,
+)
+from gdnjax.config.huggingface import (
+    SUPPORTED_MODEL_TYPES,
+    as_id_tuple,
+    import_transformers,
+    read_json_object,
+)
+from gdnjax.config.model import (
+    MTP_KEYS,
+    AttentionConfig,
+    DeltaConfig,
+    LayerKind,
+    MlpKind,
+    ModelConfig,
+    MoeConfig,
+    MtpKeys,
+    YarnConfig,
+)
+
+__all__ = [
+    "CHUNK",
+    "DEFAULT_MAX_MODEL_LEN",
+    "DRAFT_ACCEPTANCES",
+    "DTYPES",
+    "KERNELS",
+    "LONG_ROWS",
+    "MAX_SPECULATIVE_TOKENS",
+    "MTP_KEYS",
+    "STATE_LAYOUTS",
+    "SUPPORTED_MODEL_TYPES",
+    "AttentionConfig",
+    "DeltaConfig",
+    "EngineConfig",
+    "LayerKind",
+    "MlpKind",
+    "ModelConfig",
+    "MoeConfig",
+    "MtpKeys",
+    "YarnConfig",
+    "as_id_tuple",
+    "import_transformers",
+    "read_json_object",
+]

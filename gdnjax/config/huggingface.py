@@ -1,0 +1,273 @@
+"""From a Hugging Face config.json to a `ModelConfig`; and how files of that kind are read. No jax."""
+
+import copy
+import json
+import logging
+import math
+import pathlib
+from typing import Any
+
+from gdnjax.config import keys
+from gdnjax.config.checks import check_int, number
+from gdnjax.config.model import (
+    MTP_KEYS,
+    AttentionConfig,
+    DeltaConfig,
+    LayerKind,
+    MlpKind,
+    ModelConfig,
+    MoeConfig,
+    YarnConfig,
+)
+
+SUPPORTED_MODEL_TYPES = (
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+)
+
+WRAPPERS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+"""model_type of a multimodal wrapper -> that of its text_config."""
+
+
+def read_model_config(source: str | pathlib.Path | dict[str, Any]) -> ModelConfig:
+    """`ModelConfig.from_hf`, which says what is read and what is refused."""
+    if isinstance(source, dict):
+        return _from_hf_dict(source)
+    file = _config_json(pathlib.Path(source))
+    raw = read_json_object(file)
+    try:
+        return _from_hf_dict(raw)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _config_json(path: pathlib.Path) -> pathlib.Path:
+    file = path if path.suffix == ".json" else path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path}: no config.json here; expected a Hugging Face checkpoint directory "
+            "(config.json, *.safetensors, tokenizer files) or one written by scripts/convert.py"
+        )
+    return file
+
+
+def read_json_object(file: pathlib.Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises a ValueError that names the file where it holds anything else."""
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def import_transformers() -> Any:
+    """transformers, imported at its first use because it is slow, and without its advice to install PyTorch, of which
+    nothing is used.
+    """
+    adviser = logging.getLogger("transformers")
+
+    def mute(record: logging.LogRecord) -> bool:
+        return False
+
+    adviser.addFilter(mute)
+    try:
+        import transformers
+    finally:
+        adviser.removeFilter(mute)
+    return transformers
+
+
+def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
+    model_type = raw.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(f"unsupported model_type {model_type!r}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
+    for name in ("text_config", "quantization_config"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise ValueError(f"{name} must be a JSON object, got {raw[name]!r}")
+    quantisation = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
+    if quantisation:
+        raise ValueError(
+            f"quantised checkpoints are not supported yet (quantization_config: "
+            f"{quantisation.get('quant_method', 'unknown')}); use the bfloat16 or float32 checkpoint"
+        )
+    keys.check_rope_places(raw)
+    hf = _read_by_transformers(raw)
+    rope = hf.rope_parameters or {}
+    nested = [name for name, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"rope settings by layer type are not supported, got {', '.join(nested)}")
+    keys.check_rope_keys(rope)
+    unknown = sorted(set(hf.layer_types) - {kind.value for kind in LayerKind})
+    if unknown:
+        raise ValueError(f"unsupported layer_types {unknown}; supported: {[kind.value for kind in LayerKind]}")
+    layer_kinds = tuple(LayerKind(kind) for kind in hf.layer_types)
+    if len(layer_kinds) != hf.num_hidden_layers:
+        raise ValueError(f"num_hidden_layers={hf.num_hidden_layers}, but layer_types has {len(layer_kinds)} entries")
+    for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
+        check_int(name, getattr(hf, name), 1)
+    moe = _moe(hf)
+    mtp_layers, mtp_dedicated_embeddings = _mtp_head(raw)
+    eos = hf.eos_token_id if hf.eos_token_id is not None else raw.get("eos_token_id")
+    partial = number("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 0.0)
+    yarn = _yarn(rope, hf.max_position_embeddings) if rope.get("rope_type") == "yarn" else None
+    return ModelConfig(
+        model_type=model_type,
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=getattr(hf, "intermediate_size", 0),
+        layer_kinds=layer_kinds,
+        mlp_kinds=tuple(_mlp_kind(hf, i, moe) for i in range(len(layer_kinds))),
+        delta=DeltaConfig(
+            num_key_heads=hf.linear_num_key_heads,
+            num_value_heads=hf.linear_num_value_heads,
+            key_head_dim=hf.linear_key_head_dim,
+            value_head_dim=hf.linear_value_head_dim,
+            conv_kernel=hf.linear_conv_kernel_dim,
+        ),
+        attention=AttentionConfig(
+            num_heads=hf.num_attention_heads,
+            num_kv_heads=hf.num_key_value_heads,
+            head_dim=hf.head_dim,
+            rotary_dim=int(hf.head_dim * partial),
+            rope_theta=number("rope_theta", rope.get("rope_theta"), 0.0),
+            yarn=yarn,
+        ),
+        moe=moe,
+        mtp_layers=mtp_layers,
+        mtp_dedicated_embeddings=mtp_dedicated_embeddings,
+        rms_norm_eps=number("rms_norm_eps", hf.rms_norm_eps, 0.0),
+        # A wrapper may state the tying outside its text_config; either place counts.
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", hf.tie_word_embeddings) or hf.tie_word_embeddings),
+        max_position_embeddings=max(hf.max_position_embeddings, yarn.context if yarn else 0),
+        dtype=_dtype_name(raw, hf),
+        interleaved_projections=hf.model_type == "qwen3_next",
+        eos_token_ids=checked_eos(eos, hf.vocab_size),
+    )
+
+
+def _read_by_transformers(raw: dict[str, Any]) -> Any:
+    """The text model's configuration as transformers reads it: it knows defaults and older spellings.
+
+    Raises ValueError for what it refuses, for keys with a value that is not computed, and where a wrapper states
+    something beside its text_config that the text_config does not say.
+    """
+    transformers = import_transformers()
+    of_files = transformers.GenerationConfig._get_default_generation_params()
+    keys.check_keys(raw, frozenset(of_files))
+    model_type, text = raw["model_type"], raw.get("text_config")
+    inner = WRAPPERS.get(model_type)
+    if inner is None and text is not None:
+        raise ValueError(f"model_type {model_type!r} is a text model's, which has no text_config")
+    named = (text or {}).get("model_type")
+    if named not in (None, model_type, inner):
+        raise ValueError(f"text_config of model_type {model_type!r} must be of {inner!r}, got {named!r}")
+    beside = {} if inner is None else keys.misplaced(raw)
+    try:
+        # A copy, because it changes what it is given.
+        given = copy.deepcopy({name: value for name, value in raw.items() if name not in beside})
+        hf = transformers.AutoConfig.for_model(**given).get_text_config()
+        hf.standardize_rope_params()
+    except Exception as error:  # Its own kinds of errors, KeyError and TypeError among them.
+        raise ValueError(f"transformers refuses this configuration: {' '.join(str(error).split())}") from error
+    _check_misplaced(beside, hf)
+    return hf
+
+
+def _check_misplaced(beside: dict[str, Any], hf: Any) -> None:
+    rope = hf.rope_parameters or {}
+    for name, value in beside.items():
+        if name in ("rope_parameters", "rope_scaling"):
+            same = isinstance(value, dict) and all(rope.get(key) == one for key, one in value.items() if key != "type")
+        elif name in keys.ROPE_PLACES:
+            same = rope.get(name) == value
+        else:
+            same = getattr(hf, name, None) == value
+        if not same:
+            raise ValueError(
+                f"{name} stands beside text_config, which says otherwise or nothing; put it into text_config, where "
+                "the language model's settings are read"
+            )
+
+
+def _yarn(rope: dict[str, Any], max_position_embeddings: int) -> YarnConfig:
+    """From rope settings under transformers' names, with its defaults. Raises ValueError for a bad value."""
+    original = rope.get("original_max_position_embeddings", max_position_embeddings)
+    check_int("original_max_position_embeddings", original, 1)
+    stated = rope.get("factor")
+    factor = number("factor", max_position_embeddings / original if stated is None else stated, 1.0)
+    names = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    given = {name: number(name, rope[name], 0.0) for name in names if rope.get(name) is not None}
+    # One of the two alone counts for nothing, in transformers too.
+    above, below = given.pop("mscale", 0.0), given.pop("mscale_all_dim", 0.0)
+    above, below = (above, below) if above and below else (1.0, 0.0)
+    longer = 0.1 * math.log(factor)
+    given.setdefault("attention_factor", (above * longer + 1) / (below * longer + 1))
+    truncate = rope.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ValueError(f"truncate must be true or false, got {truncate!r}")
+    return YarnConfig(factor=factor, original_context=original, truncate=truncate, **given)
+
+
+def _moe(hf: Any) -> MoeConfig | None:
+    if not getattr(hf, "num_experts", 0):
+        return None
+    if not hasattr(hf, "moe_intermediate_size"):
+        raise ValueError(f"model_type {hf.model_type!r} has no experts, got num_experts={hf.num_experts!r}")
+    return MoeConfig(
+        num_experts=hf.num_experts,
+        experts_per_token=hf.num_experts_per_tok,
+        intermediate_size=hf.moe_intermediate_size,
+        shared_intermediate_size=hf.shared_expert_intermediate_size,
+        normalise_top_k=getattr(hf, "norm_topk_prob", True),
+    )
+
+
+def _mtp_head(raw: dict[str, Any]) -> tuple[int, bool]:
+    """Decoder layers of the MTP head, and whether it has an embedding of its own, by the table of families."""
+    named = MTP_KEYS[raw["model_type"]]
+    # What a wrapper's text_config states counts before what the wrapper states.
+    stated = raw | (raw.get("text_config") or {})
+    layers = stated.get(named.layers)
+    layers = named.default if layers is None else layers
+    check_int(named.layers, layers, 0)
+    dedicated = named.dedicated is not None and stated.get(named.dedicated)
+    if not isinstance(dedicated, bool | None):
+        raise ValueError(f"{named.dedicated} must be true or false, got {dedicated!r}")
+    return layers, bool(dedicated)
+
+
+def _mlp_kind(hf: Any, layer: int, moe: MoeConfig | None) -> MlpKind:
+    sparse = (
+        moe is not None
+        and layer not in (getattr(hf, "mlp_only_layers", None) or ())
+        and (layer + 1) % getattr(hf, "decoder_sparse_step", 1) == 0
+    )
+    return MlpKind.MOE if sparse else MlpKind.DENSE
+
+
+def _dtype_name(raw: dict[str, Any], hf: Any) -> str:
+    named = raw.get("dtype") or raw.get("torch_dtype") or getattr(hf, "dtype", None) or "bfloat16"
+    name = str(named).removeprefix("torch.")
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"unsupported checkpoint dtype {name!r}; supported: float32, bfloat16")
+    return name
+
+
+def checked_eos(ids: Any, vocab_size: int) -> tuple[int, ...]:
+    """`as_id_tuple` of end-of-sequence ids. Raises ValueError for what is no id, or none of the vocabulary."""
+    for token in ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise ValueError(f"eos_token_id must be of ids from 0 to {vocab_size - 1}, the vocabulary's, got {token!r}")
+    return as_id_tuple(ids)
+
+
+def as_id_tuple(ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Token ids as configuration files spell them (absent, one, or several), as a tuple."""
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)

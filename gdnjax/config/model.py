@@ -1,0 +1,302 @@
+"""What a model is: its geometry, frozen and validated at construction, read by everything else. No jax."""
+
+import dataclasses
+import enum
+import math
+import pathlib
+from typing import Any
+
+from gdnjax.config.checks import check_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class MtpKeys:
+    """Where a family's config.json, or the text_config in it, describes the multi-token-prediction head.
+
+    layers      key that counts the head's decoder layers
+    default     that count where the key is absent or null
+    dedicated   key that is true where the head has an embedding of its own; None: the family has no such key
+    """
+
+    layers: str
+    default: int
+    dedicated: str | None
+
+
+_QWEN3_5_MTP = MtpKeys(layers="mtp_num_hidden_layers", default=0, dedicated="mtp_use_dedicated_embeddings")
+
+MTP_KEYS: dict[str, MtpKeys] = {
+    "qwen3_5": _QWEN3_5_MTP,
+    "qwen3_5_moe": _QWEN3_5_MTP,
+    "qwen3_5_moe_text": _QWEN3_5_MTP,
+    "qwen3_5_text": _QWEN3_5_MTP,
+    # Published files have the head's tensors and do not count its layers; vLLM takes one, under this key, too.
+    "qwen3_next": MtpKeys(layers="num_nextn_predict_layers", default=1, dedicated=None),
+}
+"""model_type -> how the MTP head is configured. Tables of its own beside shared ones are found by the loader."""
+
+
+class LayerKind(enum.Enum):
+    """The token mixer of a layer. The tuple of kinds is the hybrid pattern of a model."""
+
+    DELTA = "linear_attention"
+    ATTENTION = "full_attention"
+
+
+class MlpKind(enum.Enum):
+    """The feed-forward part of a layer."""
+
+    DENSE = "dense"
+    MOE = "moe"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaConfig:
+    """Geometry of the Gated DeltaNet layers."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel: int
+
+    def __post_init__(self):
+        check_positive(self)
+        if self.num_value_heads % self.num_key_heads:
+            raise ValueError(
+                f"linear_num_value_heads must be a multiple of linear_num_key_heads, "
+                f"got {self.num_value_heads} and {self.num_key_heads}"
+            )
+        if self.conv_kernel < 2:
+            raise ValueError(f"linear_conv_kernel_dim must be at least 2, got {self.conv_kernel}")
+
+    @property
+    def key_dim(self) -> int:
+        return self.num_key_heads * self.key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.num_value_heads * self.value_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: q, k and v side by side."""
+        return 2 * self.key_dim + self.value_dim
+
+    def shard(self, tp: int) -> "DeltaConfig":
+        """The part of one rank. Heads cannot be padded: a padded head would still cost its whole state."""
+        if self.num_key_heads % tp:
+            raise ValueError(
+                f"tensor_parallel_size={tp} does not divide linear_num_key_heads={self.num_key_heads}; "
+                f"allowed: divisors of {self.num_key_heads}"
+            )
+        return dataclasses.replace(
+            self, num_key_heads=self.num_key_heads // tp, num_value_heads=self.num_value_heads // tp
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN, arXiv:2309.00071: rotary frequencies for a context `factor` times as long as that of the training.
+
+    original_context   tokens of the training's context
+    beta_fast          rotations within it from which on a frequency stays as it is
+    beta_slow          rotations up to which it is divided by `factor`; in between it is a mixture
+    attention_factor   what cos and sin are multiplied by
+    truncate           whether the two bounds are rounded to whole dimensions
+    """
+
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float
+    truncate: bool = True
+
+    def __post_init__(self):
+        for name in ("beta_fast", "beta_slow", "attention_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast must be at least beta_slow, got {self.beta_fast} and {self.beta_slow}")
+
+    @property
+    def context(self) -> int:
+        """Tokens that it is meant for."""
+        return int(self.original_context * self.factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Geometry of the gated full-attention layers, and their rotary frequencies: those of `rope_theta`, with `yarn`
+    changed for a longer context.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    rope_theta: float
+    yarn: YarnConfig | None = None
+
+    def __post_init__(self):
+        check_positive(self)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, "
+                f"got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.yarn and self.rope_theta <= 1:
+            raise ValueError(f"YaRN needs a rope_theta above 1, got {self.rope_theta}")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"the rotary part of a head must be even and at most head_dim={self.head_dim}, got {self.rotary_dim}"
+            )
+
+    def shard(self, tp: int) -> "AttentionConfig":
+        """The part of one rank. Where tp exceeds the kv heads, each kv head is held by tp / num_kv_heads ranks."""
+        if self.num_heads % tp:
+            raise ValueError(
+                f"tensor_parallel_size={tp} does not divide num_attention_heads={self.num_heads}; "
+                f"allowed: divisors of {self.num_heads}"
+            )
+        if self.num_kv_heads % tp and tp % self.num_kv_heads:
+            raise ValueError(
+                f"tensor_parallel_size={tp} and num_key_value_heads={self.num_kv_heads}: one must divide the other, "
+                "so that kv heads are either split evenly or replicated evenly"
+            )
+        return dataclasses.replace(self, num_heads=self.num_heads // tp, num_kv_heads=max(1, self.num_kv_heads // tp))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """Geometry of the mixture-of-experts layers."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int
+    normalise_top_k: bool
+
+    def __post_init__(self):
+        if not 0 < self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be between 1 and num_experts={self.num_experts}, "
+                f"got {self.experts_per_token}"
+            )
+
+    def shard(self, tp: int) -> "MoeConfig":
+        """The part of one rank: every rank holds a slice of every expert."""
+        for name in ("intermediate_size", "shared_intermediate_size"):
+            if getattr(self, name) % tp:
+                raise ValueError(f"tensor_parallel_size={tp} does not divide moe {name}={getattr(self, name)}")
+        return dataclasses.replace(
+            self,
+            intermediate_size=self.intermediate_size // tp,
+            shared_intermediate_size=self.shared_intermediate_size // tp,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the engine needs to know of a hybrid model, whatever its family.
+
+    `max_position_embeddings` is the longest context: with YaRN that which it is meant for, if it is longer than what
+    the file says.
+
+    `interleaved_projections` says that the checkpoint stores q, k, v, z (and b, a) grouped by key head, as
+    Qwen3-Next does; the modules never see it, the loader undoes it. `mtp_layers` counts the decoder layers of the
+    checkpoint's multi-token-prediction head, 0 where it has none; `mtp_dedicated_embeddings` says that this head has
+    an embedding of its own. Both are read by `MTP_KEYS`, and what the engine cannot run is refused by `require_mtp`:
+    without the head such a checkpoint is as good as any other.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layer_kinds: tuple[LayerKind, ...]
+    mlp_kinds: tuple[MlpKind, ...]
+    delta: DeltaConfig
+    attention: AttentionConfig
+    moe: MoeConfig | None = None
+    mtp_layers: int = 0
+    mtp_dedicated_embeddings: bool = False
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    dtype: str = "bfloat16"
+    interleaved_projections: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not self.layer_kinds:
+            raise ValueError("a model needs at least one layer, got an empty layer_types")
+        if len(self.layer_kinds) != len(self.mlp_kinds):
+            raise ValueError(f"{len(self.layer_kinds)} token mixers but {len(self.mlp_kinds)} MLPs")
+        if MlpKind.MOE in self.mlp_kinds and self.moe is None:
+            raise ValueError("mlp_kinds names a mixture of experts, but moe is None")
+        if not self.rms_norm_eps > 0 or math.isinf(self.rms_norm_eps):
+            raise ValueError(f"rms_norm_eps must be a finite number above 0, got {self.rms_norm_eps!r}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_kinds)
+
+    @property
+    def num_delta_layers(self) -> int:
+        return self.layer_kinds.count(LayerKind.DELTA)
+
+    @property
+    def num_attention_layers(self) -> int:
+        return self.layer_kinds.count(LayerKind.ATTENTION)
+
+    def require_mtp(self) -> None:
+        """Raises ValueError unless the model has an MTP head that the engine runs: one layer, which shares the
+        embedding and the head of the target.
+        """
+        key = MTP_KEYS[self.model_type].layers if self.model_type in MTP_KEYS else "mtp_layers"
+        needs = "num_speculative_tokens above 0 needs a model with an MTP head"
+        if self.mtp_layers == 0:
+            raise ValueError(f"{needs}, and config.json counts none ({key}); allowed: num_speculative_tokens=0")
+        if self.mtp_layers != 1:
+            raise ValueError(f"{needs} of one layer, got {key}={self.mtp_layers}; allowed: num_speculative_tokens=0")
+        if self.mtp_dedicated_embeddings:
+            raise ValueError(
+                f"{needs} that shares the target's embedding, and config.json asks for one of its own "
+                "(mtp_use_dedicated_embeddings=true); allowed: num_speculative_tokens=0"
+            )
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Vocabulary rounded up to a multiple of `tp`; the padding never wins a sampling step."""
+        return -(-self.vocab_size // tp) * tp
+
+    def shard(self, tp: int) -> "ModelConfig":
+        """The configuration of one of `tp` ranks. Raises a ValueError that names what does not divide."""
+        if tp < 1:
+            raise ValueError(f"tensor_parallel_size must be at least 1, got {tp}")
+        if MlpKind.DENSE in self.mlp_kinds and self.intermediate_size % tp:
+            raise ValueError(f"tensor_parallel_size={tp} does not divide intermediate_size={self.intermediate_size}")
+        return dataclasses.replace(
+            self,
+            vocab_size=self.padded_vocab_size(tp) // tp,
+            intermediate_size=self.intermediate_size // tp if MlpKind.DENSE in self.mlp_kinds else 0,
+            delta=self.delta.shard(tp),
+            attention=self.attention.shard(tp),
+            moe=None if self.moe is None else self.moe.shard(tp),
+        )
+
+    @classmethod
+    def from_hf(cls, source: str | pathlib.Path | dict[str, Any]) -> "ModelConfig":
+        """Reads a Hugging Face `config.json` (a directory that holds one, the file itself, or its parsed dict).
+
+        Multimodal wrappers are read through their `text_config`. A count of MTP layers is what the file says, whether
+        or not the tensors are there: the loader sees those, where the head is wanted. What becomes of each key is in
+        gdnjax.config.keys; keys that are not known there are named in a warning. Raises FileNotFoundError where there
+        is no config.json, and ValueError for an unknown model_type, a quantised checkpoint, a feature that the engine
+        does not compute, or what transformers refuses.
+        """
+        # At the call, because what reads a model's geometry is built on it.
+        from gdnjax.config import huggingface
+
+        return huggingface.read_model_config(source)
