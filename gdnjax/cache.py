@@ -21,6 +21,12 @@ Leaves: TypeAlias = dict[str, Leaf]
 LAYOUT_KV = 0
 LAYOUT_VK = 1
 
+
+def layout_of(state_layout: str, mixed: int) -> int:
+    """The bit of rows that a step writes: that of the pool ("kv" or "vk"), and `mixed` in a "mixed" one."""
+    return {"kv": LAYOUT_KV, "vk": LAYOUT_VK, "mixed": mixed}[state_layout]
+
+
 LAYOUT = "layout"
 """The pool [s] int8 of an ordered Slot: how each row is stored, for all layers at once (LAYOUT_KV: k outer, v inner).
 
@@ -122,7 +128,7 @@ def check_cache(cache: Cache, slots: int) -> None:
     for (path, pool), (_, wanted) in zip(*map(jax.tree_util.tree_leaves_with_path, (cache, expected)), strict=True):
         if pool.shape != wanted.shape:
             raise ValueError(
-                f"{path_name(path)} has shape {pool.shape}, expected {wanted.shape} for {slots} slots and {blocks} blocks"
+                f"{path_name(path)} has shape {pool.shape}, expected {wanted.shape}: {slots} slots, {blocks} blocks"
             )
 
 

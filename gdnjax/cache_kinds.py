@@ -70,7 +70,7 @@ class Paged:
         """Entries of a block. Raises ValueError where they do not come out even."""
         if block_size % self.tokens_per_entry:
             raise ValueError(
-                f"block_size={block_size} is no multiple of the {self.tokens_per_entry} tokens of an entry of {self.name}"
+                f"block_size={block_size} is no multiple of {self.tokens_per_entry}, the tokens of an entry of {self.name}"
             )
         return block_size // self.tokens_per_entry
 
@@ -152,4 +152,3 @@ class CacheSpec:
             dataclasses.replace(kind, leaves=tuple(leaf.as_bits() for leaf in kind.leaves)) for kind in self.kinds
         )
         return dataclasses.replace(self, kinds=kinds)
-

@@ -12,7 +12,7 @@ from gdnjax import step
 from gdnjax.batch import AdmitBatch, DecodeBatch, PrefillBatch
 from gdnjax.config import CHUNK, EngineConfig
 from gdnjax.memory import MemoryPlan
-from gdnjax.models import HybridModel, Model
+from gdnjax.models import HybridModel, Model, geometry_of
 from gdnjax.models.context import decode_context, prefill_context
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from gdnjax.shapes import Array, Float32, Int32, Params
@@ -154,7 +154,7 @@ def full_logits(
     state = start(model, whole + 1, count + 1)
     batch = pack_prompts(tokens[None], whole)
     context = prefill_context(step.pools_of(state, StepOptions()), batch)
-    hidden, _, _ = model.forward(params, batch.tokens, context, state.gdn, state.kv)
+    hidden, _ = model.forward(params, batch.tokens, context, state.cache)
     return model.logits(params, hidden)[:count]
 
 
@@ -188,8 +188,8 @@ def draft_logits(
     state = step.admit(state, _admission(state, whole, SamplingParams(), (), seeds), options)
     batch = pack_prompts(tokens[None], whole)
     context = prefill_context(step.pools_of(state, options), batch)
-    hidden, gdn, kv = model.forward(params, batch.tokens, context, state.gdn, state.kv)
-    drafted, kv = model.draft(params, batch.tokens, jnp.roll(hidden, 1, axis=0), context, gdn, kv)
+    hidden, cache = model.forward(params, batch.tokens, context, state.cache)
+    drafted, cache = model.draft(params, batch.tokens, jnp.roll(hidden, 1, axis=0), context, cache)
     hidden, drafted = hidden[:count], drafted[:count]
     drafts = [model.logits(params, drafted)]
     index = jnp.arange(count, dtype=jnp.int32)
@@ -201,7 +201,7 @@ def draft_logits(
         slots = dataclasses.replace(state.slots, length=index, block_table=table)
         pools = dataclasses.replace(step.pools_of(state, options), slots=slots)
         context = decode_context(pools, index, index, (index >= d)[:, None])
-        drafted, kv = model.draft(params, tokens, jnp.roll(drafted, 1, axis=0), context, gdn, kv)
+        drafted, cache = model.draft(params, tokens, jnp.roll(drafted, 1, axis=0), context, cache)
         drafts.append(model.logits(params, drafted))
     return model.logits(params, hidden), jnp.stack(drafts)
 
@@ -277,7 +277,7 @@ def _state_for(
 ) -> ServeState:
     """Pools for exactly `rows` requests of `max_len` tokens, and `spare_blocks` behind their blocks."""
     per_row = -(-max_len // block_size)
-    geometry = model.geometry(block_size, ssm_dtype)
+    geometry = geometry_of(model, block_size=block_size, ssm_dtype=ssm_dtype)
     engine = EngineConfig(max_num_seqs=rows, block_size=block_size)
     blocks = rows * per_row + spare_blocks
     plan = MemoryPlan.of_counts(geometry, num_slots=rows, num_blocks=blocks, num_logit_rows=0)

@@ -1,5 +1,5 @@
-"""Tensor parallelism: the mesh, the one shard_map, the collectives. How parameters are split is in `models/partition.py`,
-how the state is, in `state.py`.
+"""Tensor parallelism: the mesh, the one shard_map, the collectives. How parameters are split is in
+`models/partition.py`, how the state is, in `state.py`.
 
 Everything that a step computes runs per rank inside `shard_step`. Model code sees the sizes of its rank and calls
 `psum` and its siblings below; with one rank they are the identity and no shard_map is built.
@@ -21,6 +21,7 @@ log = logging.getLogger("gdnjax")
 AXIS = "tp"
 
 P = PartitionSpec
+
 
 def make_mesh(tp: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `tp` devices along the axis "tp". Raises ValueError where there are fewer.

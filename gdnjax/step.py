@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from gdnjax import sampling, sharding, speculative
 from gdnjax.batch import AdmitBatch, CountBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch, SealBatch
-from gdnjax.cache import LAYOUT, LAYOUT_KV, LAYOUT_VK, copy_row
+from gdnjax.cache import LAYOUT, LAYOUT_KV, LAYOUT_VK, copy_row, layout_of
 from gdnjax.models import Model, partition
 from gdnjax.models.context import Pools, decode_context, fold_context, prefill_context
 from gdnjax.pallas_kernels.pools import read_rows, write_rows
@@ -72,7 +72,7 @@ def admit(state: ServeState, batch: AdmitBatch, options: StepOptions) -> ServeSt
     replaced |= {"last_token": 0, "done": slot == NULL_SLOT, "hidden": 0}
     replaced |= {name: 0 for name in ("num_drafts", "pending") if getattr(state.slots, name) is not None}
     table = {name: getattr(state.slots, name).at[slot].set(value) for name, value in replaced.items()}
-    cache = state.cache.written(slot, _layout(options, LAYOUT_KV))
+    cache = state.cache.written(slot, layout_of(options.state_layout, LAYOUT_KV))
     if batch.copy_from is not None:
         cache = cache.with_copied_blocks(batch.copy_from, batch.copy_to)
     return dataclasses.replace(state, slots=dataclasses.replace(state.slots, **table), cache=cache)
@@ -115,7 +115,7 @@ def prefill(
     active = batch.is_last & (batch.slot != NULL_SLOT)
     drawn = _draw(model, options, params, state, batch.slot, length, last[:, None], active[:, None], None)
     prompt = _prompt_logprobs(model, options, params, hidden, batch.target) if options.prompt_logprobs else None
-    layout = _layout(options, LAYOUT_KV)
+    layout = layout_of(options.state_layout, LAYOUT_KV)
     # A row without tokens has no hidden state in this step: what it had stays.
     kept = jnp.where((batch.length > 0)[:, None], last, previous)
     state = _written(dataclasses.replace(state, cache=cache), batch.slot, kept, layout)
@@ -169,7 +169,7 @@ def seal(model: Model, options: StepOptions, params: Params, state: ServeState, 
     hidden = _hidden_behind(read_rows(state.slots.hidden, read), kept, count)
     state = dataclasses.replace(state, cache=model.fold(params, context, state.cache))
     state = _with_slots(state, pending=state.slots.pending.at[write].set(0))
-    return _written(state, write, hidden, _layout(options, LAYOUT_VK))
+    return _written(state, write, hidden, layout_of(options.state_layout, LAYOUT_VK))
 
 
 def _copied(state: ServeState, source: Array, target: Array) -> ServeState:
@@ -201,7 +201,7 @@ def _accepted(state: ServeState, options: StepOptions, context, hidden, count) -
     """The state after a decode step, whose layers have folded what was pending: `count` new rows are so now. Where
     nothing is ever pending, their hidden states are all that is left of them.
     """
-    write, layout = context.write_slot, _layout(options, LAYOUT_VK)
+    write, layout = context.write_slot, layout_of(options.state_layout, LAYOUT_VK)
     if state.slots.pending is None:
         last = hidden[:, 0] if hidden.shape[1] == 1 else _hidden_behind(hidden[:, 0], hidden, count)
         return _written(state, write, last, layout)
@@ -229,11 +229,6 @@ def pools_of(state: ServeState, options: StepOptions) -> Pools:
         state_layout=options.state_layout,
         block_size=state.cache.spec.block_size,
     )
-
-
-def _layout(options: StepOptions, mixed: int) -> int:
-    """The bit of a row that a step wrote; `mixed` is what the step writes in a mixed pool."""
-    return {"kv": LAYOUT_KV, "vk": LAYOUT_VK, "mixed": mixed}[options.state_layout]
 
 
 def _with_slots(state: ServeState, **fields: Array) -> ServeState:

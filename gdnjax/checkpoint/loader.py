@@ -23,6 +23,7 @@ from gdnjax.checkpoint.mapping import Copy, Origin, copies, origin_of, stores_ex
 from gdnjax.checkpoint.names import Names, sort_names
 from gdnjax.checkpoint.sources import TensorSource, abbreviate, read_whole
 from gdnjax.config import ModelConfig
+from gdnjax.models import partition
 from gdnjax.progress import Progress
 from gdnjax.shapes import Params
 
@@ -108,7 +109,7 @@ def load_params(
         began = time.monotonic()
 
         def load(name: str) -> jax.Array:
-            placement = NamedSharding(mesh, sharding.spec_of(name))
+            placement = NamedSharding(mesh, partition.spec_of(name))
             return _load_parameter(source, names.language, origins[name], parameters[name], placement)
 
         sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in parameters.items()}

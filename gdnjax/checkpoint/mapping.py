@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gdnjax.config import ModelConfig
+from gdnjax.config import DeltaConfig, ModelConfig
 
 PADDING = -1
 """In an index vector: a row of zeros that no checkpoint row stands behind."""
@@ -64,12 +64,18 @@ def _vocabulary(cfg: ModelConfig, tp: int) -> Rows:
 
 
 def _kv_heads(cfg: ModelConfig, tp: int) -> Rows:
+    assert cfg.attention is not None, "only an attention layer has this parameter"
     heads, width = cfg.attention.num_kv_heads, cfg.attention.head_dim
     return Rows(index=replicate_heads(heads, width, tp), stored_size=heads * width)
 
 
+def _delta_of(cfg: ModelConfig) -> DeltaConfig:
+    assert cfg.delta is not None, "only a delta layer has this parameter"
+    return cfg.delta
+
+
 def _delta_channels(cfg: ModelConfig, tp: int) -> Rows:
-    delta = cfg.delta
+    delta = _delta_of(cfg)
     parts = np.split(np.arange(delta.conv_dim), [delta.key_dim, 2 * delta.key_dim])
     return Rows(index=rank_major(parts, tp), stored_size=delta.conv_dim)
 
@@ -81,14 +87,15 @@ def _expert_gate_up(cfg: ModelConfig, tp: int) -> Rows:
 
 
 def _grouped_qkvz(cfg: ModelConfig) -> list[np.ndarray]:
-    delta = cfg.delta
+    delta = _delta_of(cfg)
     values = delta.value_dim // delta.num_key_heads
     return ungroup(delta.num_key_heads, (delta.key_head_dim, delta.key_head_dim, values, values))
 
 
 def _grouped_ba(cfg: ModelConfig) -> list[np.ndarray]:
-    heads = cfg.delta.num_value_heads // cfg.delta.num_key_heads
-    return ungroup(cfg.delta.num_key_heads, (heads, heads))
+    delta = _delta_of(cfg)
+    heads = delta.num_value_heads // delta.num_key_heads
+    return ungroup(delta.num_key_heads, (heads, heads))
 
 
 def _interleaved_qkv(cfg: ModelConfig, tp: int) -> Rows:

@@ -21,6 +21,8 @@ from gdnjax.config.huggingface import (
     read_json_object,
 )
 from gdnjax.config.model import (
+    ATTENTION,
+    DELTA,
     MTP_KEYS,
     AttentionConfig,
     DeltaConfig,
@@ -33,8 +35,10 @@ from gdnjax.config.model import (
 )
 
 __all__ = [
+    "ATTENTION",
     "CHUNK",
     "DEFAULT_MAX_MODEL_LEN",
+    "DELTA",
     "DRAFT_ACCEPTANCES",
     "DTYPES",
     "KERNELS",

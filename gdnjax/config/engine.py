@@ -109,6 +109,11 @@ class EngineConfig:
     adaptive_speculation: bool = False
     spec_acceptance_length: float | None = None
 
+    @property
+    def keeps_draft_hidden(self) -> bool:
+        """Whether what drafts were drawn from is needed when they are put to the test."""
+        return self.num_speculative_tokens > 0 and self.draft_acceptance == "rejection"
+
     def __post_init__(self):
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size"):
             check_int(name, getattr(self, name), 1)

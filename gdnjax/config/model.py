@@ -6,6 +6,7 @@ import math
 import pathlib
 from typing import Any
 
+from gdnjax.cache_kinds import ITEMSIZE, CacheKind, CacheSpec, LeafSpec, Paged, Slot
 from gdnjax.config.checks import check_positive
 
 
@@ -41,6 +42,11 @@ class LayerKind(enum.Enum):
 
     DELTA = "linear_attention"
     ATTENTION = "full_attention"
+
+
+DELTA = "delta"
+ATTENTION = "attention"
+"""Names of the kinds of cache that layers of either LayerKind have; see `gdnjax.cache_kinds`."""
 
 
 class MlpKind(enum.Enum):
@@ -82,6 +88,45 @@ class DeltaConfig:
     def conv_dim(self) -> int:
         """Channels of the convolution: q, k and v side by side."""
         return 2 * self.key_dim + self.value_dim
+
+    def num_weights(self, width: int) -> int:
+        """Parameters of a layer of a model so wide, without those that are always float32."""
+        inputs = self.conv_dim + self.value_dim + 2 * self.num_value_heads
+        return width * (inputs + self.value_dim) + self.conv_dim * self.conv_kernel + self.value_head_dim
+
+    @property
+    def num_float32_weights(self) -> int:
+        """A_log and dt_bias."""
+        return 2 * self.num_value_heads
+
+    @property
+    def activation_width(self) -> int:
+        """Numbers of a token that a layer holds at once, about, beside the residual stream."""
+        return self.conv_dim + self.value_dim
+
+    def cache_kind(self, layers: int, *, dtype: str, ssm_dtype: str, pending_rows: int) -> Slot:
+        """What a request keeps of so many layers.
+
+        ssm         [value heads, k * v] flat, because K and V may differ between the orders
+        conv        [window + pending, channels] the last raw inputs of the convolution, oldest first, and behind them
+                    those of pending tokens
+        pending_ab  [pending, 2 value heads] the gate inputs of pending tokens: a, then b
+        """
+        heads, window = self.num_value_heads, self.conv_kernel - 1 + pending_rows
+        leaves = [
+            LeafSpec(
+                name="ssm",
+                layers=layers,
+                shape=(heads, self.key_head_dim * self.value_head_dim),
+                dtype=ssm_dtype,
+                split=0,
+            ),
+            LeafSpec(name="conv", layers=layers, shape=(window, self.conv_dim), dtype=dtype, split=1),
+        ]
+        if pending_rows:
+            gates = LeafSpec(name="pending_ab", layers=layers, shape=(pending_rows, 2 * heads), dtype=dtype, split=1)
+            leaves.append(gates)
+        return Slot(name=DELTA, leaves=tuple(leaves), ordered=True)
 
     def shard(self, tp: int) -> "DeltaConfig":
         """The part of one rank. Heads cannot be padded: a padded head would still cost its whole state."""
@@ -153,6 +198,31 @@ class AttentionConfig:
                 f"the rotary part of a head must be even and at most head_dim={self.head_dim}, got {self.rotary_dim}"
             )
 
+    def num_weights(self, width: int) -> int:
+        """Parameters of a layer of a model so wide. Queries come with a gate of their own width."""
+        heads = 3 * self.num_heads + 2 * self.num_kv_heads
+        return width * heads * self.head_dim + 2 * self.head_dim
+
+    @property
+    def num_float32_weights(self) -> int:
+        return 0
+
+    @property
+    def activation_width(self) -> int:
+        """Numbers of a token that a layer holds at once, about, beside the residual stream."""
+        return (3 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def cache_kind(self, layers: int, *, dtype: str) -> Paged:
+        """Keys and values of so many layers, 8-bit ones with a float32 scale for each token and head."""
+        shape = (self.num_kv_heads, self.head_dim)
+        leaves = [LeafSpec(name=name, layers=layers, shape=shape, dtype=dtype, split=0) for name in ("k", "v")]
+        if ITEMSIZE[dtype] == 1:
+            leaves += [
+                LeafSpec(name=f"{name}_scale", layers=layers, shape=shape[:1], dtype="float32", split=0)
+                for name in ("k", "v")
+            ]
+        return Paged(name=ATTENTION, leaves=tuple(leaves))
+
     def shard(self, tp: int) -> "AttentionConfig":
         """The part of one rank. Where tp exceeds the kv heads, each kv head is held by tp / num_kv_heads ranks."""
         if self.num_heads % tp:
@@ -217,8 +287,8 @@ class ModelConfig:
     intermediate_size: int
     layer_kinds: tuple[LayerKind, ...]
     mlp_kinds: tuple[MlpKind, ...]
-    delta: DeltaConfig
-    attention: AttentionConfig
+    delta: DeltaConfig | None = None
+    attention: AttentionConfig | None = None
     moe: MoeConfig | None = None
     mtp_layers: int = 0
     mtp_dedicated_embeddings: bool = False
@@ -234,10 +304,45 @@ class ModelConfig:
             raise ValueError("a model needs at least one layer, got an empty layer_types")
         if len(self.layer_kinds) != len(self.mlp_kinds):
             raise ValueError(f"{len(self.layer_kinds)} token mixers but {len(self.mlp_kinds)} MLPs")
+        for kind, name in ((LayerKind.DELTA, "delta"), (LayerKind.ATTENTION, "attention")):
+            if kind in self.layer_kinds and getattr(self, name) is None:
+                raise ValueError(f"layer_kinds names {kind.value}, but {name} is None")
+        if self.mtp_layers and self.attention is None:
+            raise ValueError(f"mtp_layers={self.mtp_layers} are attention layers, but attention is None")
         if MlpKind.MOE in self.mlp_kinds and self.moe is None:
             raise ValueError("mlp_kinds names a mixture of experts, but moe is None")
         if not self.rms_norm_eps > 0 or math.isinf(self.rms_norm_eps):
             raise ValueError(f"rms_norm_eps must be a finite number above 0, got {self.rms_norm_eps!r}")
+
+    def cache_spec(
+        self,
+        *,
+        tp: int,
+        block_size: int,
+        dtype: str,
+        ssm_dtype: str,
+        kv_dtype: str | None = None,
+        pending_rows: int = 0,
+        mtp: bool = False,
+    ) -> CacheSpec:
+        """What one of `tp` ranks keeps of its requests, with the layers of the MTP head if `mtp`. `kv_dtype` None means
+        `dtype`.
+        """
+        rank = self.shard(tp)
+        kinds: list[CacheKind] = []
+        if rank.delta is not None and rank.num_delta_layers:
+            options = {"dtype": dtype, "ssm_dtype": ssm_dtype, "pending_rows": pending_rows}
+            kinds.append(rank.delta.cache_kind(rank.num_delta_layers, **options))
+        paged = rank.num_attention_layers + (rank.mtp_layers if mtp else 0)
+        if rank.attention is not None and paged:
+            kinds.append(rank.attention.cache_kind(paged, dtype=kv_dtype or dtype))
+        return CacheSpec(tuple(kinds), block_size)
+
+    def mixer(self, kind: LayerKind) -> DeltaConfig | AttentionConfig:
+        """The geometry of the token mixers of a kind."""
+        found = self.delta if kind is LayerKind.DELTA else self.attention
+        assert found is not None, "checked at construction for every kind that occurs"
+        return found
 
     @property
     def num_layers(self) -> int:
@@ -281,8 +386,8 @@ class ModelConfig:
             self,
             vocab_size=self.padded_vocab_size(tp) // tp,
             intermediate_size=self.intermediate_size // tp if MlpKind.DENSE in self.mlp_kinds else 0,
-            delta=self.delta.shard(tp),
-            attention=self.attention.shard(tp),
+            delta=None if self.delta is None else self.delta.shard(tp),
+            attention=None if self.attention is None else self.attention.shard(tp),
             moe=None if self.moe is None else self.moe.shard(tp),
         )
 

@@ -1,7 +1,7 @@
 """Bytes: what one slot and one block cost, and how a device's memory is divided. Pure, imports no jax.
 
-slot  = delta layers * (conv window + recurrent state [+ pending rows])             per tensor-parallel rank
-block = 2 * attention layers * block_size * kv heads * head width * bytes + scales
+slot  = all pools of the model's Slot kinds, one row each      per tensor-parallel rank; see `gdnjax.cache_kinds`
+block = all pools of its Paged kinds, one block each
 
 `gdnjax memory` prints these for a config.json or a preset, without weights.
 """
@@ -9,15 +9,8 @@ block = 2 * attention layers * block_size * kv heads * head width * bytes + scal
 import dataclasses
 import functools
 
+from gdnjax.cache_kinds import BITS, ITEMSIZE, CacheSpec
 from gdnjax.config import EngineConfig, ModelConfig
-
-ITEMSIZE = {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "uint16": 2, "fp8": 1}
-
-BITS = {"bfloat16": "uint16"}
-"""Dtypes that pools may hold as their bits, and the dtype of those bits."""
-
-# 8-bit KV carries one float32 scale per token and head, for keys and for values.
-KV_SCALE_BYTES = {"fp8": 4}
 
 UNNUMBERED = range(1 << 31, (1 << 32) + 1)
 """Sizes of pools of one-byte numbers that no kernel takes. Pallas numbers the places of a pool in 64 bits above 2^32
@@ -39,101 +32,85 @@ def check_one_byte_pool(name: str, size: int) -> None:
 class StateGeometry:
     """Shapes and dtypes of everything that outlives a step, for one tensor-parallel rank.
 
-    delta_layers, value_heads, state_size    `ssm [delta_layers, slots, value_heads, state_size]` in `ssm_dtype`
-    conv_rows, conv_dim                      `conv [delta_layers, slots, conv_rows, conv_dim]` in `conv_dtype`
-    pending_rows                             `pending_ab [delta_layers, slots, pending_rows, 2 value_heads]` in
-                                             `conv_dtype`, and `pending_hidden [slots, pending_rows, hidden_size]`
-                                             in `hidden_dtype`; `conv_rows` counts these rows, too
-    draft_rows                               `draft_hidden [slots, draft_rows, hidden_size]` in `hidden_dtype`
-    attention_layers, kv_heads, head_dim     `k, v [attention_layers, blocks, block_size, kv_heads, head_dim]`
-    hidden_size                              `hidden [slots, hidden_size]` in `hidden_dtype`, whole on every rank
-    vocab_size                               width of a logit row
+    cache               what the model keeps of its requests
+    hidden_size         `hidden [slots, hidden_size]` in `hidden_dtype`, whole on every rank
+    vocab_size          width of a logit row
+    num_drafts          most drafts of a step: `drafts [slots, num_drafts]`
+    keep_draft_hidden   whether rejection sampling needs what drafts were drawn from: `draft_hidden [slots, num_drafts,
+                        hidden_size]` in `hidden_dtype`
     """
 
-    delta_layers: int
-    value_heads: int
-    state_size: int
-    conv_rows: int
-    conv_dim: int
-    attention_layers: int
-    kv_heads: int
-    head_dim: int
+    cache: CacheSpec
     hidden_size: int
     vocab_size: int
-    block_size: int
-    ssm_dtype: str
-    conv_dtype: str
-    kv_dtype: str
     hidden_dtype: str
-    pending_rows: int = 0
-    draft_rows: int = 0
+    num_drafts: int = 0
+    keep_draft_hidden: bool = False
 
     @classmethod
     def of(
-        cls, model: ModelConfig, *, tp: int, block_size: int, dtype: str, ssm_dtype: str, kv_dtype: str | None = None
+        cls,
+        model: ModelConfig,
+        *,
+        tp: int,
+        block_size: int,
+        dtype: str,
+        ssm_dtype: str,
+        kv_dtype: str | None = None,
+        speculation: EngineConfig | None = None,
     ) -> "StateGeometry":
-        """The geometry of one of `tp` ranks of a model. `kv_dtype` None means `dtype`."""
-        rank = model.shard(tp)
-        return cls(
-            delta_layers=model.num_delta_layers,
-            value_heads=rank.delta.num_value_heads,
-            state_size=rank.delta.key_head_dim * rank.delta.value_head_dim,
-            conv_rows=rank.delta.conv_kernel - 1,
-            conv_dim=rank.delta.conv_dim,
-            attention_layers=model.num_attention_layers,
-            kv_heads=rank.attention.num_kv_heads,
-            head_dim=rank.attention.head_dim,
-            hidden_size=model.hidden_size,
-            vocab_size=rank.vocab_size,
-            block_size=block_size,
-            ssm_dtype=ssm_dtype,
-            conv_dtype=dtype,
-            kv_dtype=kv_dtype or dtype,
-            hidden_dtype=dtype,
-        )
+        """The geometry of one of `tp` ranks of a model. `kv_dtype` None means `dtype`.
 
-    def speculating(self, engine: EngineConfig) -> "StateGeometry":
-        """This geometry with what the engine's speculation needs: rows for the tokens that a step may accept."""
-        drafts = engine.num_speculative_tokens
-        if not drafts:
-            return self
-        return dataclasses.replace(
-            self,
-            conv_rows=self.conv_rows + 1 + drafts,
-            pending_rows=1 + drafts,
-            draft_rows=drafts if engine.draft_acceptance == "rejection" else 0,
+        With an engine that speculates, the MTP head's layers are among the others, and there are rows for the tokens
+        that a step may accept.
+        """
+        num_drafts = speculation.num_speculative_tokens if speculation else 0
+        return cls(
+            cache=model.cache_spec(
+                tp=tp,
+                block_size=block_size,
+                dtype=dtype,
+                ssm_dtype=ssm_dtype,
+                kv_dtype=kv_dtype,
+                pending_rows=1 + num_drafts if num_drafts else 0,
+                mtp=num_drafts > 0,
+            ),
+            hidden_size=model.hidden_size,
+            vocab_size=model.shard(tp).vocab_size,
+            hidden_dtype=dtype,
+            num_drafts=num_drafts,
+            keep_draft_hidden=bool(speculation and speculation.keeps_draft_hidden),
         )
 
     def as_bits(self) -> "StateGeometry":
         """The same bytes in pools of bits: see `pallas_kernels/pools.py`."""
-        names = ("ssm_dtype", "conv_dtype", "kv_dtype", "hidden_dtype")
-        return dataclasses.replace(self, **{name: BITS.get(dtype := getattr(self, name), dtype) for name in names})
+        return dataclasses.replace(
+            self, cache=self.cache.as_bits(), hidden_dtype=BITS.get(self.hidden_dtype, self.hidden_dtype)
+        )
 
     @property
-    def conv_bytes(self) -> int:
-        """One request's convolution window in one layer, with the inputs of pending rows."""
-        return self.conv_rows * self.conv_dim * ITEMSIZE[self.conv_dtype]
+    def block_size(self) -> int:
+        return self.cache.block_size
 
     @property
-    def pending_bytes(self) -> int:
-        """The gate inputs of one request's pending rows in one layer."""
-        return self.pending_rows * 2 * self.value_heads * ITEMSIZE[self.conv_dtype]
+    def pending_rows(self) -> int:
+        """Tokens of a slot that may be accepted and not folded in yet: none without a state to fold them into."""
+        return 1 + self.num_drafts if self.num_drafts and self.cache.needs_state else 0
 
     @property
-    def ssm_bytes(self) -> int:
-        """One request's recurrent state in one layer."""
-        return self.value_heads * self.state_size * ITEMSIZE[self.ssm_dtype]
+    def draft_rows(self) -> int:
+        """Drafts of a slot whose hidden states are kept."""
+        return self.num_drafts if self.keep_draft_hidden else 0
 
     @property
     def slot_bytes(self) -> int:
-        """One request's recurrent state, convolution windows and pending rows, all layers."""
-        return self.delta_layers * (self.conv_bytes + self.ssm_bytes + self.pending_bytes)
+        """One request's states of all kinds, with what pending tokens need."""
+        return self.cache.slot_bytes
 
     @property
     def block_bytes(self) -> int:
-        """One KV block, all layers, scales included."""
-        per_head = self.head_dim * ITEMSIZE[self.kv_dtype] + KV_SCALE_BYTES.get(self.kv_dtype, 0)
-        return 2 * self.attention_layers * self.block_size * self.kv_heads * per_head
+        """One block of all paged kinds, scales included."""
+        return self.cache.block_bytes
 
     @property
     def hidden_bytes(self) -> int:
@@ -253,11 +230,11 @@ def packed_blocks(geometry: StateGeometry, pool_bytes: int) -> int:
 def decoupled_blocks(geometry: StateGeometry, pool_bytes: int, num_slots: int) -> int:
     """Blocks in what `num_slots` slots leave of `pool_bytes`. Neither null block nor null slot.
 
-    Raises MemoryError, with the shortfall in bytes, where the slots do not fit, and ValueError where the model has no
-    attention layers.
+    Raises MemoryError, with the shortfall in bytes, where the slots do not fit, and ValueError where the model
+    keeps nothing in blocks.
     """
     if not geometry.block_bytes:
-        raise ValueError("a model without attention layers has no KV blocks to count")
+        raise ValueError("a model that keeps nothing in blocks has no KV blocks to count")
     left = pool_bytes - num_slots * geometry.slot_bytes
     if left < 0:
         raise MemoryError(
@@ -329,10 +306,16 @@ def plan(
 
     The state floor comes first: every one of `max_num_seqs` requests has a slot before anything else is counted.
     Checkpoint slots are as many as the settings say; else, with a prefix cache, as many as a quarter of what is left
-    beside one request's blocks holds, at most twice `max_num_seqs`. Blocks stop at what as many requests of
-    `max_model_len` tokens as there are slots can use. Raises MemoryError that names the shortfall in bytes and the
-    settings that change it, and ValueError for 8-bit KV of a size in UNNUMBERED.
+    beside one request's blocks holds, at most twice `max_num_seqs`; none for a model that keeps no state. Blocks stop
+    at what as many requests of `max_model_len` tokens as there are slots can use. Raises MemoryError that names the
+    shortfall in bytes and the settings that change it, and ValueError for checkpoint slots of no use and for 8-bit KV
+    of a size in UNNUMBERED.
     """
+    if engine.num_checkpoint_slots and not geometry.cache.needs_state:
+        raise ValueError(
+            f"num_checkpoint_slots={engine.num_checkpoint_slots} are of no use with a model that keeps no state of a "
+            "request; allowed: None or 0"
+        )
     live, logit_rows = engine.max_num_seqs + 1, engine.num_logit_rows + 1
     # Everybody who runs may have penalties.
     count_rows = live
@@ -344,7 +327,7 @@ def plan(
     least = engine.num_kv_blocks or per_request
     # What is left beside the floor and the least blocks; below 0 where not even those fit.
     left = budget_bytes - floor - (least + 1) * geometry.block_bytes
-    checkpoints = _checkpoint_slots(engine, left, slot_bytes)
+    checkpoints = _checkpoint_slots(engine, left, slot_bytes) if geometry.cache.needs_state else 0
     left -= checkpoints * slot_bytes
     if left < 0:
         shortfall = _shortfall(
@@ -372,7 +355,7 @@ def plan(
     blocks = engine.num_kv_blocks or num_slots * per_request
     if geometry.block_bytes and blocks > least + left // geometry.block_bytes:
         blocks = max(least, _coarse(least + left // geometry.block_bytes))
-    _check_kv_pools(geometry, blocks)
+    _check_paged_pools(geometry.cache, blocks)
     return MemoryPlan.of_counts(
         geometry,
         num_slots=num_slots,
@@ -385,19 +368,21 @@ def plan(
     )
 
 
-def _check_kv_pools(geometry: StateGeometry, num_blocks: int) -> None:
-    """`check_one_byte_pool` of the keys, like which the values are, if they are of 8 bits, in numbers of blocks."""
-    if ITEMSIZE[geometry.kv_dtype] != 1:
-        return
-    of_block = geometry.attention_layers * geometry.block_size * geometry.kv_heads * geometry.head_dim
-    try:
-        check_one_byte_pool("a KV pool", (num_blocks + 1) * of_block)
-    except ValueError as error:
-        # The null block is one more.
-        most, least = (UNNUMBERED.start - 1) // of_block - 1, -(-UNNUMBERED.stop // of_block) - 1
-        raise ValueError(
-            f"{error}. Set num_kv_blocks (now {num_blocks}) to at most {most} or at least {least}"
-        ) from None
+def _check_paged_pools(cache: CacheSpec, num_blocks: int) -> None:
+    """`check_one_byte_pool` of each paged pool of 8 bits, in numbers of blocks."""
+    for kind in cache.paged:
+        for leaf in kind.leaves:
+            if ITEMSIZE[leaf.dtype] != 1:
+                continue
+            of_block = leaf.bytes * kind.entries(cache.block_size)
+            try:
+                check_one_byte_pool(f"the pool {kind.name}.{leaf.name}", (num_blocks + 1) * of_block)
+            except ValueError as error:
+                # The null block is one more.
+                most, least = (UNNUMBERED.start - 1) // of_block - 1, -(-UNNUMBERED.stop // of_block) - 1
+                raise ValueError(
+                    f"{error}. Set num_kv_blocks (now {num_blocks}) to at most {most} or at least {least}"
+                ) from None
 
 
 def _checkpoint_slots(engine: EngineConfig, left: int, slot_bytes: int) -> int:

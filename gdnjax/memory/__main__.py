@@ -13,8 +13,9 @@ from typing import Any
 
 from gdnjax import memory
 from gdnjax.assets import PRESETS, SAME_AS, config_file
+from gdnjax.cache_kinds import CacheKind
 from gdnjax.config import DTYPES, EngineConfig, ModelConfig
-from gdnjax.memory import KV_SCALE_BYTES, Accounting, MemoryPlan, StateGeometry
+from gdnjax.memory import Accounting, MemoryPlan, StateGeometry
 from gdnjax.memory.weights import weight_bytes, workspace_estimate
 
 GIB = 1 << 30
@@ -185,22 +186,24 @@ class Report:
     decoupled: Accounting | None = None
 
     @property
-    def ssm_share(self) -> float:
-        """The part of a packed block that is recurrent state."""
+    def state_share(self) -> float:
+        """The part of a packed block that is the request's state."""
         geometry = self.geometry
-        return geometry.delta_layers * geometry.ssm_bytes / geometry.packed_block_bytes
+        return geometry.slot_bytes / geometry.packed_block_bytes if geometry.slot_bytes else 0.0
 
     @property
     def slot_growth(self) -> float:
         """What a slot takes, of what it takes without speculation."""
-        return self.geometry.slot_bytes / self.plain.slot_bytes
+        return self.geometry.slot_bytes / self.plain.slot_bytes if self.plain.slot_bytes else 1.0
 
     def as_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
-        parts = ("slot_bytes", "conv_bytes", "ssm_bytes", "pending_bytes", "block_bytes", "packed_block_bytes")
-        names = (*parts, "equivalent_blocks", "hidden_bytes", "logit_row_bytes", "count_row_bytes")
+        names = ("slot_bytes", "block_bytes", "packed_block_bytes", "equivalent_blocks", "hidden_bytes")
+        names += ("logit_row_bytes", "count_row_bytes")
         data["bytes"] = {name: getattr(self.geometry, name) for name in names}
-        data["ssm_share"] = self.ssm_share
+        # Of one layer: one slot's row, or one entry of a block.
+        data["row_bytes"] = {f"{kind.name}.{leaf.name}": leaf.row_bytes for kind, leaf in self.geometry.cache.leaves()}
+        data["state_share"] = self.state_share
         data["slot_growth"] = self.slot_growth
         if self.packed and self.decoupled and self.packed.num_blocks:
             data["ratio"] = self.decoupled.num_blocks / self.packed.num_blocks
@@ -213,17 +216,17 @@ class Report:
     def _costs(self) -> str:
         g = self.geometry
         rank = f"one of {self.tp} ranks" if self.tp > 1 else "one rank"
-        slot = f"{g.delta_layers} layers x ({g.conv_bytes:,} window in {g.conv_dtype} + {g.ssm_bytes:,} state in "
-        gates = f" + {g.pending_bytes:,} gates" if g.pending_rows else ""
         head = ", one of them the MTP head's" if self.num_drafts else ""
-        scales = " + scales" if g.kv_dtype in KV_SCALE_BYTES else ""
-        block = f"{g.block_size} tokens x {g.attention_layers} layers x {g.kv_heads} x {g.head_dim} keys and values in "
         with_head = ", the MTP head among them" if self.num_drafts else ""
+        slot = " + ".join(f"{_layers(kind)} x ({_leaves(kind)})" for kind in g.cache.slots) or "no state to keep"
+        block = " + ".join(
+            f"{kind.entries(g.block_size)} x {_layers(kind)} x ({_leaves(kind)})" for kind in g.cache.paged
+        )
         rows = [
             ("weights", self.weight_bytes, f"{self.weight_bytes / GIB:,.2f} GiB in {self.dtype}{with_head}"),
-            ("a slot", g.slot_bytes, f"{slot}{g.ssm_dtype}{gates})"),
-            ("a block", g.block_bytes, f"{block}{g.kv_dtype}{scales}{head}"),
-            ("packed block", g.packed_block_bytes, f"both in one: {self.ssm_share:.1%} of it is recurrent state"),
+            ("a slot", g.slot_bytes, slot),
+            ("a block", g.block_bytes, f"{block}{head}" if block else "nothing"),
+            ("packed block", g.packed_block_bytes, f"both in one: {self.state_share:.1%} of it is the request's state"),
         ]
         table = "\n".join(f"  {name:<12} {size:>15,} B  {note}" for name, size, note in rows)
         return (
@@ -264,6 +267,15 @@ class Report:
         )
 
 
+def _layers(kind: CacheKind) -> str:
+    return f"{kind.leaves[0].layers} layers"
+
+
+def _leaves(kind: CacheKind) -> str:
+    """What a row of a kind takes in one layer, pool by pool."""
+    return " + ".join(f"{leaf.row_bytes:,} {leaf.name} in {leaf.dtype}" for leaf in kind.leaves)
+
+
 def make_report(arguments: argparse.Namespace) -> Report:
     """Raises FileNotFoundError, ValueError or MemoryError that say what is wrong with the input."""
     engine = EngineConfig(
@@ -280,7 +292,8 @@ def make_report(arguments: argparse.Namespace) -> Report:
     )
     model = ModelConfig.from_hf(config_file(arguments.config))
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
-    plain = geometry = StateGeometry.of(
+    geometry_of = functools.partial(
+        StateGeometry.of,
         model,
         tp=engine.tensor_parallel_size,
         block_size=engine.block_size,
@@ -288,10 +301,10 @@ def make_report(arguments: argparse.Namespace) -> Report:
         ssm_dtype=engine.ssm_dtype,
         kv_dtype=None if arguments.kv_dtype == "auto" else arguments.kv_dtype,
     )
+    plain = geometry = geometry_of()
     if engine.num_speculative_tokens:
         model.require_mtp()
-        layers = plain.attention_layers + model.mtp_layers
-        geometry = dataclasses.replace(plain, attention_layers=layers).speculating(engine)
+        geometry = geometry_of(speculation=engine)
     max_model_len = engine.length_within(model.max_position_embeddings)
     packed = decoupled = None
     if arguments.budget_gib is not None:

@@ -2,9 +2,8 @@
 of the workspace beside them, for where there is no compiler.
 """
 
+from gdnjax.cache_kinds import ITEMSIZE
 from gdnjax.config import EngineConfig, LayerKind, MlpKind, ModelConfig
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
 def weight_bytes(model: ModelConfig, *, tp: int, dtype: str, mtp: bool = False) -> int:
@@ -15,25 +14,12 @@ def weight_bytes(model: ModelConfig, *, tp: int, dtype: str, mtp: bool = False) 
         layers += [(LayerKind.ATTENTION, rank.mlp_kinds[-1])] * rank.mtp_layers
     width = rank.hidden_size
     size = rank.vocab_size * width * (1 if rank.tie_word_embeddings else 2) + width
-    size += sum(_mixer(rank, kind) + _mlp(rank, mlp) + 2 * width for kind, mlp in layers)
+    size += sum(rank.mixer(kind).num_weights(width) + _mlp(rank, mlp) + 2 * width for kind, mlp in layers)
     if mtp:
         # Two norms before the product of embedding and hidden state, and one at the end.
         size += 2 * width * width + 3 * width
-    # A_log and dt_bias are float32 whatever the others are.
-    gates = 2 * rank.delta.num_value_heads * rank.num_delta_layers
+    gates = sum(rank.mixer(kind).num_float32_weights for kind, _ in layers)
     return size * ITEMSIZE[dtype] + gates * ITEMSIZE["float32"]
-
-
-def _mixer(rank: ModelConfig, kind: LayerKind) -> int:
-    width = rank.hidden_size
-    if kind is LayerKind.DELTA:
-        delta = rank.delta
-        inputs = delta.conv_dim + delta.value_dim + 2 * delta.num_value_heads
-        return width * (inputs + delta.value_dim) + delta.conv_dim * delta.conv_kernel + delta.value_head_dim
-    attention = rank.attention
-    # Queries come with a gate of their own width.
-    heads = 3 * attention.num_heads + 2 * attention.num_kv_heads
-    return width * heads * attention.head_dim + 2 * attention.head_dim
 
 
 def _mlp(rank: ModelConfig, kind: MlpKind) -> int:
@@ -59,5 +45,5 @@ def workspace_estimate(model: ModelConfig, engine: EngineConfig, dtype: str) -> 
     ffn = rank.intermediate_size
     if rank.moe is not None:
         ffn = max(ffn, rank.moe.experts_per_token * rank.moe.intermediate_size + rank.moe.shared_intermediate_size)
-    width = 4 * rank.hidden_size + 2 * ffn + rank.delta.conv_dim + rank.delta.value_dim
+    width = 4 * rank.hidden_size + 2 * ffn + max(rank.mixer(kind).activation_width for kind in rank.layer_kinds)
     return max(decode, 4 * 64 * logits, engine.max_num_batched_tokens * width * ITEMSIZE[dtype])

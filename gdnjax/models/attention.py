@@ -5,7 +5,7 @@ from flax import nnx
 
 from gdnjax.backend import Backend
 from gdnjax.cache import Cache
-from gdnjax.config import ATTENTION, ModelConfig
+from gdnjax.config import ATTENTION, AttentionConfig, ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.layers import Linear, RMSNorm, project, rotate
 from gdnjax.pallas_kernels import paged_attention
@@ -15,8 +15,8 @@ from gdnjax.shapes import Array, Float
 class GatedAttention(nnx.Module):
     """One rank's heads of an attention layer. The result is this rank's term of the sum over ranks."""
 
-    def __init__(self, config: ModelConfig, dtype: str, backend: Backend):
-        attention, width = config.attention, config.hidden_size
+    def __init__(self, config: ModelConfig, attention: AttentionConfig, dtype: str, backend: Backend):
+        width = config.hidden_size
         self.q_proj = Linear(width, 2 * attention.num_heads * attention.head_dim, dtype)
         self.k_proj = Linear(width, attention.num_kv_heads * attention.head_dim, dtype)
         self.v_proj = Linear(width, attention.num_kv_heads * attention.head_dim, dtype)

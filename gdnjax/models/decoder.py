@@ -5,7 +5,7 @@ from flax import nnx
 from gdnjax import sharding
 from gdnjax.backend import Backend
 from gdnjax.cache import Cache
-from gdnjax.config import LayerKind, MlpKind, ModelConfig
+from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig
 from gdnjax.models.attention import GatedAttention
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.gated_deltanet import GatedDeltaNet
@@ -30,11 +30,11 @@ class DecoderLayer(nnx.Module):
         """`config` is that of one rank; `pool_row` is the layer's row in the pools, which count layers of one kind."""
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        match kind:
-            case LayerKind.DELTA:
-                self.linear_attn = GatedDeltaNet(config, dtype, backend)
-            case LayerKind.ATTENTION:
-                self.self_attn = GatedAttention(config, dtype, backend)
+        match config.mixer(kind):
+            case DeltaConfig() as delta:
+                self.linear_attn = GatedDeltaNet(config, delta, dtype, backend)
+            case AttentionConfig() as attention:
+                self.self_attn = GatedAttention(config, attention, dtype, backend)
         match mlp_kind:
             case MlpKind.DENSE:
                 self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, dtype, backend)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from gdnjax.backend import Backend
 from gdnjax.cache import Cache
-from gdnjax.config import DELTA, ModelConfig
+from gdnjax.config import DELTA, DeltaConfig, ModelConfig
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.layers import GatedRMSNorm, Linear, project
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule
@@ -26,8 +26,8 @@ class Conv1d(nnx.Module):
 class GatedDeltaNet(nnx.Module):
     """One rank's heads of a GDN layer. The result is this rank's term of the sum over ranks."""
 
-    def __init__(self, config: ModelConfig, dtype: str, backend: Backend):
-        delta, width = config.delta, config.hidden_size
+    def __init__(self, config: ModelConfig, delta: DeltaConfig, dtype: str, backend: Backend):
+        width = config.hidden_size
         self.in_proj_qkv = Linear(width, delta.conv_dim, dtype)
         self.in_proj_z = Linear(width, delta.value_dim, dtype)
         self.in_proj_b = Linear(width, delta.num_value_heads, dtype)
@@ -58,7 +58,7 @@ class GatedDeltaNet(nnx.Module):
         return out, cache
 
     def fold(self, context: FoldContext, cache: Cache, layer: int) -> Cache:
-        """State and window of `write_slot`: those of `read_slot` with pending rows folded in. The pools are consumed."""
+        """State and window of `write_slot`: those of `read_slot` with pending rows folded in. Consumes the pools."""
         pools, order = cache.slots[DELTA], context.orders[DELTA]
         read, write, count = context.read_slot, context.write_slot, context.count
         qkv, conv = causal_conv1d.fold(self._taps, pools["conv"], layer, read, write, count, backend=self.backend)

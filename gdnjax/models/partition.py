@@ -1,4 +1,4 @@
-"""How ranks share the parameters: one table for all families. No parameter is replicated because nobody thought of it."""
+"""How ranks share the parameters: one table for all families. None is replicated because nobody thought of it."""
 
 import re
 from typing import Any

@@ -25,7 +25,8 @@ class Qwen3_5(nnx.Module):
             self.lm_head = Linear(config.hidden_size, local.vocab_size, dtype)
         if mtp:
             self.mtp = MultiTokenPredictor(local, dtype, tp, backend)
-        self.config = config
+        assert config.attention is not None, "every configuration of these families has one"
+        self.config, self.attention = config, config.attention
         self.tp = tp
 
     def __call__(
@@ -62,4 +63,4 @@ class Qwen3_5(nnx.Module):
         return mask_padded_vocab(logits, self.config, self.tp)
 
     def _angles(self, context: PrefillContext | DecodeContext) -> tuple[Array, Array]:
-        return rotary_angles(context.position, self.config.attention)
+        return rotary_angles(context.position, self.attention)

@@ -1,7 +1,7 @@
 """Rows of a pool, read and written at the cost of the rows, whatever the size of the pool.
 
 XLA moves no bfloat16 on a CPU: it widens the whole operand of a gather or a scatter to float32, and narrows the whole
-result. So an engine whose ops are the reference keeps bfloat16 pools as their bits (`StateGeometry.as_bits`): integers
+result. So an engine whose ops are the reference keeps bfloat16 pools as their bits (`CacheSpec.as_bits`): integers
 are moved, and become numbers when they have been read. Pools of numbers are read and written, too, and can be
 differentiated.
 """
@@ -9,7 +9,7 @@ differentiated.
 import jax.numpy as jnp
 from jax import lax
 
-from gdnjax.memory import BITS
+from gdnjax.cache_kinds import BITS
 from gdnjax.shapes import Array
 
 _NUMBERS = {bits: numbers for numbers, bits in BITS.items()}

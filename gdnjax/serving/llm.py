@@ -12,7 +12,7 @@ import jax
 from gdnjax import backend, checkpoint, sharding
 from gdnjax.assets import model_directory
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
-from gdnjax.models import Model, abstract_params, build_model
+from gdnjax.models import Model, abstract_params, build_model, partition
 from gdnjax.progress import Progress
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving import compilation_cache
@@ -131,7 +131,7 @@ class LLM:
         length = config.length_within(max_model_len)
         plan = plan_memory(model, config, mesh, length, params)
         llm = cls.__new__(cls)
-        placed = jax.device_put(params, sharding.shardings_of(params, mesh))
+        placed = jax.device_put(params, partition.shardings_of(params, mesh))
         llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos)
         return llm
 

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from gdnjax import memory, sharding
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan
-from gdnjax.models import Model, engine_geometry
+from gdnjax.models import Model, engine_geometry, partition
 from gdnjax.serving import packing
 from gdnjax.serving.plan import max_growth
-from gdnjax.state import empty_state
+from gdnjax.state import empty_state, shardings_of
 from gdnjax.step import StepOptions, build_steps
 
 
@@ -77,7 +77,7 @@ def _memory_stats(device: Any) -> dict[str, int]:
 def _placed_bytes(mesh: Mesh, params: Any) -> dict[Any, int]:
     """Bytes of parameters on each device of the mesh, of those that need not be copied to be where they belong."""
     own = dict.fromkeys(mesh.devices.flat, 0)
-    places = jax.tree.leaves(sharding.shardings_of(params, mesh))
+    places = jax.tree.leaves(partition.shardings_of(params, mesh))
     for leaf, place in zip(jax.tree.leaves(params), places, strict=True):
         if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(place, leaf.ndim):
             for shard in leaf.addressable_shards:
@@ -89,7 +89,7 @@ def weight_bytes(params: Any, tp: int) -> int:
     """Bytes of the parameters on one of `tp` ranks: of those that are not split the whole."""
 
     def on_one_rank(path, leaf):
-        split = sharding.AXIS in sharding.spec_of(sharding.path_name(path))
+        split = sharding.AXIS in partition.spec_of(sharding.path_name(path))
         return leaf.size * leaf.dtype.itemsize // (tp if split else 1)
 
     return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(on_one_rank, params)))
@@ -106,7 +106,8 @@ def workspaces(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: in
     """
     pools, geometry = _pools(model, config, max_model_len), engine_geometry(model, config)
     state = jax.eval_shape(lambda: empty_state(geometry, pools, config, max_model_len))
-    params, state = (with_shardings(tree, mesh) for tree in (params, state))
+    params = with_shardings(params, partition.shardings_of(params, mesh))
+    state = with_shardings(state, shardings_of(state, mesh))
     # Tracing holds Python's lock; the compiler does not.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as compilers:
         compiled = {
@@ -184,10 +185,8 @@ def full_options(model: Model, config: EngineConfig) -> StepOptions:
     return dataclasses.replace(plain_options(config), full=True, max_logprobs=most)
 
 
-def with_shardings(tree: Any, mesh: Mesh) -> Any:
-    """The shapes of parameters or of a ServeState, in their places on a mesh."""
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """The shapes of a tree of arrays, in their places."""
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        tree,
-        sharding.shardings_of(tree, mesh),
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
     )

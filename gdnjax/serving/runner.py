@@ -16,7 +16,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gdnjax import sharding
 from gdnjax.batch import Emitted
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan
@@ -28,7 +27,7 @@ from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.plan import Admission, Growth, Piece, Plan, Seal, max_growth
 from gdnjax.serving.request import Request
 from gdnjax.shapes import Params
-from gdnjax.state import ServeState, empty_state
+from gdnjax.state import ServeState, empty_state, shardings_of
 from gdnjax.step import StepOptions, Steps, build_steps
 
 log = logging.getLogger("gdnjax")
@@ -75,7 +74,7 @@ class Runner:
         def empty():
             return empty_state(geometry, plan, config, max_model_len)
 
-        shardings = sharding.shardings_of(jax.eval_shape(empty), mesh)
+        shardings = shardings_of(jax.eval_shape(empty), mesh)
         # Kept, since pools that are made anew must not be compiled anew.
         self._empty = jax.jit(empty, out_shardings=shardings)
         self.state: ServeState = self._empty()
