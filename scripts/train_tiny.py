@@ -18,12 +18,12 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from tiny_learning import VOCABULARY, initial_params, make_step, model_config, optimizer
+from tiny.learning import VOCABULARY, initial_params, make_step, model_config, optimizer
 
 from gdnjax.cli.command import exit_status, prepare_environment, run_as_process
 
 if TYPE_CHECKING:
-    from tiny_batches import BatchShape
+    from tiny.batches import BatchShape
 
 DESCRIPTION = """\
 Trains a Qwen3.5-style model of 4.7 million parameters with its MTP head on synthetic text: word problems, stories,
@@ -142,7 +142,7 @@ def shapes_of(settings: Settings) -> "list[BatchShape]":
     """The shape of every step's batch: long ones spread among the short ones by the seed."""
     import random
 
-    from tiny_batches import long_shape, short_shape
+    from tiny.batches import long_shape, short_shape
 
     rng = random.Random(f"shapes of {settings.seed}")
     short, long = short_shape(settings.batch_tokens), long_shape(settings.batch_tokens)
@@ -164,13 +164,13 @@ def compile_steps(train_step: Any, run: Run, shapes: "list[BatchShape]", example
 def summary_of(counts: list[dict[str, Any]], seconds: float, step: int) -> dict[str, Any]:
     """One entry of the history: mean losses, and the share of learned targets that were right, by kind and draft."""
     import numpy as np
-    import tiny_data
+    import tiny.data
 
     learned, right = (np.array([c[name] for c in counts], float).sum(axis=0) for name in ("learned", "right"))
     losses = np.mean([c["losses"] for c in counts], axis=0)
     accuracy = {
         kind: [round(float(r / n), 5) for r, n in zip(right[:, i], learned[:, i], strict=True)]
-        for i, kind in enumerate(tiny_data.KINDS)
+        for i, kind in enumerate(tiny.data.KINDS)
         if learned[:, i].min() > 0
     }
     return {
@@ -185,7 +185,7 @@ def summary_of(counts: list[dict[str, Any]], seconds: float, step: int) -> dict[
 def train(settings: Settings, tokenizer: Any, config: dict[str, Any], checkpoints: Checkpoints, every: int) -> Run:
     """Trains to the end, from the newest checkpoint if there is one."""
     import jax
-    import tiny_batches
+    import tiny.batches
     from tqdm import tqdm
 
     from gdnjax import ModelConfig
@@ -204,12 +204,12 @@ def train(settings: Settings, tokenizer: Any, config: dict[str, Any], checkpoint
     left = range(run.step, settings.steps)
     shapes = sorted({every_shape[step] for step in left}, key=lambda shape: shape.longest)
     began = time.perf_counter()
-    examples = [tiny_batches.make_batch(tokenizer, shape, "example") for shape in shapes]
+    examples = [tiny.batches.make_batch(tokenizer, shape, "example") for shape in shapes]
     steps = compile_steps(functools.partial(make_step, model, abstract, transform), run, shapes, examples)
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
 
     seeds = [f"{settings.seed}/{step}" for step in left]
-    batches = tiny_batches.stream(tokenizer, [every_shape[step] for step in left], seeds, settings.workers)
+    batches = tiny.batches.stream(tokenizer, [every_shape[step] for step in left], seeds, settings.workers)
     counts, began = [], time.perf_counter()
     bar = tqdm(total=settings.steps, initial=run.step, desc="training", unit="step", mininterval=5)
     with bar, contextlib.closing(batches):
@@ -233,11 +233,11 @@ def train(settings: Settings, tokenizer: Any, config: dict[str, Any], checkpoint
 
 def last_accuracy(history: list[dict[str, Any]]) -> dict[str, list[float]]:
     """The accuracies of the last SUMMARY_STEPS steps, each kind's averaged over the entries that have it."""
-    import tiny_data
+    import tiny.data
 
     starts = [0, *(entry["step"] for entry in history)]
     last = [e["accuracy"] for start, e in zip(starts, history, strict=False) if start >= starts[-1] - SUMMARY_STEPS]
-    found = {kind: [accuracy[kind] for accuracy in last if kind in accuracy] for kind in tiny_data.KINDS}
+    found = {kind: [accuracy[kind] for accuracy in last if kind in accuracy] for kind in tiny.data.KINDS}
     return {kind: [round(sum(x) / len(x), 5) for x in zip(*rows, strict=True)] for kind, rows in found.items() if rows}
 
 
@@ -311,13 +311,13 @@ def run(arguments: argparse.Namespace) -> int:
     settings = checked_settings(arguments)
     prepare_environment()
     began = time.perf_counter()
-    import tiny_data
-    import tiny_export
-    import tiny_tokenizer
+    import tiny.data
+    import tiny.export
+    import tiny.tokenizer
 
-    tokenizer = tiny_tokenizer.train_tokenizer(settings.seed, VOCABULARY)
+    tokenizer = tiny.tokenizer.train_tokenizer(settings.seed, VOCABULARY)
     vocabulary = tokenizer.get_vocab()
-    config = model_config([vocabulary[token] for token in (tiny_data.END_OF_TURN, tiny_data.END_OF_TEXT)])
+    config = model_config([vocabulary[token] for token in (tiny.data.END_OF_TURN, tiny.data.END_OF_TEXT)])
     checkpoints = Checkpoints(arguments.work, settings)
     try:
         trained = train(settings, tokenizer, config, checkpoints, arguments.checkpoint_every)
@@ -326,9 +326,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     finally:
         checkpoints.close()
-    tiny_export.export(trained.params, tokenizer, config, arguments.directory)
+    tiny.export.export(trained.params, tokenizer, config, arguments.directory)
     content = record(trained, settings, time.perf_counter() - began)
-    tiny_export.report(content, last_accuracy(trained.history), arguments.directory)
+    tiny.export.report(content, last_accuracy(trained.history), arguments.directory)
     print(f"wrote {arguments.directory}")
     return 0
 

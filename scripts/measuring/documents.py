@@ -5,10 +5,10 @@ import pathlib
 import random
 from collections.abc import Sequence
 
-import tiny_data
+import tiny.data
 import tokenizers
 from evaluation.problems import Problem, read_problems
-from tiny_data import Document, Span
+from tiny.data import Document, Span
 
 from gdnjax.assets import EMBEDDED_MODEL, model_directory
 
@@ -49,7 +49,7 @@ def problem_document(problem: Problem) -> Document:
 def fresh_documents(kind: str, count: int) -> list[Document]:
     """Documents of a kind of training text, drawn anew from a seed that training has not used."""
     rng = random.Random(f"measured {kind}")
-    return [tiny_data.document(rng, kind) for _ in range(count)]
+    return [tiny.data.document(rng, kind) for _ in range(count)]
 
 
 def documents_of(domain: str, count: int) -> list[Document]:

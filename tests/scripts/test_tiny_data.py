@@ -8,12 +8,12 @@ import random
 import re
 
 import pytest
-import tiny_data
-import tiny_problems
-import tiny_recall
-import tiny_tokenizer
+import tiny.data
+import tiny.problems
+import tiny.recall
+import tiny.tokenizer
 import tokenizers
-from tiny_data import END_OF_TEXT, END_OF_TURN, KINDS, LONG_MIXTURE, SHORT_MIXTURE
+from tiny.data import END_OF_TEXT, END_OF_TURN, KINDS, LONG_MIXTURE, SHORT_MIXTURE
 
 SHIPPED = pathlib.Path(__file__).parents[2] / "gdnjax" / "assets" / "tiny"
 
@@ -24,7 +24,7 @@ CHATS = tuple(kind for kind in KINDS if kind.endswith(("chat", "turns", "turns_l
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny_tokenizer.train_tokenizer(seed=0)
+    return tiny.tokenizer.train_tokenizer(seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,13 @@ def transformers_tokenizer(tokenizer, tmp_path_factory):
     from transformers import AutoTokenizer
 
     directory = tmp_path_factory.mktemp("tiny-tokenizer")
-    tiny_tokenizer.write_tokenizer(tokenizer, directory)
+    tiny.tokenizer.write_tokenizer(tokenizer, directory)
     return AutoTokenizer.from_pretrained(directory)
 
 
 def documents(kind, count, seed=0):
     rng = random.Random(f"{kind} {seed}")
-    return [tiny_data.document(rng, kind) for _ in range(count)]
+    return [tiny.data.document(rng, kind) for _ in range(count)]
 
 
 def is_chat(document):
@@ -118,8 +118,8 @@ def test_tokenizer_is_the_shipped_one(tokenizer):
 @pytest.mark.parametrize(("file", "split", "count"), [("problems", "held_out", 500), ("shots", "train", 8)])
 def test_shipped_problems_are_those_of_their_split(file, split, count):
     lines = (SHIPPED / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
-    shipped = [tiny_data.Problem(**json.loads(line)) for line in lines]
-    assert shipped == tiny_data.problems(split, count, seed=0)
+    shipped = [tiny.data.Problem(**json.loads(line)) for line in lines]
+    assert shipped == tiny.data.problems(split, count, seed=0)
 
 
 def test_mixtures_name_every_kind_once():
@@ -147,7 +147,7 @@ def test_documents_end_where_generation_ends(kind):
             assert [span.text for span in document.spans if span.learn] == said
 
 
-@pytest.mark.parametrize("kind", tiny_problems.PROBLEMS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", tiny.problems.PROBLEMS, ids=lambda kind: kind.__name__)
 def test_every_kind_of_problem_is_worked_right(kind):
     rng = random.Random(0)
     for _ in range(1000):
@@ -162,7 +162,7 @@ def test_answer_is_that_of_the_question():
     boxes = re.compile(r"A \w+ has (\d+) \w+\. (\d+) more are put in\. How many \w+ are in the \w+\?")
     sums = re.compile(r"What is (\d+(?: [-+*/] \d+)+)\?|(\d+ (?:plus|minus|times|divided by) \d+)\?")
     read = 0
-    for problem in tiny_data.problems("train", 3000, seed=1):
+    for problem in tiny.data.problems("train", 3000, seed=1):
         number = int(problem.answer.split("#### ")[1])
         if box := boxes.fullmatch(problem.question):
             assert number == int(box[1]) + int(box[2])
@@ -178,11 +178,11 @@ def test_answer_is_that_of_the_question():
 
 
 def test_splits_are_disjoint_and_distinct():
-    train, held_out = (tiny_data.problems(split, 2000, seed=0) for split in ("train", "held_out"))
+    train, held_out = (tiny.data.problems(split, 2000, seed=0) for split in ("train", "held_out"))
     assert len({problem.question for problem in train}) == len({problem.question for problem in held_out}) == 2000
-    assert not any(tiny_data.is_held_out(problem.question) for problem in train)
-    assert all(tiny_data.is_held_out(problem.question) for problem in held_out)
-    assert held_out == tiny_data.problems("held_out", 2000, seed=0) != tiny_data.problems("held_out", 2000, seed=1)
+    assert not any(tiny.data.is_held_out(problem.question) for problem in train)
+    assert all(tiny.data.is_held_out(problem.question) for problem in held_out)
+    assert held_out == tiny.data.problems("held_out", 2000, seed=0) != tiny.data.problems("held_out", 2000, seed=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,14 +190,14 @@ def test_documents_hold_no_held_out_question(kind):
     found = [pair for document in documents(kind, 200) for pair in questions(document)]
     assert found or not kind.startswith(("problem", "shots", "turns", "chat"))
     for question, answer in found:
-        assert not tiny_data.is_held_out(question), question
+        assert not tiny.data.is_held_out(question), question
         assert_worked_right(answer)
 
 
 def test_few_shot_prompt_is_that_of_the_documents():
     for document in documents("problem_shots", 100):
         *examples, (question, _) = questions(document)
-        prompt = tiny_data.shots([tiny_data.Problem(*pair) for pair in examples], question)
+        prompt = tiny.data.shots([tiny.data.Problem(*pair) for pair in examples], question)
         assert "".join(span.text for span in document.spans[:-1]) == prompt
 
 
@@ -215,7 +215,7 @@ def test_what_is_recalled_stands_in_the_prompt(kind):
 def test_facts_have_one_answer():
     rng = random.Random(0)
     for _ in range(200):
-        facts = tiny_recall._facts(rng, 20, 20, 0)
+        facts = tiny.recall._facts(rng, 20, 20, 0)
         answers = [answer for _, _, answer in facts.questions]
         assert len({question for question, _, _ in facts.questions}) == len(set(answers)) == 20
 
@@ -230,15 +230,15 @@ def test_story_is_about_what_was_asked():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_fit_their_mixture(tokenizer, kind):
-    shortest, longest = (1, tiny_data.SHORT_LIMIT) if kind in SHORT_MIXTURE else (tiny_data.SHORT_LIMIT, 2048)
-    for ids, learn in tiny_tokenizer.encode_all(tokenizer, documents(kind, 200)):
+    shortest, longest = (1, tiny.data.SHORT_LIMIT) if kind in SHORT_MIXTURE else (tiny.data.SHORT_LIMIT, 2048)
+    for ids, learn in tiny.tokenizer.encode_all(tokenizer, documents(kind, 200)):
         assert shortest <= len(ids) == len(learn) <= longest
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_decode_to_the_text(tokenizer, kind):
     for document in documents(kind, 20):
-        ids, learn = tiny_tokenizer.encode(tokenizer, document)
+        ids, learn = tiny.tokenizer.encode(tokenizer, document)
         assert tokenizer.decode(ids, skip_special_tokens=False) == document.text
         learned = [token for token, learned in zip(ids, learn, strict=True) if learned]
         text = "".join(span.text for span in document.spans if span.learn)
@@ -251,7 +251,7 @@ def test_tokenizer_has_exactly_its_size_and_single_digits(tokenizer):
     assert [token for token in vocabulary if re.search(r"\d", token) and len(token) > 1] == []
     assert tokenizer.encode("4821").tokens == list("4821")
     assert tokenizer.encode("####").tokens == ["####"]
-    for marker in (*tiny_tokenizer.SPECIAL_TOKENS, *tiny_tokenizer.MARKERS):
+    for marker in (*tiny.tokenizer.SPECIAL_TOKENS, *tiny.tokenizer.MARKERS):
         assert tokenizer.encode(marker).tokens == [marker]
     # Any text survives, not only that of the training.
     odd = "Zürich, 東京 № 12\t\x00 🙂"
@@ -260,13 +260,13 @@ def test_tokenizer_has_exactly_its_size_and_single_digits(tokenizer):
 
 
 def test_tokenizer_is_a_function_of_the_seed():
-    one, other = (tiny_tokenizer.train_tokenizer(seed=3, vocab_size=400, documents=300) for _ in range(2))
+    one, other = (tiny.tokenizer.train_tokenizer(seed=3, vocab_size=400, documents=300) for _ in range(2))
     assert one.to_str() == other.to_str()
 
 
 def test_too_few_documents_for_the_vocabulary_are_refused():
     with pytest.raises(ValueError, match="train on more"):
-        tiny_tokenizer.train_on(documents("copy", 1), 5000)
+        tiny.tokenizer.train_on(documents("copy", 1), 5000)
 
 
 @pytest.mark.parametrize("kind", CHATS)
@@ -278,13 +278,13 @@ def test_chats_are_what_the_template_writes(tokenizer, transformers_tokenizer, k
         prompt = transformers_tokenizer.apply_chat_template(turns[:start], add_generation_prompt=True, tokenize=False)
         assert prompt == document.spans[0].text
         # A prompt at inference is one text; in training it was several spans.
-        ids, _ = tiny_tokenizer.encode(tokenizer, document)
+        ids, _ = tiny.tokenizer.encode(tokenizer, document)
         assert transformers_tokenizer.encode(document.text) == ids
 
 
 def test_shots_tokenize_alike_as_one_text(tokenizer):
     for document in documents("problem_shots", 50):
-        assert tokenizer.encode(document.text).ids == tiny_tokenizer.encode(tokenizer, document)[0]
+        assert tokenizer.encode(document.text).ids == tiny.tokenizer.encode(tokenizer, document)[0]
 
 
 def test_tools_are_what_the_template_writes(transformers_tokenizer):

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_batches
-import tiny_data
-import tiny_export
-import tiny_learning
-import tiny_tokenizer
+import tiny.batches
+import tiny.data
+import tiny.export
+import tiny.learning
+import tiny.tokenizer
 import tokenizers
 import train_tiny
-from tiny_batches import CHUNK, BatchShape
+from tiny.batches import CHUNK, BatchShape
 
 import gdnjax
 from gdnjax import ModelConfig, sharding
@@ -36,10 +36,10 @@ from gdnjax.models import abstract_params, build_model, random_params
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHIPPED = ROOT / "gdnjax" / "assets" / "tiny"
-SHAPES = (tiny_batches.short_shape(8192), tiny_batches.long_shape(8192))
+SHAPES = (tiny.batches.short_shape(8192), tiny.batches.long_shape(8192))
 
 # One layer of each kind, narrow: the real step compiles for most of a minute on a CPU.
-CONFIG = tiny_learning.model_config([2, 0])
+CONFIG = tiny.learning.model_config([2, 0])
 CONFIG |= {
     "dtype": "float32",
     "hidden_size": 64,
@@ -87,16 +87,16 @@ def named(tree):
 def packed(request, tokenizer):
     """Documents as they went into the sequences of a batch, the batch, and its shape."""
     shape, rng = request.param, random.Random(0)
-    sequences = [tiny_batches._Sequence(shape) for _ in range(shape.sequences)]
+    sequences = [tiny.batches._Sequence(shape) for _ in range(shape.sequences)]
     for sequence in sequences:
         # Fill until one does not fit any more; the last sequence keeps a single document.
         while not sequence.documents or sequence is not sequences[-1]:
-            document = tiny_data.document(rng, rng.choices(list(shape.mixture), list(shape.mixture.values()))[0])
-            ids, learn = tiny_tokenizer.encode(tokenizer, document)
+            document = tiny.data.document(rng, rng.choices(list(shape.mixture), list(shape.mixture.values()))[0])
+            ids, learn = tiny.tokenizer.encode(tokenizer, document)
             if not sequence.takes(ids):
                 break
             sequence.add(document.kind, ids, learn)
-    return [sequence.documents for sequence in sequences], tiny_batches.pack(sequences, shape, rng), shape
+    return [sequence.documents for sequence in sequences], tiny.batches.pack(sequences, shape, rng), shape
 
 
 def rows(batch):
@@ -109,7 +109,7 @@ def test_packing_loses_and_repeats_no_token(packed):
         count = len(documents)
         spans = [slice(s, s + n) for s, n in zip(row["start"], row["length"], strict=True)]
         assert [row["tokens"][span].tolist() for span in spans[:count]] == [ids for _, ids, _ in documents]
-        assert [tiny_data.KINDS[row["kind"][span.start]] for span in spans[:count]] == [kind for kind, *_ in documents]
+        assert [tiny.data.KINDS[row["kind"][span.start]] for span in spans[:count]] == [kind for kind, *_ in documents]
         # What belongs to a document is that, and nothing else counts.
         covered = np.full(shape.tokens, -1)
         for d, span in enumerate(spans[:count]):
@@ -143,14 +143,14 @@ def test_weights_are_those_of_the_next_token(packed):
     for documents, row in zip(sequences, rows(batch), strict=True):
         expected = []
         for _, _, learn in documents:
-            expected += [1.0 if learned else tiny_batches.PROMPT_WEIGHT for learned in learn[1:]] + [0.0]
+            expected += [1.0 if learned else tiny.batches.PROMPT_WEIGHT for learned in learn[1:]] + [0.0]
         expected += [0.0] * (shape.tokens - len(expected))
         assert (row["weight"] == np.asarray(expected, np.float32)).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["short", "long"])
 def test_batch_is_a_function_of_its_seed(tokenizer, shape):
-    one, same, other = (tiny_batches.make_batch(tokenizer, shape, seed) for seed in ("0/1", "0/1", "0/2"))
+    one, same, other = (tiny.batches.make_batch(tokenizer, shape, seed) for seed in ("0/1", "0/1", "0/2"))
     jax.tree.map(np.testing.assert_array_equal, one, same)
     assert not np.array_equal(one["tokens"], other["tokens"])
     assert one["tokens"].shape == (shape.sequences, shape.tokens)
@@ -173,22 +173,22 @@ def test_shapes_are_long_at_their_share():
 
 @pytest.fixture
 def small_shapes():
-    return [dataclasses.replace(tiny_batches.short_shape(2048), sequences=n) for n in (1, 2, 3, 1, 2, 3, 1, 2, 3, 4)]
+    return [dataclasses.replace(tiny.batches.short_shape(2048), sequences=n) for n in (1, 2, 3, 1, 2, 3, 1, 2, 3, 4)]
 
 
 def test_stream_gives_the_batches_in_order_and_ends_its_workers(tokenizer, small_shapes):
     seeds = [f"7/{step}" for step in range(len(small_shapes))]
-    stream = tiny_batches.stream(tokenizer, small_shapes, seeds, workers=2)
+    stream = tiny.batches.stream(tokenizer, small_shapes, seeds, workers=2)
     first = next(stream)
     assert len(multiprocessing.active_children()) == 2
     rest = list(stream)
     for shape, seed, batch in zip(small_shapes, seeds, [first, *rest], strict=True):
-        jax.tree.map(np.testing.assert_array_equal, batch, tiny_batches.make_batch(tokenizer, shape, seed))
+        jax.tree.map(np.testing.assert_array_equal, batch, tiny.batches.make_batch(tokenizer, shape, seed))
     assert not multiprocessing.active_children()
 
 
 def test_dead_worker_is_an_error_that_says_so(tokenizer, small_shapes):
-    stream = tiny_batches.stream(tokenizer, small_shapes * 50, ["x"] * 500, workers=1)
+    stream = tiny.batches.stream(tokenizer, small_shapes * 50, ["x"] * 500, workers=1)
     next(stream)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
@@ -197,14 +197,14 @@ def test_dead_worker_is_an_error_that_says_so(tokenizer, small_shapes):
 
 
 STREAMING = """
-import dataclasses, multiprocessing, signal, time, tiny_batches, tokenizers
+import dataclasses, multiprocessing, signal, time, tiny.batches, tokenizers
 
 if __name__ == "__main__":
     # Whoever runs the tests in the background may have it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tokenizer = tokenizers.Tokenizer.from_file({tokenizer!r})
-    shape = dataclasses.replace(tiny_batches.short_shape(2048), sequences=1)
-    for batch in tiny_batches.stream(tokenizer, [shape] * 9, ["x"] * 9, 1):
+    shape = dataclasses.replace(tiny.batches.short_shape(2048), sequences=1)
+    for batch in tiny.batches.stream(tokenizer, [shape] * 9, ["x"] * 9, 1):
         print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
         time.sleep(60)
 """
@@ -242,14 +242,14 @@ BOUND = 2e-5
 @pytest.fixture(scope="module")
 def sequence(tokenizer):
     """Three documents of several chunks packed into one sequence, with padding behind; not seen is the second."""
-    shape = BatchShape(1, tokens=320, documents=4, chunks=7, longest=192, mixture=tiny_data.SHORT_MIXTURE)
-    packing, rng = tiny_batches._Sequence(shape), random.Random(5)
+    shape = BatchShape(1, tokens=320, documents=4, chunks=7, longest=192, mixture=tiny.data.SHORT_MIXTURE)
+    packing, rng = tiny.batches._Sequence(shape), random.Random(5)
     for kind, size in (("recall", 70), ("problem_chat", 129), ("copy", 64)):
         ids, learn = [], []
         while len(ids) < size:
-            ids, learn = tiny_tokenizer.encode(tokenizer, tiny_data.document(rng, kind))
+            ids, learn = tiny.tokenizer.encode(tokenizer, tiny.data.document(rng, kind))
         packing.add(kind, ids[:size], learn[:size])
-    arrays = tiny_batches.pack([packing], shape, rng)
+    arrays = tiny.batches.pack([packing], shape, rng)
     arrays["attends"][0] = [True, False, True, False]
     return arrays, shape
 
@@ -263,7 +263,7 @@ def params():
 @pytest.fixture(scope="module")
 def hidden_states(model, sequence):
     arrays, shape = sequence
-    compiled = jax.jit(functools.partial(tiny_learning.hidden_states, model, longest=shape.longest))
+    compiled = jax.jit(functools.partial(tiny.learning.hidden_states, model, longest=shape.longest))
 
     def run(params, **changed):
         return compiled(params, sequence={name: array[0] for name, array in (arrays | changed).items()})
@@ -326,7 +326,7 @@ def test_documents_ignore_their_neighbours(params, sequence, hidden_states):
 def gradient_and_counts(model, params, sequence):
     arrays, shape = sequence
     abstract = abstract_params(model.config, 1, "float32", mtp=True)
-    loss = functools.partial(tiny_learning.loss_and_counts, model, abstract, shape.longest)
+    loss = functools.partial(tiny.learning.loss_and_counts, model, abstract, shape.longest)
     return jax.jit(jax.grad(loss, has_aux=True))(params, arrays)
 
 
@@ -336,7 +336,7 @@ def test_loss_is_the_weighted_mean_over_learned_and_prompt(model, params, sequen
     logits = np.float64(jax.vmap(functools.partial(model.logits, params))(hidden_states(params)[0]))
     entropy = np.log(np.exp(logits).sum(-1))
     losses, learned, right = [], np.zeros_like(counts["learned"]), np.zeros_like(counts["right"])
-    for depth in range(1 + tiny_learning.MTP_DEPTH):
+    for depth in range(1 + tiny.learning.MTP_DEPTH):
         total = weights = 0.0
         for span in documents(arrays):
             for i in range(span.start + depth, span.stop - 1):
@@ -366,14 +366,14 @@ def test_every_parameter_has_a_finite_gradient(gradient_and_counts):
 
 def test_shipped_configuration_is_that_of_the_script(tokenizer):
     eos = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    assert json.loads((SHIPPED / "config.json").read_text()) == tiny_learning.model_config(eos)
+    assert json.loads((SHIPPED / "config.json").read_text()) == tiny.learning.model_config(eos)
 
 
 @pytest.fixture(scope="module")
 def initial_params():
     """The start of the small model, as a function of the seed."""
     abstract = abstract_params(ModelConfig.from_hf(CONFIG), 1, "bfloat16", mtp=True)
-    compiled = jax.jit(functools.partial(tiny_learning.initial_params, abstract))
+    compiled = jax.jit(functools.partial(tiny.learning.initial_params, abstract))
     return lambda seed: compiled(jax.random.key(seed))
 
 
@@ -397,9 +397,9 @@ def test_start_is_a_function_of_the_seed_in_float32(initial_params):
 
 def test_muon_gets_the_matrices_of_the_layers():
     """In the shipped model's own shapes."""
-    config = ModelConfig.from_hf(tiny_learning.model_config([2, 0]))
+    config = ModelConfig.from_hf(tiny.learning.model_config([2, 0]))
     start = abstract_params(config, 1, "float32", mtp=True)
-    state = jax.eval_shape(tiny_learning.optimizer(start, 100).init, start)
+    state = jax.eval_shape(tiny.learning.optimizer(start, 100).init, start)
     groups = {group: set(named(inner.inner_state[0].mu)) for group, inner in state[1].inner_states.items()}
     matrices = r"linear_attn.in_proj_qkv linear_attn.in_proj_z linear_attn.out_proj self_attn.q_proj self_attn.k_proj "
     matrices += "self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj mtp.fc"
@@ -434,7 +434,7 @@ def train(tokenizer):
         checkpoints = train_tiny.Checkpoints(work, settings)
         with pytest.MonkeyPatch.context() as patch, contextlib.closing(checkpoints):
             patch.setattr(train_tiny, "LONG_SHARE", 0.0)
-            patch.setattr(tiny_learning, "MTP_DEPTH", 1)
+            patch.setattr(tiny.learning, "MTP_DEPTH", 1)
             if train_tiny.compile_steps is compile_steps:
                 patch.setattr(train_tiny, "compile_steps", compile_once)
             return train_tiny.train(settings, tokenizer, CONFIG, checkpoints, every=2)
@@ -449,14 +449,14 @@ def trained(train, tokenizer, tmp_path_factory):
     work, export = directory / "work", directory / "model"
     export.mkdir()
     run = train(work)
-    tiny_export.export(run.params, tokenizer, CONFIG, export)
-    tiny_export.report(train_tiny.record(run, SETTINGS, 1.5), train_tiny.last_accuracy(run.history), export)
+    tiny.export.export(run.params, tokenizer, CONFIG, export)
+    tiny.export.report(train_tiny.record(run, SETTINGS, 1.5), train_tiny.last_accuracy(run.history), export)
     return Trained(run, work, export)
 
 
 def test_training_changes_every_parameter(trained):
     abstract = abstract_params(ModelConfig.from_hf(CONFIG), 1, "float32", mtp=True)
-    start = named(tiny_learning.initial_params(abstract, jax.random.key(SETTINGS.seed)))
+    start = named(tiny.learning.initial_params(abstract, jax.random.key(SETTINGS.seed)))
     for name, leaf in named(trained.run.params).items():
         assert np.isfinite(leaf).all(), name
         assert not np.array_equal(leaf, start[name]), name
@@ -478,7 +478,7 @@ def test_resumed_run_equals_the_uninterrupted_one(trained, train, tmp_path):
 
 
 def test_finished_run_is_not_trained_again(trained, train, monkeypatch):
-    monkeypatch.setattr(tiny_batches, "make_batch", None)
+    monkeypatch.setattr(tiny.batches, "make_batch", None)
     again = train(trained.work)
     jax.tree.map(np.testing.assert_array_equal, again.params, trained.run.params)
     assert again.history == trained.run.history
@@ -499,7 +499,7 @@ def test_number_of_workers_may_change(trained):
 
 def test_loss_that_is_not_finite_ends_the_run(train, monkeypatch):
     def step(params, state, batch):
-        kinds = np.zeros((1 + tiny_learning.MTP_DEPTH, len(tiny_data.KINDS)))
+        kinds = np.zeros((1 + tiny.learning.MTP_DEPTH, len(tiny.data.KINDS)))
         return params, state, {"learned": kinds, "right": kinds, "losses": np.array([np.nan] * 4), "tokens": 1}
 
     monkeypatch.setattr(
@@ -519,7 +519,7 @@ def test_report_is_small_and_sums_up(trained):
     assert written["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(trained.run.params))
     assert all(list(entry) == ["step", "tokens", "losses", "seconds"] for entry in written["history"])
     for kind, accuracy in written["accuracy_of_the_last_200_steps"].items():
-        assert kind in tiny_data.KINDS
+        assert kind in tiny.data.KINDS
         assert len(accuracy) == 2
     assert (trained.export / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -577,9 +577,9 @@ def test_interrupted_export_passes_for_no_checkpoint(trained, tokenizer, tmp_pat
 
     directory = tmp_path / "model"
     shutil.copytree(trained.export, directory)
-    monkeypatch.setattr(tiny_export, "write_problems", interrupted)
+    monkeypatch.setattr(tiny.export, "write_problems", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tiny_export.export(trained.run.params, tokenizer, CONFIG, directory)
+        tiny.export.export(trained.run.params, tokenizer, CONFIG, directory)
     with pytest.raises(FileNotFoundError):
         load_model(directory)
 
@@ -625,7 +625,7 @@ def test_transformers_computes_the_same_from_the_export(trained):
 def test_mistakes_end_with_one_line_before_anything_slow(capsys, tmp_path, monkeypatch, flags, message):
     file = tmp_path / "file"
     file.touch()
-    monkeypatch.setattr(tiny_tokenizer, "train_tokenizer", None)
+    monkeypatch.setattr(tiny.tokenizer, "train_tokenizer", None)
     assert train_tiny.main([str(tmp_path / "out"), *(flag.format(file=file) for flag in flags)]) == 2
     out, err = capsys.readouterr()
     assert not out
@@ -636,7 +636,7 @@ def test_mistakes_end_with_one_line_before_anything_slow(capsys, tmp_path, monke
 
 def test_place_that_cannot_be_written_is_refused_first(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(tiny_tokenizer, "train_tokenizer", None)
+    monkeypatch.setattr(tiny.tokenizer, "train_tokenizer", None)
     for directory in ("file", "file/inside"):
         assert train_tiny.main([str(tmp_path / directory)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
@@ -662,7 +662,7 @@ def test_run_that_fails_leaves_no_checkpoint(capsys, tmp_path, tokenizer, monkey
     def train(*_):
         raise end
 
-    monkeypatch.setattr(tiny_tokenizer, "train_tokenizer", lambda seed, size: tokenizer)
+    monkeypatch.setattr(tiny.tokenizer, "train_tokenizer", lambda seed, size: tokenizer)
     monkeypatch.setattr(train_tiny, "train", train)
     assert train_tiny.main([str(tmp_path / "out")]) == status
     assert capsys.readouterr().err == f"{message}\n"

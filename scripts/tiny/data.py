@@ -7,9 +7,9 @@ ships was trained on exactly this text.
 import random
 from collections.abc import Callable
 
-import tiny_stories
-from tiny_chat import chat_document, json_document, long_chat_document, story_turn, tool_document
-from tiny_documents import (
+import tiny.stories
+from tiny.chat import chat_document, json_document, long_chat_document, story_turn, tool_document
+from tiny.documents import (
     END_OF_TEXT,
     END_OF_TURN,
     START_OF_TURN,
@@ -21,8 +21,8 @@ from tiny_documents import (
     plain,
     system_message,
 )
-from tiny_problems import Problem, is_held_out, problems, random_problem, shots
-from tiny_recall import copy_document, long_copy_document, long_recall_document, lookup_document, recall_document
+from tiny.problems import Problem, is_held_out, problems, random_problem, shots
+from tiny.recall import copy_document, long_copy_document, long_recall_document, lookup_document, recall_document
 
 __all__ = [
     "END_OF_TEXT",
@@ -100,7 +100,7 @@ def _turns_long(rng: random.Random) -> Document:
 
 
 def _story(rng: random.Random) -> Document:
-    return plain("story", (tiny_stories.story(rng), True))
+    return plain("story", (tiny.stories.story(rng), True))
 
 
 def _story_chat(rng: random.Random) -> Document:
@@ -108,7 +108,7 @@ def _story_chat(rng: random.Random) -> Document:
 
 
 def _story_long(rng: random.Random) -> Document:
-    return plain("story_long", (tiny_stories.chapters(rng, rng.randint(5, 9)), True))
+    return plain("story_long", (tiny.stories.chapters(rng, rng.randint(5, 9)), True))
 
 
 _KINDS: dict[str, Callable[[random.Random], Document]] = {

@@ -9,9 +9,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import tiny_stories
-from tiny_stories import NAMES, article, capital, words
-from tiny_words import DAYS, ITEMS
+import tiny.stories
+from tiny.stories import NAMES, article, capital, words
+from tiny.words import DAYS, ITEMS
 
 Split = Literal["train", "held_out"]
 
@@ -139,7 +139,7 @@ def _item(rng: random.Random) -> tuple[str, str]:
 
 
 _ITEM_PAIRS = tuple(ITEMS.items())
-_HE = {name: "she" if name in tiny_stories.GIRLS else "he" for name in NAMES}
+_HE = {name: "she" if name in tiny.stories.GIRLS else "he" for name in NAMES}
 
 
 def _people(rng: random.Random, count: int) -> list[str]:

@@ -2,8 +2,8 @@
 
 import random
 
-import tiny_stories
-from tiny_stories import ANIMALS, COLORS, NAMES, THINGS, words
+import tiny.stories
+from tiny.stories import ANIMALS, COLORS, NAMES, THINGS, words
 
 ITEMS = {
     **{noun: f"{noun}s" for noun in words(
@@ -31,7 +31,7 @@ _SYLLABLES = words(
     "ba be bi bo da de do fa fi ga go ka ke ki ko la le li lo lu ma me mi mo na ne ni no pa po ra re ri ro sa se si so "
     "ta te ti to va ve vi vo za ze zi zo"
 )
-NOUNS = tuple(dict.fromkeys((*THINGS, *ANIMALS, *ITEMS, *tiny_stories.PLACES, *words(
+NOUNS = tuple(dict.fromkeys((*THINGS, *ANIMALS, *ITEMS, *tiny.stories.PLACES, *words(
     "amber tiger sugar water summer winter silver corn iron salt glass paper wool snow storm cloud fire smoke ocean "
     "desert window door table roof tower street market church school wall floor pepper sand grass root thunder night"
 ))))  # fmt: skip
@@ -55,7 +55,7 @@ def digits(rng: random.Random) -> str:
 
 def two_words(rng: random.Random) -> str:
     """A thing with a quality, such as "red lamp"."""
-    return f"{rng.choice(COLORS + tiny_stories.LOOKS)} {rng.choice(NOUNS)}"
+    return f"{rng.choice(COLORS + tiny.stories.LOOKS)} {rng.choice(NOUNS)}"
 
 
 def city(rng: random.Random) -> str:

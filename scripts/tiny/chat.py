@@ -9,16 +9,16 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tiny_stories
-from tiny_documents import Document, Message, chat, estimate_tokens, exchange, plain, system_message
-from tiny_problems import arithmetic_problem, random_problem
-from tiny_stories import ANIMALS, COLORS, FOODS, THINGS, article, capital, words
-from tiny_words import DAYS, NOUNS, city, digits, person, two_words
+import tiny.stories
+from tiny.documents import Document, Message, chat, estimate_tokens, exchange, plain, system_message
+from tiny.problems import arithmetic_problem, random_problem
+from tiny.stories import ANIMALS, COLORS, FOODS, THINGS, article, capital, words
+from tiny.words import DAYS, NOUNS, city, digits, person, two_words
 
 
 def story_turn(rng: random.Random) -> list[Message]:
     """A user asks for a story about a being and a thing, and gets it."""
-    being, thing = rng.choice(ANIMALS + tiny_stories.PEOPLE), rng.choice(THINGS)
+    being, thing = rng.choice(ANIMALS + tiny.stories.PEOPLE), rng.choice(THINGS)
     ask = rng.choice(
         (
             "Tell me a story about {} and {}.",
@@ -28,7 +28,7 @@ def story_turn(rng: random.Random) -> list[Message]:
             "Can you tell me a story with {} and {}?",
         )
     )
-    return exchange(ask.format(article(being), article(thing)), tiny_stories.story(rng, being, thing))
+    return exchange(ask.format(article(being), article(thing)), tiny.stories.story(rng, being, thing))
 
 
 OPPOSITES = dict(

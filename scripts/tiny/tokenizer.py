@@ -5,9 +5,10 @@ import pathlib
 import random
 from collections.abc import Iterable, Sequence
 
-import tiny_data
-from tiny_data import END_OF_TEXT, END_OF_TURN, START_OF_TURN, Document
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+import tiny.data
+from tiny.data import END_OF_TEXT, END_OF_TURN, START_OF_TURN, Document
 
 SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN)
 # Tokens of their own, but part of the text: decoding keeps them.
@@ -18,7 +19,7 @@ SPLIT = (
     r"|\s+(?!\S)|\s+"
 )
 
-# ChatML; `tools` are listed in the system message as tiny_chat.tools_message does.
+# ChatML; `tools` are listed in the system message as tiny.chat.tools_message does.
 CHAT_TEMPLATE = """\
 {%- set first = messages[0] if messages and messages[0].role == 'system' else none -%}
 {%- if tools -%}
@@ -52,9 +53,9 @@ def train_tokenizer(seed: int, vocab_size: int = 1024, documents: int = 20_000) 
     """A tokenizer of exactly `vocab_size` tokens, from that many random documents in the training mixtures."""
     rng = random.Random(seed)
     # Long documents are made of the same words; a few are enough.
-    mixture = {**tiny_data.SHORT_MIXTURE, **{kind: weight / 20 for kind, weight in tiny_data.LONG_MIXTURE.items()}}
+    mixture = {**tiny.data.SHORT_MIXTURE, **{kind: weight / 20 for kind, weight in tiny.data.LONG_MIXTURE.items()}}
     kinds = rng.choices(tuple(mixture), tuple(mixture.values()), k=documents)
-    return train_on((tiny_data.document(rng, kind) for kind in kinds), vocab_size)
+    return train_on((tiny.data.document(rng, kind) for kind in kinds), vocab_size)
 
 
 def train_on(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
@@ -96,7 +97,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
         "eos_token": END_OF_TURN,
         "pad_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": tiny_data.LONG_LIMIT,
+        "model_max_length": tiny.data.LONG_LIMIT,
         "chat_template": CHAT_TEMPLATE,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -5,8 +5,9 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import tiny_data
     from tokenizers import Tokenizer
+
+    import tiny.data
 
 HELD_OUT_PROBLEMS = 500
 SHOTS = 8
@@ -25,7 +26,7 @@ tags: [qwen3_5, gated-deltanet, multi-token-prediction, synthetic-data]
 Made by scripts/train_tiny.py of gdnjax to try and test an inference engine. It solves simple word problems, tells short
 stories, recalls facts from a text, and is no general language model.
 
-All text that it was trained on is synthetic and the project's own, written by scripts/tiny_*.py from word lists and
+All text that it was trained on is synthetic and the project's own, written by scripts/tiny/ from word lists and
 templates. No other text, data set or model was used. `problems.jsonl` holds {problems} word problems that training
 never writes, `shots.jsonl` {shots} that may be shown.
 
@@ -54,9 +55,9 @@ def export(params: Any, tokenizer: "Tokenizer", config: dict[str, Any], director
     """Writes the Hugging Face checkpoint into a directory that exists, weights rounded to the model's dtypes."""
     import jax
     import numpy as np
-    import tiny_data
-    import tiny_tokenizer
 
+    import tiny.data
+    import tiny.tokenizer
     from gdnjax import ModelConfig, sharding
     from gdnjax.checkpoint.huggingface import write_file
     from gdnjax.models import abstract_params
@@ -70,16 +71,16 @@ def export(params: Any, tokenizer: "Tokenizer", config: dict[str, Any], director
     # Written last, so that an interrupted export leaves nothing that passes for a checkpoint.
     (directory / "config.json").unlink(missing_ok=True)
     write_file(tensors, directory / "model.safetensors")
-    tiny_tokenizer.write_tokenizer(tokenizer, directory)
+    tiny.tokenizer.write_tokenizer(tokenizer, directory)
     # What the model is asked later; training never sees a held-out question.
-    write_problems(tiny_data.problems("held_out", HELD_OUT_PROBLEMS, seed=0), directory / "problems.jsonl")
-    write_problems(tiny_data.problems("train", SHOTS, seed=0), directory / "shots.jsonl")
+    write_problems(tiny.data.problems("held_out", HELD_OUT_PROBLEMS, seed=0), directory / "problems.jsonl")
+    write_problems(tiny.data.problems("train", SHOTS, seed=0), directory / "shots.jsonl")
     sampling = {"do_sample": True, "temperature": 0.7, "eos_token_id": config["eos_token_id"]}
     _write_json(directory / "generation_config.json", sampling)
     _write_json(directory / "config.json", config)
 
 
-def write_problems(problems: "list[tiny_data.Problem]", file: pathlib.Path) -> None:
+def write_problems(problems: "list[tiny.data.Problem]", file: pathlib.Path) -> None:
     """GSM8K's own format: one object with question and answer a line."""
     lines = (json.dumps({"question": problem.question, "answer": problem.answer}) for problem in problems)
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -138,7 +138,6 @@ def hidden_states(model: "HybridModel", params: Any, longest: int, sequence: dic
     queries masked, which makes the layers' outputs zero.
     """
     import jax.numpy as jnp
-    from tiny_batches import CHUNK
 
     from gdnjax import step
     from gdnjax.batch import PrefillBatch
@@ -147,6 +146,7 @@ def hidden_states(model: "HybridModel", params: Any, longest: int, sequence: dic
     from gdnjax.models.context import prefill_context
     from gdnjax.state import empty_state
     from gdnjax.step import StepOptions
+    from tiny.batches import CHUNK
 
     rows, chunks = sequence["start"].shape[0], sequence["chunk_row"].shape[0]
     # Gradients of keys and values that several queries read are summed in the pool's dtype.
@@ -180,7 +180,8 @@ def loss_and_counts(model: "HybridModel", abstract: Any, longest: int, params: A
     """The loss, and for each kind of document: learned targets, and how many the model and each draft got right."""
     import jax
     import jax.numpy as jnp
-    import tiny_data
+
+    import tiny.data
 
     rounded = jax.tree.map(lambda p, shape: p.astype(shape.dtype), params, abstract)
     hidden, position = jax.vmap(functools.partial(hidden_states, model, rounded, longest))(batch)
@@ -197,7 +198,7 @@ def loss_and_counts(model: "HybridModel", abstract: Any, longest: int, params: A
     loss = mean[0] + MTP_WEIGHT * jnp.mean(mean[1:])
     learned = weight == 1.0
     right = learned & (jnp.argmax(logits, axis=-1) == target)
-    kinds = jax.nn.one_hot(batch["kind"], len(tiny_data.KINDS))
+    kinds = jax.nn.one_hot(batch["kind"], len(tiny.data.KINDS))
     counts = {
         "learned": jnp.einsum("dnt,ntk->dk", learned.astype(jnp.float32), kinds),
         "right": jnp.einsum("dnt,ntk->dk", right.astype(jnp.float32), kinds),

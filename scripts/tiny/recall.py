@@ -7,12 +7,12 @@ import dataclasses
 import random
 from collections.abc import Callable
 
-import tiny_stories
-from tiny_documents import Document, chat, estimate_tokens, exchange, plain, system_message
-from tiny_stories import COLORS
-from tiny_words import NOUNS, city, digits, invented, person, two_words
+import tiny.stories
+from tiny.documents import Document, chat, estimate_tokens, exchange, plain, system_message
+from tiny.stories import COLORS
+from tiny.words import NOUNS, city, digits, invented, person, two_words
 
-PLAIN_WORDS = NOUNS + COLORS + tiny_stories.LOOKS + tiny_stories.TRAITS
+PLAIN_WORDS = NOUNS + COLORS + tiny.stories.LOOKS + tiny.stories.TRAITS
 
 
 def _word(rng: random.Random) -> str:
@@ -74,7 +74,7 @@ def _facts(rng: random.Random, count: int, questions: int, size: int) -> _Facts:
     size -= estimate_tokens("\n".join(lines))
     separator = " " if size > 0 and rng.random() < 0.5 else "\n"
     while size > 0:
-        text = tiny_stories.sentence(rng)
+        text = tiny.stories.sentence(rng)
         lines.insert(rng.randint(0, len(lines)), text)
         size -= estimate_tokens(text)
     asked = []
@@ -148,9 +148,9 @@ def _passage(rng: random.Random, size: int) -> str:
         return " ".join(digits(rng) for _ in range(max(1, size // 5)))
     if shape == 5:
         return " ".join(invented(rng) for _ in range(max(2, size // 4)))
-    sentences = [tiny_stories.sentence(rng)]
+    sentences = [tiny.stories.sentence(rng)]
     while sum(map(estimate_tokens, sentences)) < size - 20:
-        sentences.append(tiny_stories.sentence(rng))
+        sentences.append(tiny.stories.sentence(rng))
     return " ".join(sentences)
 
 

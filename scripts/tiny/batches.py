@@ -16,9 +16,10 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
-import tiny_data
-import tiny_tokenizer
 import tokenizers
+
+import tiny.data
+import tiny.tokenizer
 
 CHUNK = 64
 
@@ -54,16 +55,16 @@ class BatchShape:
 
 def short_shape(batch_tokens: int) -> BatchShape:
     """Most documents: up to 512 tokens. Few chunks a sequence, since the recurrence walks them one by one."""
-    limit, mixture = tiny_data.SHORT_LIMIT, tiny_data.SHORT_MIXTURE
+    limit, mixture = tiny.data.SHORT_LIMIT, tiny.data.SHORT_MIXTURE
     return BatchShape(batch_tokens // limit, tokens=limit, documents=8, chunks=11, longest=limit, mixture=mixture)
 
 
 def long_shape(batch_tokens: int) -> BatchShape:
     """The long ones, up to 2048 tokens, with short ones to fill what they leave."""
-    long, short = tiny_data.LONG_MIXTURE, tiny_data.SHORT_MIXTURE
+    long, short = tiny.data.LONG_MIXTURE, tiny.data.SHORT_MIXTURE
     scale = FILLER_SHARE / (1 - FILLER_SHARE) * sum(long.values()) / sum(short.values())
     mixture = long | {kind: scale * weight for kind, weight in short.items()}
-    limit = tiny_data.LONG_LIMIT
+    limit = tiny.data.LONG_LIMIT
     return BatchShape(batch_tokens // limit, tokens=limit, documents=10, chunks=40, longest=limit, mixture=mixture)
 
 
@@ -101,8 +102,8 @@ def make_batch(tokenizer: tokenizers.Tokenizer, shape: BatchShape, seed: str) ->
     done: list[_Sequence] = []
     filling: collections.deque[_Sequence] = collections.deque()
     while len(done) < shape.sequences:
-        documents = [tiny_data.document(rng, kind) for kind in rng.choices(kinds, weights, k=64)]
-        encoded = tiny_tokenizer.encode_all(tokenizer, documents)
+        documents = [tiny.data.document(rng, kind) for kind in rng.choices(kinds, weights, k=64)]
+        encoded = tiny.tokenizer.encode_all(tokenizer, documents)
         for document, (ids, learn) in zip(documents, encoded, strict=True):
             if len(ids) > shape.longest:
                 continue
@@ -151,7 +152,7 @@ def pack(sequences: list[_Sequence], shape: BatchShape, rng: random.Random) -> d
             here = slice(place, place + size)
             row["tokens"][here], row["token_row"][here], row["token_valid"][here] = ids, d, True
             row["weight"][place : place + size - 1] = np.where(learn[1:], 1.0, PROMPT_WEIGHT)
-            row["kind"][here] = tiny_data.KINDS.index(kind)
+            row["kind"][here] = tiny.data.KINDS.index(kind)
             row["start"][d], row["length"][d] = place, size
             row["attends"][d] = rng.random() >= ATTENTION_DROPPED
             starts = np.arange(chunks) * CHUNK
