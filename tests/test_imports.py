@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -52,7 +53,8 @@ ONLY = {
 HOST_ONLY = ("assets", "config", "sampling_params", "memory", "version", "progress", "serving.outputs")
 HOST_ONLY += ("serving.tokenizer", "serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler")
 HOST_ONLY += ("serving.plan", "serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
-HOST_ONLY += ("serving.chat", "serving.frontend", "cli.command", "cli.generate", "cli.convert", "cli.main")
+HOST_ONLY += ("serving.radix_tree", "serving.chat", "serving.frontend")
+HOST_ONLY += ("cli.command", "cli.generate", "cli.convert", "cli.main")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
 PLANNERS = (
@@ -62,6 +64,7 @@ PLANNERS = (
     "serving.plan",
     "serving.scheduler",
     "serving.prefix_cache",
+    "serving.radix_tree",
 )
 PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
 
@@ -140,6 +143,18 @@ def test_imports_point_down_the_layers():
         and rank_of(found.importer) <= rank_of(found.imported.removeprefix("gdnjax."))
     ]
     assert not wrong
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    """Not for types alone either. What a function imports when it is called is not counted."""
+    above = {}
+    for found in OWN:
+        if not found.lazy:
+            above.setdefault(found.importer, set()).add(found.imported.removeprefix("gdnjax."))
+    try:
+        graphlib.TopologicalSorter(above).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_narrow_modules_see_only_what_the_design_names():

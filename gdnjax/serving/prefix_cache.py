@@ -13,43 +13,14 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from gdnjax.serving.allocator import Allocator
+from gdnjax.serving.radix_tree import Key, Node
 from gdnjax.serving.request import Request
-
-Key = tuple[int, ...]
 
 NOTHING_CACHED = "nothing cached begins like it"
 NO_CHECKPOINT = "its blocks are cached, but no state at their end"
 TOO_SHORT = "shorter than a block"
 BYPASSED = "prompt_logprobs need every position"
 DISABLED = "the prefix cache is off"
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Node:
-    """A run of whole blocks below its parent, or a tail: one block that is filled in part and has no children.
-
-    keys      the tokens of each block.
-    end       tokens from the root to the end of the run.
-    slot      the checkpoint of the state at `end`; 0: none.
-    written   the turn whose steps write that state.
-    locks     running requests whose blocks go through this node; what is locked stays.
-    used      when it was last of use, in ticks of the cache.
-    """
-
-    parent: "Node | None"
-    keys: list[Key]
-    blocks: list[int]
-    end: int
-    children: dict[Key, "Node"] = dataclasses.field(default_factory=dict)
-    tails: dict[Key, "Node"] = dataclasses.field(default_factory=dict)
-    slot: int = 0
-    written: int = 0
-    locks: int = 0
-    used: int = 0
-
-    @property
-    def is_leaf(self) -> bool:
-        return not self.children and not self.tails
 
 
 @dataclasses.dataclass(frozen=True)
@@ -483,4 +454,4 @@ def _path_blocks(node: Node) -> list[int]:
     return [block for run in reversed(runs) for block in run]
 
 
-__all__ = ["CacheCounters", "Match", "Node", "PrefixCache"]
+__all__ = ["CacheCounters", "Match", "PrefixCache"]

@@ -2,13 +2,10 @@
 
 import dataclasses
 import enum
-from typing import TYPE_CHECKING
 
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
-
-if TYPE_CHECKING:
-    from gdnjax.serving.prefix_cache import Node
+from gdnjax.serving.radix_tree import Node
 
 
 class Status(enum.Enum):
@@ -74,7 +71,7 @@ class Request:
     logit_row: int = 0
     count_row: int = 0
     num_shared: int = 0
-    node: "Node | None" = None
+    node: Node | None = None
     detached: bool = False
     unpublished: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     wanted: tuple[int, ...] = ()

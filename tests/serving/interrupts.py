@@ -19,7 +19,7 @@ from gdnjax.serving.metrics import Metrics
 from gdnjax.serving.runner import InFlight, Runner
 from tests.serving.paper import EOS, Paper, check_nothing_is_held, check_output, make_request, make_scheduler
 
-PARTS = ("engine", "scheduler", "prefix_cache", "allocator", "request", "detokenizer")
+PARTS = ("engine", "scheduler", "prefix_cache", "radix_tree", "allocator", "request", "detokenizer")
 LINES_OF = {str(pathlib.Path(serving.__file__).parent / f"{part}.py") for part in PARTS}
 
 

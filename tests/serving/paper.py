@@ -16,7 +16,7 @@ from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.plan import Plan, Seal, max_chunks, max_growth
-from gdnjax.serving.prefix_cache import Node
+from gdnjax.serving.radix_tree import Node
 from gdnjax.serving.request import Request, Status
 from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.tokenizer import Tokenizer
