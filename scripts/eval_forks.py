@@ -19,6 +19,7 @@ from evaluation import agreement, problems
 
 from gdnjax.assets import EMBEDDED_MODEL, model_directory
 from gdnjax.cli.command import exit_status, prepare_environment, run_as_process, write_json
+from gdnjax.config import DELTA
 
 if TYPE_CHECKING:
     from gdnjax import LLM
@@ -248,8 +249,12 @@ def _force_bits(llm: "LLM") -> None:
         def forgetful(params, state, batch):
             assert config.state_layout == "mixed"
             forked = batch.read_slot[batch.read_slot != batch.slot]
-            layout = jnp.array(state.gdn.layout).at[forked].set(0)
-            return step(params, dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=layout)), batch)
+            layout = jnp.array(state.cache.slots[DELTA]["layout"]).at[forked].set(0)
+            return step(
+                params,
+                dataclasses.replace(state, gdn=dataclasses.replace(state.cache.slots[DELTA], layout=layout)),
+                batch,
+            )
 
         return forgetful
 
@@ -278,12 +283,12 @@ def _state_behind(llm: "LLM", prompt: list[int]) -> Any:
     while not request.filled:
         llm.engine.step()
         slot = request.slot or slot
-    gdn = llm.engine.runner.state.gdn
-    flat = np.stack([read_rows(gdn.ssm, layer, slot) for layer in range(gdn.ssm.shape[0])])
+    gdn = llm.engine.runner.state.cache.slots[DELTA]
+    flat = np.stack([read_rows(gdn["ssm"], layer, slot) for layer in range(gdn["ssm"].shape[0])])
     while llm.step():
         pass
     delta = llm.model.config.delta
-    if int(gdn.layout[slot]):
+    if int(gdn["layout"][slot]):
         flat = flat.reshape(*flat.shape[:2], delta.value_head_dim, delta.key_head_dim).swapaxes(2, 3)
     return flat.reshape(*flat.shape[:2], delta.key_head_dim, delta.value_head_dim)
 

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from gdnjax.batch import AdmitBatch, DecodeBatch, Emitted, PrefillBatch, SealBatch
-from gdnjax.config import CHUNK, EngineConfig
+from gdnjax.config import CHUNK, DELTA, EngineConfig
 from gdnjax.memory import MemoryPlan
+from gdnjax.models import geometry_of
 from gdnjax.sampling_params import MAX_STOP_TOKENS
-from gdnjax.sharding import make_mesh, shardings_of
-from gdnjax.state import NO_TOKEN, empty_state
+from gdnjax.sharding import make_mesh
+from gdnjax.state import NO_TOKEN, empty_state, shardings_of
 from gdnjax.step import StepOptions, build_steps
 
 BLOCK = 16
@@ -135,7 +136,13 @@ class Driver:
             tensor_parallel_size=model.tp,
             num_speculative_tokens=num_speculative_tokens,
         )
-        geometry = model.geometry(BLOCK, "float32").speculating(config)
+        geometry = geometry_of(
+            model,
+            block_size=BLOCK,
+            ssm_dtype="float32",
+            num_drafts=config.num_speculative_tokens,
+            keep_draft_hidden=config.keeps_draft_hidden,
+        )
         plan = MemoryPlan.of_counts(
             geometry, num_slots=NUM_SLOTS, num_blocks=NUM_BLOCKS, num_logit_rows=1, num_count_rows=1
         )
@@ -162,10 +169,7 @@ class Driver:
         state = self.state
         rows = {"hidden": state.slots.hidden, "pending_hidden": state.slots.pending_hidden}
         slots = dataclasses.replace(state.slots, **jax.tree.map(garbage, rows))
-        gdn, kv = jax.tree.map(garbage, (state.gdn, state.kv))
-        # How many rows are pending is what the device knows of a slot.
-        gdn = dataclasses.replace(gdn, pending=state.gdn.pending)
-        self.state = dataclasses.replace(state, gdn=gdn, kv=kv, slots=slots)
+        self.state = dataclasses.replace(state, cache=jax.tree.map(garbage, state.cache), slots=slots)
 
     def admit(self, *admissions: Admission) -> None:
         self.state = self.steps.admit(self.state, pack_admissions(admissions, table_width=self.table_width))
@@ -217,12 +221,12 @@ class Driver:
 
     def row(self, slot: int) -> dict[str, np.ndarray]:
         """Copies of what a slot knows of its sequence; of `conv` the window alone."""
-        gdn, slots = jax.device_get((self.state.gdn, self.state.slots))
-        width = self.model.geometry(BLOCK, "float32").conv_rows
+        gdn, slots = jax.device_get((self.state.cache.slots[DELTA], self.state.slots))
+        width = gdn["conv"].shape[2] - (gdn["pending_ab"].shape[2] if "pending_ab" in gdn else 0)
         return {
-            "ssm": gdn.ssm[:, slot].copy(),
-            "conv": gdn.conv[:, slot, :width].copy(),
-            "layout": gdn.layout[slot].copy(),
+            "ssm": gdn["ssm"][:, slot].copy(),
+            "conv": gdn["conv"][:, slot, :width].copy(),
+            "layout": gdn["layout"][slot].copy(),
             "hidden": slots.hidden[slot].copy(),
-            "pending": np.int32(0) if gdn.pending is None else gdn.pending[slot].copy(),
+            "pending": np.int32(0) if slots.pending is None else slots.pending[slot].copy(),
         }

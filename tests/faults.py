@@ -14,70 +14,79 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdnjax.state import LAYOUT_KV
+from gdnjax.cache import LAYOUT_KV
+from tests.pools import pool_of, pools_of, with_pools
 
 
-def _replace(engine, part: str, **leaves) -> None:
-    """Puts new leaves into a part of the state, with the shardings of the old ones."""
-    old = getattr(engine.runner.state, part)
-    placed = {name: jax.device_put(leaf, getattr(old, name).sharding) for name, leaf in leaves.items()}
-    engine.runner.state = dataclasses.replace(engine.runner.state, **{part: dataclasses.replace(old, **placed)})
+def replace_pools(engine, **pools) -> None:
+    """Puts other pools into the cache, with the shardings of the old ones."""
+    engine.runner.state = with_pools(engine.runner.state, **pools)
+
+
+def replace_table(engine, **fields) -> None:
+    """Puts other fields into the slot table."""
+    old = engine.runner.state.slots
+    placed = {name: jax.device_put(field, getattr(old, name).sharding) for name, field in fields.items()}
+    engine.runner.state = dataclasses.replace(engine.runner.state, slots=dataclasses.replace(old, **placed))
 
 
 def stale_layout_bit(engine, victim, neighbour) -> None:
-    layout = engine.runner.state.gdn.layout
-    _replace(engine, "gdn", layout=layout.at[victim.slot].set(1 - layout[victim.slot]))
+    layout = pool_of(engine.runner.state, "layout")
+    replace_pools(engine, layout=layout.at[victim.slot].set(1 - layout[victim.slot]))
 
 
 def wrong_slot(engine, victim, neighbour) -> None:
     """Two requests work on each other's rows."""
-    gdn, to, of = engine.runner.state.gdn, [victim.slot, neighbour.slot], [neighbour.slot, victim.slot]
-    swapped = {"ssm": gdn.ssm.at[:, to].set(gdn.ssm[:, of]), "conv": gdn.conv.at[:, to].set(gdn.conv[:, of])}
-    _replace(engine, "gdn", **swapped, layout=gdn.layout.at[jnp.array(to)].set(gdn.layout[jnp.array(of)]))
+    gdn, to, of = pools_of(engine.runner.state), [victim.slot, neighbour.slot], [neighbour.slot, victim.slot]
+    swapped = {
+        "ssm": gdn["ssm"].at[:, to].set(gdn["ssm"][:, of]),
+        "conv": gdn["conv"].at[:, to].set(gdn["conv"][:, of]),
+    }
+    replace_pools(engine, **swapped, layout=gdn["layout"].at[jnp.array(to)].set(gdn["layout"][jnp.array(of)]))
 
 
 def state_of_neighbour(engine, victim, neighbour) -> None:
     """The recurrent state alone, under the right layout bit."""
-    gdn = engine.runner.state.gdn
-    layout = gdn.layout.at[victim.slot].set(gdn.layout[neighbour.slot])
-    _replace(engine, "gdn", ssm=gdn.ssm.at[:, victim.slot].set(gdn.ssm[:, neighbour.slot]), layout=layout)
+    gdn = pools_of(engine.runner.state)
+    layout = gdn["layout"].at[victim.slot].set(gdn["layout"][neighbour.slot])
+    replace_pools(engine, ssm=gdn["ssm"].at[:, victim.slot].set(gdn["ssm"][:, neighbour.slot]), layout=layout)
 
 
 def transposed_state(engine, victim, neighbour, key_dim: int) -> None:
     """K and V change places in one layer."""
-    ssm = engine.runner.state.gdn.ssm
+    ssm = pool_of(engine.runner.state, "ssm")
     row = ssm[-1, victim.slot]
     turned = row.reshape(row.shape[0], key_dim, -1).swapaxes(1, 2).reshape(row.shape)
-    _replace(engine, "gdn", ssm=ssm.at[-1, victim.slot].set(turned))
+    replace_pools(engine, ssm=ssm.at[-1, victim.slot].set(turned))
 
 
 def dropped_conv_window(engine, victim, neighbour) -> None:
     """Of one layer."""
-    _replace(engine, "gdn", conv=engine.runner.state.gdn.conv.at[-1, victim.slot].set(0))
+    replace_pools(engine, conv=pool_of(engine.runner.state, "conv").at[-1, victim.slot].set(0))
 
 
 def zeroed_first_layer(engine, victim, neighbour) -> None:
-    _replace(engine, "gdn", ssm=engine.runner.state.gdn.ssm.at[0, victim.slot].set(0))
+    replace_pools(engine, ssm=pool_of(engine.runner.state, "ssm").at[0, victim.slot].set(0))
 
 
 def zeroed_last_layer(engine, victim, neighbour) -> None:
-    _replace(engine, "gdn", ssm=engine.runner.state.gdn.ssm.at[-1, victim.slot].set(0))
+    replace_pools(engine, ssm=pool_of(engine.runner.state, "ssm").at[-1, victim.slot].set(0))
 
 
 def keys_off_by_one(engine, victim, neighbour) -> None:
     """Every key stands one place later than its position."""
-    k, block = engine.runner.state.kv.k, jnp.array(victim.blocks)
+    k, block = pool_of(engine.runner.state, "k"), jnp.array(victim.blocks)
     moved = jnp.roll(k[:, block].reshape(k.shape[0], -1, *k.shape[3:]), 1, axis=1)
-    _replace(engine, "kv", k=k.at[:, block].set(moved.reshape(k.shape[0], len(victim.blocks), *k.shape[2:])))
+    replace_pools(engine, k=k.at[:, block].set(moved.reshape(k.shape[0], len(victim.blocks), *k.shape[2:])))
 
 
 def block_of_neighbour(engine, victim, neighbour) -> None:
     table = engine.runner.state.slots.block_table
-    _replace(engine, "slots", block_table=table.at[victim.slot, 0].set(table[neighbour.slot, 0]))
+    replace_table(engine, block_table=table.at[victim.slot, 0].set(table[neighbour.slot, 0]))
 
 
 def length_off_by_one(engine, victim, neighbour) -> None:
-    _replace(engine, "slots", length=engine.runner.state.slots.length.at[victim.slot].add(1))
+    replace_table(engine, length=engine.runner.state.slots.length.at[victim.slot].add(1))
 
 
 def missing_reset(engine) -> None:
@@ -112,8 +121,8 @@ def stale_layout_bit_of_checkpoint(engine) -> None:
     """A fork takes the checkpoint for one that prefill wrote, whoever wrote it."""
 
     def change(state, batch):
-        layout = state.gdn.layout.at[batch.read_slot[_forks(batch)]].set(LAYOUT_KV)
-        return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=layout)), batch
+        layout = pool_of(state, "layout").at[batch.read_slot[_forks(batch)]].set(LAYOUT_KV)
+        return with_pools(state, layout=layout), batch
 
     _before_prefill(engine, change)
 
@@ -122,7 +131,7 @@ def wrong_checkpoint(engine) -> None:
     """A fork reads the slot beside its checkpoint."""
 
     def change(state, batch):
-        beside = (batch.read_slot - 2) % (len(state.gdn.layout) - 1) + 1
+        beside = (batch.read_slot - 2) % (len(pool_of(state, "layout")) - 1) + 1
         return state, dataclasses.replace(batch, read_slot=np.where(_forks(batch), beside, batch.read_slot))
 
     _before_prefill(engine, change)
@@ -165,51 +174,45 @@ def _around_seal(engine, change) -> None:
     engine.runner.steps = dataclasses.replace(engine.runner.steps, seal=lambda *given: change(seal, *given))
 
 
-def _seal_without(engine, pool: str, field: str) -> None:
-    """Seals leave one field of a pool as it stood."""
+def seal_without_layout_bit(engine) -> None:
+    """A checkpoint of a decode step gets the state, and keeps the bit of what stood there."""
 
     def change(seal, params, state, batch):
-        kept = jnp.array(getattr(getattr(state, pool), field), copy=True)
-        state = seal(params, state, batch)
-        return dataclasses.replace(state, **{pool: dataclasses.replace(getattr(state, pool), **{field: kept})})
+        kept = jnp.array(pool_of(state, "layout"), copy=True)
+        return with_pools(seal(params, state, batch), layout=kept)
 
     _around_seal(engine, change)
 
 
-def seal_without_layout_bit(engine) -> None:
-    """A checkpoint of a decode step gets the state, and keeps the bit of what stood there."""
-    _seal_without(engine, "gdn", "layout")
-
-
 def stale_rows_of_the_head(engine, victim, neighbour) -> None:
     """The head's keys stand one place later than their positions, as rejected drafts would leave them."""
-    k, block = engine.runner.state.kv.k, jnp.array(victim.blocks)
+    k, block = pool_of(engine.runner.state, "k"), jnp.array(victim.blocks)
     moved = jnp.roll(k[-1, block].reshape(-1, *k.shape[3:]), 1, axis=0)
-    _replace(engine, "kv", k=k.at[-1, block].set(moved.reshape(len(victim.blocks), *k.shape[2:])))
+    replace_pools(engine, k=k.at[-1, block].set(moved.reshape(len(victim.blocks), *k.shape[2:])))
 
 
 def drafts_of_neighbour(engine, victim, neighbour) -> None:
     drafts = engine.runner.state.slots.drafts
-    _replace(engine, "slots", drafts=drafts.at[victim.slot].set(drafts[neighbour.slot]))
+    replace_table(engine, drafts=drafts.at[victim.slot].set(drafts[neighbour.slot]))
 
 
 def pending_rows_of_neighbour(engine, victim, neighbour) -> None:
     """Raw inputs and gates of the tokens that are to be folded."""
-    gdn, rows = engine.runner.state.gdn, engine.runner.state.gdn.pending_ab.shape[2]
-    conv = gdn.conv.at[:, victim.slot, -rows:].set(gdn.conv[:, neighbour.slot, -rows:])
-    pending_ab = gdn.pending_ab.at[:, victim.slot].set(gdn.pending_ab[:, neighbour.slot])
-    _replace(engine, "gdn", conv=conv, pending_ab=pending_ab)
+    gdn, rows = pools_of(engine.runner.state), pool_of(engine.runner.state, "pending_ab").shape[2]
+    conv = gdn["conv"].at[:, victim.slot, -rows:].set(gdn["conv"][:, neighbour.slot, -rows:])
+    pending_ab = gdn["pending_ab"].at[:, victim.slot].set(gdn["pending_ab"][:, neighbour.slot])
+    replace_pools(engine, conv=conv, pending_ab=pending_ab)
 
 
 def pending_off_by_one(engine, victim, neighbour) -> None:
     """One row fewer is folded than was accepted."""
-    pending = engine.runner.state.gdn.pending
-    _replace(engine, "gdn", pending=pending.at[victim.slot].add(-1))
+    pending = engine.runner.state.slots.pending
+    replace_table(engine, pending=pending.at[victim.slot].add(-1))
 
 
 def pending_gates_zeroed(engine, victim, neighbour) -> None:
-    pending_ab = engine.runner.state.gdn.pending_ab
-    _replace(engine, "gdn", pending_ab=pending_ab.at[:, victim.slot].set(0))
+    pending_ab = pool_of(engine.runner.state, "pending_ab")
+    replace_pools(engine, pending_ab=pending_ab.at[:, victim.slot].set(0))
 
 
 def _after_decode(engine, change) -> None:
@@ -220,7 +223,7 @@ def _after_decode(engine, change) -> None:
         step = decode(options)
 
         def wrong(params, state, batch):
-            before = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state.gdn)
+            before = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), pools_of(state))
             state, emitted = step(params, state, batch)
             return change(before, state), emitted
 
@@ -233,9 +236,9 @@ def window_not_shifted(engine) -> None:
     """Decode steps fold pending rows into the state, and leave the window where it was."""
 
     def change(before, state):
-        width = before.conv.shape[2] - before.pending_ab.shape[2]
-        conv = state.gdn.conv.at[:, :, :width].set(before.conv[:, :, :width])
-        return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, conv=conv))
+        width = before["conv"].shape[2] - before["pending_ab"].shape[2]
+        conv = pool_of(state, "conv").at[:, :, :width].set(before["conv"][:, :, :width])
+        return with_pools(state, conv=conv)
 
     _after_decode(engine, change)
 
@@ -252,7 +255,13 @@ def hidden_of_the_row_before(engine) -> None:
 
 def seal_without_hidden_state(engine) -> None:
     """A checkpoint of a decode step keeps the last hidden state that stood in its slot."""
-    _seal_without(engine, "slots", "hidden")
+
+    def change(seal, params, state, batch):
+        kept = jnp.array(state.slots.hidden, copy=True)
+        state = seal(params, state, batch)
+        return dataclasses.replace(state, slots=dataclasses.replace(state.slots, hidden=kept))
+
+    _around_seal(engine, change)
 
 
 def seal_one_row_early(engine) -> None:

@@ -6,8 +6,11 @@ its input in the paged cache and adds up a hash of every (key, value, position) 
 window, gate, position, layout bit or length changes the hidden number, and with it the next token and every one after
 it.
 
+`pattern` gives the layers: with both kinds, with attention alone (no state, so a cached prefix goes on anywhere), or with
+delta layers alone (no pages).
+
 With its MTP head (`mtp`) the model is one whose drafts are right about half of the time. Head and target both know a
-guess: a hash of a token, its position and the token before it. The target's final number is the guess where two bits of
+guess: a hash of a token, its position and, where there is a window, the token before it. The target's final number is the guess where two bits of
 its own say so (three times of four), the head's where two bits of a hash of the sum over its own paged cache say so.
 What the head stores holds the target's hidden state before each token. So the drafts of a step are a function of the
 tokens before it, and a wrong row of the head's cache, or a wrong hidden state, gives other drafts, which are accepted
@@ -26,11 +29,12 @@ from jax import lax
 
 from gdnjax import sharding
 from gdnjax.backend import REFERENCE, Backend
-from gdnjax.memory import StateGeometry
+from gdnjax.cache import Cache
+from gdnjax.cache_kinds import CacheKind, CacheSpec, LeafSpec, Paged, Slot
+from gdnjax.config import ATTENTION, DELTA
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.mtp import FIRST_INDEX
 from gdnjax.pallas_kernels import paged_attention
-from gdnjax.state import GDNState, KVBlocks
 
 PATTERN = "DAD"
 HEADS = 2
@@ -56,6 +60,7 @@ class LedgerModel:
     vocab_size: int = 61
     tp: int = 1
     mtp: bool = False
+    pattern: str = PATTERN
 
     @property
     def padded_vocab_size(self) -> int:
@@ -69,25 +74,29 @@ class LedgerModel:
         """It has no ops."""
         return self
 
-    def geometry(self, block_size: int, ssm_dtype: str) -> StateGeometry:
+    @property
+    def hidden_size(self) -> int:
+        return 2
+
+    @property
+    def hidden_dtype(self) -> str:
+        return "uint32"
+
+    def cache_spec(self, *, block_size: int, ssm_dtype: str, pending_rows: int = 0) -> CacheSpec:
         """Integers whatever `ssm_dtype` says."""
-        return StateGeometry(
-            delta_layers=PATTERN.count("D"),
-            value_heads=HEADS // self.tp,
-            state_size=KEY_DIM * VALUE_DIM,
-            conv_rows=WINDOW,
-            conv_dim=HEADS // self.tp,
-            attention_layers=PATTERN.count("A") + self.mtp,
-            kv_heads=KV_HEADS // self.tp,
-            head_dim=HEAD_DIM,
-            vocab_size=self.padded_vocab_size // self.tp,
-            block_size=block_size,
-            ssm_dtype="uint32",
-            conv_dtype="uint32",
-            kv_dtype="float32",
-            hidden_size=2,
-            hidden_dtype="uint32",
-        )
+        heads, layers, numbers = HEADS // self.tp, self.pattern.count("D"), {"dtype": "uint32"}
+        states = [
+            LeafSpec(name="ssm", layers=layers, shape=(heads, KEY_DIM * VALUE_DIM), split=0, **numbers),
+            LeafSpec(name="conv", layers=layers, shape=(WINDOW + pending_rows, heads), split=1, **numbers),
+        ]
+        if pending_rows:
+            shape = (pending_rows, 2 * heads)
+            states.append(LeafSpec(name="pending_ab", layers=layers, shape=shape, split=1, **numbers))
+        layers, shape = self.pattern.count("A") + self.mtp, (KV_HEADS // self.tp, HEAD_DIM)
+        entries = [LeafSpec(name=name, layers=layers, shape=shape, dtype="float32", split=0) for name in ("k", "v")]
+        kinds: list[CacheKind] = [Slot(name=DELTA, leaves=tuple(states), ordered=True)] if "D" in self.pattern else []
+        kinds += [Paged(name=ATTENTION, leaves=tuple(entries))] if layers else []
+        return CacheSpec(tuple(kinds), block_size)
 
     def params(self) -> dict:
         """Multipliers under the names that the sharding table knows; global shapes, all odd."""
@@ -102,7 +111,7 @@ class LedgerModel:
         # Drawn before what depends on the ranks, so that all ranks' models are one.
         head, embedding = odd(1 << 12)["weight"], odd(1 << 12)["weight"]
         layers = {}
-        for i, kind in enumerate(PATTERN):
+        for i, kind in enumerate(self.pattern):
             if kind == "D":
                 layers[i] = {
                     "linear_attn": {
@@ -124,43 +133,47 @@ class LedgerModel:
         }
         return params | ({"mtp": {"layers": {0: attention()}}} if self.mtp else {})
 
-    def forward(self, params, tokens, context, gdn, kv):
+    def forward(self, params, tokens, context, cache):
         embedding = x = self._embed(params["embed_tokens"]["weight"], tokens)
         rows = {"D": 0, "A": 0}
         befores = []
-        for i, kind in enumerate(PATTERN):
+        for i, kind in enumerate(self.pattern):
             weights, row = params["layers"][i], rows[kind]
             if kind == "D":
-                out, before, gdn = _delta_layer(weights["linear_attn"], x, context, gdn, row)
+                out, before, cache = _delta_layer(weights["linear_attn"], x, context, cache, row)
                 befores.append(before)
             else:
-                out, kv = _attention_layer(weights["self_attn"], x, context, kv, row)
+                out, cache = _attention_layer(weights["self_attn"], x, context, cache, row)
             x = _mix(x + sharding.psum(out, self.tp))
             rows[kind] += 1
         if self.mtp:
-            # The first layer's window holds the embedding of the token before, times an odd number.
-            scale = params["layers"][0]["linear_attn"]["in_proj_qkv"]["weight"]
-            aux = _digest(befores[0][:, 0] * _inverse(scale[0]))
+            aux = jnp.uint32(0)
+            if befores:
+                # The first layer's window holds the embedding of the token before, times an odd number.
+                scale = params["layers"][self.pattern.index("D")]["linear_attn"]["in_proj_qkv"]["weight"]
+                aux = _digest(befores[0][:, 0] * _inverse(scale[0]))
             x = jnp.where(_agrees(x), _guess(embedding, aux, context.position.astype(jnp.uint32)), x)
-        return jnp.stack([x, _digest(embedding)], axis=-1), gdn, kv
+        return jnp.stack([x, _digest(embedding)], axis=-1), cache
 
-    def draft(self, params, tokens, previous, context, gdn, kv):
+    def draft(self, params, tokens, previous, context, cache):
         """The head: an attention layer over (token, hidden state before it), behind those of the target."""
         embedding = self._embed(params["embed_tokens"]["weight"], tokens)
         context = dataclasses.replace(context, tiles=dataclasses.replace(context.tiles, first=FIRST_INDEX))
         weights, entry = params["mtp"]["layers"][0]["self_attn"], _entry(embedding, previous[:, 0], previous[:, 1])
-        out, kv = _attention_layer(weights, entry, context, kv, PATTERN.count("A"))
+        out, cache = _attention_layer(weights, entry, context, cache, self.pattern.count("A"))
         # Mixed, so that a constant error of the sum changes what it says of each token.
         x = _mix(sharding.psum(out, self.tp) ^ jnp.uint32(JUNK))
-        guess = _guess(embedding, previous[:, 1], context.position.astype(jnp.uint32))
+        # Without a window the target knows nothing of the token before.
+        aux = previous[:, 1] if "D" in self.pattern else jnp.uint32(0)
+        guess = _guess(embedding, aux, context.position.astype(jnp.uint32))
         x = jnp.where(_agrees(x), guess, x)
-        return jnp.stack([x, _digest(embedding)], axis=-1), kv
+        return jnp.stack([x, _digest(embedding)], axis=-1), cache
 
-    def fold(self, params, context: FoldContext, gdn: GDNState) -> GDNState:
-        rows = [i for i, kind in enumerate(PATTERN) if kind == "D"]
+    def fold(self, params, context: FoldContext, cache: Cache) -> Cache:
+        rows = [i for i, kind in enumerate(self.pattern) if kind == "D"]
         for layer, i in enumerate(rows):
-            gdn = _fold_slots(params["layers"][i]["linear_attn"], context, gdn, layer)
-        return gdn
+            cache = _fold_slots(params["layers"][i]["linear_attn"], context, cache, layer)
+        return cache
 
     def _embed(self, weight, tokens):
         local = tokens - sharding.rank(self.tp) * weight.shape[0]
@@ -201,17 +214,18 @@ def _entry(embedding, x, aux):
     return _mix(embedding ^ _mix(x ^ _mix(aux + jnp.uint32(ENTRY))))
 
 
-def _delta_layer(weights, x, context, gdn, layer):
+def _delta_layer(weights, x, context, cache, layer):
     """The layer's outputs, the raw inputs of the token before each, and the pools."""
+    pools = cache.slots[DELTA]
     channels = x[:, None] * weights["in_proj_qkv"]["weight"]
     gates = jnp.concatenate([x[:, None] * weights[name]["weight"] for name in ("in_proj_a", "in_proj_b")], axis=-1)
     match context:
         case PrefillContext():
-            states, before, gdn = _delta_prefill(weights, channels, gates, gdn, layer, context)
+            states, before, pools = _delta_prefill(weights, channels, gates, pools, layer, context)
         case DecodeContext():
-            states, before, gdn = _delta_decode(weights, channels, gates, gdn, layer, context)
+            states, before, pools = _delta_decode(weights, channels, gates, pools, layer, context)
     out = jnp.sum(states * weights["out_proj"]["weight"].T, axis=(1, 2), dtype=jnp.uint32)
-    return out, before, gdn
+    return out, before, cache.with_slots(DELTA, **pools)
 
 
 def _decays(weights, gates):
@@ -245,35 +259,36 @@ def _fold_pending(weights, states, stored, gates, count):
     return _folded(weights, states, stored, gates)[row, count], window
 
 
-def _fold_slots(weights, context, gdn, layer):
-    slot, stored = context.read_slot, gdn.conv[layer, context.read_slot]
-    states, window = _read_states(gdn.ssm, layer, slot, context.order.read), stored[:, :WINDOW]
-    if gdn.pending is not None:
-        gates = gdn.pending_ab[layer, slot]
+def _fold_slots(weights, context, cache, layer):
+    pools, order, slot = cache.slots[DELTA], context.orders[DELTA], context.read_slot
+    stored = pools["conv"][layer, slot]
+    states, window = _read_states(pools["ssm"], layer, slot, order.read), stored[:, :WINDOW]
+    if "pending_ab" in pools:
+        gates = pools["pending_ab"][layer, slot]
         states, window = _fold_pending(weights, states, stored, gates, context.count)
-    ssm = _write_states(gdn.ssm, layer, context.write_slot, states, context.order.write)
-    return dataclasses.replace(gdn, ssm=ssm, conv=gdn.conv.at[layer, context.write_slot, :WINDOW].set(window))
+    ssm = _write_states(pools["ssm"], layer, context.write_slot, states, order.write)
+    return cache.with_slots(DELTA, ssm=ssm, conv=pools["conv"].at[layer, context.write_slot, :WINDOW].set(window))
 
 
-def _delta_decode(weights, channels, gates, gdn, layer, context):
+def _delta_decode(weights, channels, gates, pools, layer, context):
     slot, write_slot = context.read_slot, context.write_slot
     channels, gates = (x.reshape(slot.shape[0], -1, x.shape[-1]) for x in (channels, gates))
-    states, stored = _read_states(gdn.ssm, layer, slot, context.order.read), gdn.conv[layer, slot]
+    states, stored = _read_states(pools["ssm"], layer, slot, context.orders[DELTA].read), pools["conv"][layer, slot]
     window = stored[:, :WINDOW]
     if context.pending is not None:
-        pending_ab = gdn.pending_ab[layer, slot]
+        pending_ab = pools["pending_ab"][layer, slot]
         states, window = _fold_pending(weights, states, stored, pending_ab, context.pending)
     rows = channels.shape[1]
     inputs = jnp.concatenate([window, channels], axis=1)
     after = _folded(weights, states, inputs, gates)
     if context.pending is None:
-        ssm, conv = after[:, -1], gdn.conv.at[layer, write_slot, :WINDOW].set(inputs[:, rows:])
+        ssm, conv = after[:, -1], pools["conv"].at[layer, write_slot, :WINDOW].set(inputs[:, rows:])
     else:
-        ssm, conv = states, gdn.conv.at[layer, write_slot, : WINDOW + rows].set(inputs)
-        gdn = dataclasses.replace(gdn, pending_ab=gdn.pending_ab.at[layer, write_slot, :rows].set(gates))
-    ssm = _write_states(gdn.ssm, layer, write_slot, ssm, context.order.write)
-    gdn = dataclasses.replace(gdn, ssm=ssm, conv=conv)
-    return after[:, 1:].reshape(-1, *after.shape[2:]), inputs[:, WINDOW - 1 : -1].reshape(-1, inputs.shape[-1]), gdn
+        ssm, conv = states, pools["conv"].at[layer, write_slot, : WINDOW + rows].set(inputs)
+        pools = pools | {"pending_ab": pools["pending_ab"].at[layer, write_slot, :rows].set(gates)}
+    ssm = _write_states(pools["ssm"], layer, write_slot, ssm, context.orders[DELTA].write)
+    before = inputs[:, WINDOW - 1 : -1].reshape(-1, inputs.shape[-1])
+    return after[:, 1:].reshape(-1, *after.shape[2:]), before, pools | {"ssm": ssm, "conv": conv}
 
 
 def _read_states(ssm, layer, slot, vk):
@@ -290,11 +305,11 @@ def _write_states(ssm, layer, slot, states, vk):
     return ssm.at[layer, slot].set(states)
 
 
-def _delta_prefill(weights, channels, gates, gdn, layer, context):
+def _delta_prefill(weights, channels, gates, pools, layer, context):
     """Chunk by chunk, as the real op: within a chunk S_i = D_i (S + sum_(j <= i) w_j / D_j), D_i the decays up to i."""
     rows, chunks = context.rows, context.chunks
-    u, before, conv = _conv_prefill(channels, weights["conv1d"]["weight"], gdn.conv, layer, context)
-    states = _read_states(gdn.ssm, layer, rows.read_slot, context.order.read)
+    u, before, conv = _conv_prefill(channels, weights["conv1d"]["weight"], pools["conv"], layer, context)
+    states = _read_states(pools["ssm"], layer, rows.read_slot, context.orders[DELTA].read)
     states = jnp.where(rows.fresh[:, None, None], 0, states)
     valid = chunks.valid[..., None, None]
     decays = jnp.where(valid, _decays(weights, chunks.gather(gates)), 1)
@@ -310,10 +325,10 @@ def _delta_prefill(weights, channels, gates, gdn, layer, context):
         return states.at[row].set(within[-1]), within
 
     states, within = lax.scan(one_chunk, states, (chunks.row, after, added))
-    ssm = _write_states(gdn.ssm, layer, rows.write_slot, states, context.order.write)
+    ssm = _write_states(pools["ssm"], layer, rows.write_slot, states, context.orders[DELTA].write)
     if chunks.checkpoint is not None:
-        ssm = _write_states(ssm, layer, chunks.checkpoint, within[:, -1], context.order.write)
-    return chunks.scatter(within), before, dataclasses.replace(gdn, ssm=ssm, conv=conv)
+        ssm = _write_states(ssm, layer, chunks.checkpoint, within[:, -1], context.orders[DELTA].write)
+    return chunks.scatter(within), before, pools | {"ssm": ssm, "conv": conv}
 
 
 def _conv_prefill(x, taps, conv, layer, context):
@@ -349,21 +364,22 @@ def _inverse(a):
     return inverse
 
 
-def _attention_layer(weights, x, context, kv, layer):
+def _attention_layer(weights, x, context, cache, layer):
     x = x.astype(jnp.uint32)
     position = context.position.astype(jnp.uint32)
     k = x[:, None] * weights["k_proj"]["weight"]
     v = (x ^ position)[:, None] * weights["v_proj"]["weight"]
     k, v = (jnp.stack([y & (2**BITS - 1), y >> BITS], axis=-1).astype(jnp.float32) for y in (k, v))
     places = context.places
-    k_blocks, v_blocks = paged_attention.write(kv.k, kv.v, layer, k, v, places.block, places.offset)
+    pools = cache.pages[ATTENTION]
+    k_blocks, v_blocks = paged_attention.write(pools["k"], pools["v"], layer, k, v, places.block, places.offset)
     sums = _sum_keys(k_blocks, v_blocks, layer, context.tiles)
     match context:
         case PrefillContext():
             out = context.chunks.scatter(sums)
         case DecodeContext():
             out = sums.reshape(-1)
-    return out, KVBlocks(k=k_blocks, v=v_blocks)
+    return out, cache.with_pages(ATTENTION, k=k_blocks, v=v_blocks)
 
 
 def _sum_keys(k_blocks, v_blocks, layer, tiles):
@@ -410,8 +426,8 @@ class Oracle:
     def __init__(self, model: LedgerModel):
         self._model = model
         self._weights = jax.tree.map(lambda leaf: leaf.tolist(), model.params())
-        delta = [i for i, kind in enumerate(PATTERN) if kind == "D"]
-        attention = [i for i, kind in enumerate(PATTERN) if kind == "A"]
+        delta = [i for i, kind in enumerate(self._model.pattern) if kind == "D"]
+        attention = [i for i, kind in enumerate(self._model.pattern) if kind == "A"]
         self._delta = {i: row for row, i in enumerate(delta)}
         self._attention = {i: row for row, i in enumerate(attention)}
         zeros = (0,) * (KEY_DIM * VALUE_DIM)
@@ -460,7 +476,7 @@ class Oracle:
             embedding = self._weights["embed_tokens"]["weight"][token]
             x = _mix_int(total ^ JUNK)
             if x & 3:
-                x = _guess_int(embedding, previous[1], position)
+                x = _guess_int(embedding, previous[1] if self._delta else 0, position)
             token, previous = self._greedy(x), (x, _mix_int(embedding ^ DIGEST))
             found.append(token)
         return tuple(found)
@@ -519,7 +535,7 @@ class Oracle:
     def _fold(self, point: Point, token: int) -> Point:
         embedding = x = self._weights["embed_tokens"]["weight"][token]
         states, windows, sums, entries = [], [], [], []
-        for i, kind in enumerate(PATTERN):
+        for i, kind in enumerate(self._model.pattern):
             if kind == "D":
                 row = self._delta[i]
                 windows.append((*point.windows[row][1:], x))
@@ -535,7 +551,8 @@ class Oracle:
             seen = point.length >= FIRST_INDEX
             sums.append((point.sums[-1] + seen * _total(entries[-1], point.length)) & MASK)
             if x & 3:
-                x = _guess_int(embedding, _mix_int(point.windows[0][-1] ^ DIGEST), point.length)
+                aux = _mix_int(point.windows[0][-1] ^ DIGEST) if self._delta else 0
+                x = _guess_int(embedding, aux, point.length)
         return Point(
             length=point.length + 1,
             token=token,

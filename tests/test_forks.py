@@ -13,14 +13,16 @@ import pytest
 
 from gdnjax import build_model, random_params
 from gdnjax.batch import LogitRowBatch
-from gdnjax.config import MlpKind
+from gdnjax.cache import LAYOUT_KV, LAYOUT_VK
+from gdnjax.config import ATTENTION, MlpKind
 from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS
-from gdnjax.state import LAYOUT_KV, LAYOUT_VK, NO_TOKEN
+from gdnjax.state import NO_TOKEN
 from gdnjax.step import fill_logit_row
 from tests.driver import BLOCK, NUM_BLOCKS, Admission, Driver, Piece
 from tests.float64 import reference
 from tests.ledger import KEY_DIM, VALUE_DIM, LedgerModel, Oracle
 from tests.micro import MICRO, A, D
+from tests.pools import pool_of, with_pools
 
 POSITIONS = (1, 16, 48, 63, 65, 100)
 """Within a window of the start, at the end of a block, and anywhere in a chunk."""
@@ -192,7 +194,8 @@ def test_fork_from_before_its_cached_blocks_leaves_those_as_they_are(driver):
     assert driver.prefill(piece).tokens[0, 0] == first
     assert_rows_equal(driver.row(3), whole)
     # Stored again, keys would be the same; so others stand there.
-    driver.state = dataclasses.replace(driver.state, kv=jax.tree.map(jnp.ones_like, driver.state.kv))
+    ones = {name: jnp.ones_like(pool_of(driver.state, name)) for name in ("k", "v")}
+    driver.state = with_pools(driver.state, **ones)
     before = leaves_of(driver)
     driver.admit(Admission(3, length=48))
     driver.prefill(piece)
@@ -226,8 +229,7 @@ def test_checkpoint_with_a_stale_layout_bit_is_seen(mixed):
     # Long enough that all tokens can hardly be those of the guess that a model with a head goes by.
     suffix = [produced[-1], *prompt_of(6, 1)]
     expected = oracle_of(mixed).solo_run(held + suffix, 12)
-    gdn = mixed.state.gdn
-    mixed.state = dataclasses.replace(mixed.state, gdn=dataclasses.replace(gdn, layout=gdn.layout.at[5].set(LAYOUT_KV)))
+    mixed.state = with_pools(mixed.state, layout=pool_of(mixed.state, "layout").at[5].set(LAYOUT_KV))
     found = [fork(mixed, 3, len(held), 5, suffix, range(11, 16)), *mixed.produce(3, 11)]
     assert found[:12] != expected
 
@@ -337,7 +339,9 @@ def test_keys_of_the_head_are_those_of_the_oracle(speculating):
 
 def keys_of(driver: Driver, blocks, count: int) -> np.ndarray:
     """[2, L, t, kh, hd] of the first `count` tokens in blocks."""
-    pools = np.stack([np.asarray(pool[:, np.array(blocks)]) for pool in (driver.state.kv.k, driver.state.kv.v)])
+    pools = np.stack(
+        [np.asarray(pool[:, np.array(blocks)]) for pool in (pool_of(driver.state, "k"), pool_of(driver.state, "v"))]
+    )
     return pools.reshape(*pools.shape[:2], -1, *pools.shape[4:])[:, :, :count]
 
 
@@ -357,8 +361,8 @@ def leaves_of(driver: Driver) -> dict[str, np.ndarray]:
 def assert_unchanged_but(before: dict, after: dict, slots=(), blocks=()) -> None:
     """All leaves are the same, but for the rows of slots and blocks named here and the null ones."""
     for name, leaf in before.items():
-        axis = 1 if name in ("gdn.ssm", "gdn.conv", "gdn.pending_ab", "kv.k", "kv.v") else 0
-        changed = [0, *(blocks if name.startswith("kv.") else slots)]
+        axis = 1 if name.startswith("cache.") and not name.endswith(".layout") else 0
+        changed = [0, *(blocks if name.startswith("cache.pages.") else slots)]
         if name.startswith(("logit_rows.", "token_counts")):
             changed = []
         np.testing.assert_array_equal(
@@ -405,14 +409,15 @@ def test_admission_forgets_the_hidden_state_and_takes_the_length(ledger):
 def test_admission_copies_its_blocks_and_nothing_else(driver):
     """All copies see the blocks as they stood before."""
     numbers = np.random.default_rng(1)
-    shape = driver.state.kv.k.shape
-    kv = jax.tree.map(lambda pool: numbers.integers(0, 1 << 20, shape).astype(pool.dtype), driver.state.kv)
-    driver.state = dataclasses.replace(driver.state, kv=jax.device_put(kv))
+    entries = driver.state.cache.pages[ATTENTION]
+    shape = entries["k"].shape
+    filled = {name: numbers.integers(0, 1 << 20, shape).astype(pool.dtype) for name, pool in entries.items()}
+    driver.state = with_pools(driver.state, **filled)
     before = leaves_of(driver)
     driver.admit(Admission(2, length=5, copy=(7, 8)), Admission(3, length=5, copy=(8, NUM_BLOCKS)))
     after = leaves_of(driver)
     assert_unchanged_but(before, after, slots=(2, 3), blocks=(8, NUM_BLOCKS))
-    for name in ("kv.k", "kv.v"):
+    for name in ("cache.pages.attention.k", "cache.pages.attention.v"):
         np.testing.assert_array_equal(after[name][:, 8], before[name][:, 7])
         np.testing.assert_array_equal(after[name][:, NUM_BLOCKS], before[name][:, 8])
 
@@ -422,9 +427,9 @@ def test_sealed_rows_are_whole_and_nothing_else_changes(driver):
     slots = driver.state.slots
     length = slots.length.at[np.array([1, 3, 5])].set(np.array([7, 8, 7]))
     driver.state = dataclasses.replace(driver.state, slots=dataclasses.replace(slots, length=length))
-    if driver.state.gdn.pending is not None:
-        gdn = dataclasses.replace(driver.state.gdn, pending=jnp.zeros_like(driver.state.gdn.pending))
-        driver.state = dataclasses.replace(driver.state, gdn=gdn)
+    if driver.state.slots.pending is not None:
+        slots = dataclasses.replace(driver.state.slots, pending=jnp.zeros_like(driver.state.slots.pending))
+        driver.state = dataclasses.replace(driver.state, slots=slots)
     before = {slot: driver.row(slot) for slot in (1, 3, 4, 8)}
     leaves = leaves_of(driver)
     driver.seal((1, 5, 7), (3, 6, 8), (1, 4, 8), (3, 8, 8), count=3)

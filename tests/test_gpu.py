@@ -23,6 +23,7 @@ from gdnjax import (
     sharding,
 )
 from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig
+from gdnjax.models import partition
 from scripts import bench_kernels
 from tests.micro import MICRO
 from tests.serving.exactness import ALL, GREEDY, Run, distance, finish, num_same, prompt_of, queue
@@ -61,7 +62,7 @@ def others() -> int:
 @pytest.fixture(scope="module")
 def llm(others):
     model = build_model(MODEL, "bfloat16", mtp=True)
-    places = sharding.shardings_of(abstract_params(MODEL, 1, "bfloat16", mtp=True), sharding.make_mesh(1))
+    places = partition.shardings_of(abstract_params(MODEL, 1, "bfloat16", mtp=True), sharding.make_mesh(1))
     params = random_params(MODEL, 1, "bfloat16", jax.random.key(0), mtp=True, shardings=places)
     config = EngineConfig(
         max_num_seqs=ROWS,

@@ -16,6 +16,7 @@ from gdnjax.memory.__main__ import build_parser, main
 from gdnjax.memory.weights import weight_bytes, workspace_estimate
 from gdnjax.serving import planning
 from tests.geometries import SMALL_GEOMETRY as SMALL
+from tests.geometries import small_geometry
 
 PATTERN = (LayerKind.DELTA,) * 3 + (LayerKind.ATTENTION,)
 
@@ -54,8 +55,8 @@ def test_slot_and_block_of_the_large_model_are_exact():
     assert geometry.block_bytes == 124_800
     assert geometry.packed_block_bytes == 24_547_200
     assert geometry.packed_block_bytes / (1 << 20) == pytest.approx(23.41, abs=0.005)
-    state = geometry.delta_layers * geometry.value_heads * geometry.state_size * 2
-    assert state / geometry.packed_block_bytes == pytest.approx(0.961, abs=0.0005)
+    state = next(leaf for _, leaf in geometry.cache.leaves() if leaf.name == "ssm")
+    assert state.bytes / geometry.packed_block_bytes == pytest.approx(0.961, abs=0.0005)
     assert geometry.equivalent_blocks == -(-24_422_400 // 124_800) == 196
 
 
@@ -102,19 +103,19 @@ def test_ranks_share_the_state_and_replicate_kv_heads_beyond_their_number(tp):
 
 def test_rows_of_a_speculating_slot_are_exact():
     """The window keeps the inputs of 1 + 3 tokens more, and there are their gates; hidden states count apart."""
-    plain = large_geometry(ssm_dtype="float32")
     for rule, drafts in (("shared_noise", 0), ("rejection", 3)):
-        geometry = plain.speculating(EngineConfig(num_speculative_tokens=3, draft_acceptance=rule))
+        speculation = EngineConfig(num_speculative_tokens=3, draft_acceptance=rule)
+        geometry = large_geometry(ssm_dtype="float32", speculation=speculation)
         assert geometry.slot_bytes == 45 * ((3 + 4) * 3072 * 2 + 16 * 128 * 128 * 4 + 4 * 2 * 16 * 2)
         assert geometry.hidden_bytes == (1 + 4 + drafts) * 4096 * 2
-        assert geometry.block_bytes == plain.block_bytes
-    assert plain.speculating(EngineConfig()) == plain
+        assert geometry.block_bytes == large_geometry(ssm_dtype="float32").block_bytes
+    assert large_geometry(speculation=EngineConfig()) == large_geometry()
 
 
 @pytest.mark.parametrize("num_drafts", [1, 3, 7])
 def test_plan_divides_a_budget_by_what_speculating_slots_take(num_drafts):
     config = uncached(num_speculative_tokens=num_drafts, draft_acceptance="rejection")
-    geometry = SMALL.speculating(config)
+    geometry = small_geometry(speculation=config)
     slot = geometry.slot_bytes + geometry.hidden_bytes
     rows = 5 * (SMALL.logit_row_bytes + SMALL.count_row_bytes)
     budget = 5 * slot + rows + (16 + 1) * SMALL.block_bytes
@@ -125,7 +126,7 @@ def test_plan_divides_a_budget_by_what_speculating_slots_take(num_drafts):
 
 
 def test_model_without_attention_needs_no_block_bytes():
-    geometry = dataclasses.replace(SMALL, attention_layers=0)
+    geometry = small_geometry(attention_layers=0)
     assert geometry.block_bytes == geometry.equivalent_blocks == 0
     plan = memory.plan(geometry, EngineConfig(max_num_seqs=2), max_model_len=64, budget_bytes=8 << 20)
     assert plan.num_blocks == (2 + 4) * 4
@@ -283,7 +284,8 @@ def test_shortfall_names_no_setting_that_would_not_help():
 def test_plan_refuses_8_bit_keys_that_kernels_cannot_number(edge, over):
     """2^31 to 2^32 numbers, the null block among them; what the message allows is allowed, and next to what is not."""
     geometry = large_geometry(kv_dtype="fp8")
-    of_block = geometry.attention_layers * geometry.block_size * geometry.kv_heads * geometry.head_dim
+    keys = geometry.cache.paged[0].leaves[0]
+    of_block = keys.bytes * geometry.block_size
     # The first whole blocks from the edge on.
     blocks = -(-edge // of_block) - 1 + over
 

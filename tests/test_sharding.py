@@ -10,13 +10,16 @@ from jax.sharding import NamedSharding
 
 from gdnjax import EngineConfig, SamplingParams, abstract_params
 from gdnjax.memory import MemoryPlan
+from gdnjax.models import engine_geometry
+from gdnjax.models.partition import TABLE, spec_of
 from gdnjax.serving import packing
 from gdnjax.serving.llm import LLM
-from gdnjax.sharding import AXIS, TABLE, P, make_mesh, path_name, shardings_of, spec_of, specs_of
-from gdnjax.state import empty_state
+from gdnjax.sharding import AXIS, P, make_mesh, path_name
+from gdnjax.state import empty_state, shardings_of, specs_of
 from tests.driver import Admission, Driver, Piece
 from tests.ledger import LedgerModel, Oracle
 from tests.micro import MICRO, micro_model, micro_params
+from tests.pools import pool_of
 
 
 def leaf_names(tree) -> list[str]:
@@ -27,7 +30,7 @@ def abstract_state(tp: int):
     config = EngineConfig(
         max_num_seqs=2, tensor_parallel_size=tp, num_speculative_tokens=2, draft_acceptance="rejection"
     )
-    geometry = micro_model(tp).geometry(config.block_size, config.ssm_dtype).speculating(config)
+    geometry = engine_geometry(micro_model(tp), config)
     plan = MemoryPlan.of_counts(geometry, num_slots=2, num_blocks=5, num_logit_rows=2)
     return jax.eval_shape(lambda: empty_state(geometry, plan, config, 64))
 
@@ -51,7 +54,7 @@ def test_every_line_of_the_table_is_used():
     assert {pattern for pattern, _ in TABLE} == set(first)
 
 
-@pytest.mark.parametrize("name", ["layers.0.linear_attn.in_proj_x.weight", "gdn.unknown", "kv.scales", "weight"])
+@pytest.mark.parametrize("name", ["layers.0.linear_attn.in_proj_x.weight", "slots.hidden", "weight"])
 def test_unknown_name_raises(name):
     with pytest.raises(KeyError, match="not in the sharding table"):
         spec_of(name)
@@ -166,7 +169,7 @@ def test_ranks_of_one_kv_head_hold_the_same_keys(llm):
     """With more ranks than kv heads, neighbours hold one head: weights, keys and values."""
     copies = max(1, llm.model.tp // MICRO.attention.num_kv_heads)
     attention = llm.params["layers"][2]["self_attn"]
-    arrays = [llm.engine.runner.state.kv.k, llm.engine.runner.state.kv.v]
+    arrays = [pool_of(llm.engine.runner.state, "k"), pool_of(llm.engine.runner.state, "v")]
     arrays += [attention[name]["weight"] for name in ("k_proj", "v_proj")]
     for array in arrays:
         ranks = rank_values(array)

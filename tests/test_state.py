@@ -1,19 +1,23 @@
 """The pytrees that outlive a step hold what the memory plan counted, and start with nothing in them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdnjax.cache import LAYOUT
 from gdnjax.assets import PRESETS, config_file
-from gdnjax.config import DRAFT_ACCEPTANCES, EngineConfig, ModelConfig
+from gdnjax.config import ATTENTION, DELTA, DRAFT_ACCEPTANCES, EngineConfig, ModelConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.state import NO_TOKEN, ServeState, check_state, empty_state
-from tests.geometries import SMALL_GEOMETRY
+from tests.geometries import small_geometry
+from tests.pools import with_pools
 
-GEOMETRY = dataclasses.replace(SMALL_GEOMETRY, vocab_size=101, block_size=8)
+geometry_of = functools.partial(small_geometry, vocab_size=101, block_size=8)
+GEOMETRY = geometry_of()
 PLAN = MemoryPlan.of_counts(GEOMETRY, num_slots=4, num_blocks=20, num_logit_rows=2, num_count_rows=4)
 
 
@@ -27,11 +31,11 @@ def size_of(tree):
 
 def sizes_of(state):
     """Bytes of (state and windows, hidden states, keys and values, bias, counts), with speculation."""
-    gdn, slots, rows = state.gdn, state.slots, state.logit_rows
+    slots, rows = state.slots, state.logit_rows
     return (
-        size_of((gdn.ssm, gdn.conv, gdn.pending_ab)),
+        size_of([pool for name, pool in state.cache.slots[DELTA].items() if name != LAYOUT]),
         size_of((slots.hidden, slots.pending_hidden, slots.draft_hidden)),
-        size_of(state.kv),
+        size_of(state.cache.pages[ATTENTION]),
         size_of(rows.bias),
         size_of(state.token_counts),
     )
@@ -44,7 +48,7 @@ SPECULATION = ({}, *({"num_speculative_tokens": 3, "draft_acceptance": rule} for
 @pytest.mark.parametrize("ssm_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_pools_take_exactly_the_planned_bytes(speculation, ssm_dtype, tp):
-    geometry = dataclasses.replace(GEOMETRY, ssm_dtype=ssm_dtype).speculating(EngineConfig(**speculation))
+    geometry = geometry_of(ssm_dtype=ssm_dtype, speculation=EngineConfig(**speculation))
     plan = MemoryPlan.of_counts(geometry, num_slots=4, num_blocks=20, num_logit_rows=2, num_count_rows=4)
     state = jax.eval_shape(lambda: empty(geometry, tensor_parallel_size=tp, **speculation))
     # Every rank holds all of the hidden states.
@@ -61,11 +65,12 @@ def test_pools_take_exactly_the_planned_bytes(speculation, ssm_dtype, tp):
 def test_state_of_a_speculating_request_is_at_most_a_twentieth_more(name):
     """With three drafts and a float32 state, by either rule; in the pools as in the plan, to the byte."""
     model = ModelConfig.from_hf(config_file(name))
-    plain = StateGeometry.of(model, tp=1, block_size=16, dtype="bfloat16", ssm_dtype="float32")
 
     def bytes_of_a_request(**speculation):
         engine = EngineConfig(max_num_seqs=2, **speculation)
-        geometry = plain.speculating(engine)
+        geometry = StateGeometry.of(
+            model, tp=1, block_size=16, dtype="bfloat16", ssm_dtype="float32", speculation=engine
+        )
         plan = MemoryPlan.of_counts(geometry, num_slots=2, num_blocks=4, num_logit_rows=1)
         state, hidden, *_ = sizes_of(jax.eval_shape(lambda: empty_state(geometry, plan, engine, 64)))
         assert (state, hidden) == (plan.state_bytes, plan.hidden_bytes)
@@ -79,8 +84,8 @@ def test_state_of_a_speculating_request_is_at_most_a_twentieth_more(name):
 def test_uncounted_fields_are_small():
     """What the plan leaves out is a few words a slot and a logit row, whatever the model's size."""
     engine = EngineConfig(num_speculative_tokens=7, draft_acceptance="rejection")
-    state = jax.eval_shape(lambda: empty(GEOMETRY.speculating(engine)))
-    slots = size_of((state.slots, state.gdn)) - sum(sizes_of(state)[:2])
+    state = jax.eval_shape(lambda: empty(geometry_of(speculation=engine)))
+    slots = size_of((state.slots, state.cache.slots[DELTA])) - sum(sizes_of(state)[:2])
     assert slots / 5 < 256 + 4 * state.slots.block_table.shape[1]
     rows = state.logit_rows
     assert size_of((rows.bad_words, rows.recent)) / 3 < 4096
@@ -116,7 +121,9 @@ def test_state_survives_flattening():
 def test_check_accepts_an_empty_state():
     check_state(empty())
     check_state(jax.eval_shape(empty))
-    check_state(empty(GEOMETRY.speculating(EngineConfig(num_speculative_tokens=2, draft_acceptance="rejection"))))
+    engine = EngineConfig(num_speculative_tokens=2, draft_acceptance="rejection")
+    check_state(empty(geometry_of(speculation=engine)))
+    check_state(empty(geometry_of(speculation=engine), tensor_parallel_size=2))
 
 
 @pytest.mark.parametrize(
@@ -126,10 +133,6 @@ def test_check_accepts_an_empty_state():
         ("slots", "block_table", (6, 6), r"SlotTable\.block_table"),
         ("slots", "hidden", (4, 40), r"SlotTable\.hidden has shape \(4, 40\), expected 5 rows"),
         ("logit_rows", "bias", (2, 101), r"LogitRows\.bias has shape \(2, 101\), expected 3 rows"),
-        ("gdn", "ssm", (3, 4, 6, 384), "GDNState holds 4, 5 and 5 slots, SlotTable 5"),
-        ("gdn", "conv", (3, 6, 3, 208), "GDNState holds 5, 6 and 5 slots"),
-        ("gdn", "layout", (4,), "GDNState holds 5, 5 and 4 slots"),
-        ("kv", "v", (2, 21, 8, 2, 16), r"KVBlocks\.k has shape .*, KVBlocks\.v"),
     ],
 )
 def test_check_names_the_field_that_does_not_fit(part, field, shape, named):
@@ -137,6 +140,27 @@ def test_check_names_the_field_that_does_not_fit(part, field, shape, named):
     broken = dataclasses.replace(getattr(state, part), **{field: jnp.zeros(shape)})
     with pytest.raises(ValueError, match=named):
         check_state(dataclasses.replace(state, **{part: broken}))
+
+
+@pytest.mark.parametrize(
+    ("pool", "shape", "named"),
+    [
+        ("ssm", (3, 4, 6, 384), r"slots\.delta\.ssm has shape \(3, 4, 6, 384\), expected \(3, 5, 6, 384\): 5 slots"),
+        ("conv", (3, 6, 3, 208), r"slots\.delta\.conv"),
+        ("layout", (4,), r"slots\.delta\.layout has shape \(4,\), expected \(5,\)"),
+        ("v", (2, 21, 8, 2, 16), r"pages\.attention\.v has shape .*, expected \(2, 21, 8, 2, 32\): 5 slots, 21 blocks"),
+    ],
+)
+def test_check_names_the_pool_that_does_not_fit(pool, shape, named):
+    with pytest.raises(ValueError, match=named):
+        check_state(with_pools(empty(), **{pool: jnp.zeros(shape)}))
+
+
+def test_check_refuses_a_cache_without_one_of_its_pools():
+    state = empty()
+    slots = {DELTA: {name: pool for name, pool in state.cache.slots[DELTA].items() if name != "conv"}}
+    with pytest.raises(ValueError, match="its spec is"):
+        check_state(dataclasses.replace(state, cache=dataclasses.replace(state.cache, slots=slots)))
 
 
 def test_check_refuses_counts_of_another_vocabulary():

@@ -11,6 +11,7 @@ import pytest
 
 from gdnjax import LLM, EngineConfig, SamplingParams, abstract_params, build_model
 from gdnjax.batch import Emitted
+from gdnjax.config import ATTENTION
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import engine_geometry
 from gdnjax.serving import packing
@@ -23,6 +24,7 @@ from gdnjax.step import StepOptions, build_steps
 from tests.ledger import LedgerModel
 from tests.make_tokenizer import write_tokenizer
 from tests.micro import MICRO
+from tests.pools import pool_of
 
 PLAIN = StepOptions(state_layout="mixed")
 FULL = StepOptions(full=True, max_logprobs=5, state_layout="mixed")
@@ -175,7 +177,14 @@ def test_step_updates_its_pools_in_place(name, dtype, rows):
     """
     step, state = compiled(name, dtype, rows), abstract_state(STEPS[name][1], *LARGE, dtype)
     memory = step.memory_analysis()
-    smallest_pool = min(num_bytes(pool) for pool in (state.gdn.ssm, state.gdn.conv, state.kv.k))
+    smallest_pool = min(
+        num_bytes(pool)
+        for pool in (
+            pool_of(state, "ssm"),
+            pool_of(state, "conv"),
+            pool_of(state, "k"),
+        )
+    )
     assert smallest_pool > 50_000_000
     assert memory.alias_size_in_bytes >= num_bytes(state)
     assert memory.temp_size_in_bytes < 0.2 * smallest_pool
@@ -228,14 +237,14 @@ def test_step_leaks_no_tracer(name):
 def test_state_takes_the_bytes_of_the_memory_plan(options):
     """Of all that grows with slots, blocks and vocabulary; the scalars of a slot are not in the plan."""
     config = config_of(options)
-    geometry = model_of(options).geometry(config.block_size, config.ssm_dtype).speculating(config)
+    geometry = engine_geometry(model_of(options), config)
     plan = MemoryPlan.of_counts(geometry, num_slots=7, num_blocks=13, num_logit_rows=4, num_count_rows=5)
     state = jax.eval_shape(lambda: empty_state(geometry, plan, config, MAX_MODEL_LEN))
     check_state(state)
     rows, slots = state.logit_rows, state.slots
-    assert num_bytes((state.gdn.ssm, state.gdn.conv, state.gdn.pending_ab)) == plan.state_bytes
+    assert num_bytes((pool_of(state, "ssm"), pool_of(state, "conv"), pool_of(state, "pending_ab"))) == plan.state_bytes
     assert num_bytes((slots.hidden, slots.pending_hidden, slots.draft_hidden)) == plan.hidden_bytes
-    assert num_bytes(state.kv) == plan.kv_bytes
+    assert num_bytes(state.cache.pages[ATTENTION]) == plan.kv_bytes
     assert num_bytes(rows.bias) == plan.logit_row_bytes
     assert num_bytes(state.token_counts) == plan.count_row_bytes
     others = num_bytes(state) - plan.total_bytes

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from evaluation import scoring
 
-from gdnjax.config import LayerKind, ModelConfig
+from gdnjax.config import ATTENTION, DELTA, LayerKind, ModelConfig
 from gdnjax.state import ServeState
 
 from . import documents
@@ -55,7 +55,9 @@ def table(config: ModelConfig) -> dict[str, Fault]:
 
 def stale_layout_bit(state: ServeState) -> ServeState:
     """Every state is read in the layout in which it is not stored."""
-    return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, layout=1 - state.gdn.layout))
+    return dataclasses.replace(
+        state, gdn=dataclasses.replace(state.cache.slots[DELTA], layout=1 - state.cache.slots[DELTA]["layout"])
+    )
 
 
 def length_off_by_one(state: ServeState) -> ServeState:
@@ -76,9 +78,9 @@ def _gdn(change: Callable[[jax.Array], jax.Array], fields: Sequence[str], layers
     def fault(state: ServeState) -> ServeState:
         changed = {}
         for name in fields:
-            pool = getattr(state.gdn, name)
+            pool = getattr(state.cache.slots[DELTA], name)
             changed[name] = pool.at[layers].set(change(pool[layers]))
-        return dataclasses.replace(state, gdn=dataclasses.replace(state.gdn, **changed))
+        return dataclasses.replace(state, gdn=dataclasses.replace(state.cache.slots[DELTA], **changed))
 
     return fault
 
@@ -105,12 +107,12 @@ def _kv(change: Callable[[jax.Array, jax.Array], jax.Array], fields: Sequence[st
         rows = state.slots.length.shape[0] - 1
         changed = {}
         for name in fields:
-            pool = getattr(state.kv, name)
+            pool = getattr(state.cache.pages[ATTENTION], name)
             # Blocks were handed out one run after another.
             part = pool[layers, 1:]
             by_request = part.reshape(part.shape[0], rows, -1, *part.shape[3:])
             changed[name] = pool.at[layers, 1:].set(change(by_request, state.slots.length[1:]).reshape(part.shape))
-        return dataclasses.replace(state, kv=dataclasses.replace(state.kv, **changed))
+        return dataclasses.replace(state, kv=dataclasses.replace(state.cache.pages[ATTENTION], **changed))
 
     return fault
 

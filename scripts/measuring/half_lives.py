@@ -15,7 +15,7 @@ from flax import nnx
 
 from gdnjax import step
 from gdnjax.batch import PrefillBatch
-from gdnjax.config import LayerKind
+from gdnjax.config import ATTENTION, DELTA, LayerKind
 from gdnjax.models import HybridModel
 from gdnjax.models.context import prefill_context
 from gdnjax.models.layers import rotary_angles
@@ -58,7 +58,7 @@ def decays(model: HybridModel, params: Params, state: ServeState, batch: Prefill
     module = merged(model, params)
     context = prefill_context(step.pools_of(state, OPTIONS), batch)
     angles = rotary_angles(context.position, model.config.attention)
-    x, gdn, kv = module.embed_tokens(batch.tokens), state.gdn, state.kv
+    x, gdn, kv = module.embed_tokens(batch.tokens), state.cache.slots[DELTA], state.cache.pages[ATTENTION]
     found = []
     for layer in module.layers:
         if layer.kind == LayerKind.DELTA:

@@ -15,7 +15,7 @@ from kernel_bench.workloads import WORKLOADS, Workload
 
 from gdnjax.assets import config_file
 from gdnjax.backend import Backend
-from gdnjax.config import EngineConfig, ModelConfig
+from gdnjax.config import ATTENTION, DELTA, EngineConfig, ModelConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.models import abstract_params, build_model
 from gdnjax.serving import packing
@@ -171,9 +171,9 @@ def _steps(arch: str, devices, preset: str, ranks: int, drafts: int, large: bool
     built = build_steps(model, mesh, options, params, state)
     width = MAX_MODEL_LEN // engine.block_size
     # The pools are updated in place, and all temporaries together are smaller than any copy of states, keys or values.
-    pools = (state.gdn.ssm, state.kv.k, state.kv.v)
+    pools = (state.cache.slots[DELTA]["ssm"], state.cache.pages[ATTENTION]["k"], state.cache.pages[ATTENTION]["v"])
     demands = Demands(
-        alias_bytes=_bytes((state.gdn, state.kv)) // ranks,
+        alias_bytes=_bytes((state.cache.slots[DELTA], state.cache.pages[ATTENTION])) // ranks,
         most_temporary_bytes=min(map(_bytes, pools)) // ranks - 1,
         waves=WAVES,
     )

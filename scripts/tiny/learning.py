@@ -166,7 +166,9 @@ def hidden_states(model: "HybridModel", params: Any, longest: int, sequence: dic
     seen = sequence["attends"][sequence["chunk_row"]][:, None]
     tiles = dataclasses.replace(context.tiles, position=jnp.where(seen, context.tiles.position, -1), longest=longest)
     context = dataclasses.replace(context, tiles=tiles)
-    hidden, gdn, kv = model.forward(params, batch.tokens, context, state.gdn, state.kv)
+    hidden, gdn, kv = model.forward(
+        params, batch.tokens, context, state.cache.slots[DELTA], state.cache.pages[ATTENTION]
+    )
     outputs, previous = [hidden], jnp.roll(hidden, 1, axis=0)
     for depth in range(MTP_DEPTH):
         drafted, kv = model.draft(params, batch.tokens, previous, context, gdn, kv)

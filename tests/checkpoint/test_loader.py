@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gdnjax import sharding
+from gdnjax.models import partition
 from gdnjax.checkpoint import convert, load_params, loader
 from gdnjax.checkpoint.huggingface import SafetensorsSource
 from gdnjax.checkpoint.mapping import copies, origin_of
@@ -33,7 +34,7 @@ def _assert_equal(params, expected):
         name = sharding.path_name(path)
         np.testing.assert_array_equal(np.asarray(array), expected[name], err_msg=name)
         assert array.dtype == expected[name].dtype
-        assert array.sharding.spec == sharding.spec_of(name)
+        assert array.sharding.spec == partition.spec_of(name)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gdnjax import abstract_params, build_model, draft_logits, full_logits, generation, random_params, sharding, step
-from gdnjax.config import MlpKind
+from gdnjax.config import ATTENTION, MlpKind
+from gdnjax.models import partition
 from gdnjax.models.context import prefill_context
 from gdnjax.step import StepOptions
 from tests import float64
@@ -93,9 +94,10 @@ def head_over(name, tokens, previous):
     batch = generation.pack_prompts(jnp.asarray(tokens)[None], jnp.full((1,), count, jnp.int32))
     context = prefill_context(step.pools_of(state, StepOptions()), batch)
     padded = jnp.pad(previous, ((0, len(batch.tokens) - count), (0, 0)))
-    hidden, kv = model.draft(params, batch.tokens, padded, context, state.gdn, state.kv)
+    hidden, cache = model.draft(params, batch.tokens, padded, context, state.cache)
+    keys = cache.pages[ATTENTION]["k"]
     # The head's row of the pool stands behind those of the target's layers; block 0 is null.
-    return np.asarray(hidden[:count]), np.asarray(kv.k[-1, 1:].reshape(-1, *kv.k.shape[3:])[:count])
+    return np.asarray(hidden[:count]), np.asarray(keys[-1, 1:].reshape(-1, *keys.shape[3:])[:count])
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +131,11 @@ def test_ranks_draft_what_one_rank_drafts(name):
     model, mesh = build_model(config, "float32", tp, mtp=True), sharding.make_mesh(tp)
     single = abstract_params(config, 1, "float32", mtp=True)
     assert jax.tree.structure(abstract_params(config, tp, "float32", mtp=True)) == jax.tree.structure(single)
-    params = jax.device_put(spread(built(name)[1], tp), sharding.shardings_of(single, mesh))
+    params = jax.device_put(spread(built(name)[1], tp), partition.shardings_of(single, mesh))
     function = sharding.shard_step(
         lambda params, tokens: draft_logits(model, params, tokens, DEPTH),
         mesh,
-        (sharding.specs_of(params), sharding.P()),
+        (partition.specs_of(params), sharding.P()),
         (sharding.P(None, sharding.AXIS), sharding.P(None, None, sharding.AXIS)),
     )
     target, drafts = jax.jit(function)(params, jnp.asarray(TOKENS[:20]))
@@ -162,6 +164,8 @@ def test_no_draft_is_an_error(depth):
 
 
 def test_head_costs_one_more_layer_of_keys_and_values():
-    with_head, without = (build_model(DENSE, "float32", mtp=mtp).geometry(16, "float32") for mtp in (True, False))
-    assert with_head.attention_layers == without.attention_layers + 1
+    with_head, without = (
+        build_model(DENSE, "float32", mtp=mtp).cache_spec(block_size=16, ssm_dtype="float32") for mtp in (True, False)
+    )
+    assert with_head.paged[0].leaves[0].layers == without.paged[0].leaves[0].layers + 1
     assert with_head.slot_bytes == without.slot_bytes

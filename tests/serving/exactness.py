@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdnjax import LLM, EngineConfig, SamplingParams
-from gdnjax.config import ModelConfig
+from gdnjax.config import ATTENTION, DELTA, ModelConfig
 from gdnjax.sampling import gumbel
 from tests.float64 import Reference, reference
 from tests.micro import MICRO, micro_model, micro_params
@@ -143,9 +143,9 @@ def solo(llm: LLM, prompt: list[int], params: SamplingParams = GREEDY) -> Run:
 
 def observe(llm: LLM, request, slot: int, blocks: list[int]) -> Run:
     state = llm.engine.runner.state
-    kv, fed = jax.device_get(state.kv), request.num_tokens - 1
-    places = min(fed + 1, len(blocks) * kv.k.shape[2])
-    keys, values = (_keys_of(llm, pool[:, blocks], fed)[:, :places] for pool in (kv.k, kv.v))
+    entries, fed = jax.device_get(state.cache.pages[ATTENTION]), request.num_tokens - 1
+    places = min(fed + 1, len(blocks) * entries["k"].shape[2])
+    keys, values = (_keys_of(llm, entries[name][:, blocks], fed)[:, :places] for name in ("k", "v"))
     pending, states, windows, _ = row_of(llm, slot)
     ids = reported(request.output_logprobs)
     return Run(
@@ -165,9 +165,10 @@ def observe(llm: LLM, request, slot: int, blocks: list[int]) -> Run:
 
 def row_of(llm: LLM, slot: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Of a slot: how many tokens are pending, states and windows as in Run, and the last hidden state."""
-    gdn, slots, delta = llm.engine.runner.state.gdn, llm.engine.runner.state.slots, llm.model.config.delta
-    pending = 0 if gdn.pending is None else gdn.pending[slot]
-    row = (pending, gdn.ssm[:, slot], gdn.conv[:, slot], gdn.layout[slot], slots.hidden[slot])
+    state, delta = llm.engine.runner.state, llm.model.config.delta
+    gdn, slots = state.cache.slots[DELTA], state.slots
+    pending = 0 if slots.pending is None else slots.pending[slot]
+    row = (pending, gdn["ssm"][:, slot], gdn["conv"][:, slot], gdn["layout"][slot], slots.hidden[slot])
     pending, flat, conv, layout, hidden = jax.device_get(row)
     heads = flat.shape[:2]
     if layout:

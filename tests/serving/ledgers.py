@@ -8,9 +8,11 @@ import jax
 import numpy as np
 
 from gdnjax import LLM, EngineConfig, SamplingParams
+from gdnjax.cache import LAYOUT_VK
+from gdnjax.config import ATTENTION, DELTA
 from gdnjax.serving.tokenizer import Tokenizer
-from gdnjax.state import LAYOUT_VK
 from tests.ledger import KEY_DIM, VALUE_DIM, LedgerModel, Oracle
+from tests.pools import pool_of
 
 EOS = 3
 STOPS = (5, 7, 11, 13, 17, 19)
@@ -180,7 +182,7 @@ def go_on_from_decode(llm: LLM, seed: int, max_tokens: int = 3):
         llm.engine.step()
         pieces = [piece for turn in llm.engine._in_flight for piece in turn.plan.pieces if piece.request is second]
         read = pieces[0].read_slot if pieces else None
-    layout = int(llm.engine.runner.state.gdn.layout[read])
+    layout = int(pool_of(llm.engine.runner.state, "layout")[read])
     drain(llm)
     assert second.num_cached_tokens == first.num_tokens - 1
     return second, layout
@@ -236,12 +238,9 @@ def check_cache(llm: LLM) -> int:
         # They wait for the next turn.
         generate(llm, prompt_of(99, 1), 1)
     assert not engine.scheduler._seals
-    state, wanted = (
-        jax.device_get((engine.runner.state.kv, engine.runner.state.gdn, engine.runner.state.slots.hidden)),
-        oracle_of(llm),
-    )
-    kv, gdn, hidden = state
-    pools, looked_at = np.stack([kv.k, kv.v]), 0
+    cache, hidden = jax.device_get((engine.runner.state.cache, engine.runner.state.slots.hidden))
+    entries, gdn, wanted = cache.pages[ATTENTION], cache.slots[DELTA], oracle_of(llm)
+    pools, looked_at = np.stack([entries["k"], entries["v"]]), 0
     nodes = [(child, ()) for child in _below(engine.scheduler.cache.root)]
     while nodes:
         node, before = nodes.pop()
@@ -254,12 +253,12 @@ def check_cache(llm: LLM) -> int:
         if node.slot:
             looked_at += 1
             expected = wanted.row(tokens)
-            ssm, width = gdn.ssm[:, node.slot], expected["conv"].shape[1]
-            if gdn.layout[node.slot] == LAYOUT_VK:
+            ssm, width = gdn["ssm"][:, node.slot], expected["conv"].shape[1]
+            if gdn["layout"][node.slot] == LAYOUT_VK:
                 ssm = ssm.reshape(*ssm.shape[:2], VALUE_DIM, KEY_DIM).swapaxes(2, 3).reshape(ssm.shape)
             where = f"checkpoint behind {node.end} tokens"
             np.testing.assert_array_equal(ssm, expected["ssm"], err_msg=where)
-            np.testing.assert_array_equal(gdn.conv[:, node.slot, :width], expected["conv"], err_msg=where)
+            np.testing.assert_array_equal(gdn["conv"][:, node.slot, :width], expected["conv"], err_msg=where)
             np.testing.assert_array_equal(hidden[node.slot], expected["hidden"], err_msg=where)
         nodes += [(child, tokens) for child in _below(node)]
     return looked_at

@@ -16,6 +16,7 @@ from gdnjax.state import NULL_SLOT
 from tests import faults
 from tests.float64 import reference
 from tests.micro import MICRO, micro_model, micro_params
+from tests.pools import pool_of, with_pools
 from tests.serving.exactness import (
     ALL,
     CACHED,
@@ -186,7 +187,7 @@ def poison(state):
         return jax.tree.map(lambda leaf: jax.device_put(garbage(leaf, keep), leaf.sharding), part)
 
     return dataclasses.replace(
-        state, gdn=of(state.gdn, False), kv=of(state.kv, False), slots=of(state.slots, True),
+        state, cache=of(state.cache, False), slots=of(state.slots, True),
         logit_rows=of(state.logit_rows, True), token_counts=of(state.token_counts, True),
     )  # fmt: skip
 
@@ -489,7 +490,9 @@ def test_float64_bound_sees_the_fault_of_a_fork_in_its_states(cached, monkeypatc
     cached.reset_prefix_cache()
     # Or a block that is not filled could hold by chance what it should.
     state = cached.engine.runner.state
-    cached.engine.runner.state = dataclasses.replace(state, kv=jax.tree.map(jnp.zeros_like, state.kv))
+    cached.engine.runner.state = with_pools(
+        state, **{name: jnp.zeros_like(pool_of(state, name)) for name in ("k", "v")}
+    )
     monkeypatch.setattr(cached.engine.runner, "steps", cached.engine.runner.steps)
     fault(cached.engine)
     run = go_on_from_decode(cached)
@@ -506,7 +509,7 @@ def test_float64_bound_sees_the_fault_of_a_checkpoint(cached, monkeypatch, fault
     """Written by a prefill step at 128, and by a decode step at 64."""
     monkeypatch.setattr(cached.engine.runner, "steps", cached.engine.runner.steps)
     fault(cached.engine)
-    faults._replace(cached.engine, "gdn", layout=jnp.zeros_like(cached.engine.runner.state.gdn.layout))
+    faults.replace_pools(cached.engine, layout=jnp.zeros_like(pool_of(cached.engine.runner.state, "layout")))
     if fault is faults.checkpoint_one_chunk_early:
         solo(cached, prompt_of(0, 129))
         run = solo(cached, prompt_of(0, 129))
@@ -524,7 +527,7 @@ def test_float64_bound_sees_the_fault_of_speculation(monkeypatch, fault):
     llm, tally = caching_engine("mixed, 4 drafts"), Tally()
     llm.reset_prefix_cache()
     monkeypatch.setattr(llm.engine.runner, "steps", llm.engine.runner.steps)
-    faults._replace(llm.engine, "gdn", layout=jnp.zeros_like(llm.engine.runner.state.gdn.layout))
+    faults.replace_pools(llm.engine, layout=jnp.zeros_like(pool_of(llm.engine.runner.state, "layout")))
     befalls = fault is not None and len(inspect.signature(fault).parameters) > 1
     if fault is not None and not befalls:
         fault(llm.engine)

@@ -13,12 +13,14 @@ import pytest
 
 from gdnjax import LLM, EngineConfig, SamplingParams
 from gdnjax.batch import DecodeBatch
+from gdnjax.cache import LAYOUT, LAYOUT_KV, LAYOUT_VK
+from gdnjax.config import ATTENTION
 from gdnjax.serving.request import Status
 from gdnjax.serving.tokenizer import Tokenizer
-from gdnjax.state import LAYOUT_KV, LAYOUT_VK
 from tests import faults
 from tests.ledger import KEY_DIM, LedgerModel, Oracle
 from tests.make_tokenizer import write_tokenizer
+from tests.pools import pool_of, pools_of
 from tests.serving.ledgers import (
     ALONE,
     DRAWN,
@@ -209,12 +211,12 @@ def test_evicted_state_is_recomputed_and_hit_again(llm):
     while cache._evict_state():
         pass
     blocks = np.array([block for node in cache._nodes for block in node.blocks])
-    before = jax.tree.map(lambda pool: np.array(pool[:, blocks]), llm.engine.runner.state.kv)
+    before = jax.tree.map(lambda pool: np.array(pool[:, blocks]), llm.engine.runner.state.cache.pages[ATTENTION])
     lost = generate(llm, prompt, 8)
     assert lost.num_cached_tokens == 0
     assert lost.cache_miss_reason == "its blocks are cached, but no state at their end"
     # What others may be reading is left as it is, to the bit.
-    after = jax.tree.map(lambda pool: np.array(pool[:, blocks]), llm.engine.runner.state.kv)
+    after = jax.tree.map(lambda pool: np.array(pool[:, blocks]), llm.engine.runner.state.cache.pages[ATTENTION])
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert generate(llm, prompt, 8).num_cached_tokens == 128
 
@@ -234,14 +236,14 @@ def test_request_that_recomputes_states_leaves_shared_blocks_as_they_are(llm):
     held = list(request.blocks[:shared])
     llm.engine.abort(request)
     drain(llm)
-    marked = llm.engine.runner.state.kv.k.at[:, jnp.array(held)].set(7.0)
-    faults._replace(llm.engine, "kv", k=marked)
+    marked = pool_of(llm.engine.runner.state, "k").at[:, jnp.array(held)].set(7.0)
+    faults.replace_pools(llm.engine, k=marked)
     cache.begin_turn()
     while cache._evict_state():
         pass
     queue(llm, [*prompt, *prompt_of(2, 20)], greedy(2))
     drain(llm)
-    assert (np.asarray(llm.engine.runner.state.kv.k[:, jnp.array(held)]) == 7.0).all()
+    assert (np.asarray(pool_of(llm.engine.runner.state, "k")[:, jnp.array(held)]) == 7.0).all()
     llm.reset_prefix_cache()
 
 
@@ -489,15 +491,8 @@ def _running(llm: LLM, prompt, max_tokens: int):
 
 def _slots_and_blocks(state) -> list:
     """Copies of everything but the null slot and the null block."""
-    rows = {"gdn": (1, {"layout": 0, "pending": 0}), "kv": (1, {}), "slots": (0, {})}
-    found = []
-    for part, (axis, other) in rows.items():
-        value = getattr(state, part)
-        for field in dataclasses.fields(value):
-            leaf = getattr(value, field.name)
-            if leaf is not None:
-                found.append(np.delete(np.array(leaf), 0, axis=other.get(field.name, axis)))
-    return found
+    pools = [np.delete(np.array(pool), 0, axis=int(name != LAYOUT)) for name, pool in pools_of(state).items()]
+    return [*pools, *(np.delete(np.array(field), 0, axis=0) for field in jax.tree.leaves(state.slots))]
 
 
 @pytest.mark.parametrize("name", [MIXED, MIXED_DRAFTS])
@@ -526,10 +521,10 @@ def test_writes_beyond_the_reservation_go_to_the_null_block(name, length):
     engine = llm.engine
     request = _running(llm, prompt_of(1, length), 5)
     decode = engine.runner.steps.decode(engine.runner._plain)
-    faults._replace(engine, "slots", max_length=engine.runner.state.slots.max_length.at[request.slot].set(1 << 20))
-    others = np.setdiff1d(np.arange(engine.runner.state.kv.k.shape[1]), [0, *request.blocks])
-    before = jax.tree.map(lambda leaf: np.array(leaf[:, others]), engine.runner.state.kv)
-    own = np.array(engine.runner.state.kv.k[:, jnp.array(request.blocks)])
+    faults.replace_table(engine, max_length=engine.runner.state.slots.max_length.at[request.slot].set(1 << 20))
+    others = np.setdiff1d(np.arange(pool_of(engine.runner.state, "k").shape[1]), [0, *request.blocks])
+    before = jax.tree.map(lambda leaf: np.array(leaf[:, others]), engine.runner.state.cache.pages[ATTENTION])
+    own = np.array(pool_of(engine.runner.state, "k")[:, jnp.array(request.blocks)])
     produced = 0
     while produced < 60:
         batch = DecodeBatch(slot=np.array([request.slot], np.int32))
@@ -537,10 +532,10 @@ def test_writes_beyond_the_reservation_go_to_the_null_block(name, length):
         assert int(emitted.count[0]) >= 1
         produced += int(emitted.count[0])
     assert int(engine.runner.state.slots.length[request.slot]) == length + produced
-    after = jax.tree.map(lambda leaf: np.array(leaf[:, others]), engine.runner.state.kv)
+    after = jax.tree.map(lambda leaf: np.array(leaf[:, others]), engine.runner.state.cache.pages[ATTENTION])
     jax.tree.map(np.testing.assert_array_equal, before, after)
     # Within the reservation nothing that was there has been overwritten.
-    now = np.array(engine.runner.state.kv.k[:, jnp.array(request.blocks)]).reshape(own.shape[0], -1)
+    now = np.array(pool_of(engine.runner.state, "k")[:, jnp.array(request.blocks)]).reshape(own.shape[0], -1)
     kept = length * own.shape[3] * own.shape[4]
     np.testing.assert_array_equal(now[:, :kept], own.reshape(own.shape[0], -1)[:, :kept])
     engine.abort(request)
@@ -590,14 +585,14 @@ def test_layout_bit_moves_with_its_row_in_forks_and_copies():
     request = start(llm, prompt_of(0, 60), 30, 10)
     cache = llm.engine.scheduler.cache
     positions = {node.end: node.slot for node in (cache._untried | cache._proven).values()}
-    layout = np.asarray(llm.engine.runner.state.gdn.layout)
+    layout = np.asarray(pool_of(llm.engine.runner.state, "layout"))
     # Of the prompt's checkpoints and of the interval that decoding has passed.
     assert {end: int(layout[slot]) for end, slot in positions.items()} == {16: 0, 32: 0, 48: 0, 64: 1}
     (fork,) = queue(llm, [*request.tokens(0, 64), *prompt_of(1, 20)], greedy(5))
     llm.engine.step()
     (piece,) = in_flight_plan(llm).pieces
     assert (piece.start, piece.read_slot) == (64, positions[64])
-    layout = np.asarray(llm.engine.runner.state.gdn.layout)
+    layout = np.asarray(pool_of(llm.engine.runner.state, "layout"))
     assert (layout[fork.slot], layout[piece.read_slot]) == (LAYOUT_KV, LAYOUT_VK)
     drain(llm)
     for one in (request, fork):
@@ -653,7 +648,7 @@ def test_ledger_sees_a_seal_without_its_layout_bit(monkeypatch):
     llm = fresh(MIXED)
     monkeypatch.setattr(llm.engine.runner, "steps", llm.engine.runner.steps)
     faults.seal_without_layout_bit(llm.engine)
-    faults._replace(llm.engine, "gdn", layout=jnp.zeros_like(llm.engine.runner.state.gdn.layout))
+    faults.replace_pools(llm.engine, layout=jnp.zeros_like(pool_of(llm.engine.runner.state, "layout")))
     first = generate(llm, prompt_of(0, 60), 10)
     (request,) = queue(llm, [*first.tokens(0, 64), *prompt_of(1, 20)], greedy(3))
     drain(llm)

@@ -34,6 +34,7 @@ from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.scheduler import NOTHING_ALLOWED
 from tests.make_tokenizer import write_tokenizer
 from tests.models.test_parity import GOLDENS
+from tests.pools import pool_of
 
 VOCAB, EOS = 307, 305
 IM_END = 2
@@ -1043,7 +1044,7 @@ def test_error_after_the_pools_were_donated_leaves_an_engine_that_works(llm, mon
     monkeypatch.setattr(llm.engine.runner, "_run", cut_off)
     with pytest.raises(type(error)):
         run(llm, TEXT)
-    assert not llm.engine.runner.state.kv.k.is_deleted()
+    assert not pool_of(llm.engine.runner.state, "k").is_deleted()
     while llm.step():
         pass
     assert tokens_of(run(llm, TEXT)[0]) == tokens_of(expected)

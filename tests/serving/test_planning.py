@@ -11,9 +11,10 @@ from gdnjax import EngineConfig, abstract_params, build_model
 from gdnjax.assets import config_file
 from gdnjax.config import ModelConfig
 from gdnjax.models import engine_geometry
+from gdnjax.models.partition import shardings_of
 from gdnjax.serving import planning
 from gdnjax.serving.runner import Runner
-from gdnjax.sharding import make_mesh, shardings_of
+from gdnjax.sharding import make_mesh
 from gdnjax.state import empty_state
 from tests.ledger import LedgerModel
 from tests.micro import MICRO, micro_params

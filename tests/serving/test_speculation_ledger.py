@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from gdnjax import LLM, EngineConfig, SamplingParams, step
+from gdnjax.cache import LAYOUT_KV
 from gdnjax.serving.scheduler import NOTHING_ALLOWED
 from gdnjax.serving.tokenizer import Tokenizer
-from gdnjax.state import LAYOUT_KV
 from tests import faults
 from tests.ledger import LedgerModel, Oracle
 from tests.make_tokenizer import write_tokenizer
+from tests.pools import pool_of
 from tests.serving.ledgers import (
     ALONE,
     DRAWN,
@@ -364,7 +365,7 @@ def test_ledger_sees_a_stale_layout_bit_of_what_decode_sealed():
         first = start(llm, prompt_of(seed, 20 + seed), 6)
         drain(llm)
         generate(llm, prompt_of(99, 1), 1)
-        faults._replace(llm.engine, "gdn", layout=jnp.full_like(llm.engine.runner.state.gdn.layout, LAYOUT_KV))
+        faults.replace_pools(llm.engine, layout=jnp.full_like(pool_of(llm.engine.runner.state, "layout"), LAYOUT_KV))
         (second,) = queue(llm, [*first.tokens(0, first.num_tokens), *prompt_of(seed + 1, 9)], greedy(12))
         drain(llm)
         assert second.num_cached_tokens == first.num_tokens - 1
