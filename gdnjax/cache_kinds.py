@@ -70,7 +70,8 @@ class Paged:
         """Entries of a block. Raises ValueError where they do not come out even."""
         if block_size % self.tokens_per_entry:
             raise ValueError(
-                f"block_size={block_size} is no multiple of {self.tokens_per_entry}, the tokens of an entry of {self.name}"
+                f"block_size={block_size} is no multiple of {self.tokens_per_entry}, "
+                f"the tokens of an entry of {self.name}"
             )
         return block_size // self.tokens_per_entry
 

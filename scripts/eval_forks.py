@@ -250,11 +250,8 @@ def _force_bits(llm: "LLM") -> None:
             assert config.state_layout == "mixed"
             forked = batch.read_slot[batch.read_slot != batch.slot]
             layout = jnp.array(state.cache.slots[DELTA]["layout"]).at[forked].set(0)
-            return step(
-                params,
-                dataclasses.replace(state, gdn=dataclasses.replace(state.cache.slots[DELTA], layout=layout)),
-                batch,
-            )
+            cache = state.cache.with_slots(DELTA, layout=layout)
+            return step(params, dataclasses.replace(state, cache=cache), batch)
 
         return forgetful
 

@@ -6,12 +6,13 @@ its input in the paged cache and adds up a hash of every (key, value, position) 
 window, gate, position, layout bit or length changes the hidden number, and with it the next token and every one after
 it.
 
-`pattern` gives the layers: with both kinds, with attention alone (no state, so a cached prefix goes on anywhere), or with
-delta layers alone (no pages).
+`pattern` gives the layers: of both kinds, of attention alone (no state, so a cached prefix goes on anywhere), or delta
+layers alone (no pages).
 
 With its MTP head (`mtp`) the model is one whose drafts are right about half of the time. Head and target both know a
-guess: a hash of a token, its position and, where there is a window, the token before it. The target's final number is the guess where two bits of
-its own say so (three times of four), the head's where two bits of a hash of the sum over its own paged cache say so.
+guess: a hash of a token, its position and, where there is a window, the token before it. The target's final number is
+the guess where two bits of its own say so (three times of four), the head's where two bits of a hash of the sum over
+its own paged cache say so.
 What the head stores holds the target's hidden state before each token. So the drafts of a step are a function of the
 tokens before it, and a wrong row of the head's cache, or a wrong hidden state, gives other drafts, which are accepted
 or rejected elsewhere.
@@ -82,8 +83,10 @@ class LedgerModel:
     def hidden_dtype(self) -> str:
         return "uint32"
 
-    def cache_spec(self, *, block_size: int, ssm_dtype: str, pending_rows: int = 0) -> CacheSpec:
-        """Integers whatever `ssm_dtype` says."""
+    def cache_spec(
+        self, *, block_size: int, ssm_dtype: str, kv_dtype: str | None = None, pending_rows: int = 0
+    ) -> CacheSpec:
+        """Integers, whatever the dtypes say."""
         heads, layers, numbers = HEADS // self.tp, self.pattern.count("D"), {"dtype": "uint32"}
         states = [
             LeafSpec(name="ssm", layers=layers, shape=(heads, KEY_DIM * VALUE_DIM), split=0, **numbers),

@@ -377,9 +377,10 @@ def test_command_counts_what_speculation_costs(capsys):
     report = json.loads(capsys.readouterr().out)
     slot, block = 45 * (7 * 3072 * 2 + 16 * 128 * 128 * 2 + 4 * 2 * 16 * 2), 124_800 // 15 * 16
     assert (report["bytes"]["slot_bytes"], report["bytes"]["block_bytes"]) == (slot, block)
-    assert (report["bytes"]["pending_bytes"], report["num_drafts"]) == (4 * 2 * 16 * 2, 3)
+    assert (report["row_bytes"]["delta.pending_ab"], report["num_drafts"]) == (4 * 2 * 16 * 2, 3)
     assert report["slot_growth"] == slot / 24_422_400
-    assert report["plain"]["attention_layers"] == 15
+    layers = {name: report[name]["cache"]["kinds"][1]["leaves"][0]["layers"] for name in ("plain", "geometry")}
+    assert layers == {"plain": 15, "geometry": 16}
     assert main([*PUBLISHED, "--num-speculative-tokens", "3"]) == 0
     text = capsys.readouterr().out
     for part in (

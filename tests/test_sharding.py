@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from gdnjax import EngineConfig, SamplingParams, abstract_params
 from gdnjax.memory import MemoryPlan
-from gdnjax.models import engine_geometry
+from gdnjax.models import engine_geometry, partition
 from gdnjax.models.partition import TABLE, spec_of
 from gdnjax.serving import packing
 from gdnjax.serving.llm import LLM
@@ -36,20 +36,31 @@ def abstract_state(tp: int):
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_table_covers_every_leaf_and_divides_it(tp):
+def test_every_leaf_has_a_place_and_is_divided(tp):
     mesh = make_mesh(tp)
-    for tree in (abstract_params(MICRO, tp, "float32"), abstract_state(tp)):
-        names, leaves = leaf_names(tree), jax.tree.leaves(tree)
+    params, state = abstract_params(MICRO, tp, "float32"), abstract_state(tp)
+    for tree, specs in ((params, partition.specs_of(params)), (state, specs_of(state))):
+        names = leaf_names(tree)
         assert len(set(names)) == len(names)
-        for name, leaf in zip(names, leaves, strict=True):
-            # Raises where the ranks do not divide an axis.
-            NamedSharding(mesh, spec_of(name)).shard_shape(leaf.shape)
-        assert len(jax.tree.leaves(specs_of(tree), is_leaf=lambda x: isinstance(x, P))) == len(leaves)
+        # Raises where the trees differ, or the ranks do not divide an axis.
+        jax.tree.map(lambda leaf, spec: NamedSharding(mesh, spec).shard_shape(leaf.shape), tree, specs)
+
+
+def test_ranks_share_what_the_kinds_say():
+    """Heads and channels of states and pages; nothing else of the cache."""
+    cache = specs_of(abstract_state(2)).cache
+    assert cache.slots["delta"] == {
+        "ssm": P(None, None, AXIS),
+        "conv": P(None, None, None, AXIS),
+        "pending_ab": P(None, None, None, AXIS),
+        "layout": P(),
+    }
+    assert cache.pages["attention"] == dict.fromkeys(("k", "v"), P(None, None, None, AXIS))
 
 
 def test_every_line_of_the_table_is_used():
     with_head = dataclasses.replace(MICRO, mtp_layers=1)
-    names = leaf_names(abstract_params(with_head, 1, "float32", mtp=True)) + leaf_names(abstract_state(1))
+    names = leaf_names(abstract_params(with_head, 1, "float32", mtp=True))
     first = [next(pattern for pattern, _ in TABLE if re.fullmatch(pattern, name)) for name in names]
     assert {pattern for pattern, _ in TABLE} == set(first)
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax.cache import LAYOUT
 from gdnjax.assets import PRESETS, config_file
+from gdnjax.cache import LAYOUT
 from gdnjax.config import ATTENTION, DELTA, DRAFT_ACCEPTANCES, EngineConfig, ModelConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.state import NO_TOKEN, ServeState, check_state, empty_state

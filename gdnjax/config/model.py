@@ -333,10 +333,15 @@ class ModelConfig:
         if rank.delta is not None and rank.num_delta_layers:
             options = {"dtype": dtype, "ssm_dtype": ssm_dtype, "pending_rows": pending_rows}
             kinds.append(rank.delta.cache_kind(rank.num_delta_layers, **options))
-        paged = rank.num_attention_layers + (rank.mtp_layers if mtp else 0)
+        paged = [kind for kind, _ in rank.layers(mtp=mtp)].count(LayerKind.ATTENTION)
         if rank.attention is not None and paged:
             kinds.append(rank.attention.cache_kind(paged, dtype=kv_dtype or dtype))
         return CacheSpec(tuple(kinds), block_size)
+
+    def layers(self, *, mtp: bool = False) -> list[tuple[LayerKind, MlpKind]]:
+        """Token mixer and MLP of each layer, with those of the MTP head behind them if `mtp`."""
+        head = [(LayerKind.ATTENTION, self.mlp_kinds[-1])] * self.mtp_layers if mtp else []
+        return [*zip(self.layer_kinds, self.mlp_kinds, strict=True), *head]
 
     def mixer(self, kind: LayerKind) -> DeltaConfig | AttentionConfig:
         """The geometry of the token mixers of a kind."""

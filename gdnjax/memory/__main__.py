@@ -186,10 +186,13 @@ class Report:
     decoupled: Accounting | None = None
 
     @property
-    def state_share(self) -> float:
-        """The part of a packed block that is the request's state."""
-        geometry = self.geometry
-        return geometry.slot_bytes / geometry.packed_block_bytes if geometry.slot_bytes else 0.0
+    def largest_state(self) -> tuple[str, float]:
+        """The pool that takes most of a slot, and which part of a packed block it is; "" of a model without state."""
+        pools = [leaf for kind in self.geometry.cache.slots for leaf in kind.leaves]
+        if not pools:
+            return "", 0.0
+        largest = max(pools, key=lambda leaf: leaf.bytes)
+        return largest.name, largest.bytes / self.geometry.packed_block_bytes
 
     @property
     def slot_growth(self) -> float:
@@ -203,7 +206,7 @@ class Report:
         data["bytes"] = {name: getattr(self.geometry, name) for name in names}
         # Of one layer: one slot's row, or one entry of a block.
         data["row_bytes"] = {f"{kind.name}.{leaf.name}": leaf.row_bytes for kind, leaf in self.geometry.cache.leaves()}
-        data["state_share"] = self.state_share
+        data["largest_state"] = self.largest_state
         data["slot_growth"] = self.slot_growth
         if self.packed and self.decoupled and self.packed.num_blocks:
             data["ratio"] = self.decoupled.num_blocks / self.packed.num_blocks
@@ -222,11 +225,13 @@ class Report:
         block = " + ".join(
             f"{kind.entries(g.block_size)} x {_layers(kind)} x ({_leaves(kind)})" for kind in g.cache.paged
         )
+        name, share = self.largest_state
+        both = f"both in one: {share:.1%} of it is {name}" if name else "a block: there is no state"
         rows = [
             ("weights", self.weight_bytes, f"{self.weight_bytes / GIB:,.2f} GiB in {self.dtype}{with_head}"),
             ("a slot", g.slot_bytes, slot),
             ("a block", g.block_bytes, f"{block}{head}" if block else "nothing"),
-            ("packed block", g.packed_block_bytes, f"both in one: {self.state_share:.1%} of it is the request's state"),
+            ("packed block", g.packed_block_bytes, both),
         ]
         table = "\n".join(f"  {name:<12} {size:>15,} B  {note}" for name, size, note in rows)
         return (

@@ -3,15 +3,13 @@ of the workspace beside them, for where there is no compiler.
 """
 
 from gdnjax.cache_kinds import ITEMSIZE
-from gdnjax.config import EngineConfig, LayerKind, MlpKind, ModelConfig
+from gdnjax.config import EngineConfig, MlpKind, ModelConfig
 
 
 def weight_bytes(model: ModelConfig, *, tp: int, dtype: str, mtp: bool = False) -> int:
     """Bytes of all weights of one of `tp` ranks in `dtype`, with the MTP head if `mtp`."""
     rank = model.shard(tp)
-    layers = [*zip(rank.layer_kinds, rank.mlp_kinds, strict=True)]
-    if mtp:
-        layers += [(LayerKind.ATTENTION, rank.mlp_kinds[-1])] * rank.mtp_layers
+    layers = rank.layers(mtp=mtp)
     width = rank.hidden_size
     size = rank.vocab_size * width * (1 if rank.tie_word_embeddings else 2) + width
     size += sum(rank.mixer(kind).num_weights(width) + _mlp(rank, mlp) + 2 * width for kind, mlp in layers)

@@ -57,10 +57,13 @@ class Model(Protocol):
         """Their dtype."""
         ...
 
-    def cache_spec(self, *, block_size: int, ssm_dtype: str, pending_rows: int = 0) -> CacheSpec:
+    def cache_spec(
+        self, *, block_size: int, ssm_dtype: str, kv_dtype: str | None = None, pending_rows: int = 0
+    ) -> CacheSpec:
         """What one rank keeps of its requests; the head's layers are among the others of their kind.
 
-        `ssm_dtype` is that of recurrent states, `pending_rows` how many tokens a slot may hold that are not folded in.
+        `ssm_dtype` is that of recurrent states, `kv_dtype` that of entries in blocks (None: the model's own), and
+        `pending_rows` how many tokens a slot may hold that are not folded in.
         """
         ...
 
@@ -95,12 +98,21 @@ class Model(Protocol):
 
 
 def geometry_of(
-    model: Model, *, block_size: int, ssm_dtype: str, num_drafts: int = 0, keep_draft_hidden: bool = False
+    model: Model,
+    *,
+    block_size: int,
+    ssm_dtype: str,
+    kv_dtype: str | None = None,
+    num_drafts: int = 0,
+    keep_draft_hidden: bool = False,
 ) -> StateGeometry:
     """Of one rank of everything that outlives a step, with room for `num_drafts` drafts of a step."""
     return StateGeometry(
         cache=model.cache_spec(
-            block_size=block_size, ssm_dtype=ssm_dtype, pending_rows=1 + num_drafts if num_drafts else 0
+            block_size=block_size,
+            ssm_dtype=ssm_dtype,
+            kv_dtype=kv_dtype,
+            pending_rows=1 + num_drafts if num_drafts else 0,
         ),
         hidden_size=model.hidden_size,
         vocab_size=-(-model.vocab_size // model.tp),
@@ -148,12 +160,15 @@ class HybridModel:
     def hidden_dtype(self) -> str:
         return self.dtype
 
-    def cache_spec(self, *, block_size: int, ssm_dtype: str, pending_rows: int = 0) -> CacheSpec:
+    def cache_spec(
+        self, *, block_size: int, ssm_dtype: str, kv_dtype: str | None = None, pending_rows: int = 0
+    ) -> CacheSpec:
         return self.config.cache_spec(
             tp=self.tp,
             block_size=block_size,
             dtype=self.dtype,
             ssm_dtype=ssm_dtype,
+            kv_dtype=kv_dtype,
             pending_rows=pending_rows,
             mtp=self.mtp,
         )

@@ -134,7 +134,7 @@ def accounting(bench: "Bench", sizes: Sizes) -> None:
     What is emulated of the packed pool is its scheduling, by its number of blocks: not its blocks, nor their traffic.
     """
     llm = bench.open(0, sizes.batches)
-    geometry = llm.model.geometry(llm.config.block_size, llm.config.ssm_dtype)
+    geometry = geometry_of(llm.model, block_size=llm.config.block_size, ssm_dtype=llm.config.ssm_dtype)
     packed, decoupled = sizes.pools(geometry)
     with bench.scheduled(num_blocks=packed.blocks, prefix_caching=False):
         line, found = _serve(bench, sizes)

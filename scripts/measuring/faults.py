@@ -29,6 +29,7 @@ MISSING_RESET = "missing reset"
 
 def table(config: ModelConfig) -> dict[str, Fault]:
     """Every fault by its name, the intact run first. MISSING_RESET strikes before the prompt, so it is `pollute`."""
+    assert config.delta is not None, "the embedded model has delta layers"
     attention, last = config.num_attention_layers, config.num_delta_layers - 1
     every = slice(None)
     places = [i for i, kind in enumerate(config.layer_kinds) if kind == LayerKind.DELTA]
@@ -55,9 +56,8 @@ def table(config: ModelConfig) -> dict[str, Fault]:
 
 def stale_layout_bit(state: ServeState) -> ServeState:
     """Every state is read in the layout in which it is not stored."""
-    return dataclasses.replace(
-        state, gdn=dataclasses.replace(state.cache.slots[DELTA], layout=1 - state.cache.slots[DELTA]["layout"])
-    )
+    layout = 1 - state.cache.slots[DELTA]["layout"]
+    return dataclasses.replace(state, cache=state.cache.with_slots(DELTA, layout=layout))
 
 
 def length_off_by_one(state: ServeState) -> ServeState:
@@ -78,9 +78,9 @@ def _gdn(change: Callable[[jax.Array], jax.Array], fields: Sequence[str], layers
     def fault(state: ServeState) -> ServeState:
         changed = {}
         for name in fields:
-            pool = getattr(state.cache.slots[DELTA], name)
+            pool = state.cache.slots[DELTA][name]
             changed[name] = pool.at[layers].set(change(pool[layers]))
-        return dataclasses.replace(state, gdn=dataclasses.replace(state.cache.slots[DELTA], **changed))
+        return dataclasses.replace(state, cache=state.cache.with_slots(DELTA, **changed))
 
     return fault
 
@@ -107,12 +107,12 @@ def _kv(change: Callable[[jax.Array, jax.Array], jax.Array], fields: Sequence[st
         rows = state.slots.length.shape[0] - 1
         changed = {}
         for name in fields:
-            pool = getattr(state.cache.pages[ATTENTION], name)
+            pool = state.cache.pages[ATTENTION][name]
             # Blocks were handed out one run after another.
             part = pool[layers, 1:]
             by_request = part.reshape(part.shape[0], rows, -1, *part.shape[3:])
             changed[name] = pool.at[layers, 1:].set(change(by_request, state.slots.length[1:]).reshape(part.shape))
-        return dataclasses.replace(state, kv=dataclasses.replace(state.cache.pages[ATTENTION], **changed))
+        return dataclasses.replace(state, cache=state.cache.with_pages(ATTENTION, **changed))
 
     return fault
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from gdnjax import generation, step
 from gdnjax.batch import DecodeBatch, PrefillBatch
-from gdnjax.config import ATTENTION, CHUNK, DELTA
+from gdnjax.cache import LAYOUT_KV
+from gdnjax.config import CHUNK
 from gdnjax.models import HybridModel
 from gdnjax.models.context import prefill_context
 from gdnjax.shapes import Params
-from gdnjax.cache import LAYOUT_KV
 from gdnjax.state import NO_TOKEN, NULL_SLOT, ServeState
 from gdnjax.step import StepOptions
 
@@ -97,17 +97,15 @@ def extend(
     tiles = dataclasses.replace(context.tiles, position=jnp.where(attends, context.tiles.position, -1))
     rows = dataclasses.replace(context.rows, fresh=context.rows.fresh & fresh)
     context = dataclasses.replace(context, tiles=tiles, rows=rows)
-    hidden, gdn, kv = model.forward(
-        params, batch.tokens, context, state.cache.slots[DELTA], state.cache.pages[ATTENTION]
-    )
+    hidden, cache = model.forward(params, batch.tokens, context, state.cache)
     # A padded row starts at 0, too: it is kept from writing there.
     start = jnp.where(batch.length > 0, batch.start, batch.tokens.shape[0])
     previous = jnp.roll(hidden, 1, axis=0).at[start].set(pools.hidden[batch.slot], mode="drop")
-    drafts, kv = model.draft(params, batch.tokens, previous, context, gdn, kv)
+    drafts, cache = model.draft(params, batch.tokens, previous, context, cache)
     last = hidden[jnp.maximum(batch.start + batch.length - 1, 0)]
-    gdn = dataclasses.replace(gdn, layout=gdn["layout"].at[batch.slot].set(LAYOUT_KV))
     slots = dataclasses.replace(state.slots, length=state.slots.length.at[batch.slot].add(batch.length))
-    pools = Pools(dataclasses.replace(state, gdn=gdn, kv=kv, slots=slots), pools.hidden.at[batch.slot].set(last))
+    state = dataclasses.replace(state, cache=cache.written(batch.slot, LAYOUT_KV), slots=slots)
+    pools = Pools(state, pools.hidden.at[batch.slot].set(last))
     return pools, Scores(*_scores(model, params, hidden, batch), *_scores(model, params, drafts, batch))
 
 

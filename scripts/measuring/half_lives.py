@@ -15,7 +15,7 @@ from flax import nnx
 
 from gdnjax import step
 from gdnjax.batch import PrefillBatch
-from gdnjax.config import ATTENTION, DELTA, LayerKind
+from gdnjax.config import LayerKind
 from gdnjax.models import HybridModel
 from gdnjax.models.context import prefill_context
 from gdnjax.models.layers import rotary_angles
@@ -57,15 +57,15 @@ def decays(model: HybridModel, params: Params, state: ServeState, batch: Prefill
     """[GDN layers, tokens, value heads]: g of every packed token. Traceable."""
     module = merged(model, params)
     context = prefill_context(step.pools_of(state, OPTIONS), batch)
-    angles = rotary_angles(context.position, model.config.attention)
-    x, gdn, kv = module.embed_tokens(batch.tokens), state.cache.slots[DELTA], state.cache.pages[ATTENTION]
+    angles = rotary_angles(context.position, module.attention)
+    x, cache = module.embed_tokens(batch.tokens), state.cache
     found = []
     for layer in module.layers:
         if layer.kind == LayerKind.DELTA:
             mixer = layer.linear_attn
             a = mixer.in_proj_a(layer.input_layernorm(x)).astype(jnp.float32)
             found.append(log_decay(mixer.A_log[...], mixer.dt_bias[...], a))
-        x, gdn, kv = layer(x, context, angles, gdn, kv)
+        x, cache = layer(x, context, angles, cache)
     return jnp.stack(found)
 
 

@@ -161,19 +161,21 @@ def _steps(arch: str, devices, preset: str, ranks: int, drafts: int, large: bool
     )
     mesh = Mesh(np.array(devices), ("tp",))
     model = build_model(config, "bfloat16", ranks, mtp=drafts > 0, backend=Backend("pallas", arch))
-    geometry = model.geometry(engine.block_size, engine.ssm_dtype).speculating(engine)
+    geometry = engine_geometry(model, engine)
     slots, blocks = _large_counts(geometry) if large else (SLOTS, BLOCKS)
     plan = MemoryPlan.of_counts(geometry, num_slots=slots, num_blocks=blocks, num_logit_rows=8, num_count_rows=32)
-    state = with_shardings(jax.eval_shape(lambda: empty_state(geometry, plan, engine, MAX_MODEL_LEN)), mesh)
-    params = with_shardings(abstract_params(config, ranks, "bfloat16", mtp=drafts > 0), mesh)
+    state = jax.eval_shape(lambda: empty_state(geometry, plan, engine, MAX_MODEL_LEN))
+    state = with_shardings(state, shardings_of(state, mesh))
+    params = abstract_params(config, ranks, "bfloat16", mtp=drafts > 0)
+    params = with_shardings(params, partition.shardings_of(params, mesh))
     options = StepOptions(state_layout=engine.state_layout, num_drafts=drafts)
     full = dataclasses.replace(options, full=True, max_logprobs=engine.max_logprobs)
     built = build_steps(model, mesh, options, params, state)
     width = MAX_MODEL_LEN // engine.block_size
     # The pools are updated in place, and all temporaries together are smaller than any copy of states, keys or values.
-    pools = (state.cache.slots[DELTA]["ssm"], state.cache.pages[ATTENTION]["k"], state.cache.pages[ATTENTION]["v"])
+    pools = (state.cache.slots[DELTA]["ssm"], *state.cache.pages[ATTENTION].values())
     demands = Demands(
-        alias_bytes=_bytes((state.cache.slots[DELTA], state.cache.pages[ATTENTION])) // ranks,
+        alias_bytes=_bytes(state.cache) // ranks,
         most_temporary_bytes=min(map(_bytes, pools)) // ranks - 1,
         waves=WAVES,
     )
@@ -197,11 +199,12 @@ def _steps(arch: str, devices, preset: str, ranks: int, drafts: int, large: bool
 
 def _large_counts(geometry: StateGeometry) -> tuple[int, int]:
     """Slots and blocks of pools that Triton's fault hits; one of each is null."""
-    state = geometry.value_heads * geometry.state_size
-    block = geometry.block_size * geometry.kv_heads * geometry.head_dim
+    states = next(leaf for kind, leaf in geometry.cache.leaves() if kind.name == DELTA and leaf.name == "ssm")
+    keys = next(leaf for kind, leaf in geometry.cache.leaves() if kind.name == ATTENTION and leaf.name == "k")
+    block = geometry.block_size * math.prod(keys.shape)
     return (
-        fatal_count(geometry.delta_layers, state, jnp.dtype(geometry.ssm_dtype).itemsize) - 1,
-        fatal_count(geometry.attention_layers, block, jnp.dtype(geometry.kv_dtype).itemsize) - 1,
+        fatal_count(states.layers, math.prod(states.shape), jnp.dtype(states.dtype).itemsize) - 1,
+        fatal_count(keys.layers, block, jnp.dtype(keys.dtype).itemsize) - 1,
     )
 
 

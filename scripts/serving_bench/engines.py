@@ -83,17 +83,14 @@ def geometry_of(arm: Arm, config: "ModelConfig", options: Mapping[str, Any], blo
     """
     from gdnjax.config import EngineConfig
 
-    geometry = StateGeometry.of(
+    return StateGeometry.of(
         config,
         tp=options["tensor_parallel_size"],
         block_size=block_size,
         dtype=config.dtype if options["dtype"] == "auto" else options["dtype"],
         ssm_dtype=options["ssm_dtype"],
+        speculation=EngineConfig(**arm.speculation),
     )
-    if not arm.num_drafts:
-        return geometry
-    geometry = dataclasses.replace(geometry, attention_layers=geometry.attention_layers + config.mtp_layers)
-    return geometry.speculating(EngineConfig(**arm.speculation))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,10 +237,11 @@ def load_random(config: "ModelConfig", options: dict[str, Any], seed: int, *, mt
     import jax
 
     from gdnjax import abstract_params, build_model, random_params, sharding
+    from gdnjax.models import partition
 
     tp, dtype = options["tensor_parallel_size"], options["dtype"]
     dtype = config.dtype if dtype == "auto" else dtype
-    shardings = sharding.shardings_of(abstract_params(config, tp, dtype, mtp=mtp), sharding.make_mesh(tp))
+    shardings = partition.shardings_of(abstract_params(config, tp, dtype, mtp=mtp), sharding.make_mesh(tp))
     # This generator is the fastest.
     key = jax.random.key(seed, impl="unsafe_rbg")
     params = random_params(config, tp, dtype, key, mtp=mtp, shardings=shardings)

@@ -143,6 +143,7 @@ def hidden_states(model: "HybridModel", params: Any, longest: int, sequence: dic
     from gdnjax.batch import PrefillBatch
     from gdnjax.config import EngineConfig
     from gdnjax.memory import MemoryPlan
+    from gdnjax.models import geometry_of
     from gdnjax.models.context import prefill_context
     from gdnjax.state import empty_state
     from gdnjax.step import StepOptions
@@ -150,7 +151,7 @@ def hidden_states(model: "HybridModel", params: Any, longest: int, sequence: dic
 
     rows, chunks = sequence["start"].shape[0], sequence["chunk_row"].shape[0]
     # Gradients of keys and values that several queries read are summed in the pool's dtype.
-    geometry = dataclasses.replace(model.geometry(CHUNK, "float32"), kv_dtype="float32")
+    geometry = geometry_of(model, block_size=CHUNK, ssm_dtype="float32", kv_dtype="float32")
     plan = MemoryPlan.of_counts(geometry, num_slots=rows, num_blocks=chunks, num_logit_rows=0)
     state = empty_state(geometry, plan, EngineConfig(max_num_seqs=rows, block_size=CHUNK), longest)
     table = jnp.pad(sequence["block_table"], ((1, 0), (0, 0)))
@@ -166,12 +167,10 @@ def hidden_states(model: "HybridModel", params: Any, longest: int, sequence: dic
     seen = sequence["attends"][sequence["chunk_row"]][:, None]
     tiles = dataclasses.replace(context.tiles, position=jnp.where(seen, context.tiles.position, -1), longest=longest)
     context = dataclasses.replace(context, tiles=tiles)
-    hidden, gdn, kv = model.forward(
-        params, batch.tokens, context, state.cache.slots[DELTA], state.cache.pages[ATTENTION]
-    )
+    hidden, cache = model.forward(params, batch.tokens, context, state.cache)
     outputs, previous = [hidden], jnp.roll(hidden, 1, axis=0)
     for depth in range(MTP_DEPTH):
-        drafted, kv = model.draft(params, batch.tokens, previous, context, gdn, kv)
+        drafted, cache = model.draft(params, batch.tokens, previous, context, cache)
         outputs.append(drafted)
         # The next draft feeds this one's output, where so many tokens lie before it.
         previous = jnp.where((context.position > depth + 1)[:, None], jnp.roll(drafted, 1, axis=0), previous)

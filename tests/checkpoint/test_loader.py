@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 from gdnjax import sharding
-from gdnjax.models import partition
 from gdnjax.checkpoint import convert, load_params, loader
 from gdnjax.checkpoint.huggingface import SafetensorsSource
 from gdnjax.checkpoint.mapping import copies, origin_of
-from gdnjax.models import abstract_params
+from gdnjax.models import abstract_params, partition
 from tests.checkpoint import tiny
 
 PREFIX = "model.language_model."
