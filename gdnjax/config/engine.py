@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
+from gdnjax.cache_kinds import CacheSpec
 from gdnjax.config.checks import check_choice, check_int
 
 CHUNK = 64
@@ -113,6 +114,10 @@ class EngineConfig:
     def keeps_draft_hidden(self) -> bool:
         """Whether what drafts were drawn from is needed when they are put to the test."""
         return self.num_speculative_tokens > 0 and self.draft_acceptance == "rejection"
+
+    def keeps_states(self, spec: CacheSpec) -> bool:
+        """Whether the prefix cache keeps states beside blocks: a model without any goes on from every block."""
+        return self.enable_prefix_caching and spec.needs_state
 
     def __post_init__(self):
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size"):

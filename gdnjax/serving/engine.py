@@ -51,7 +51,7 @@ class Engine:
     def __init__(self, runner: Runner, allocator: Allocator, tokenizer: Tokenizer | None = None):
         config = runner.config
         self.runner, self.config, self.tokenizer = runner, config, tokenizer
-        self.scheduler = Scheduler(config, allocator)
+        self.scheduler = Scheduler(config, allocator, runner.needs_state)
         drafts = config.num_speculative_tokens
         self._controller = DraftController(drafts, config.decode_buckets) if config.adaptive_speculation else None
         # When a turn was harvested behind which the device had another to do; None where it had none.

@@ -29,7 +29,7 @@ def prefill_bucket(pieces: Sequence[Piece], buckets: Sequence[int], rows_of: Cal
     return bucket_for(sum(piece.length for piece in pieces), fits)
 
 
-def pack_admissions(admissions: Sequence[Admission], *, rows: int, table_width: int) -> AdmitBatch:
+def pack_admissions(admissions: Sequence[Admission], *, rows: int, table_width: int, tails: bool = True) -> AdmitBatch:
     """Up to `rows` requests; the padding rows reset slot 0 to what it is and copy block 0 to itself."""
     requests = [admission.request for admission in admissions]
 
@@ -64,8 +64,8 @@ def pack_admissions(admissions: Sequence[Admission], *, rows: int, table_width: 
         presence=column((p.presence_penalty for p in params), np.float32, 0),
         count_row=column((r.count_row for r in requests), np.int32, 0),
         logit_row=column((r.logit_row for r in requests), np.int32, 0),
-        copy_from=column((admission.copy_from for admission in admissions), np.int32, 0),
-        copy_to=column((admission.copy_to for admission in admissions), np.int32, 0),
+        copy_from=column((admission.copy_from for admission in admissions), np.int32, 0) if tails else None,
+        copy_to=column((admission.copy_to for admission in admissions), np.int32, 0) if tails else None,
     )
 
 

@@ -147,7 +147,7 @@ def largest_steps(model, config: EngineConfig, mesh, params, state) -> Iterator[
         tokens=config.max_num_batched_tokens,
         rows=config.prefill_rows_of(config.max_num_batched_tokens),
         table_width=width,
-        checkpoints=config.enable_prefix_caching,
+        checkpoints=config.keeps_states(state.cache.spec),
     )
     with_prompt = dataclasses.replace(full, prompt_logprobs=True)
     yield "prefill", steps.prefill(with_prompt), (params, state, prefill)
@@ -163,9 +163,13 @@ def largest_steps(model, config: EngineConfig, mesh, params, state) -> Iterator[
     yield "decode, full sampler", steps.decode(full), (params, state, decode)
     if not config.batch_invariant:
         yield "decode, plain sampler", steps.decode(plain), (params, state, decode)
-    if config.enable_prefix_caching:
+    if config.keeps_states(state.cache.spec):
         yield "seal", steps.seal, (params, state, packing.pack_seals([], rows=rows))
-    yield "admit", steps.admit, (state, packing.pack_admissions([], rows=rows, table_width=width))
+    yield (
+        "admit",
+        steps.admit,
+        (state, packing.pack_admissions([], rows=rows, table_width=width, tails=config.keeps_states(state.cache.spec))),
+    )
     yield "fill counts", steps.fill_counts, (state, packing.count_batch([], [], rows=rows))
 
 

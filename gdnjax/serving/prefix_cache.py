@@ -4,6 +4,9 @@ Attention needs the KV of every token before it, a recurrent layer only the stat
 can go on from a position where both are there: a node that has a checkpoint, all of whose blocks up to the root are in
 the tree. The two are evicted apart. A node whose state is gone is a tombstone: its KV shows where sequences have been,
 so that the next one that comes by leaves a checkpoint there.
+
+Where the model has no state (`needs_state`), a sequence can go on from behind every whole block: nobody brings a
+checkpoint then, and blocks are read by the very step that writes them.
 """
 
 import collections
@@ -27,7 +30,7 @@ DISABLED = "the prefix cache is off"
 class Match:
     """The deepest place at which a sequence can go on.
 
-    position  tokens behind it; 0: it starts afresh.
+    position  tokens behind it, all of `seen` where no state is needed; 0: it starts afresh.
     slot      the checkpoint to read, 0 for a fresh start.
     seen      tokens whose KV is there in whole blocks, with a state behind them or not.
     node      the node in which these end.
@@ -71,8 +74,8 @@ class CacheCounters:
 class PrefixCache:
     """Owns blocks and slots of the allocator's pools that no request holds, and gives them back when asked."""
 
-    def __init__(self, block_size: int, allocator: Allocator):
-        self.block_size = block_size
+    def __init__(self, block_size: int, allocator: Allocator, needs_state: bool = True):
+        self.block_size, self.needs_state = block_size, needs_state
         self.counters = CacheCounters()
         self.turn = 0
         self.num_blocks = 0
@@ -137,7 +140,7 @@ class PrefixCache:
                 break
         seen = index * self.block_size
         return Match(
-            position=best.end,
+            position=best.end if self.needs_state else seen,
             slot=best.slot,
             seen=seen,
             node=node,

@@ -81,6 +81,15 @@ class Runner:
         self.steps: Steps = build_steps(model, mesh, self._plain, params, self.state)
 
     @property
+    def needs_state(self) -> bool:
+        """Whether a cached prefix can be gone on from only where the state behind it was kept."""
+        return self.state.cache.spec.needs_state
+
+    @property
+    def _keeps_states(self) -> bool:
+        return self.config.keeps_states(self.state.cache.spec)
+
+    @property
     def counters(self) -> Counters:
         return self.metrics.counters
 
@@ -155,7 +164,9 @@ class Runner:
 
     def _admit_call(self, admissions: list[Admission]) -> Call:
         with self.metrics.timed("pack"):
-            batch = packing.pack_admissions(admissions, rows=self.config.prefill_rows, table_width=self._table_width)
+            batch = packing.pack_admissions(
+                admissions, rows=self.config.prefill_rows, table_width=self._table_width, tails=self._keeps_states
+            )
         return Call(self.steps.admit, batch)
 
     @property
@@ -192,7 +203,7 @@ class Runner:
                 tokens=tokens,
                 rows=self.config.prefill_rows_of(tokens),
                 table_width=self._table_width,
-                checkpoints=self.config.enable_prefix_caching,
+                checkpoints=self._keeps_states,
             )
         return Call(self.steps.prefill(options), batch, (self.params,))
 
@@ -245,7 +256,7 @@ class Runner:
         """Compiles every step, side by side, and runs each on padding, which changes nothing but what is null."""
         calls = {"admit": self._admit_call([]), "logit row": self._logit_row_call(None)}
         calls["counts"] = Call(self.steps.fill_counts, packing.count_batch([], [], rows=self.config.prefill_rows))
-        if self.config.enable_prefix_caching:
+        if self._keeps_states:
             calls["seal"] = self._seal_call([])
         for options in (self._full, self._with_prompt):
             for tokens in self._prefill_buckets(options):
@@ -269,7 +280,7 @@ class Runner:
             calls["logit row"] = self._logit_row_call(None)
         if any(each.needs_counts for each in params):
             calls["counts"] = Call(self.steps.fill_counts, packing.count_batch([], [], rows=self.config.prefill_rows))
-        if self.config.enable_prefix_caching:
+        if self._keeps_states:
             calls["seal"] = self._seal_call([])
         for tokens in self.config.prefill_buckets:
             calls[f"prefill {tokens}"] = self._prefill_call(self._full, [], tokens)

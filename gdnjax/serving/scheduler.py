@@ -81,10 +81,11 @@ class _Refusal:
 class Scheduler:
     """Holds every request that has not finished."""
 
-    def __init__(self, config: EngineConfig, allocator: Allocator):
+    def __init__(self, config: EngineConfig, allocator: Allocator, needs_state: bool = True):
+        """`needs_state`: a cached prefix can be gone on from only where the state behind it was kept."""
         self.config = config
         self.allocator = allocator
-        self.cache = PrefixCache(config.block_size, allocator)
+        self.cache = PrefixCache(config.block_size, allocator, needs_state)
         # Whoever has not ended, whatever becomes of the queues: what `start_over` goes by.
         self.unfinished: dict[Request, None] = {}
         self.waiting = WaitingQueue()
@@ -214,7 +215,7 @@ class Scheduler:
         own = sum(len(other.blocks) - other.num_shared for other in others)
         shared = self.cache.num_blocks_before((other.node for other in others if other.node is not None), match)
         size = self.config.block_size
-        own += self._blocks_to_admit(request) - match.seen // size + (tails if match.position % size else 0)
+        own += self._blocks_to_admit(request) - match.seen // size + (tails if match.tail else 0)
         return own + shared + len(others) <= self.allocator.blocks.size
 
     def _grow_all(self, in_flight: bool) -> bool:
@@ -281,7 +282,7 @@ class Scheduler:
         A position is asked for from the first turn on in which the state may have come so far, so it was not past it
         before, and in every turn until it is seen to be written. Where no slot is to be had, it is left out.
         """
-        if not self.config.enable_prefix_caching or self.config.batch_invariant:
+        if not self._keeps_states or self.config.batch_invariant:
             return []
         marks = []
         for request in decoding:
@@ -437,7 +438,18 @@ class Scheduler:
         limit = request.num_tokens - 1
         if not self.config.enable_prefix_caching or request.wants_prompt_logprobs:
             limit = 0
-        return self.cache.match(request, limit)
+        match = self.cache.match(request, limit)
+        if self.cache.needs_state or not match.position:
+            return match
+        # The head that drafts needs the hidden state of the last cached token, and nobody has kept it: it is fed again.
+        position = match.position - (1 if self.config.num_speculative_tokens else 0)
+        # Where bits may not depend on the cache, chunks are those of a fresh start.
+        grid = self.config.checkpoint_grid if self.config.batch_invariant else 1
+        return dataclasses.replace(match, position=position // grid * grid)
+
+    @property
+    def _keeps_states(self) -> bool:
+        return self.config.enable_prefix_caching and self.cache.needs_state
 
     def _count_hit(self, request: Request, match: Match) -> None:
         if request.num_cached_tokens is not None:
@@ -447,12 +459,13 @@ class Scheduler:
         counters = self.cache.counters
         counters.queried_tokens += request.prompt_length
         counters.hit_tokens += match.position
-        counters.lost_tokens += max(0, match.seen - match.position)
+        lost = max(0, match.seen - match.position) if self.cache.needs_state else 0
+        counters.lost_tokens += lost
         if not self.config.enable_prefix_caching:
             request.cache_miss_reason = prefix_cache.DISABLED
         elif request.wants_prompt_logprobs:
             request.cache_miss_reason = prefix_cache.BYPASSED
-        elif match.seen > match.position:
+        elif lost:
             request.cache_miss_reason = prefix_cache.NO_CHECKPOINT
         elif match.position == 0:
             short = request.prompt_length <= self.config.block_size
@@ -463,7 +476,7 @@ class Scheduler:
         itself an identical prompt would miss), before a chat's generation prompt, behind its system messages, at a
         branch, and every interval.
         """
-        if not self.config.enable_prefix_caching:
+        if not self._keeps_states:
             return ()
         grid, interval, last = self.config.checkpoint_grid, self.config.checkpoint_interval, request.num_tokens - 1
         step = -(-interval // grid) * grid
@@ -558,7 +571,7 @@ class Scheduler:
         if self.config.enable_prefix_caching:
             if self.config.batch_invariant:
                 computed, sealed = min(computed, request.prompt_length), False
-            taken = self._hand_over(request, computed, sealed)
+            taken = self._hand_over(request, computed, sealed and self.cache.needs_state)
         self._release(request, taken)
 
     def _hand_over(self, request: Request, computed: int, sealed: bool) -> int:
@@ -751,7 +764,7 @@ class Scheduler:
         """
         counters = self.cache.counters
         self.allocator = self.allocator.fresh()
-        self.cache = PrefixCache(self.config.block_size, self.allocator)
+        self.cache = PrefixCache(self.config.block_size, self.allocator, self.cache.needs_state)
         self.cache.counters = counters
         self._seals.clear()
         self.ended = [request for request in self.ended if request.finished]

@@ -133,6 +133,8 @@ def accounting(bench: "Bench", sizes: Sizes) -> None:
 
     What is emulated of the packed pool is its scheduling, by its number of blocks: not its blocks, nor their traffic.
     """
+    from gdnjax.models import geometry_of
+
     llm = bench.open(0, sizes.batches)
     geometry = geometry_of(llm.model, block_size=llm.config.block_size, ssm_dtype=llm.config.ssm_dtype)
     packed, decoupled = sizes.pools(geometry)

@@ -17,10 +17,10 @@ from gdnjax.assets import config_file
 from gdnjax.backend import Backend
 from gdnjax.config import ATTENTION, DELTA, EngineConfig, ModelConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
-from gdnjax.models import abstract_params, build_model
+from gdnjax.models import abstract_params, build_model, engine_geometry, partition
 from gdnjax.serving import packing
 from gdnjax.serving.planning import with_shardings
-from gdnjax.state import empty_state
+from gdnjax.state import empty_state, shardings_of
 from gdnjax.step import StepOptions, build_steps
 from rocm.compiling import Demands
 

@@ -11,7 +11,7 @@ from gdnjax import LLM, EngineConfig, SamplingParams
 from gdnjax.cache import LAYOUT_VK
 from gdnjax.config import ATTENTION, DELTA
 from gdnjax.serving.tokenizer import Tokenizer
-from tests.ledger import KEY_DIM, VALUE_DIM, LedgerModel, Oracle
+from tests.ledger import KEY_DIM, PATTERN, VALUE_DIM, LedgerModel, Oracle
 from tests.pools import pool_of
 
 EOS = 3
@@ -73,11 +73,32 @@ GEOMETRIES = {
         state_layout="kv", max_num_seqs=1, max_num_batched_tokens=256, prefill_buckets=(256,), decode_buckets=(1,),
         block_size=16, num_kv_blocks=17, enable_prefix_caching=False,
     ),
+    "pages alone, scarce blocks": EngineConfig(
+        max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,), decode_buckets=(1, 4), block_size=8,
+        num_kv_blocks=36, max_logit_rows=2,
+    ),
+    "pages alone, scarce blocks, 3 drafts": EngineConfig(
+        max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,), decode_buckets=(4,), block_size=8,
+        num_kv_blocks=36, max_logit_rows=2, num_speculative_tokens=3,
+    ),
+    "states alone, scarce slots": EngineConfig(
+        state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
+        decode_buckets=(1, 4), block_size=16, num_kv_blocks=20, max_logit_rows=2, num_checkpoint_slots=6,
+        state_checkpoint_interval=16,
+    ),
+    "pages alone, one request at a time, no cache": EngineConfig(
+        max_num_seqs=1, max_num_batched_tokens=256, prefill_buckets=(256,), decode_buckets=(1,), block_size=16,
+        num_kv_blocks=17, enable_prefix_caching=False,
+    ),
 }  # fmt: skip
 (
     KV, KV_DRAFTS, VK, VK_DRAFTS, MIXED, MIXED_DRAFTS, TWO_RANKS, NO_SLOTS, LARGE_BLOCKS, NO_CACHE, INVARIANT, ALONE,
+    PAGES, PAGES_DRAFTS, STATES_ALONE, PAGES_ALONE,
 ) = GEOMETRIES  # fmt: skip
-"""ALONE runs the model that the speculating ones run, without drafts."""
+"""ALONE and PAGES_ALONE run the models that the speculating ones run, without drafts."""
+
+PATTERNS = {PAGES: "AA", PAGES_DRAFTS: "AA", PAGES_ALONE: "AA", STATES_ALONE: "DD"}
+"""Of models that lack a kind of cache; the others have both."""
 
 # Beside greedy ones, which the oracle knows. All of them are compared with an engine's run of one request.
 DRAWN = (
@@ -94,7 +115,8 @@ DRAWN = (
 def engine_of(name: str) -> LLM:
     """Built once; every run uses the slots and blocks that the runs before it left behind."""
     config = dataclasses.replace(GEOMETRIES[name], warmup=False, compilation_cache_dir="")
-    model = LedgerModel(tp=config.tensor_parallel_size, mtp=config.num_speculative_tokens > 0 or name == ALONE)
+    mtp = config.num_speculative_tokens > 0 or name in (ALONE, PAGES_ALONE)
+    model = LedgerModel(tp=config.tensor_parallel_size, mtp=mtp, pattern=PATTERNS.get(name, PATTERN))
     return LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN, eos_token_ids=(EOS,))
 
 
@@ -110,12 +132,12 @@ def fresh(name: str) -> LLM:
 
 
 @functools.cache
-def oracle(mtp: bool = False) -> Oracle:
-    return Oracle(LedgerModel(mtp=mtp))
+def oracle(mtp: bool = False, pattern: str = PATTERN) -> Oracle:
+    return Oracle(LedgerModel(mtp=mtp, pattern=pattern))
 
 
 def oracle_of(llm: LLM) -> Oracle:
-    return oracle(llm.engine.runner.model.mtp)
+    return oracle(llm.engine.runner.model.mtp, llm.engine.runner.model.pattern)
 
 
 @functools.cache
@@ -239,17 +261,18 @@ def check_cache(llm: LLM) -> int:
         generate(llm, prompt_of(99, 1), 1)
     assert not engine.scheduler._seals
     cache, hidden = jax.device_get((engine.runner.state.cache, engine.runner.state.slots.hidden))
-    entries, gdn, wanted = cache.pages[ATTENTION], cache.slots[DELTA], oracle_of(llm)
-    pools, looked_at = np.stack([entries["k"], entries["v"]]), 0
+    entries, gdn, wanted = cache.pages.get(ATTENTION), cache.slots.get(DELTA), oracle_of(llm)
+    pools, looked_at = np.stack([entries["k"], entries["v"]]) if entries else None, 0
     nodes = [(child, ()) for child in _below(engine.scheduler.cache.root)]
     while nodes:
         node, before = nodes.pop()
         tokens = (*before, *itertools.chain.from_iterable(node.keys))
-        found = pools[:, :, node.blocks].reshape(*pools.shape[:2], -1, *pools.shape[4:])[:, :, : node.end - len(before)]
-        expected = wanted.entries(tokens, len(before))
-        if engine.runner.model.mtp and not before:
-            expected[:, -1, 0] = found[:, -1, 0]
-        np.testing.assert_array_equal(found, expected, err_msg=f"blocks of tokens {len(before)} to {node.end}")
+        if pools is not None:
+            found = pools[:, :, node.blocks].reshape(*pools.shape[:2], -1, *pools.shape[4:])
+            found, expected = found[:, :, : node.end - len(before)], wanted.entries(tokens, len(before))
+            if engine.runner.model.mtp and not before:
+                expected[:, -1, 0] = found[:, -1, 0]
+            np.testing.assert_array_equal(found, expected, err_msg=f"blocks of tokens {len(before)} to {node.end}")
         if node.slot:
             looked_at += 1
             expected = wanted.row(tokens)

@@ -48,10 +48,13 @@ class Letters:
 LETTERS = Tokenizer(Letters())
 
 
-def make_scheduler(*, seqs=3, tokens=128, blocks=40, rows=1, checkpoints=4, block_size=16, **config) -> Scheduler:
+def make_scheduler(
+    *, seqs=3, tokens=128, blocks=40, rows=1, checkpoints=4, block_size=16, needs_state=True, **config
+) -> Scheduler:
     """A scheduler over pools of these sizes, with the prefix cache on."""
     config = EngineConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, block_size=block_size, **config)
-    return Scheduler(config, Allocator(seqs + checkpoints, blocks, rows, seqs))
+    slots = seqs + (checkpoints if needs_state else 0)
+    return Scheduler(config, Allocator(slots, blocks, rows, seqs), needs_state)
 
 
 def make_request(
@@ -149,11 +152,12 @@ class Paper:
     """Executes plans at once, in the order of the steps, and checks everything that a step reads.
 
     `keys` are of the target's layers, `head_keys` of the head that drafts: for each block the chains up to its places.
-    The head makes a token's key when the token is drawn, the target when it is fed.
+    The head makes a token's key when the token is drawn, the target when it is fed. A model that needs no state has
+    none to be read: what stands behind a request's tokens is in its blocks.
     """
 
-    def __init__(self, config: EngineConfig):
-        self.config, self.block_size = config, config.block_size
+    def __init__(self, config: EngineConfig, needs_state: bool = True):
+        self.config, self.block_size, self.needs_state = config, config.block_size, needs_state
         self.num_drafts = config.num_speculative_tokens
         self.states: dict[int, State] = {}
         self.keys: dict[int, list[int]] = collections.defaultdict(lambda: [JUNK] * self.block_size)
@@ -163,6 +167,7 @@ class Paper:
 
     def execute(self, plan: Plan) -> tuple[list, list]:
         """(tokens, done) of every piece and of every decoding row."""
+        assert self.needs_state or not (plan.seals or plan.marks), "there is no state to seal"
         for seal in plan.seals:
             state, in_place = self.states[seal.read_slot], seal.read_slot == seal.write_slot
             written = seal_state(self.states, seal)
@@ -200,7 +205,11 @@ class Paper:
             request, row = piece.request, self.rows[piece.request.slot]
             chain = chains(request.tokens(0, piece.end))
             assert row.length == piece.start, "pieces tile what is to be prefilled"
-            assert not row.length or self.states[piece.read_slot] == State(row.length, chain[row.length])
+            if self.needs_state:
+                assert not row.length or self.states[piece.read_slot] == State(row.length, chain[row.length])
+            else:
+                assert piece.read_slot == request.slot, "there is no state to fork"
+                assert not piece.checkpoints, "there is no state to keep"
             row.table = list(request.blocks)
             for position in range(max(piece.start, request.num_cached), piece.end):
                 self._store(self.keys, row, position, chain[position + 1])
@@ -234,8 +243,8 @@ class Paper:
             self._store(self.keys, row, first + j, fed[j] if j < len(fed) else JUNK)
         row.length += len(fed)
         self.states[request.slot] = dataclasses.replace(state, pending=tuple(fed))
-        if not self.num_drafts:
-            self.states[request.slot] = self.states[request.slot].folded(1)
+        if not (self.num_drafts and self.needs_state):
+            self.states[request.slot] = self.states[request.slot].folded(len(fed))
         self.seen["kept"] += len(fed) - 1
         self.seen["refused"] += 1 + drafts - len(fed)
         self.seen["grown by several"] += len(plan.growth.get(index, [])) > 1
@@ -330,7 +339,7 @@ class Loop:
     def __init__(self, scheduler: Scheduler):
         config = scheduler.config
         self.scheduler = scheduler
-        self.device = Paper(config)
+        self.device = Paper(config, scheduler.cache.needs_state)
         self.in_flight: collections.deque = collections.deque()
         self.now = 0.0
 
@@ -346,7 +355,7 @@ class Loop:
         self.now += 1
         self.scheduler.plan(in_flight=bool(self.in_flight), now=self.now)
         self.in_flight.clear()
-        seen, self.device = self.device.seen, Paper(self.scheduler.config)
+        seen, self.device = self.device.seen, Paper(self.scheduler.config, self.scheduler.cache.needs_state)
         self.device.seen = seen
         self.scheduler.start_over()
 

@@ -28,6 +28,11 @@ from tests.serving.ledgers import (
     MIXED_DRAFTS,
     NO_CACHE,
     NO_SLOTS,
+    PAGES,
+    PAGES_ALONE,
+    PAGES_DRAFTS,
+    PATTERNS,
+    STATES_ALONE,
     STOPS,
     TWO_RANKS,
     VK,
@@ -93,7 +98,8 @@ def solo_on_engine(name: str, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
 def solo_run_of(name: str, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
     """Of a speculating engine the tokens have to be those of one that does not speculate."""
     if engine_of(name).config.num_speculative_tokens:
-        return solo_on_engine(ALONE, dataclasses.replace(wanted, speculate=True))
+        alone = PAGES_ALONE if name in PATTERNS else ALONE
+        return solo_on_engine(alone, dataclasses.replace(wanted, speculate=True))
     return solo_on_engine(name, wanted)
 
 
@@ -421,6 +427,29 @@ def test_random_interleavings_without_the_cache_equal_solo_runs():
     sees = ("preempted for want of room", "aborted", "grown", "drafts accepted", "drafts rejected")
     interleave(NO_CACHE, 25, draws=False, sees=sees)
     assert not SEEN["hit"]
+
+
+PAGED = ("hit", "aborted", "resumed", "grown", "preempted for want of room", "evicted_blocks")
+"""Of a model without a state: there is none to keep, and none to lack."""
+
+KEPT = ("lost_tokens", "states looked at", "checkpoint in a piece", "evicted_states", "sealed in place")
+
+
+@unchecked
+def test_random_interleavings_without_a_state_equal_solo_runs():
+    interleave(PAGES, 40, sees=PAGED)
+    assert not any(SEEN[event] for event in KEPT)
+
+
+@unchecked
+def test_random_interleavings_without_a_state_with_drafts_equal_solo_runs():
+    interleave(PAGES_DRAFTS, 40, sees=PAGED + DRAFTS)
+    assert not any(SEEN[event] for event in KEPT)
+
+
+@unchecked
+def test_random_interleavings_without_pages_equal_solo_runs():
+    interleave(STATES_ALONE, 40, sees=("hit", "aborted", "resumed", "states looked at", "evicted_states"))
 
 
 @unchecked

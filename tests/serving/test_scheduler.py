@@ -59,8 +59,11 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         mode=st.sampled_from(("cache", "cache", "cache", "no cache", "invariant")),
         drafts=st.sampled_from((0, 1, 3, 3)),
         adaptive=st.booleans(),
+        needs_state=st.sampled_from((True, True, True, False)),
     )
-    def build(self, seqs, chunks, block_size, spare_blocks, rows, checkpoints, interval, mode, drafts, adaptive):
+    def build(
+        self, seqs, chunks, block_size, spare_blocks, rows, checkpoints, interval, mode, drafts, adaptive, needs_state
+    ):
         cached = mode != "no cache"
         self.scheduler = make_scheduler(
             seqs=seqs,
@@ -73,6 +76,7 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
             enable_prefix_caching=cached,
             batch_invariant=mode == "invariant",
             num_speculative_tokens=drafts,
+            needs_state=needs_state,
         )
         self.adaptive = adaptive and mode != "invariant"
         self.loop = Loop(self.scheduler)
