@@ -11,7 +11,8 @@ import pytest
 
 from gdnjax import LLM, EngineConfig, SamplingParams, abstract_params, build_model
 from gdnjax.batch import Emitted
-from gdnjax.config import ATTENTION
+from gdnjax.cache import LAYOUT
+from gdnjax.config import ATTENTION, DELTA
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import engine_geometry
 from gdnjax.serving import packing
@@ -242,7 +243,7 @@ def test_state_takes_the_bytes_of_the_memory_plan(options):
     state = jax.eval_shape(lambda: empty_state(geometry, plan, config, MAX_MODEL_LEN))
     check_state(state)
     rows, slots = state.logit_rows, state.slots
-    assert num_bytes((pool_of(state, "ssm"), pool_of(state, "conv"), pool_of(state, "pending_ab"))) == plan.state_bytes
+    assert num_bytes(state.cache.slots[DELTA]) - state.cache.slots[DELTA][LAYOUT].size == plan.state_bytes
     assert num_bytes((slots.hidden, slots.pending_hidden, slots.draft_hidden)) == plan.hidden_bytes
     assert num_bytes(state.cache.pages[ATTENTION]) == plan.kv_bytes
     assert num_bytes(rows.bias) == plan.logit_row_bytes
