@@ -39,6 +39,9 @@ SMALL = {
         workloads.attention(1, 128, 128, 4, 2, 32),
         workloads.kv_write(3, 2, 32, real=2),
         workloads.kv_write(3, 2, 32, int8=True),
+        workloads.latent(3, 70, 1, 4, value_dim=32, rest=8, real=2),
+        workloads.latent(1, 128, 128, 4, value_dim=32, rest=8),
+        workloads.latent_write(3, value_dim=32, rest=8, real=2),
         workloads.grouped(20, 4, 2, 32, 48),
     )
 }

@@ -1,4 +1,4 @@
-"""Tile table of the op's kernel, a row per architecture: one entry for decode, one for tiles of a prefill chunk."""
+"""Tile tables of the op's kernels, a row per architecture: one entry for decode, one for tiles of a prefill chunk."""
 
 import dataclasses
 
@@ -30,7 +30,15 @@ TILES = {
     "rocm": {"decode": Attention(64, 32, 4, 1, programs=608), "prefill": Attention(64, 32, 4, 1)},
     "interpret": {"decode": Attention(64, 32, 1, 1, programs=16, least_split=64), "prefill": Attention(64, 32, 1, 1)},
 }
+"""Of keys and values."""
+
+LATENT = {
+    "cuda": {"decode": Attention(64, 32, 8, 2, programs=132), "prefill": Attention(64, 32, 8, 2)},
+    "rocm": {"decode": Attention(64, 32, 4, 1, programs=304), "prefill": Attention(64, 32, 4, 1)},
+    "interpret": {"decode": Attention(32, 32, 1, 1, programs=16, least_split=64), "prefill": Attention(64, 32, 1, 1)},
+}
+"""Of latents, whose sums are twice as wide: a program has 512 float32 a row."""
 
 
-def of(backend: Backend, queries: int) -> Attention:
-    return backend.tiles(TILES)["decode" if queries <= FEW else "prefill"]
+def of(table: dict, backend: Backend, queries: int) -> Attention:
+    return backend.tiles(table)["decode" if queries <= FEW else "prefill"]
