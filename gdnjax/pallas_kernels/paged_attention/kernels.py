@@ -18,7 +18,7 @@ def attend(q, k_blocks, v_blocks, layer: int, tiles, scales, backend: Backend) -
         _attend,
         backend,
         name="paged_attention",
-        tile=tables.of(tables.TILES, backend, q.shape[1]),
+        tile=tables.of(backend, q.shape[1]),
         group=q.shape[2] // k_blocks.shape[3],
         width=q.shape[3],
         q=q,

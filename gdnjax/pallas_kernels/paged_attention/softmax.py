@@ -28,13 +28,15 @@ class Plan:
 
     Fields:
       together  heads of a program, all of one group.
-      rows      of a program, padded: its heads times the queries of a tile.
+      queries   of a tile in a program: all of them, or as many of one head as fit.
+      rows      of a program, padded: its heads times its queries.
       page      keys of a turn.
       splits    parts of the context.
       first     keys at positions before it are masked.
     """
 
     together: int
+    queries: int
     rows: int
     page: int
     splits: int
@@ -63,7 +65,8 @@ def attend(
     count, queries, heads = q.shape[:3]
     # As many heads of a group as fit; each program reads the keys for all of them.
     together = max(h for h in range(1, group + 1) if group % h == 0 and (h == 1 or h * queries <= tile.rows))
-    programs = count * (heads // together)
+    at_once = min(queries, tile.rows)
+    programs = count * (heads // together) * -(-queries // at_once)
     splits = _splits(programs, tiles.block_table.shape[1] * pools[0].shape[2], tile)
     shape = (count, queries, heads)
     out = [jax.ShapeDtypeStruct((*shape, width), q.dtype)]
@@ -79,7 +82,7 @@ def attend(
         out=out,
         warps=tile.warps,
         stages=tile.stages,
-        plan=Plan(together, power_of_two(together * queries, LEAST), tile.keys, splits, tiles.first),
+        plan=Plan(together, at_once, power_of_two(together * at_once, LEAST), tile.keys, splits, tiles.first),
         **static,
     )
     return found[0] if splits == 1 else _merge(*found).astype(q.dtype)
@@ -132,7 +135,11 @@ def rows_of(program: Array, position_ref, heads: int, plan: Plan) -> Rows:
     tile = program // (plan.splits * parts)
     row = jnp.arange(plan.rows, dtype=jnp.int32)
     query, head = row // plan.together, part * plan.together + row % plan.together
-    real = row < queries * plan.together
+    real = row < plan.queries * plan.together
+    cuts = -(-queries // plan.queries)
+    if cuts > 1:
+        query, tile = tile % cuts * plan.queries + query, tile // cuts
+        real &= query < queries
     position = plgpu.load(position_ref.at[tile, query], mask=real, other=-1)
     return Rows(tile, part, split, query, head, real, position)
 

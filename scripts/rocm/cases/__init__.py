@@ -79,6 +79,7 @@ def cases() -> list[Case]:
         latent("verify", queries=4, value_dim=128, past=2),
         latent("split", value_dim=128, blocks=32),
         latent("prefill", queries=64, heads=2),
+        latent("prefill", queries=64, heads=2, value_dim=48, rest=16, dtype=np.float32),
         latent("prefill", queries=64, heads=3, value_dim=48, rest=16, blocks=5, past=90),
         latent_write(),
         latent_write(width=80),
