@@ -48,7 +48,6 @@ CASES = [
     kv_write(kv_heads=3, width=80),
     kv_write(np.int8),
     latent("split", value_dim=24, rest=8, blocks=32),
-    latent("prefill", queries=64, heads=2, value_dim=24, rest=8),
     latent_write(width=80),
     grouped("few"),
     product("narrow", 3),

@@ -23,7 +23,7 @@ def attend(q, pages, layer: int, tiles, value_dim: int, scale: float, backend: B
         _attend,
         backend,
         name="latent_attention",
-        tile=tables.of_latents(backend, q.shape[1], q.dtype.name),
+        tile=tables.of_latents(backend, q.shape[1], q.shape[2], q.dtype.name),
         group=q.shape[2],
         width=value_dim,
         q=q,

@@ -21,10 +21,9 @@ def write(k_blocks, v_blocks, layer: int, k, v, block, offset, backend: Backend)
 
 def write_quantised(k_blocks, v_blocks, scales, layer: int, k, v, block, offset, backend: Backend):
     pools = (k_blocks, v_blocks, *scales)
-    k_blocks, v_blocks, *scales = _written(
-        "paged_attention_write_quantised", pools, layer, (k, v), block, offset, backend
-    )
-    return k_blocks, v_blocks, tuple(scales)
+    name = "paged_attention_write_quantised"
+    k_blocks, v_blocks, k_scales, v_scales = _written(name, pools, layer, (k, v), block, offset, backend)
+    return k_blocks, v_blocks, (k_scales, v_scales)
 
 
 def write_latent(pages, layer: int, entries, block, offset, backend: Backend) -> Array:
