@@ -38,11 +38,9 @@ def attend(q, pages, layer: int, tiles, value_dim: int, scale: float, backend: B
 def _attend(program, layer_ref, position_ref, table_ref, q_ref, pages_ref, *outputs, plan, value_dim, scale):
     heads, width = q_ref.shape[2:]
     rows = softmax.rows_of(program, position_ref, heads, plan)
-    # Blocks are powers of two: what is the value, too, and the rest, of which there may be none.
-    value, *rest = (
-        softmax.columns(start, end - start) for start, end in ((0, value_dim), (value_dim, width)) if start < end
-    )
-    parts = [value, *rest]
+    # Blocks are powers of two: the value is one, and what is the key's alone another, if there is any.
+    value = lane, mask = softmax.columns(0, value_dim)
+    parts = [value, softmax.columns(value_dim, width - value_dim)] if value_dim < width else [value]
     queries = [rows.load(q_ref, *part) for part in parts]
     layer = bounded(layer_ref[0], pages_ref.shape[0])
 
@@ -57,5 +55,4 @@ def _attend(program, layer_ref, position_ref, table_ref, q_ref, pages_ref, *outp
             scores = scores + part
         return scores, lambda p: dot(p.astype(q_ref.dtype), keys[0])
 
-    lane, mask = value
     softmax.walk(rows, plan, table_ref, pages_ref, outputs, page_of, lane=lane, mask=mask, scale=scale)
