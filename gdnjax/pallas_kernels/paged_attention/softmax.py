@@ -65,8 +65,9 @@ def attend(
     count, queries, heads = q.shape[:3]
     # As many heads of a group as fit; each program reads the keys for all of them.
     together = max(h for h in range(1, group + 1) if group % h == 0 and (h == 1 or h * queries <= tile.rows))
-    at_once = min(queries, tile.rows)
-    programs = count * (heads // together) * -(-queries // at_once)
+    # And where not even one head's queries do, a part of them that makes equal programs.
+    at_once = max(n for n in range(1, min(queries, tile.rows) + 1) if queries % n == 0)
+    programs = count * (heads // together) * (queries // at_once)
     splits = _splits(programs, tiles.block_table.shape[1] * pools[0].shape[2], tile)
     shape = (count, queries, heads)
     out = [jax.ShapeDtypeStruct((*shape, width), q.dtype)]
@@ -136,10 +137,9 @@ def rows_of(program: Array, position_ref, heads: int, plan: Plan) -> Rows:
     row = jnp.arange(plan.rows, dtype=jnp.int32)
     query, head = row // plan.together, part * plan.together + row % plan.together
     real = row < plan.queries * plan.together
-    cuts = -(-queries // plan.queries)
+    cuts = queries // plan.queries
     if cuts > 1:
         query, tile = tile % cuts * plan.queries + query, tile // cuts
-        real &= query < queries
     position = plgpu.load(position_ref.at[tile, query], mask=real, other=-1)
     return Rows(tile, part, split, query, head, real, position)
 

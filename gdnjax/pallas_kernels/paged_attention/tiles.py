@@ -64,8 +64,8 @@ LATENT = {
             Attention(32, 32, 1, 1, programs=16, least_split=64),
         ),
         ("bfloat16", "prefill"): Attention(64, 32, 1, 1),
-        # Not a whole tile: the last program of a head has few queries.
-        ("float32", "prefill"): Attention(48, 32, 1, 1),
+        # A half of a tile.
+        ("float32", "prefill"): Attention(32, 32, 1, 1),
     },
 }
 """Of latents, by the dtype of the queries; decode is narrow up to NARROW rows.
