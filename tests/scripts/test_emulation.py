@@ -244,7 +244,7 @@ def test_tasks_are_chosen_by_name():
     assert len({task.name for task in every}) == len(every)
     assert sum(task.kind == executing.CONTROL for task in every) == 1 + len(standing_controls())
     named = executing.tasks(machine, ["*-without-bounds"])
-    assert len(named) == 13
+    assert len(named) == 16
     assert all(task.fails for task in named)
     assert [task.name for task in executing.tasks(machine, [race().name])] == [race().name]
 
