@@ -24,6 +24,7 @@ letter    axis
 ``w``     rows of a convolution window: ``conv_kernel - 1``; of its pool, with speculation, ``w + P``
 ``h kh``  query heads and key/value heads of an attention layer
 ``hd``    width of an attention head
+``lw``    width of a latent, what a token keeps for all heads: its value, and the rest of its key
 ``V``     vocabulary (of one rank, where it is sharded)
 ========  ==========================================================================================
 

@@ -143,14 +143,35 @@ def attention(x, pools, layer):
             )
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
         scores = jnp.einsum("qhd,khd->hqk", _double(q), k) * q.shape[-1] ** -0.5
-        seen = jnp.arange(k.shape[0])[None, :] <= position[:, None]
-        return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), v)
+        return jnp.einsum("hqk,khd->qhd", _weights(scores, position), v)
+
+    return lax.map(one_tile, (x["q"], x["position"], x["table"])), ()
+
+
+def _weights(scores, position):
+    """Softmax of [h, q, k] over the keys up to each query's own."""
+    seen = jnp.arange(scores.shape[-1])[None, :] <= position[:, None]
+    return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+
+
+def latent(x, pools, layer, *, value_dim, scale):
+    """Tile by tile, every head over the same latents."""
+
+    def one_tile(tile):
+        q, position, table = tile
+        c = _double(x["c"][layer, table].reshape(-1, x["c"].shape[-1]))
+        scores = jnp.einsum("qhd,kd->hqk", _double(q), c) * scale
+        return jnp.einsum("hqk,kd->qhd", _weights(scores, position), c[:, :value_dim])
 
     return lax.map(one_tile, (x["q"], x["position"], x["table"])), ()
 
 
 def kv_write(x, pools, layer):
     return (), (_double(x["k"]), _double(x["v"]))
+
+
+def latent_write(x, pools, layer):
+    return (), _double(x["c"])
 
 
 def products(x, pools, layer, *, gated):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator
 
 from gdnjax.backend import Backend
@@ -64,12 +65,20 @@ def _table(name: str):
     if name.startswith("attention-prefill"):
         sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
         return attention.TILES, "prefill", [attention.Attention(r, k, w, s) for r, k, w, s in sizes]
+    if match := re.match(r"latent-(decode|prefill)-(\d+)x", name):
+        kind = "prefill" if match[1] == "prefill" else "narrow" if int(match[2]) <= attention.NARROW else "wide"
+        old = attention.LATENT["sm_90"]["bfloat16", kind]
+        sizes = itertools.product((16, 32, 64), (16, 32, 64), (4, 8), (2, 3, 5))
+        tiles = [dataclasses.replace(old, rows=r, keys=k, warps=w, stages=s) for r, k, w, s in sizes]
+        if old.programs:
+            tiles += [dataclasses.replace(old, programs=p) for p in (264, 528)]
+        return attention.LATENT, ("bfloat16", kind), tiles
     if name.startswith("attention"):
         old = attention.TILES["cuda"]["decode"]
         sizes = itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4))
         tiles = [dataclasses.replace(old, keys=k, warps=w, stages=s) for k, w, s in sizes]
         return attention.TILES, "decode", [*tiles, *(dataclasses.replace(old, programs=p) for p in (132, 528, 1056))]
-    if name.startswith("kv-write"):
+    if name.startswith(("kv-write", "latent-write")):
         # A program is one token, whatever the chip.
         return attention.TILES, "decode", []
     if name.startswith("draw"):

@@ -307,7 +307,6 @@ def attention(
     real = requests if real is None else real
     per_tile = min(queries, CHUNK)
     tiles_of = queries // per_tile
-    blocks_of = -(-context // block_size)
     of_token = 2 * kv_heads * (width + 4 if int8 else 2 * width)
     layers = max(1, min(4, (8 << 30) // (requests * context * of_token)))
 
@@ -323,14 +322,10 @@ def attention(
 
     def inputs(key):
         keys = jax.random.split(key, 4)
-        count = requests * blocks_of
-        blocks = 1 + jax.random.permutation(keys[3], count).astype(jnp.int32).reshape(requests, blocks_of)
-        position = context - queries + jnp.arange(queries, dtype=jnp.int32).reshape(1, tiles_of, per_tile)
-        shape = (layers, count + 1, block_size, kv_heads, width)
+        shape = (layers, _blocks_of(requests, context, block_size), block_size, kv_heads, width)
         arguments = {
             "q": _random(keys[0], (requests * tiles_of, per_tile, heads, width)),
-            "position": jnp.where(jnp.arange(requests)[:, None, None] < real, position, -1).reshape(-1, per_tile),
-            "table": jnp.repeat(blocks, tiles_of, axis=0),
+            **_contexts(keys[3], requests, context, queries, block_size, real),
             "k": stored(keys[1], shape),
             "v": stored(keys[2], shape),
             "scales": scales_of(key, shape[:-1]) if int8 else None,
@@ -342,11 +337,8 @@ def attention(
         o = paged_attention.attend(x["q"], x["k"], x["v"], layer, tiles, scales=x["scales"], backend=backend)
         return o, pools
 
-    pairs = real * sum(context - queries + i + 1 for i in range(queries))
-    kind = "decode" if queries <= 8 else "prefill"
     return Workload(
-        name=f"attention-{kind}-{heads}/{kv_heads}x{width}-{_rows(requests, real)}x{context}"
-        + (f"-{queries}q" if queries > 1 else "")
+        name=_attending("attention", f"{heads}/{kv_heads}x{width}", requests, context, queries, real)
         + ("-int8" if int8 else ""),
         inputs=inputs,
         call=call,
@@ -354,7 +346,86 @@ def attention(
         written=lambda pools, x, layer: (),
         layers=layers,
         bytes=real * (context * of_token + 2 * queries * heads * width * 2),
-        flops=pairs * heads * width * 4,
+        flops=real * _pairs(context, queries) * heads * width * 4,
+        limits=(6e-3, 0),
+        chain="layer",
+    )
+
+
+def _blocks_of(requests: int, context: int, block_size: int) -> int:
+    """Blocks of a pool, one of which is null."""
+    return requests * -(-context // block_size) + 1
+
+
+def _contexts(key, requests: int, context: int, queries: int, block_size: int, real: int) -> dict[str, jax.Array]:
+    """Positions and tables of tiles of at most a chunk, their queries at the end of each request's context."""
+    per_tile = min(queries, CHUNK)
+    count = _blocks_of(requests, context, block_size) - 1
+    blocks = 1 + jax.random.permutation(key, count).astype(jnp.int32).reshape(requests, -1)
+    position = context - queries + jnp.arange(queries, dtype=jnp.int32).reshape(1, -1, per_tile)
+    return {
+        "position": jnp.where(jnp.arange(requests)[:, None, None] < real, position, -1).reshape(-1, per_tile),
+        "table": jnp.repeat(blocks, queries // per_tile, axis=0),
+    }
+
+
+def _pairs(context: int, queries: int) -> int:
+    """Of queries and the keys that they see, of one request."""
+    return sum(context - queries + i + 1 for i in range(queries))
+
+
+def _attending(op: str, heads: str, requests: int, context: int, queries: int, real: int) -> str:
+    kind = "decode" if queries <= 8 else "prefill"
+    name = f"{op}-{kind}-{heads}-{_rows(requests, real)}x{context}"
+    return name + (f"-{queries}q" if queries > 1 else "")
+
+
+def latent(
+    requests: int,
+    context: int,
+    queries: int,
+    heads: int,
+    *,
+    value_dim: int = 512,
+    rest: int = 64,
+    block_size: int = 16,
+    real: int | None = None,
+):
+    """`attention` over latents of `value_dim + rest` columns in bfloat16, which all heads share."""
+    real = requests if real is None else real
+    per_tile = min(queries, CHUNK)
+    count = requests * queries // per_tile
+    # The scale is that of a head's own key, before it is absorbed.
+    width, scale = value_dim + rest, (128 + rest) ** -0.5
+    layers = max(1, min(4, (8 << 30) // (requests * context * 2 * width)))
+
+    def inputs(key):
+        keys = jax.random.split(key, 3)
+        shape = (layers, _blocks_of(requests, context, block_size), block_size, width)
+        arguments = {
+            # Scores have a variance near 1.
+            "q": _random(keys[0], (count, per_tile, heads, width), scale=1 / (scale * width**0.5)),
+            **_contexts(keys[2], requests, context, queries, block_size, real),
+            "c": _random(keys[1], shape),
+        }
+        return arguments, ()
+
+    def call(x, pools, layer, backend):
+        tiles = paged_attention.Tiles(x["position"], x["table"], jnp.max(x["position"]) + 1)
+        o = paged_attention.attend_latent(
+            x["q"], x["c"], layer, tiles, value_dim=value_dim, scale=scale, backend=backend
+        )
+        return o, pools
+
+    return Workload(
+        name=_attending("latent", f"{heads}x{value_dim}+{rest}", requests, context, queries, real),
+        inputs=inputs,
+        call=call,
+        exact=exact.padded(functools.partial(exact.latent, value_dim=value_dim, scale=scale), real * count // requests),
+        written=lambda pools, x, layer: (),
+        layers=layers,
+        bytes=real * 2 * (context * width + queries * heads * (width + value_dim)),
+        flops=real * _pairs(context, queries) * heads * 2 * (width + value_dim),
         limits=(6e-3, 0),
         chain="layer",
     )
@@ -405,6 +476,36 @@ def kv_write(rows: int, kv_heads: int, width: int, *, int8: bool = False, real: 
         flops=0,
         # Half a step of 127 is 0.7% of values whose largest is three times the usual one.
         limits=(0, 1.5e-2 if int8 else 0),
+    )
+
+
+def latent_write(rows: int, *, value_dim: int = 512, rest: int = 64, real: int | None = None):
+    """Latents of so many tokens to blocks of their own."""
+    real = rows if real is None else real
+    layers, block_size, width = 16, 16, value_dim + rest
+
+    def inputs(key):
+        keys = jax.random.split(key, 3)
+        arguments = {
+            "c": _random(keys[0], (rows, width)),
+            "block": _padding(1 + jax.random.permutation(keys[1], rows).astype(jnp.int32), real),
+            "offset": jax.random.randint(keys[2], (rows,), 0, block_size, jnp.int32),
+        }
+        return arguments, jnp.zeros((layers, rows + 1, block_size, width), jnp.bfloat16)
+
+    def call(x, pages, layer, backend):
+        return (), paged_attention.write_latent(pages, layer, x["c"], x["block"], x["offset"], backend=backend)
+
+    return Workload(
+        name=f"latent-write-{value_dim}+{rest}-{_rows(rows, real)}",
+        inputs=inputs,
+        call=call,
+        exact=exact.padded(exact.latent_write, real),
+        written=lambda pages, x, layer: pages[layer, x["block"][:real], x["offset"][:real]],
+        layers=layers,
+        bytes=real * 2 * 2 * width,
+        flops=0,
+        limits=(0, 0),
     )
 
 
@@ -546,6 +647,11 @@ WORKLOADS = {
         kv_write(128, 4, 256),
         kv_write(128, 4, 256, int8=True),
         kv_write(128, 4, 256, real=9),
+        latent(128, 2048, 1, 32),
+        latent(128, 2048, 1, 128),
+        latent(1, 131072, 1, 128),
+        latent(1, 8192, 8192, 32),
+        latent_write(128),
         *(
             work
             for rows in (1, 128)

@@ -47,6 +47,10 @@ IN_LARGE_POOLS = (
     "attention-prefill-24/4x256-1x8192-2048q",
     "kv-write-4x256-128",
     "kv-write-4x256-128-int8",
+    "latent-decode-32x512+64-128x2048",
+    "latent-decode-128x512+64-1x131072",
+    "latent-prefill-32x512+64-1x8192-8192q",
+    "latent-write-512+64-128",
 )
 """Workloads that are compiled again in pools over 4 GiB: every way to index a pool. The fold is in a step, the seal."""
 
@@ -64,6 +68,9 @@ WAVES = {
     "gated_delta_rule_walk": 2,
     "grouped_matmul": 4,
     "gumbel_argmax": 8,
+    "latent_attention": 1,
+    "latent_attention_split": 1,
+    "latent_attention_write": 8,
     "matmul_project": 4,
     "matmul_swiglu": 4,
     "paged_attention": 1,
@@ -115,7 +122,8 @@ def _kernel(name: str, work: Workload, arguments, pools, backend: Backend) -> Fu
 
 def enlarged(arguments: dict[str, Any], pools) -> tuple[dict[str, Any], Any]:
     """A workload's shapes with as many slots or blocks as `fatal_count` says; attention has its pools as arguments."""
-    read = {name: arguments[name] for name in ("k", "v", "scales") if not jax.tree.leaves(pools) and name in arguments}
+    names = () if jax.tree.leaves(pools) else ("k", "v", "scales", "c")
+    read = {name: arguments[name] for name in names if name in arguments}
     leaves = jax.tree.leaves((pools, read))
     largest = max(leaves, key=lambda leaf: leaf.size * leaf.dtype.itemsize)
     layers, per_layer = 2 * largest.shape[0], math.prod(largest.shape[2:])

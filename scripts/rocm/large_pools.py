@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rocm.cases import Case, attention, chunked, conv, delta, kv_write
+from rocm.cases import Case, attention, chunked, conv, delta, kv_write, latent, latent_write
 
 PAGE = 4096
 
@@ -118,14 +118,14 @@ def slots(small: Case, pool: str, layers: int, count: int) -> Large:
 
 def blocks(small: Case, layers: int, count: int) -> Large:
     """Spread over the pool, the last block among them."""
-    used = small.arrays["k"].shape[1] - 1
+    pools = tuple(name for name in ("k", "v", "k_scale", "v_scale", "c") if name in small.arrays)
+    used = small.arrays[pools[0]].shape[1] - 1
     places = {0: 0} | {block: count - 1 - (block - 1) * (count // (used + 1)) for block in range(1, used + 1)}
-    pools = tuple(name for name in ("k", "v", "k_scale", "v_scale") if name in small.arrays)
     return Large(small, pools, ("table",), layers, count, places)
 
 
 def written(small: Case, layers: int, count: int) -> Large:
-    pools = tuple(name for name in ("k_blocks", "v_blocks", "k_scales", "v_scales") if name in small.arrays)
+    pools = tuple(name for name in ("k_blocks", "v_blocks", "k_scales", "v_scales", "c_blocks") if name in small.arrays)
     return Large(small, pools, ("block",), layers, count, {0: 0, 1: count - 1, 3: count * 5 // 7, 4: 13})
 
 
@@ -159,6 +159,10 @@ def large_cases() -> list[Large]:
         # Of 2^31 to 2^32 elements of a byte the op takes no pool.
         *(written(kv_write(), 4, count) for count in (1000000, 1100000)),
         written(kv_write(np.int8), 4, 1400000),
+        # Latents, 6.5 and 6.6 GB, and 5.5 to write.
+        blocks(latent("decode"), 8, 44000),
+        blocks(latent("prefill", queries=64, heads=3, value_dim=48, rest=16, blocks=5, past=90), 8, 400000),
+        written(latent_write(), 4, 300000),
     ]
 
 

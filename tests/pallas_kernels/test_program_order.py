@@ -10,7 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rocm.cases import BFLOAT16, Case, attention, chunked, conv, conv_prefill, delta, draw, grouped, kv_write, product
+from rocm.cases import (
+    BFLOAT16,
+    Case,
+    attention,
+    chunked,
+    conv,
+    conv_prefill,
+    delta,
+    draw,
+    grouped,
+    kv_write,
+    latent,
+    latent_write,
+    product,
+)
 from rocm.cases.case import same_bits
 
 from gdnjax.backend import INTERPRET
@@ -33,6 +47,8 @@ CASES = [
     attention("prefill", queries=64),
     kv_write(kv_heads=3, width=80),
     kv_write(np.int8),
+    latent("split", value_dim=24, rest=8, blocks=32),
+    latent_write(width=80),
     grouped("few"),
     product("narrow", 3),
     product("swiglu", 3, outputs=(80, 80)),

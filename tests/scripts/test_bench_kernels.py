@@ -39,6 +39,9 @@ SMALL = {
         workloads.attention(1, 128, 128, 4, 2, 32),
         workloads.kv_write(3, 2, 32, real=2),
         workloads.kv_write(3, 2, 32, int8=True),
+        workloads.latent(3, 70, 1, 4, value_dim=32, rest=8, real=2),
+        workloads.latent(1, 128, 128, 4, value_dim=32, rest=8),
+        workloads.latent_write(3, value_dim=32, rest=8, real=2),
         workloads.grouped(20, 4, 2, 32, 48),
     )
 }
@@ -491,6 +494,7 @@ TABLES = {
     "gdn-prefill": gated_delta_rule.tiles.CHUNKED,
     "conv": causal_conv1d.tiles.TILES,
     "attention": paged_attention.tiles.TILES,
+    "latent": paged_attention.tiles.LATENT,
     "grouped": grouped_matmul.tiles.TILES,
 }
 LOOKED_UP = {
@@ -504,6 +508,9 @@ LOOKED_UP = {
     "conv-decode-48-3": causal_conv1d.tiles.of,
     "attention-decode-4/2x32-2x70": lambda b: paged_attention.tiles.of(b, 1),
     "attention-prefill-4/2x32-1x128-128q": lambda b: paged_attention.tiles.of(b, 64),
+    "latent-decode-4x32+8-2x70": lambda b: paged_attention.tiles.of_latents(b, 1, 4, "bfloat16"),
+    "latent-decode-40x32+8-2x70": lambda b: paged_attention.tiles.of_latents(b, 1, 40, "bfloat16"),
+    "latent-prefill-4x32+8-1x128-128q": lambda b: paged_attention.tiles.of_latents(b, 64, 4, "bfloat16"),
     "grouped-4e-top2-32x48-128": lambda b: grouped_matmul.tiles.of(b, 1.0, "bfloat16"),
     "grouped-4e-top2-32x48-8192": lambda b: grouped_matmul.tiles.of(b, 4096.0, "bfloat16"),
 }

@@ -19,8 +19,8 @@ from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels import launch as package
 
 ALL = {case.name: case for case in cases()}
-POOLS = ("ssm", "conv", "k_blocks", "v_blocks")
-KV_POOLS = ("k", "v", "k_scale", "v_scale")
+POOLS = ("ssm", "conv", "k_blocks", "v_blocks", "c_blocks")
+KV_POOLS = ("k", "v", "k_scale", "v_scale", "c")
 
 
 def launches_of(case) -> list[str]:
@@ -61,10 +61,10 @@ def test_what_must_not_be_read_is_poison(name):
             others = np.arange(x.shape[0]) != case.layer
             assert there[others].all()
             assert there[:, 0].all(), "the null slot or block"
-            assert not there[case.layer].all() or pool in ("k_blocks", "v_blocks")
+            assert not there[case.layer].all() or pool.endswith("_blocks")
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("attention")])
+@pytest.mark.parametrize("name", [name for name, case in ALL.items() if "table" in case.arrays])
 def test_keys_that_no_query_sees_are_poison(name):
     case = ALL[name]
     first = 20 if "first20" in name else 0
@@ -214,10 +214,10 @@ def test_pages_of_a_large_pool_are_those_of_its_places():
     }
 
 
-def test_thirteen_of_the_large_pools_need_the_bound():
+def test_sixteen_of_the_large_pools_need_the_bound():
     every = large_cases()
-    assert len(every) == 30
-    assert sum(large.wrong_unbounded for large in every) == 13
+    assert len(every) == 33
+    assert sum(large.wrong_unbounded for large in every) == 16
     assert all(large.nbytes > 1 << 32 for large in every if large.wrong_unbounded)
     kinds = {large.small.name.split("-")[0] for large in standing_controls()}
     assert kinds == {"gdn", "attention", "kv"}
@@ -244,7 +244,7 @@ def test_tasks_are_chosen_by_name():
     assert len({task.name for task in every}) == len(every)
     assert sum(task.kind == executing.CONTROL for task in every) == 1 + len(standing_controls())
     named = executing.tasks(machine, ["*-without-bounds"])
-    assert len(named) == 13
+    assert len(named) == 16
     assert all(task.fails for task in named)
     assert [task.name for task in executing.tasks(machine, [race().name])] == [race().name]
 

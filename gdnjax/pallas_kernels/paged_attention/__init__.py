@@ -1,5 +1,13 @@
-"""Attention over the paged KV cache, and the writes into it."""
+"""Attention over the paged KV cache and over pages of latents, and the writes into them."""
 
-from gdnjax.pallas_kernels.paged_attention.api import Scales, Tiles, attend, write, write_quantised
+from gdnjax.pallas_kernels.paged_attention.api import (
+    Scales,
+    Tiles,
+    attend,
+    attend_latent,
+    write,
+    write_latent,
+    write_quantised,
+)
 
-__all__ = ["Scales", "Tiles", "attend", "write", "write_quantised"]
+__all__ = ["Scales", "Tiles", "attend", "attend_latent", "write", "write_latent", "write_quantised"]

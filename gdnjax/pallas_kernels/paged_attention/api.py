@@ -2,19 +2,23 @@
 
     o_i = sum_j softmax_j(q_i . k_j / sqrt(hd)) v_j    over the keys at first <= j <= position_i of its request
 
+and of attention over latents (MLA), where all query heads share a latent, whose first columns are the value:
+
+    o_i = sum_j softmax_j(scale q_i . c_j) c_j[:value_dim]
+
 A tile holds queries of one request: 64 of a chunk in prefill, one token in decode. The keys of the step itself are
 written first. What goes to the null block is padding: kernels do not store it.
 
 Keys and values are stored as bfloat16 or float32, or as int8 or float8_e4m3fn with `scales`. The engine itself does
-not store 8 bits yet.
+not store 8 bits yet. Latents are stored as bfloat16 or float32.
 """
 
 import dataclasses
 from typing import TypeAlias
 
 from gdnjax.backend import REFERENCE, Backend
-from gdnjax.pallas_kernels.paged_attention import kernels, reference
-from gdnjax.pallas_kernels.paged_attention.scales import check
+from gdnjax.pallas_kernels.paged_attention import kernels, latent, reference, writes
+from gdnjax.pallas_kernels.paged_attention.scales import check, check_latent
 from gdnjax.shapes import Array, Float, Float32, Int32, Leaf, Shaped
 
 Scales: TypeAlias = tuple[Float32[Array, "L b p kh"], Float32[Array, "L b p kh"]]
@@ -72,7 +76,7 @@ def write(
     check(k_blocks, v_blocks, None, backend)
     if backend.is_reference:
         return reference.write(k_blocks, v_blocks, layer, k, v, block, offset)
-    return kernels.write(k_blocks, v_blocks, layer, k, v, block, offset, backend)
+    return writes.write(k_blocks, v_blocks, layer, k, v, block, offset, backend)
 
 
 def write_quantised(
@@ -93,4 +97,47 @@ def write_quantised(
     check(k_blocks, v_blocks, scales, backend)
     if backend.is_reference:
         return reference.write_quantised(k_blocks, v_blocks, scales, layer, k, v, block, offset)
-    return kernels.write_quantised(k_blocks, v_blocks, scales, layer, k, v, block, offset, backend)
+    return writes.write_quantised(k_blocks, v_blocks, scales, layer, k, v, block, offset, backend)
+
+
+def attend_latent(
+    q: Float[Array, "g q h lw"],
+    pages: Shaped[Array, "L b p lw"],
+    layer: int,
+    tiles: Tiles,
+    *,
+    value_dim: int,
+    scale: float,
+    backend: Backend = REFERENCE,
+) -> Float[Array, "g q h {value_dim}"]:
+    """Multi-head latent attention in the absorbed form: all query heads read the one latent of a token, and the first
+    `value_dim` columns of what is read as keys are the values.
+
+    Positions, null blocks and what is behind the table are as in `attend`; the output is in the dtype of `q`. `scale`
+    is of the scores; what the up-projections made of keys and values is already in `q`, and is still to be made of the
+    output. Raises ValueError for 8-bit pages, and for a `value_dim` that is not of 1 to lw.
+    """
+    check_latent(pages)
+    if not 0 < value_dim <= pages.shape[-1]:
+        raise ValueError(f"value_dim={value_dim} of latents of {pages.shape[-1]}; allowed: 1 to {pages.shape[-1]}")
+    if backend.is_reference:
+        return reference.attend_latent(q, pages, layer, tiles, value_dim, scale)
+    return latent.attend(q, pages, layer, tiles, value_dim, scale, backend)
+
+
+def write_latent(
+    pages: Shaped[Array, "L b p lw"],
+    layer: int,
+    entries: Float[Array, "t lw"],
+    block: Int32[Array, "t"],
+    offset: Int32[Array, "t"],
+    *,
+    backend: Backend = REFERENCE,
+) -> Shaped[Array, "L b p lw"]:
+    """Stores each token's latent at its (block, offset). The pages are consumed; padded tokens go to the null block.
+    Raises ValueError for 8-bit pages.
+    """
+    check_latent(pages)
+    if backend.is_reference:
+        return reference.write_latent(pages, layer, entries, block, offset)
+    return writes.write_latent(pages, layer, entries, block, offset, backend)

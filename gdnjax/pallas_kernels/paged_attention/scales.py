@@ -66,5 +66,11 @@ def check(k_blocks: Array, v_blocks: Array, scales: tuple[Array, Array] | None, 
         )
 
 
+def check_latent(pages: Array) -> None:
+    """Raises ValueError for latents of 8 bits: no scales are kept for them yet."""
+    if pages.dtype.itemsize == 1:
+        raise ValueError(f"latent pages of {pages.dtype.name}; allowed: bfloat16 or float32")
+
+
 def _allowed() -> str:
     return " or ".join(LARGEST)

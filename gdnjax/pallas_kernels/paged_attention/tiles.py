@@ -1,6 +1,7 @@
-"""Tile table of the op's kernel, a row per architecture: one entry for decode, one for tiles of a prefill chunk."""
+"""Tile tables of the op's kernels, a row per architecture: one entry for decode, one for tiles of a prefill chunk."""
 
 import dataclasses
+import itertools
 
 from gdnjax.backend import Backend
 
@@ -30,7 +31,59 @@ TILES = {
     "rocm": {"decode": Attention(64, 32, 4, 1, programs=608), "prefill": Attention(64, 32, 4, 1)},
     "interpret": {"decode": Attention(64, 32, 1, 1, programs=16, least_split=64), "prefill": Attention(64, 32, 1, 1)},
 }
+"""Of keys and values."""
+
+LATENT = {
+    "sm_90": {
+        ("bfloat16", "narrow"): Attention(32, 64, 8, 5, programs=132),
+        ("bfloat16", "wide"): Attention(64, 64, 8, 3, programs=132),
+        ("bfloat16", "prefill"): Attention(64, 32, 8, 3),
+        ("float32", "narrow"): Attention(32, 16, 8, 1, programs=132),
+        ("float32", "wide"): Attention(32, 16, 8, 1, programs=132),
+        ("float32", "prefill"): Attention(32, 16, 8, 1),
+    },
+    "cuda": {
+        ("bfloat16", "narrow"): Attention(32, 32, 8, 3, programs=132),
+        ("bfloat16", "wide"): Attention(32, 32, 8, 3, programs=132),
+        ("bfloat16", "prefill"): Attention(32, 32, 8, 3),
+        ("float32", "narrow"): Attention(16, 16, 8, 1, programs=132),
+        ("float32", "wide"): Attention(16, 16, 8, 1, programs=132),
+        ("float32", "prefill"): Attention(16, 16, 8, 1),
+    },
+    "rocm": {
+        ("bfloat16", "narrow"): Attention(32, 16, 8, 1, programs=304),
+        ("bfloat16", "wide"): Attention(64, 16, 4, 1, programs=304),
+        ("bfloat16", "prefill"): Attention(64, 16, 4, 1),
+        ("float32", "narrow"): Attention(32, 16, 4, 1, programs=304),
+        ("float32", "wide"): Attention(32, 16, 4, 1, programs=304),
+        ("float32", "prefill"): Attention(32, 16, 4, 1),
+    },
+    "interpret": {
+        **dict.fromkeys(
+            itertools.product(("bfloat16", "float32"), ("narrow", "wide")),
+            Attention(32, 32, 1, 1, programs=16, least_split=64),
+        ),
+        ("bfloat16", "prefill"): Attention(64, 32, 1, 1),
+        # A half of a tile.
+        ("float32", "prefill"): Attention(32, 32, 1, 1),
+    },
+}
+"""Of latents, by the dtype of the queries; decode is narrow up to NARROW rows.
+
+A program keeps 512 float32 a row, twice what one of keys and values does. What binds is memory that it shares: 64 KiB
+on gfx942, where more keys a turn spill, too; 99 KiB on the smallest chips of CUDA; 227 on sm_90, where two pages are
+under way beside the queries. Those of 64 rows are there at three stages, by wgmma, and those of 32 at five: a page
+waits for the numbers of its blocks. None of these has been timed.
+"""
+
+NARROW = 32
+"""Rows, queries of a tile by heads, up to which decode is narrow."""
 
 
 def of(backend: Backend, queries: int) -> Attention:
     return backend.tiles(TILES)["decode" if queries <= FEW else "prefill"]
+
+
+def of_latents(backend: Backend, queries: int, heads: int, dtype: str) -> Attention:
+    kind = "prefill" if queries > FEW else "narrow" if queries * heads <= NARROW else "wide"
+    return backend.tiles(LATENT)[dtype, kind]

@@ -5,7 +5,7 @@ They run wherever `launch.run` runs kernels: interpreted by XLA, or as machine c
 
 import numpy as np
 
-from rocm.cases.attention import attention, kv_write
+from rocm.cases.attention import attention, kv_write, latent, latent_write
 from rocm.cases.case import BFLOAT16, FLOAT8, Bound, Case
 from rocm.cases.products import draw, grouped, product
 from rocm.cases.recurrent import chunked, conv, conv_prefill, delta
@@ -72,6 +72,17 @@ def cases() -> list[Case]:
         kv_write(kv_heads=3, width=80),
         kv_write(np.int8),
         kv_write(FLOAT8),
+        latent("decode"),
+        latent("decode", value_dim=24, rest=8, heads=3),
+        latent("decode", value_dim=128, rest=0, heads=20, first=20),
+        latent("decode", value_dim=128, rest=16, dtype=np.float32),
+        latent("verify", queries=4, value_dim=128, past=2),
+        latent("split", value_dim=128, blocks=32),
+        latent("prefill", queries=64, heads=2),
+        latent("prefill", queries=64, heads=2, value_dim=48, rest=16, dtype=np.float32),
+        latent("prefill", queries=64, heads=3, value_dim=48, rest=16, blocks=5, past=90),
+        latent_write(),
+        latent_write(width=80),
         grouped("few"),
         grouped("many", depth=96, width=72),
         *(product(kind, rows) for rows in (3, 40) for kind in ("narrow", "wide")),

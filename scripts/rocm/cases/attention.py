@@ -1,4 +1,4 @@
-"""Cases of attention over pages, and of writing keys and values to them.
+"""Cases of attention over pages, of keys and values and of latents, and of writing to them.
 
 Blocks that no table names, places of a block that no query sees, their scales, other layers and the null block are
 poison; so are queries that are none.
@@ -23,6 +23,9 @@ QUANTISED = Bound(norm=5e-3, place=7e-2, flips=3e-3)
 
 SCALE = Bound(norm=2e-7, place=5e-7)
 """A maximum and a division."""
+
+FLOAT32 = Bound(norm=1e-6, place=1e-5)
+"""Float32 sums in another order; 2.5e-7 was seen."""
 
 
 NOWHERE = 0x7B7B7B7B
@@ -71,44 +74,105 @@ def attention(
     then is full; what follows in memory, the padding's table or nothing, names no block of theirs.
     """
     kv = np.dtype(kv)
-    name = f"attention-{kind}-{heads}of{kv_heads}x{width}-{kv.name}" + f"-first{first}" * bool(first)
-    name += f"-past{past}" * bool(past)
+    name = f"attention-{kind}-{heads}of{kv_heads}x{width}-{kv.name}" + _limits(first, past)
     r = random(name)
-    size, requests = 16, 3
-    contexts = (blocks * size - 3, blocks * size // 2 - 5) if not past else (blocks * size,) * 2
-    shape = (LAYERS, len(contexts) * blocks + 1, size, kv_heads, width)
-    x = {"table": np.zeros((requests, blocks), np.int32), "position": np.full((requests, queries), -1, np.int32)}
+    x, places = _contexts(r, queries, blocks, first, past)
+    shape = (LAYERS, *_blocks_of(blocks), kv_heads, width)
     pools = {name: poison(shape, kv) for name in ("k", "v")}
     scales = {f"{name}_scale": poison(shape[:-1], np.float32) for name in ("k", "v")}
-    free = list(r.permutation(np.arange(1, shape[1])))
+    for block, seen in places:
+        here = max(0, seen.stop - seen.start)
+        for pool, scale in zip(pools.values(), scales.values(), strict=True):
+            pool[LAYER, block, seen] = values(r, (here, kv_heads, width), kv)
+            largest = 3**0.5 / 127 if kv == np.int8 else 0.01
+            scale[LAYER, block, seen] = largest * r.uniform(0.5, 1.5, (here, kv_heads))
+    x["q"] = normal(r, (*x["position"].shape, heads, width))
+    return _attending(name, attend_op(first), x, pools | (scales if eight_bits(kv) else {}), ATTENTION)
+
+
+SIZE, REQUESTS = 16, 3
+"""Keys of a block, and tiles of a case, of which the last is padding."""
+
+
+def _limits(first: int, past: int) -> str:
+    return f"-first{first}" * bool(first) + f"-past{past}" * bool(past)
+
+
+def _blocks_of(blocks: int) -> tuple[int, int]:
+    """Blocks of a pool, one of which is null, and the keys of each."""
+    return (REQUESTS - 1) * blocks + 1, SIZE
+
+
+def _contexts(r: np.random.Generator, queries: int, blocks: int, first: int, past: int):
+    """Table and positions of the tiles; and of each block that holds keys its number and the slice of those seen."""
+    contexts = (blocks * SIZE - 3, blocks * SIZE // 2 - 5) if not past else (blocks * SIZE,) * 2
+    x = {"table": np.zeros((REQUESTS, blocks), np.int32), "position": np.full((REQUESTS, queries), -1, np.int32)}
+    free = list(r.permutation(np.arange(1, _blocks_of(blocks)[0])))
+    places = []
     # Of a request that is not there, nothing is read, whatever its table says.
     x["table"][2] = NOWHERE
     for row, context in enumerate(contexts):
-        for number in range(-(-context // size)):
+        for number in range(-(-context // SIZE)):
             block = x["table"][row, number] = free.pop()
-            seen = slice(max(0, first - number * size), min(size, context - number * size))
-            here = max(0, seen.stop - seen.start)
-            for pool, scale in zip(pools.values(), scales.values(), strict=True):
-                pool[LAYER, block, seen] = values(r, (here, kv_heads, width), kv)
-                largest = 3**0.5 / 127 if kv == np.int8 else 0.01
-                scale[LAYER, block, seen] = largest * r.uniform(0.5, 1.5, (here, kv_heads))
+            places.append((block, slice(max(0, first - number * SIZE), min(SIZE, context - number * SIZE))))
         # The second tile has two places without a query.
         here = min(queries, context) if row == 0 else min(max(1, queries - 2), context)
         x["position"][row, :here] = context - here + np.arange(here) + past
-    x["q"] = normal(r, (requests, queries, heads, width))
+    return x, places
+
+
+def _attending(name: str, op: Op, x: dict[str, np.ndarray], pools: dict[str, np.ndarray], bound: Bound) -> Case:
+    """The case of an op that reads `pools`. Queries that are none are NaN."""
     real = x["position"] >= 0
     x["q"][~real] = np.nan
-    x |= pools | (scales if eight_bits(kv) else {})
     return Case(
         name,
-        attend_op(first),
-        x,
+        op,
+        x | pools,
         LAYER,
-        {"o": ATTENTION},
+        {"o": bound},
         seen={"o": real[:, :, None, None]},
         padding={"o": ~real[:, :, None, None]},
-        rounded=frozenset({"k", "v"}),
+        rounded=frozenset(pools),
     )
+
+
+@functools.cache
+def latent_op(value_dim: int, first: int) -> Op:
+    def call(x, layer, backend):
+        tiles = paged_attention.Tiles(x["position"], x["table"], jnp.max(x["position"]) + 1, first)
+        return {
+            "o": paged_attention.attend_latent(
+                x["q"], x["c"], layer, tiles, value_dim=value_dim, scale=x["q"].shape[-1] ** -0.5, backend=backend
+            )
+        }
+
+    return call
+
+
+def latent(
+    kind: str,
+    *,
+    queries: int = 1,
+    heads: int = 4,
+    value_dim: int = 512,
+    rest: int = 64,
+    blocks: int = 6,
+    dtype: DTypeLike = BFLOAT16,
+    first: int = 0,
+    past: int = 0,
+) -> Case:
+    """`attention`, but over latents of `value_dim` columns and `rest` more, which all heads share."""
+    dtype = np.dtype(dtype)
+    name = f"latent-{kind}-{heads}x{value_dim}+{rest}-{dtype.name}" + _limits(first, past)
+    r = random(name)
+    x, places = _contexts(r, queries, blocks, first, past)
+    pool = poison((LAYERS, *_blocks_of(blocks), value_dim + rest), dtype)
+    for block, seen in places:
+        pool[LAYER, block, seen] = normal(r, (max(0, seen.stop - seen.start), value_dim + rest), dtype)
+    x["q"] = normal(r, (*x["position"].shape, heads, value_dim + rest), dtype)
+    bound = ATTENTION if dtype == BFLOAT16 else FLOAT32
+    return _attending(name, latent_op(value_dim, first), x, {"c": pool}, bound)
 
 
 @functools.cache
@@ -125,35 +189,55 @@ def write_op(quantised: bool) -> Op:
     return call
 
 
+PLACES = {"block": np.array([3, 3, 1, 0, 4], np.int32), "offset": np.array([2, 3, 0, 0, 1], np.int32)}
+"""Of five tokens, of which one is padding, whose block is null: it goes nowhere."""
+
+
+def _writing(name: str, op: Op, tokens: dict[str, np.ndarray], pools: dict[str, np.ndarray], bounds) -> Case:
+    """The case of an op that writes `tokens` to their places in `pools`, and nothing else."""
+    real = PLACES["block"] > 0
+    for x in tokens.values():
+        x[~real] = np.nan
+    written = {name: np.zeros(pool.shape, bool) for name, pool in pools.items()}
+    for mask in written.values():
+        mask[LAYER, PLACES["block"][real], PLACES["offset"][real]] = True
+    return Case(
+        name,
+        op,
+        tokens | PLACES | pools,
+        LAYER,
+        bounds,
+        seen=written,
+        kept={name: ~mask for name, mask in written.items()},
+        rounded=frozenset(tokens | pools),
+    )
+
+
 def kv_write(kv: DTypeLike = BFLOAT16, *, kv_heads: int = 2, width: int = 128) -> Case:
-    """Five tokens, of which one is padding, whose block is null: it goes nowhere. One has a head of zeros."""
+    """Five tokens, one of which is padding. One has a head of zeros."""
     kv = np.dtype(kv)
     name = f"kv-write-{kv.name}-{kv_heads}x{width}"
     r = random(name)
     shape = (LAYERS, 5, 4, kv_heads, width)
-    x = {name: normal(r, (5, kv_heads, width)) for name in ("k", "v")}
-    x |= {"block": np.array([3, 3, 1, 0, 4], np.int32), "offset": np.array([2, 3, 0, 0, 1], np.int32)}
-    x["k"][4, 1] = 0
-    for name in ("k", "v"):
-        x[name][3] = np.nan
+    tokens = {name: normal(r, (5, kv_heads, width)) for name in ("k", "v")}
+    tokens["k"][4, 1] = 0
     pools = {name: poison(shape, kv) for name in ("k_blocks", "v_blocks")}
+    bounds = dict.fromkeys(pools, QUANTISED if eight_bits(kv) else EXACT)
     if eight_bits(kv):
         pools |= {name: poison(shape[:-1], np.float32) for name in ("k_scales", "v_scales")}
-    written = np.zeros(shape[:-1], bool)
-    real = x["block"] > 0
-    written[LAYER, x["block"][real], x["offset"][real]] = True
+        bounds |= dict.fromkeys(("k_scales", "v_scales"), SCALE)
+    return _writing(name, write_op(eight_bits(kv)), tokens, pools, bounds)
 
-    def mask(places, pool):
-        return np.broadcast_to(places[..., None], pool.shape) if pool.ndim == 5 else places
 
-    values_bound = QUANTISED if eight_bits(kv) else EXACT
-    return Case(
-        f"kv-write-{kv.name}-{kv_heads}x{width}",
-        write_op(eight_bits(kv)),
-        x | pools,
-        LAYER,
-        {name: values_bound if name.endswith("blocks") else SCALE for name in pools},
-        seen={name: mask(written, pool) for name, pool in pools.items()},
-        kept={name: mask(~written, pool) for name, pool in pools.items()},
-        rounded=frozenset({"k", "v", "k_blocks", "v_blocks"}),
-    )
+def latent_write_op(x, layer, backend):
+    pages = paged_attention.write_latent(x["c_blocks"], layer, x["c"], x["block"], x["offset"], backend=backend)
+    return {"c_blocks": pages}
+
+
+def latent_write(dtype: DTypeLike = BFLOAT16, *, width: int = 576) -> Case:
+    """The same of latents."""
+    dtype = np.dtype(dtype)
+    name = f"latent-write-{dtype.name}-{width}"
+    tokens = {"c": normal(random(name), (5, width))}
+    pools = {"c_blocks": poison((LAYERS, 5, 4, width), dtype)}
+    return _writing(name, latent_write_op, tokens, pools, {"c_blocks": EXACT})
