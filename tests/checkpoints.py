@@ -57,6 +57,41 @@ _FOUR_WAYS = {
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 12,
 }
+# Three groups of four experts, of which two are chosen from; scores and angles both get a factor from YaRN.
+_LATENT = {
+    "vocab_size": 401,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 72,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 28,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 10,
+    "v_head_dim": 18,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 16,
+    "routed_scaling_factor": 1.7,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 399,
+    "num_nextn_predict_layers": 0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 16.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.6,
+        "original_max_position_embeddings": 64,
+    },
+}
 _VISION = {
     "depth": 1,
     "hidden_size": 16,
@@ -114,6 +149,20 @@ FAMILIES: dict[str, Family] = {
             "decoder_sparse_step": 2,
             "mlp_only_layers": [3],
             "norm_topk_prob": False,
+        },
+    ),
+    "deepseek_v3": Family(model_class="DeepseekV3ForCausalLM", text=_LATENT),
+    # What the other one has, left out: a latent of the queries, pairs side by side, groups, renormalised weights.
+    "deepseek_v3_tp": Family(
+        model_class="DeepseekV3ForCausalLM",
+        text={
+            **_LATENT,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
     "qwen3_5_tp": Family(
@@ -184,7 +233,8 @@ def _fill(model: Any, seed: int) -> None:
 
     text = model.config.get_text_config()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        biases = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+        for name, parameter in [*model.named_parameters(), *biases]:
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
             if name.endswith(("A_log", "dt_bias")):
                 # The two halves of one draw, so seeded by the layer and not by the parameter.
@@ -207,8 +257,12 @@ def _gates(rng: np.random.Generator, heads: int) -> tuple[np.ndarray, np.ndarray
 def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator, text: Any) -> np.ndarray:
     """Values that keep activations near one, let the router decide clearly, and the gate inputs stay small."""
     noise = rng.standard_normal(shape)
+    if name.endswith("e_score_correction_bias"):
+        # Scores are sigmoids: so large that it decides a part of the choices.
+        return 0.3 * noise
     if len(shape) == 1:
-        centre = 1.0 if name.endswith("linear_attn.norm.weight") else 0.0
+        plain = name.endswith("linear_attn.norm.weight") or hasattr(text, "kv_lora_rank")
+        centre = 1.0 if plain else 0.0
         return centre + 0.3 * noise
     if name.endswith(("conv1d.weight", "embed_tokens.weight")):
         return 0.5 * noise
@@ -252,7 +306,7 @@ def reference_logits_resumed(
 ) -> np.ndarray:
     """Logits [len(token_ids) - split, vocab] of the tokens from `split` on, resumed from the cache of those before.
 
-    `forget` names (layer, "conv" or "recurrent") states that are zeroed in between.
+    `forget` names (layer, "conv" or "recurrent") states that are zeroed in between, or (layer, "keys") of latents.
     """
     import torch
 
@@ -261,7 +315,8 @@ def reference_logits_resumed(
     with torch.inference_mode():
         cache = model(input_ids=ids[:, :split], use_cache=True).past_key_values
         for layer, kind in forget:
-            getattr(cache.layers[layer], f"{kind}_states")[0].zero_()
+            pool = cache.layers[layer].keys if kind == "keys" else getattr(cache.layers[layer], f"{kind}_states")[0]
+            pool.zero_()
         output = model(input_ids=ids[:, split:], past_key_values=cache, use_cache=True)
     return output.logits[0].numpy()
 

@@ -17,6 +17,7 @@ PRESETS = (
     "qwen3.5-122b-a10b",
     "qwen3.5-397b-a17b",
     "qwen3-next-80b-a3b",
+    "deepseek-v3",
 )
 """Published models whose configuration ships as presets/NAME.json; presets/README.md has where they are from."""
 

@@ -49,7 +49,8 @@ class LoadReport:
     mtp_shared        modules of the target that the loaded MTP head uses in place of its own; empty without a head
     skipped_vision    belong to the vision tower, which the engine does not run
     skipped_mtp       belong to the multi-token-prediction head, which `abstract` does not have
-    skipped_tied      the lm_head of a model whose lm_head is its embedding, and equal to it
+    skipped_tied      the lm_head of a model whose lm_head is its embedding, and equal to it; copies of embedding and
+                      lm_head that the loaded MTP head brings, equal to them
     parameter_bytes   size of all parameters, all ranks together, replicated ones counted once
     seconds           from the opened checkpoint to the last parameter on its device; reports are equal without it
     """
@@ -106,6 +107,8 @@ def load_params(
         names, origins = _resolve(source, directory, parameters, cfg, tp)
         for head in names.tied:
             _check_tied(source, directory, head, names.language["embed_tokens.weight"])
+        for copy, of in names.copies.items():
+            _check_copy(source, directory, copy, names.language[of])
         began = time.monotonic()
 
         def load(name: str) -> jax.Array:
@@ -124,7 +127,7 @@ def load_params(
         mtp_shared=tables if mtp_loaded else (),
         skipped_vision=len(names.vision),
         skipped_mtp=len(names.mtp),
-        skipped_tied=len(names.tied),
+        skipped_tied=len(names.tied) + len(names.copies),
         parameter_bytes=sum(array.nbytes for array in arrays),
         seconds=seconds,
     )
@@ -142,13 +145,18 @@ def _resolve(
     """Finds every parameter in the checkpoint. Raises one ValueError that names all that does not fit."""
     try:
         mtp_wanted = any(map(_is_of_head, parameters))
-        names = sort_names(source.names(), tied_lm_head=cfg.tie_word_embeddings, mtp_wanted=mtp_wanted)
+        names = sort_names(
+            source.names(),
+            tied_lm_head=cfg.tie_word_embeddings,
+            mtp_wanted=mtp_wanted,
+            mtp_layers=cfg.mtp_layer_names,
+        )
         # Either part may store its experts one by one or together, whatever the other does.
         experts_apart = {
             head: stores_experts_apart([name for name in names.language if _is_of_head(name) == head])
             for head in (False, True)
         }
-        _check_head(names, mtp_wanted)
+        _check_head(names, mtp_wanted, cfg)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
     origins = {
@@ -171,23 +179,37 @@ def _resolve(
     if problems:
         # The rest may be a whole model.
         if any(_is_of_head(name) for name in (*missing, *unexpected)):
-            problems.append("Without the MTP head (num_speculative_tokens=0) nothing that begins with mtp. is read")
+            problems.append(f"Without the MTP head (num_speculative_tokens=0) nothing {_place_of_head(cfg)} is read")
         raise ValueError(f"{directory}: the tensors do not fit the model's config.json. {'. '.join(problems)}")
     return names, origins
 
 
 def _check_tied(source: TensorSource, directory: str | pathlib.Path, head: str, embedding: str) -> None:
     """Raises ValueError where a stored head is not the embedding that the model is configured to use as its head."""
-    if source.shape(head) == source.shape(embedding):
-        # Of a file these are views, and what is read of them is on its way to the device anyway.
-        one, other = read_whole(source, head), read_whole(source, embedding)
-        parts = (slice(start, start + TIED_ROWS) for start in range(0, len(one), TIED_ROWS))
-        if all(np.array_equal(one[part], other[part]) for part in parts):
-            return
+    if _equal(source, head, embedding):
+        return
     raise ValueError(
         f"{directory}: {head} differs from {embedding}, and tie_word_embeddings=true makes that the head; set it to "
         f"false in config.json to use the stored head, or leave {head} out"
     )
+
+
+def _check_copy(source: TensorSource, directory: str | pathlib.Path, copy: str, of: str) -> None:
+    """Raises ValueError where a table that an MTP head brings is not the one of the target, which it is to share."""
+    if not _equal(source, copy, of):
+        raise ValueError(
+            f"{directory}: {copy} differs from {of}. Supported are MTP heads that share the embedding and the head of "
+            "the model; num_speculative_tokens=0 does without the MTP head"
+        )
+
+
+def _equal(source: TensorSource, one: str, other: str) -> bool:
+    if source.shape(one) != source.shape(other):
+        return False
+    # Of a file these are views, and what is read of them is on its way to the device anyway.
+    first, second = read_whole(source, one), read_whole(source, other)
+    parts = (slice(start, start + TIED_ROWS) for start in range(0, len(first), TIED_ROWS))
+    return all(np.array_equal(first[part], second[part]) for part in parts)
 
 
 def _is_of_head(name: str) -> bool:
@@ -195,7 +217,13 @@ def _is_of_head(name: str) -> bool:
     return name.startswith("mtp.")
 
 
-def _check_head(names: Names, mtp_wanted: bool) -> None:
+def _place_of_head(cfg: ModelConfig) -> str:
+    """Where a checkpoint has the MTP head."""
+    layers = cfg.mtp_layer_names
+    return "that begins with mtp." if layers is None else f"of the layers from {layers.start} on"
+
+
+def _check_head(names: Names, mtp_wanted: bool, cfg: ModelConfig) -> None:
     """Raises ValueError where the MTP head is wanted and not stored, or brings tables that should be the target's."""
     if names.mtp_tables:
         raise ValueError(
@@ -204,8 +232,8 @@ def _check_head(names: Names, mtp_wanted: bool) -> None:
         )
     if mtp_wanted and not any(map(_is_of_head, names.language)):
         raise ValueError(
-            "num_speculative_tokens above 0 needs the MTP head, and no tensor here begins with mtp.; allowed: "
-            "num_speculative_tokens=0"
+            f"num_speculative_tokens above 0 needs the MTP head, and there is no tensor here {_place_of_head(cfg)}; "
+            "allowed: num_speculative_tokens=0"
         )
 
 

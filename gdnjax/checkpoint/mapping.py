@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gdnjax.config import DeltaConfig, ModelConfig
+from gdnjax.config import AttentionConfig, DeltaConfig, LatentAttentionConfig, ModelConfig
 
 PADDING = -1
 """In an index vector: a row of zeros that no checkpoint row stands behind."""
@@ -64,7 +64,7 @@ def _vocabulary(cfg: ModelConfig, tp: int) -> Rows:
 
 
 def _kv_heads(cfg: ModelConfig, tp: int) -> Rows:
-    assert cfg.attention is not None, "only an attention layer has this parameter"
+    assert isinstance(cfg.attention, AttentionConfig), "only an attention layer has this parameter"
     heads, width = cfg.attention.num_kv_heads, cfg.attention.head_dim
     return Rows(index=replicate_heads(heads, width, tp), stored_size=heads * width)
 
@@ -119,15 +119,61 @@ def _interleaved_a(cfg: ModelConfig, tp: int) -> Rows:
     return Rows(index=a, stored_size=len(b) + len(a), stored_as="in_proj_ba")
 
 
+def _latent_of(cfg: ModelConfig) -> LatentAttentionConfig:
+    assert isinstance(cfg.attention, LatentAttentionConfig), "only latent attention has this parameter"
+    return cfg.attention
+
+
+def _rotary_rows(attention: LatentAttentionConfig) -> np.ndarray:
+    """The rows of the rotated part of a head, its pairs (i, i + half)."""
+    rows = np.arange(attention.qk_rope_head_dim)
+    return np.concatenate([rows[::2], rows[1::2]]) if attention.interleaved_rotary else rows
+
+
+def _latent_queries(cfg: ModelConfig, tp: int) -> Rows:
+    attention = _latent_of(cfg)
+    head = np.concatenate([np.arange(attention.qk_nope_head_dim), attention.qk_nope_head_dim + _rotary_rows(attention)])
+    rows = np.arange(attention.num_heads)[:, None] * attention.qk_head_dim + head
+    return Rows(index=rows.reshape(-1), stored_size=rows.size)
+
+
+def _latents(cfg: ModelConfig, tp: int) -> Rows:
+    attention = _latent_of(cfg)
+    rows = np.concatenate([np.arange(attention.kv_lora_rank), attention.kv_lora_rank + _rotary_rows(attention)])
+    return Rows(index=rows, stored_size=len(rows))
+
+
+def _expansion(cfg: ModelConfig) -> list[np.ndarray]:
+    attention = _latent_of(cfg)
+    return ungroup(attention.num_heads, (attention.qk_nope_head_dim, attention.v_head_dim))
+
+
+def _latent_keys(cfg: ModelConfig, tp: int) -> Rows:
+    keys, values = _expansion(cfg)
+    return Rows(index=keys, stored_size=len(keys) + len(values), stored_as="kv_b_proj")
+
+
+def _latent_values(cfg: ModelConfig, tp: int) -> Rows:
+    keys, values = _expansion(cfg)
+    return Rows(index=values, stored_size=len(keys) + len(values), stored_as="kv_b_proj")
+
+
 RowsOf = Callable[[ModelConfig, int], Rows]
 
 # Parameters whose rows are not simply those of the checkpoint; the first match counts.
 TABLE: tuple[tuple[str, RowsOf], ...] = (
     (r"(embed_tokens|lm_head)\.weight", _vocabulary),
     (r".*self_attn\.(k_proj|v_proj)\.weight", _kv_heads),
+    (r".*self_attn\.kv_a_proj_with_mqa\.weight", _latents),
+    (r".*self_attn\.q_b_proj\.weight", _latent_queries),
+    (r".*self_attn\.k_b_proj\.weight", _latent_keys),
+    (r".*self_attn\.v_b_proj\.weight", _latent_values),
     (r".*linear_attn\.(in_proj_qkv|conv1d)\.weight", _delta_channels),
     (r".*mlp\.experts\.gate_up_proj", _expert_gate_up),
 )
+
+# Before TABLE, where attention is over latents: with no latent of the queries, q_proj is theirs.
+LATENT_TABLE: tuple[tuple[str, RowsOf], ...] = ((r".*self_attn\.q_proj\.weight", _latent_queries),)
 
 # Before TABLE, where cfg.interleaved_projections.
 INTERLEAVED_TABLE: tuple[tuple[str, RowsOf], ...] = (
@@ -141,6 +187,7 @@ INTERLEAVED_TABLE: tuple[tuple[str, RowsOf], ...] = (
 def rows_of(name: str, shape: tuple[int, ...], cfg: ModelConfig, tp: int) -> Rows:
     """The index vector of a parameter of global `shape`. ValueError where `shape` is not that of `cfg` and `tp`."""
     table = (*INTERLEAVED_TABLE, *TABLE) if cfg.interleaved_projections else TABLE
+    table = (*LATENT_TABLE, *table) if isinstance(cfg.attention, LatentAttentionConfig) else table
     for pattern, function in table:
         if re.fullmatch(pattern, name):
             rows = function(cfg, tp)

@@ -17,6 +17,16 @@ MTP = re.compile(r"mtp\..+")
 # An embedding or a head that the MTP head has for itself, in the spellings of the families that do so.
 MTP_TABLES = re.compile(r"mtp\.(?:.+\.)?(?:embed_tokens|lm_head|shared_head)\..+")
 
+# Where a head is stored as a layer behind the last one: what the modules call what such a layer has beside a decoder
+# layer's own. The embedding and the head are there as copies of the target's.
+MTP_LAYER = {
+    "enorm.weight": "mtp.pre_fc_norm_embedding.weight",
+    "hnorm.weight": "mtp.pre_fc_norm_hidden.weight",
+    "eh_proj.weight": "mtp.fc.weight",
+    "shared_head.norm.weight": "mtp.norm.weight",
+}
+MTP_COPIES = {"embed_tokens.weight": "embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+
 LM_HEAD = "lm_head.weight"
 
 
@@ -28,6 +38,7 @@ class Names:
     vision      the vision tower, which the engine does not run
     mtp         the multi-token-prediction head where it is not wanted
     mtp_tables  an embedding or a head of the MTP head's own, where it is wanted: the engine has no place for them
+    copies      checkpoint name -> module name, for what a head that is stored as a layer repeats of the target
     tied        a stored lm_head of a model whose lm_head is its embedding
     unknown     everything else
     """
@@ -36,16 +47,21 @@ class Names:
     vision: tuple[str, ...]
     mtp: tuple[str, ...]
     mtp_tables: tuple[str, ...]
+    copies: dict[str, str]
     tied: tuple[str, ...]
     unknown: tuple[str, ...]
 
 
-def sort_names(names: Iterable[str], *, tied_lm_head: bool, mtp_wanted: bool = False) -> Names:
+def sort_names(
+    names: Iterable[str], *, tied_lm_head: bool, mtp_wanted: bool = False, mtp_layers: range | None = None
+) -> Names:
     """Sorts the tensors of a checkpoint. Raises ValueError where two of them are the same tensor of the model.
 
-    `mtp_wanted`: the MTP head is a part of the model; its modules have the checkpoint's own names.
+    `mtp_wanted`: the MTP head is a part of the model; its modules have the checkpoint's own names, but for a head that
+    is stored as the layers `mtp_layers`.
     """
     language: dict[str, str] = {}
+    copies: dict[str, str] = {}
     vision, mtp, mtp_tables, tied, unknown, clashes = [], [], [], [], [], []
     for name in names:
         match = LANGUAGE.fullmatch(name)
@@ -58,6 +74,13 @@ def sort_names(names: Iterable[str], *, tied_lm_head: bool, mtp_wanted: bool = F
                 mtp_tables.append(name)
             else:
                 language[name] = name
+        elif match is not None and (of_head := _name_in_head(match[1], mtp_layers)) is not None:
+            if not mtp_wanted:
+                mtp.append(name)
+            elif of_head in MTP_COPIES:
+                copies[name] = "embed_tokens.weight" if tied_lm_head else MTP_COPIES[of_head]
+            else:
+                language[MTP_LAYER.get(of_head, f"mtp.layers.0.{of_head}")] = name
         elif match is None:
             unknown.append(name)
         elif tied_lm_head and match[1] == LM_HEAD:
@@ -73,6 +96,13 @@ def sort_names(names: Iterable[str], *, tied_lm_head: bool, mtp_wanted: bool = F
         vision=tuple(vision),
         mtp=tuple(mtp),
         mtp_tables=tuple(mtp_tables),
+        copies=copies,
         tied=tuple(tied),
         unknown=tuple(unknown),
     )
+
+
+def _name_in_head(name: str, mtp_layers: range | None) -> str | None:
+    """The rest of a module name behind the number of a layer, where that is one of the MTP head's."""
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    return match[2] if match and mtp_layers and int(match[1]) in mtp_layers else None

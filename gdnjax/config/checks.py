@@ -9,7 +9,7 @@ def check_positive(geometry: Any) -> None:
     """Raises ValueError for a field of a geometry that is not above 0."""
     for field in dataclasses.fields(geometry):
         value = getattr(geometry, field.name)
-        if isinstance(value, int | float) and not 0 < value < math.inf:
+        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < math.inf:
             raise ValueError(f"{type(geometry).__name__}.{field.name} must be above 0, got {value!r}")
 
 

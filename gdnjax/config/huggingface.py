@@ -13,6 +13,7 @@ from gdnjax.config.model import (
     MTP_KEYS,
     AttentionConfig,
     DeltaConfig,
+    LatentAttentionConfig,
     LayerKind,
     MlpKind,
     ModelConfig,
@@ -21,6 +22,7 @@ from gdnjax.config.model import (
 )
 
 SUPPORTED_MODEL_TYPES = (
+    "deepseek_v3",
     "qwen3_5",
     "qwen3_5_moe",
     "qwen3_5_moe_text",
@@ -30,6 +32,10 @@ SUPPORTED_MODEL_TYPES = (
 
 WRAPPERS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 """model_type of a multimodal wrapper -> that of its text_config."""
+
+
+ZERO_CENTRED = frozenset((*SUPPORTED_MODEL_TYPES, *WRAPPERS.values())) - {"deepseek_v3"}
+"""model_type of text models whose norms multiply by 1 + w."""
 
 
 def read_model_config(source: str | pathlib.Path | dict[str, Any]) -> ModelConfig:
@@ -102,18 +108,12 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
     if nested:
         raise ValueError(f"rope settings by layer type are not supported, got {', '.join(nested)}")
     keys.check_rope_keys(rope)
-    unknown = sorted(set(hf.layer_types) - {kind.value for kind in LayerKind})
-    if unknown:
-        raise ValueError(f"unsupported layer_types {unknown}; supported: {[kind.value for kind in LayerKind]}")
-    layer_kinds = tuple(LayerKind(kind) for kind in hf.layer_types)
-    if len(layer_kinds) != hf.num_hidden_layers:
-        raise ValueError(f"num_hidden_layers={hf.num_hidden_layers}, but layer_types has {len(layer_kinds)} entries")
+    layer_kinds = _layer_kinds(hf)
     for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
         check_int(name, getattr(hf, name), 1)
     moe = _moe(hf)
     mtp_layers, mtp_dedicated_embeddings = _mtp_head(raw)
     eos = hf.eos_token_id if hf.eos_token_id is not None else raw.get("eos_token_id")
-    partial = number("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 0.0)
     yarn = _yarn(rope, hf.max_position_embeddings) if rope.get("rope_type") == "yarn" else None
     return ModelConfig(
         model_type=model_type,
@@ -122,25 +122,13 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
         intermediate_size=getattr(hf, "intermediate_size", 0),
         layer_kinds=layer_kinds,
         mlp_kinds=tuple(_mlp_kind(hf, i, moe) for i in range(len(layer_kinds))),
-        delta=DeltaConfig(
-            num_key_heads=hf.linear_num_key_heads,
-            num_value_heads=hf.linear_num_value_heads,
-            key_head_dim=hf.linear_key_head_dim,
-            value_head_dim=hf.linear_value_head_dim,
-            conv_kernel=hf.linear_conv_kernel_dim,
-        ),
-        attention=AttentionConfig(
-            num_heads=hf.num_attention_heads,
-            num_kv_heads=hf.num_key_value_heads,
-            head_dim=hf.head_dim,
-            rotary_dim=int(hf.head_dim * partial),
-            rope_theta=number("rope_theta", rope.get("rope_theta"), 0.0),
-            yarn=yarn,
-        ),
+        delta=_delta(hf),
+        attention=_attention(hf, rope, yarn),
         moe=moe,
         mtp_layers=mtp_layers,
         mtp_dedicated_embeddings=mtp_dedicated_embeddings,
         rms_norm_eps=number("rms_norm_eps", hf.rms_norm_eps, 0.0),
+        zero_centred_norms=hf.model_type in ZERO_CENTRED,
         # A wrapper may state the tying outside its text_config; either place counts.
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", hf.tie_word_embeddings) or hf.tie_word_embeddings),
         max_position_embeddings=max(hf.max_position_embeddings, yarn.context if yarn else 0),
@@ -194,6 +182,84 @@ def _check_misplaced(beside: dict[str, Any], hf: Any) -> None:
             )
 
 
+def _layer_kinds(hf: Any) -> tuple[LayerKind, ...]:
+    """Of the families that have one kind of token mixer alone, transformers has no layer_types."""
+    check_int("num_hidden_layers", hf.num_hidden_layers, 1)
+    stated = getattr(hf, "layer_types", None) or [LayerKind.ATTENTION.value] * hf.num_hidden_layers
+    allowed = [kind.value for kind in LayerKind if kind is LayerKind.ATTENTION or hasattr(hf, "linear_num_key_heads")]
+    unknown = sorted(set(stated) - set(allowed))
+    if unknown:
+        raise ValueError(f"unsupported layer_types {unknown}; supported: {allowed}")
+    if len(stated) != hf.num_hidden_layers:
+        raise ValueError(f"num_hidden_layers={hf.num_hidden_layers}, but layer_types has {len(stated)} entries")
+    return tuple(LayerKind(kind) for kind in stated)
+
+
+def _delta(hf: Any) -> DeltaConfig | None:
+    if not hasattr(hf, "linear_num_key_heads"):
+        return None
+    return DeltaConfig(
+        num_key_heads=hf.linear_num_key_heads,
+        num_value_heads=hf.linear_num_value_heads,
+        key_head_dim=hf.linear_key_head_dim,
+        value_head_dim=hf.linear_value_head_dim,
+        conv_kernel=hf.linear_conv_kernel_dim,
+    )
+
+
+def _attention(hf: Any, rope: dict[str, Any], yarn: YarnConfig | None) -> AttentionConfig | LatentAttentionConfig:
+    theta = number("rope_theta", rope.get("rope_theta"), 0.0)
+    partial = number("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 0.0)
+    if hasattr(hf, "kv_lora_rank"):
+        if partial != 1.0:
+            raise ValueError(
+                f"partial_rotary_factor={partial:g} of latent attention; allowed: 1, all of the rotary part"
+            )
+        return _latent_attention(hf, theta, rope, yarn)
+    return AttentionConfig(
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=hf.head_dim,
+        rotary_dim=int(hf.head_dim * partial),
+        rope_theta=theta,
+        yarn=yarn,
+    )
+
+
+def _latent_attention(hf: Any, theta: float, rope: dict[str, Any], yarn: YarnConfig | None) -> LatentAttentionConfig:
+    """Raises ValueError where a width that follows from others is stated and is another."""
+    for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        check_int(name, getattr(hf, name), 1)
+    if hf.q_lora_rank is not None:
+        check_int("q_lora_rank", hf.q_lora_rank, 1)
+    follows = {
+        "num_key_value_heads": hf.num_attention_heads,
+        "head_dim": hf.qk_rope_head_dim,
+        "qk_head_dim": hf.qk_nope_head_dim + hf.qk_rope_head_dim,
+    }
+    for name, value in follows.items():
+        if getattr(hf, name) not in (None, value):
+            raise ValueError(
+                f"{name} of latent attention is {value} here, by the other widths; got {getattr(hf, name)!r}"
+            )
+    factor = 1.0
+    if yarn is not None and rope.get("mscale_all_dim"):
+        # Of the scores, whatever cos and sin are multiplied by; transformers' yarn_apply_mscale.
+        factor = (0.1 * rope["mscale_all_dim"] * math.log(yarn.factor) + 1) ** 2
+    return LatentAttentionConfig(
+        num_heads=hf.num_attention_heads,
+        q_lora_rank=hf.q_lora_rank,
+        kv_lora_rank=hf.kv_lora_rank,
+        qk_nope_head_dim=hf.qk_nope_head_dim,
+        qk_rope_head_dim=hf.qk_rope_head_dim,
+        v_head_dim=hf.v_head_dim,
+        rope_theta=theta,
+        yarn=yarn,
+        interleaved_rotary=bool(hf.rope_interleave),
+        score_factor=factor,
+    )
+
+
 def _yarn(rope: dict[str, Any], max_position_embeddings: int) -> YarnConfig:
     """From rope settings under transformers' names, with its defaults. Raises ValueError for a bad value."""
     original = rope.get("original_max_position_embeddings", max_position_embeddings)
@@ -214,6 +280,8 @@ def _yarn(rope: dict[str, Any], max_position_embeddings: int) -> YarnConfig:
 
 
 def _moe(hf: Any) -> MoeConfig | None:
+    if hasattr(hf, "n_routed_experts"):
+        return _moe_of_groups(hf)
     if not getattr(hf, "num_experts", 0):
         return None
     if not hasattr(hf, "moe_intermediate_size"):
@@ -227,12 +295,34 @@ def _moe(hf: Any) -> MoeConfig | None:
     )
 
 
+def _moe_of_groups(hf: Any) -> MoeConfig:
+    """The router of DeepSeek-V3, arXiv:2412.19437, section 2.1.2."""
+    sizes = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "n_group")
+    for name in (*sizes, "topk_group"):
+        check_int(name, getattr(hf, name), 1)
+    return MoeConfig(
+        num_experts=hf.n_routed_experts,
+        experts_per_token=hf.num_experts_per_tok,
+        intermediate_size=hf.moe_intermediate_size,
+        shared_intermediate_size=hf.n_shared_experts * hf.moe_intermediate_size,
+        normalise_top_k=bool(hf.norm_topk_prob),
+        scoring="sigmoid",
+        routed_scaling=number("routed_scaling_factor", hf.routed_scaling_factor, 0.0),
+        correction_bias=True,
+        num_groups=hf.n_group,
+        top_k_groups=hf.topk_group,
+        shared_gate=False,
+    )
+
+
 def _mtp_head(raw: dict[str, Any]) -> tuple[int, bool]:
     """Decoder layers of the MTP head, and whether it has an embedding of its own, by the table of families."""
     named = MTP_KEYS[raw["model_type"]]
     # What a wrapper's text_config states counts before what the wrapper states.
     stated = raw | (raw.get("text_config") or {})
     layers = stated.get(named.layers)
+    if layers is None and named.alias is not None:
+        layers = stated.get(named.alias)
     layers = named.default if layers is None else layers
     check_int(named.layers, layers, 0)
     dedicated = named.dedicated is not None and stated.get(named.dedicated)
@@ -242,8 +332,11 @@ def _mtp_head(raw: dict[str, Any]) -> tuple[int, bool]:
 
 
 def _mlp_kind(hf: Any, layer: int, moe: MoeConfig | None) -> MlpKind:
+    first = getattr(hf, "first_k_dense_replace", 0)
+    check_int("first_k_dense_replace", first, 0)
     sparse = (
         moe is not None
+        and layer >= first
         and layer not in (getattr(hf, "mlp_only_layers", None) or ())
         and (layer + 1) % getattr(hf, "decoder_sparse_step", 1) == 0
     )

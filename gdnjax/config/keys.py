@@ -1,11 +1,12 @@
 """What becomes of every key of a Hugging Face config.json: honoured, without effect here, or allowed one value only.
 
-The keys are those of transformers' configuration classes of Qwen3-Next and Qwen3.5, of what publishers write beside
-them, and of their neighbours in the family that would change what is computed. A key that is in none of the tables
-cannot be judged: files carry the notes of whatever tool wrote them. It is named in a warning and otherwise ignored,
-except among the rope settings, where every key changes numbers: there it is an error.
+The keys are those of transformers' configuration classes of Qwen3-Next, Qwen3.5 and DeepSeek-V3, of what publishers
+write beside them, and of their neighbours in the family that would change what is computed. A key that is in none of
+the tables of its family cannot be judged: files carry the notes of whatever tool wrote them. It is named in a warning
+and otherwise ignored, except among the rope settings, where every key changes numbers: there it is an error.
 """
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 log = logging.getLogger("gdnjax")
 
-HONOURED = frozenset(
+SHARED = frozenset(
     (
         "model_type",
         "text_config",
@@ -23,24 +24,12 @@ HONOURED = frozenset(
         "intermediate_size",
         "num_hidden_layers",
         "layer_types",
-        "full_attention_interval",
         "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
-        "linear_num_key_heads",
-        "linear_num_value_heads",
-        "linear_key_head_dim",
-        "linear_value_head_dim",
-        "linear_conv_kernel_dim",
-        "num_experts",
         "num_experts_per_tok",
         "moe_intermediate_size",
-        "shared_expert_intermediate_size",
         "norm_topk_prob",
-        "decoder_sparse_step",
-        "mlp_only_layers",
-        "mtp_num_hidden_layers",
-        "mtp_use_dedicated_embeddings",
         "num_nextn_predict_layers",
         "rms_norm_eps",
         "max_position_embeddings",
@@ -55,6 +44,23 @@ HONOURED = frozenset(
         "eos_token_id",
     )
 )
+"""Keys of every family."""
+
+HONOURED = SHARED | {
+    "full_attention_interval",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "num_experts",
+    "shared_expert_intermediate_size",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "mtp_num_hidden_layers",
+    "mtp_use_dedicated_embeddings",
+}
+"""Keys of Qwen3-Next and Qwen3.5, and of every family that has no table of its own."""
 
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -84,6 +90,63 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Keys that change numbers, and the values of them that are computed. The first is what an absent key means."""
 
+
+@dataclasses.dataclass(frozen=True)
+class FamilyKeys:
+    """The tables of a family that is unlike the others: `fixed` is there beside FIXED, less what it honours.
+
+    `aliases`: other names of keys, which transformers reads as well.
+    """
+
+    honoured: frozenset[str]
+    fixed: dict[str, tuple[Any, ...]]
+    aliases: dict[str, str]
+
+
+_DEEPSEEK_V3 = FamilyKeys(
+    honoured=SHARED
+    | {
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "qk_head_dim",
+        "v_head_dim",
+        "rope_interleave",
+        "first_k_dense_replace",
+        "n_routed_experts",
+        "num_local_experts",
+        "n_shared_experts",
+        "routed_scaling_factor",
+        "n_group",
+        "topk_group",
+        "num_mtp_layers",
+    },
+    fixed={
+        "scoring_func": ("sigmoid", None),
+        "topk_method": ("noaux_tc", None),
+        "moe_layer_freq": (1, None),
+    },
+    aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+)
+
+FAMILIES: dict[str, FamilyKeys] = {"deepseek_v3": _DEEPSEEK_V3}
+"""model_type -> tables of its own."""
+
+
+def honoured_by(model_type: str) -> frozenset[str]:
+    """The keys that a family is read from."""
+    return FAMILIES[model_type].honoured if model_type in FAMILIES else HONOURED
+
+
+def fixed_of(model_type: str) -> dict[str, tuple[Any, ...]]:
+    """The keys of which a family has one value that is computed, under a few spellings."""
+    if model_type not in FAMILIES:
+        return FIXED
+    of = FAMILIES[model_type]
+    return {name: values for name, values in FIXED.items() if name not in of.honoured} | of.fixed
+
+
 _TRAINING = "of training"
 _OUTPUT = "of what transformers' forward returns"
 _VISION = "of images and video; text only here"
@@ -91,6 +154,7 @@ _FILE = "about the file, not the model"
 _CLASSIFIER = "of classifiers"
 _TRANSFORMERS = "how transformers computes, not what"
 _TOKENS = "the tokenizer puts these tokens where they belong"
+_PARALLEL = "how its publisher spread it over devices"
 _WINDOW = "of layers with a sliding window, which none may be"
 
 WITHOUT_EFFECT: dict[str, str] = {
@@ -125,6 +189,10 @@ WITHOUT_EFFECT: dict[str, str] = {
     "label2id": _CLASSIFIER,
     "num_labels": _CLASSIFIER,
     "problem_type": _CLASSIFIER,
+    "aux_loss_alpha": _TRAINING,
+    "seq_aux": _TRAINING,
+    "ep_size": _PARALLEL,
+    "pretraining_tp": _PARALLEL,
     "use_cache": _TRANSFORMERS,
     "chunk_size_feed_forward": _TRANSFORMERS,
     "attn_implementation": _TRANSFORMERS,
@@ -187,13 +255,18 @@ def check_keys(raw: Mapping[str, Any], generation: frozenset[str]) -> None:
     `generation` are keys of generation_config.json, which older files have here. Unknown keys are logged by name.
     """
     unknown = []
+    honoured, fixed = honoured_by(raw["model_type"]), fixed_of(raw["model_type"])
     for where, section in (("", raw), ("text_config.", raw.get("text_config") or {})):
         for name, value in section.items():
-            if name in FIXED and not _is_one_of(value, FIXED[name]):
-                allowed = ", ".join(json.dumps(one) for one in FIXED[name])
+            if name in fixed and not _is_one_of(value, fixed[name]):
+                allowed = ", ".join(json.dumps(one) for one in fixed[name])
                 raise ValueError(f"unsupported {where}{name} {json.dumps(value)}; supported: {allowed}")
-            if not (name in HONOURED or name in FIXED or name in WITHOUT_EFFECT or name in generation):
+            if not (name in honoured or name in fixed or name in WITHOUT_EFFECT or name in generation):
                 unknown.append(where + name)
+    aliases = FAMILIES[raw["model_type"]].aliases if raw["model_type"] in FAMILIES else {}
+    for alias, name in aliases.items():
+        if alias in raw and name in raw and raw[alias] != raw[name]:
+            raise ValueError(f"{name} is {raw[name]!r}, and {alias}, which is another name of it, {raw[alias]!r}")
     if unknown:
         log.warning("config.json has keys that are not known here, and without effect: %s", ", ".join(unknown))
 

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from gdnjax.cache_kinds import ITEMSIZE, CacheKind, CacheSpec, LeafSpec, Paged, Slot
-from gdnjax.config.checks import check_positive
+from gdnjax.config.checks import check_choice, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,16 +17,23 @@ class MtpKeys:
     layers      key that counts the head's decoder layers
     default     that count where the key is absent or null
     dedicated   key that is true where the head has an embedding of its own; None: the family has no such key
+    alias       another name of `layers`, which transformers reads as well
+    as_layers   the head's tensors are named as layers behind the last one, in place of mtp.
     """
 
     layers: str
     default: int
     dedicated: str | None
+    alias: str | None = None
+    as_layers: bool = False
 
 
 _QWEN3_5_MTP = MtpKeys(layers="mtp_num_hidden_layers", default=0, dedicated="mtp_use_dedicated_embeddings")
 
 MTP_KEYS: dict[str, MtpKeys] = {
+    "deepseek_v3": MtpKeys(
+        layers="num_nextn_predict_layers", default=1, dedicated=None, alias="num_mtp_layers", as_layers=True
+    ),
     "qwen3_5": _QWEN3_5_MTP,
     "qwen3_5_moe": _QWEN3_5_MTP,
     "qwen3_5_moe_text": _QWEN3_5_MTP,
@@ -239,21 +246,157 @@ class AttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentAttentionConfig:
+    """Geometry of multi-head latent attention (MLA, arXiv:2405.04434), whose heads share one latent a token.
+
+    q_lora_rank           width of the queries' own latent; None: one product makes them
+    kv_lora_rank          width of the latent that keys and values are made of
+    qk_nope_head_dim      width of a head's query and key that the latent makes
+    qk_rope_head_dim      and of the part that stands beside it, which all heads share as keys
+    v_head_dim            width of a head's value
+    rope_theta            of the rotation of that part; None: nothing is rotated
+    interleaved_rotary    the checkpoint has the rotated pairs side by side, (0, 1), (2, 3), ...; the modules never see
+                          it, the loader undoes it
+    score_factor          what scores are multiplied by beside 1 / sqrt(width of a query)
+    norm_eps              of the norms of the latents
+    """
+
+    num_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    rope_theta: float | None = None
+    yarn: YarnConfig | None = None
+    interleaved_rotary: bool = False
+    score_factor: float = 1.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        check_positive(self)
+        if self.rope_theta is None and (self.yarn is not None or self.interleaved_rotary):
+            raise ValueError(
+                "rope_theta is None: nothing is rotated, so neither yarn nor interleaved_rotary may be set"
+            )
+        if self.yarn and self.rope_theta is not None and self.rope_theta <= 1:
+            raise ValueError(f"YaRN needs a rope_theta above 1, got {self.rope_theta}")
+        if self.rope_theta is not None and self.qk_rope_head_dim % 2:
+            raise ValueError(f"the rotary part of a head must be even, got qk_rope_head_dim={self.qk_rope_head_dim}")
+
+    @property
+    def rotary_dim(self) -> int:
+        return 0 if self.rope_theta is None else self.qk_rope_head_dim
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a head's query before it is absorbed."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of a token's entry."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def scale(self) -> float:
+        """Of the scores."""
+        return self.score_factor * self.qk_head_dim**-0.5
+
+    def num_weights(self, width: int) -> int:
+        """Parameters of a layer of a model so wide."""
+        queries = self.num_heads * self.qk_head_dim
+        rank = self.q_lora_rank
+        size = width * queries if rank is None else rank * (width + 1 + queries)
+        size += width * self.latent_dim + self.kv_lora_rank
+        size += self.kv_lora_rank * self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return size + self.num_heads * self.v_head_dim * width
+
+    @property
+    def num_float32_weights(self) -> int:
+        return 0
+
+    @property
+    def activation_width(self) -> int:
+        """Numbers of a token that a layer holds at once, about, beside the residual stream: absorbed queries, and what
+        is read for them.
+        """
+        return self.num_heads * (self.latent_dim + self.kv_lora_rank)
+
+    def cache_kind(self, layers: int, *, dtype: str) -> Paged:
+        """A latent a token in each of so many layers: what keys and values are made of, then the shared part of the
+        keys. Every rank holds all of it. Raises ValueError for an 8-bit dtype.
+        """
+        if ITEMSIZE[dtype] == 1:
+            raise ValueError(f"latents are not stored in 8 bits, got {dtype}; allowed: bfloat16, float32")
+        latent = LeafSpec(name="latent", layers=layers, shape=(self.latent_dim,), dtype=dtype)
+        return Paged(name=ATTENTION, leaves=(latent,))
+
+    def shard(self, tp: int) -> "LatentAttentionConfig":
+        """The part of one rank: heads are shared out, latents are not."""
+        if self.num_heads % tp:
+            raise ValueError(
+                f"tensor_parallel_size={tp} does not divide num_attention_heads={self.num_heads}; "
+                f"allowed: divisors of {self.num_heads}"
+            )
+        return dataclasses.replace(self, num_heads=self.num_heads // tp)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    """Geometry of the mixture-of-experts layers."""
+    """Geometry of the mixture-of-experts layers, and how their router chooses.
+
+    scoring            what makes scores of the router's logits: "softmax" over all experts, or "sigmoid" of each
+    normalise_top_k    the weights of a token's experts are divided by their sum
+    routed_scaling     what the weights are multiplied by then
+    correction_bias    each expert has a bias that is added to its score for the choice, and for nothing else
+    num_groups         groups of neighbouring experts, of which only `top_k_groups` are chosen from: those whose two
+                       best scores have the largest sum
+    shared_gate        the shared expert is multiplied by a gate of its own
+    """
 
     num_experts: int
     experts_per_token: int
     intermediate_size: int
     shared_intermediate_size: int
     normalise_top_k: bool
+    scoring: str = "softmax"
+    routed_scaling: float = 1.0
+    correction_bias: bool = False
+    num_groups: int = 1
+    top_k_groups: int = 1
+    shared_gate: bool = True
 
     def __post_init__(self):
+        check_choice("scoring", self.scoring, ("softmax", "sigmoid"))
         if not 0 < self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok must be between 1 and num_experts={self.num_experts}, "
                 f"got {self.experts_per_token}"
             )
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise ValueError(f"n_group={self.num_groups} does not divide the {self.num_experts} experts")
+        if not 0 < self.top_k_groups <= self.num_groups:
+            raise ValueError(f"topk_group must be between 1 and n_group={self.num_groups}, got {self.top_k_groups}")
+        size = self.num_experts // self.num_groups
+        if self.num_groups > 1 and size < 2:
+            raise ValueError(f"a group needs two experts or more, got n_group={self.num_groups} of {self.num_experts}")
+        if self.experts_per_token > self.top_k_groups * size:
+            raise ValueError(
+                f"num_experts_per_tok={self.experts_per_token} of {self.top_k_groups} groups of {size} experts: "
+                f"allowed: 1 to {self.top_k_groups * size}"
+            )
+
+    def num_weights(self, width: int) -> int:
+        """Parameters of a layer of a model so wide, without those that are always float32."""
+        experts = 3 * (self.num_experts * self.intermediate_size + self.shared_intermediate_size)
+        # The router, and the gate of the shared expert.
+        return width * (experts + self.num_experts + self.shared_gate)
+
+    @property
+    def num_float32_weights(self) -> int:
+        """The biases of the choice."""
+        return self.num_experts if self.correction_bias else 0
 
     def shard(self, tp: int) -> "MoeConfig":
         """The part of one rank: every rank holds a slice of every expert."""
@@ -275,7 +418,8 @@ class ModelConfig:
     the file says.
 
     `interleaved_projections` says that the checkpoint stores q, k, v, z (and b, a) grouped by key head, as
-    Qwen3-Next does; the modules never see it, the loader undoes it. `mtp_layers` counts the decoder layers of the
+    Qwen3-Next does; the modules never see it, the loader undoes it. `zero_centred_norms`: the norms of the residual
+    stream multiply by 1 + w, not by w. `mtp_layers` counts the decoder layers of the
     checkpoint's multi-token-prediction head, 0 where it has none; `mtp_dedicated_embeddings` says that this head has
     an embedding of its own. Both are read by `MTP_KEYS`, and what the engine cannot run is refused by `require_mtp`:
     without the head such a checkpoint is as good as any other.
@@ -288,11 +432,12 @@ class ModelConfig:
     layer_kinds: tuple[LayerKind, ...]
     mlp_kinds: tuple[MlpKind, ...]
     delta: DeltaConfig | None = None
-    attention: AttentionConfig | None = None
+    attention: AttentionConfig | LatentAttentionConfig | None = None
     moe: MoeConfig | None = None
     mtp_layers: int = 0
     mtp_dedicated_embeddings: bool = False
     rms_norm_eps: float = 1e-6
+    zero_centred_norms: bool = True
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
     dtype: str = "bfloat16"
@@ -343,7 +488,7 @@ class ModelConfig:
         head = [(LayerKind.ATTENTION, self.mlp_kinds[-1])] * self.mtp_layers if mtp else []
         return [*zip(self.layer_kinds, self.mlp_kinds, strict=True), *head]
 
-    def mixer(self, kind: LayerKind) -> DeltaConfig | AttentionConfig:
+    def mixer(self, kind: LayerKind) -> DeltaConfig | AttentionConfig | LatentAttentionConfig:
         """The geometry of the token mixers of a kind."""
         found = self.delta if kind is LayerKind.DELTA else self.attention
         assert found is not None, "checked at construction for every kind that occurs"
@@ -360,6 +505,12 @@ class ModelConfig:
     @property
     def num_attention_layers(self) -> int:
         return self.layer_kinds.count(LayerKind.ATTENTION)
+
+    @property
+    def mtp_layer_names(self) -> range | None:
+        """Numbers under which the checkpoint names the MTP head's layers, where it does not name them mtp."""
+        stored_so = self.model_type in MTP_KEYS and MTP_KEYS[self.model_type].as_layers
+        return range(self.num_layers, self.num_layers + self.mtp_layers) if stored_so else None
 
     def require_mtp(self) -> None:
         """Raises ValueError unless the model has an MTP head that the engine runs: one layer, which shares the

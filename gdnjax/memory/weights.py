@@ -17,17 +17,16 @@ def weight_bytes(model: ModelConfig, *, tp: int, dtype: str, mtp: bool = False) 
         # Two norms before the product of embedding and hidden state, and one at the end.
         size += 2 * width * width + 3 * width
     gates = sum(rank.mixer(kind).num_float32_weights for kind, _ in layers)
+    if rank.moe is not None:
+        gates += rank.moe.num_float32_weights * [mlp for _, mlp in layers].count(MlpKind.MOE)
     return size * ITEMSIZE[dtype] + gates * ITEMSIZE["float32"]
 
 
 def _mlp(rank: ModelConfig, kind: MlpKind) -> int:
     if kind is MlpKind.DENSE:
         return 3 * rank.hidden_size * rank.intermediate_size
-    moe = rank.moe
-    assert moe is not None, "checked where the configuration is made"
-    experts = 3 * (moe.num_experts * moe.intermediate_size + moe.shared_intermediate_size)
-    # The router, and the gate of the shared expert.
-    return rank.hidden_size * (experts + moe.num_experts + 1)
+    assert rank.moe is not None, "checked where the configuration is made"
+    return rank.moe.num_weights(rank.hidden_size)
 
 
 def workspace_estimate(model: ModelConfig, engine: EngineConfig, dtype: str) -> int:

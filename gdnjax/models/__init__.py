@@ -136,7 +136,7 @@ def engine_geometry(model: Model, config: EngineConfig) -> StateGeometry:
 
 @dataclasses.dataclass(frozen=True)
 class HybridModel:
-    """A Qwen3.5-style model of one rank, with its MTP head if `mtp`. Build it with `build_model`."""
+    """A model of one rank of any family that is supported, with its MTP head if `mtp`. Build it with `build_model`."""
 
     config: ModelConfig
     dtype: str
@@ -240,16 +240,30 @@ def random_params(
     keys = jax.random.split(key, len(leaves))
     places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
     values = [
-        _random_leaf_maker(_kind(sharding.path_name(path)), leaf, place)(k)
+        _random_leaf_maker(_kind(sharding.path_name(path), config), leaf, place)(k)
         for (path, leaf), place, k in zip(leaves, places, keys, strict=True)
     ]
     return jax.tree_util.tree_unflatten(tree, values)
 
 
-def _kind(name: str) -> str:
-    if name.endswith("linear_attn.norm.weight"):
-        return "gated norm"
-    return name.removesuffix(".weight").rsplit(".", 1)[-1]
+NORMS = (
+    "norm",
+    "q_norm",
+    "k_norm",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_fc_norm_embedding",
+    "pre_fc_norm_hidden",
+)
+
+
+def _kind(name: str, config: ModelConfig) -> str:
+    kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if name.endswith(("linear_attn.norm.weight", "a_layernorm.weight")):
+        return "plain norm"
+    if kind in NORMS:
+        return "zero-centred norm" if config.zero_centred_norms else "plain norm"
+    return kind
 
 
 @functools.cache
@@ -267,18 +281,12 @@ def _random_leaf(kind: str, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
             # With A = 1 a token keeps exp(-softplus(dt_bias)); half-lives are log-uniform in 1..200.
             half_life = 200.0 ** jax.random.uniform(key, leaf.shape)
             value = jnp.log(jnp.expm1(jnp.log(2.0) / half_life))
-        case "gated norm":
+        case "plain norm":
             value = 1 + 0.3 * normal
-        case (
-            "norm"
-            | "q_norm"
-            | "k_norm"
-            | "input_layernorm"
-            | "post_attention_layernorm"
-            | "pre_fc_norm_embedding"
-            | "pre_fc_norm_hidden"
-        ):
+        case "zero-centred norm":
             value = 0.3 * normal
+        case "e_score_correction_bias":
+            value = 0.1 * normal
         case "in_proj_a":
             value = 0.1 * normal * leaf.shape[-1] ** -0.5
         case "conv1d":

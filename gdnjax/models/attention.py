@@ -30,7 +30,7 @@ class GatedAttention(nnx.Module):
         self,
         x: Float[Array, "t d"],
         context: PrefillContext | DecodeContext,
-        angles: tuple[Array, Array],
+        angles: tuple[Array, Array] | None,
         cache: Cache,
         layer: int,
     ) -> tuple[Float[Array, "t d"], Cache]:

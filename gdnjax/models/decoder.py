@@ -5,11 +5,12 @@ from flax import nnx
 from gdnjax import sharding
 from gdnjax.backend import Backend
 from gdnjax.cache import Cache
-from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig
+from gdnjax.config import AttentionConfig, DeltaConfig, LatentAttentionConfig, LayerKind, MlpKind, ModelConfig
 from gdnjax.models.attention import GatedAttention
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.gated_deltanet import GatedDeltaNet
-from gdnjax.models.layers import DenseMLP, RMSNorm
+from gdnjax.models.latent_attention import LatentAttention
+from gdnjax.models.layers import DenseMLP, residual_norm
 from gdnjax.models.moe import MoeMLP
 from gdnjax.shapes import Array, Float
 
@@ -28,13 +29,15 @@ class DecoderLayer(nnx.Module):
         backend: Backend,
     ):
         """`config` is that of one rank; `pool_row` is the layer's row in the pools, which count layers of one kind."""
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.input_layernorm = residual_norm(config, dtype)
+        self.post_attention_layernorm = residual_norm(config, dtype)
         match config.mixer(kind):
             case DeltaConfig() as delta:
                 self.linear_attn = GatedDeltaNet(config, delta, dtype, backend)
             case AttentionConfig() as attention:
                 self.self_attn = GatedAttention(config, attention, dtype, backend)
+            case LatentAttentionConfig() as attention:
+                self.self_attn = LatentAttention(config, attention, dtype, backend)
         match mlp_kind:
             case MlpKind.DENSE:
                 self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, dtype, backend)
@@ -56,7 +59,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "t d"],
         context: PrefillContext | DecodeContext,
-        angles: tuple[Array, Array],
+        angles: tuple[Array, Array] | None,
         cache: Cache,
     ) -> tuple[Float[Array, "t d"], Cache]:
         normal = self.input_layernorm(x)

@@ -13,7 +13,7 @@ from jax import lax
 
 from gdnjax import sharding
 from gdnjax.backend import Backend, dot_precision
-from gdnjax.config import AttentionConfig, ModelConfig, YarnConfig
+from gdnjax.config import AttentionConfig, LatentAttentionConfig, ModelConfig, YarnConfig
 from gdnjax.pallas_kernels import matmul
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
@@ -42,14 +42,20 @@ def project(x: Float[Array, "t i"], *linears: Linear, backend: Backend) -> tuple
 
 
 class RMSNorm(nnx.Module):
-    """Zero-centred: x / rms(x) * (1 + w), in float32."""
+    """Zero-centred, x / rms(x) * (1 + w), or plain, x / rms(x) * w; in float32."""
 
-    def __init__(self, width: int, eps: float, dtype: str):
+    def __init__(self, width: int, eps: float, dtype: str, *, zero_centred: bool = True):
         self.weight = nnx.Param(jnp.zeros((width,), dtype))
         self.eps = eps
+        self.centre = 1.0 if zero_centred else 0.0
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        return (rms_normalise(x, self.eps) * (1.0 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        return (rms_normalise(x, self.eps) * (self.centre + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+
+
+def residual_norm(config: ModelConfig, dtype: str) -> RMSNorm:
+    """A norm of the residual stream."""
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, zero_centred=config.zero_centred_norms)
 
 
 class GatedRMSNorm(nnx.Module):
@@ -69,12 +75,16 @@ def rms_normalise(x: Float[Array, "... d"], eps: float) -> Float32[Array, "... d
     return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def rotary_angles(position: Int32[Array, "t"], attention: AttentionConfig) -> tuple[Array, Array]:
-    """cos and sin [t, rotary_dim], float32.
+def rotary_angles(
+    position: Int32[Array, "t"], attention: AttentionConfig | LatentAttentionConfig
+) -> tuple[Array, Array] | None:
+    """cos and sin [t, rotary_dim], float32; None where nothing is rotated.
 
     Text has one position for all three sections of the interleaved mrope, so the sections do not show.
     """
     size, theta, yarn = attention.rotary_dim, attention.rope_theta, attention.yarn
+    if theta is None:
+        return None
     if yarn is None:
         frequency = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     else:
@@ -109,8 +119,12 @@ def yarn_frequencies(rotary_dim: int, theta: float, yarn: YarnConfig) -> np.ndar
     return (frequency * (1 - share) + frequency / yarn.factor * share).astype(np.float32)
 
 
-def rotate(x: Float[Array, "t h hd"], angles: tuple[Array, Array]) -> Float[Array, "t h hd"]:
-    """Rotates the first `rotary_dim` entries of each head, pairs (i, i + rotary_dim / 2); the rest pass."""
+def rotate(x: Float[Array, "t h hd"], angles: tuple[Array, Array] | None) -> Float[Array, "t h hd"]:
+    """Rotates the first `rotary_dim` entries of each head, pairs (i, i + rotary_dim / 2); the rest pass, and all of
+    them without angles.
+    """
+    if angles is None:
+        return x
     cos, sin = (a[:, None] for a in angles)
     turned, rest = jnp.split(x, [cos.shape[-1]], axis=-1)
     first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)

@@ -1,4 +1,4 @@
-"""The mixture of experts: router, routed experts, shared expert and its gate."""
+"""The mixture of experts: router, routed experts, shared expert, and its gate where it has one."""
 
 import jax
 import jax.numpy as jnp
@@ -39,24 +39,62 @@ class Experts(nnx.Module):
         return grouped_matmul(x, weight[...], sizes, backend=self.backend)
 
 
+class Router(nnx.Module):
+    """Which experts a token goes to, and with what weights. Scores decide that, so they are float32 whatever the
+    activations are, and so are the biases of the choice.
+    """
+
+    def __init__(self, moe: MoeConfig, width: int, dtype: str):
+        self.weight = nnx.Param(jnp.zeros((moe.num_experts, width), dtype))
+        if moe.correction_bias:
+            self.e_score_correction_bias = nnx.Param(jnp.zeros((moe.num_experts,), jnp.float32))
+        self.moe = moe
+
+    def __call__(self, x: Float[Array, "t d"]) -> tuple[Float32[Array, "t top"], Int32[Array, "t top"]]:
+        """Weights and experts."""
+        moe, logits = self.moe, linear(x, self.weight[...], out_dtype=jnp.float32)
+        scores = jax.nn.softmax(logits, axis=-1) if moe.scoring == "softmax" else jax.nn.sigmoid(logits)
+        choice = scores + self.e_score_correction_bias[...] if moe.correction_bias else scores
+        if moe.num_groups > 1:
+            choice = _best_groups(choice, moe.num_groups, moe.top_k_groups)
+        best, expert = lax.top_k(choice, moe.experts_per_token)
+        weight = jnp.take_along_axis(scores, expert, axis=-1) if moe.correction_bias else best
+        if moe.normalise_top_k:
+            total = weight.sum(-1, keepdims=True)
+            # All of a token's sigmoids may be 0; the best of a softmax are not.
+            weight = weight / (total + 1e-20 if moe.scoring == "sigmoid" else total)
+        return weight * moe.routed_scaling if moe.routed_scaling != 1.0 else weight, expert
+
+
+def _best_groups(choice: Float32[Array, "t e"], groups: int, top: int) -> Float32[Array, "t e"]:
+    """-inf outside the `top` groups of neighbours whose two best have the largest sum."""
+    by_group = choice.reshape(choice.shape[0], groups, -1)
+    _, best = lax.top_k(lax.top_k(by_group, 2)[0].sum(-1), top)
+    chosen = (best[:, :, None] == jnp.arange(groups)).any(1)
+    return jnp.where(chosen[..., None], by_group, -jnp.inf).reshape(choice.shape)
+
+
 class MoeMLP(nnx.Module):
     """One rank's slice of every expert. The result is this rank's term of the sum over ranks."""
 
     def __init__(self, config: ModelConfig, moe: MoeConfig, dtype: str, backend: Backend):
         width = config.hidden_size
-        self.gate = Linear(width, moe.num_experts, dtype)
+        self.gate = Router(moe, width, dtype)
         self.experts = Experts(moe, width, dtype, backend)
-        self.shared_expert = DenseMLP(width, moe.shared_intermediate_size, dtype, backend)
-        self.shared_expert_gate = Linear(width, 1, dtype)
-        self.experts_per_token = moe.experts_per_token
-        self.normalise_top_k = moe.normalise_top_k
+        shared = DenseMLP(width, moe.shared_intermediate_size, dtype, backend)
+        # The names of the checkpoints: the two forms of a shared expert are spelled differently there.
+        if moe.shared_gate:
+            self.shared_expert = shared
+            self.shared_expert_gate = Linear(width, 1, dtype)
+        else:
+            self.shared_experts = shared
+        self.shared_gate = moe.shared_gate
 
     def __call__(self, x: Float[Array, "t d"], valid: Bool[Array, "t"]) -> Float[Array, "t d"]:
-        # Router scores decide which experts run, so they are float32 whatever the activations are.
-        scores = jax.nn.softmax(linear(x, self.gate.weight[...], out_dtype=jnp.float32), axis=-1)
-        weight, expert = lax.top_k(scores, self.experts_per_token)
-        if self.normalise_top_k:
-            weight = weight / weight.sum(-1, keepdims=True)
-        expert = jnp.where(valid[:, None], expert, scores.shape[-1])
-        shared = jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x, valid)
+        weight, expert = self.gate(x)
+        expert = jnp.where(valid[:, None], expert, self.gate.weight.shape[0])
+        if self.shared_gate:
+            shared = jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x, valid)
+        else:
+            shared = self.shared_experts(x, valid)
         return self.experts(x, expert, weight) + shared

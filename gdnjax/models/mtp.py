@@ -4,7 +4,8 @@
     logits of token i+1 = shared head(m_i)
 
 h is the target's hidden state after its final norm; further drafts feed m in its place. Source: the published
-checkpoints of Qwen3-Next and Qwen3.5 (`mtp.*`), DeepSeek-V3's report, arXiv:2412.19437, section 2.2.
+checkpoints of Qwen3-Next and Qwen3.5 (`mtp.*`), and DeepSeek-V3's (a layer behind the last one, under names that
+`gdnjax.checkpoint.names` turns into these) and its report, arXiv:2412.19437, section 2.2.
 
 The layer's keys and values stand at the index of their token. So they depend on the tokens up to it and on nothing
 later, and a block of them can be shared by all whose prefix is the same. Index 0 has no hidden state before it: nobody
@@ -21,7 +22,7 @@ from gdnjax.cache import Cache
 from gdnjax.config import LayerKind, ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.decoder import DecoderLayer
-from gdnjax.models.layers import Linear, RMSNorm
+from gdnjax.models.layers import Linear, residual_norm
 from gdnjax.shapes import Array, Float
 
 FIRST_INDEX = 1
@@ -34,21 +35,21 @@ class MultiTokenPredictor(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: str, tp: int, backend: Backend):
         if config.mtp_layers != 1:
             raise ValueError(f"the MTP head needs a configuration with 1 MTP layer, got {config.mtp_layers}")
-        width, eps = config.hidden_size, config.rms_norm_eps
-        self.pre_fc_norm_embedding = RMSNorm(width, eps, dtype)
-        self.pre_fc_norm_hidden = RMSNorm(width, eps, dtype)
+        width = config.hidden_size
+        self.pre_fc_norm_embedding = residual_norm(config, dtype)
+        self.pre_fc_norm_hidden = residual_norm(config, dtype)
         self.fc = Linear(2 * width, width, dtype)
         pool_row = config.num_attention_layers
         layer = DecoderLayer(config, LayerKind.ATTENTION, config.mlp_kinds[-1], pool_row, dtype, tp, backend)
         self.layers = nnx.List([layer])
-        self.norm = RMSNorm(width, eps, dtype)
+        self.norm = residual_norm(config, dtype)
 
     def __call__(
         self,
         embedding: Float[Array, "t d"],
         previous: Float[Array, "t d"],
         context: PrefillContext | DecodeContext,
-        angles: tuple[Array, Array],
+        angles: tuple[Array, Array] | None,
         cache: Cache,
     ) -> tuple[Float[Array, "t d"], Cache]:
         """`previous` holds the hidden state before each token; at index 0 anything. The pools are consumed."""

@@ -1,4 +1,4 @@
-"""Qwen3.5 and Qwen3-Next: the layers in order, one residual stream, and the MTP head where it is wanted."""
+"""Qwen3.5, Qwen3-Next and DeepSeek-V3: the layers in order, one residual stream, and the MTP head where it is wanted."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +8,7 @@ from gdnjax.cache import Cache
 from gdnjax.config import LayerKind, ModelConfig
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.decoder import DecoderLayer
-from gdnjax.models.layers import Embedding, Linear, RMSNorm, linear, mask_padded_vocab, rotary_angles
+from gdnjax.models.layers import Embedding, Linear, linear, mask_padded_vocab, residual_norm, rotary_angles
 from gdnjax.models.mtp import MultiTokenPredictor
 from gdnjax.shapes import Array, Float, Float32, Int32
 
@@ -20,7 +20,7 @@ class Qwen3_5(nnx.Module):
         local = config.shard(tp)
         self.embed_tokens = Embedding(local.vocab_size, config.hidden_size, dtype, tp)
         self.layers = nnx.List([DecoderLayer.of(local, i, dtype, tp, backend) for i in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.norm = residual_norm(config, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, local.vocab_size, dtype)
         if mtp:
@@ -62,5 +62,5 @@ class Qwen3_5(nnx.Module):
         logits = linear(hidden, head.weight[...], out_dtype=jnp.float32)
         return mask_padded_vocab(logits, self.config, self.tp)
 
-    def _angles(self, context: PrefillContext | DecodeContext) -> tuple[Array, Array]:
+    def _angles(self, context: PrefillContext | DecodeContext) -> tuple[Array, Array] | None:
         return rotary_angles(context.position, self.attention)

@@ -33,11 +33,31 @@ MOE = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 24,
 }
+LATENT = {
+    "layer_types": None,
+    "num_key_value_heads": 4,
+    "head_dim": 10,
+    "intermediate_size": 72,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 28,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 10,
+    "v_head_dim": 18,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0},
+}
 CLASSES = {
     "qwen3_5": ("Qwen3_5Config", "Qwen3_5TextConfig", DENSE),
     "qwen3_5_text": (None, "Qwen3_5TextConfig", DENSE),
     "qwen3_5_moe": ("Qwen3_5MoeConfig", "Qwen3_5MoeTextConfig", MOE),
     "qwen3_5_moe_text": (None, "Qwen3_5MoeTextConfig", MOE),
+    "deepseek_v3": (None, "DeepseekV3Config", LATENT),
     "qwen3_next": (None, "Qwen3NextConfig", {**DENSE, **MOE, "mlp_only_layers": [1], "norm_topk_prob": False}),
 }
 
