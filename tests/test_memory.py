@@ -396,6 +396,26 @@ def test_command_counts_what_speculation_costs(capsys):
     assert "124,800 B" in text
 
 
+def test_command_has_the_latents_of_a_model_without_states(capsys):
+    """DeepSeek-V3: 512 + 64 numbers of two bytes a token and layer, on every rank; with drafts one layer more."""
+    assert main(["--config", "deepseek-v3", "--tp", "8", "--num-speculative-tokens", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    leaf = {"name": "latent", "layers": 61, "shape": [576], "dtype": "bfloat16", "split": None}
+    plain, geometry = (report[name]["cache"]["kinds"] for name in ("plain", "geometry"))
+    assert [kind["leaves"] for kind in (*plain, *geometry)] == [[leaf], [leaf | {"layers": 62}]]
+    assert (report["bytes"]["slot_bytes"], report["bytes"]["block_bytes"]) == (0, 16 * 62 * 1152)
+    assert main(["--config", "deepseek-v3"]) == 0
+    text = capsys.readouterr().out
+    assert "a slot                     0 B  no state to keep" in text
+    assert f"{16 * 61 * 1152:,} B  16 x 61 layers x (1,152 latent in bfloat16)" in text
+
+
+def test_latents_are_not_planned_in_8_bits():
+    model = ModelConfig.from_hf(config_file("deepseek-v3"))
+    with pytest.raises(ValueError, match="latents are not stored in 8 bits, got fp8; allowed: bfloat16, float32"):
+        StateGeometry.of(model, tp=1, block_size=16, dtype="bfloat16", ssm_dtype="float32", kv_dtype="fp8")
+
+
 def test_command_without_drafts_says_nothing_of_them(capsys):
     assert main(PUBLISHED) == 0
     text = capsys.readouterr().out

@@ -232,7 +232,7 @@ def _check_head(names: Names, mtp_wanted: bool, cfg: ModelConfig) -> None:
         )
     if mtp_wanted and not any(map(_is_of_head, names.language)):
         raise ValueError(
-            f"num_speculative_tokens above 0 needs the MTP head, and there is no tensor here {_place_of_head(cfg)}; "
+            f"num_speculative_tokens above 0 needs the MTP head, and no tensor here is one {_place_of_head(cfg)}; "
             "allowed: num_speculative_tokens=0"
         )
 

@@ -212,9 +212,7 @@ def _attention(hf: Any, rope: dict[str, Any], yarn: YarnConfig | None) -> Attent
     partial = number("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 0.0)
     if hasattr(hf, "kv_lora_rank"):
         if partial != 1.0:
-            raise ValueError(
-                f"partial_rotary_factor={partial:g} of latent attention; allowed: 1, all of the rotary part"
-            )
+            raise ValueError(f"partial_rotary_factor={partial:g} of latent attention; allowed: 1")
         return _latent_attention(hf, theta, rope, yarn)
     return AttentionConfig(
         num_heads=hf.num_attention_heads,
@@ -239,9 +237,7 @@ def _latent_attention(hf: Any, theta: float, rope: dict[str, Any], yarn: YarnCon
     }
     for name, value in follows.items():
         if getattr(hf, name) not in (None, value):
-            raise ValueError(
-                f"{name} of latent attention is {value} here, by the other widths; got {getattr(hf, name)!r}"
-            )
+            raise ValueError(f"{name} of latent attention follows from others: {value}; got {getattr(hf, name)!r}")
     factor = 1.0
     if yarn is not None and rope.get("mscale_all_dim"):
         # Of the scores, whatever cos and sin are multiplied by; transformers' yarn_apply_mscale.

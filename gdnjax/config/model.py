@@ -276,9 +276,7 @@ class LatentAttentionConfig:
     def __post_init__(self):
         check_positive(self)
         if self.rope_theta is None and (self.yarn is not None or self.interleaved_rotary):
-            raise ValueError(
-                "rope_theta is None: nothing is rotated, so neither yarn nor interleaved_rotary may be set"
-            )
+            raise ValueError("with rope_theta=None nothing is rotated: neither yarn nor interleaved_rotary may be set")
         if self.yarn and self.rope_theta is not None and self.rope_theta <= 1:
             raise ValueError(f"YaRN needs a rope_theta above 1, got {self.rope_theta}")
         if self.rope_theta is not None and self.qk_rope_head_dim % 2:

@@ -40,6 +40,27 @@ def test_names_of_a_wanted_head_are_its_modules_but_for_tables_of_its_own():
     assert sort_names(tables, tied_lm_head=False).mtp == tuple(tables)
 
 
+def test_head_that_is_stored_as_a_layer_is_told_from_the_target_by_its_number():
+    target = {"layers.60.mlp.up_proj.weight": "model.layers.60.mlp.up_proj.weight"}
+    head = {
+        "mtp.pre_fc_norm_embedding.weight": "model.layers.61.enorm.weight",
+        "mtp.pre_fc_norm_hidden.weight": "model.layers.61.hnorm.weight",
+        "mtp.fc.weight": "model.layers.61.eh_proj.weight",
+        "mtp.norm.weight": "model.layers.61.shared_head.norm.weight",
+        "mtp.layers.0.self_attn.o_proj.weight": "model.layers.61.self_attn.o_proj.weight",
+        "mtp.layers.0.mlp.gate.e_score_correction_bias": "model.layers.61.mlp.gate.e_score_correction_bias",
+    }
+    tables = ("model.layers.61.embed_tokens.weight", "model.layers.61.shared_head.head.weight")
+    names = [*target.values(), *head.values(), *tables]
+    found = sort_names(names, tied_lm_head=False, mtp_wanted=True, mtp_layers=range(61, 62))
+    assert found.language == target | head
+    assert found.copies == dict(zip(tables, ("embed_tokens.weight", "lm_head.weight"), strict=True))
+    without = sort_names(names, tied_lm_head=False, mtp_layers=range(61, 62))
+    assert (without.language, without.mtp, without.copies) == (target, (*head.values(), *tables), {})
+    tied = sort_names(tables, tied_lm_head=True, mtp_wanted=True, mtp_layers=range(61, 62))
+    assert set(tied.copies.values()) == {"embed_tokens.weight"}
+
+
 def test_one_parameter_named_twice_is_an_error():
     with pytest.raises(ValueError, match=r"model\.norm\.weight and model\.language_model\.norm\.weight"):
         sort_names(["model.norm.weight", "model.language_model.norm.weight"], tied_lm_head=False)

@@ -12,8 +12,13 @@ TEXT = {
     "vocab_size": 401,
     "hidden_size": 48,
     "num_hidden_layers": 3,
-    "layer_types": list(KINDS),
     "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 399,
+}
+HYBRID = {
+    "layer_types": list(KINDS),
     "num_key_value_heads": 2,
     "head_dim": 32,
     "linear_num_key_heads": 2,
@@ -21,22 +26,18 @@ TEXT = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 24,
     "linear_conv_kernel_dim": 5,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-5,
-    "eos_token_id": 399,
     "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0, "partial_rotary_factor": 0.25},
 }
-DENSE = {"intermediate_size": 72}
+DENSE = {**HYBRID, "intermediate_size": 72}
 MOE = {
+    **HYBRID,
     "num_experts": 5,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 24,
 }
 LATENT = {
-    "layer_types": None,
     "num_key_value_heads": 4,
-    "head_dim": 10,
     "intermediate_size": 72,
     "first_k_dense_replace": 1,
     "q_lora_rank": 20,
@@ -60,6 +61,9 @@ CLASSES = {
     "deepseek_v3": (None, "DeepseekV3Config", LATENT),
     "qwen3_next": (None, "Qwen3NextConfig", {**DENSE, **MOE, "mlp_only_layers": [1], "norm_topk_prob": False}),
 }
+
+HYBRIDS = tuple(model_type for model_type, (_, _, more) in CLASSES.items() if "layer_types" in more)
+"""Those with delta layers."""
 
 
 def hf_dict(model_type, text=None, **outside):

@@ -6,8 +6,16 @@ import math
 import pytest
 
 from gdnjax import LayerKind, ModelConfig
-from gdnjax.config import MTP_KEYS, SUPPORTED_MODEL_TYPES, AttentionConfig, DeltaConfig, MlpKind, MoeConfig
-from tests.config.configurations import CLASSES, KINDS, from_hf, hf_dict
+from gdnjax.config import (
+    MTP_KEYS,
+    SUPPORTED_MODEL_TYPES,
+    AttentionConfig,
+    DeltaConfig,
+    LatentAttentionConfig,
+    MlpKind,
+    MoeConfig,
+)
+from tests.config.configurations import CLASSES, HYBRIDS, KINDS, from_hf, hf_dict
 
 DELTA, ATTENTION = LayerKind.DELTA, LayerKind.ATTENTION
 
@@ -16,8 +24,8 @@ def test_every_supported_model_type_is_tested():
     assert set(CLASSES) == set(SUPPORTED_MODEL_TYPES)
 
 
-@pytest.mark.parametrize("model_type", CLASSES)
-def test_geometry_is_read_from_every_model_type(model_type):
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_geometry_is_read_from_every_hybrid(model_type):
     config = from_hf(model_type)
     assert config.model_type == model_type
     assert (config.vocab_size, config.hidden_size, config.rms_norm_eps) == (401, 48, 1e-5)
@@ -31,6 +39,88 @@ def test_geometry_is_read_from_every_model_type(model_type):
     assert (config.max_position_embeddings, config.dtype, config.eos_token_ids) == (1024, "float32", (399,))
     assert not config.tie_word_embeddings
     assert config.interleaved_projections == (model_type == "qwen3_next")
+
+
+def test_geometry_of_latent_attention_is_read():
+    config = from_hf("deepseek_v3")
+    assert (config.vocab_size, config.hidden_size, config.rms_norm_eps) == (401, 48, 1e-5)
+    assert (config.layer_kinds, config.delta) == ((ATTENTION,) * 3, None)
+    assert config.mlp_kinds == (MlpKind.DENSE, MlpKind.MOE, MlpKind.MOE)
+    assert config.attention == LatentAttentionConfig(
+        num_heads=4,
+        q_lora_rank=20,
+        kv_lora_rank=28,
+        qk_nope_head_dim=14,
+        qk_rope_head_dim=10,
+        v_head_dim=18,
+        rope_theta=12345.0,
+        interleaved_rotary=True,
+    )
+    assert config.moe == MoeConfig(
+        num_experts=12,
+        experts_per_token=3,
+        intermediate_size=16,
+        shared_intermediate_size=32,
+        normalise_top_k=True,
+        scoring="sigmoid",
+        routed_scaling=2.5,
+        correction_bias=True,
+        num_groups=3,
+        top_k_groups=2,
+        shared_gate=False,
+    )
+    assert not config.zero_centred_norms
+    assert (config.intermediate_size, config.mtp_layers, config.mtp_layer_names) == (72, 1, range(3, 4))
+    other = from_hf("deepseek_v3", text={"q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False})
+    assert (other.attention.q_lora_rank, other.attention.interleaved_rotary) == (None, False)
+    assert not other.moe.normalise_top_k
+
+
+@pytest.mark.parametrize(
+    ("all_dim", "of_scores", "of_angles"), [(1.0, 1.87385, 1.0), (0.5, 1.40291, 1.15572), (None, 1.0, 1.36889)]
+)
+def test_yarn_scales_the_scores_of_latent_attention(all_dim, of_scores, of_angles):
+    """(0.1 mscale_all_dim ln 40 + 1)^2, beside what cos and sin are multiplied by: published sizes, and others."""
+    rope = {**YARN, "factor": 40.0, "mscale": 1.0} | ({} if all_dim is None else {"mscale_all_dim": all_dim})
+    attention = from_hf("deepseek_v3", text={"rope_parameters": rope}).attention
+    assert attention.score_factor == pytest.approx(of_scores, rel=1e-5)
+    assert attention.scale == pytest.approx(of_scores * 24**-0.5, rel=1e-5)
+    assert attention.yarn.attention_factor == pytest.approx(of_angles, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 2}, "num_key_value_heads of latent attention follows from others: 4; got 2"),
+        ({"head_dim": 14}, "head_dim of latent attention follows from others: 10; got 14"),
+        ({"qk_head_dim": 14}, "qk_head_dim of latent attention follows from others: 24; got 14"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 of latent attention; allowed: 1"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank must be an integer of at least 1, got 0"),
+        ({"q_lora_rank": 0}, "q_lora_rank must be an integer of at least 1, got 0"),
+        ({"layer_types": ["sliding_attention"] * 3}, "unsupported layer_types .*supported: .'full_attention'."),
+        ({"n_group": 5}, "n_group=5 does not divide the 12 experts"),
+        ({"n_group": 12}, "a group needs two experts or more, got n_group=12 of 12"),
+        ({"topk_group": 4}, "topk_group must be between 1 and n_group=3, got 4"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 of 2 groups of 4 experts: allowed: 1 to 8"),
+        ({"n_shared_experts": 0}, "n_shared_experts must be an integer of at least 1, got 0"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace must be an integer of at least 0, got -1"),
+        ({"num_local_experts": 8}, "n_routed_experts is 12, and num_local_experts, which is another name of it, 8"),
+        ({"num_mtp_layers": 2}, "num_nextn_predict_layers is 1, and num_mtp_layers, which is another name of it, 2"),
+        ({"scoring_func": "softmax"}, 'unsupported scoring_func "softmax"; supported: "sigmoid"'),
+        ({"topk_method": "greedy"}, 'unsupported topk_method "greedy"; supported: "noaux_tc"'),
+        ({"moe_layer_freq": 2}, "unsupported moe_layer_freq 2; supported: 1"),
+        ({"attention_bias": True}, "unsupported attention_bias true"),
+    ],
+)
+def test_what_latent_attention_and_its_router_do_not_compute_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(hf_dict("deepseek_v3") | changes)
+
+
+def test_other_name_of_the_count_of_mtp_layers_is_read():
+    raw = hf_dict("deepseek_v3")
+    del raw["num_nextn_predict_layers"]
+    assert ModelConfig.from_hf(raw | {"num_mtp_layers": 2}).mtp_layers == 2
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_text"])
@@ -113,9 +203,10 @@ def test_layers_of_the_mtp_head_are_read_under_the_family_s_key(model_type, stat
 
 @pytest.mark.parametrize("stated", [{}, {"mtp_num_hidden_layers": None, "num_nextn_predict_layers": None}])
 @pytest.mark.parametrize("model_type", CLASSES)
-def test_mtp_head_that_is_not_counted_is_none_and_in_qwen3_next_one_layer(model_type, stated):
+def test_mtp_head_that_is_not_counted_is_that_of_the_family(model_type, stated):
     config = from_hf(model_type, text=stated)
-    assert (config.mtp_layers, config.mtp_dedicated_embeddings) == (int(model_type == "qwen3_next"), False)
+    layers = int(model_type in ("qwen3_next", "deepseek_v3"))
+    assert (config.mtp_layers, config.mtp_dedicated_embeddings) == (layers, False)
 
 
 @pytest.mark.parametrize(("model_type", "key"), [("qwen3_5", "num_nextn_predict_layers"), ("qwen3_next", "mtp_layers")])
@@ -182,7 +273,7 @@ def test_dtype_is_read_in_either_spelling(dtype, spelling):
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_5_vision", "", None])
 def test_unknown_model_type_is_named_with_the_supported(model_type):
-    with pytest.raises(ValueError, match=f"unsupported model_type {model_type!r}; supported: qwen3_5, .*qwen3_next"):
+    with pytest.raises(ValueError, match=f"unsupported model_type {model_type!r}; supported: deepseek_v3, .*next"):
         ModelConfig.from_hf(hf_dict("qwen3_5") | {"model_type": model_type})
 
 
@@ -240,7 +331,7 @@ def test_rope_settings_that_are_not_computed_are_refused(rope, message):
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 777.0}
 
 
-@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("model_type", HYBRIDS)
 @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
 def test_rope_settings_are_read_where_transformers_reads_them(model_type, name):
     raw = hf_dict(model_type)

@@ -14,7 +14,7 @@ from tests.config.configurations import CLASSES, from_hf, hf_dict
 def test_every_key_of_transformers_is_in_the_tables(model_type, caplog):
     """So none is ignored without a decision, whatever another version of transformers adds."""
     wrapper, inner, _ = CLASSES[model_type]
-    tables = (keys.HONOURED, set(keys.FIXED), set(keys.WITHOUT_EFFECT))
+    tables = (keys.honoured_by(model_type), set(keys.fixed_of(model_type)), set(keys.WITHOUT_EFFECT))
     for name in (wrapper, inner):
         fields = {field.name for field in dataclasses.fields(getattr(transformers, name))} if name else set()
         assert not fields - set().union(*tables)
@@ -34,10 +34,12 @@ def test_key_that_nobody_knows_is_named_in_a_warning(inside, caplog):
     assert record.message.endswith("without effect: text_config.frobnication" if inside else "effect: frobnication")
 
 
-@pytest.mark.parametrize("name", keys.FIXED)
-@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_next"])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [(one, name) for one in ("qwen3_5", "qwen3_next", "deepseek_v3") for name in keys.fixed_of(one)],
+)
 def test_key_that_changes_numbers_is_refused_with_any_other_value(name, model_type):
-    allowed = keys.FIXED[name]
+    allowed = keys.fixed_of(model_type)[name]
     for value in (*allowed, "another", 7, allowed[0] is False):
         raw = hf_dict(model_type)
         raw.get("text_config", raw)[name] = value

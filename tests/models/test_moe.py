@@ -26,6 +26,20 @@ CONFIG = ModelConfig(
     attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=8, rotary_dim=4, rope_theta=1e4),
     moe=MOE,
 )
+# No softmax, a shared expert without a gate, and a choice by biased scores among two of three groups.
+GROUPS = MoeConfig(
+    num_experts=12,
+    experts_per_token=3,
+    intermediate_size=12,
+    shared_intermediate_size=20,
+    normalise_top_k=True,
+    scoring="sigmoid",
+    routed_scaling=1.7,
+    correction_bias=True,
+    num_groups=3,
+    top_k_groups=2,
+    shared_gate=False,
+)
 TOKENS = 11
 
 RTOL, ATOL = 1e-5, 2e-5
@@ -69,6 +83,24 @@ def one_token(x, weights, moe):
     return out + gate * swiglu(x, *parts)
 
 
+def one_token_of_groups(x, weights, moe):
+    """Sigmoids; the bias decides the groups, by the sum of their two best, and the experts within, and nothing else."""
+    x = np.float64(x)
+    scores = 1 / (1 + np.exp(-weights["gate"]["weight"] @ x))
+    biased = scores + weights["gate"].get("e_score_correction_bias", 0)
+    groups = np.split(np.arange(len(scores)), moe.num_groups)
+    groups = sorted(groups, key=lambda group: -np.sort(biased[group])[-2:].sum())[: moe.top_k_groups]
+    chosen = sorted(np.concatenate(groups), key=lambda expert: -biased[expert])[: moe.experts_per_token]
+    norm = scores[chosen].sum() if moe.normalise_top_k else 1.0
+    out = np.zeros(len(x))
+    for expert in chosen:
+        gate, up = np.split(weights["experts"]["gate_up_proj"][expert], 2)
+        weight = moe.routed_scaling * scores[expert] / norm
+        out += weight * swiglu(x, gate, up, weights["experts"]["down_proj"][expert])
+    parts = (weights["shared_experts"][name]["weight"] for name in ("gate_proj", "up_proj", "down_proj"))
+    return out + swiglu(x, *parts)
+
+
 def inputs(seed=1):
     return np.random.default_rng(seed).standard_normal((TOKENS, 16)).astype(np.float32)
 
@@ -85,6 +117,27 @@ def test_layer_equals_a_loop_over_tokens(top, normalise):
     x = inputs()
     actual = np.asarray(layer(jnp.asarray(x), jnp.ones((TOKENS,), bool)))
     close(actual, np.stack([one_token(row, weights, moe) for row in x]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"normalise_top_k": False},
+        {"correction_bias": False},
+        {"num_groups": 1, "top_k_groups": 1},
+        {"top_k_groups": 1},
+    ],
+)
+def test_layer_of_groups_equals_a_loop_over_tokens(changes):
+    moe = dataclasses.replace(GROUPS, **changes)
+    layer, weights = build(moe)
+    x = inputs()
+    actual = np.asarray(layer(jnp.asarray(x), jnp.ones((TOKENS,), bool)))
+    close(actual, np.stack([one_token_of_groups(row, weights, moe) for row in x]))
+    # Each of the settings changes what is computed for some token.
+    other = dataclasses.replace(GROUPS, normalise_top_k=False, num_groups=4, top_k_groups=1, experts_per_token=2)
+    assert np.abs(actual - np.stack([one_token_of_groups(row, weights, other) for row in x])).max() > 0.1
 
 
 def test_padded_tokens_go_to_no_expert():

@@ -143,9 +143,26 @@ def test_greedy_tokens_equal_transformers(live, near_ties):
     _check_greedy(family, prompts, _generate_greedily(llm, prompts), reference, near_ties)
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("qwen3_5_moe_tp", 4), ("qwen3_next_tp", 2)])
+@pytest.mark.parametrize("live", ["deepseek_v3"], indirect=True)
+def test_prefix_is_gone_on_from_at_any_block_without_a_state(live, near_ties):
+    """No request has ended or been cut where they part: of 83 tokens in common the five whole blocks of 16 are hit."""
+    family, directory, llm = live
+    first = checkpoints.prompt_tokens(130, seed=5)
+    second = [*first[:83], *checkpoints.prompt_tokens(40, seed=6)]
+    outputs = []
+    for prompt in (first, second):
+        params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+        outputs += llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    assert [output.num_cached_tokens for output in outputs] == [0, 80]
+    assert not llm.model.cache_spec(block_size=16, ssm_dtype="float32").slots
+    reference = checkpoints.reference_greedy(directory, [first, second], 16)
+    tokens = np.array([output.outputs[0].token_ids for output in outputs])
+    _check_greedy(f"{family}, a hit", [first, second], tokens, reference, near_ties)
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("qwen3_5_moe_tp", 4), ("qwen3_next_tp", 2), ("deepseek_v3_tp", 2)])
 def test_greedy_tokens_of_ranks_equal_transformers(family, ranks, tmp_path, near_ties):
-    """From the disk straight into shards, through a padded vocabulary and replicated kv heads."""
+    """From the disk straight into shards, through a padded vocabulary and replicated kv heads, or latents."""
     pytest.importorskip("torch")
     if len(jax.devices()) < ranks:
         pytest.skip(f"needs {ranks} devices")
@@ -179,13 +196,17 @@ def test_greedy_tokens_equal_stored(stored, near_ties):
 
 @pytest.mark.parametrize("family", checkpoints.PARITY_FAMILIES)
 def test_checkpoint_state_matters(family, tmp_path):
-    """A layer's lost state moves the logits far beyond the bound, and the recurrent one still 50 tokens later."""
+    """A layer's lost state moves the logits far beyond the bound, recurrent ones and latents 50 tokens later, too."""
     pytest.importorskip("torch")
     checkpoints.write_checkpoint(family, tmp_path)
     prompt = checkpoints.prompt_tokens(200)
     kept = checkpoints.reference_logits_resumed(tmp_path, prompt, 100)
     assert checkpoints.relative_error(kept, checkpoints.reference_logits(tmp_path, prompt)[100:]) < LOGIT_BOUND
-    layer_types = checkpoints.FAMILIES[family].text["layer_types"]
+    text = checkpoints.FAMILIES[family].text
+    layer_types = text.get("layer_types", ["latent"] * text["num_hidden_layers"])
+    for layer in [i for i, kind in enumerate(layer_types) if kind == "latent"]:
+        no_latents = checkpoints.reference_logits_resumed(tmp_path, prompt, 100, [(layer, "keys")])
+        assert checkpoints.relative_error(no_latents[50:], kept[50:]) > 1e-2, layer
     for layer in [i for i, kind in enumerate(layer_types) if kind == "linear_attention"]:
         no_conv = checkpoints.reference_logits_resumed(tmp_path, prompt, 100, [(layer, "conv")])
         no_state = checkpoints.reference_logits_resumed(tmp_path, prompt, 100, [(layer, "recurrent")])
