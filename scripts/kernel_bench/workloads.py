@@ -85,7 +85,7 @@ def _rows(rows: int, real: int) -> str:
     return str(rows) if real == rows else f"{real}of{rows}"
 
 
-jax.tree_util.register_dataclass(Gates, data_fields=["a", "b", "A_log", "dt_bias"], meta_fields=[])
+jax.tree_util.register_dataclass(Gates, data_fields=["a", "b", "A_log", "dt_bias"], meta_fields=["beta_scale"])
 
 
 def recurrent(

@@ -26,13 +26,15 @@ included; the rest is room for other orders of float32 summation. A wrong decay 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A geometry. `correlated`: keys of a row are within 0.02 of one direction."""
+    """A geometry. `correlated`: keys of a row are within 0.02 of one direction. `channels`: each has its own decay."""
 
     key_heads: int
     ratio: int
     key_dim: int
     value_dim: int
     correlated: bool = False
+    channels: bool = False
+    beta_scale: float = 1.0
 
     @property
     def value_heads(self):
@@ -49,12 +51,15 @@ WORKLOADS = {
     "ratio 3": Workload(2, 3, 16, 16),
     "ratio 4": Workload(1, 4, 8, 12),
     "correlated keys": Workload(2, 1, 16, 16, correlated=True),
+    "K 96, V 192, beta to 2": Workload(1, 1, 96, 192, beta_scale=2.0),
+    "channels, K < V": Workload(2, 1, 16, 24, channels=True),
+    "channels, ratio 2, K 24, correlated keys": Workload(1, 2, 24, 16, correlated=True, channels=True, beta_scale=2.0),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What one row's layer sees: qkv [t, x], a and b [t, hv], A_log and dt_bias [hv]."""
+    """What one row's layer sees: qkv [t, x], a and b [t, hv], A_log and dt_bias [hv]; a and dt_bias [..., hv, K]."""
 
     qkv: np.ndarray
     a: np.ndarray
@@ -71,14 +76,15 @@ def random_inputs(work, lengths, seed=0):
     rng = np.random.default_rng(seed)
     heads, keys = work.value_heads, work.key_heads * work.key_dim
     rate = rng.uniform(0.5, 4, heads)
-    half_life = np.geomspace(1, 200, heads)
-    dt_bias = np.log(np.expm1(np.log(2) / (half_life * rate)))
+    gates = (heads, work.key_dim) if work.channels else (heads,)
+    half_life = np.geomspace(1, 200, np.prod(gates)).reshape(gates)
+    dt_bias = np.log(np.expm1(np.log(2) / (half_life.T * rate).T))
     rows = []
     for length in lengths:
         qkv = rng.standard_normal((length, 2 * keys + heads * work.value_dim))
         if work.correlated:
             qkv[:, keys : 2 * keys] = 0.02 * qkv[:, keys : 2 * keys] + rng.standard_normal(keys)
-        a, b = 0.3 * rng.standard_normal((length, heads)), 2 * rng.standard_normal((length, heads))
+        a, b = 0.3 * rng.standard_normal((length, *gates)), 2 * rng.standard_normal((length, heads))
         parts = (qkv, a, b, np.log(rate), dt_bias)
         rows.append(Inputs(*(part.astype(np.float32) for part in parts)))
     return rows
@@ -87,8 +93,8 @@ def random_inputs(work, lengths, seed=0):
 def recurrence(work, inputs, state):
     """DESIGN section 5, token by token in float64: state [hv, K, V] -> o [t, hv, V], state.
 
-    g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b), q and k L2-normalised (eps 1e-6), q scaled by K^-1/2;
-    S <- exp(g) S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q
+    g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b) beta_scale, q and k L2-normalised (eps 1e-6), q scaled by
+    K^-1/2; S <- exp(g) S, or diag(exp(g)) S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q
     """
     state = np.array(state, np.float64)
     keys = work.key_heads * work.key_dim
@@ -103,10 +109,10 @@ def recurrence(work, inputs, state):
             v = qkv[2 * keys + head * work.value_dim : 2 * keys + (head + 1) * work.value_dim]
             q = q / np.sqrt(q @ q + 1e-6) / np.sqrt(work.key_dim)
             k = k / np.sqrt(k @ k + 1e-6)
-            x = float(inputs.a[t, head]) + float(inputs.dt_bias[head])
+            x = inputs.a[t, head].astype(np.float64) + inputs.dt_bias[head].astype(np.float64)
             g = -np.exp(float(inputs.A_log[head])) * np.log1p(np.exp(x))
-            beta = 1 / (1 + np.exp(-float(inputs.b[t, head])))
-            s = np.exp(g) * state[head]
+            beta = work.beta_scale / (1 + np.exp(-float(inputs.b[t, head])))
+            s = np.exp(g)[..., None] * state[head]
             s = s + np.outer(k, beta * (v - s.T @ k))
             o[head] = s.T @ q
             state[head] = s
@@ -130,12 +136,15 @@ def poisoned_pool(work, dtype=np.float32):
     return np.full((LAYERS, SLOTS, work.value_heads, work.state_size), np.nan, dtype)
 
 
-@jit(static_argnames=("layer", "read", "write", "key_dim"))
-def _prefill(qkv, gates, ssm, rows, chunks, bits, *, layer, read, write, key_dim):
+STATIC = ("layer", "read", "write", "key_dim", "beta_scale")
+
+
+@jit(static_argnames=STATIC)
+def _prefill(qkv, gates, ssm, rows, chunks, bits, *, layer, read, write, key_dim, beta_scale):
     order = StateOrder(read=bits if read == "mixed" else read, write=write)
     packed = Rows(**rows), Chunks(**chunks)
     return gated_delta_rule.prefill(
-        qkv, Gates(**gates), ssm, layer, *packed, order, key_head_dim=key_dim, backend=running()
+        qkv, Gates(**gates, beta_scale=beta_scale), ssm, layer, *packed, order, key_head_dim=key_dim, backend=running()
     )
 
 
@@ -153,16 +162,17 @@ def prefill(work, packed, rows, pool, *, read=False, write=False):
         read=read if isinstance(read, bool) else "mixed",
         write=write,
         key_dim=work.key_dim,
+        beta_scale=work.beta_scale,
     )
     o = np.asarray(o)
     return [o[here] for here in packed.slices], np.asarray(ssm)
 
 
-@jit(static_argnames=("layer", "read", "write", "key_dim"))
-def _decode(qkv, gates, ssm, read_slot, write_slot, bits, *, layer, read, write, key_dim):
-    order = StateOrder(read=bits if read == "mixed" else read, write=write)
+@jit(static_argnames=STATIC)
+def _decode(qkv, gates, ssm, read_slot, write_slot, bits, *, layer, read, write, key_dim, beta_scale):
+    order, slots = StateOrder(read=bits if read == "mixed" else read, write=write), (read_slot, write_slot)
     return gated_delta_rule.decode(
-        qkv, Gates(**gates), ssm, layer, read_slot, write_slot, order, key_head_dim=key_dim, backend=running()
+        qkv, Gates(**gates, beta_scale=beta_scale), ssm, layer, *slots, order, key_head_dim=key_dim, backend=running()
     )
 
 
@@ -180,6 +190,7 @@ def decode(work, tokens, pool, slots, *, write_slots=None, layer=1, read=False, 
         read=read if isinstance(read, bool) else "mixed",
         write=write,
         key_dim=work.key_dim,
+        beta_scale=work.beta_scale,
     )
     return np.asarray(o), np.asarray(ssm)
 
