@@ -1,6 +1,7 @@
 """The delta rule, chunked and recurrent, against a float64 recurrence written from the formula."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -241,6 +242,8 @@ def test_decode_equals_the_recurrence(work):
 
 
 WORK = WORKLOADS["ratio 1, K < V"]
+CHANNELS = WORKLOADS["channels, K < V"]
+NAMES = {work: name for name, work in WORKLOADS.items()}
 
 
 def test_prefill_then_decode_equals_one_prefill():
@@ -303,15 +306,18 @@ def test_decode_changes_only_its_write_slots():
     close(read_back(ssm[0, 7], WORK, False), recurrence(WORK, row, read_back(pool[0, 4], WORK, False))[1])
 
 
-@pytest.mark.parametrize("write", [False, True])
-@pytest.mark.parametrize("read", ["kv", "vk", "mixed"])
-def test_layouts_hold_the_same_values(read, write):
+ORDERS = [(WORK, read, write) for read in ("kv", "vk", "mixed") for write in (False, True)]
+ORDERS += [(CHANNELS, "vk", True), (CHANNELS, "mixed", False)]
+
+
+@pytest.mark.parametrize(("work", "read", "write"), ORDERS, ids=lambda x: NAMES.get(x, x))
+def test_layouts_hold_the_same_values(work, read, write):
     """K != V, so that a state read in the wrong order cannot pass."""
-    assert WORK.key_dim != WORK.value_dim
-    rows = random_inputs(WORK, [65, 2, 64])
-    states = random_states(WORK, 3)
+    assert work.key_dim != work.value_dim
+    rows = random_inputs(work, [65, 2, 64])
+    states = random_states(work, 3)
     bits = {"kv": [False] * 3, "vk": [True] * 3, "mixed": [True, False, True]}[read]
-    pool = poisoned_pool(WORK)
+    pool = poisoned_pool(work)
     for i, vk in enumerate(bits):
         pool[1, i + 1] = stored(states[i], vk)
     # Mixed: a bit for every row, padded rows included.
@@ -319,17 +325,17 @@ def test_layouts_hold_the_same_values(read, write):
     # Prefill changes the order of no slot in place, and decode only in a mixed pool.
     slots = [1, 2, 3] if set(bits) == {write} else [4, 5, 6]
     packed = pack_rows([65, 2, 64], read=[1, 2, 3], write=slots, fresh=[False] * 3)
-    outputs, ssm = prefill(WORK, packed, rows, pool, read=prefill_read, write=write)
+    outputs, ssm = prefill(work, packed, rows, pool, read=prefill_read, write=write)
     decode_slots = [1, 2, 3] if read == "mixed" else slots
     one_each, static = [row[:1] for row in rows], {"read": decode_read, "write": write}
-    o, decoded = decode(WORK, one_each, pool, [1, 2, 3], write_slots=decode_slots, **static)
+    o, decoded = decode(work, one_each, pool, [1, 2, 3], write_slots=decode_slots, **static)
     for i, row in enumerate(rows):
-        expected, state = recurrence(WORK, row, states[i])
+        expected, state = recurrence(work, row, states[i])
         close(outputs[i], expected)
-        close(read_back(ssm[1, slots[i]], WORK, write), state)
-        expected, state = recurrence(WORK, row[:1], states[i])
+        close(read_back(ssm[1, slots[i]], work, write), state)
+        expected, state = recurrence(work, row[:1], states[i])
         close(o[i], expected[0])
-        close(read_back(decoded[1, decode_slots[i]], WORK, write), state)
+        close(read_back(decoded[1, decode_slots[i]], work, write), state)
 
 
 def test_bfloat16_pool_rounds_the_state_once():
@@ -378,24 +384,24 @@ CUTS = {1: 3, 16: 4, 48: 5, 63: 6, 65: 7, 100: 8}
 """Places of checkpoints in a row of 130 tokens, and the slots that keep them."""
 
 
-@pytest.mark.parametrize("vk", [False, True])
-def test_checkpoint_is_the_state_of_the_piece_that_ends_there(vk):
+@pytest.mark.parametrize(("work", "vk"), [(WORK, False), (WORK, True), (CHANNELS, True)], ids=lambda x: NAMES.get(x))
+def test_checkpoint_is_the_state_of_the_piece_that_ends_there(work, vk):
     """Bit for bit, whatever the slot held before; and so is what a fork of it goes on to."""
-    (row,) = random_inputs(WORK, [130])
-    pool = poisoned_pool(WORK)
-    pool[1, 1] = stored(random_states(WORK, 1)[0], vk)
+    (row,) = random_inputs(work, [130])
+    pool = poisoned_pool(work)
+    pool[1, 1] = stored(random_states(work, 1)[0], vk)
     given = {"read": vk, "write": vk}
-    whole, ssm = prefill(WORK, pack_rows([130], read=[1], write=[2], fresh=[False], cuts=[CUTS]), [row], pool, **given)
+    whole, ssm = prefill(work, pack_rows([130], read=[1], write=[2], fresh=[False], cuts=[CUTS]), [row], pool, **given)
     for place, slot in CUTS.items():
-        expected = recurrence(WORK, row[:place], read_back(pool[1, 1], WORK, vk))[1]
-        close(read_back(ssm[1, slot], WORK, vk), expected)
+        expected = recurrence(work, row[:place], read_back(pool[1, 1], work, vk))[1]
+        close(read_back(ssm[1, slot], work, vk), expected)
         earlier = {cut: 0 for cut in CUTS if cut < place}
         piece = pack_rows([place], read=[1], write=[2], fresh=[False], cuts=[earlier])
-        _, ended = prefill(WORK, piece, [row[:place]], pool, **given)
+        _, ended = prefill(work, piece, [row[:place]], pool, **given)
         np.testing.assert_array_equal(ssm[1, slot], ended[1, 2])
         later = {cut - place: 0 for cut in CUTS if cut > place}
         fork = pack_rows([130 - place], read=[slot], write=[2], fresh=[False], cuts=[later], behind=[place])
-        outputs, forked = prefill(WORK, fork, [row[place:]], poisoned_but(ssm, slot), **given)
+        outputs, forked = prefill(work, fork, [row[place:]], poisoned_but(ssm, slot), **given)
         np.testing.assert_array_equal(outputs[0], whole[0][place:])
         np.testing.assert_array_equal(forked[1, 2], ssm[1, 2])
         np.testing.assert_array_equal(forked[1, slot], ssm[1, slot])
@@ -469,6 +475,56 @@ def test_strong_decay_and_full_writes_stay_finite():
     expected, state = recurrence(WORK, row, np.zeros((WORK.value_heads, WORK.key_dim, WORK.value_dim)))
     close(outputs[0], expected)
     close(read_back(ssm[1, 2], WORK, vk=False), state)
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_channels_of_extreme_decays_lose_nothing(correlated):
+    """g of -20 a token beside -1e-4, by channel and by token, in runs and in turns: as close as with mild gates."""
+    (row,) = random_inputs(dataclasses.replace(CHANNELS, correlated=correlated), [130])
+    rng = np.random.default_rng(2)
+    strong = rng.random(row.a.shape) < np.linspace(0, 1, CHANNELS.key_dim)
+    strong[40:70] = strong[40]
+    g = np.where(strong, -20.0, -1e-4)
+    row.a[:] = np.log(np.expm1(-g / np.exp(row.A_log)[:, None])) - row.dt_bias
+    outputs, ssm = prefill(CHANNELS, pack_rows([130], read=[2], fresh=[True]), [row], poisoned_pool(CHANNELS))
+    expected, state = recurrence(CHANNELS, row, np.zeros((CHANNELS.value_heads, CHANNELS.key_dim, CHANNELS.value_dim)))
+    close(outputs[0], expected)
+    close(read_back(ssm[1, 2], CHANNELS, vk=False), state)
+
+
+def test_channels_agree_with_transformers():
+    """Kimi Delta Attention by PyTorch, in chunks of its own, the forget gate included."""
+    kimi = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
+    torch = pytest.importorskip("torch")
+    (row,) = random_inputs(CHANNELS, [130])
+    outputs, ssm = prefill(CHANNELS, pack_rows([130], read=[2], fresh=[True]), [row], poisoned_pool(CHANNELS))
+    heads, width = CHANNELS.value_heads, CHANNELS.key_dim
+    qkv, a, b, A_log, dt_bias = (torch.from_numpy(getattr(row, field.name)) for field in dataclasses.fields(row))
+    gate = kimi.KimiLinearForgetGate(
+        SimpleNamespace(hidden_size=heads * width, linear_head_dim=width, linear_num_heads=heads)
+    )
+    gate.f_a_proj = gate.f_b_proj = torch.nn.Identity()
+    gate.A_log.data, gate.dt_bias.data = A_log.view(1, 1, heads, 1), dt_bias.view(-1)
+    q, k, v = (x.view(1, 130, heads, -1) for x in qkv.split([heads * width] * 2 + [heads * CHANNELS.value_dim], dim=-1))
+    with torch.no_grad():
+        given = {"g": gate(a.view(1, 130, -1)), "beta": b[None].sigmoid(), "initial_state": None}
+        o, state = kimi.chunk_kimi_delta_attention(
+            q, k, v, **given, output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+    close(outputs[0], o[0].numpy())
+    close(read_back(ssm[1, 2], CHANNELS, vk=False), state[0].numpy())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"a": (4, 2, 8)}, {"dt_bias": (2,)}, {"a": (4, 2)}, {"A_log": (2, 16)}, {"b": (4, 1)}]
+)
+def test_gates_of_other_shapes_are_refused(wrong):
+    shapes = {"a": (4, 2, 16), "b": (4, 2), "A_log": (2,), "dt_bias": (2, 16)} | wrong
+    gates = Gates(**{name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()})
+    qkv, ssm = jnp.zeros((4, 112)), jnp.zeros((2, 9, 2, 16 * 24))
+    slots = jnp.zeros(4, jnp.int32)
+    with pytest.raises(ValueError, match=r"gates of shapes .*allowed: .*per channel"):
+        gated_delta_rule.decode(qkv, gates, ssm, 0, slots, slots, StateOrder(False, False), key_head_dim=16)
 
 
 @pytest.mark.parametrize("size", [16, 64])

@@ -7,9 +7,10 @@ the new states. All sums are float32.
 
 Gated DeltaNet, arXiv:2412.06464, where g is a number of each head; Kimi Delta Attention, arXiv:2510.26692, where it is
 a vector over K and exp(g_t) S scales the rows of S. The shape of `a` decides. `qkv` is the packed output of the
-convolution, [q heads | k heads | v heads], and is indexed inside. `ssm [L, s, hv, k * v]` is consumed (donate it); no row reads a slot that another row writes, and where
-the order of a mixed pool changes in place, that is in decode, verify and fold. Each value head reads key head
-`hv // (HV / HK)`. Rows that write to the null slot are padding: kernels give zeros for them, and store nothing.
+convolution, [q heads | k heads | v heads], and is indexed inside. `ssm [L, s, hv, k * v]` is consumed (donate it); no
+row reads a slot that another row writes, and where the order of a mixed pool changes in place, that is in decode,
+verify and fold. Each value head reads key head `hv // (HV / HK)`. Rows that write to the null slot are padding: kernels
+give zeros for them, and store nothing.
 """
 
 import dataclasses

@@ -6,8 +6,8 @@ With G the running sum of g in a chunk, [i, K], and r the reciprocal norms of q 
 
 exp(G_i) exp(-G_j) overflows within a chunk. So two tokens are multiplied as both decay to a place between them, by sums
 of g over the tokens from there to i and from j to there: exponents are at most 0, and nothing large is subtracted. For
-tokens of two sub-chunks of TILE that place is the beginning of the later one; within a sub-chunk it is the middle of the
-smallest aligned group of 2, 4, 8 or 16 that has both. All of it are products of matrices, the sums of g too.
+tokens of two sub-chunks of TILE that place is the beginning of the later one; within a sub-chunk it is the middle of
+the smallest aligned group of 2, 4, 8 or 16 that has both. All of it are products of matrices, the sums of g too.
 
 Beside A and P the kernel makes exp(G) k and exp(G) q, by which the state is read, and exp(G_last - G) k, by which it is
 written.
@@ -43,9 +43,7 @@ def channel_scores(
     beta_scale,
     precision,
 ):
-    """P, the strictly lower part of T's system, beta, what is kept of the state, and the decayed k, q and k of one chunk
-    and head.
-    """
+    """Of one chunk and head: P, A, beta, what is kept of the state, and k, q and k decayed."""
     scores_ref, system_ref, beta_ref, keep_ref, read_k_ref, read_q_ref, write_k_ref = outputs
     heads, size = scores_ref.shape[1:3]
     keys = (qkv_ref.shape[1] - heads * value_dim) // 2

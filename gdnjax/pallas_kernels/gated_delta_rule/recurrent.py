@@ -48,7 +48,7 @@ def fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_dim, b
 
 
 def _run(kind, qkv, a, b, gates, ssm, layer, slots, order, key_dim, backend: Backend, *, new: int):
-    """qkv [n, rows, x], a and b [n, rows, hv], a with K more channels of KDA's; the last `new` rows give outputs [n, new, hv, V]."""
+    """qkv [n, rows, x], a [n, rows, hv] or [n, rows, hv, K], b [n, rows, hv]; of `new` rows outputs [n, new, hv, V]."""
     count = qkv.shape[0]
     heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
     mixed = not isinstance(order.read, bool)

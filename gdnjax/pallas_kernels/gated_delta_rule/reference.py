@@ -212,24 +212,20 @@ def channel_products(q, k, g) -> ChannelProducts:
     All exponents are sums of g over the tokens between, at most 0.
     """
     size, width = g.shape[-2], math.gcd(g.shape[-2], TILE)
-    parts = [slice(start, start + width) for start in range(0, size, width)]
-    # To i from the token before its sub-chunk, from j to the last one of its own, and over whole sub-chunks.
-    into = [jnp.cumsum(g[..., part, :], axis=-2) for part in parts]
-    out_of = [_sum_behind(g[..., part, :]) for part in parts]
-    whole = [total[..., -1:, :] for total in into]
-    nothing = jnp.zeros_like(whole[0])
-    rows = []
-    for n, part in enumerate(parts):
-        both = jnp.stack([k[..., part, :], q[..., part, :]])
-        between, blocks = nothing, [_within(both, k[..., part, :], g[..., part, :])]
-        entered = both * jnp.exp(into[n])
-        for m in reversed(range(n)):
-            left = k[..., parts[m], :] * jnp.exp(out_of[m] + between)
-            blocks.insert(0, _dot("xchik,chjk->xchij", entered, left))
-            between = between + whole[m]
-        above = jnp.zeros((*blocks[0].shape[:-1], size - (n + 1) * width), jnp.float32)
-        rows.append(jnp.concatenate([*blocks, above], axis=-1))
-    keys, scores = jnp.concatenate(rows, axis=-2)
+    # [..., i, K] -> [..., p, i, K], and a pair (n, m) of sub-chunks, n behind m.
+    in_parts = [x.reshape(*x.shape[:-2], -1, width, x.shape[-1]) for x in (k, q, g)]
+    both, k_parts, g_parts = jnp.stack(in_parts[:2]), in_parts[0], in_parts[2]
+    part = jnp.arange(size // width)
+    n, m, between = part[:, None, None], part[:, None], part
+    whole = jnp.sum(g_parts, axis=-2)[..., None, None, :, :]
+    gap = jnp.sum(jnp.where(((m < between) & (between < n))[..., None], whole, 0.0), axis=-2)
+    gap = jnp.where(m < n, gap, -jnp.inf)
+    entered = both * jnp.exp(jnp.cumsum(g_parts, axis=-2))
+    left = k_parts[..., None, :, :, :] * jnp.exp(_sum_behind(g_parts)[..., None, :, :, :] + gap[..., None, :])
+    products = _dot("xchnik,chnmjk->xchnimj", entered, left)
+    same = (part[:, None] == part)[:, None, :, None]
+    products = jnp.where(same, _within(both, k_parts, g_parts)[..., :, None, :], products)
+    keys, scores = products.reshape(*products.shape[:3], size, size)
     return ChannelProducts(keys, scores, jnp.exp(jnp.cumsum(g, axis=-2)), jnp.exp(_sum_behind(g)))
 
 
@@ -240,16 +236,14 @@ def _sum_behind(g: Array) -> Array:
 
 
 def _within(both: Array, k: Array, g: Array) -> Array:
-    """[2, c, h, i, K], k and g [c, h, i, K] of one sub-chunk -> [2, c, h, i, i], zeros above the diagonal."""
-    width = g.shape[-2]
-    place = jnp.arange(width)
+    """[2, ..., i, K], k and g [..., i, K] of sub-chunks -> [2, ..., i, i], zeros above the diagonal."""
+    place = jnp.arange(g.shape[-2])
 
     def one_row(sums, i):
-        """`sums` [c, h, j, K] of g behind each token up to row i - 1, and for the next row up to i."""
-        here = lax.dynamic_index_in_dim(g, i, axis=-2)
-        sums = jnp.where((place < i)[:, None], sums + here, 0.0)
+        """`sums` [..., j, K]: of g over the tokens behind j, up to row i - 1; and for the next row up to i."""
+        sums = jnp.where((place < i)[:, None], sums + lax.dynamic_index_in_dim(g, i, axis=-2), 0.0)
         row = lax.dynamic_index_in_dim(both, i, axis=-2, keepdims=False)
-        products = _dot("xchk,chjk->xchj", row, k * jnp.exp(sums))
+        products = _dot("x...k,...jk->x...j", row, k * jnp.exp(sums))
         return sums, jnp.where(place <= i, products, 0.0)
 
     _, rows = lax.scan(one_row, jnp.zeros_like(g), place)
