@@ -37,7 +37,7 @@ def _entry(table: dict, backend: Backend, key, tile):
 
 
 def _table(name: str):
-    if name.startswith("gdn-prefill"):
+    if name.startswith(("gdn-prefill", "kda-prefill")):
         old = delta.CHUNKED["cuda"]["bfloat16"]
         tiles = [
             dataclasses.replace(old, columns=columns, walk_warps=warps, walk_stages=stages)
@@ -45,7 +45,7 @@ def _table(name: str):
         ]
         tiles += [dataclasses.replace(old, scores_warps=warps) for warps in (2, 8)]
         return delta.CHUNKED, "bfloat16", tiles
-    if name.startswith("gdn"):
+    if name.startswith(("gdn", "kda")):
         dtype = "bfloat16" if name.endswith("bf16state") else "float32"
         kv = "-kv" in name
         sizes = (

@@ -25,13 +25,17 @@ from gdnjax.backend import INTERPRET, REFERENCE, Backend
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, grouped_matmul, paged_attention
 from gdnjax.pallas_kernels.gated_delta_rule import StateOrder
 
+HEADS = workloads.Heads(1, 2)
+CHANNELS = workloads.Heads(2, 2, key_dim=24, value_dim=16, per_channel=True, beta_scale=2.0)
 SMALL = {
     work.name: work
     for work in (
-        workloads.recurrent("decode", 2, 1, 2),
-        workloads.recurrent("decode", 2, 1, 2, vk=False, state="bfloat16"),
-        workloads.recurrent("verify", 3, 1, 2, old=2, new=3, real=2),
-        workloads.chunked((70, 70), 1, 2),
+        workloads.recurrent("decode", 2, HEADS),
+        workloads.recurrent("decode", 2, HEADS, vk=False, state="bfloat16"),
+        workloads.recurrent("verify", 3, HEADS, old=2, new=3, real=2),
+        workloads.recurrent("fold", 3, CHANNELS, old=2, new=0, real=2),
+        workloads.chunked((70, 70), HEADS),
+        workloads.chunked((70,), CHANNELS),
         workloads.conv_prefill((70, 70), 48),
         workloads.conv_update(3, 48),
         workloads.conv_update(3, 48, pending=3, new=3, real=2),
