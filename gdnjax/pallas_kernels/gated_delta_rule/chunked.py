@@ -58,7 +58,7 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
     # What no chunk writes is not read either.
     products = [jax.ShapeDtypeStruct(shape, qkv.dtype), jax.ShapeDtypeStruct(shape, jnp.float32)]
     if gates.per_channel:
-        decayed = jax.ShapeDtypeStruct((count, heads, size, key_dim), qkv.dtype)
+        decayed = (count, heads, size, key_dim)
         scores, system, factors, keep, *decayed = launch(
             channel_scores,
             backend,
@@ -69,10 +69,13 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
                 *products,
                 jax.ShapeDtypeStruct((count, heads, 1, size), jnp.float32),
                 jax.ShapeDtypeStruct((count, heads, key_dim), jnp.float32),
-                *[decayed] * 3,
+                *(jax.ShapeDtypeStruct(decayed, dtype) for dtype in (qkv.dtype, qkv.dtype, jnp.float32)),
             ],
-            warps=tile.scores_warps,
-            precision=tile.inverse_precision,
+            warps=tile.channel_warps,
+            width=tile.channels,
+            sum_precision=tile.inverse_precision,
+            pair_precision=tile.channel_precision,
+            interpret=backend.interpret,
             **static,
         )
     else:
@@ -323,7 +326,7 @@ def _walk(
         def load_decayed(ref):
             mask = None if tile.k_mask is None else jnp.broadcast_to(tile.k_mask[None, :], (size, tile.k.size))
             at = ref.at[chunk, head, place[:, None], tile.k[None, :]]
-            return plgpu.load(at, mask=mask, other=None if mask is None else 0)
+            return plgpu.load(at, mask=mask, other=None if mask is None else 0).astype(qkv_ref.dtype)
 
         if per_channel:
             # k and q as the state is read by them, and k as it is written by: no sum over k has a factor left.
