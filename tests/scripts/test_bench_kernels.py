@@ -35,7 +35,6 @@ SMALL = {
         workloads.recurrent("verify", 3, HEADS, old=2, new=3, real=2),
         workloads.recurrent("fold", 3, CHANNELS, old=2, new=0, real=2),
         workloads.chunked((70, 70), HEADS),
-        workloads.chunked((70,), CHANNELS),
         workloads.conv_prefill((70, 70), 48),
         workloads.conv_update(3, 48),
         workloads.conv_update(3, 48, pending=3, new=3, real=2),
