@@ -503,6 +503,7 @@ LOOKED_UP = {
         b, "bfloat16", StateOrder(True, True), 128, 128
     ),
     "gdn-prefill-48h-1024": lambda b: gated_delta_rule.tiles.chunked(b, "bfloat16", 128, 128),
+    "kda-prefill-32h-1024": lambda b: gated_delta_rule.tiles.chunked(b, "bfloat16", 128, 128),
     "conv-prefill-48-70": causal_conv1d.tiles.of,
     "conv-decode-48-3": causal_conv1d.tiles.of,
     "attention-decode-4/2x32-2x70": lambda b: paged_attention.tiles.of(b, 1),

@@ -57,6 +57,7 @@ def cases() -> list[Case]:
         chunked(heads=3, key_heads=3, dim=48, channels=True),
         # Heads that are neither square nor powers of two.
         delta("decode", dim=96, value_dim=192, beta_scale=2.0),
+        delta("decode", MIXED_VK, dim=96, value_dim=192),
         delta("verify", KV, old=2, new=2, dim=96, value_dim=192, beta_scale=2.0),
         chunked(dim=96, value_dim=192, beta_scale=2.0),
         conv("decode"),
