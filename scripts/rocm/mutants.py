@@ -97,7 +97,7 @@ def groups() -> list[Group]:
         Group(with_gates(lambda chosen: delta("fold", kv, old=3, new=0, gates=chosen, channels=True)), 16),
         Group([chunked(gates=chosen) for chosen in FINITE], 20),
         Group([chunked(act=f32, gates=chosen) for chosen in FINITE], 20),
-        Group([chunked(act=f32, gates=chosen, channels=True) for chosen in FINITE], 16),
+        Group([chunked(act=f32, gates=chosen, channels=True) for chosen in FINITE], 8),
         *(Group([conv(kind, dtype=f32, large=large) for large in LARGE], 16) for kind in ("decode", "verify", "fold")),
         Group([conv_prefill(kept=True, dtype=f32, large=large) for large in LARGE], 20),
     ]
