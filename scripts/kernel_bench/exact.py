@@ -23,7 +23,7 @@ def _double(x):
 
 
 def _delta_inputs(qkv, gates, heads, key_dim, value_dim):
-    """[..., hv, ...] of every token: q, k, v, exp(g), beta."""
+    """[..., hv, ...] of every token: q, k, v, exp(g) of heads or of their key channels, beta."""
     qkv = _double(qkv)
     keys = (qkv.shape[-1] - heads * value_dim) // 2
     repeats = heads * key_dim // keys
@@ -34,15 +34,16 @@ def _delta_inputs(qkv, gates, heads, key_dim, value_dim):
         x = x.reshape(*lead, -1, key_dim)
         return jnp.repeat(x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6), repeats, axis=-2)
 
-    keep = jnp.exp(-jnp.exp(_double(gates.A_log)) * jnp.log1p(jnp.exp(_double(gates.a) + _double(gates.dt_bias))))
-    beta = 1 / (1 + jnp.exp(-_double(gates.b)))
+    rate = jnp.exp(_double(gates.A_log)).reshape(-1, *(1,) * (gates.dt_bias.ndim - 1))
+    keep = jnp.exp(-rate * jnp.log1p(jnp.exp(_double(gates.a) + _double(gates.dt_bias))))
+    beta = gates.beta_scale / (1 + jnp.exp(-_double(gates.b)))
     return normal(q) * key_dim**-0.5, normal(k), v.reshape(*lead, heads, value_dim), keep, beta
 
 
 def _delta_step(state, token):
     """state [..., hv, K, V]."""
     q, k, v, keep, beta = token
-    state = keep[..., None, None] * state
+    state = keep.reshape(*beta.shape, -1, 1) * state
     written = beta[..., None] * (v - jnp.einsum("...kv,...k->...v", state, k))
     state = state + k[..., :, None] * written[..., None, :]
     return state, jnp.einsum("...kv,...k->...v", state, q)
@@ -71,6 +72,8 @@ def recurrent(x, ssm, layer, *, old, kind, vk, key_dim):
     tokens = [part.swapaxes(0, 1) for part in inputs]
     state = _as_states(ssm[layer, x["slot"]], vk, key_dim)
     stored, _ = lax.scan(_delta_step, state, [part[:old] for part in tokens])
+    if kind == "fold":
+        return (), _as_rows(stored, vk)
     _, o = lax.scan(_delta_step, stored, [part[old:] for part in tokens])
     return o.swapaxes(0, 1), _as_rows(stored, vk)
 

@@ -38,15 +38,19 @@ def _entry(table: dict, backend: Backend, key, tile):
 
 
 def _table(name: str):
-    if name.startswith("gdn-prefill"):
+    if name.startswith(("gdn-prefill", "kda-prefill")):
         old = delta.CHUNKED["cuda"]["bfloat16"]
         tiles = [
             dataclasses.replace(old, columns=columns, walk_warps=warps, walk_stages=stages)
             for columns, warps, stages in itertools.product((16, 32, 64), (4, 8), (2, 3, 4))
         ]
-        tiles += [dataclasses.replace(old, scores_warps=warps) for warps in (2, 8)]
+        if name.startswith("kda"):
+            sizes = ((32, 2), (32, 8), (64, 4), (64, 8))
+            tiles += [dataclasses.replace(old, channels=channels, channel_warps=warps) for channels, warps in sizes]
+        else:
+            tiles += [dataclasses.replace(old, scores_warps=warps) for warps in (2, 8)]
         return delta.CHUNKED, "bfloat16", tiles
-    if name.startswith("gdn"):
+    if name.startswith(("gdn", "kda")):
         dtype = "bfloat16" if name.endswith("bf16state") else "float32"
         kv = "-kv" in name
         sizes = (

@@ -1,4 +1,4 @@
-"""Every op at the sizes of the published Qwen3.5 models: inputs, the call, the float64 answer, bytes and operations.
+"""Every op at the sizes of published models: inputs, the call, the float64 answer, bytes and operations.
 
 A workload's pools have several layers, and its calls go from one to the next as a model's do, so that what is read is
 not in the cache.
@@ -9,6 +9,7 @@ batch: they point at null slots, null blocks and no query, and give zeros. Bytes
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,15 +66,53 @@ def _random(key, shape, dtype=jnp.bfloat16, scale=1.0):
     return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
-def _gates(keys, shape, heads):
-    """Half-lives of 1 to 200 tokens."""
-    half_life = 200.0 ** jnp.linspace(0, 1, heads)
-    return Gates(
-        a=_random(keys[0], (*shape, heads), scale=0.3),
-        b=_random(keys[1], (*shape, heads), scale=2.0),
-        A_log=jnp.zeros((heads,), jnp.float32),
-        dt_bias=jnp.log(jnp.expm1(jnp.log(2.0) / half_life)),
-    )
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Heads of the delta rule. `per_channel`: each key channel decays by itself, Kimi Delta Attention."""
+
+    key_heads: int
+    heads: int
+    key_dim: int = K
+    value_dim: int = V
+    per_channel: bool = False
+    beta_scale: float = 1.0
+
+    @property
+    def op(self) -> str:
+        return "kda" if self.per_channel else "gdn"
+
+    @property
+    def sizes(self) -> str:
+        return "" if (self.key_dim, self.value_dim) == (K, V) else f"-{self.key_dim}x{self.value_dim}"
+
+    @property
+    def decays(self) -> tuple[int, ...]:
+        return (self.heads, self.key_dim) if self.per_channel else (self.heads,)
+
+    @property
+    def channels(self) -> int:
+        return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
+
+    @property
+    def state(self) -> int:
+        """Numbers of all heads' states."""
+        return self.heads * self.key_dim * self.value_dim
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's q, k, v, a and b."""
+        return 2 * (self.channels + math.prod(self.decays) + self.heads)
+
+    def gates(self, keys, shape) -> Gates:
+        """Half-lives of 1 to 200 tokens."""
+        half_life = 200.0 ** jnp.linspace(0, 1, math.prod(self.decays)).reshape(self.decays)
+        return Gates(
+            a=_random(keys[0], (*shape, *self.decays), scale=0.3),
+            b=_random(keys[1], (*shape, self.heads), scale=2.0),
+            A_log=jnp.zeros((self.heads,), jnp.float32),
+            dt_bias=jnp.log(jnp.expm1(jnp.log(2.0) / half_life)),
+            beta_scale=self.beta_scale,
+        )
 
 
 def _padding(numbers: jax.Array, real: int) -> jax.Array:
@@ -85,14 +124,13 @@ def _rows(rows: int, real: int) -> str:
     return str(rows) if real == rows else f"{real}of{rows}"
 
 
-jax.tree_util.register_dataclass(Gates, data_fields=["a", "b", "A_log", "dt_bias"], meta_fields=[])
+jax.tree_util.register_dataclass(Gates, data_fields=["a", "b", "A_log", "dt_bias"], meta_fields=["beta_scale"])
 
 
 def recurrent(
     kind: str,
     rows: int,
-    key_heads: int,
-    heads: int,
+    of: Heads,
     *,
     old: int = 0,
     new: int = 1,
@@ -100,9 +138,8 @@ def recurrent(
     vk=True,
     real: int | None = None,
 ):
-    """Decode, or verify with `old` pending rows and `new` tokens."""
+    """Decode, verify with `old` pending rows and `new` tokens, or fold of `old` rows, with none."""
     real = rows if real is None else real
-    channels = 2 * key_heads * K + heads * V
     layers = max(2, min(24, 512 // rows))
     order = StateOrder(read=vk, write=vk)
     shape = (rows,) if kind == "decode" else (rows, old + new)
@@ -111,15 +148,20 @@ def recurrent(
         keys = jax.random.split(key, 4)
         slot = 1 + jax.random.permutation(jax.random.fold_in(key, 7), rows).astype(jnp.int32)
         arguments = {
-            "qkv": _random(keys[0], (*shape, channels)),
-            "gates": _gates(jax.random.split(keys[1]), shape, heads),
+            "qkv": _random(keys[0], (*shape, of.channels)),
+            "gates": of.gates(jax.random.split(keys[1]), shape),
             "slot": _padding(slot, real),
             "pending": _padding(jnp.full((rows,), old, jnp.int32), real),
         }
-        return arguments, _random(keys[2], (layers, rows + 1, heads, K * V), state, 0.1)
+        return arguments, _random(keys[2], (layers, rows + 1, of.heads, of.key_dim * of.value_dim), state, 0.1)
 
     def call(x, ssm, layer, backend):
-        static = {"key_head_dim": K, "backend": backend}
+        static = {"key_head_dim": of.key_dim, "backend": backend}
+        if kind == "fold":
+            folded = gated_delta_rule.fold(
+                x["qkv"], x["gates"], ssm, layer, x["slot"], x["slot"], x["pending"], order, **static
+            )
+            return (), folded
         if kind == "decode":
             return gated_delta_rule.decode(x["qkv"], x["gates"], ssm, layer, x["slot"], x["slot"], order, **static)
         return gated_delta_rule.verify(
@@ -127,61 +169,65 @@ def recurrent(
         )
 
     size = jnp.dtype(state).itemsize
-    name = f"gdn-{kind}-{heads}h-{_rows(rows, real)}" + (f"-{old}+{new}" if kind == "verify" else "")
+    name = f"{of.op}-{kind}-{of.heads}h-{_rows(rows, real)}{of.sizes}"
+    name += {"decode": "", "verify": f"-{old}+{new}", "fold": f"-{old}"}[kind]
     name += ("" if vk else "-kv") + ("-bf16state" if state == "bfloat16" else "")
-    tokens = old + new if kind == "verify" else 1
+    tokens = 1 if kind == "decode" else old + new
     return Workload(
         name=name,
         inputs=inputs,
         call=call,
         exact=exact.padded(
-            functools.partial(exact.recurrent, old=0 if kind == "decode" else old, kind=kind, vk=vk, key_dim=K), real
+            functools.partial(
+                exact.recurrent, old=0 if kind == "decode" else old, kind=kind, vk=vk, key_dim=of.key_dim
+            ),
+            real,
         ),
         written=lambda ssm, x, layer: ssm[layer, x["slot"][:real]],
         layers=layers,
-        bytes=real * (2 * heads * K * V * size + tokens * (2 * channels + 4 * heads) + new * 2 * heads * V),
-        flops=real * tokens * heads * 8 * K * V,
+        bytes=real * (2 * of.state * size + tokens * of.token_bytes + new * 2 * of.heads * of.value_dim),
+        flops=real * tokens * 8 * of.state,
         limits=(4e-3, 1e-5 if state == "float32" else 4e-3),
     )
 
 
-def chunked(lengths: tuple[int, ...], key_heads: int, heads: int, *, correlated: bool = False, vk: bool = True):
+def chunked(lengths: tuple[int, ...], of: Heads, *, correlated: bool = False, vk: bool = True):
     """Prefill of fresh prompts, one after another."""
     tokens, rows = sum(lengths), len(lengths)
-    channels = 2 * key_heads * K + heads * V
     order = StateOrder(read=vk, write=vk)
     layers = 2
 
     def inputs(key):
         keys = jax.random.split(key, 4)
-        qkv = _random(keys[0], (tokens, channels))
+        qkv = _random(keys[0], (tokens, of.channels))
         if correlated:
-            first = key_heads * K
+            first = of.key_heads * of.key_dim
             direction = _random(keys[3], (first,))
             qkv = qkv.at[:, first : 2 * first].set(0.05 * qkv[:, first : 2 * first] + direction)
         arguments = {
             "qkv": qkv,
-            "gates": _gates(jax.random.split(keys[1]), (tokens,), heads),
+            "gates": of.gates(jax.random.split(keys[1]), (tokens,)),
             **packed_rows(lengths),
         }
-        return arguments, _random(keys[2], (layers, rows + 1, heads, K * V), jnp.float32, 0.1)
+        return arguments, _random(keys[2], (layers, rows + 1, of.heads, of.key_dim * of.value_dim), jnp.float32, 0.1)
 
     def call(x, ssm, layer, backend):
         packed, chunks = rows_and_chunks(x, tokens)
         return gated_delta_rule.prefill(
-            x["qkv"], x["gates"], ssm, layer, packed, chunks, order, key_head_dim=K, backend=backend
+            x["qkv"], x["gates"], ssm, layer, packed, chunks, order, key_head_dim=of.key_dim, backend=backend
         )
 
-    per_chunk = 2 * CHUNK * (3 * K * V + CHUNK * (2 * K + 2 * V)) + 2 * CHUNK**3 // 3
+    k, v = of.key_dim, of.value_dim
+    per_chunk = 2 * CHUNK * (3 * k * v + CHUNK * (2 * k + 2 * v)) + 2 * CHUNK**3 // 3
     return Workload(
-        name=f"gdn-prefill-{heads}h-{_lengths(lengths)}" + ("-correlated" if correlated else ""),
+        name=f"{of.op}-prefill-{of.heads}h-{_lengths(lengths)}{of.sizes}" + ("-correlated" if correlated else ""),
         inputs=inputs,
         call=call,
-        exact=functools.partial(exact.chunked, lengths=lengths, vk=vk, key_dim=K),
+        exact=functools.partial(exact.chunked, lengths=lengths, vk=vk, key_dim=of.key_dim),
         written=lambda ssm, x, layer: ssm[layer, x["slot"]],
         layers=layers,
-        bytes=tokens * (2 * channels + 4 * heads + 2 * heads * V) + rows * 4 * heads * K * V,
-        flops=heads * sum(-(-n // CHUNK) for n in lengths) * per_chunk,
+        bytes=tokens * (of.token_bytes + 2 * of.heads * of.value_dim) + rows * 4 * of.state,
+        flops=of.heads * sum(-(-n // CHUNK) for n in lengths) * per_chunk,
         limits=(8e-2, 8e-2) if correlated else (1.5e-2, 1.5e-2),
         chain="chunk_length",
     )
@@ -614,21 +660,38 @@ def _lengths(lengths) -> str:
     return str(lengths[0]) if len(lengths) == 1 else f"{len(lengths)}x{lengths[0]}"
 
 
+KIMI = Heads(32, 32, per_channel=True)
+"""Of Kimi-Linear-48B-A3B."""
+
+OLMO = Heads(30, 30, key_dim=96, value_dim=192, beta_scale=2.0)
+"""Of Olmo-Hybrid-7B."""
+
 WORKLOADS = {
     work.name: work
     for work in (
-        *(recurrent("decode", rows, 16, heads) for heads in (32, 48, 64) for rows in (1, 16, 128, 256)),
-        recurrent("decode", 128, 16, 48, vk=False),
-        recurrent("decode", 128, 16, 48, state="bfloat16"),
-        *(recurrent("verify", 128, 16, 48, old=old, new=4) for old in (0, 1, 4)),
-        recurrent("verify", 128, 16, 32, old=4, new=4),
-        recurrent("verify", 1, 16, 48, old=4, new=4),
-        recurrent("decode", 128, 16, 48, real=9),
-        recurrent("verify", 128, 16, 48, old=4, new=4, real=9),
-        *(chunked((n,), 16, 48) for n in (1024, 8192, 32768)),
-        chunked((1024,) * 8, 16, 48),
-        chunked((8192,), 16, 48, correlated=True),
-        chunked((8192,), 16, 32),
+        *(recurrent("decode", rows, Heads(16, heads)) for heads in (32, 48, 64) for rows in (1, 16, 128, 256)),
+        recurrent("decode", 128, Heads(16, 48), vk=False),
+        recurrent("decode", 128, Heads(16, 48), state="bfloat16"),
+        *(recurrent("verify", 128, Heads(16, 48), old=old, new=4) for old in (0, 1, 4)),
+        recurrent("verify", 128, Heads(16, 32), old=4, new=4),
+        recurrent("verify", 1, Heads(16, 48), old=4, new=4),
+        recurrent("decode", 128, Heads(16, 48), real=9),
+        recurrent("verify", 128, Heads(16, 48), old=4, new=4, real=9),
+        *(chunked((n,), Heads(16, 48)) for n in (1024, 8192, 32768)),
+        chunked((1024,) * 8, Heads(16, 48)),
+        chunked((8192,), Heads(16, 48), correlated=True),
+        chunked((8192,), Heads(16, 32)),
+        recurrent("decode", 1, KIMI),
+        recurrent("decode", 128, KIMI),
+        recurrent("decode", 128, KIMI, vk=False),
+        recurrent("verify", 128, KIMI, old=4, new=4),
+        recurrent("fold", 128, KIMI, old=4, new=0),
+        chunked((1024,), KIMI),
+        chunked((8192,), KIMI),
+        chunked((8192,), KIMI, correlated=True),
+        recurrent("decode", 128, OLMO),
+        recurrent("verify", 128, OLMO, old=4, new=4),
+        chunked((8192,), OLMO),
         conv_prefill((8192,), 10240),
         conv_prefill((8192,), 8192),
         conv_update(128, 10240),

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh, SingleDeviceSharding
-from kernel_bench.workloads import WORKLOADS, Workload
+from kernel_bench.workloads import OLMO, WORKLOADS, Workload
 
 from gdnjax.assets import config_file
 from gdnjax.backend import Backend
@@ -38,6 +38,9 @@ IN_LARGE_POOLS = (
     "gdn-decode-48h-128-bf16state",
     "gdn-verify-48h-128-4+4",
     "gdn-prefill-48h-1024",
+    "kda-decode-32h-128",
+    "kda-verify-32h-128-4+4",
+    "kda-prefill-32h-8192",
     "conv-prefill-8192-8192",
     "conv-decode-10240-128",
     "conv-verify-10240-128",
@@ -61,11 +64,16 @@ WAVES = {
     "causal_conv1d_verify": 8,
     "causal_conv1d_windows": 8,
     "gated_delta_rule_decode": 4,
+    "gated_delta_rule_decode_kda": 7,
     "gated_delta_rule_fold": 7,
+    "gated_delta_rule_fold_kda": 5,
     "gated_delta_rule_inverse": 4,
     "gated_delta_rule_scores": 3,
+    "gated_delta_rule_scores_kda": 2,
     "gated_delta_rule_verify": 5,
+    "gated_delta_rule_verify_kda": 4,
     "gated_delta_rule_walk": 2,
+    "gated_delta_rule_walk_kda": 2,
     "grouped_matmul": 4,
     "gumbel_argmax": 8,
     "latent_attention": 1,
@@ -83,6 +91,9 @@ WAVES = {
 Attention holds a head of 256 for 64 rows in registers; smaller tiles would read keys and values more often. The fold
 has 8 waves in pools up to 4 GiB, and 7 where addresses have 64 bits.
 """
+
+MASKED_WAVES = {"gated_delta_rule_verify": 4}
+"""The same of heads that are no powers of two: a mask, and a register more for each of the rows that wait."""
 
 LARGE = 64 << 20
 """Bytes of a workload's pools from which a copy of them would show: chunks of a prompt need more than small pools."""
@@ -116,7 +127,11 @@ def _kernel(name: str, work: Workload, arguments, pools, backend: Backend) -> Fu
     return Function(
         name,
         lambda: jax.jit(lambda x, p: work.call(x, p, 0, backend), donate_argnums=1).lower(arguments, pools),
-        Demands(size, most_temporary_bytes=size - 1 if size >= LARGE else None, waves=WAVES),
+        Demands(
+            size,
+            most_temporary_bytes=size - 1 if size >= LARGE else None,
+            waves=WAVES | (MASKED_WAVES if OLMO.sizes in name else {}),
+        ),
     )
 
 

@@ -92,8 +92,12 @@ def groups() -> list[Group]:
         Group(with_gates(lambda chosen: delta("decode", ("mixed", "vk"), gates=chosen)), 24),
         Group(with_gates(lambda chosen: delta("verify", old=2, new=2, gates=chosen)), 40),
         Group(with_gates(lambda chosen: delta("fold", kv, old=3, new=0, gates=chosen)), 32),
+        Group(with_gates(lambda chosen: delta("decode", gates=chosen, channels=True)), 16),
+        Group(with_gates(lambda chosen: delta("verify", old=2, new=2, gates=chosen, channels=True)), 16),
+        Group(with_gates(lambda chosen: delta("fold", kv, old=3, new=0, gates=chosen, channels=True)), 16),
         Group([chunked(gates=chosen) for chosen in FINITE], 20),
         Group([chunked(act=f32, gates=chosen) for chosen in FINITE], 20),
+        Group([chunked(act=f32, gates=chosen, channels=True) for chosen in FINITE], 8),
         *(Group([conv(kind, dtype=f32, large=large) for large in LARGE], 16) for kind in ("decode", "verify", "fold")),
         Group([conv_prefill(kept=True, dtype=f32, large=large) for large in LARGE], 20),
     ]

@@ -1,6 +1,7 @@
 """The delta rule, chunked and recurrent, against a float64 recurrence written from the formula."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,15 @@ included; the rest is room for other orders of float32 summation. A wrong decay 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A geometry. `correlated`: keys of a row are within 0.02 of one direction."""
+    """A geometry. `correlated`: keys of a row are within 0.02 of one direction. `channels`: each has its own decay."""
 
     key_heads: int
     ratio: int
     key_dim: int
     value_dim: int
     correlated: bool = False
+    channels: bool = False
+    beta_scale: float = 1.0
 
     @property
     def value_heads(self):
@@ -49,12 +52,15 @@ WORKLOADS = {
     "ratio 3": Workload(2, 3, 16, 16),
     "ratio 4": Workload(1, 4, 8, 12),
     "correlated keys": Workload(2, 1, 16, 16, correlated=True),
+    "K 96, V 192, beta to 2": Workload(1, 1, 96, 192, beta_scale=2.0),
+    "channels, K < V": Workload(2, 1, 16, 24, channels=True),
+    "channels, ratio 2, K 24, correlated keys": Workload(1, 2, 24, 16, correlated=True, channels=True, beta_scale=2.0),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What one row's layer sees: qkv [t, x], a and b [t, hv], A_log and dt_bias [hv]."""
+    """What one row's layer sees: qkv [t, x], a and b [t, hv], A_log and dt_bias [hv]; a and dt_bias [..., hv, K]."""
 
     qkv: np.ndarray
     a: np.ndarray
@@ -71,14 +77,15 @@ def random_inputs(work, lengths, seed=0):
     rng = np.random.default_rng(seed)
     heads, keys = work.value_heads, work.key_heads * work.key_dim
     rate = rng.uniform(0.5, 4, heads)
-    half_life = np.geomspace(1, 200, heads)
-    dt_bias = np.log(np.expm1(np.log(2) / (half_life * rate)))
+    gates = (heads, work.key_dim) if work.channels else (heads,)
+    half_life = np.geomspace(1, 200, np.prod(gates)).reshape(gates)
+    dt_bias = np.log(np.expm1(np.log(2) / (half_life.T * rate).T))
     rows = []
     for length in lengths:
         qkv = rng.standard_normal((length, 2 * keys + heads * work.value_dim))
         if work.correlated:
             qkv[:, keys : 2 * keys] = 0.02 * qkv[:, keys : 2 * keys] + rng.standard_normal(keys)
-        a, b = 0.3 * rng.standard_normal((length, heads)), 2 * rng.standard_normal((length, heads))
+        a, b = 0.3 * rng.standard_normal((length, *gates)), 2 * rng.standard_normal((length, heads))
         parts = (qkv, a, b, np.log(rate), dt_bias)
         rows.append(Inputs(*(part.astype(np.float32) for part in parts)))
     return rows
@@ -87,8 +94,8 @@ def random_inputs(work, lengths, seed=0):
 def recurrence(work, inputs, state):
     """DESIGN section 5, token by token in float64: state [hv, K, V] -> o [t, hv, V], state.
 
-    g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b), q and k L2-normalised (eps 1e-6), q scaled by K^-1/2;
-    S <- exp(g) S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q
+    g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b) beta_scale, q and k L2-normalised (eps 1e-6), q scaled by
+    K^-1/2; S <- exp(g) S, or diag(exp(g)) S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q
     """
     state = np.array(state, np.float64)
     keys = work.key_heads * work.key_dim
@@ -103,10 +110,10 @@ def recurrence(work, inputs, state):
             v = qkv[2 * keys + head * work.value_dim : 2 * keys + (head + 1) * work.value_dim]
             q = q / np.sqrt(q @ q + 1e-6) / np.sqrt(work.key_dim)
             k = k / np.sqrt(k @ k + 1e-6)
-            x = float(inputs.a[t, head]) + float(inputs.dt_bias[head])
+            x = inputs.a[t, head].astype(np.float64) + inputs.dt_bias[head].astype(np.float64)
             g = -np.exp(float(inputs.A_log[head])) * np.log1p(np.exp(x))
-            beta = 1 / (1 + np.exp(-float(inputs.b[t, head])))
-            s = np.exp(g) * state[head]
+            beta = work.beta_scale / (1 + np.exp(-float(inputs.b[t, head])))
+            s = np.exp(g)[..., None] * state[head]
             s = s + np.outer(k, beta * (v - s.T @ k))
             o[head] = s.T @ q
             state[head] = s
@@ -130,12 +137,15 @@ def poisoned_pool(work, dtype=np.float32):
     return np.full((LAYERS, SLOTS, work.value_heads, work.state_size), np.nan, dtype)
 
 
-@jit(static_argnames=("layer", "read", "write", "key_dim"))
-def _prefill(qkv, gates, ssm, rows, chunks, bits, *, layer, read, write, key_dim):
+STATIC = ("layer", "read", "write", "key_dim", "beta_scale")
+
+
+@jit(static_argnames=STATIC)
+def _prefill(qkv, gates, ssm, rows, chunks, bits, *, layer, read, write, key_dim, beta_scale):
     order = StateOrder(read=bits if read == "mixed" else read, write=write)
     packed = Rows(**rows), Chunks(**chunks)
     return gated_delta_rule.prefill(
-        qkv, Gates(**gates), ssm, layer, *packed, order, key_head_dim=key_dim, backend=running()
+        qkv, Gates(**gates, beta_scale=beta_scale), ssm, layer, *packed, order, key_head_dim=key_dim, backend=running()
     )
 
 
@@ -153,16 +163,17 @@ def prefill(work, packed, rows, pool, *, read=False, write=False):
         read=read if isinstance(read, bool) else "mixed",
         write=write,
         key_dim=work.key_dim,
+        beta_scale=work.beta_scale,
     )
     o = np.asarray(o)
     return [o[here] for here in packed.slices], np.asarray(ssm)
 
 
-@jit(static_argnames=("layer", "read", "write", "key_dim"))
-def _decode(qkv, gates, ssm, read_slot, write_slot, bits, *, layer, read, write, key_dim):
-    order = StateOrder(read=bits if read == "mixed" else read, write=write)
+@jit(static_argnames=STATIC)
+def _decode(qkv, gates, ssm, read_slot, write_slot, bits, *, layer, read, write, key_dim, beta_scale):
+    order, slots = StateOrder(read=bits if read == "mixed" else read, write=write), (read_slot, write_slot)
     return gated_delta_rule.decode(
-        qkv, Gates(**gates), ssm, layer, read_slot, write_slot, order, key_head_dim=key_dim, backend=running()
+        qkv, Gates(**gates, beta_scale=beta_scale), ssm, layer, *slots, order, key_head_dim=key_dim, backend=running()
     )
 
 
@@ -180,6 +191,7 @@ def decode(work, tokens, pool, slots, *, write_slots=None, layer=1, read=False, 
         read=read if isinstance(read, bool) else "mixed",
         write=write,
         key_dim=work.key_dim,
+        beta_scale=work.beta_scale,
     )
     return np.asarray(o), np.asarray(ssm)
 
@@ -230,6 +242,8 @@ def test_decode_equals_the_recurrence(work):
 
 
 WORK = WORKLOADS["ratio 1, K < V"]
+CHANNELS = WORKLOADS["channels, K < V"]
+NAMES = {work: name for name, work in WORKLOADS.items()}
 
 
 def test_prefill_then_decode_equals_one_prefill():
@@ -292,15 +306,18 @@ def test_decode_changes_only_its_write_slots():
     close(read_back(ssm[0, 7], WORK, False), recurrence(WORK, row, read_back(pool[0, 4], WORK, False))[1])
 
 
-@pytest.mark.parametrize("write", [False, True])
-@pytest.mark.parametrize("read", ["kv", "vk", "mixed"])
-def test_layouts_hold_the_same_values(read, write):
+ORDERS = [(WORK, read, write) for read in ("kv", "vk", "mixed") for write in (False, True)]
+ORDERS.append((CHANNELS, "mixed", False))
+
+
+@pytest.mark.parametrize(("work", "read", "write"), ORDERS, ids=lambda x: NAMES.get(x, x))
+def test_layouts_hold_the_same_values(work, read, write):
     """K != V, so that a state read in the wrong order cannot pass."""
-    assert WORK.key_dim != WORK.value_dim
-    rows = random_inputs(WORK, [65, 2, 64])
-    states = random_states(WORK, 3)
+    assert work.key_dim != work.value_dim
+    rows = random_inputs(work, [65, 2, 64])
+    states = random_states(work, 3)
     bits = {"kv": [False] * 3, "vk": [True] * 3, "mixed": [True, False, True]}[read]
-    pool = poisoned_pool(WORK)
+    pool = poisoned_pool(work)
     for i, vk in enumerate(bits):
         pool[1, i + 1] = stored(states[i], vk)
     # Mixed: a bit for every row, padded rows included.
@@ -308,17 +325,17 @@ def test_layouts_hold_the_same_values(read, write):
     # Prefill changes the order of no slot in place, and decode only in a mixed pool.
     slots = [1, 2, 3] if set(bits) == {write} else [4, 5, 6]
     packed = pack_rows([65, 2, 64], read=[1, 2, 3], write=slots, fresh=[False] * 3)
-    outputs, ssm = prefill(WORK, packed, rows, pool, read=prefill_read, write=write)
+    outputs, ssm = prefill(work, packed, rows, pool, read=prefill_read, write=write)
     decode_slots = [1, 2, 3] if read == "mixed" else slots
     one_each, static = [row[:1] for row in rows], {"read": decode_read, "write": write}
-    o, decoded = decode(WORK, one_each, pool, [1, 2, 3], write_slots=decode_slots, **static)
+    o, decoded = decode(work, one_each, pool, [1, 2, 3], write_slots=decode_slots, **static)
     for i, row in enumerate(rows):
-        expected, state = recurrence(WORK, row, states[i])
+        expected, state = recurrence(work, row, states[i])
         close(outputs[i], expected)
-        close(read_back(ssm[1, slots[i]], WORK, write), state)
-        expected, state = recurrence(WORK, row[:1], states[i])
+        close(read_back(ssm[1, slots[i]], work, write), state)
+        expected, state = recurrence(work, row[:1], states[i])
         close(o[i], expected[0])
-        close(read_back(decoded[1, decode_slots[i]], WORK, write), state)
+        close(read_back(decoded[1, decode_slots[i]], work, write), state)
 
 
 def test_bfloat16_pool_rounds_the_state_once():
@@ -367,24 +384,24 @@ CUTS = {1: 3, 16: 4, 48: 5, 63: 6, 65: 7, 100: 8}
 """Places of checkpoints in a row of 130 tokens, and the slots that keep them."""
 
 
-@pytest.mark.parametrize("vk", [False, True])
-def test_checkpoint_is_the_state_of_the_piece_that_ends_there(vk):
+@pytest.mark.parametrize(("work", "vk"), [(WORK, False), (WORK, True), (CHANNELS, True)], ids=lambda x: NAMES.get(x))
+def test_checkpoint_is_the_state_of_the_piece_that_ends_there(work, vk):
     """Bit for bit, whatever the slot held before; and so is what a fork of it goes on to."""
-    (row,) = random_inputs(WORK, [130])
-    pool = poisoned_pool(WORK)
-    pool[1, 1] = stored(random_states(WORK, 1)[0], vk)
+    (row,) = random_inputs(work, [130])
+    pool = poisoned_pool(work)
+    pool[1, 1] = stored(random_states(work, 1)[0], vk)
     given = {"read": vk, "write": vk}
-    whole, ssm = prefill(WORK, pack_rows([130], read=[1], write=[2], fresh=[False], cuts=[CUTS]), [row], pool, **given)
+    whole, ssm = prefill(work, pack_rows([130], read=[1], write=[2], fresh=[False], cuts=[CUTS]), [row], pool, **given)
     for place, slot in CUTS.items():
-        expected = recurrence(WORK, row[:place], read_back(pool[1, 1], WORK, vk))[1]
-        close(read_back(ssm[1, slot], WORK, vk), expected)
+        expected = recurrence(work, row[:place], read_back(pool[1, 1], work, vk))[1]
+        close(read_back(ssm[1, slot], work, vk), expected)
         earlier = {cut: 0 for cut in CUTS if cut < place}
         piece = pack_rows([place], read=[1], write=[2], fresh=[False], cuts=[earlier])
-        _, ended = prefill(WORK, piece, [row[:place]], pool, **given)
+        _, ended = prefill(work, piece, [row[:place]], pool, **given)
         np.testing.assert_array_equal(ssm[1, slot], ended[1, 2])
         later = {cut - place: 0 for cut in CUTS if cut > place}
         fork = pack_rows([130 - place], read=[slot], write=[2], fresh=[False], cuts=[later], behind=[place])
-        outputs, forked = prefill(WORK, fork, [row[place:]], poisoned_but(ssm, slot), **given)
+        outputs, forked = prefill(work, fork, [row[place:]], poisoned_but(ssm, slot), **given)
         np.testing.assert_array_equal(outputs[0], whole[0][place:])
         np.testing.assert_array_equal(forked[1, 2], ssm[1, 2])
         np.testing.assert_array_equal(forked[1, slot], ssm[1, slot])
@@ -458,6 +475,56 @@ def test_strong_decay_and_full_writes_stay_finite():
     expected, state = recurrence(WORK, row, np.zeros((WORK.value_heads, WORK.key_dim, WORK.value_dim)))
     close(outputs[0], expected)
     close(read_back(ssm[1, 2], WORK, vk=False), state)
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_channels_of_extreme_decays_lose_nothing(correlated):
+    """g of -20 a token beside -1e-4, by channel and by token, in runs and in turns: as close as with mild gates."""
+    (row,) = random_inputs(dataclasses.replace(CHANNELS, correlated=correlated), [130])
+    rng = np.random.default_rng(2)
+    strong = rng.random(row.a.shape) < np.linspace(0, 1, CHANNELS.key_dim)
+    strong[40:70] = strong[40]
+    g = np.where(strong, -20.0, -1e-4)
+    row.a[:] = np.log(np.expm1(-g / np.exp(row.A_log)[:, None])) - row.dt_bias
+    outputs, ssm = prefill(CHANNELS, pack_rows([130], read=[2], fresh=[True]), [row], poisoned_pool(CHANNELS))
+    expected, state = recurrence(CHANNELS, row, np.zeros((CHANNELS.value_heads, CHANNELS.key_dim, CHANNELS.value_dim)))
+    close(outputs[0], expected)
+    close(read_back(ssm[1, 2], CHANNELS, vk=False), state)
+
+
+def test_channels_agree_with_transformers():
+    """Kimi Delta Attention by PyTorch, in chunks of its own, the forget gate included."""
+    kimi = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
+    torch = pytest.importorskip("torch")
+    (row,) = random_inputs(CHANNELS, [130])
+    outputs, ssm = prefill(CHANNELS, pack_rows([130], read=[2], fresh=[True]), [row], poisoned_pool(CHANNELS))
+    heads, width = CHANNELS.value_heads, CHANNELS.key_dim
+    qkv, a, b, A_log, dt_bias = (torch.from_numpy(getattr(row, field.name)) for field in dataclasses.fields(row))
+    gate = kimi.KimiLinearForgetGate(
+        SimpleNamespace(hidden_size=heads * width, linear_head_dim=width, linear_num_heads=heads)
+    )
+    gate.f_a_proj = gate.f_b_proj = torch.nn.Identity()
+    gate.A_log.data, gate.dt_bias.data = A_log.view(1, 1, heads, 1), dt_bias.view(-1)
+    q, k, v = (x.view(1, 130, heads, -1) for x in qkv.split([heads * width] * 2 + [heads * CHANNELS.value_dim], dim=-1))
+    with torch.no_grad():
+        given = {"g": gate(a.view(1, 130, -1)), "beta": b[None].sigmoid(), "initial_state": None}
+        o, state = kimi.chunk_kimi_delta_attention(
+            q, k, v, **given, output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+    close(outputs[0], o[0].numpy())
+    close(read_back(ssm[1, 2], CHANNELS, vk=False), state[0].numpy())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"a": (4, 2, 8)}, {"dt_bias": (2,)}, {"a": (4, 2)}, {"A_log": (2, 16)}, {"b": (4, 1)}]
+)
+def test_gates_of_other_shapes_are_refused(wrong):
+    shapes = {"a": (4, 2, 16), "b": (4, 2), "A_log": (2,), "dt_bias": (2, 16)} | wrong
+    gates = Gates(**{name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()})
+    qkv, ssm = jnp.zeros((4, 112)), jnp.zeros((2, 9, 2, 16 * 24))
+    slots = jnp.zeros(4, jnp.int32)
+    with pytest.raises(ValueError, match=r"gates of shapes .*allowed: .*per channel"):
+        gated_delta_rule.decode(qkv, gates, ssm, 0, slots, slots, StateOrder(False, False), key_head_dim=16)
 
 
 @pytest.mark.parametrize("size", [16, 64])

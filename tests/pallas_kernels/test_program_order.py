@@ -37,6 +37,7 @@ CASES = [
     delta("decode", ("mixed", "kv"), state=BFLOAT16),
     delta("verify", old=2, new=2),
     delta("fold", ("kv", "kv"), old=3, new=0),
+    chunked(("kv", "kv"), dim=16, channels=True),
     chunked(("mixed", "vk"), kept=True, dim=16),
     conv("decode", 72),
     conv("verify", 72),

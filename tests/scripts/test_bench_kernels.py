@@ -25,13 +25,16 @@ from gdnjax.backend import INTERPRET, REFERENCE, Backend
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, grouped_matmul, paged_attention
 from gdnjax.pallas_kernels.gated_delta_rule import StateOrder
 
+HEADS = workloads.Heads(1, 2)
+CHANNELS = workloads.Heads(2, 2, key_dim=24, value_dim=16, per_channel=True, beta_scale=2.0)
 SMALL = {
     work.name: work
     for work in (
-        workloads.recurrent("decode", 2, 1, 2),
-        workloads.recurrent("decode", 2, 1, 2, vk=False, state="bfloat16"),
-        workloads.recurrent("verify", 3, 1, 2, old=2, new=3, real=2),
-        workloads.chunked((70, 70), 1, 2),
+        workloads.recurrent("decode", 2, HEADS),
+        workloads.recurrent("decode", 2, HEADS, vk=False, state="bfloat16"),
+        workloads.recurrent("verify", 3, HEADS, old=2, new=3, real=2),
+        workloads.recurrent("fold", 3, CHANNELS, old=2, new=0, real=2),
+        workloads.chunked((70, 70), HEADS),
         workloads.conv_prefill((70, 70), 48),
         workloads.conv_update(3, 48),
         workloads.conv_update(3, 48, pending=3, new=3, real=2),
@@ -504,6 +507,7 @@ LOOKED_UP = {
         b, "bfloat16", StateOrder(True, True), 128, 128
     ),
     "gdn-prefill-48h-1024": lambda b: gated_delta_rule.tiles.chunked(b, "bfloat16", 128, 128),
+    "kda-prefill-32h-1024": lambda b: gated_delta_rule.tiles.chunked(b, "bfloat16", 128, 128),
     "conv-prefill-48-70": causal_conv1d.tiles.of,
     "conv-decode-48-3": causal_conv1d.tiles.of,
     "attention-decode-4/2x32-2x70": lambda b: paged_attention.tiles.of(b, 1),

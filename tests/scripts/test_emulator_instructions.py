@@ -426,6 +426,16 @@ def test_sdwa_takes_parts_with_their_sign_and_keeps_others():
     assert group.v[5, 0].tolist() == [int(k) >> 16 if c else int(k) & 0xFFFF for k, c in zip(x, CARRY, strict=True)]
 
 
+def test_sdwa_compares_parts_with_their_sign():
+    group = execute(
+        asm("v_cmp_lt_u32 s[4:5], v1, v3", encoding="sdwa", src0_sel=0),
+        asm("v_cmp_lt_i32 vcc, sext(v1), v3", encoding="sdwa", src0_sel=5),
+        v={1: X, 3: 96},
+    )
+    assert mask_of(group, 4).tolist() == [int(x) & 0xFF < 96 for x in X]
+    assert mask_of(group, 106).tolist() == [sign(int(x) >> 16, 16) < 96 for x in X]
+
+
 @pytest.mark.parametrize(
     ("control", "source"),
     [

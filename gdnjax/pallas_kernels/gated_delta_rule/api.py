@@ -1,13 +1,16 @@
 """Contract of the op. The functions return the outputs, before the gated norm, in the dtype of `qkv`, and the pool with
 the new states. All sums are float32.
 
-    g = -exp(A_log) softplus(a + dt_bias)    beta = sigmoid(b)    q, k: L2-normalised (eps 1e-6), q scaled by K^-1/2
-    S_t = exp(g_t) S_(t-1) + k_t beta_t (v_t - exp(g_t) S_(t-1)^T k_t)^T;  o_t = S_t^T q_t
+    g = -exp(A_log) softplus(a + dt_bias)    beta = sigmoid(b) beta_scale
+    q, k: L2-normalised (eps 1e-6), q scaled by K^-1/2
+    S_t = exp(g_t) S_(t-1) + k_t beta_t (v_t - (exp(g_t) S_(t-1))^T k_t)^T;  o_t = S_t^T q_t
 
-Gated DeltaNet, arXiv:2412.06464. `qkv` is the packed output of the convolution, [q heads | k heads | v heads], and is
-indexed inside. `ssm [L, s, hv, k * v]` is consumed (donate it); no row reads a slot that another row writes, and where
-the order of a mixed pool changes in place, that is in decode, verify and fold. Each value head reads key head
-`hv // (HV / HK)`. Rows that write to the null slot are padding: kernels give zeros for them, and store nothing.
+Gated DeltaNet, arXiv:2412.06464, where g is a number of each head; Kimi Delta Attention, arXiv:2510.26692, where it is
+a vector over K and exp(g_t) S scales the rows of S. The shape of `a` decides. `qkv` is the packed output of the
+convolution, [q heads | k heads | v heads], and is indexed inside. `ssm [L, s, hv, k * v]` is consumed (donate it); no
+row reads a slot that another row writes, and where the order of a mixed pool changes in place, that is in decode,
+verify and fold. Each value head reads key head `hv // (HV / HK)`. Rows that write to the null slot are padding: kernels
+give zeros for them, and store nothing.
 """
 
 import dataclasses
@@ -20,12 +23,29 @@ from gdnjax.shapes import Array, Bool, Float, Int32, Leaf, Shaped
 
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """The inputs of decay and write strength."""
+    """The inputs of decay and write strength.
 
-    a: Leaf  # [t, hv], or [n, rows, hv] where requests have several rows
-    b: Leaf  # the same
+    The decay is one of each head, or with `a` and `dt_bias` of K more channels one of each key channel. `beta_scale`,
+    static, is 2 where a write may take more away than was there (a state's eigenvalues then reach -1).
+    """
+
+    a: Leaf  # [t, hv] or [t, hv, K]; [n, rows, hv] or [n, rows, hv, K] where requests have several rows
+    b: Leaf  # [t, hv], or [n, rows, hv]
     A_log: Leaf  # [hv] float32
-    dt_bias: Leaf  # [hv] float32
+    dt_bias: Leaf  # [hv] or [hv, K] float32
+    beta_scale: float = 1.0
+
+    @property
+    def per_channel(self) -> bool:
+        return self.dt_bias.ndim == 2
+
+    def check(self, tokens: tuple[int, ...], heads: int, key_head_dim: int) -> None:
+        """Raises ValueError where shapes do not fit each other, `tokens` (all axes of qkv but the last) and heads."""
+        shapes = {name: tuple(getattr(self, name).shape) for name in ("a", "b", "A_log", "dt_bias")}
+        per_head = {"a": (*tokens, heads), "b": (*tokens, heads), "A_log": (heads,), "dt_bias": (heads,)}
+        per_channel = per_head | {name: (*per_head[name], key_head_dim) for name in ("a", "dt_bias")}
+        if shapes not in (per_head, per_channel):
+            raise ValueError(f"gates of shapes {shapes}; allowed: {per_head}, or a decay per channel, {per_channel}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +75,7 @@ def prefill(
 
     Where chunks have checkpoints, the state behind each chunk is stored at its checkpoint's slot, too.
     """
+    gates.check(qkv.shape[:-1], ssm.shape[2], key_head_dim)
     if backend.is_reference:
         return reference.prefill(qkv, gates, ssm, layer, rows, chunks, order, key_head_dim)
     return chunked.prefill(qkv, gates, ssm, layer, rows, chunks, order, key_head_dim, backend)
@@ -73,6 +94,7 @@ def decode(
     backend: Backend = REFERENCE,
 ) -> tuple[Float[Array, "n hv v"], Shaped[Array, "L s hv kv"]]:
     """One token a row, in the recurrent form."""
+    gates.check(qkv.shape[:-1], ssm.shape[2], key_head_dim)
     if backend.is_reference:
         return reference.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim)
     return recurrent.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim, backend)
@@ -97,6 +119,7 @@ def verify(
     The state with the first `pending` rows folded in is stored; the outputs are those of the new rows, which go on from
     there and change nothing that is stored. One read and one write of the state, however many rows.
     """
+    gates.check(qkv.shape[:-1], ssm.shape[2], key_head_dim)
     if backend.is_reference:
         return reference.verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_head_dim, new)
     return recurrent.verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_head_dim, new, backend)
@@ -116,6 +139,7 @@ def fold(
     backend: Backend = REFERENCE,
 ) -> Shaped[Array, "L s hv kv"]:
     """The state with the first `count` rows folded in is stored."""
+    gates.check(qkv.shape[:-1], ssm.shape[2], key_head_dim)
     if backend.is_reference:
         return reference.fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_head_dim)
     return recurrent.fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_head_dim, backend)

@@ -8,6 +8,9 @@ With G the running sum of g in a chunk, r the reciprocal norms of q and k, and D
 T, P and the row factors are made for all chunks and heads at once; `walk` holds the state. The factors multiply
 float32 sums, so the operands of the products are q, k and v as they came, unrounded.
 
+With a decay per key channel exp(G) is a factor of no sum, but of k and q: `channel_scores.py` makes T's system and P,
+and k, q and k again, decayed, which `walk` then multiplies in place of k, q and k.
+
 Bytes at 48 heads of 128 x 128 and T tokens in bfloat16: T and P are 16 kB a chunk and head each way; q, k and v 20 kB
 a token once in, o 12 kB a token out. Operations: 6.3 MFLOP a chunk and head.
 """
@@ -20,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.gated_delta_rule import tiles
+from gdnjax.pallas_kernels.gated_delta_rule.channel_scores import channel_scores
 from gdnjax.pallas_kernels.gated_delta_rule.state_tile import StateTile, heads_and_blocks
 from gdnjax.pallas_kernels.launch import (
     LEAST,
@@ -29,6 +33,7 @@ from gdnjax.pallas_kernels.launch import (
     launch,
     layer_number,
     power_of_two,
+    scaled,
     sigmoid,
     softplus,
 )
@@ -39,7 +44,7 @@ TILE = LEAST
 """Rows and columns of the blocks that are solved by substitution."""
 
 READ_K, READ_Q, WRITE_K, BETA = range(4)
-"""The row factors of a chunk: of k S, of q S, of U in the new state, and of T's columns."""
+"""The row factors of a chunk: of k S, of q S, of U in the new state, and of T's columns. The last is there always."""
 
 
 def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, backend: Backend):
@@ -48,23 +53,47 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
     start = chunks.token[:, 0]
     tile = tiles.chunked(backend, qkv.dtype, key_dim, value_dim)
     shape = (count, heads, size, size)
+    arrays = (start, chunks.length, qkv, gates.a, gates.b, gates.A_log, gates.dt_bias)
+    static = {"key_dim": key_dim, "value_dim": value_dim, "beta_scale": gates.beta_scale}
     # What no chunk writes is not read either.
-    scores, system, factors, keep = launch(
-        _scores,
-        backend,
-        name="gated_delta_rule_scores",
-        programs=count * (qkv.shape[1] - heads * value_dim) // (2 * key_dim),
-        args=(start, chunks.length, qkv, gates.a, gates.b, gates.A_log, gates.dt_bias),
-        out=[
-            jax.ShapeDtypeStruct(shape, qkv.dtype),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-            jax.ShapeDtypeStruct((count, heads, 4, size), jnp.float32),
-            jax.ShapeDtypeStruct((count, heads), jnp.float32),
-        ],
-        warps=tile.scores_warps,
-        key_dim=key_dim,
-        value_dim=value_dim,
-    )
+    products = [jax.ShapeDtypeStruct(shape, qkv.dtype), jax.ShapeDtypeStruct(shape, jnp.float32)]
+    if gates.per_channel:
+        decayed = (count, heads, size, key_dim)
+        scores, system, factors, keep, *decayed = launch(
+            channel_scores,
+            backend,
+            name="gated_delta_rule_scores_kda",
+            programs=count * heads,
+            args=arrays,
+            out=[
+                *products,
+                jax.ShapeDtypeStruct((count, heads, 1, size), jnp.float32),
+                jax.ShapeDtypeStruct((count, heads, key_dim), jnp.float32),
+                *(jax.ShapeDtypeStruct(decayed, dtype) for dtype in (qkv.dtype, qkv.dtype, jnp.float32)),
+            ],
+            warps=tile.channel_warps,
+            width=tile.channels,
+            sum_precision=tile.inverse_precision,
+            pair_precision=tile.channel_precision,
+            interpret=backend.interpret,
+            **static,
+        )
+    else:
+        scores, system, factors, keep = launch(
+            _scores,
+            backend,
+            name="gated_delta_rule_scores",
+            programs=count * (qkv.shape[1] - heads * value_dim) // (2 * key_dim),
+            args=arrays,
+            out=[
+                *products,
+                jax.ShapeDtypeStruct((count, heads, 4, size), jnp.float32),
+                jax.ShapeDtypeStruct((count, heads), jnp.float32),
+            ],
+            warps=tile.scores_warps,
+            **static,
+        )
+        decayed = [factors]
     _, inverse = launch(
         _inverse,
         backend,
@@ -84,14 +113,14 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
     args = (
         layer_number(layer),
         *(rows.read_slot, rows.write_slot, rows.fresh.astype(jnp.int32), first, number),
-        *(*stored, *kept, start, chunks.length, inverse, scores, factors, keep, qkv, ssm),
+        *(*stored, *kept, start, chunks.length, inverse, scores, *decayed, keep, qkv, ssm),
     )
     columns = min(tile.columns, power_of_two(value_dim, LEAST))
     blocks = -(-value_dim // columns)
     o, ssm = launch(
         _walk,
         backend,
-        name="gated_delta_rule_walk",
+        name="gated_delta_rule_walk" + "_kda" * gates.per_channel,
         programs=rows.length.shape[0] * heads * blocks,
         args=args,
         out=[
@@ -106,11 +135,14 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
         read_vk=None if mixed else order.read,
         write_vk=order.write,
         checkpoints=bool(kept),
+        per_channel=gates.per_channel,
     )
     return o, ssm
 
 
-def _scores(program, start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, *outputs, key_dim, value_dim):
+def _scores(
+    program, start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt_ref, *outputs, key_dim, value_dim, beta_scale
+):
     """P, the strictly lower part of T's system, and the row factors of one chunk, for all value heads of a key head."""
     scores_ref, system_ref, factors_ref, keep_ref = outputs
     heads, size = scores_ref.shape[1:3]
@@ -135,7 +167,7 @@ def _scores(program, start_ref, length_ref, qkv_ref, a_ref, b_ref, A_log_ref, dt
         """g and beta of the tokens; what is none neither decays nor writes."""
         a, b = (plgpu.load(ref.at[token, head], mask=valid, other=0).astype(jnp.float32) for ref in (a_ref, b_ref))
         rate, bias = jnp.exp(A_log_ref[head].astype(jnp.float32)), dt_ref[head].astype(jnp.float32)
-        return jnp.where(valid, -rate * softplus(a + bias), 0.0), jnp.where(valid, sigmoid(b), 0.0)
+        return jnp.where(valid, -rate * softplus(a + bias), 0.0), jnp.where(valid, scaled(sigmoid(b), beta_scale), 0.0)
 
     def run():
         q, q_norm = load_rows(0)
@@ -220,7 +252,7 @@ def _inverse(program, length_ref, factors_ref, _, system_ref, inverse_ref, *, pr
                 plgpu.store(square(b, a, width), joined)
             width *= 2
         barrier(interpret)
-        beta = factors_ref[(*at, BETA)]
+        beta = factors_ref[(*at, factors_ref.shape[2] - 1)]
         for first in range(0, size, TILE):
             row = first + jnp.arange(TILE, dtype=jnp.int32)
             places = (*at, row[:, None], lane[None, :])
@@ -249,10 +281,11 @@ def _walk(
     read_vk,
     write_vk,
     checkpoints,
+    per_channel,
 ):
     stored_ref, refs = (None, refs) if read_vk is not None else (refs[0], refs[1:])
     checkpoint_ref, refs = (refs[0], refs[1:]) if checkpoints else (None, refs)
-    start_ref, length_ref, inverse_ref, scores_ref, factors_ref, keep_ref, qkv_ref, ssm_ref, o_ref, out_ref = refs
+    start_ref, length_ref, inverse_ref, scores_ref, *decayed_refs, keep_ref, qkv_ref, ssm_ref, o_ref, out_ref = refs
     heads, size = inverse_ref.shape[1:3]
     value_dim = ssm_ref.shape[3] // key_dim
     keys = (qkv_ref.shape[1] - heads * value_dim) // 2
@@ -267,6 +300,13 @@ def _walk(
     key_start = head // (heads * key_dim // keys) * key_dim
     v_channel = 2 * keys + head * value_dim + tile.v
     place = jnp.arange(size, dtype=jnp.int32)
+
+    def keep_of(chunk):
+        """What a chunk leaves of the state: a number, or one of each key channel."""
+        if not per_channel:
+            return keep_ref[chunk, head]
+        other = None if tile.k_mask is None else 0.0
+        return plgpu.load(keep_ref.at[chunk, head, tile.k], mask=tile.k_mask, other=other)[:, None]
 
     def one_chunk(i, carry):
         state, start, length = carry
@@ -283,19 +323,36 @@ def _walk(
                 qkv_ref.at[token[:, None], (first + key_start + tile.k)[None, :]], mask=keys_valid, other=0
             )
 
-        q, k = load_rows(0), load_rows(keys)
+        def load_decayed(ref):
+            mask = None if tile.k_mask is None else jnp.broadcast_to(tile.k_mask[None, :], (size, tile.k.size))
+            at = ref.at[chunk, head, place[:, None], tile.k[None, :]]
+            return plgpu.load(at, mask=mask, other=None if mask is None else 0).astype(qkv_ref.dtype)
+
+        if per_channel:
+            # k and q as the state is read by them, and k as it is written by: no sum over k has a factor left.
+            k, q, last_k = map(load_decayed, decayed_refs)
+        else:
+            q, k = load_rows(0), load_rows(keys)
+            last_k = k
         v = plgpu.load(qkv_ref.at[token[:, None], v_channel[None, :]], mask=values_valid, other=0)
         inverse, scores = inverse_ref[chunk, head], scores_ref[chunk, head]
-        read_k, read_q, write_k = (factors_ref[chunk, head, factor] for factor in (READ_K, READ_Q, WRITE_K))
+        read_k = read_q = write_k = None
+        if not per_channel:
+            (factors_ref,) = decayed_refs
+            read_k, read_q, write_k = (factors_ref[chunk, head, factor] for factor in (READ_K, READ_Q, WRITE_K))
+
+        def times(x, factor):
+            return x if factor is None else x * factor[:, None]
 
         rounded = state.astype(qkv_ref.dtype)
-        error = v.astype(jnp.float32) - dot(k, rounded) * read_k[:, None]
+        error = v.astype(jnp.float32) - times(dot(k, rounded), read_k)
         written = dot(inverse, error.astype(qkv_ref.dtype))
-        o = dot(q, rounded) * read_q[:, None]
+        o = times(dot(q, rounded), read_q)
         o = o + dot(scores, written.astype(qkv_ref.dtype))
         plgpu.store(o_ref.at[token[:, None], head, tile.v[None, :]], o.astype(o_ref.dtype), mask=values_valid)
-        written = (written * write_k[:, None]).astype(qkv_ref.dtype)
-        state = keep_ref[chunk, head] * state + dot(k, written, contract=(0, 0))
+        written = times(written, write_k).astype(qkv_ref.dtype)
+        keep = keep_of(chunk)
+        state = keep * state + dot(last_k, written, contract=(0, 0))
         if checkpoint_ref is not None:
             slot = checkpoint_ref[chunk]
             tile.store(out_ref, slot, state.T, write_vk, when=slot > 0)

@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.gated_delta_rule import tiles
 from gdnjax.pallas_kernels.gated_delta_rule.state_tile import StateTile, heads_and_blocks
-from gdnjax.pallas_kernels.launch import barrier, launch, layer_number, power_of_two, sigmoid, softplus
+from gdnjax.pallas_kernels.launch import barrier, launch, layer_number, power_of_two, scaled, sigmoid, softplus
 from gdnjax.shapes import Array
 
 
@@ -48,7 +48,7 @@ def fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_dim, b
 
 
 def _run(kind, qkv, a, b, gates, ssm, layer, slots, order, key_dim, backend: Backend, *, new: int):
-    """qkv [n, rows, x], a and b [n, rows, hv]; the last `new` rows give outputs [n, new, hv, V]."""
+    """qkv [n, rows, x], a [n, rows, hv] or [n, rows, hv, K], b [n, rows, hv]; of `new` rows outputs [n, new, hv, V]."""
     count = qkv.shape[0]
     heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
     mixed = not isinstance(order.read, bool)
@@ -62,7 +62,7 @@ def _run(kind, qkv, a, b, gates, ssm, layer, slots, order, key_dim, backend: Bac
     return launch(
         _kernel,
         backend,
-        name=f"gated_delta_rule_{kind}",
+        name=f"gated_delta_rule_{kind}" + "_kda" * gates.per_channel,
         programs=count * heads * blocks,
         args=args,
         out=[*out, jax.ShapeDtypeStruct(ssm.shape, ssm.dtype)],
@@ -74,12 +74,25 @@ def _run(kind, qkv, a, b, gates, ssm, layer, slots, order, key_dim, backend: Bac
         write_vk=order.write,
         new=new,
         keep_new=kind == "decode",
+        beta_scale=gates.beta_scale,
         interpret=backend.interpret,
     )
 
 
 def _kernel(
-    program, layer_ref, read_ref, write_ref, *refs, key_dim, columns, read_vk, write_vk, new, keep_new, interpret
+    program,
+    layer_ref,
+    read_ref,
+    write_ref,
+    *refs,
+    key_dim,
+    columns,
+    read_vk,
+    write_vk,
+    new,
+    keep_new,
+    beta_scale,
+    interpret,
 ):
     # Decode folds nothing first, and only a mixed pool has bits.
     count_ref, refs = (None, refs) if keep_new else (refs[0], refs[1:])
@@ -88,6 +101,7 @@ def _kernel(
     out_ref = outputs[-1]
     rows, width = qkv_ref.shape[1:]
     heads, value_dim = ssm_ref.shape[2], ssm_ref.shape[3] // key_dim
+    per_channel = len(dt_bias_ref.shape) == 2
     keys = (width - heads * value_dim) // 2
     ratio = heads * key_dim // keys
 
@@ -112,22 +126,27 @@ def _kernel(
 
         key_start = head // ratio * key_dim
         value_start = 2 * keys + head * value_dim
-        rate = jnp.exp(A_log_ref[head].astype(jnp.float32))
-        bias = dt_bias_ref[head].astype(jnp.float32)
 
-        def load(j, channel, there, mask):
+        def load(ref, at, channel, there, mask):
             """Channels of a row, 0 where the row is not `there` (a scalar; None: it is)."""
             if there is not None:
                 there = jnp.broadcast_to(there, channel.shape)
                 mask = there if mask is None else there & mask
-            return plgpu.load(qkv_ref.at[row, j, channel], mask=mask, other=None if mask is None else 0)
+            return plgpu.load(ref.at[(*at, channel)], mask=mask, other=None if mask is None else 0)
+
+        def load_row(j, channel, there, mask):
+            return load(qkv_ref, (row, j), channel, there, mask)
+
+        rate = jnp.exp(A_log_ref[head].astype(jnp.float32))
+        bias = load(dt_bias_ref, (head,), tile.k, None, tile.k_mask) if per_channel else dt_bias_ref[head]
+        bias = bias.astype(jnp.float32)
 
         # All rows are loaded before the first is used: one latency, not one a row.
         pending = [] if count_ref is None else [j < count_ref[row] for j in range(rows - new)]
         exists = [*pending, *[None] * new]
-        ks = [load(j, keys + key_start + tile.k, there, tile.k_mask) for j, there in enumerate(exists)]
-        vs = [load(j, value_start + tile.v, there, tile.v_mask) for j, there in enumerate(exists)]
-        qs = [load(j, key_start + tile.k, None, tile.k_mask) for j in range(rows - new, rows)]
+        ks = [load_row(j, keys + key_start + tile.k, there, tile.k_mask) for j, there in enumerate(exists)]
+        vs = [load_row(j, value_start + tile.v, there, tile.v_mask) for j, there in enumerate(exists)]
+        qs = [load_row(j, key_start + tile.k, None, tile.k_mask) for j in range(rows - new, rows)]
 
         # The gates of all rows at once, a thread a row. A row that is not there leaves the state as it is, to the bit;
         # its gates may be anything.
@@ -135,21 +154,48 @@ def _kernel(
         real = place < rows
         if count_ref is not None:
             real &= (place < count_ref[row]) | (place >= rows - new)
-        a = plgpu.load(a_ref.at[row, place, head], mask=real, other=0).astype(jnp.float32)
-        b = plgpu.load(b_ref.at[row, place, head], mask=real, other=0).astype(jnp.float32)
-        keeps = jnp.where(real, jnp.exp(-rate * softplus(a + bias)), 1.0)
-        betas = jnp.where(real, sigmoid(b), 0.0)
+
+        def of_rows(ref):
+            return plgpu.load(ref.at[row, place, head], mask=real, other=0).astype(jnp.float32)
+
+        if per_channel:
+            a = [load(a_ref, (row, j, head), tile.k, there, tile.k_mask) for j, there in enumerate(exists)]
+            b = of_rows(b_ref)
+        else:
+            a, b = of_rows(a_ref), of_rows(b_ref)
+            keeps = jnp.where(real, jnp.exp(-rate * softplus(a + bias)), 1.0)
+        betas = jnp.where(real, scaled(sigmoid(b), beta_scale), 0.0)
+
+        def one_of(j, gates):
+            return jnp.sum(jnp.where(place == j, gates, 0.0))
+
+        def decay(j):
+            """What row j leaves of the state: a number, or one of each key channel."""
+            if not per_channel:
+                return one_of(j, keeps)
+            keep = jnp.exp(-rate * softplus(a[j].astype(jnp.float32) + bias))
+            return keep if exists[j] is None else jnp.where(exists[j], keep, 1.0)
 
         def inputs(j):
             """k as it came, its reciprocal norm, v, and the two gates."""
             k = ks[j].astype(jnp.float32)
-            keep, beta = (jnp.sum(jnp.where(place == j, gate, 0.0)) for gate in (keeps, betas))
+            keep, beta = decay(j), one_of(j, betas)
             return k, lax.rsqrt(jnp.sum(k * k) + 1e-6), vs[j].astype(jnp.float32), keep, beta
+
+        # In a sum over k of what is kept of the state, a head's decay is a factor, and a channel's is one of k's.
+        def outside(keep):
+            return 1.0 if per_channel else keep
+
+        def inside(keep, x):
+            return tile.along_k(keep * x if per_channel else x)
+
+        def along(keep):
+            return tile.along_k(keep) if per_channel else keep
 
         for j in range(len(pending)):
             k, norm, v, keep, beta = inputs(j)
-            written = beta * (v - keep * norm * tile.over_k(state * tile.along_k(k)))
-            state = keep * state + tile.along_v(written * norm) * tile.along_k(k)
+            written = beta * (v - outside(keep) * norm * tile.over_k(state * inside(keep, k)))
+            state = along(keep) * state + tile.along_v(written * norm) * tile.along_k(k)
         if not keep_new:
             tile.store(out_ref, write_ref[row], state, write_vk)
         for j in range(new):
@@ -158,11 +204,11 @@ def _kernel(
             scale = lax.rsqrt(jnp.sum(q * q) + 1e-6) * key_dim**-0.5
             # What the old state gives to k and to q is summed side by side; the row's own part of the output is rank
             # one.
-            written = norm * beta * (v - keep * norm * tile.over_k(state * tile.along_k(k)))
-            o = scale * (keep * tile.over_k(state * tile.along_k(q)) + written * jnp.sum(k * q))
+            written = norm * beta * (v - outside(keep) * norm * tile.over_k(state * inside(keep, k)))
+            o = scale * (outside(keep) * tile.over_k(state * inside(keep, q)) + written * jnp.sum(k * q))
             plgpu.store(outputs[0].at[row, j, head, tile.v], o.astype(qkv_ref.dtype), mask=tile.v_mask)
             if keep_new or j + 1 < new:
-                state = keep * state + tile.along_v(written) * tile.along_k(k)
+                state = along(keep) * state + tile.along_v(written) * tile.along_k(k)
         if keep_new:
             tile.store(out_ref, write_ref[row], state, write_vk)
 

@@ -32,17 +32,24 @@ def l2_normalise(x: Array) -> Array:
 
 
 def decay_and_beta(gates) -> tuple[Array, Array]:
-    """g (log decay, at most 0) and beta (write strength, 0 to 1), [..., hv] float32."""
+    """g (log decay, at most 0), [..., hv] or [..., hv, K], and beta (write strength), [..., hv]: float32."""
     softplus = jax.nn.softplus(gates.a.astype(jnp.float32) + gates.dt_bias.astype(jnp.float32))
-    return -jnp.exp(gates.A_log.astype(jnp.float32)) * softplus, jax.nn.sigmoid(gates.b.astype(jnp.float32))
+    rate = jnp.exp(gates.A_log.astype(jnp.float32))
+    beta = gates.beta_scale * jax.nn.sigmoid(gates.b.astype(jnp.float32))
+    return -(rate[:, None] if gates.per_channel else rate) * softplus, beta
 
 
 def delta_step(state: Array, q: Array, k: Array, v: Array, g: Array, beta: Array) -> tuple[Array, Array]:
-    """One token: state [..., K, V], q, k [..., K], v [..., V], g, beta [...] -> o [..., V], new state."""
-    state = jnp.exp(g)[..., None, None] * state
+    """One token: state [..., K, V], q, k [..., K], v [..., V], g [...] or [..., K], beta [...] -> o, new state."""
+    state = _over_values(jnp.exp(g), state) * state
     predicted = jnp.einsum("...kv,...k->...v", state, k, precision=FLOAT32_DOT)
     state = state + k[..., :, None] * (beta[..., None] * (v - predicted))[..., None, :]
     return jnp.einsum("...kv,...k->...v", state, q, precision=FLOAT32_DOT), state
+
+
+def _over_values(keep: Array, state: Array) -> Array:
+    """A decay, of a head or of its key channels, to be multiplied with states [..., K, V]."""
+    return keep[..., None] if keep.ndim == state.ndim - 1 else keep[..., None, None]
 
 
 def read_states(ssm: Array, layer: int, slot: Array, vk: bool | Array, key_dim: int) -> Array:
@@ -125,7 +132,7 @@ def prefill(qkv, gates, ssm, layer, rows, chunks, order, key_dim) -> tuple[Array
     q, k, v, g, beta = (chunks.gather(x).swapaxes(1, 2) for x in (q, k, v, g, beta))
     states = read_states(ssm, layer, rows.read_slot, order.read, key_dim)
     states = jnp.where(rows.fresh[:, None, None, None], 0, states)
-    terms = chunk_terms(q, k, v, g, beta)
+    terms = (channel_chunk_terms if gates.per_channel else chunk_terms)(q, k, v, g, beta)
     if chunks.checkpoint is None:
         o, states = scan_chunks(terms, chunks.row, states)
     else:
@@ -142,7 +149,7 @@ class ChunkTerms(NamedTuple):
     scores: Array  # [c, h, i, i]
     q_decayed: Array  # [c, h, i, K]
     k_rest: Array  # [c, h, i, K]
-    keep: Array  # [c, h]
+    keep: Array  # [c, h] or [c, h, K]
 
 
 def chunk_terms(q, k, v, g, beta) -> ChunkTerms:
@@ -170,11 +177,84 @@ def chunk_terms(q, k, v, g, beta) -> ChunkTerms:
     )
 
 
+def channel_chunk_terms(q, k, v, g, beta) -> ChunkTerms:
+    """The same of a decay per channel, g [c, h, i, K], which cannot be taken out of the products:
+
+    (I + tril(beta_i sum_d k_i[d] k_j[d] D_ij[d], -1)) U = beta (v - (exp(G) k) S)
+    """
+    decayed = channel_products(q, k, g)
+    right = jnp.concatenate([v * beta[..., None], k * beta[..., None] * decayed.before], axis=-1)
+    solved = _dot("chij,chjk->chik", unit_lower_inverse(beta[..., None] * decayed.keys), right)
+    return ChunkTerms(
+        new_values=solved[..., : v.shape[-1]],
+        old_keys=solved[..., v.shape[-1] :],
+        scores=decayed.scores,
+        q_decayed=q * decayed.before,
+        k_rest=k * decayed.behind,
+        keep=decayed.before[..., -1, :],
+    )
+
+
+class ChannelProducts(NamedTuple):
+    """Products of the tokens of a chunk, D_ij = exp(G_i - G_j) between them, and the decays to its two ends."""
+
+    keys: Array  # [c, h, i, i]: sum_d k_i k_j D_ij; above the diagonal zeros
+    scores: Array  # [c, h, i, i]: sum_d q_i k_j D_ij; above the diagonal zeros
+    before: Array  # [c, h, i, K]: exp(G_i)
+    behind: Array  # [c, h, i, K]: exp(G_last - G_i)
+
+
+def channel_products(q, k, g) -> ChannelProducts:
+    """q, k, g [c, h, i, K]. exp(G_i) exp(-G_j) would overflow, and a difference of running sums loses what is small.
+
+    So a chunk is cut into sub-chunks of TILE. Tokens of two of them are multiplied as both decay to the first token of
+    the later one: from there to i, and from j to there. Within a sub-chunk the decay of each pair is summed by itself.
+    All exponents are sums of g over the tokens between, at most 0.
+    """
+    size, width = g.shape[-2], math.gcd(g.shape[-2], TILE)
+    # [..., i, K] -> [..., p, i, K], and a pair (n, m) of sub-chunks, n behind m.
+    in_parts = [x.reshape(*x.shape[:-2], -1, width, x.shape[-1]) for x in (k, q, g)]
+    both, k_parts, g_parts = jnp.stack(in_parts[:2]), in_parts[0], in_parts[2]
+    part = jnp.arange(size // width)
+    n, m, between = part[:, None, None], part[:, None], part
+    whole = jnp.sum(g_parts, axis=-2)[..., None, None, :, :]
+    gap = jnp.sum(jnp.where(((m < between) & (between < n))[..., None], whole, 0.0), axis=-2)
+    gap = jnp.where(m < n, gap, -jnp.inf)
+    entered = both * jnp.exp(jnp.cumsum(g_parts, axis=-2))
+    left = k_parts[..., None, :, :, :] * jnp.exp(_sum_behind(g_parts)[..., None, :, :, :] + gap[..., None, :])
+    products = _dot("xchnik,chnmjk->xchnimj", entered, left)
+    same = (part[:, None] == part)[:, None, :, None]
+    products = jnp.where(same, _within(both, k_parts, g_parts)[..., :, None, :], products)
+    keys, scores = products.reshape(*products.shape[:3], size, size)
+    return ChannelProducts(keys, scores, jnp.exp(jnp.cumsum(g, axis=-2)), jnp.exp(_sum_behind(g)))
+
+
+def _sum_behind(g: Array) -> Array:
+    """[..., i, K]: of each token the sum over those behind it, without its own."""
+    shifted = jnp.concatenate([g[..., 1:, :], jnp.zeros_like(g[..., :1, :])], axis=-2)
+    return lax.cumsum(shifted, axis=shifted.ndim - 2, reverse=True)
+
+
+def _within(both: Array, k: Array, g: Array) -> Array:
+    """[2, ..., i, K], k and g [..., i, K] of sub-chunks -> [2, ..., i, i], zeros above the diagonal."""
+    place = jnp.arange(g.shape[-2])
+
+    def one_row(sums, i):
+        """`sums` [..., j, K]: of g over the tokens behind j, up to row i - 1; and for the next row up to i."""
+        sums = jnp.where((place < i)[:, None], sums + lax.dynamic_index_in_dim(g, i, axis=-2), 0.0)
+        row = lax.dynamic_index_in_dim(both, i, axis=-2, keepdims=False)
+        products = _dot("x...k,...jk->x...j", row, k * jnp.exp(sums))
+        return sums, jnp.where(place <= i, products, 0.0)
+
+    _, rows = lax.scan(one_row, jnp.zeros_like(g), place)
+    return jnp.moveaxis(rows, 0, -2)
+
+
 def chunk_step(state: Array, terms: ChunkTerms) -> tuple[Array, Array]:
     """One chunk: state [h, K, V] -> o [h, i, V], new state."""
     written = terms.new_values - _dot("hik,hkv->hiv", terms.old_keys, state)
     o = _dot("hik,hkv->hiv", terms.q_decayed, state) + _dot("hij,hjv->hiv", terms.scores, written)
-    return o, terms.keep[:, None, None] * state + _dot("hik,hiv->hkv", terms.k_rest, written)
+    return o, _over_values(terms.keep, state) * state + _dot("hik,hiv->hkv", terms.k_rest, written)
 
 
 def scan_chunks(terms: ChunkTerms, row: Array, states: Array) -> tuple[Array, Array]:

@@ -52,7 +52,9 @@ def recurrent(backend: Backend, dtype, order, key_dim: int, value_dim: int) -> R
 
 @dataclasses.dataclass(frozen=True)
 class Chunked:
-    """`columns` value columns by all of K in each program of the walk."""
+    """`columns` value columns by all of K in each program of the walk. Where channels decay by themselves: so many at a
+    time, and how products of decayed keys are rounded.
+    """
 
     columns: int
     walk_warps: int
@@ -60,16 +62,31 @@ class Chunked:
     scores_warps: int
     inverse_warps: int
     inverse_precision: Any
+    channels: int
+    channel_warps: int
+    channel_precision: Any
 
 
 # Products in three parts on the matrix units where float32 has none of its own.
 TF32X3 = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
+# And in one, where what comes of it is rounded to bfloat16: eleven bits, of which that has eight.
+TF32 = lax.DotAlgorithmPreset.TF32_TF32_F32
+
 # dtype of the activations -> tile
 CHUNKED = {
-    "cuda": {"bfloat16": Chunked(32, 4, 3, 4, 1, TF32X3), "float32": Chunked(16, 4, 1, 4, 1, TF32X3)},
-    "rocm": {"bfloat16": Chunked(16, 4, 1, 4, 1, FLOAT32_DOT), "float32": Chunked(16, 4, 1, 4, 1, FLOAT32_DOT)},
-    "interpret": {"bfloat16": Chunked(16, 1, 1, 1, 1, FLOAT32_DOT), "float32": Chunked(16, 1, 1, 1, 1, FLOAT32_DOT)},
+    "cuda": {
+        "bfloat16": Chunked(32, 4, 3, 4, 1, TF32X3, 32, 4, TF32),
+        "float32": Chunked(16, 4, 1, 4, 1, TF32X3, 32, 4, TF32X3),
+    },
+    "rocm": {
+        "bfloat16": Chunked(16, 4, 1, 4, 1, FLOAT32_DOT, 32, 4, FLOAT32_DOT),
+        "float32": Chunked(16, 4, 1, 4, 1, FLOAT32_DOT, 32, 4, FLOAT32_DOT),
+    },
+    "interpret": {
+        "bfloat16": Chunked(16, 1, 1, 1, 1, FLOAT32_DOT, 32, 1, FLOAT32_DOT),
+        "float32": Chunked(16, 1, 1, 1, 1, FLOAT32_DOT, 32, 1, FLOAT32_DOT),
+    },
 }
 
 

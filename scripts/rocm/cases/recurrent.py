@@ -30,6 +30,10 @@ TAPS = 4
 FLOAT32 = Bound(norm=1.5e-7, place=2e-6)
 """A handful of float32 roundings, and exp, log and rsqrt of a unit or two in the last place; 1.0e-7 was seen."""
 
+CHANNELS = Bound(norm=1.5e-7, place=5e-6)
+"""The same with extreme gates of channels: half of the state is next to nothing then, and what a place is measured by
+with it; 2.8e-6 was seen."""
+
 SUMMED = Bound(norm=1e-6, place=4e-6)
 """A sum of 128 products that cancel, in float32; 4e-7 was seen."""
 
@@ -45,6 +49,10 @@ CHUNKED_FLOAT32 = Bound(norm=2e-6, place=2e-5)
 
 CHUNKED_DECAYED = Bound(norm=1e-4, place=2e-3)
 """With extreme gates: their running sum goes to thousands, and its differences lose that many digits of float32."""
+
+CHUNKED_CHANNELS = Bound(norm=2e-6, place=5e-4)
+"""With extreme gates of channels, whose sums are never subtracted: what is next to nothing has a large exponent, whose
+last bit is so much of it; 2.5e-4 was seen."""
 
 CHUNKED_SOLVED = Bound(norm=2e-6, place=2e-3)
 """Of the inverse: what is small in it is what large products have left of each other."""
@@ -74,34 +82,44 @@ def normal(r: np.random.Generator, shape, dtype: DTypeLike = BFLOAT16, scale: fl
 
 
 def gates_of(
-    r: np.random.Generator, shape: tuple[int, ...], heads: int, *, chosen: int, dtype, half_lives: tuple[float, float]
+    r: np.random.Generator,
+    shape: tuple[int, ...],
+    heads: int,
+    *,
+    chosen: int,
+    dtype,
+    half_lives: tuple[float, float],
+    channels: int = 0,
 ) -> dict:
-    """Of set `chosen`: 0 is mild, 1 to EXTREME are made of EXTREMES, later ones of infinities and of wide numbers."""
+    """Of set `chosen`: 0 is mild, 1 to EXTREME are made of EXTREMES, later ones of infinities and of wide numbers.
+
+    With `channels` each of them decays by itself.
+    """
+    decays = (heads, channels) if channels else (heads,)
+    shapes = {"a": (*shape, *decays), "b": (*shape, heads)}
     if chosen > EXTREME:
         rates, infinite = RATES[chosen - EXTREME - 1]
-        gates = {name: normal(r, (*shape, heads), dtype, 3.0) for name in ("a", "b")}
+        gates = {name: normal(r, gate, dtype, 3.0) for name, gate in shapes.items()}
         for name in infinite:
             gates[name] = np.resize([np.inf, -np.inf, -np.inf], gates[name].shape).astype(dtype)
-        return gates | {"A_log": np.resize(rates, heads).astype(np.float32), "dt_bias": normal(r, heads, np.float32)}
+        return gates | {"A_log": np.resize(rates, heads).astype(np.float32), "dt_bias": normal(r, decays, np.float32)}
     if chosen:
-        count = math.prod(shape) * heads
-        a, b = (
-            np.resize(np.roll(part, 3 * chosen), count).reshape(*shape, heads) for part in (EXTREMES, EXTREMES[::-1])
-        )
-        return {"a": a.astype(dtype), "b": b.astype(dtype)} | dict.fromkeys(("A_log", "dt_bias"), np.zeros(heads, "f4"))
+        parts = {"a": EXTREMES, "b": EXTREMES[::-1]}
+        gates = {name: np.resize(np.roll(part, 3 * chosen), shapes[name]).astype(dtype) for name, part in parts.items()}
+        return gates | {"A_log": np.zeros(heads, np.float32), "dt_bias": np.zeros(decays, np.float32)}
     # By a softplus of middling argument and rate 1, up to a tiny one and rate e^5: there the low terms of log1p show.
     rate = np.linspace(0.0, 5.0, heads)
-    softplus = np.log(2.0) / np.linspace(*half_lives, heads) / np.exp(rate)
+    softplus = (np.log(2.0) / np.linspace(*half_lives, math.prod(decays)).reshape(decays).T / np.exp(rate)).T
     return {
-        "a": normal(r, (*shape, heads), dtype, 0.3),
-        "b": normal(r, (*shape, heads), dtype, 2.0),
+        "a": normal(r, shapes["a"], dtype, 0.3),
+        "b": normal(r, shapes["b"], dtype, 2.0),
         "A_log": rate.astype(np.float32),
         "dt_bias": np.log(np.expm1(softplus)).astype(np.float32),
     }
 
 
-def gates_in(x) -> Gates:
-    return Gates(a=x["a"], b=x["b"], A_log=x["A_log"], dt_bias=x["dt_bias"])
+def gates_in(x, beta_scale: float = 1.0) -> Gates:
+    return Gates(a=x["a"], b=x["b"], A_log=x["A_log"], dt_bias=x["dt_bias"], beta_scale=beta_scale)
 
 
 def order_in(x, order: tuple[str, str]) -> StateOrder:
@@ -125,10 +143,10 @@ def slots_mask(pool: np.ndarray, slots) -> np.ndarray:
 
 
 @functools.cache
-def delta_op(kind: str, order: tuple[str, str], new: int, dim: int) -> Op:
+def delta_op(kind: str, order: tuple[str, str], new: int, dim: int, beta_scale: float) -> Op:
     def call(x, layer, backend):
         state_order = order_in(x, order)
-        common = (x["qkv"], gates_in(x), x["ssm"], layer, x["read"], x["write"])
+        common = (x["qkv"], gates_in(x, beta_scale), x["ssm"], layer, x["read"], x["write"])
         if kind == "decode":
             o, ssm = gated_delta_rule.decode(*common, state_order, key_head_dim=dim, backend=backend)
         elif kind == "verify":
@@ -153,17 +171,22 @@ def delta(
     heads: int = 2,
     key_heads: int = 1,
     dim: int = 128,
+    value_dim: int | None = None,
+    channels: bool = False,
+    beta_scale: float = 1.0,
     gates: int = 0,
     in_place: bool = False,
 ) -> Case:
     """Decode, verify of `old` pending and `new` rows, or fold of up to `old` rows; counts are `old`, 0 and `old` - 1.
 
-    `gates` chooses a set of them: other values for the same code.
+    `gates` chooses a set of them: other values for the same code. `channels`: each has a decay of its own.
     `in_place` lets the order change where a row stays in its slot, which is against the contract of a pool that is not
     mixed: programs of one head race.
     """
-    name = f"gdn-{kind}-{order[0]}-{order[1]}-{np.dtype(state).name}-{np.dtype(act).name}"
+    value_dim = value_dim or dim
+    name = f"{'kda' if channels else 'gdn'}-{kind}-{order[0]}-{order[1]}-{np.dtype(state).name}-{np.dtype(act).name}"
     name += f"-{old}+{new}" * (kind != "decode") + f"-{heads}x{dim}" * (dim != 128)
+    name += f"x{value_dim}" * (value_dim != dim) + f"-beta{beta_scale:g}" * (beta_scale != 1)
     name += f"-gates{gates}" * bool(gates) + "-race" * in_place
     r = random(name)
     # The second row is padding.
@@ -174,10 +197,10 @@ def delta(
     elif order[0] != order[1] and not in_place:
         read, write = [1, 3, 4], [2, 0, 5]
     lead = (3,) if kind == "decode" else (3, old + new)
-    x = {"qkv": normal(r, (*lead, 2 * key_heads * dim + heads * dim), act)}
+    x = {"qkv": normal(r, (*lead, 2 * key_heads * dim + heads * value_dim), act)}
     # Of the last row's keys and queries the norm is so small that the epsilon under the root shows.
     x["qkv"][2, ..., : 2 * key_heads * dim] *= np.asarray(2**-10, act)
-    x |= gates_of(r, lead, heads, chosen=gates, dtype=act, half_lives=(1, 4))
+    x |= gates_of(r, lead, heads, chosen=gates, dtype=act, half_lives=(1, 4), channels=dim * channels)
     count = [old, 0, max(old - 1, 0)]
     for part in ("qkv", "a", "b"):
         x[part][1] = np.nan
@@ -185,16 +208,17 @@ def delta(
             for row, here in enumerate(count):
                 x[part][row, here:old] = np.nan
     x |= {"read": np.array(read, np.int32), "write": np.array(write, np.int32), "count": np.array(count, np.int32)}
-    x["ssm"] = pool_of(r, [slot for slot in read if slot], (heads, dim * dim), state, 0.1)
+    x["ssm"] = pool_of(r, [slot for slot in read if slot], (heads, dim * value_dim), state, 0.1)
     if order[0] == "mixed":
         x["stored"] = np.array([True, False, False])
     real = np.array([True, False, True])
-    bounds = {"ssm": FLOAT32 if state == np.float32 else ROUNDED}
+    exact = CHANNELS if channels and gates else FLOAT32
+    bounds = {"ssm": exact if state == np.float32 else ROUNDED}
     if kind != "fold":
         bounds["o"] = SUMMED if act == np.float32 else ROUNDED
     return Case(
         name,
-        delta_op(kind, order, new, dim),
+        delta_op(kind, order, new, dim, beta_scale),
         x,
         LAYER,
         bounds,
@@ -265,22 +289,47 @@ def prefill_slots() -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def chunked_op(order: tuple[str, str], dim: int) -> Op:
+def chunked_op(order: tuple[str, str], dim: int, beta_scale: float) -> Op:
     def call(x, layer, backend):
         rows, chunks = rows_and_chunks(x)
+        gates, state_order = gates_in(x, beta_scale), order_in(x, order)
         o, ssm = gated_delta_rule.prefill(
-            x["qkv"], gates_in(x), x["ssm"], layer, rows, chunks, order_in(x, order), key_head_dim=dim, backend=backend
+            x["qkv"], gates, x["ssm"], layer, rows, chunks, state_order, key_head_dim=dim, backend=backend
         )
-        return {"o": o, "ssm": ssm} | (chunk_terms(x, chunks, dim) if backend.is_reference else {})
+        terms = channel_chunk_terms if gates.per_channel else chunk_terms
+        return {"o": o, "ssm": ssm} | (terms(x, gates, chunks, dim) if backend.is_reference else {})
 
     return call
 
 
 SCORES, SYSTEM, FACTORS, KEEP = (f"gated_delta_rule_scores[{i}]" for i in range(4))
+KDA_SCORES, KDA_SYSTEM, KDA_BETA, KDA_KEEP, KDA_READ_K, KDA_READ_Q, KDA_WRITE_K = (
+    f"gated_delta_rule_scores_kda[{i}]" for i in range(7)
+)
 INVERSE = "gated_delta_rule_inverse[1]"
 
 
-def chunk_terms(x, chunks: Chunks, dim: int) -> dict[str, Any]:
+def channel_chunk_terms(x, gates: Gates, chunks: Chunks, dim: int) -> dict[str, Any]:
+    """As `chunk_terms`, where channels decay by themselves: see gated_delta_rule/channel_scores.py."""
+    heads = x["ssm"].shape[2]
+    parts = reference.split_qkv(x["qkv"], heads, dim, x["ssm"].shape[3] // dim)
+    q, k, v, g, beta = (chunks.gather(part).swapaxes(1, 2) for part in (*parts, *reference.decay_and_beta(gates)))
+    terms = reference.channel_chunk_terms(q, k, v, g, beta)
+    decayed = reference.channel_products(q, k, g)
+    system = jnp.tril(beta[..., None] * decayed.keys, -1)
+    return {
+        KDA_SCORES: terms.scores,
+        KDA_SYSTEM: system,
+        KDA_BETA: beta[:, :, None],
+        KDA_KEEP: terms.keep,
+        KDA_READ_K: k * decayed.before,
+        KDA_READ_Q: terms.q_decayed,
+        KDA_WRITE_K: terms.k_rest,
+        INVERSE: reference.unit_lower_inverse(system) * beta[..., None, :],
+    }
+
+
+def chunk_terms(x, gates: Gates, chunks: Chunks, dim: int) -> dict[str, Any]:
     """What the kernels of the chunked form hand on, as gated_delta_rule/chunked.py defines it, for every chunk."""
     heads = x["ssm"].shape[2]
     value_dim = x["ssm"].shape[3] // dim
@@ -290,7 +339,7 @@ def chunk_terms(x, chunks: Chunks, dim: int) -> dict[str, Any]:
     q_norm, k_norm = jnp.repeat(norms, heads // norms.shape[2], axis=2).swapaxes(0, 1)
     q, k, v, g, beta, q_norm, k_norm = (
         chunks.gather(part).swapaxes(1, 2)
-        for part in (q, k, v, *reference.decay_and_beta(gates_in(x)), q_norm * dim**-0.5, k_norm)
+        for part in (q, k, v, *reference.decay_and_beta(gates), q_norm * dim**-0.5, k_norm)
     )
     terms = reference.chunk_terms(q, k, v, g, beta)
     total = jnp.cumsum(g, axis=-1)
@@ -323,6 +372,19 @@ def chunk_terms_seen(x) -> dict[str, np.ndarray]:
     }
 
 
+def channel_chunk_terms_seen(x) -> dict[str, np.ndarray]:
+    seen = chunk_terms_seen(x)
+    real, square = seen[KEEP], seen[SCORES]
+    # What is no token is zeros.
+    of_tokens = dict.fromkeys((KDA_BETA, KDA_READ_K, KDA_READ_Q, KDA_WRITE_K), square)
+    return of_tokens | {
+        KDA_SCORES: square,
+        KDA_SYSTEM: seen[SYSTEM],
+        KDA_KEEP: real[..., None],
+        INVERSE: square,
+    }
+
+
 def chunked(
     order: tuple[str, str] = ("vk", "vk"),
     *,
@@ -332,40 +394,51 @@ def chunked(
     heads: int = 2,
     key_heads: int = 1,
     dim: int = 128,
+    value_dim: int | None = None,
+    channels: bool = False,
+    beta_scale: float = 1.0,
     kept: bool = False,
     gates: int = 0,
 ) -> Case:
     """Two rows of a prefill step, the first in two chunks; `kept`: with checkpoints."""
-    name = f"gdn-prefill-{order[0]}-{order[1]}-{np.dtype(state).name}-{np.dtype(act).name}"
-    name += f"-{heads}x{dim}" * (dim != 128) + "-kept" * kept + f"-gates{gates}" * bool(gates)
+    value_dim = value_dim or dim
+    name = f"{'kda' if channels else 'gdn'}-prefill-{order[0]}-{order[1]}-{np.dtype(state).name}-{np.dtype(act).name}"
+    name += f"-{heads}x{dim}" * (dim != 128) + f"x{value_dim}" * (value_dim != dim)
+    name += f"-beta{beta_scale:g}" * (beta_scale != 1) + "-kept" * kept + f"-gates{gates}" * bool(gates)
     r = random(name)
     x = packed(lengths, TOKENS, CHECKPOINTS if kept else None) | prefill_slots()
     keys = key_heads * dim
-    qkv = r.standard_normal((TOKENS, 2 * keys + heads * dim))
+    qkv = r.standard_normal((TOKENS, 2 * keys + heads * value_dim))
     # Correlated keys: the inverse has something to do.
     qkv[:, keys : 2 * keys] = 0.5 * qkv[:, keys : 2 * keys] + r.standard_normal(keys)
     qkv[3, : 2 * keys] *= 2**-10
     x["qkv"] = qkv.astype(act)
     # So long that the first tokens of a chunk are felt at its end.
-    x |= gates_of(r, (TOKENS,), heads, chosen=gates, dtype=act, half_lives=(16, 200))
+    x |= gates_of(r, (TOKENS,), heads, chosen=gates, dtype=act, half_lives=(16, 200), channels=dim * channels)
     for part in ("qkv", "a", "b"):
         x[part][sum(lengths) :] = np.nan
-    x["ssm"] = pool_of(r, [4], (heads, dim * dim), state, 0.1)
+    x["ssm"] = pool_of(r, [4], (heads, dim * value_dim), state, 0.1)
     if order[0] == "mixed":
         x["stored"] = np.array([True, False, False])
     written = [1, 2] + [3, 5] * kept
-    exact = CHUNKED_DECAYED if gates else CHUNKED_FLOAT32
+    exact = CHUNKED_FLOAT32
+    if gates:
+        exact = CHUNKED_CHANNELS if channels else CHUNKED_DECAYED
     bound, rounded, solved = exact, exact, exact if gates else CHUNKED_SOLVED
     if act == BFLOAT16:
         bound, rounded, solved = CHUNKED_ROUNDED, CHUNKED_ONCE, CHUNKED_ONCE
+    terms = {SCORES: rounded, SYSTEM: exact, FACTORS: exact, KEEP: exact, INVERSE: solved}
+    if channels:
+        terms = {KDA_SCORES: rounded, KDA_SYSTEM: exact, KDA_BETA: exact, KDA_KEEP: exact, INVERSE: solved}
+        terms |= {KDA_READ_K: rounded, KDA_READ_Q: rounded, KDA_WRITE_K: exact}
+    seen = channel_chunk_terms_seen(x) if channels else chunk_terms_seen(x)
     return Case(
         name,
-        chunked_op(order, dim),
+        chunked_op(order, dim, beta_scale),
         x,
         LAYER,
-        {"o": bound, "ssm": bound if state == np.float32 else CHUNKED_ROUNDED}
-        | {SCORES: rounded, SYSTEM: exact, FACTORS: exact, KEEP: exact, INVERSE: solved},
-        seen={"o": x["token_valid"][:, None, None], "ssm": slots_mask(x["ssm"], written)} | chunk_terms_seen(x),
+        {"o": bound, "ssm": bound if state == np.float32 else CHUNKED_ROUNDED} | terms,
+        seen={"o": x["token_valid"][:, None, None], "ssm": slots_mask(x["ssm"], written)} | seen,
         kept={"ssm": ~slots_mask(x["ssm"], written)},
     )
 

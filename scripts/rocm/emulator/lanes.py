@@ -6,7 +6,7 @@ import numpy as np
 
 from rocm.emulator.groups import LANES
 from rocm.emulator.instruction import DWORD, Instruction, Operand
-from rocm.emulator.operands import I32, I64, U32, U64, put, put_scalar, scalar, vector
+from rocm.emulator.operands import I32, I64, U32, U64, put, put_mask, put_scalar, scalar, vector
 
 LANE = np.arange(LANES)
 
@@ -100,6 +100,15 @@ def sdwa(p: Instruction, function: Callable, dtype: type, more: list[Operand]):
         write(g, (result & ones) << at | rest)
 
     return run
+
+
+def sdwa_compare(p: Instruction, compare: Callable, dtype: type):
+    """The same of a comparison, whose result is a mask."""
+    p.only("src0_sel", "src1_sel")
+    to, *sources = p.operands
+    x, y = (_part(operand, p.get(f"src{k}_sel", DWORD)) for k, operand in enumerate(sources))
+    write = put_mask(to)
+    return lambda g: write(g, compare(np.asarray(x(g)).view(dtype), np.asarray(y(g)).view(dtype)))
 
 
 def _readfirstlane(p: Instruction):

@@ -259,6 +259,9 @@ COMPARE = {
 
 def build(p: Instruction) -> Callable[[Group], None]:
     """The closure of a vector instruction."""
+    compared = re.fullmatch(r"v_cmp_(\w+)_([fiu])(32|64)", p.name)
+    if compared and p.encoding == "sdwa" and compared[3] == "32":
+        return lanes.sdwa_compare(p, _relation(p, compared[1]), VIEWS[compared[2]])
     if p.encoding in ("dpp", "sdwa"):
         return (lanes.dpp if p.encoding == "dpp" else lanes.sdwa)(p, *_parts_of(p))
     if p.name in WITH_MODIFIERS:
@@ -266,8 +269,8 @@ def build(p: Instruction) -> Callable[[Group], None]:
     p.only()
     if p.name.startswith("v_mfma_"):
         return matrices.build(p)
-    if match := re.fullmatch(r"v_cmp_(\w+)_([fiu])(32|64)", p.name):
-        return _compare(p, *match.groups())
+    if compared:
+        return _compare(p, *compared.groups())
     if p.name in SPECIAL:
         return SPECIAL[p.name](p)
     if p.name not in LANEWISE:
@@ -301,12 +304,19 @@ def _parts_of(p: Instruction):
     return (lambda g, *x: function(*x)), found.dtype, list(p.operands[: found.adds])
 
 
-def _compare(p: Instruction, relation: str, kind: str, width: str):
-    if relation not in COMPARE:
+VIEWS = {"f": F32, "i": I32, "u": U32}
+
+
+def _relation(p: Instruction, name: str) -> Callable:
+    if name not in COMPARE:
         raise NotImplementedError(p.text)
-    compare, write = COMPARE[relation], put_mask(p.operands[0])
+    return COMPARE[name]
+
+
+def _compare(p: Instruction, relation: str, kind: str, width: str):
+    compare, write = _relation(p, relation), put_mask(p.operands[0])
     if width == "32":
-        x, y = (viewed(operand, {"f": F32, "i": I32, "u": U32}[kind]) for operand in p.operands[1:])
+        x, y = (viewed(operand, VIEWS[kind]) for operand in p.operands[1:])
         return lambda g: write(g, compare(x(g), y(g)))
     x, y = (vector64(operand) for operand in p.operands[1:])
     if kind == "f":
