@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gdnjax.config import AttentionConfig, DeltaConfig, LatentAttentionConfig, ModelConfig
+from gdnjax.config import AttentionConfig, DeltaConfig, KimiDeltaConfig, LatentAttentionConfig, ModelConfig
 
 PADDING = -1
 """In an index vector: a row of zeros that no checkpoint row stands behind."""
@@ -26,12 +26,17 @@ class Rows:
     stored_size   the checkpoint's size along `axis`
     axis          the axis that is indexed; the others are as in the checkpoint
     stored_as     the checkpoint's name for the last module of the path, where that is another one
+    joined        (such a name, rows) of the tensors that the checkpoint has one after another in the place of one
     """
 
     index: np.ndarray
     stored_size: int
     axis: int = 0
     stored_as: str | None = None
+    joined: tuple[tuple[str, int], ...] = ()
+
+
+RowsOf = Callable[[ModelConfig, int], Rows]
 
 
 def rank_major(parts: Sequence[np.ndarray], tp: int) -> np.ndarray:
@@ -70,7 +75,7 @@ def _kv_heads(cfg: ModelConfig, tp: int) -> Rows:
 
 
 def _delta_of(cfg: ModelConfig) -> DeltaConfig:
-    assert cfg.delta is not None, "only a delta layer has this parameter"
+    assert isinstance(cfg.delta, DeltaConfig), "only a Gated DeltaNet layer has this parameter"
     return cfg.delta
 
 
@@ -78,6 +83,23 @@ def _delta_channels(cfg: ModelConfig, tp: int) -> Rows:
     delta = _delta_of(cfg)
     parts = np.split(np.arange(delta.conv_dim), [delta.key_dim, 2 * delta.key_dim])
     return Rows(index=rank_major(parts, tp), stored_size=delta.conv_dim)
+
+
+def _kimi_of(cfg: ModelConfig) -> KimiDeltaConfig:
+    assert isinstance(cfg.delta, KimiDeltaConfig), "only KDA has this parameter"
+    return cfg.delta
+
+
+def _joined_channels(kind: str) -> RowsOf:
+    """q, k and v, which the checkpoint has apart."""
+
+    def rows(cfg: ModelConfig, tp: int) -> Rows:
+        delta = _kimi_of(cfg)
+        index = rank_major(np.split(np.arange(delta.conv_dim), 3), tp)
+        joined = tuple((f"{part}_{kind}", delta.value_dim) for part in "qkv")
+        return Rows(index=index, stored_size=delta.conv_dim, joined=joined)
+
+    return rows
 
 
 def _expert_gate_up(cfg: ModelConfig, tp: int) -> Rows:
@@ -158,8 +180,6 @@ def _latent_values(cfg: ModelConfig, tp: int) -> Rows:
     return Rows(index=values, stored_size=len(keys) + len(values), stored_as="kv_b_proj")
 
 
-RowsOf = Callable[[ModelConfig, int], Rows]
-
 # Parameters whose rows are not simply those of the checkpoint; the first match counts.
 TABLE: tuple[tuple[str, RowsOf], ...] = (
     (r"(embed_tokens|lm_head)\.weight", _vocabulary),
@@ -175,6 +195,12 @@ TABLE: tuple[tuple[str, RowsOf], ...] = (
 # Before TABLE, where attention is over latents: with no latent of the queries, q_proj is theirs.
 LATENT_TABLE: tuple[tuple[str, RowsOf], ...] = ((r".*self_attn\.q_proj\.weight", _latent_queries),)
 
+# Before TABLE, where the decay is one of channels.
+KIMI_TABLE: tuple[tuple[str, RowsOf], ...] = (
+    (r".*linear_attn\.in_proj_qkv\.weight", _joined_channels("proj")),
+    (r".*linear_attn\.conv1d\.weight", _joined_channels("conv1d")),
+)
+
 # Before TABLE, where cfg.interleaved_projections.
 INTERLEAVED_TABLE: tuple[tuple[str, RowsOf], ...] = (
     (r".*linear_attn\.in_proj_qkv\.weight", _interleaved_qkv),
@@ -188,6 +214,7 @@ def rows_of(name: str, shape: tuple[int, ...], cfg: ModelConfig, tp: int) -> Row
     """The index vector of a parameter of global `shape`. ValueError where `shape` is not that of `cfg` and `tp`."""
     table = (*INTERLEAVED_TABLE, *TABLE) if cfg.interleaved_projections else TABLE
     table = (*LATENT_TABLE, *table) if isinstance(cfg.attention, LatentAttentionConfig) else table
+    table = (*KIMI_TABLE, *table) if isinstance(cfg.delta, KimiDeltaConfig) else table
     for pattern, function in table:
         if re.fullmatch(pattern, name):
             rows = function(cfg, tp)
@@ -247,9 +274,17 @@ def origin_of(name: str, shape: tuple[int, ...], cfg: ModelConfig, tp: int, *, e
     expert = re.fullmatch(r"(.*mlp\.experts)\.(gate_up_proj|down_proj)", name)
     if expert and experts_apart:
         return Origin(_expert_parts(expert[1], expert[2], stored), rows)
+    path, _, leaf = name.rpartition(".")
+    parent = path.rpartition(".")[0]
+    if rows.joined:
+        starts = np.cumsum([0, *(size for _, size in rows.joined)]).tolist()
+        parts = (
+            Part(f"{parent}.{module}.{leaf}", (start, *(0 for _ in stored[1:])), (size, *stored[1:]))
+            for start, (module, size) in zip(starts, rows.joined, strict=False)
+        )
+        return Origin(tuple(parts), rows)
     if rows.stored_as:
-        path, _, leaf = name.rpartition(".")
-        name = f"{path.rpartition('.')[0]}.{rows.stored_as}.{leaf}"
+        name = f"{parent}.{rows.stored_as}.{leaf}"
     return Origin((Part(name, (0,) * len(stored), stored),), rows)
 
 
