@@ -142,6 +142,14 @@ def renaming(cfg: ModelConfig) -> Callable[[str], str]:
     return rename
 
 
+def stored_name(name: str, mtp_layers: range | None) -> str:
+    """A module name as a checkpoint has it behind its prefix: another one for a head that is stored as a layer."""
+    if mtp_layers is None or not name.startswith("mtp."):
+        return name
+    around = {module: rest for rest, module in MTP_LAYER.items()}
+    return f"layers.{mtp_layers.start}.{around.get(name, name.removeprefix('mtp.layers.0.'))}"
+
+
 def _name_in_head(name: str, mtp_layers: range | None) -> str | None:
     """The rest of a module name behind the number of a layer, where that is one of the MTP head's."""
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
