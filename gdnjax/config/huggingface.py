@@ -171,7 +171,7 @@ def _read_by_transformers(raw: dict[str, Any]) -> Any:
 
 
 def _check_misplaced(beside: dict[str, Any], hf: Any) -> None:
-    rope = hf.rope_parameters or {}
+    rope = getattr(hf, "rope_parameters", None) or {}
     for name, value in beside.items():
         if name in ("rope_parameters", "rope_scaling"):
             same = isinstance(value, dict) and all(rope.get(key) == one for key, one in value.items() if key != "type")
