@@ -162,7 +162,7 @@ def _read_by_transformers(raw: dict[str, Any]) -> Any:
         given = copy.deepcopy({name: value for name, value in raw.items() if name not in beside})
         hf = transformers.AutoConfig.for_model(**given).get_text_config()
         # Of a model without rotation there is nothing to standardise.
-        if hasattr(hf, "rope_parameters"):
+        if hasattr(type(hf), "rope_parameters"):
             hf.standardize_rope_params()
     except Exception as error:  # Its own kinds of errors, KeyError and TypeError among them.
         raise ValueError(f"transformers refuses this configuration: {' '.join(str(error).split())}") from error
@@ -219,8 +219,9 @@ def _delta(hf: Any) -> DeltaConfig | KimiDeltaConfig | None:
 
 
 def _attention(hf: Any, rope: dict[str, Any], yarn: YarnConfig | None) -> AttentionConfig | LatentAttentionConfig:
-    # A family that does not rotate has no such settings for transformers, whatever its files say.
-    theta = number("rope_theta", rope.get("rope_theta"), 0.0) if hasattr(hf, "rope_parameters") else None
+    # transformers has no such settings for a family that does not rotate, whatever its files say.
+    rotates = hasattr(type(hf), "rope_parameters")
+    theta = number("rope_theta", rope.get("rope_theta"), 0.0) if rotates else None
     partial = number("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 0.0)
     if hasattr(hf, "kv_lora_rank"):
         if partial != 1.0:
@@ -247,9 +248,11 @@ def _latent_attention(
         check_int("q_lora_rank", hf.q_lora_rank, 1)
     follows = {
         "num_key_value_heads": hf.num_attention_heads,
-        "head_dim": hf.qk_rope_head_dim,
         "qk_head_dim": hf.qk_nope_head_dim + hf.qk_rope_head_dim,
     }
+    if theta is not None:
+        # The width of what is rotated; without rotation nobody reads it.
+        follows["head_dim"] = hf.qk_rope_head_dim
     for name, value in follows.items():
         if getattr(hf, name) not in (None, value):
             raise ValueError(f"{name} of latent attention follows from others: {value}; got {getattr(hf, name)!r}")
@@ -291,7 +294,7 @@ def _yarn(rope: dict[str, Any], max_position_embeddings: int) -> YarnConfig:
 
 
 def _moe(hf: Any) -> MoeConfig | None:
-    if hasattr(hf, "n_group"):
+    if hasattr(hf, "n_shared_experts"):
         return _moe_of_groups(hf, hf.n_routed_experts if hasattr(hf, "n_routed_experts") else hf.num_local_experts)
     if not getattr(hf, "num_experts", 0):
         return None

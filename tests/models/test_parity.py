@@ -161,7 +161,9 @@ def test_prefix_is_gone_on_from_at_any_block_without_a_state(live, near_ties):
     _check_greedy(f"{family}, a hit", [first, second], tokens, reference, near_ties)
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("qwen3_5_moe_tp", 4), ("qwen3_next_tp", 2), ("deepseek_v3_tp", 2)])
+@pytest.mark.parametrize(
+    ("family", "ranks"), [("qwen3_5_moe_tp", 4), ("qwen3_next_tp", 2), ("deepseek_v3_tp", 2), ("kimi_linear_tp", 4)]
+)
 def test_greedy_tokens_of_ranks_equal_transformers(family, ranks, tmp_path, near_ties):
     """From the disk straight into shards, through a padded vocabulary and replicated kv heads, or latents."""
     pytest.importorskip("torch")
