@@ -29,6 +29,9 @@ MTP_COPIES = {"embed_tokens.weight": "embed_tokens.weight", "shared_head.head.we
 
 LM_HEAD = "lm_head.weight"
 
+# Olmo-Hybrid's norms in the spelling of the library that trained it, which transformers writes.
+OTHER_NORMS = {"attention_layer_norm": "input_layernorm", "feedforward_layer_norm": "post_attention_layernorm"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Names:
@@ -85,10 +88,10 @@ def sort_names(
             unknown.append(name)
         elif tied_lm_head and match[1] == LM_HEAD:
             tied.append(name)
-        elif match[1] in language:
-            clashes.append(f"{language[match[1]]} and {name}")
+        elif (module := _in_our_spelling(match[1])) in language:
+            clashes.append(f"{language[module]} and {name}")
         else:
-            language[match[1]] = name
+            language[module] = name
     if clashes:
         raise ValueError(f"tensors that name one parameter twice: {abbreviate(clashes)}")
     return Names(
@@ -100,6 +103,10 @@ def sort_names(
         tied=tuple(tied),
         unknown=tuple(unknown),
     )
+
+
+def _in_our_spelling(name: str) -> str:
+    return ".".join(OTHER_NORMS.get(part, part) for part in name.split("."))
 
 
 def _name_in_head(name: str, mtp_layers: range | None) -> str | None:
