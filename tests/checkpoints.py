@@ -92,7 +92,7 @@ _LATENT = {
         "original_max_position_embeddings": 64,
     },
 }
-# As many heads of either kind, keys narrower than values, and nothing rotated.
+# As many heads of either kind, keys narrower than values, nothing rotated; and an epsilon that is not the gated norm's.
 _PLAIN = {
     **_TEXT,
     **_DENSE,
@@ -102,6 +102,7 @@ _PLAIN = {
     "linear_num_value_heads": 3,
     "linear_key_head_dim": 12,
     "linear_value_head_dim": 20,
+    "rms_norm_eps": 1e-3,
     "pad_token_id": 0,
     "rope_parameters": {"rope_type": "default", "rope_theta": None},
 }
