@@ -167,6 +167,7 @@ class RepeatedValues:
 
         from gdnjax import ModelConfig, sharding
         from gdnjax.checkpoint.mapping import origin_of
+        from gdnjax.checkpoint.names import stored_name
         from gdnjax.models import abstract_params
 
         model = ModelConfig.from_hf(config)
@@ -175,8 +176,9 @@ class RepeatedValues:
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
             name = sharding.path_name(path)
             for part in origin_of(name, leaf.shape, model, 1, experts_apart=False).parts:
-                prefix = "" if part.tensor.startswith(("lm_head.", "mtp.")) else "model."
-                self._tensors[prefix + part.tensor] = jax.ShapeDtypeStruct(part.shape, leaf.dtype)
+                stored = stored_name(part.tensor, model.mtp_layer_names)
+                prefix = "" if stored.startswith(("lm_head.", "mtp.")) else "model."
+                self._tensors[prefix + stored] = jax.ShapeDtypeStruct(part.shape, leaf.dtype)
         self._block = np.random.default_rng(seed).standard_normal(BLOCK, np.float32) * np.float32(0.02)
         self._cast: dict[Any, Any] = {}
 

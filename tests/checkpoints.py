@@ -10,6 +10,7 @@ torch is imported inside the functions: the table and the prompts can be had wit
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import zlib
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 HALF_LIVES = (1.0, 200.0)
 """Tokens after which the heads of a layer have forgotten half: the first and the last of a geometric series."""
@@ -242,6 +244,47 @@ def write_checkpoint(
     eos = model.config.get_text_config().eos_token_id
     model.generation_config.eos_token_id = [eos, eos - 3]
     model.save_pretrained(directory, save_original_format=not FAMILIES[family].fused_experts)
+
+
+def write_checkpoint_with_head(family: str, directory: pathlib.Path, seed: int = 0) -> None:
+    """`write_checkpoint` with an MTP head as published DeepSeek-V3 has it: as the layer behind the last one.
+
+    That is a decoder layer, the parts around it, and copies of embedding and head.
+    """
+    layers = FAMILIES[family].text["num_hidden_layers"]
+    write_checkpoint(family, directory, seed, {"num_hidden_layers": layers + 1})
+    file = directory / "model.safetensors"
+    tensors, layer = safetensors.numpy.load_file(file), f"model.layers.{layers}"
+    width, rng = tensors["model.norm.weight"].shape[0], np.random.default_rng(seed + 1)
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{layer}.{name}.weight"] = 1 + 0.3 * rng.standard_normal(width, dtype=np.float32)
+    projection = rng.standard_normal((width, 2 * width), dtype=np.float32)
+    tensors[f"{layer}.eh_proj.weight"] = projection / np.float32(math.sqrt(2 * width))
+    tensors[f"{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+    tensors[f"{layer}.shared_head.head.weight"] = tensors["lm_head.weight"]
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"num_hidden_layers": layers, "num_nextn_predict_layers": 1}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def reference_draft_logits(directory: pathlib.Path, token_ids: Sequence[int]) -> np.ndarray:
+    """Logits [len(token_ids) - 1, vocab] of the first draft at every position but the first, by transformers' own MTP
+    module over the target's hidden states after the final norm.
+    """
+    import torch
+    from transformers.modeling_layers import MtpModel
+
+    model = load_reference(directory)
+    ids = torch.tensor([list(token_ids)])
+    # transformers knows the heads of a checkpoint by the published number of their layer.
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}.*"]
+    with torch.inference_mode():
+        head = MtpModel.from_pretrained(model).eval()
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        position = torch.arange(1, ids.shape[1])[None]
+        drafted = head.forward_layer(0, hidden, position, None, input_ids=ids[:, 1:])
+        return model.lm_head(drafted)[0].numpy()
 
 
 def _build(family: str, text_overrides: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from gdnjax import sharding
 from gdnjax.checkpoint.formats import open_source
 from gdnjax.checkpoint.mapping import Copy, Origin, apart_convolutions, copies, origin_of, stores_experts_apart
-from gdnjax.checkpoint.names import Names, sort_names
+from gdnjax.checkpoint.names import Names, sort_names, stored_name
 from gdnjax.checkpoint.sources import TensorSource, abbreviate, read_whole
 from gdnjax.config import ModelConfig
 from gdnjax.models import partition
@@ -175,7 +175,9 @@ def _resolve(
     }
     expected = {part.tensor: part.shape for origin in origins.values() for part in origin.parts}
     missing = [name for name in expected if name not in names.language]
-    unexpected = [*names.unknown, *(full for name, full in names.language.items() if name not in expected)]
+    surplus = [name for name in names.language if name not in expected]
+    unexpected = [*names.unknown, *(names.language[name] for name in surplus)]
+    absent = [stored_name(name, cfg.mtp_layer_names) for name in missing]
     misshaped = [
         f"{names.language[name]} is {source.shape(names.language[name])}, expected {shape}"
         for name, shape in expected.items()
@@ -183,12 +185,12 @@ def _resolve(
     ]
     problems = [
         f"{len(found)} {what}: {abbreviate(found)}"
-        for what, found in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
+        for what, found in (("missing", absent), ("unexpected", unexpected), ("misshaped", misshaped))
         if found
     ]
     if problems:
         # The rest may be a whole model.
-        if any(_is_of_head(name) for name in (*missing, *unexpected)):
+        if any(_is_of_head(name) for name in (*missing, *surplus)):
             problems.append(f"Without the MTP head (num_speculative_tokens=0) nothing {_place_of_head(cfg)} is read")
         raise ValueError(f"{directory}: the tensors do not fit the model's config.json. {'. '.join(problems)}")
     return names, origins

@@ -109,6 +109,14 @@ def _in_our_spelling(name: str) -> str:
     return ".".join(OTHER_NORMS.get(part, part) for part in name.split("."))
 
 
+def stored_name(name: str, mtp_layers: range | None) -> str:
+    """A module name as a checkpoint has it behind its prefix: another one for a head that is stored as a layer."""
+    if mtp_layers is None or not name.startswith("mtp."):
+        return name
+    around = {module: rest for rest, module in MTP_LAYER.items()}
+    return f"layers.{mtp_layers.start}.{around.get(name, name.removeprefix('mtp.layers.0.'))}"
+
+
 def _name_in_head(name: str, mtp_layers: range | None) -> str | None:
     """The rest of a module name behind the number of a layer, where that is one of the MTP head's."""
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)

@@ -41,7 +41,9 @@ MTP_KEYS: dict[str, MtpKeys] = {
     # Published files have the head's tensors and do not count its layers; vLLM takes one, under this key, too.
     "qwen3_next": MtpKeys(layers="num_nextn_predict_layers", default=1, dedicated=None),
 }
-"""model_type -> how the MTP head is configured; families without such a head are not here. Tables of its own beside shared ones are found by the loader."""
+"""model_type -> how the MTP head is configured; families without such a head are not here. Tables of its own beside
+shared ones are found by the loader.
+"""
 
 
 class LayerKind(enum.Enum):

@@ -76,7 +76,8 @@ class LatentAttention(nnx.Module):
         else:
             q, kv = project(x, self.q_a_proj, self.kv_a_proj_with_mqa, backend=self.backend)
             (q,) = project(self.q_a_layernorm(q), self.q_b_proj, backend=self.backend)
-        return q, *jnp.split(kv, [self.attention.kv_lora_rank], axis=-1)
+        latent, shared = jnp.split(kv, [self.attention.kv_lora_rank], axis=-1)
+        return q, latent, shared
 
     def _attend(self, q: Array, pages: Array, layer: int, context: PrefillContext | DecodeContext) -> Array:
         return paged_attention.attend_latent(

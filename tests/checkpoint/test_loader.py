@@ -274,6 +274,75 @@ def test_tables_of_the_head_s_own_are_an_error_that_names_them(tmp_path):
     _assert_rejected(tmp_path, tiny.DENSE, model, stored, match)
 
 
+AS_LAYER = dataclasses.replace(tiny.MOE, model_type="deepseek_v3", mtp_layers=1)
+"""Of a family whose head is stored as the layer behind the last one: here the third."""
+
+
+def _head_as_layer(model):
+    stored = tiny.stored_tensors(model, AS_LAYER, prefix="model.", fused=False)
+    names = {
+        "mtp.fc.": "model.layers.2.eh_proj.",
+        "mtp.pre_fc_norm_embedding.": "model.layers.2.enorm.",
+        "mtp.pre_fc_norm_hidden.": "model.layers.2.hnorm.",
+        "mtp.norm.": "model.layers.2.shared_head.norm.",
+        "mtp.layers.0.": "model.layers.2.",
+    }
+    for old, new in names.items():
+        stored = {name.replace(old, new): tensor for name, tensor in stored.items()}
+    copies = {"embed_tokens": model["embed_tokens.weight"], "shared_head.head": model["lm_head.weight"]}
+    return stored | {f"model.layers.2.{name}.weight": tensor.copy() for name, tensor in copies.items()}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_head_that_is_stored_as_a_layer_is_loaded_whole_or_skipped_whole(tmp_path, tp):
+    model = tiny.model_tensors(AS_LAYER, mtp=True)
+    stored = _head_as_layer(model)
+    tiny.write_sharded(tmp_path, stored)
+    of_head = sum(name.startswith("model.layers.2.") for name in stored)
+    params, report = _load(tmp_path, AS_LAYER, model, tp)
+    _assert_equal(params, tiny.global_tensors(model, AS_LAYER, tp))
+    assert (report.loaded, report.mtp_loaded, report.skipped_mtp) == (len(stored) - 2, of_head - 2, 0)
+    assert report.skipped_tied == 2
+    without = {name: tensor for name, tensor in model.items() if not name.startswith("mtp.")}
+    params, report = _load(tmp_path, AS_LAYER, without, tp)
+    _assert_equal(params, tiny.global_tensors(without, AS_LAYER, tp))
+    assert (report.mtp_loaded, report.skipped_mtp, report.skipped_tied) == (0, of_head, 0)
+
+
+@pytest.mark.parametrize("table", ["embed_tokens", "shared_head.head"])
+def test_copy_that_differs_from_the_target_s_is_refused(tmp_path, table):
+    model = tiny.model_tensors(AS_LAYER, mtp=True)
+    stored = _head_as_layer(model)
+    stored[f"model.layers.2.{table}.weight"][7, 3] += 1
+    match = rf"model\.layers\.2\.{table}\.weight differs from .*Supported are MTP heads that share"
+    _assert_rejected(tmp_path, AS_LAYER, model, stored, match)
+    tiny.write_single(tmp_path, stored)
+    _load(tmp_path, AS_LAYER, {name: one for name, one in model.items() if not name.startswith("mtp.")}, 1)
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (
+            {"eh_proj.weight": None},
+            r"1 missing: layers\.2\.eh_proj\.weight\. Without the MTP head .*of the layers from 2",
+        ),
+        ({"mlp.gate.weight": None}, r"1 missing: layers\.2\.mlp\.gate\.weight\. Without the MTP head"),
+        ({"other.weight": (3,)}, r"1 unexpected: model\.layers\.2\.other\.weight\. Without the MTP head"),
+    ],
+)
+def test_tensors_of_a_head_that_is_stored_as_a_layer_are_named_as_they_are_stored(tmp_path, changes, match):
+    model = tiny.model_tensors(AS_LAYER, mtp=True)
+    stored = _head_as_layer(model)
+    for name, shape in changes.items():
+        if shape is None:
+            del stored[f"model.layers.2.{name}"]
+        else:
+            stored[f"model.layers.2.{name}"] = np.zeros(shape, np.float32)
+    _assert_rejected(tmp_path, AS_LAYER, model, stored, match)
+
+
 @pytest.mark.usefixtures("nothing_is_read")
 def test_missing_expert_is_named(tmp_path):
     model = tiny.model_tensors(tiny.MOE)

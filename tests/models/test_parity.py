@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gdnjax import LLM, EngineConfig, SamplingParams, full_logits
+from gdnjax import LLM, EngineConfig, SamplingParams, draft_logits, full_logits
 from tests import checkpoints
 from tests.make_tokenizer import write_tokenizer
 
@@ -64,7 +64,7 @@ def stored(request, tmp_path_factory):
     return request.param, reference, _engine(directory)
 
 
-def _engine(directory, ranks=1):
+def _engine(directory, ranks=1, **options):
     # 128 tokens a step: the longer prompts are prefilled in pieces. One bucket each, since compiling is the cost here.
     config = EngineConfig(
         dtype="float32",
@@ -76,6 +76,7 @@ def _engine(directory, ranks=1):
         decode_buckets=(4,),
         tensor_parallel_size=ranks,
         warmup=False,
+        **options,
     )
     return LLM(directory, config)
 
@@ -191,6 +192,42 @@ def test_greedy_tokens_of_ranks_equal_transformers(family, ranks, tmp_path, near
     with _engine(tmp_path, ranks) as llm:
         tokens = _generate_greedily(llm, prompts, 16)
     _check_greedy(f"{family}, {ranks} ranks", prompts, tokens, reference, near_ties)
+
+
+def test_head_that_is_stored_as_a_layer_drafts_what_transformers_drafts(tmp_path, near_ties):
+    """Its logits, and then an engine that speculates with it: over latents, without a state to fold, and past a hit.
+
+    A random head is right about nothing but noise, so that drafts are accepted only where much of it is in the draw.
+    """
+    pytest.importorskip("torch")
+    checkpoints.write_checkpoint_with_head("deepseek_v3", tmp_path)
+    write_tokenizer(tmp_path, vocab_size=400)
+    prompt = checkpoints.prompt_tokens(130)
+    with _engine(tmp_path, num_speculative_tokens=2) as llm:
+        target, drafts = jax.jit(functools.partial(draft_logits, llm.model), static_argnums=2)(
+            llm.params, np.array(prompt, np.int32), 1
+        )
+        reference = checkpoints.reference_draft_logits(tmp_path, prompt)
+        assert checkpoints.relative_error(np.asarray(drafts)[0, 1:], reference) < LOGIT_BOUND
+        logits = checkpoints.reference_logits(tmp_path, prompt)
+        assert checkpoints.relative_error(np.asarray(target), logits) < LOGIT_BOUND
+        prompts = [prompt, [*prompt[:83], *checkpoints.prompt_tokens(40, seed=6)]]
+        reference = checkpoints.reference_greedy(tmp_path, prompts, 32)
+        tokens = np.concatenate([_generate_greedily(llm, [prompt], 32) for prompt in prompts])
+        # The last token of a hit is fed again: nobody has kept its hidden state.
+        assert llm.stats()["prefix_cache"]["hit_tokens"] == 79
+        noisy = [
+            llm.generate(
+                [{"prompt_token_ids": prompts[1]}],
+                SamplingParams(temperature=4.0, seed=3, max_tokens=48, ignore_eos=True, speculate=speculate),
+                use_tqdm=False,
+            )[0]
+            for speculate in (False, True)
+        ]
+        stats = llm.stats()
+    _check_greedy("deepseek_v3, drafts", prompts, tokens, reference, near_ties)
+    assert noisy[0].outputs[0].token_ids == noisy[1].outputs[0].token_ids
+    assert stats["num_accepted_draft_tokens"] > 20
 
 
 @pytest.mark.parametrize("length", LENGTHS)
