@@ -124,6 +124,21 @@ _KIMI = {
     "bos_token_id": 398,
     "pad_token_id": 400,
 }
+# As many heads of either kind, keys narrower than values, nothing rotated; and an epsilon that is not the gated norm's.
+_PLAIN = {
+    **_TEXT,
+    **_DENSE,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 3,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "rms_norm_eps": 1e-3,
+    "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": None},
+}
+del _PLAIN["head_dim"]
 _VISION = {
     "depth": 1,
     "hidden_size": 16,
@@ -140,7 +155,8 @@ class Family:
 
     `wrapper` holds the arguments of a multimodal wrapper around `text`; None: the text model alone. `fused_experts`
     writes the experts of a layer as one stack, as published Qwen3.5 checkpoints do; otherwise one by one, as published
-    Qwen3-Next checkpoints and transformers' save_pretrained by default do.
+    Qwen3-Next checkpoints and transformers' save_pretrained by default do. Of Olmo-Hybrid it writes the convolutions of
+    a layer as one, and norms under transformers' own names.
     """
 
     model_class: str
@@ -207,6 +223,21 @@ FAMILIES: dict[str, Family] = {
             "linear_num_heads": 4,
             "intermediate_size": 80,
         },
+    ),
+    "olmo_hybrid": Family(model_class="OlmoHybridForCausalLM", text=_PLAIN),
+    # More queries than keys of either kind, rotated, and write strengths up to 1.
+    "olmo_hybrid_tp": Family(
+        model_class="OlmoHybridForCausalLM",
+        text={
+            **_PLAIN,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 1,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_allow_neg_eigval": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        fused_experts=True,
     ),
     "qwen3_5_tp": Family(
         model_class="Qwen3_5ForCausalLM", text={**_TEXT, **_MROPE, **_FOUR_WAYS, "intermediate_size": 80}
@@ -358,7 +389,7 @@ def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator, text: Any
         # Scores are sigmoids: so large that it decides a part of the choices.
         return 0.3 * noise
     if len(shape) == 1:
-        plain = name.endswith("linear_attn.norm.weight") or hasattr(text, "kv_lora_rank")
+        plain = name.endswith("linear_attn.norm.weight") or text.model_type in ("deepseek_v3", "olmo_hybrid")
         centre = 1.0 if plain else 0.0
         return centre + 0.3 * noise
     if name.endswith(("conv1d.weight", "embed_tokens.weight")):
@@ -366,7 +397,7 @@ def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator, text: Any
     # Stacked experts are [experts, out, in]; everything else has its inputs in all axes but the first.
     fan_in = shape[-1] if ".experts." in name else math.prod(shape[1:])
     weight = noise / math.sqrt(fan_in)
-    if name.endswith(("in_proj_a.weight", "f_b_proj.weight")):
+    if name.endswith(("in_proj_a.weight", "linear_attn.a_proj.weight", "f_b_proj.weight")):
         return 0.3 * weight
     if name.endswith("in_proj_ba.weight"):
         # Grouped by key head: the b rows of its value heads, then their a rows.

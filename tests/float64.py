@@ -1,11 +1,12 @@
-"""The hybrid model in numpy float64, without chunks, pages, batch or ranks. Float32 is held to it."""
+"""The models in numpy float64, without chunks, pages, batch or ranks. Float32 is held to it."""
 
 import dataclasses
 from collections.abc import Collection
 
 import numpy as np
 
-from gdnjax.config import LayerKind, MlpKind, ModelConfig
+from gdnjax.config import LatentAttentionConfig, LayerKind, MlpKind, ModelConfig
+from gdnjax.models.layers import yarn_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Reference:
     delta layer, after the last token, and in `behind` after as many tokens as its keys say.
 
     keys, values: one [t, kh, hd] for each attention layer, and behind those for the MTP head, if the parameters have
-    one. Nothing stands before the head's token at index 0: what is there means nothing.
+    one; of latent attention keys [t, lw] are the latents, and values None. Nothing stands before the head's token at
+    index 0: what is there means nothing.
     """
 
     logits: np.ndarray
@@ -135,7 +137,7 @@ def _rms(x, eps):
 
 
 def _rms_norm(x, weight, config):
-    return _rms(x, config.rms_norm_eps) * (1 + weight)
+    return _rms(x, config.rms_norm_eps) * (weight + config.zero_centred_norms)
 
 
 def _dense(mlp, x):
@@ -144,6 +146,8 @@ def _dense(mlp, x):
 
 
 def _moe(mlp, x, config):
+    if config.moe.scoring == "sigmoid":
+        return _moe_of_groups(mlp, x, config.moe)
     scores = x @ mlp["gate"]["weight"].T
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     scores /= scores.sum(-1, keepdims=True)
@@ -154,6 +158,23 @@ def _moe(mlp, x, config):
         for expert in chosen:
             gate, up = np.split(mlp["experts"]["gate_up_proj"][expert] @ x[i], 2)
             out[i] += line[expert] / total * (mlp["experts"]["down_proj"][expert] @ (_silu(gate) * up))
+    return out
+
+
+def _moe_of_groups(mlp, x, moe):
+    """The biased scores decide the groups, by the sum of their two best, and the experts within, and nothing else."""
+    scores = _sigmoid(x @ mlp["gate"]["weight"].T)
+    out = _dense(mlp["shared_experts"], x)
+    groups = np.split(np.arange(moe.num_experts), moe.num_groups)
+    for i, line in enumerate(scores):
+        biased = line + mlp["gate"]["e_score_correction_bias"]
+        best = sorted(groups, key=lambda group: -np.sort(biased[group])[-2:].sum())[: moe.top_k_groups]
+        chosen = sorted(np.concatenate(best), key=lambda expert: -biased[expert])[: moe.experts_per_token]
+        total = line[chosen].sum() if moe.normalise_top_k else 1.0
+        for expert in chosen:
+            gate, up = np.split(mlp["experts"]["gate_up_proj"][expert] @ x[i], 2)
+            down = mlp["experts"]["down_proj"][expert] @ (_silu(gate) * up)
+            out[i] += moe.routed_scaling * line[expert] / total * down
     return out
 
 
@@ -193,6 +214,8 @@ def _normalise(x):
 
 def _attention(weights, x, config):
     """The layer's output, and its keys and values [t, kh, hd] as they are cached."""
+    if isinstance(config.attention, LatentAttentionConfig):
+        return *_latent_attention(weights, x, config.attention), None
     attention, tokens = config.attention, len(x)
     heads, width = attention.num_heads, attention.head_dim
     q, gate = np.split((x @ weights["q_proj"]["weight"].T).reshape(tokens, heads, 2 * width), 2, axis=-1)
@@ -207,11 +230,44 @@ def _attention(weights, x, config):
     return o.reshape(tokens, -1) @ weights["o_proj"]["weight"].T, k, v
 
 
+def _latent_attention(weights, x, attention):
+    """The layer's output with keys and values made of the latents first, and the latents [t, lw] as they are cached."""
+    tokens, heads, rank = len(x), attention.num_heads, attention.kv_lora_rank
+
+    def of(name, y):
+        return y @ weights[name]["weight"].T
+
+    def normal(name, y):
+        return _rms(y, attention.norm_eps) * weights[name]["weight"]
+
+    if attention.q_lora_rank is None:
+        q = of("q_proj", x)
+    else:
+        q = of("q_b_proj", normal("q_a_layernorm", of("q_a_proj", x)))
+    q, turned = np.split(q.reshape(tokens, heads, -1), [attention.qk_nope_head_dim], axis=-1)
+    latent, shared = np.split(of("kv_a_proj_with_mqa", x), [rank], axis=-1)
+    latent, shared = normal("kv_a_layernorm", latent), shared[:, None]
+    if attention.rope_theta is not None:
+        turned, shared = _rotate(turned, attention), _rotate(shared, attention)
+    k, v = (of(name, latent).reshape(tokens, heads, -1) for name in ("k_b_proj", "v_b_proj"))
+    k = np.concatenate([k, shared.repeat(heads, axis=1)], axis=-1)
+    scores = np.einsum("qhd,khd->hqk", np.concatenate([q, turned], axis=-1), k)
+    scores *= attention.score_factor / np.sqrt(attention.qk_head_dim)
+    scores = np.where(np.tril(np.ones((tokens, tokens), bool)), scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    o = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v)
+    return of("o_proj", o.reshape(tokens, -1)), np.concatenate([latent, shared[:, 0]], axis=-1)
+
+
 def _rotate(x, attention):
-    size = attention.rotary_dim
+    size, factor = attention.rotary_dim, 1.0
     frequency = attention.rope_theta ** (-np.arange(0, size, 2) / size)
+    if attention.yarn is not None:
+        # Held to transformers' by tests of their own.
+        frequency = yarn_frequencies(size, attention.rope_theta, attention.yarn).astype(np.float64)
+        factor = attention.yarn.attention_factor
     angle = np.tile(np.arange(len(x))[:, None] * frequency, 2)[:, None]
     turned, rest = x[..., :size], x[..., size:]
     first, second = np.split(turned, 2, axis=-1)
-    turned = turned * np.cos(angle) + np.concatenate([-second, first], axis=-1) * np.sin(angle)
+    turned = factor * (turned * np.cos(angle) + np.concatenate([-second, first], axis=-1) * np.sin(angle))
     return np.concatenate([turned, rest], axis=-1)

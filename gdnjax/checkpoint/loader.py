@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from gdnjax import sharding
 from gdnjax.checkpoint.formats import open_source
-from gdnjax.checkpoint.mapping import Copy, Origin, copies, origin_of, stores_experts_apart
+from gdnjax.checkpoint.mapping import Copy, Origin, apart_convolutions, copies, origin_of, stores_experts_apart
 from gdnjax.checkpoint.names import Names, renaming, sort_names, stored_name
 from gdnjax.checkpoint.sources import TensorSource, abbreviate, read_whole
 from gdnjax.config import ModelConfig
@@ -160,8 +160,18 @@ def _resolve(
         _check_head(names, mtp_wanted, cfg)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
+    convolutions = {
+        name: sum(source.shape(names.language[name])[:1]) for name in apart_convolutions(list(names.language))
+    }
     origins = {
-        name: origin_of(name, leaf.shape, cfg, tp, experts_apart=experts_apart[_is_of_head(name)])
+        name: origin_of(
+            name,
+            leaf.shape,
+            cfg,
+            tp,
+            experts_apart=experts_apart[_is_of_head(name)],
+            convolutions=convolutions,
+        )
         for name, leaf in parameters.items()
     }
     expected = {part.tensor: part.shape for origin in origins.values() for part in origin.parts}

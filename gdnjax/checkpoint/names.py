@@ -44,6 +44,11 @@ RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.linear_attn\.o_norm\.", ".linear_attn.norm."),
         (r"\.linear_attn\.o_proj\.", ".linear_attn.out_proj."),
     ),
+    # Its norms in the spelling of the library that trained it, which transformers writes.
+    "olmo_hybrid": (
+        (r"\.attention_layer_norm\.", ".input_layernorm."),
+        (r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),
+    ),
 }
 
 

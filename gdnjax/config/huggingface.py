@@ -25,6 +25,7 @@ from gdnjax.config.model import (
 SUPPORTED_MODEL_TYPES = (
     "deepseek_v3",
     "kimi_linear",
+    "olmo_hybrid",
     "qwen3_5",
     "qwen3_5_moe",
     "qwen3_5_moe_text",
@@ -36,7 +37,7 @@ WRAPPERS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 """model_type of a multimodal wrapper -> that of its text_config."""
 
 
-ZERO_CENTRED = frozenset((*SUPPORTED_MODEL_TYPES, *WRAPPERS.values())) - {"deepseek_v3", "kimi_linear"}
+ZERO_CENTRED = frozenset((*SUPPORTED_MODEL_TYPES, *WRAPPERS.values())) - {"deepseek_v3", "kimi_linear", "olmo_hybrid"}
 """model_type of text models whose norms multiply by 1 + w."""
 
 
@@ -110,6 +111,9 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
     if nested:
         raise ValueError(f"rope settings by layer type are not supported, got {', '.join(nested)}")
     keys.check_rope_keys(rope)
+    if keys.rotates_only_where_stated(model_type):
+        keys.check_stated_rotation(raw)
+        rope = rope if keys.states_rotation(raw) else {}
     layer_kinds = _layer_kinds(hf)
     for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
         check_int(name, getattr(hf, name), 1)
@@ -136,6 +140,8 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
         max_position_embeddings=max(hf.max_position_embeddings, yarn.context if yarn else 0),
         dtype=_dtype_name(raw, hf),
         interleaved_projections=hf.model_type == "qwen3_next",
+        separate_projections=hf.model_type == "olmo_hybrid",
+        post_norm_kinds=(LayerKind.ATTENTION,) if hf.model_type == "olmo_hybrid" else (),
         eos_token_ids=checked_eos(eos, hf.vocab_size),
     )
 
@@ -215,10 +221,15 @@ def _delta(hf: Any) -> DeltaConfig | KimiDeltaConfig | None:
         key_head_dim=hf.linear_key_head_dim,
         value_head_dim=hf.linear_value_head_dim,
         conv_kernel=hf.linear_conv_kernel_dim,
+        beta_scale=2.0 if getattr(hf, "linear_allow_neg_eigval", False) else 1.0,
+        # transformers and the library that it was trained with have this one whatever rms_norm_eps is.
+        norm_eps=1e-5 if hf.model_type == "olmo_hybrid" else None,
     )
 
 
 def _attention(hf: Any, rope: dict[str, Any], yarn: YarnConfig | None) -> AttentionConfig | LatentAttentionConfig:
+    if hf.model_type == "olmo_hybrid":
+        return _plain_attention(hf, rope, yarn)
     # transformers has no such settings for a family that does not rotate, whatever its files say.
     rotates = hasattr(type(hf), "rope_parameters")
     theta = number("rope_theta", rope.get("rope_theta"), 0.0) if rotates else None
@@ -235,6 +246,23 @@ def _attention(hf: Any, rope: dict[str, Any], yarn: YarnConfig | None) -> Attent
         rotary_dim=int(hf.head_dim * partial),
         rope_theta=theta,
         yarn=yarn,
+    )
+
+
+def _plain_attention(hf: Any, rope: dict[str, Any], yarn: YarnConfig | None) -> AttentionConfig:
+    """Without a gate, with norms over all heads, and with rotation only where there are settings of it."""
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"unsupported partial_rotary_factor {rope['partial_rotary_factor']!r}; supported: 1.0")
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return AttentionConfig(
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=head_dim,
+        rotary_dim=head_dim if rope else None,
+        rope_theta=number("rope_theta", rope["rope_theta"], 0.0) if rope else None,
+        yarn=yarn,
+        output_gate=False,
+        whole_norms=True,
     )
 
 
@@ -332,7 +360,9 @@ def _moe_of_groups(hf: Any, num_experts: int) -> MoeConfig:
 
 def _mtp_head(raw: dict[str, Any]) -> tuple[int, bool]:
     """Decoder layers of the MTP head, and whether it has an embedding of its own, by the table of families."""
-    named = MTP_KEYS[raw["model_type"]]
+    named = MTP_KEYS.get(raw["model_type"])
+    if named is None:
+        return 0, False
     # What a wrapper's text_config states counts before what the wrapper states.
     stated = raw | (raw.get("text_config") or {})
     layers = stated.get(named.layers)

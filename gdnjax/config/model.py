@@ -42,7 +42,9 @@ MTP_KEYS: dict[str, MtpKeys] = {
     # Published files have the head's tensors and do not count its layers; vLLM takes one, under this key, too.
     "qwen3_next": MtpKeys(layers="num_nextn_predict_layers", default=1, dedicated=None),
 }
-"""model_type -> how the MTP head is configured. Tables of its own beside shared ones are found by the loader."""
+"""model_type -> how the MTP head is configured; families without such a head are not here. Tables of its own beside
+shared ones are found by the loader.
+"""
 
 
 class LayerKind(enum.Enum):
@@ -66,13 +68,19 @@ class MlpKind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaConfig:
-    """Geometry of the Gated DeltaNet layers."""
+    """Geometry of the Gated DeltaNet layers.
+
+    beta_scale    what write strengths are multiplied by; with 2 a state's eigenvalues reach from -1 to 1
+    norm_eps      of the gated norm; None: the model's rms_norm_eps
+    """
 
     num_key_heads: int
     num_value_heads: int
     key_head_dim: int
     value_head_dim: int
     conv_kernel: int
+    beta_scale: float = 1.0
+    norm_eps: float | None = None
 
     def __post_init__(self):
         check_positive(self)
@@ -249,16 +257,22 @@ class YarnConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Geometry of the gated full-attention layers, and their rotary frequencies: those of `rope_theta`, with `yarn`
-    changed for a longer context.
+    """Geometry of the full-attention layers, and their rotary frequencies: those of `rope_theta`, with `yarn` changed
+    for a longer context.
+
+    rotary_dim    the part of a head that is rotated; None, as `rope_theta` then is: nothing is rotated
+    output_gate   queries come with a gate of their own width, by which what is read is multiplied
+    whole_norms   queries and keys are normalised over all heads together, not head by head
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rotary_dim: int
-    rope_theta: float
+    rotary_dim: int | None
+    rope_theta: float | None
     yarn: YarnConfig | None = None
+    output_gate: bool = True
+    whole_norms: bool = False
 
     def __post_init__(self):
         check_positive(self)
@@ -267,6 +281,10 @@ class AttentionConfig:
                 f"num_attention_heads must be a multiple of num_key_value_heads, "
                 f"got {self.num_heads} and {self.num_kv_heads}"
             )
+        if self.rotary_dim is None or self.rope_theta is None:
+            if (self.rotary_dim, self.rope_theta, self.yarn) != (None, None, None):
+                raise ValueError("without rotation rotary_dim, rope_theta and yarn are None, all three")
+            return
         if self.yarn and self.rope_theta <= 1:
             raise ValueError(f"YaRN needs a rope_theta above 1, got {self.rope_theta}")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
@@ -275,9 +293,14 @@ class AttentionConfig:
             )
 
     def num_weights(self, width: int) -> int:
-        """Parameters of a layer of a model so wide. Queries come with a gate of their own width."""
-        heads = 3 * self.num_heads + 2 * self.num_kv_heads
-        return width * heads * self.head_dim + 2 * self.head_dim
+        """Parameters of a layer of a model so wide."""
+        norms = self.num_heads + self.num_kv_heads if self.whole_norms else 2
+        return (width * self._num_projected_heads + norms) * self.head_dim
+
+    @property
+    def _num_projected_heads(self) -> int:
+        """Queries, keys, values and outputs, with the queries' gates if they have any."""
+        return (2 + self.output_gate) * self.num_heads + 2 * self.num_kv_heads
 
     @property
     def num_float32_weights(self) -> int:
@@ -286,7 +309,7 @@ class AttentionConfig:
     @property
     def activation_width(self) -> int:
         """Numbers of a token that a layer holds at once, about, beside the residual stream."""
-        return (3 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return self._num_projected_heads * self.head_dim
 
     def cache_kind(self, layers: int, *, dtype: str) -> Paged:
         """Keys and values of so many layers, 8-bit ones with a float32 scale for each token and head."""
@@ -486,7 +509,9 @@ class ModelConfig:
 
     `interleaved_projections` says that the checkpoint stores q, k, v, z (and b, a) grouped by key head, as
     Qwen3-Next does; the modules never see it, the loader undoes it. `zero_centred_norms`: the norms of the residual
-    stream multiply by 1 + w, not by w. `mtp_layers` counts the decoder layers of the
+    stream multiply by 1 + w, not by w. `separate_projections`: the checkpoint has q, k and v of the delta layers as
+    tensors of their own, with Olmo-Hybrid's names for these layers; the loader joins them. Layers of `post_norm_kinds`
+    normalise what mixer and MLP give, the others what these are given. `mtp_layers` counts the decoder layers of the
     checkpoint's multi-token-prediction head, 0 where it has none; `mtp_dedicated_embeddings` says that this head has
     an embedding of its own. Both are read by `MTP_KEYS`, and what the engine cannot run is refused by `require_mtp`:
     without the head such a checkpoint is as good as any other.
@@ -509,6 +534,8 @@ class ModelConfig:
     max_position_embeddings: int = 32768
     dtype: str = "bfloat16"
     interleaved_projections: bool = False
+    separate_projections: bool = False
+    post_norm_kinds: tuple[LayerKind, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -519,6 +546,8 @@ class ModelConfig:
         for kind, name in ((LayerKind.DELTA, "delta"), (LayerKind.ATTENTION, "attention")):
             if kind in self.layer_kinds and getattr(self, name) is None:
                 raise ValueError(f"layer_kinds names {kind.value}, but {name} is None")
+        if self.interleaved_projections and self.separate_projections:
+            raise ValueError("projections of the checkpoint are interleaved or separate, not both")
         if self.mtp_layers and self.attention is None:
             raise ValueError(f"mtp_layers={self.mtp_layers} are attention layers, but attention is None")
         if MlpKind.MOE in self.mlp_kinds and self.moe is None:

@@ -25,9 +25,11 @@ class GatedDeltaNet(DeltaMixer):
         self.conv1d = Conv1d(delta.conv_dim, delta.conv_kernel, dtype)
         self.A_log = nnx.Param(jnp.zeros((delta.num_value_heads,), jnp.float32))
         self.dt_bias = nnx.Param(jnp.zeros((delta.num_value_heads,), jnp.float32))
-        self.norm = GatedRMSNorm(delta.value_head_dim, config.rms_norm_eps, dtype)
+        eps = config.rms_norm_eps if delta.norm_eps is None else delta.norm_eps
+        self.norm = GatedRMSNorm(delta.value_head_dim, eps, dtype)
         self.out_proj = Linear(delta.value_dim, width, dtype)
         self.key_head_dim = delta.key_head_dim
+        self.beta_scale = delta.beta_scale
         self.backend = backend
 
     def _project(self, x: Float[Array, "t d"]) -> tuple[Array, Array, tuple[Array, ...]]:
@@ -37,7 +39,7 @@ class GatedDeltaNet(DeltaMixer):
 
     def _gates(self, *raw: Array) -> Gates:
         a, b = raw
-        return Gates(a=a, b=b, A_log=self.A_log[...], dt_bias=self.dt_bias[...])
+        return Gates(a=a, b=b, A_log=self.A_log[...], dt_bias=self.dt_bias[...], beta_scale=self.beta_scale)
 
     def _kept(self, *raw: Array) -> dict[str, Array]:
         return {"pending_ab": jnp.concatenate(raw, axis=-1)}

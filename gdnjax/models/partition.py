@@ -21,6 +21,7 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*linear_attn\.(forget_gate\.f_b_proj|g_b_proj)\.weight", P(AXIS)),
     (r".*linear_attn\.out_proj\.weight", P(None, AXIS)),
     (r".*self_attn\.(q_proj|k_proj|v_proj)\.weight", P(AXIS)),
+    (r".*self_attn\.(q_heads_norm|k_heads_norm)\.weight", P(AXIS)),
     (r".*self_attn\.(q_b_proj|k_b_proj|v_b_proj)\.weight", P(AXIS)),
     (r".*self_attn\.(q_a_proj|kv_a_proj_with_mqa)\.weight", P()),
     (r".*self_attn\.o_proj\.weight", P(None, AXIS)),

@@ -61,6 +61,16 @@ def test_head_that_is_stored_as_a_layer_is_told_from_the_target_by_its_number():
     assert set(tied.copies.values()) == {"embed_tokens.weight"}
 
 
+def test_norms_in_another_spelling_are_the_same_norms():
+    names = {
+        "layers.0.input_layernorm.weight": "model.layers.0.attention_layer_norm.weight",
+        "layers.0.post_attention_layernorm.weight": "model.layers.0.feedforward_layer_norm.weight",
+    }
+    assert sort_names(names.values(), tied_lm_head=False).language == names
+    with pytest.raises(ValueError, match=r"layers\.0\.attention_layer_norm\.weight and model\.layers\.0\.input_layer"):
+        sort_names([*names.values(), "model.layers.0.input_layernorm.weight"], tied_lm_head=False)
+
+
 def test_one_parameter_named_twice_is_an_error():
     with pytest.raises(ValueError, match=r"model\.norm\.weight and model\.language_model\.norm\.weight"):
         sort_names(["model.norm.weight", "model.language_model.norm.weight"], tied_lm_head=False)

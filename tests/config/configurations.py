@@ -73,6 +73,15 @@ KIMI = {
     "moe_intermediate_size": 16,
     "pad_token_id": 0,
 }
+PLAIN = {
+    "intermediate_size": 72,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_conv_kernel_dim": 5,
+    "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": None},
+}
 CLASSES = {
     "qwen3_5": ("Qwen3_5Config", "Qwen3_5TextConfig", DENSE),
     "qwen3_5_text": (None, "Qwen3_5TextConfig", DENSE),
@@ -80,11 +89,16 @@ CLASSES = {
     "qwen3_5_moe_text": (None, "Qwen3_5MoeTextConfig", MOE),
     "deepseek_v3": (None, "DeepseekV3Config", LATENT),
     "kimi_linear": (None, "KimiLinearConfig", KIMI),
+    "olmo_hybrid": (None, "OlmoHybridConfig", PLAIN),
     "qwen3_next": (None, "Qwen3NextConfig", {**DENSE, **MOE, "mlp_only_layers": [1], "norm_topk_prob": False}),
 }
 
-HYBRIDS = tuple(model_type for model_type, (_, _, more) in CLASSES.items() if "linear_num_key_heads" in more)
-"""Those with Gated DeltaNet layers."""
+HYBRIDS = tuple(
+    model_type
+    for model_type, (_, _, more) in CLASSES.items()
+    if "layer_types" in more and "linear_num_key_heads" in more
+)
+"""Those with the layers of HYBRID."""
 
 
 def hf_dict(model_type, text=None, **outside):
