@@ -81,26 +81,9 @@ def _delta_of(cfg: ModelConfig) -> DeltaConfig:
 
 
 def _delta_channels(cfg: ModelConfig, tp: int) -> Rows:
-    delta = _delta_of(cfg)
-    parts = np.split(np.arange(delta.conv_dim), [delta.key_dim, 2 * delta.key_dim])
-    return Rows(index=rank_major(parts, tp), stored_size=delta.conv_dim)
-
-
-def _kimi_of(cfg: ModelConfig) -> KimiDeltaConfig:
-    assert isinstance(cfg.delta, KimiDeltaConfig), "only KDA has this parameter"
-    return cfg.delta
-
-
-def _joined_channels(kind: str) -> RowsOf:
-    """q, k and v, which the checkpoint has apart."""
-
-    def rows(cfg: ModelConfig, tp: int) -> Rows:
-        delta = _kimi_of(cfg)
-        index = rank_major(np.split(np.arange(delta.conv_dim), 3), tp)
-        joined = tuple((f"{part}_{kind}", delta.value_dim) for part in "qkv")
-        return Rows(index=index, stored_size=delta.conv_dim, joined=joined)
-
-    return rows
+    widths = list(_delta_widths(cfg).values())
+    parts = np.split(np.arange(sum(widths)), np.cumsum(widths)[:-1])
+    return Rows(index=rank_major(parts, tp), stored_size=sum(widths))
 
 
 def _expert_gate_up(cfg: ModelConfig, tp: int) -> Rows:
@@ -183,6 +166,8 @@ def _latent_values(cfg: ModelConfig, tp: int) -> Rows:
 
 def _delta_widths(cfg: ModelConfig) -> dict[str, int]:
     """Channels of the convolution that are queries, keys and values."""
+    if isinstance(cfg.delta, KimiDeltaConfig):
+        return dict.fromkeys("qkv", cfg.delta.value_dim)
     delta = _delta_of(cfg)
     return {"q": delta.key_dim, "k": delta.key_dim, "v": delta.value_dim}
 
@@ -230,10 +215,7 @@ TABLE: tuple[tuple[str, RowsOf], ...] = (
 LATENT_TABLE: tuple[tuple[str, RowsOf], ...] = ((r".*self_attn\.q_proj\.weight", _latent_queries),)
 
 # Before TABLE, where the decay is one of channels.
-KIMI_TABLE: tuple[tuple[str, RowsOf], ...] = (
-    (r".*linear_attn\.in_proj_qkv\.weight", _joined_channels("proj")),
-    (r".*linear_attn\.conv1d\.weight", _joined_channels("conv1d")),
-)
+KIMI_TABLE: tuple[tuple[str, RowsOf], ...] = ((r".*linear_attn\.in_proj_qkv\.weight", _separate_qkv),)
 
 # Before TABLE, where cfg.interleaved_projections.
 INTERLEAVED_TABLE: tuple[tuple[str, RowsOf], ...] = (
