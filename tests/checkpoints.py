@@ -94,6 +94,36 @@ _LATENT = {
         "original_max_position_embeddings": 64,
     },
 }
+# As published: the first layer dense, one group. Of the rest every layer is of another mixture.
+_KIMI = {
+    "vocab_size": 401,
+    "hidden_size": 48,
+    "num_hidden_layers": 6,
+    "layer_types": [*DDDA, *DDDA[:2]],
+    "intermediate_size": 72,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 28,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 10,
+    "v_head_dim": 18,
+    "linear_num_heads": 3,
+    "linear_head_dim": 20,
+    "linear_conv_kernel_dim": 4,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 16,
+    "routed_scaling_factor": 1.7,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 399,
+    "bos_token_id": 398,
+    "pad_token_id": 400,
+}
 # As many heads of either kind, keys narrower than values, nothing rotated; and an epsilon that is not the gated norm's.
 _PLAIN = {
     **_TEXT,
@@ -181,6 +211,17 @@ FAMILIES: dict[str, Family] = {
             "topk_group": 1,
             "norm_topk_prob": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "kimi_linear": Family(model_class="KimiLinearForCausalLM", text=_KIMI),
+    "kimi_linear_tp": Family(
+        model_class="KimiLinearForCausalLM",
+        text={
+            **_KIMI,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "linear_num_heads": 4,
+            "intermediate_size": 80,
         },
     ),
     "olmo_hybrid": Family(model_class="OlmoHybridForCausalLM", text=_PLAIN),
@@ -310,7 +351,12 @@ def _fill(model: Any, seed: int) -> None:
         biases = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
         for name, parameter in [*model.named_parameters(), *biases]:
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            if name.endswith(("A_log", "dt_bias")):
+            if "forget_gate." in name and name.endswith(("A_log", "dt_bias")):
+                layer = name.rpartition(".")[0]
+                draw = np.random.default_rng([seed, zlib.crc32(layer.encode())])
+                a_log, dt_bias = _channel_gates(draw, text.linear_num_heads, text.linear_head_dim)
+                values = (a_log if name.endswith("A_log") else dt_bias).reshape(parameter.shape)
+            elif name.endswith(("A_log", "dt_bias")):
                 # The two halves of one draw, so seeded by the layer and not by the parameter.
                 layer = name.rpartition(".")[0]
                 a_log, dt_bias = _gates(np.random.default_rng([seed, zlib.crc32(layer.encode())]), len(parameter))
@@ -325,6 +371,14 @@ def _gates(rng: np.random.Generator, heads: int) -> tuple[np.ndarray, np.ndarray
     half_lives = rng.permutation(np.geomspace(*HALF_LIVES, heads))
     rate = np.exp(rng.uniform(math.log(0.5), math.log(8.0), heads))
     step = math.log(2.0) / (half_lives * rate)
+    return np.log(rate), np.log(np.expm1(step))
+
+
+def _channel_gates(rng: np.random.Generator, heads: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same where each channel of a head decays by itself: A_log [heads], dt_bias [heads, width]."""
+    half_lives = rng.permutation(np.geomspace(*HALF_LIVES, heads * width)).reshape(heads, width)
+    rate = np.exp(rng.uniform(math.log(0.5), math.log(8.0), heads))
+    step = math.log(2.0) / (half_lives * rate[:, None])
     return np.log(rate), np.log(np.expm1(step))
 
 
@@ -343,7 +397,7 @@ def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator, text: Any
     # Stacked experts are [experts, out, in]; everything else has its inputs in all axes but the first.
     fan_in = shape[-1] if ".experts." in name else math.prod(shape[1:])
     weight = noise / math.sqrt(fan_in)
-    if name.endswith(("in_proj_a.weight", "linear_attn.a_proj.weight")):
+    if name.endswith(("in_proj_a.weight", "linear_attn.a_proj.weight", "f_b_proj.weight")):
         return 0.3 * weight
     if name.endswith("in_proj_ba.weight"):
         # Grouped by key head: the b rows of its value heads, then their a rows.

@@ -386,7 +386,7 @@ def test_command_counts_what_speculation_costs(capsys):
     for part in (
         f"{slot:,} B",
         f"{block:,} B",
-        "+ 256 gates)",
+        "+ 256 pending_ab in bfloat16)",
         "16 layers",
         "one of them the MTP head's",
         "4.58% more",

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from gdnjax import sharding
 from gdnjax.checkpoint.formats import open_source
 from gdnjax.checkpoint.mapping import Copy, Origin, apart_convolutions, copies, origin_of, stores_experts_apart
-from gdnjax.checkpoint.names import Names, sort_names, stored_name
+from gdnjax.checkpoint.names import Names, renaming, sort_names, stored_name
 from gdnjax.checkpoint.sources import TensorSource, abbreviate, read_whole
 from gdnjax.config import ModelConfig
 from gdnjax.models import partition
@@ -150,6 +150,7 @@ def _resolve(
             tied_lm_head=cfg.tie_word_embeddings,
             mtp_wanted=mtp_wanted,
             mtp_layers=cfg.mtp_layer_names,
+            rename=renaming(cfg),
         )
         # Either part may store its experts one by one or together, whatever the other does.
         experts_apart = {

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from gdnjax.config import AttentionConfig, DeltaConfig, LatentAttentionConfig, ModelConfig
+from gdnjax.config import AttentionConfig, DeltaConfig, KimiDeltaConfig, LatentAttentionConfig, ModelConfig
 
 PADDING = -1
 """In an index vector: a row of zeros that no checkpoint row stands behind."""
@@ -35,6 +35,9 @@ class Rows:
     axis: int = 0
     stored_as: str | None = None
     joined: tuple[tuple[str, int], ...] = ()
+
+
+RowsOf = Callable[[ModelConfig, int], Rows]
 
 
 def rank_major(parts: Sequence[np.ndarray], tp: int) -> np.ndarray:
@@ -73,14 +76,14 @@ def _kv_heads(cfg: ModelConfig, tp: int) -> Rows:
 
 
 def _delta_of(cfg: ModelConfig) -> DeltaConfig:
-    assert cfg.delta is not None, "only a delta layer has this parameter"
+    assert isinstance(cfg.delta, DeltaConfig), "only a Gated DeltaNet layer has this parameter"
     return cfg.delta
 
 
 def _delta_channels(cfg: ModelConfig, tp: int) -> Rows:
-    delta = _delta_of(cfg)
-    parts = np.split(np.arange(delta.conv_dim), [delta.key_dim, 2 * delta.key_dim])
-    return Rows(index=rank_major(parts, tp), stored_size=delta.conv_dim)
+    widths = list(_delta_widths(cfg).values())
+    parts = np.split(np.arange(sum(widths)), np.cumsum(widths)[:-1])
+    return Rows(index=rank_major(parts, tp), stored_size=sum(widths))
 
 
 def _expert_gate_up(cfg: ModelConfig, tp: int) -> Rows:
@@ -163,6 +166,8 @@ def _latent_values(cfg: ModelConfig, tp: int) -> Rows:
 
 def _delta_widths(cfg: ModelConfig) -> dict[str, int]:
     """Channels of the convolution that are queries, keys and values."""
+    if isinstance(cfg.delta, KimiDeltaConfig):
+        return dict.fromkeys("qkv", cfg.delta.value_dim)
     delta = _delta_of(cfg)
     return {"q": delta.key_dim, "k": delta.key_dim, "v": delta.value_dim}
 
@@ -172,7 +177,7 @@ def _separate_qkv(cfg: ModelConfig, tp: int) -> Rows:
     return dataclasses.replace(_delta_channels(cfg, tp), joined=joined)
 
 
-def _separate(stored_as: str, size_of: Callable[[ModelConfig, DeltaConfig], int]) -> "RowsOf":
+def _separate(stored_as: str, size_of: Callable[[ModelConfig, DeltaConfig], int]) -> RowsOf:
     """Rows as they are, under another name."""
 
     def rows(cfg: ModelConfig, tp: int) -> Rows:
@@ -192,8 +197,6 @@ def _whole_k_norm(cfg: ModelConfig, tp: int) -> Rows:
     return dataclasses.replace(_kv_heads(cfg, tp), stored_as="k_norm")
 
 
-RowsOf = Callable[[ModelConfig, int], Rows]
-
 # Parameters whose rows are not simply those of the checkpoint; the first match counts.
 TABLE: tuple[tuple[str, RowsOf], ...] = (
     (r"(embed_tokens|lm_head)\.weight", _vocabulary),
@@ -210,6 +213,9 @@ TABLE: tuple[tuple[str, RowsOf], ...] = (
 
 # Before TABLE, where attention is over latents: with no latent of the queries, q_proj is theirs.
 LATENT_TABLE: tuple[tuple[str, RowsOf], ...] = ((r".*self_attn\.q_proj\.weight", _latent_queries),)
+
+# Before TABLE, where the decay is one of channels.
+KIMI_TABLE: tuple[tuple[str, RowsOf], ...] = ((r".*linear_attn\.in_proj_qkv\.weight", _separate_qkv),)
 
 # Before TABLE, where cfg.interleaved_projections.
 INTERLEAVED_TABLE: tuple[tuple[str, RowsOf], ...] = (
@@ -236,6 +242,7 @@ def rows_of(name: str, shape: tuple[int, ...], cfg: ModelConfig, tp: int) -> Row
     table = (*INTERLEAVED_TABLE, *TABLE) if cfg.interleaved_projections else TABLE
     table = (*SEPARATE_TABLE, *table) if cfg.separate_projections else table
     table = (*LATENT_TABLE, *table) if isinstance(cfg.attention, LatentAttentionConfig) else table
+    table = (*KIMI_TABLE, *table) if isinstance(cfg.delta, KimiDeltaConfig) else table
     for pattern, function in table:
         if re.fullmatch(pattern, name):
             rows = function(cfg, tp)

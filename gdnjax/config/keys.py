@@ -132,6 +132,50 @@ _DEEPSEEK_V3 = FamilyKeys(
     aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
 )
 
+_KIMI_LINEAR = FamilyKeys(
+    honoured=SHARED
+    | {
+        "linear_attn_config",
+        "linear_num_heads",
+        "linear_head_dim",
+        "linear_conv_kernel_dim",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "qk_head_dim",
+        "v_head_dim",
+        "first_k_dense_replace",
+        "mlp_layer_types",
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_token",
+        "num_shared_experts",
+        "n_shared_experts",
+        "moe_renormalize",
+        "routed_scaling_factor",
+        "num_expert_group",
+        "n_group",
+        "topk_group",
+        "model_max_length",
+    },
+    fixed={
+        "scoring_func": ("sigmoid", None),
+        "moe_router_activation_func": ("sigmoid", None),
+        "use_grouped_topk": (True, None),
+        "moe_layer_freq": (1, None),
+        "mla_use_nope": (True, None),
+    },
+    aliases={
+        "num_local_experts": "num_experts",
+        "num_experts_per_tok": "num_experts_per_token",
+        "n_shared_experts": "num_shared_experts",
+        "norm_topk_prob": "moe_renormalize",
+        "n_group": "num_expert_group",
+        "max_position_embeddings": "model_max_length",
+    },
+)
+
 _OLMO_HYBRID = FamilyKeys(
     honoured=(SHARED - {"num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "num_nextn_predict_layers"})
     | {
@@ -147,7 +191,11 @@ _OLMO_HYBRID = FamilyKeys(
     rotation_is_stated=True,
 )
 
-FAMILIES: dict[str, FamilyKeys] = {"deepseek_v3": _DEEPSEEK_V3, "olmo_hybrid": _OLMO_HYBRID}
+FAMILIES: dict[str, FamilyKeys] = {
+    "deepseek_v3": _DEEPSEEK_V3,
+    "kimi_linear": _KIMI_LINEAR,
+    "olmo_hybrid": _OLMO_HYBRID,
+}
 """model_type -> tables of its own."""
 
 

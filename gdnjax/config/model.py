@@ -34,6 +34,7 @@ MTP_KEYS: dict[str, MtpKeys] = {
     "deepseek_v3": MtpKeys(
         layers="num_nextn_predict_layers", default=1, dedicated=None, alias="num_mtp_layers", as_layers=True
     ),
+    "kimi_linear": MtpKeys(layers="num_nextn_predict_layers", default=0, dedicated=None, as_layers=True),
     "qwen3_5": _QWEN3_5_MTP,
     "qwen3_5_moe": _QWEN3_5_MTP,
     "qwen3_5_moe_text": _QWEN3_5_MTP,
@@ -153,6 +154,74 @@ class DeltaConfig:
         return dataclasses.replace(
             self, num_key_heads=self.num_key_heads // tp, num_value_heads=self.num_value_heads // tp
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KimiDeltaConfig:
+    """Geometry of the layers of Kimi Delta Attention: a decay for each key channel; keys and values are as wide."""
+
+    num_heads: int
+    head_dim: int
+    conv_kernel: int
+
+    def __post_init__(self):
+        check_positive(self)
+        if self.conv_kernel < 2:
+            raise ValueError(f"short_conv_kernel_size must be at least 2, got {self.conv_kernel}")
+
+    @property
+    def value_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: q, k and v side by side."""
+        return 3 * self.value_dim
+
+    def num_weights(self, width: int) -> int:
+        """Parameters of a layer of a model so wide, without those that are always float32."""
+        inputs = self.conv_dim + self.num_heads + 2 * self.head_dim
+        low_rank = 2 * self.head_dim * self.value_dim
+        return width * (inputs + self.value_dim) + low_rank + self.conv_dim * self.conv_kernel + self.head_dim
+
+    @property
+    def num_float32_weights(self) -> int:
+        """A_log and dt_bias."""
+        return self.num_heads + self.value_dim
+
+    @property
+    def activation_width(self) -> int:
+        """Numbers of a token that a layer holds at once, about, beside the residual stream."""
+        return self.conv_dim + 2 * self.value_dim
+
+    def cache_kind(self, layers: int, *, dtype: str, ssm_dtype: str, pending_rows: int) -> Slot:
+        """What a request keeps of so many layers: states and windows as those of DeltaConfig, and
+
+        pending_f  [pending, head_dim] the low-rank inputs of pending tokens' decays, whole on every rank
+        pending_b  [pending, heads] the inputs of their write strengths
+        """
+        window = self.conv_kernel - 1 + pending_rows
+        state = (self.num_heads, self.head_dim * self.head_dim)
+        leaves = [
+            LeafSpec(name="ssm", layers=layers, shape=state, dtype=ssm_dtype, split=0),
+            LeafSpec(name="conv", layers=layers, shape=(window, self.conv_dim), dtype=dtype, split=1),
+        ]
+        if pending_rows:
+            low_rank, strengths = (pending_rows, self.head_dim), (pending_rows, self.num_heads)
+            leaves += [
+                LeafSpec(name="pending_f", layers=layers, shape=low_rank, dtype=dtype),
+                LeafSpec(name="pending_b", layers=layers, shape=strengths, dtype=dtype, split=1),
+            ]
+        return Slot(name=DELTA, leaves=tuple(leaves), ordered=True)
+
+    def shard(self, tp: int) -> "KimiDeltaConfig":
+        """The part of one rank."""
+        if self.num_heads % tp:
+            raise ValueError(
+                f"tensor_parallel_size={tp} does not divide the {self.num_heads} heads of linear attention; "
+                f"allowed: divisors of {self.num_heads}"
+            )
+        return dataclasses.replace(self, num_heads=self.num_heads // tp)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -454,7 +523,7 @@ class ModelConfig:
     intermediate_size: int
     layer_kinds: tuple[LayerKind, ...]
     mlp_kinds: tuple[MlpKind, ...]
-    delta: DeltaConfig | None = None
+    delta: DeltaConfig | KimiDeltaConfig | None = None
     attention: AttentionConfig | LatentAttentionConfig | None = None
     moe: MoeConfig | None = None
     mtp_layers: int = 0
@@ -515,7 +584,7 @@ class ModelConfig:
         head = [(LayerKind.ATTENTION, self.mlp_kinds[-1])] * self.mtp_layers if mtp else []
         return [*zip(self.layer_kinds, self.mlp_kinds, strict=True), *head]
 
-    def mixer(self, kind: LayerKind) -> DeltaConfig | AttentionConfig | LatentAttentionConfig:
+    def mixer(self, kind: LayerKind) -> DeltaConfig | KimiDeltaConfig | AttentionConfig | LatentAttentionConfig:
         """The geometry of the token mixers of a kind."""
         found = self.delta if kind is LayerKind.DELTA else self.attention
         assert found is not None, "checked at construction for every kind that occurs"

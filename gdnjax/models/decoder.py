@@ -5,10 +5,19 @@ from flax import nnx
 from gdnjax import sharding
 from gdnjax.backend import Backend
 from gdnjax.cache import Cache
-from gdnjax.config import AttentionConfig, DeltaConfig, LatentAttentionConfig, LayerKind, MlpKind, ModelConfig
+from gdnjax.config import (
+    AttentionConfig,
+    DeltaConfig,
+    KimiDeltaConfig,
+    LatentAttentionConfig,
+    LayerKind,
+    MlpKind,
+    ModelConfig,
+)
 from gdnjax.models.attention import Attention
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.gated_deltanet import GatedDeltaNet
+from gdnjax.models.kimi_delta import KimiDeltaAttention
 from gdnjax.models.latent_attention import LatentAttention
 from gdnjax.models.layers import DenseMLP, residual_norm
 from gdnjax.models.moe import MoeMLP
@@ -41,6 +50,8 @@ class DecoderLayer(nnx.Module):
         match config.mixer(kind):
             case DeltaConfig() as delta:
                 self.linear_attn = GatedDeltaNet(config, delta, dtype, backend)
+            case KimiDeltaConfig() as delta:
+                self.linear_attn = KimiDeltaAttention(config, delta, dtype, backend)
             case AttentionConfig() as attention:
                 self.self_attn = Attention(config, attention, dtype, tp, backend)
             case LatentAttentionConfig() as attention:

@@ -76,15 +76,16 @@ def residual_norm(config: ModelConfig, dtype: str) -> RMSNorm:
 
 
 class GatedRMSNorm(nnx.Module):
-    """Plain weight, gated: x / rms(x) * w * silu(gate). The result has the gate's dtype."""
+    """Plain weight, gated: x / rms(x) * w * silu(gate), or sigmoid(gate). The result has the gate's dtype."""
 
-    def __init__(self, width: int, eps: float, dtype: str):
+    def __init__(self, width: int, eps: float, dtype: str, *, activation: str = "silu"):
         self.weight = nnx.Param(jnp.zeros((width,), dtype))
         self.eps = eps
+        self.activation = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[activation]
 
     def __call__(self, x: Float[Array, "... v"], gate: Float[Array, "... v"]) -> Float[Array, "... v"]:
         normal = rms_normalise(x, self.eps) * self.weight[...].astype(jnp.float32)
-        return (normal * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
+        return (normal * self.activation(gate.astype(jnp.float32))).astype(gate.dtype)
 
 
 def rms_normalise(x: Float[Array, "... d"], eps: float) -> Float32[Array, "... d"]:

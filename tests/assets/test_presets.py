@@ -24,6 +24,7 @@ SIZES = {
     "qwen3.5-397b-a17b": 397,
     "qwen3-next-80b-a3b": 80,
     "deepseek-v3": 671,
+    "kimi-linear-48b-a3b": 49,
     "olmo-hybrid-7b": 7,
 }
 

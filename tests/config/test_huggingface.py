@@ -11,6 +11,7 @@ from gdnjax.config import (
     SUPPORTED_MODEL_TYPES,
     AttentionConfig,
     DeltaConfig,
+    KimiDeltaConfig,
     LatentAttentionConfig,
     MlpKind,
     MoeConfig,
@@ -22,6 +23,32 @@ DELTA, ATTENTION = LayerKind.DELTA, LayerKind.ATTENTION
 
 def test_every_supported_model_type_is_tested():
     assert set(CLASSES) == set(SUPPORTED_MODEL_TYPES)
+
+
+def test_geometry_of_kimi_linear_is_read():
+    """From transformers' names, and from those of the published files, whose numbers of layers begin with 1."""
+    config = from_hf("kimi_linear")
+    assert (config.layer_kinds, config.zero_centred_norms) == ((DELTA, ATTENTION, DELTA), False)
+    assert config.delta == KimiDeltaConfig(num_heads=6, head_dim=16, conv_kernel=5)
+    attention = config.attention
+    assert (attention.kv_lora_rank, attention.q_lora_rank, attention.rope_theta) == (28, None, None)
+    assert config.mlp_kinds == (MlpKind.DENSE, MlpKind.MOE, MlpKind.MOE)
+    assert (config.moe.num_experts, config.moe.num_groups, config.moe.scoring) == (12, 3, "sigmoid")
+    given = hf_dict("kimi_linear")
+    ours = {"layer_types", "mlp_layer_types", "linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim"}
+    published = {name: value for name, value in given.items() if name not in ours} | {
+        "linear_attn_config": {
+            "kda_layers": [1, 3],
+            "full_attn_layers": [2],
+            "num_heads": 6,
+            "head_dim": 16,
+            "short_conv_kernel_size": 5,
+        },
+        "first_k_dense_replace": 1,
+        "rope_theta": 10000.0,
+        "head_dim": 72,
+    }
+    assert ModelConfig.from_hf(published) == config
 
 
 @pytest.mark.parametrize("model_type", HYBRIDS)
