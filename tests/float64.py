@@ -16,7 +16,7 @@ class Reference:
 
     keys, values: one [t, kh, hd] for each attention layer, and behind those for the MTP head, if the parameters have
     one; of latent attention keys [t, lw] are the latents, and values None. Nothing stands before the head's token at
-    index 0: what is there means nothing.
+    index 0: what is there means nothing. `head` says whether there is one.
     """
 
     logits: np.ndarray
@@ -26,6 +26,7 @@ class Reference:
     behind: dict[int, tuple[list[np.ndarray], list[np.ndarray]]]
     keys: list[np.ndarray]
     values: list[np.ndarray]
+    head: bool
 
     @property
     def logprobs(self) -> np.ndarray:
@@ -42,19 +43,22 @@ def reference(config: ModelConfig, params, tokens, positions: Collection[int] = 
     keys, values = [], []
     for i, (kind, mlp) in enumerate(zip(config.layer_kinds, config.mlp_kinds, strict=True)):
         layer = params["layers"][i]
-        normal = _rms_norm(x, layer["input_layernorm"]["weight"], config)
+        behind_norms = kind in config.post_norm_kinds
+        given = x if behind_norms else _rms_norm(x, layer["input_layernorm"]["weight"], config)
         if kind is LayerKind.DELTA:
-            mixed, kept = _delta(layer["linear_attn"], normal, config, positions)
+            mixed, kept = _delta(layer["linear_attn"], given, config, positions)
             for position, (state, window) in kept.items():
                 behind[position][0].append(state)
                 behind[position][1].append(window)
         else:
-            mixed, k, v = _attention(layer["self_attn"], normal, config)
+            mixed, k, v = _attention(layer["self_attn"], given, config)
             keys.append(k)
             values.append(v)
-        x = x + mixed
-        normal = _rms_norm(x, layer["post_attention_layernorm"]["weight"], config)
-        x = x + (_moe(layer["mlp"], normal, config) if mlp is MlpKind.MOE else _dense(layer["mlp"], normal))
+        weight = layer["post_attention_layernorm"]["weight"]
+        x = x + (_rms_norm(mixed, weight, config) if behind_norms else mixed)
+        given = x if behind_norms else _rms_norm(x, weight, config)
+        out = _moe(layer["mlp"], given, config) if mlp is MlpKind.MOE else _dense(layer["mlp"], given)
+        x = x + (_rms_norm(out, layer["post_feedforward_layernorm"]["weight"], config) if behind_norms else out)
     hidden = _rms_norm(x, params["norm"]["weight"], config)
     if "mtp" in params:
         previous = np.concatenate([np.zeros_like(hidden[:1]), hidden[:-1]])
@@ -69,6 +73,7 @@ def reference(config: ModelConfig, params, tokens, positions: Collection[int] = 
         behind=behind,
         keys=keys,
         values=values,
+        head="mtp" in params,
     )
 
 
@@ -192,7 +197,7 @@ def _delta(weights, x, config, positions):
     q, v = q * key_dim**-0.5, v.reshape(len(x), heads, value_dim)
     a, b = x @ weights["in_proj_a"]["weight"].T, x @ weights["in_proj_b"]["weight"].T
     decay = np.exp(-np.exp(weights["A_log"]) * np.log1p(np.exp(a + weights["dt_bias"])))
-    beta = _sigmoid(b)
+    beta = delta.beta_scale * _sigmoid(b)
     state, o = np.zeros((heads, key_dim, value_dim)), np.zeros((len(x), heads, value_dim))
     states = {0: state.copy()}
     for t in range(len(x)):
@@ -203,7 +208,8 @@ def _delta(weights, x, config, positions):
         if t + 1 in positions:
             states[t + 1] = state.copy()
     z = (x @ weights["in_proj_z"]["weight"].T).reshape(o.shape)
-    o = _rms(o, config.rms_norm_eps) * weights["norm"]["weight"] * _silu(z)
+    eps = config.rms_norm_eps if delta.norm_eps is None else delta.norm_eps
+    o = _rms(o, eps) * weights["norm"]["weight"] * _silu(z)
     kept = {position: (states[position], padded[position : position + width]) for position in positions}
     return o.reshape(len(x), -1) @ weights["out_proj"]["weight"].T, kept
 
@@ -218,15 +224,23 @@ def _attention(weights, x, config):
         return *_latent_attention(weights, x, config.attention), None
     attention, tokens = config.attention, len(x)
     heads, width = attention.num_heads, attention.head_dim
-    q, gate = np.split((x @ weights["q_proj"]["weight"].T).reshape(tokens, heads, 2 * width), 2, axis=-1)
-    k, v = ((x @ weights[name]["weight"].T).reshape(tokens, -1, width) for name in ("k_proj", "v_proj"))
-    q = _rotate(_rms_norm(q, weights["q_norm"]["weight"], config), attention)
-    k = _rotate(_rms_norm(k, weights["k_norm"]["weight"], config), attention)
+    q, k, v = (x @ weights[name]["weight"].T for name in ("q_proj", "k_proj", "v_proj"))
+    if attention.whole_norms:
+        q, k = (_rms_norm(y, weights[f"{name}_heads_norm"]["weight"], config) for name, y in (("q", q), ("k", k)))
+    q, k, v = q.reshape(tokens, heads, -1), k.reshape(tokens, -1, width), v.reshape(tokens, -1, width)
+    gate = 1.0
+    if attention.output_gate:
+        q, gate = np.split(q, 2, axis=-1)
+        gate = _sigmoid(gate)
+    if not attention.whole_norms:
+        q, k = (_rms_norm(y, weights[f"{name}_norm"]["weight"], config) for name, y in (("q", q), ("k", k)))
+    if attention.rope_theta is not None:
+        q, k = _rotate(q, attention), _rotate(k, attention)
     spread_k, spread_v = (y.repeat(heads // attention.num_kv_heads, axis=1) for y in (k, v))
     scores = np.einsum("qhd,khd->hqk", q, spread_k) * width**-0.5
     scores = np.where(np.tril(np.ones((tokens, tokens), bool)), scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
-    o = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), spread_v) * _sigmoid(gate)
+    o = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), spread_v) * gate
     return o.reshape(tokens, -1) @ weights["o_proj"]["weight"].T, k, v
 
 

@@ -2,8 +2,8 @@
 
 The global array of a parameter is what `tp` ranks hold, side by side along the sharded axis. That is not always the
 checkpoint's order: q, k and v of one rank stand together, kv heads may be held by several ranks, the vocabulary is
-padded, and some checkpoints group their projections by key head. All of it is one index vector along one axis: global
-row -> checkpoint row, or PADDING.
+padded, and some checkpoints group their projections by key head, or have q, k and v in tensors of their own, which are
+then joined in this order. All of it is one index vector along one axis: global row -> checkpoint row, or PADDING.
 """
 
 import dataclasses

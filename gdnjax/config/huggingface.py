@@ -253,7 +253,10 @@ def _plain_attention(hf: Any, rope: dict[str, Any], yarn: YarnConfig | None) -> 
     """Without a gate, with norms over all heads, and with rotation only where there are settings of it."""
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"unsupported partial_rotary_factor {rope['partial_rotary_factor']!r}; supported: 1.0")
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    # Not a field of transformers' class, but read where a file has it.
+    head_dim = getattr(hf, "head_dim", None)
+    head_dim = hf.hidden_size // hf.num_attention_heads if head_dim is None else head_dim
+    check_int("head_dim", head_dim, 1)
     return AttentionConfig(
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.num_key_value_heads,

@@ -169,6 +169,8 @@ def test_plain_attention_and_its_neighbours_are_read():
     assert (config.separate_projections, config.interleaved_projections) == (True, False)
     assert from_hf("olmo_hybrid", text={"linear_allow_neg_eigval": False}).delta.beta_scale == 1.0
     assert from_hf("olmo_hybrid", head_dim=20).attention.head_dim == 20
+    with pytest.raises(ValueError, match="head_dim must be an integer of at least 1, got 0"):
+        from_hf("olmo_hybrid", head_dim=0)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,19 @@ from gdnjax.config import MTP_KEYS, AttentionConfig
 from tests.config.configurations import CLASSES, from_hf, hf_dict
 
 
+@pytest.mark.parametrize("changes", [{"rotary_dim": None}, {"rope_theta": None}])
+def test_rotation_is_whole_or_not_there(changes):
+    attention = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8, rotary_dim=8, rope_theta=1e4)
+    with pytest.raises(ValueError, match="without rotation rotary_dim, rope_theta and yarn are None, all three"):
+        dataclasses.replace(attention, **changes)
+    assert dataclasses.replace(attention, rotary_dim=None, rope_theta=None).num_heads == 2
+
+
+def test_projections_are_stored_in_one_way():
+    with pytest.raises(ValueError, match="projections of the checkpoint are interleaved or separate, not both"):
+        dataclasses.replace(from_hf("qwen3_next"), separate_projections=True)
+
+
 @pytest.mark.parametrize("model_type", [name for name in CLASSES if name in MTP_KEYS and MTP_KEYS[name].dedicated])
 def test_mtp_head_with_an_embedding_of_its_own_is_refused_only_where_it_is_wanted(model_type):
     shared, own = (

@@ -280,21 +280,22 @@ def error_of(run: Run, forced: Reference | None = None) -> Error:
     forced = forced or exact_micro().forced(run)
     states, windows = forced.behind[run.position]
     logprobs = forced.logprobs[len(run.prompt) - 1 : -1]
+    pairs = (run.keys, forced.keys), (run.values, forced.values)
     return Error(
         logprob=distance(run.logprobs, np.take_along_axis(logprobs, run.reported, axis=1)),
         state=max(map(relative, run.states, states)),
         window=max(map(relative, run.windows, windows)),
-        kv=max(_error_of_keys(run, run.keys, forced.keys), _error_of_keys(run, run.values, forced.values)),
+        kv=max(_error_of_keys(run, found, exact, forced.head) for found, exact in pairs),
         token=float(max(_behind_the_best(logprobs + run.noise, run.tokens))),
     )
 
 
-def _error_of_keys(run: Run, found: np.ndarray, exact: list[np.ndarray]) -> float:
+def _error_of_keys(run: Run, found: np.ndarray, exact: list[np.ndarray], head: bool) -> float:
     """Of those that every later token looks at: up to the last one fed, and the head's from index 1 to the token
     behind that.
     """
     layers = len(found)
-    target = layers - 1 if layers == len(exact) else layers
+    target = layers - 1 if head and layers == len(exact) else layers
     errors = [relative(a[: run.num_fed], b[: run.num_fed]) for a, b in zip(found[:target], exact, strict=False)]
     errors += [relative(a[1:], b[1 : len(a)]) for a, b in zip(found[target:], exact[target:layers], strict=True)]
     return max(errors)
