@@ -16,8 +16,8 @@ from gdnjax.cache_kinds import CacheSpec
 from gdnjax.config import EngineConfig, ModelConfig
 from gdnjax.memory import StateGeometry
 from gdnjax.models import partition
+from gdnjax.models.causal_lm import CausalLM
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
-from gdnjax.models.qwen3_5 import Qwen3_5
 from gdnjax.shapes import Array, Float, Float32, Int32, Params
 
 
@@ -222,9 +222,9 @@ def abstract_params(config: ModelConfig, tp: int, dtype: str, *, mtp: bool = Fal
 
 
 @functools.lru_cache(maxsize=2)
-def _abstract(config: ModelConfig, dtype: str, tp: int, mtp: bool, backend: Backend) -> Qwen3_5:
+def _abstract(config: ModelConfig, dtype: str, tp: int, mtp: bool, backend: Backend) -> CausalLM:
     """The module with shapes in place of parameters; `build_model` and `abstract_params` both start from it."""
-    return nnx.eval_shape(lambda: Qwen3_5(config, dtype, tp, mtp, backend))
+    return nnx.eval_shape(lambda: CausalLM(config, dtype, tp, mtp, backend))
 
 
 def random_params(

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from evaluation import scoring
 
-from gdnjax.config import ATTENTION, DELTA, LayerKind, ModelConfig
+from gdnjax.config import ATTENTION, DELTA, DeltaConfig, LayerKind, ModelConfig
 from gdnjax.state import ServeState
 
 from . import documents
@@ -29,7 +29,7 @@ MISSING_RESET = "missing reset"
 
 def table(config: ModelConfig) -> dict[str, Fault]:
     """Every fault by its name, the intact run first. MISSING_RESET strikes before the prompt, so it is `pollute`."""
-    assert config.delta is not None, "the embedded model has delta layers"
+    assert isinstance(config.delta, DeltaConfig), "the embedded model has layers of Gated DeltaNet"
     attention, last = config.num_attention_layers, config.num_delta_layers - 1
     every = slice(None)
     places = [i for i, kind in enumerate(config.layer_kinds) if kind == LayerKind.DELTA]

@@ -13,7 +13,7 @@ from gdnjax.models.mtp import MultiTokenPredictor
 from gdnjax.shapes import Array, Float, Float32, Int32
 
 
-class Qwen3_5(nnx.Module):
+class CausalLM(nnx.Module):
     """The whole model of one rank: tokens in, final hidden states out, pools threaded through."""
 
     def __init__(self, config: ModelConfig, dtype: str, tp: int = 1, mtp: bool = False, backend: Backend = REFERENCE):
