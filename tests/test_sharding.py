@@ -18,7 +18,7 @@ from gdnjax.sharding import AXIS, P, make_mesh, path_name
 from gdnjax.state import empty_state, shardings_of, specs_of
 from tests.driver import Admission, Driver, Piece
 from tests.ledger import LedgerModel, Oracle
-from tests.micro import MICRO, micro_model, micro_params
+from tests.micro import LATENTS, MICRO, micro_model, micro_params
 from tests.pools import pool_of
 
 
@@ -59,8 +59,7 @@ def test_ranks_share_what_the_kinds_say():
 
 
 def test_every_line_of_the_table_is_used():
-    with_head = dataclasses.replace(MICRO, mtp_layers=1)
-    names = leaf_names(abstract_params(with_head, 1, "float32", mtp=True))
+    names = [name for one in (MICRO, LATENTS) for name in leaf_names(abstract_params(one, 1, "float32", mtp=True))]
     first = [next(pattern for pattern, _ in TABLE if re.fullmatch(pattern, name)) for name in names]
     assert {pattern for pattern, _ in TABLE} == set(first)
 
