@@ -21,17 +21,16 @@ Leaves: TypeAlias = dict[str, Leaf]
 LAYOUT_KV = 0
 LAYOUT_VK = 1
 
-
-def layout_of(state_layout: str, mixed: int) -> int:
-    """The bit of rows that a step writes: that of the pool ("kv" or "vk"), and `mixed` in a "mixed" one."""
-    return {"kv": LAYOUT_KV, "vk": LAYOUT_VK, "mixed": mixed}[state_layout]
-
-
 LAYOUT = "layout"
 """The pool [s] int8 of an ordered Slot: how each row is stored, for all layers at once (LAYOUT_KV: k outer, v inner).
 
 It is reset when a slot is handed out, written by every step that writes the row, and goes with the row in every copy.
 """
+
+
+def layout_of(state_layout: str, mixed: int) -> int:
+    """The bit of rows that a step writes: that of the pool ("kv" or "vk"), and `mixed` in a "mixed" one."""
+    return {"kv": LAYOUT_KV, "vk": LAYOUT_VK, "mixed": mixed}[state_layout]
 
 
 @jax.tree_util.register_dataclass

@@ -94,6 +94,51 @@ _LATENT = {
         "original_max_position_embeddings": 64,
     },
 }
+# As published: the first layer dense, one group. Of the rest every layer is of another mixture.
+_KIMI = {
+    "vocab_size": 401,
+    "hidden_size": 48,
+    "num_hidden_layers": 6,
+    "layer_types": [*DDDA, *DDDA[:2]],
+    "intermediate_size": 72,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 28,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 10,
+    "v_head_dim": 18,
+    "linear_num_heads": 3,
+    "linear_head_dim": 20,
+    "linear_conv_kernel_dim": 4,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 16,
+    "routed_scaling_factor": 1.7,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 399,
+    "bos_token_id": 398,
+    "pad_token_id": 400,
+}
+# As many heads of either kind, keys narrower than values, nothing rotated; and an epsilon that is not the gated norm's.
+_PLAIN = {
+    **_TEXT,
+    **_DENSE,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 3,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "rms_norm_eps": 1e-3,
+    "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": None},
+}
+del _PLAIN["head_dim"]
 _VISION = {
     "depth": 1,
     "hidden_size": 16,
@@ -110,7 +155,8 @@ class Family:
 
     `wrapper` holds the arguments of a multimodal wrapper around `text`; None: the text model alone. `fused_experts`
     writes the experts of a layer as one stack, as published Qwen3.5 checkpoints do; otherwise one by one, as published
-    Qwen3-Next checkpoints and transformers' save_pretrained by default do.
+    Qwen3-Next checkpoints and transformers' save_pretrained by default do. Of Olmo-Hybrid it writes the convolutions of
+    a layer as one, and norms under transformers' own names.
     """
 
     model_class: str
@@ -166,6 +212,32 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
+    ),
+    "kimi_linear": Family(model_class="KimiLinearForCausalLM", text=_KIMI),
+    "kimi_linear_tp": Family(
+        model_class="KimiLinearForCausalLM",
+        text={
+            **_KIMI,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "linear_num_heads": 4,
+            "intermediate_size": 80,
+        },
+    ),
+    "olmo_hybrid": Family(model_class="OlmoHybridForCausalLM", text=_PLAIN),
+    # More queries than keys of either kind, rotated, and write strengths up to 1.
+    "olmo_hybrid_tp": Family(
+        model_class="OlmoHybridForCausalLM",
+        text={
+            **_PLAIN,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 1,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_allow_neg_eigval": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        fused_experts=True,
     ),
     "qwen3_5_tp": Family(
         model_class="Qwen3_5ForCausalLM", text={**_TEXT, **_MROPE, **_FOUR_WAYS, "intermediate_size": 80}
@@ -279,7 +351,12 @@ def _fill(model: Any, seed: int) -> None:
         biases = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
         for name, parameter in [*model.named_parameters(), *biases]:
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            if name.endswith(("A_log", "dt_bias")):
+            if "forget_gate." in name and name.endswith(("A_log", "dt_bias")):
+                layer = name.rpartition(".")[0]
+                draw = np.random.default_rng([seed, zlib.crc32(layer.encode())])
+                a_log, dt_bias = _channel_gates(draw, text.linear_num_heads, text.linear_head_dim)
+                values = (a_log if name.endswith("A_log") else dt_bias).reshape(parameter.shape)
+            elif name.endswith(("A_log", "dt_bias")):
                 # The two halves of one draw, so seeded by the layer and not by the parameter.
                 layer = name.rpartition(".")[0]
                 a_log, dt_bias = _gates(np.random.default_rng([seed, zlib.crc32(layer.encode())]), len(parameter))
@@ -297,6 +374,14 @@ def _gates(rng: np.random.Generator, heads: int) -> tuple[np.ndarray, np.ndarray
     return np.log(rate), np.log(np.expm1(step))
 
 
+def _channel_gates(rng: np.random.Generator, heads: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same where each channel of a head decays by itself: A_log [heads], dt_bias [heads, width]."""
+    half_lives = rng.permutation(np.geomspace(*HALF_LIVES, heads * width)).reshape(heads, width)
+    rate = np.exp(rng.uniform(math.log(0.5), math.log(8.0), heads))
+    step = math.log(2.0) / (half_lives * rate[:, None])
+    return np.log(rate), np.log(np.expm1(step))
+
+
 def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator, text: Any) -> np.ndarray:
     """Values that keep activations near one, let the router decide clearly, and the gate inputs stay small."""
     noise = rng.standard_normal(shape)
@@ -304,7 +389,7 @@ def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator, text: Any
         # Scores are sigmoids: so large that it decides a part of the choices.
         return 0.3 * noise
     if len(shape) == 1:
-        plain = name.endswith("linear_attn.norm.weight") or hasattr(text, "kv_lora_rank")
+        plain = name.endswith("linear_attn.norm.weight") or text.model_type in ("deepseek_v3", "olmo_hybrid")
         centre = 1.0 if plain else 0.0
         return centre + 0.3 * noise
     if name.endswith(("conv1d.weight", "embed_tokens.weight")):
@@ -312,7 +397,7 @@ def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator, text: Any
     # Stacked experts are [experts, out, in]; everything else has its inputs in all axes but the first.
     fan_in = shape[-1] if ".experts." in name else math.prod(shape[1:])
     weight = noise / math.sqrt(fan_in)
-    if name.endswith("in_proj_a.weight"):
+    if name.endswith(("in_proj_a.weight", "linear_attn.a_proj.weight", "f_b_proj.weight")):
         return 0.3 * weight
     if name.endswith("in_proj_ba.weight"):
         # Grouped by key head: the b rows of its value heads, then their a rows.

@@ -386,7 +386,7 @@ def test_command_counts_what_speculation_costs(capsys):
     for part in (
         f"{slot:,} B",
         f"{block:,} B",
-        "+ 256 gates)",
+        "+ 256 pending_ab in bfloat16)",
         "16 layers",
         "one of them the MTP head's",
         "4.58% more",
@@ -408,6 +408,18 @@ def test_command_has_the_latents_of_a_model_without_states(capsys):
     text = capsys.readouterr().out
     assert "a slot                     0 B  no state to keep" in text
     assert f"{16 * 61 * 1152:,} B  16 x 61 layers x (1,152 latent in bfloat16)" in text
+
+
+def test_command_has_the_wide_states_of_a_model_with_many_kv_heads(capsys):
+    """Olmo-Hybrid: 30 states of 96 x 192 and 11,520 channels a delta layer, 30 kv heads of 128 a layer of attention."""
+    assert main(["--config", "olmo-hybrid-7b", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    state, window = 30 * 96 * 192 * 4, 3 * 11_520 * 2
+    assert report["bytes"]["slot_bytes"] == 24 * (state + window) == 54_743_040
+    assert report["bytes"]["block_bytes"] == 16 * 8 * 2 * 30 * 128 * 2 == 1_966_080
+    assert main(["--config", "olmo-hybrid-7b", "--tp", "2", "--json"]) == 0
+    half = json.loads(capsys.readouterr().out)["bytes"]
+    assert (half["slot_bytes"], half["block_bytes"]) == (27_371_520, 983_040)
 
 
 def test_latents_are_not_planned_in_8_bits():

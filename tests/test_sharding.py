@@ -16,9 +16,10 @@ from gdnjax.serving import packing
 from gdnjax.serving.llm import LLM
 from gdnjax.sharding import AXIS, P, make_mesh, path_name
 from gdnjax.state import empty_state, shardings_of, specs_of
+from tests.config.configurations import from_hf
 from tests.driver import Admission, Driver, Piece
 from tests.ledger import LedgerModel, Oracle
-from tests.micro import LATENTS, MICRO, micro_model, micro_params
+from tests.micro import MICRO, micro_model, micro_params
 from tests.pools import pool_of
 
 
@@ -33,6 +34,10 @@ def abstract_state(tp: int):
     geometry = engine_geometry(micro_model(tp), config)
     plan = MemoryPlan.of_counts(geometry, num_slots=2, num_blocks=5, num_logit_rows=2)
     return jax.eval_shape(lambda: empty_state(geometry, plan, config, 64))
+
+
+def family_params(family: str):
+    return abstract_params(from_hf(family), 1, "float32")
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -59,7 +64,9 @@ def test_ranks_share_what_the_kinds_say():
 
 
 def test_every_line_of_the_table_is_used():
-    names = [name for one in (MICRO, LATENTS) for name in leaf_names(abstract_params(one, 1, "float32", mtp=True))]
+    with_head = dataclasses.replace(MICRO, mtp_layers=1)
+    names = leaf_names(abstract_params(with_head, 1, "float32", mtp=True))
+    names += [name for family in ("deepseek_v3", "kimi_linear") for name in leaf_names(family_params(family))]
     first = [next(pattern for pattern, _ in TABLE if re.fullmatch(pattern, name)) for name in names]
     assert {pattern for pattern, _ in TABLE} == set(first)
 

@@ -18,6 +18,8 @@ PRESETS = (
     "qwen3.5-397b-a17b",
     "qwen3-next-80b-a3b",
     "deepseek-v3",
+    "kimi-linear-48b-a3b",
+    "olmo-hybrid-7b",
 )
 """Published models whose configuration ships as presets/NAME.json; presets/README.md has where they are from."""
 

@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from gdnjax import sharding
 from gdnjax.checkpoint.formats import open_source
-from gdnjax.checkpoint.mapping import Copy, Origin, copies, origin_of, stores_experts_apart
-from gdnjax.checkpoint.names import Names, sort_names, stored_name
+from gdnjax.checkpoint.mapping import Copy, Origin, apart_convolutions, copies, origin_of, stores_experts_apart
+from gdnjax.checkpoint.names import Names, renaming, sort_names, stored_name
 from gdnjax.checkpoint.sources import TensorSource, abbreviate, read_whole
 from gdnjax.config import ModelConfig
 from gdnjax.models import partition
@@ -150,6 +150,7 @@ def _resolve(
             tied_lm_head=cfg.tie_word_embeddings,
             mtp_wanted=mtp_wanted,
             mtp_layers=cfg.mtp_layer_names,
+            rename=renaming(cfg),
         )
         # Either part may store its experts one by one or together, whatever the other does.
         experts_apart = {
@@ -159,8 +160,18 @@ def _resolve(
         _check_head(names, mtp_wanted, cfg)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
+    convolutions = {
+        name: sum(source.shape(names.language[name])[:1]) for name in apart_convolutions(list(names.language))
+    }
     origins = {
-        name: origin_of(name, leaf.shape, cfg, tp, experts_apart=experts_apart[_is_of_head(name)])
+        name: origin_of(
+            name,
+            leaf.shape,
+            cfg,
+            tp,
+            experts_apart=experts_apart[_is_of_head(name)],
+            convolutions=convolutions,
+        )
         for name, leaf in parameters.items()
     }
     expected = {part.tensor: part.shape for origin in origins.values() for part in origin.parts}

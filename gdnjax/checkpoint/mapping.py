@@ -8,11 +8,12 @@ row -> checkpoint row, or PADDING.
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
-from gdnjax.config import AttentionConfig, DeltaConfig, LatentAttentionConfig, ModelConfig
+from gdnjax.config import AttentionConfig, DeltaConfig, KimiDeltaConfig, LatentAttentionConfig, ModelConfig
 
 PADDING = -1
 """In an index vector: a row of zeros that no checkpoint row stands behind."""
@@ -26,12 +27,17 @@ class Rows:
     stored_size   the checkpoint's size along `axis`
     axis          the axis that is indexed; the others are as in the checkpoint
     stored_as     the checkpoint's name for the last module of the path, where that is another one
+    joined        the checkpoint's names for it and their sizes along axis 0, where several tensors stand there
     """
 
     index: np.ndarray
     stored_size: int
     axis: int = 0
     stored_as: str | None = None
+    joined: tuple[tuple[str, int], ...] = ()
+
+
+RowsOf = Callable[[ModelConfig, int], Rows]
 
 
 def rank_major(parts: Sequence[np.ndarray], tp: int) -> np.ndarray:
@@ -70,14 +76,14 @@ def _kv_heads(cfg: ModelConfig, tp: int) -> Rows:
 
 
 def _delta_of(cfg: ModelConfig) -> DeltaConfig:
-    assert cfg.delta is not None, "only a delta layer has this parameter"
+    assert isinstance(cfg.delta, DeltaConfig), "only a Gated DeltaNet layer has this parameter"
     return cfg.delta
 
 
 def _delta_channels(cfg: ModelConfig, tp: int) -> Rows:
-    delta = _delta_of(cfg)
-    parts = np.split(np.arange(delta.conv_dim), [delta.key_dim, 2 * delta.key_dim])
-    return Rows(index=rank_major(parts, tp), stored_size=delta.conv_dim)
+    widths = list(_delta_widths(cfg).values())
+    parts = np.split(np.arange(sum(widths)), np.cumsum(widths)[:-1])
+    return Rows(index=rank_major(parts, tp), stored_size=sum(widths))
 
 
 def _expert_gate_up(cfg: ModelConfig, tp: int) -> Rows:
@@ -158,12 +164,45 @@ def _latent_values(cfg: ModelConfig, tp: int) -> Rows:
     return Rows(index=values, stored_size=len(keys) + len(values), stored_as="kv_b_proj")
 
 
-RowsOf = Callable[[ModelConfig, int], Rows]
+def _delta_widths(cfg: ModelConfig) -> dict[str, int]:
+    """Channels of the convolution that are queries, keys and values."""
+    if isinstance(cfg.delta, KimiDeltaConfig):
+        return dict.fromkeys("qkv", cfg.delta.value_dim)
+    delta = _delta_of(cfg)
+    return {"q": delta.key_dim, "k": delta.key_dim, "v": delta.value_dim}
+
+
+def _separate_qkv(cfg: ModelConfig, tp: int) -> Rows:
+    joined = tuple((f"{part}_proj", size) for part, size in _delta_widths(cfg).items())
+    return dataclasses.replace(_delta_channels(cfg, tp), joined=joined)
+
+
+def _separate(stored_as: str, size_of: Callable[[ModelConfig, DeltaConfig], int]) -> RowsOf:
+    """Rows as they are, under another name."""
+
+    def rows(cfg: ModelConfig, tp: int) -> Rows:
+        size = size_of(cfg, _delta_of(cfg))
+        return Rows(index=np.arange(size), stored_size=size, stored_as=stored_as)
+
+    return rows
+
+
+def _whole_q_norm(cfg: ModelConfig, tp: int) -> Rows:
+    assert isinstance(cfg.attention, AttentionConfig), "only an attention layer has this parameter"
+    size = cfg.attention.num_heads * cfg.attention.head_dim
+    return Rows(index=np.arange(size), stored_size=size, stored_as="q_norm")
+
+
+def _whole_k_norm(cfg: ModelConfig, tp: int) -> Rows:
+    return dataclasses.replace(_kv_heads(cfg, tp), stored_as="k_norm")
+
 
 # Parameters whose rows are not simply those of the checkpoint; the first match counts.
 TABLE: tuple[tuple[str, RowsOf], ...] = (
     (r"(embed_tokens|lm_head)\.weight", _vocabulary),
     (r".*self_attn\.(k_proj|v_proj)\.weight", _kv_heads),
+    (r".*self_attn\.q_heads_norm\.weight", _whole_q_norm),
+    (r".*self_attn\.k_heads_norm\.weight", _whole_k_norm),
     (r".*self_attn\.kv_a_proj_with_mqa\.weight", _latents),
     (r".*self_attn\.q_b_proj\.weight", _latent_queries),
     (r".*self_attn\.k_b_proj\.weight", _latent_keys),
@@ -175,6 +214,9 @@ TABLE: tuple[tuple[str, RowsOf], ...] = (
 # Before TABLE, where attention is over latents: with no latent of the queries, q_proj is theirs.
 LATENT_TABLE: tuple[tuple[str, RowsOf], ...] = ((r".*self_attn\.q_proj\.weight", _latent_queries),)
 
+# Before TABLE, where the decay is one of channels.
+KIMI_TABLE: tuple[tuple[str, RowsOf], ...] = ((r".*linear_attn\.in_proj_qkv\.weight", _separate_qkv),)
+
 # Before TABLE, where cfg.interleaved_projections.
 INTERLEAVED_TABLE: tuple[tuple[str, RowsOf], ...] = (
     (r".*linear_attn\.in_proj_qkv\.weight", _interleaved_qkv),
@@ -184,10 +226,23 @@ INTERLEAVED_TABLE: tuple[tuple[str, RowsOf], ...] = (
 )
 
 
+# Before TABLE, where cfg.separate_projections.
+SEPARATE_TABLE: tuple[tuple[str, RowsOf], ...] = (
+    (r".*linear_attn\.in_proj_qkv\.weight", _separate_qkv),
+    (r".*linear_attn\.in_proj_z\.weight", _separate("g_proj", lambda cfg, delta: delta.value_dim)),
+    (r".*linear_attn\.in_proj_b\.weight", _separate("b_proj", lambda cfg, delta: delta.num_value_heads)),
+    (r".*linear_attn\.in_proj_a\.weight", _separate("a_proj", lambda cfg, delta: delta.num_value_heads)),
+    (r".*linear_attn\.norm\.weight", _separate("o_norm", lambda cfg, delta: delta.value_head_dim)),
+    (r".*linear_attn\.out_proj\.weight", _separate("o_proj", lambda cfg, delta: cfg.hidden_size)),
+)
+
+
 def rows_of(name: str, shape: tuple[int, ...], cfg: ModelConfig, tp: int) -> Rows:
     """The index vector of a parameter of global `shape`. ValueError where `shape` is not that of `cfg` and `tp`."""
     table = (*INTERLEAVED_TABLE, *TABLE) if cfg.interleaved_projections else TABLE
+    table = (*SEPARATE_TABLE, *table) if cfg.separate_projections else table
     table = (*LATENT_TABLE, *table) if isinstance(cfg.attention, LatentAttentionConfig) else table
+    table = (*KIMI_TABLE, *table) if isinstance(cfg.delta, KimiDeltaConfig) else table
     for pattern, function in table:
         if re.fullmatch(pattern, name):
             rows = function(cfg, tp)
@@ -237,8 +292,17 @@ class Copy:
     target: tuple[slice, ...]
 
 
-def origin_of(name: str, shape: tuple[int, ...], cfg: ModelConfig, tp: int, *, experts_apart: bool) -> Origin:
-    """The origin of a parameter, in module names. `experts_apart`: the checkpoint stores each expert by itself.
+def origin_of(
+    name: str,
+    shape: tuple[int, ...],
+    cfg: ModelConfig,
+    tp: int,
+    *,
+    experts_apart: bool,
+    convolutions: Mapping[str, int] = MappingProxyType({}),
+) -> Origin:
+    """The origin of a parameter, in module names. `experts_apart`: the checkpoint stores each expert by itself;
+    `convolutions`: rows of the tensors of `apart_convolutions`, empty where there are none.
 
     shape   global, as in the parameter tree
     """
@@ -247,9 +311,22 @@ def origin_of(name: str, shape: tuple[int, ...], cfg: ModelConfig, tp: int, *, e
     expert = re.fullmatch(r"(.*mlp\.experts)\.(gate_up_proj|down_proj)", name)
     if expert and experts_apart:
         return Origin(_expert_parts(expert[1], expert[2], stored), rows)
+    joined = rows.joined
+    path, leaf = name.rpartition(".")[::2]
+    path = path.rpartition(".")[0]
+    if convolutions and re.fullmatch(r".*linear_attn\.conv1d\.weight", name):
+        joined = _convolutions(path, cfg, convolutions)
+    if joined:
+        starts = np.cumsum([0, *(size for _, size in joined)]).tolist()
+        return Origin(
+            tuple(
+                Part(f"{path}.{module}.{leaf}", (start, *(0 for _ in stored[1:])), (size, *stored[1:]))
+                for (module, size), start in zip(joined, starts, strict=False)
+            ),
+            rows,
+        )
     if rows.stored_as:
-        path, _, leaf = name.rpartition(".")
-        name = f"{path.rpartition('.')[0]}.{rows.stored_as}.{leaf}"
+        name = f"{path}.{rows.stored_as}.{leaf}"
     return Origin((Part(name, (0,) * len(stored), stored),), rows)
 
 
@@ -272,6 +349,21 @@ def stores_experts_apart(names: Sequence[str]) -> bool:
     if apart and fused:
         raise ValueError(f"experts are stored both one by one ({apart[0]}) and together ({fused[0]})")
     return bool(apart)
+
+
+def _convolutions(path: str, cfg: ModelConfig, rows: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """The tensors of a layer that are joined to its convolution. Published files have the channels of q, k and v in
+    them; transformers writes three of the same size, which are the same joined.
+    """
+    published = {f"{part}_conv1d": size for part, size in _delta_widths(cfg).items()}
+    stored = {module: rows.get(f"{path}.{module}.weight", 0) for module in published}
+    fits = all(stored.values()) and sum(stored.values()) == sum(published.values())
+    return tuple((stored if fits else published).items())
+
+
+def apart_convolutions(names: Sequence[str]) -> list[str]:
+    """Of a checkpoint's module names those of the taps of q, k and v, where they are tensors of their own."""
+    return [name for name in names if re.fullmatch(r".*linear_attn\.[qkv]_conv1d\.weight", name)]
 
 
 def runs(index: np.ndarray) -> list[tuple[int, int, int]]:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gdnjax.checkpoint.sources import abbreviate
+from gdnjax.config import LayerKind, ModelConfig
 
 # The language model's tensors, under each prefix that is published; the group is the name that the modules use.
 LANGUAGE = re.compile(
@@ -28,6 +29,27 @@ MTP_LAYER = {
 MTP_COPIES = {"embed_tokens.weight": "embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 
 LM_HEAD = "lm_head.weight"
+
+# model_type -> what its checkpoints call things, and what the modules do, in this order. `{delta}` stands for the
+# numbers of the layers of the delta rule.
+RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
+    "kimi_linear": (
+        (r"\.block_sparse_moe\.", ".mlp."),
+        (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
+        (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
+        (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
+        (r"^(layers\.{delta})\.self_attn\.", r"\1.linear_attn."),
+        (r"\.linear_attn\.(f_[ab]_proj\.|A_log|dt_bias)", r".linear_attn.forget_gate.\1"),
+        (r"\.linear_attn\.b_proj\.", ".linear_attn.in_proj_b."),
+        (r"\.linear_attn\.o_norm\.", ".linear_attn.norm."),
+        (r"\.linear_attn\.o_proj\.", ".linear_attn.out_proj."),
+    ),
+    # Its norms in the spelling of the library that trained it, which transformers writes.
+    "olmo_hybrid": (
+        (r"\.attention_layer_norm\.", ".input_layernorm."),
+        (r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,9 +75,16 @@ class Names:
 
 
 def sort_names(
-    names: Iterable[str], *, tied_lm_head: bool, mtp_wanted: bool = False, mtp_layers: range | None = None
+    names: Iterable[str],
+    *,
+    tied_lm_head: bool,
+    mtp_wanted: bool = False,
+    mtp_layers: range | None = None,
+    rename: Callable[[str], str] = str,
 ) -> Names:
     """Sorts the tensors of a checkpoint. Raises ValueError where two of them are the same tensor of the model.
+
+    `rename`: from the checkpoint's name, without its prefix, to the modules'; see `renaming`.
 
     `mtp_wanted`: the MTP head is a part of the model; its modules have the checkpoint's own names, but for a head that
     is stored as the layers `mtp_layers`.
@@ -85,10 +114,10 @@ def sort_names(
             unknown.append(name)
         elif tied_lm_head and match[1] == LM_HEAD:
             tied.append(name)
-        elif match[1] in language:
-            clashes.append(f"{language[match[1]]} and {name}")
+        elif (module := rename(match[1])) in language:
+            clashes.append(f"{language[module]} and {name}")
         else:
-            language[match[1]] = name
+            language[module] = name
     if clashes:
         raise ValueError(f"tensors that name one parameter twice: {abbreviate(clashes)}")
     return Names(
@@ -100,6 +129,22 @@ def sort_names(
         tied=tuple(tied),
         unknown=tuple(unknown),
     )
+
+
+def renaming(cfg: ModelConfig) -> Callable[[str], str]:
+    """From what a family's checkpoints call a tensor of the language model to what the modules do."""
+    numbers = "|".join(str(i) for i, kind in enumerate(cfg.layer_kinds) if kind is LayerKind.DELTA)
+    table = [
+        (re.compile(pattern.replace("{delta}", f"(?:{numbers})")), new)
+        for pattern, new in RENAMED.get(cfg.model_type, ())
+    ]
+
+    def rename(name: str) -> str:
+        for pattern, new in table:
+            name = pattern.sub(new, name)
+        return name
+
+    return rename
 
 
 def stored_name(name: str, mtp_layers: range | None) -> str:

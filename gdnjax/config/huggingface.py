@@ -13,6 +13,7 @@ from gdnjax.config.model import (
     MTP_KEYS,
     AttentionConfig,
     DeltaConfig,
+    KimiDeltaConfig,
     LatentAttentionConfig,
     LayerKind,
     MlpKind,
@@ -23,6 +24,8 @@ from gdnjax.config.model import (
 
 SUPPORTED_MODEL_TYPES = (
     "deepseek_v3",
+    "kimi_linear",
+    "olmo_hybrid",
     "qwen3_5",
     "qwen3_5_moe",
     "qwen3_5_moe_text",
@@ -34,7 +37,7 @@ WRAPPERS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 """model_type of a multimodal wrapper -> that of its text_config."""
 
 
-ZERO_CENTRED = frozenset((*SUPPORTED_MODEL_TYPES, *WRAPPERS.values())) - {"deepseek_v3"}
+ZERO_CENTRED = frozenset((*SUPPORTED_MODEL_TYPES, *WRAPPERS.values())) - {"deepseek_v3", "kimi_linear", "olmo_hybrid"}
 """model_type of text models whose norms multiply by 1 + w."""
 
 
@@ -103,11 +106,14 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
         )
     keys.check_rope_places(raw)
     hf = _read_by_transformers(raw)
-    rope = hf.rope_parameters or {}
+    rope = getattr(hf, "rope_parameters", None) or {}
     nested = [name for name, value in rope.items() if isinstance(value, dict)]
     if nested:
         raise ValueError(f"rope settings by layer type are not supported, got {', '.join(nested)}")
     keys.check_rope_keys(rope)
+    if keys.rotates_only_where_stated(model_type):
+        keys.check_stated_rotation(raw)
+        rope = rope if keys.states_rotation(raw) else {}
     layer_kinds = _layer_kinds(hf)
     for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
         check_int(name, getattr(hf, name), 1)
@@ -134,6 +140,8 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
         max_position_embeddings=max(hf.max_position_embeddings, yarn.context if yarn else 0),
         dtype=_dtype_name(raw, hf),
         interleaved_projections=hf.model_type == "qwen3_next",
+        separate_projections=hf.model_type == "olmo_hybrid",
+        post_norm_kinds=(LayerKind.ATTENTION,) if hf.model_type == "olmo_hybrid" else (),
         eos_token_ids=checked_eos(eos, hf.vocab_size),
     )
 
@@ -159,7 +167,9 @@ def _read_by_transformers(raw: dict[str, Any]) -> Any:
         # A copy, because it changes what it is given.
         given = copy.deepcopy({name: value for name, value in raw.items() if name not in beside})
         hf = transformers.AutoConfig.for_model(**given).get_text_config()
-        hf.standardize_rope_params()
+        # Of a model without rotation there is nothing to standardise.
+        if hasattr(type(hf), "rope_parameters"):
+            hf.standardize_rope_params()
     except Exception as error:  # Its own kinds of errors, KeyError and TypeError among them.
         raise ValueError(f"transformers refuses this configuration: {' '.join(str(error).split())}") from error
     _check_misplaced(beside, hf)
@@ -167,7 +177,7 @@ def _read_by_transformers(raw: dict[str, Any]) -> Any:
 
 
 def _check_misplaced(beside: dict[str, Any], hf: Any) -> None:
-    rope = hf.rope_parameters or {}
+    rope = getattr(hf, "rope_parameters", None) or {}
     for name, value in beside.items():
         if name in ("rope_parameters", "rope_scaling"):
             same = isinstance(value, dict) and all(rope.get(key) == one for key, one in value.items() if key != "type")
@@ -186,7 +196,8 @@ def _layer_kinds(hf: Any) -> tuple[LayerKind, ...]:
     """Of the families that have one kind of token mixer alone, transformers has no layer_types."""
     check_int("num_hidden_layers", hf.num_hidden_layers, 1)
     stated = getattr(hf, "layer_types", None) or [LayerKind.ATTENTION.value] * hf.num_hidden_layers
-    allowed = [kind.value for kind in LayerKind if kind is LayerKind.ATTENTION or hasattr(hf, "linear_num_key_heads")]
+    with_delta = hasattr(hf, "linear_num_key_heads") or hasattr(hf, "linear_num_heads")
+    allowed = [kind.value for kind in LayerKind if kind is LayerKind.ATTENTION or with_delta]
     unknown = sorted(set(stated) - set(allowed))
     if unknown:
         raise ValueError(f"unsupported layer_types {unknown}; supported: {allowed}")
@@ -195,7 +206,13 @@ def _layer_kinds(hf: Any) -> tuple[LayerKind, ...]:
     return tuple(LayerKind(kind) for kind in stated)
 
 
-def _delta(hf: Any) -> DeltaConfig | None:
+def _delta(hf: Any) -> DeltaConfig | KimiDeltaConfig | None:
+    if hasattr(hf, "linear_num_heads"):
+        for name in ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim"):
+            check_int(name, getattr(hf, name), 1)
+        return KimiDeltaConfig(
+            num_heads=hf.linear_num_heads, head_dim=hf.linear_head_dim, conv_kernel=hf.linear_conv_kernel_dim
+        )
     if not hasattr(hf, "linear_num_key_heads"):
         return None
     return DeltaConfig(
@@ -204,16 +221,24 @@ def _delta(hf: Any) -> DeltaConfig | None:
         key_head_dim=hf.linear_key_head_dim,
         value_head_dim=hf.linear_value_head_dim,
         conv_kernel=hf.linear_conv_kernel_dim,
+        beta_scale=2.0 if getattr(hf, "linear_allow_neg_eigval", False) else 1.0,
+        # transformers and the library that it was trained with have this one whatever rms_norm_eps is.
+        norm_eps=1e-5 if hf.model_type == "olmo_hybrid" else None,
     )
 
 
 def _attention(hf: Any, rope: dict[str, Any], yarn: YarnConfig | None) -> AttentionConfig | LatentAttentionConfig:
-    theta = number("rope_theta", rope.get("rope_theta"), 0.0)
+    if hf.model_type == "olmo_hybrid":
+        return _plain_attention(hf, rope, yarn)
+    # transformers has no such settings for a family that does not rotate, whatever its files say.
+    rotates = hasattr(type(hf), "rope_parameters")
+    theta = number("rope_theta", rope.get("rope_theta"), 0.0) if rotates else None
     partial = number("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 0.0)
     if hasattr(hf, "kv_lora_rank"):
         if partial != 1.0:
             raise ValueError(f"partial_rotary_factor={partial:g} of latent attention; allowed: 1")
         return _latent_attention(hf, theta, rope, yarn)
+    assert theta is not None, "only latent attention goes without rotation"
     return AttentionConfig(
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.num_key_value_heads,
@@ -224,7 +249,26 @@ def _attention(hf: Any, rope: dict[str, Any], yarn: YarnConfig | None) -> Attent
     )
 
 
-def _latent_attention(hf: Any, theta: float, rope: dict[str, Any], yarn: YarnConfig | None) -> LatentAttentionConfig:
+def _plain_attention(hf: Any, rope: dict[str, Any], yarn: YarnConfig | None) -> AttentionConfig:
+    """Without a gate, with norms over all heads, and with rotation only where there are settings of it."""
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"unsupported partial_rotary_factor {rope['partial_rotary_factor']!r}; supported: 1.0")
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return AttentionConfig(
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=head_dim,
+        rotary_dim=head_dim if rope else None,
+        rope_theta=number("rope_theta", rope["rope_theta"], 0.0) if rope else None,
+        yarn=yarn,
+        output_gate=False,
+        whole_norms=True,
+    )
+
+
+def _latent_attention(
+    hf: Any, theta: float | None, rope: dict[str, Any], yarn: YarnConfig | None
+) -> LatentAttentionConfig:
     """Raises ValueError where a width that follows from others is stated and is another."""
     for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         check_int(name, getattr(hf, name), 1)
@@ -232,9 +276,11 @@ def _latent_attention(hf: Any, theta: float, rope: dict[str, Any], yarn: YarnCon
         check_int("q_lora_rank", hf.q_lora_rank, 1)
     follows = {
         "num_key_value_heads": hf.num_attention_heads,
-        "head_dim": hf.qk_rope_head_dim,
         "qk_head_dim": hf.qk_nope_head_dim + hf.qk_rope_head_dim,
     }
+    if theta is not None:
+        # The width of what is rotated; without rotation nobody reads it.
+        follows["head_dim"] = hf.qk_rope_head_dim
     for name, value in follows.items():
         if getattr(hf, name) not in (None, value):
             raise ValueError(f"{name} of latent attention follows from others: {value}; got {getattr(hf, name)!r}")
@@ -251,7 +297,7 @@ def _latent_attention(hf: Any, theta: float, rope: dict[str, Any], yarn: YarnCon
         v_head_dim=hf.v_head_dim,
         rope_theta=theta,
         yarn=yarn,
-        interleaved_rotary=bool(hf.rope_interleave),
+        interleaved_rotary=theta is not None and bool(hf.rope_interleave),
         score_factor=factor,
     )
 
@@ -276,8 +322,8 @@ def _yarn(rope: dict[str, Any], max_position_embeddings: int) -> YarnConfig:
 
 
 def _moe(hf: Any) -> MoeConfig | None:
-    if hasattr(hf, "n_routed_experts"):
-        return _moe_of_groups(hf)
+    if hasattr(hf, "n_shared_experts"):
+        return _moe_of_groups(hf, hf.n_routed_experts if hasattr(hf, "n_routed_experts") else hf.num_local_experts)
     if not getattr(hf, "num_experts", 0):
         return None
     if not hasattr(hf, "moe_intermediate_size"):
@@ -291,13 +337,14 @@ def _moe(hf: Any) -> MoeConfig | None:
     )
 
 
-def _moe_of_groups(hf: Any) -> MoeConfig:
+def _moe_of_groups(hf: Any, num_experts: int) -> MoeConfig:
     """The router of DeepSeek-V3, arXiv:2412.19437, section 2.1.2."""
-    sizes = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "n_group")
+    check_int("n_routed_experts", num_experts, 1)
+    sizes = ("num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "n_group")
     for name in (*sizes, "topk_group"):
         check_int(name, getattr(hf, name), 1)
     return MoeConfig(
-        num_experts=hf.n_routed_experts,
+        num_experts=num_experts,
         experts_per_token=hf.num_experts_per_tok,
         intermediate_size=hf.moe_intermediate_size,
         shared_intermediate_size=hf.n_shared_experts * hf.moe_intermediate_size,
@@ -313,7 +360,9 @@ def _moe_of_groups(hf: Any) -> MoeConfig:
 
 def _mtp_head(raw: dict[str, Any]) -> tuple[int, bool]:
     """Decoder layers of the MTP head, and whether it has an embedding of its own, by the table of families."""
-    named = MTP_KEYS[raw["model_type"]]
+    named = MTP_KEYS.get(raw["model_type"])
+    if named is None:
+        return 0, False
     # What a wrapper's text_config states counts before what the wrapper states.
     stated = raw | (raw.get("text_config") or {})
     layers = stated.get(named.layers)
@@ -328,6 +377,11 @@ def _mtp_head(raw: dict[str, Any]) -> tuple[int, bool]:
 
 
 def _mlp_kind(hf: Any, layer: int, moe: MoeConfig | None) -> MlpKind:
+    stated = getattr(hf, "mlp_layer_types", None)
+    if stated is not None:
+        if len(stated) != hf.num_hidden_layers or not set(stated) <= {"dense", "sparse"}:
+            raise ValueError(f'mlp_layer_types must be "dense" or "sparse" for each layer, got {stated!r}')
+        return MlpKind.MOE if stated[layer] == "sparse" else MlpKind.DENSE
     first = getattr(hf, "first_k_dense_replace", 0)
     check_int("first_k_dense_replace", first, 0)
     sparse = (

@@ -1,9 +1,9 @@
 """What becomes of every key of a Hugging Face config.json: honoured, without effect here, or allowed one value only.
 
-The keys are those of transformers' configuration classes of Qwen3-Next, Qwen3.5 and DeepSeek-V3, of what publishers
-write beside them, and of their neighbours in the family that would change what is computed. A key that is in none of
-the tables of its family cannot be judged: files carry the notes of whatever tool wrote them. It is named in a warning
-and otherwise ignored, except among the rope settings, where every key changes numbers: there it is an error.
+The keys are those of transformers' configuration classes of Qwen3-Next, Qwen3.5, DeepSeek-V3 and Olmo-Hybrid, of what
+publishers write beside them, and of their neighbours in the family that would change what is computed. A key that is
+in none of the tables of its family cannot be judged: files carry the notes of whatever tool wrote them. It is named in
+a warning and otherwise ignored, except among the rope settings, where every key changes numbers: there it is an error.
 """
 
 import dataclasses
@@ -95,12 +95,14 @@ FIXED: dict[str, tuple[Any, ...]] = {
 class FamilyKeys:
     """The tables of a family that is unlike the others: `fixed` is there beside FIXED, less what it honours.
 
-    `aliases`: other names of keys, which transformers reads as well.
+    `aliases`: other names of keys, which transformers reads as well. `rotation_is_stated`: without rope settings, or
+    with a rope_theta of null, nothing is rotated; elsewhere there is a default.
     """
 
     honoured: frozenset[str]
-    fixed: dict[str, tuple[Any, ...]]
-    aliases: dict[str, str]
+    fixed: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)
+    rotation_is_stated: bool = False
 
 
 _DEEPSEEK_V3 = FamilyKeys(
@@ -130,7 +132,70 @@ _DEEPSEEK_V3 = FamilyKeys(
     aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
 )
 
-FAMILIES: dict[str, FamilyKeys] = {"deepseek_v3": _DEEPSEEK_V3}
+_KIMI_LINEAR = FamilyKeys(
+    honoured=SHARED
+    | {
+        "linear_attn_config",
+        "linear_num_heads",
+        "linear_head_dim",
+        "linear_conv_kernel_dim",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "qk_head_dim",
+        "v_head_dim",
+        "first_k_dense_replace",
+        "mlp_layer_types",
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_token",
+        "num_shared_experts",
+        "n_shared_experts",
+        "moe_renormalize",
+        "routed_scaling_factor",
+        "num_expert_group",
+        "n_group",
+        "topk_group",
+        "model_max_length",
+    },
+    fixed={
+        "scoring_func": ("sigmoid", None),
+        "moe_router_activation_func": ("sigmoid", None),
+        "use_grouped_topk": (True, None),
+        "moe_layer_freq": (1, None),
+        "mla_use_nope": (True, None),
+    },
+    aliases={
+        "num_local_experts": "num_experts",
+        "num_experts_per_tok": "num_experts_per_token",
+        "n_shared_experts": "num_shared_experts",
+        "norm_topk_prob": "moe_renormalize",
+        "n_group": "num_expert_group",
+        "max_position_embeddings": "model_max_length",
+    },
+)
+
+_OLMO_HYBRID = FamilyKeys(
+    honoured=(SHARED - {"num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "num_nextn_predict_layers"})
+    | {
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+        "linear_conv_kernel_dim",
+        "linear_allow_neg_eigval",
+    },
+    # Of versions before transformers took it up.
+    fixed={"linear_use_gate": (True, None)},
+    rotation_is_stated=True,
+)
+
+FAMILIES: dict[str, FamilyKeys] = {
+    "deepseek_v3": _DEEPSEEK_V3,
+    "kimi_linear": _KIMI_LINEAR,
+    "olmo_hybrid": _OLMO_HYBRID,
+}
 """model_type -> tables of its own."""
 
 
@@ -161,6 +226,11 @@ WITHOUT_EFFECT: dict[str, str] = {
     "attention_dropout": _TRAINING,
     "hidden_dropout": _TRAINING,
     "initializer_range": _TRAINING,
+    "linear_a_log_min": _TRAINING,
+    "linear_a_log_max": _TRAINING,
+    "linear_dt_min": _TRAINING,
+    "linear_dt_max": _TRAINING,
+    "linear_dt_init_floor": _TRAINING,
     "router_aux_loss_coef": _TRAINING,
     "gradient_checkpointing": _TRAINING,
     "mtp_loss_weight": _TRAINING,
@@ -290,6 +360,30 @@ def check_rope_places(raw: Mapping[str, Any]) -> None:
             values = [given[name] for given in (section, rope) if given.get(name) is not None]
             if len(values) == 2 and values[0] != values[1]:
                 raise ValueError(f"{where}{name} is {values[0]!r}, and {values[1]!r} among the rope settings")
+
+
+def rotates_only_where_stated(model_type: str) -> bool:
+    """Whether a family rotates nothing where its configuration has no rope settings."""
+    return model_type in FAMILIES and FAMILIES[model_type].rotation_is_stated
+
+
+def states_rotation(raw: Mapping[str, Any]) -> bool:
+    """Whether config.json states a rope_theta. transformers fills one in where the settings are null or absent."""
+    return raw.get("rope_theta") is not None or _rope_settings(raw).get("rope_theta") is not None
+
+
+def check_stated_rotation(raw: Mapping[str, Any]) -> None:
+    """Raises ValueError for rope settings from which it does not follow whether anything is rotated."""
+    rope = _rope_settings(raw)
+    if rope and "rope_theta" not in rope and "rope_theta" not in raw:
+        raise ValueError("rope settings without a rope_theta; state it, or null where nothing is rotated")
+    more = [name for name in rope if name not in ("rope_theta", "rope_type", "type")]
+    if not states_rotation(raw) and (more or rope.get("rope_type", rope.get("type", "default")) != "default"):
+        raise ValueError("rope settings with a rope_theta of null, which says that nothing is rotated; leave them out")
+
+
+def _rope_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
 
 
 def check_rope_keys(rope: Mapping[str, Any]) -> None:

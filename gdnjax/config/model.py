@@ -34,6 +34,7 @@ MTP_KEYS: dict[str, MtpKeys] = {
     "deepseek_v3": MtpKeys(
         layers="num_nextn_predict_layers", default=1, dedicated=None, alias="num_mtp_layers", as_layers=True
     ),
+    "kimi_linear": MtpKeys(layers="num_nextn_predict_layers", default=0, dedicated=None, as_layers=True),
     "qwen3_5": _QWEN3_5_MTP,
     "qwen3_5_moe": _QWEN3_5_MTP,
     "qwen3_5_moe_text": _QWEN3_5_MTP,
@@ -41,7 +42,9 @@ MTP_KEYS: dict[str, MtpKeys] = {
     # Published files have the head's tensors and do not count its layers; vLLM takes one, under this key, too.
     "qwen3_next": MtpKeys(layers="num_nextn_predict_layers", default=1, dedicated=None),
 }
-"""model_type -> how the MTP head is configured. Tables of its own beside shared ones are found by the loader."""
+"""model_type -> how the MTP head is configured; families without such a head are not here. Tables of its own beside
+shared ones are found by the loader.
+"""
 
 
 class LayerKind(enum.Enum):
@@ -65,13 +68,19 @@ class MlpKind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaConfig:
-    """Geometry of the Gated DeltaNet layers."""
+    """Geometry of the Gated DeltaNet layers.
+
+    beta_scale    what write strengths are multiplied by; with 2 a state's eigenvalues reach from -1 to 1
+    norm_eps      of the gated norm; None: the model's rms_norm_eps
+    """
 
     num_key_heads: int
     num_value_heads: int
     key_head_dim: int
     value_head_dim: int
     conv_kernel: int
+    beta_scale: float = 1.0
+    norm_eps: float | None = None
 
     def __post_init__(self):
         check_positive(self)
@@ -148,6 +157,74 @@ class DeltaConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class KimiDeltaConfig:
+    """Geometry of the layers of Kimi Delta Attention: a decay for each key channel; keys and values are as wide."""
+
+    num_heads: int
+    head_dim: int
+    conv_kernel: int
+
+    def __post_init__(self):
+        check_positive(self)
+        if self.conv_kernel < 2:
+            raise ValueError(f"short_conv_kernel_size must be at least 2, got {self.conv_kernel}")
+
+    @property
+    def value_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: q, k and v side by side."""
+        return 3 * self.value_dim
+
+    def num_weights(self, width: int) -> int:
+        """Parameters of a layer of a model so wide, without those that are always float32."""
+        inputs = self.conv_dim + self.num_heads + 2 * self.head_dim
+        low_rank = 2 * self.head_dim * self.value_dim
+        return width * (inputs + self.value_dim) + low_rank + self.conv_dim * self.conv_kernel + self.head_dim
+
+    @property
+    def num_float32_weights(self) -> int:
+        """A_log and dt_bias."""
+        return self.num_heads + self.value_dim
+
+    @property
+    def activation_width(self) -> int:
+        """Numbers of a token that a layer holds at once, about, beside the residual stream."""
+        return self.conv_dim + 2 * self.value_dim
+
+    def cache_kind(self, layers: int, *, dtype: str, ssm_dtype: str, pending_rows: int) -> Slot:
+        """What a request keeps of so many layers: states and windows as those of DeltaConfig, and
+
+        pending_f  [pending, head_dim] the low-rank inputs of pending tokens' decays, whole on every rank
+        pending_b  [pending, heads] the inputs of their write strengths
+        """
+        window = self.conv_kernel - 1 + pending_rows
+        state = (self.num_heads, self.head_dim * self.head_dim)
+        leaves = [
+            LeafSpec(name="ssm", layers=layers, shape=state, dtype=ssm_dtype, split=0),
+            LeafSpec(name="conv", layers=layers, shape=(window, self.conv_dim), dtype=dtype, split=1),
+        ]
+        if pending_rows:
+            low_rank, strengths = (pending_rows, self.head_dim), (pending_rows, self.num_heads)
+            leaves += [
+                LeafSpec(name="pending_f", layers=layers, shape=low_rank, dtype=dtype),
+                LeafSpec(name="pending_b", layers=layers, shape=strengths, dtype=dtype, split=1),
+            ]
+        return Slot(name=DELTA, leaves=tuple(leaves), ordered=True)
+
+    def shard(self, tp: int) -> "KimiDeltaConfig":
+        """The part of one rank."""
+        if self.num_heads % tp:
+            raise ValueError(
+                f"tensor_parallel_size={tp} does not divide the {self.num_heads} heads of linear attention; "
+                f"allowed: divisors of {self.num_heads}"
+            )
+        return dataclasses.replace(self, num_heads=self.num_heads // tp)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnConfig:
     """YaRN, arXiv:2309.00071: rotary frequencies for a context `factor` times as long as that of the training.
 
@@ -180,16 +257,22 @@ class YarnConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Geometry of the gated full-attention layers, and their rotary frequencies: those of `rope_theta`, with `yarn`
-    changed for a longer context.
+    """Geometry of the full-attention layers, and their rotary frequencies: those of `rope_theta`, with `yarn` changed
+    for a longer context.
+
+    rotary_dim    the part of a head that is rotated; None, as `rope_theta` then is: nothing is rotated
+    output_gate   queries come with a gate of their own width, by which what is read is multiplied
+    whole_norms   queries and keys are normalised over all heads together, not head by head
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rotary_dim: int
-    rope_theta: float
+    rotary_dim: int | None
+    rope_theta: float | None
     yarn: YarnConfig | None = None
+    output_gate: bool = True
+    whole_norms: bool = False
 
     def __post_init__(self):
         check_positive(self)
@@ -198,6 +281,10 @@ class AttentionConfig:
                 f"num_attention_heads must be a multiple of num_key_value_heads, "
                 f"got {self.num_heads} and {self.num_kv_heads}"
             )
+        if self.rotary_dim is None or self.rope_theta is None:
+            if (self.rotary_dim, self.rope_theta, self.yarn) != (None, None, None):
+                raise ValueError("without rotation rotary_dim, rope_theta and yarn are None, all three")
+            return
         if self.yarn and self.rope_theta <= 1:
             raise ValueError(f"YaRN needs a rope_theta above 1, got {self.rope_theta}")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
@@ -206,9 +293,14 @@ class AttentionConfig:
             )
 
     def num_weights(self, width: int) -> int:
-        """Parameters of a layer of a model so wide. Queries come with a gate of their own width."""
-        heads = 3 * self.num_heads + 2 * self.num_kv_heads
-        return width * heads * self.head_dim + 2 * self.head_dim
+        """Parameters of a layer of a model so wide."""
+        norms = self.num_heads + self.num_kv_heads if self.whole_norms else 2
+        return (width * self._num_projected_heads + norms) * self.head_dim
+
+    @property
+    def _num_projected_heads(self) -> int:
+        """Queries, keys, values and outputs, with the queries' gates if they have any."""
+        return (2 + self.output_gate) * self.num_heads + 2 * self.num_kv_heads
 
     @property
     def num_float32_weights(self) -> int:
@@ -217,7 +309,7 @@ class AttentionConfig:
     @property
     def activation_width(self) -> int:
         """Numbers of a token that a layer holds at once, about, beside the residual stream."""
-        return (3 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return self._num_projected_heads * self.head_dim
 
     def cache_kind(self, layers: int, *, dtype: str) -> Paged:
         """Keys and values of so many layers, 8-bit ones with a float32 scale for each token and head."""
@@ -417,7 +509,9 @@ class ModelConfig:
 
     `interleaved_projections` says that the checkpoint stores q, k, v, z (and b, a) grouped by key head, as
     Qwen3-Next does; the modules never see it, the loader undoes it. `zero_centred_norms`: the norms of the residual
-    stream multiply by 1 + w, not by w. `mtp_layers` counts the decoder layers of the
+    stream multiply by 1 + w, not by w. `separate_projections`: the checkpoint has q, k and v of the delta layers as
+    tensors of their own, with Olmo-Hybrid's names for these layers; the loader joins them. Layers of `post_norm_kinds`
+    normalise what mixer and MLP give, the others what these are given. `mtp_layers` counts the decoder layers of the
     checkpoint's multi-token-prediction head, 0 where it has none; `mtp_dedicated_embeddings` says that this head has
     an embedding of its own. Both are read by `MTP_KEYS`, and what the engine cannot run is refused by `require_mtp`:
     without the head such a checkpoint is as good as any other.
@@ -429,7 +523,7 @@ class ModelConfig:
     intermediate_size: int
     layer_kinds: tuple[LayerKind, ...]
     mlp_kinds: tuple[MlpKind, ...]
-    delta: DeltaConfig | None = None
+    delta: DeltaConfig | KimiDeltaConfig | None = None
     attention: AttentionConfig | LatentAttentionConfig | None = None
     moe: MoeConfig | None = None
     mtp_layers: int = 0
@@ -440,6 +534,8 @@ class ModelConfig:
     max_position_embeddings: int = 32768
     dtype: str = "bfloat16"
     interleaved_projections: bool = False
+    separate_projections: bool = False
+    post_norm_kinds: tuple[LayerKind, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -450,6 +546,8 @@ class ModelConfig:
         for kind, name in ((LayerKind.DELTA, "delta"), (LayerKind.ATTENTION, "attention")):
             if kind in self.layer_kinds and getattr(self, name) is None:
                 raise ValueError(f"layer_kinds names {kind.value}, but {name} is None")
+        if self.interleaved_projections and self.separate_projections:
+            raise ValueError("projections of the checkpoint are interleaved or separate, not both")
         if self.mtp_layers and self.attention is None:
             raise ValueError(f"mtp_layers={self.mtp_layers} are attention layers, but attention is None")
         if MlpKind.MOE in self.mlp_kinds and self.moe is None:
@@ -486,7 +584,7 @@ class ModelConfig:
         head = [(LayerKind.ATTENTION, self.mlp_kinds[-1])] * self.mtp_layers if mtp else []
         return [*zip(self.layer_kinds, self.mlp_kinds, strict=True), *head]
 
-    def mixer(self, kind: LayerKind) -> DeltaConfig | AttentionConfig | LatentAttentionConfig:
+    def mixer(self, kind: LayerKind) -> DeltaConfig | KimiDeltaConfig | AttentionConfig | LatentAttentionConfig:
         """The geometry of the token mixers of a kind."""
         found = self.delta if kind is LayerKind.DELTA else self.attention
         assert found is not None, "checked at construction for every kind that occurs"

@@ -250,8 +250,11 @@ NORMS = (
     "norm",
     "q_norm",
     "k_norm",
+    "q_heads_norm",
+    "k_heads_norm",
     "input_layernorm",
     "post_attention_layernorm",
+    "post_feedforward_layernorm",
     "pre_fc_norm_embedding",
     "pre_fc_norm_hidden",
 )

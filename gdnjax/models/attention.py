@@ -1,4 +1,4 @@
-"""The gated full-attention layer: q and gate from one projection, q/k norms, partial rotary, paged KV."""
+"""The full-attention layer: q, and its gate if it has one, from one projection, q/k norms, rotary, paged KV."""
 
 import jax
 from flax import nnx
@@ -7,23 +7,29 @@ from gdnjax.backend import Backend
 from gdnjax.cache import Cache
 from gdnjax.config import ATTENTION, AttentionConfig, ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
-from gdnjax.models.layers import Linear, RMSNorm, project, rotate
+from gdnjax.models.layers import Linear, RMSNorm, SplitRMSNorm, project, rotate
 from gdnjax.pallas_kernels import paged_attention
 from gdnjax.shapes import Array, Float
 
 
-class GatedAttention(nnx.Module):
+class Attention(nnx.Module):
     """One rank's heads of an attention layer. The result is this rank's term of the sum over ranks."""
 
-    def __init__(self, config: ModelConfig, attention: AttentionConfig, dtype: str, backend: Backend):
-        width = config.hidden_size
-        self.q_proj = Linear(width, 2 * attention.num_heads * attention.head_dim, dtype)
+    def __init__(self, config: ModelConfig, attention: AttentionConfig, dtype: str, tp: int, backend: Backend):
+        width, eps, zero_centred = config.hidden_size, config.rms_norm_eps, config.zero_centred_norms
+        self.q_proj = Linear(width, (1 + attention.output_gate) * attention.num_heads * attention.head_dim, dtype)
         self.k_proj = Linear(width, attention.num_kv_heads * attention.head_dim, dtype)
         self.v_proj = Linear(width, attention.num_kv_heads * attention.head_dim, dtype)
         self.o_proj = Linear(attention.num_heads * attention.head_dim, width, dtype)
-        self.q_norm = RMSNorm(attention.head_dim, config.rms_norm_eps, dtype)
-        self.k_norm = RMSNorm(attention.head_dim, config.rms_norm_eps, dtype)
-        self.head_dim = attention.head_dim
+        # Names of their own, because their weights are split over ranks.
+        if attention.whole_norms:
+            queries, keys = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+            self.q_heads_norm = SplitRMSNorm(queries, eps, dtype, tp, zero_centred=zero_centred)
+            self.k_heads_norm = SplitRMSNorm(keys, eps, dtype, tp, zero_centred=zero_centred)
+        else:
+            self.q_norm = RMSNorm(attention.head_dim, eps, dtype, zero_centred=zero_centred)
+            self.k_norm = RMSNorm(attention.head_dim, eps, dtype, zero_centred=zero_centred)
+        self.attention = attention
         self.backend = backend
 
     def __call__(
@@ -35,12 +41,18 @@ class GatedAttention(nnx.Module):
         layer: int,
     ) -> tuple[Float[Array, "t d"], Cache]:
         """`layer` is the row in the pools. Those of `cache` are consumed."""
-        tokens, width = x.shape[0], self.head_dim
-        projected = project(x, self.q_proj, self.k_proj, self.v_proj, backend=self.backend)
-        qg, k, v = (part.reshape(tokens, -1, width) for part in projected)
-        # q_proj gives [q | gate] for each head.
-        q, gate = qg[:, ::2], qg[:, 1::2]
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        tokens, width = x.shape[0], self.attention.head_dim
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj, backend=self.backend)
+        if self.attention.whole_norms:
+            q, k = self.q_heads_norm(q), self.k_heads_norm(k)
+        q, k, v = (part.reshape(tokens, -1, width) for part in (q, k, v))
+        gate = None
+        if self.attention.output_gate:
+            # q_proj gives [q | gate] for each head.
+            q, gate = q[:, ::2], q[:, 1::2]
+        if not self.attention.whole_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, angles), rotate(k, angles)
         places, pools = context.places, cache.pages[ATTENTION]
         k_blocks, v_blocks = paged_attention.write(
             pools["k"], pools["v"], layer, k, v, places.block, places.offset, backend=self.backend
@@ -54,6 +66,6 @@ class GatedAttention(nnx.Module):
                 q = q.reshape(-1, context.rows_per_slot, *q.shape[1:])
                 o = paged_attention.attend(q, k_blocks, v_blocks, layer, context.tiles, backend=self.backend)
                 o = o.reshape(tokens, *o.shape[2:])
-        o = o * jax.nn.sigmoid(gate)
+        o = o if gate is None else o * jax.nn.sigmoid(gate)
         (out,) = project(o.reshape(tokens, -1), self.o_proj, backend=self.backend)
         return out, cache.with_pages(ATTENTION, k=k_blocks, v=v_blocks)

@@ -5,10 +5,19 @@ from flax import nnx
 from gdnjax import sharding
 from gdnjax.backend import Backend
 from gdnjax.cache import Cache
-from gdnjax.config import AttentionConfig, DeltaConfig, LatentAttentionConfig, LayerKind, MlpKind, ModelConfig
-from gdnjax.models.attention import GatedAttention
+from gdnjax.config import (
+    AttentionConfig,
+    DeltaConfig,
+    KimiDeltaConfig,
+    LatentAttentionConfig,
+    LayerKind,
+    MlpKind,
+    ModelConfig,
+)
+from gdnjax.models.attention import Attention
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.gated_deltanet import GatedDeltaNet
+from gdnjax.models.kimi_delta import KimiDeltaAttention
 from gdnjax.models.latent_attention import LatentAttention
 from gdnjax.models.layers import DenseMLP, residual_norm
 from gdnjax.models.moe import MoeMLP
@@ -16,7 +25,9 @@ from gdnjax.shapes import Array, Float
 
 
 class DecoderLayer(nnx.Module):
-    """A token mixer and an MLP, each behind a norm and added to the residual stream, each summed over ranks."""
+    """A token mixer and an MLP, each summed over ranks and added to the residual stream; each behind a norm, or where
+    the configuration says so before one.
+    """
 
     def __init__(
         self,
@@ -29,13 +40,20 @@ class DecoderLayer(nnx.Module):
         backend: Backend,
     ):
         """`config` is that of one rank; `pool_row` is the layer's row in the pools, which count layers of one kind."""
-        self.input_layernorm = residual_norm(config, dtype)
+        self.post_norms = kind in config.post_norm_kinds
+        # The names of the checkpoints: one stands behind the mixer in either case, there it ends what the mixer gives.
         self.post_attention_layernorm = residual_norm(config, dtype)
+        if self.post_norms:
+            self.post_feedforward_layernorm = residual_norm(config, dtype)
+        else:
+            self.input_layernorm = residual_norm(config, dtype)
         match config.mixer(kind):
             case DeltaConfig() as delta:
                 self.linear_attn = GatedDeltaNet(config, delta, dtype, backend)
+            case KimiDeltaConfig() as delta:
+                self.linear_attn = KimiDeltaAttention(config, delta, dtype, backend)
             case AttentionConfig() as attention:
-                self.self_attn = GatedAttention(config, attention, dtype, backend)
+                self.self_attn = Attention(config, attention, dtype, tp, backend)
             case LatentAttentionConfig() as attention:
                 self.self_attn = LatentAttention(config, attention, dtype, backend)
         match mlp_kind:
@@ -62,12 +80,14 @@ class DecoderLayer(nnx.Module):
         angles: tuple[Array, Array] | None,
         cache: Cache,
     ) -> tuple[Float[Array, "t d"], Cache]:
-        normal = self.input_layernorm(x)
+        given = x if self.post_norms else self.input_layernorm(x)
         match self.kind:
             case LayerKind.DELTA:
-                mixed, cache = self.linear_attn(normal, context, cache, self.pool_row)
+                mixed, cache = self.linear_attn(given, context, cache, self.pool_row)
             case LayerKind.ATTENTION:
-                mixed, cache = self.self_attn(normal, context, angles, cache, self.pool_row)
-        x = x + sharding.psum(mixed, self.tp)
-        out = self.mlp(self.post_attention_layernorm(x), context.valid)
-        return x + sharding.psum(out, self.tp), cache
+                mixed, cache = self.self_attn(given, context, angles, cache, self.pool_row)
+        mixed = sharding.psum(mixed, self.tp)
+        x = x + (self.post_attention_layernorm(mixed) if self.post_norms else mixed)
+        given = x if self.post_norms else self.post_attention_layernorm(x)
+        out = sharding.psum(self.mlp(given, context.valid), self.tp)
+        return x + (self.post_feedforward_layernorm(out) if self.post_norms else out), cache

@@ -53,21 +53,39 @@ class RMSNorm(nnx.Module):
         return (rms_normalise(x, self.eps) * (self.centre + self.weight[...].astype(jnp.float32))).astype(x.dtype)
 
 
+class SplitRMSNorm(nnx.Module):
+    """An RMSNorm over a width that ranks share out evenly, each part as often as any other."""
+
+    def __init__(self, width: int, eps: float, dtype: str, tp: int, *, zero_centred: bool):
+        """`width` is that of one rank."""
+        self.weight = nnx.Param(jnp.zeros((width,), dtype))
+        self.eps = eps
+        self.tp = tp
+        self.centre = 1.0 if zero_centred else 0.0
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        wide = x.astype(jnp.float32)
+        square = sharding.psum(jnp.mean(wide * wide, axis=-1, keepdims=True), self.tp) / self.tp
+        normal = wide * lax.rsqrt(square + self.eps)
+        return (normal * (self.centre + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+
+
 def residual_norm(config: ModelConfig, dtype: str) -> RMSNorm:
     """A norm of the residual stream."""
     return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, zero_centred=config.zero_centred_norms)
 
 
 class GatedRMSNorm(nnx.Module):
-    """Plain weight, gated: x / rms(x) * w * silu(gate). The result has the gate's dtype."""
+    """Plain weight, gated: x / rms(x) * w * silu(gate), or sigmoid(gate). The result has the gate's dtype."""
 
-    def __init__(self, width: int, eps: float, dtype: str):
+    def __init__(self, width: int, eps: float, dtype: str, *, activation: str = "silu"):
         self.weight = nnx.Param(jnp.zeros((width,), dtype))
         self.eps = eps
+        self.activation = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[activation]
 
     def __call__(self, x: Float[Array, "... v"], gate: Float[Array, "... v"]) -> Float[Array, "... v"]:
         normal = rms_normalise(x, self.eps) * self.weight[...].astype(jnp.float32)
-        return (normal * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
+        return (normal * self.activation(gate.astype(jnp.float32))).astype(gate.dtype)
 
 
 def rms_normalise(x: Float[Array, "... d"], eps: float) -> Float32[Array, "... d"]:
@@ -83,7 +101,7 @@ def rotary_angles(
     Text has one position for all three sections of the interleaved mrope, so the sections do not show.
     """
     size, theta, yarn = attention.rotary_dim, attention.rope_theta, attention.yarn
-    if theta is None:
+    if theta is None or size is None:
         return None
     if yarn is None:
         frequency = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)

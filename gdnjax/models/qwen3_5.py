@@ -1,4 +1,4 @@
-"""Qwen3.5, Qwen3-Next, DeepSeek-V3: the layers in order, one residual stream, and the MTP head where it is wanted."""
+"""The decoder of all families: the layers in order, one residual stream, and the MTP head where it is wanted."""
 
 import jax.numpy as jnp
 from flax import nnx

@@ -24,6 +24,8 @@ SIZES = {
     "qwen3.5-397b-a17b": 397,
     "qwen3-next-80b-a3b": 80,
     "deepseek-v3": 671,
+    "kimi-linear-48b-a3b": 49,
+    "olmo-hybrid-7b": 7,
 }
 
 HYBRIDS = tuple(name for name in PRESETS if name.startswith("qwen"))
@@ -124,6 +126,16 @@ def test_deepseek_v3_is_exact():
     )
     assert num_parameters(config) == 671_026_419_200
     assert num_parameters(config, mtp=True) - num_parameters(config) == 11_610_068_224
+
+
+def test_olmo_hybrid_is_exact():
+    """As many parameters as its publisher's tests count: 7,430,870,688."""
+    config = ModelConfig.from_hf(config_file("olmo-hybrid-7b"))
+    assert config.layer_kinds == ((LayerKind.DELTA,) * 3 + (LayerKind.ATTENTION,)) * 8
+    assert (config.delta.key_head_dim, config.delta.value_head_dim, config.delta.beta_scale) == (96, 192, 2.0)
+    assert (config.attention.num_heads, config.attention.num_kv_heads, config.attention.head_dim) == (30, 30, 128)
+    assert (config.attention.rope_theta, config.max_position_embeddings, config.mtp_layers) == (None, 65_536, 0)
+    assert num_parameters(config) == 7_430_870_688
 
 
 @pytest.mark.parametrize("name", SAME_AS)

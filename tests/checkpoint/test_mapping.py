@@ -1,5 +1,6 @@
 """Index vectors and the reads that follow from them."""
 
+import dataclasses
 import itertools
 import types
 
@@ -80,6 +81,41 @@ def test_interleaved_rows_are_those_of_transformers():
     np.testing.assert_array_equal(index("in_proj_z"), z)
     np.testing.assert_array_equal(index("in_proj_b"), b)
     np.testing.assert_array_equal(index("in_proj_a"), a)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(
+    ("module", "parts", "sizes"),
+    [
+        ("in_proj_qkv", "{}_proj", (12, 12, 40)),
+        ("conv1d", "{}_conv1d", (12, 12, 40)),
+        # Not at the bounds of q, k and v, as transformers cuts them.
+        ("conv1d", "{}_conv1d", (21, 21, 22)),
+    ],
+)
+def test_separate_tensors_are_joined(module, parts, sizes, tp):
+    cfg = dataclasses.replace(tiny.DENSE, separate_projections=True)
+    path = "layers.0.linear_attn"
+    whole = np.random.default_rng(0).standard_normal((64, 6))
+    names = [f"{path}.{parts.format(part)}.weight" for part in "qkv"]
+    stored = dict(zip(names, np.split(whole, np.cumsum(sizes)[:-1]), strict=True))
+    convolutions = {name: len(stored[name]) for name in mapping.apart_convolutions(names)}
+    assert bool(convolutions) == (module == "conv1d")
+    name = f"{path}.{module}.weight"
+    origin = mapping.origin_of(name, whole.shape, cfg, tp, experts_apart=False, convolutions=convolutions)
+    assert {part.tensor: part.shape for part in origin.parts} == {name: part.shape for name, part in stored.items()}
+    found = np.full_like(whole, np.nan)
+    for copy in mapping.copies(origin, (slice(0, 64), slice(0, 6))):
+        found[copy.target] = stored[copy.tensor][copy.source]
+    np.testing.assert_array_equal(found, tiny.global_tensors({name: whole}, cfg, tp)[name])
+
+
+def test_convolutions_of_another_size_are_expected_as_published():
+    cfg = dataclasses.replace(tiny.DENSE, separate_projections=True)
+    convolutions = {f"layers.0.linear_attn.{part}_conv1d.weight": 20 for part in "qkv"}
+    name = "layers.0.linear_attn.conv1d.weight"
+    origin = mapping.origin_of(name, (64, 1, 4), cfg, 1, experts_apart=False, convolutions=convolutions)
+    assert [part.shape for part in origin.parts] == [(12, 1, 4), (12, 1, 4), (40, 1, 4)]
 
 
 def test_a_tree_of_another_size_is_an_error():

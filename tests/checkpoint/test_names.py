@@ -2,7 +2,8 @@
 
 import pytest
 
-from gdnjax.checkpoint.names import sort_names
+from gdnjax.checkpoint.names import renaming, sort_names
+from tests.config.configurations import from_hf
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model.", ""])
@@ -59,6 +60,30 @@ def test_head_that_is_stored_as_a_layer_is_told_from_the_target_by_its_number():
     assert (without.language, without.mtp, without.copies) == (target, (*head.values(), *tables), {})
     tied = sort_names(tables, tied_lm_head=True, mtp_wanted=True, mtp_layers=range(61, 62))
     assert set(tied.copies.values()) == {"embed_tokens.weight"}
+
+
+def test_norms_in_another_spelling_are_the_same_norms():
+    names = {
+        "layers.0.input_layernorm.weight": "model.layers.0.attention_layer_norm.weight",
+        "layers.0.post_attention_layernorm.weight": "model.layers.0.feedforward_layer_norm.weight",
+    }
+    rename = renaming(from_hf("olmo_hybrid"))
+    assert sort_names(names.values(), tied_lm_head=False, rename=rename).language == names
+    with pytest.raises(ValueError, match=r"layers\.0\.attention_layer_norm\.weight and model\.layers\.0\.input_layer"):
+        sort_names([*names.values(), "model.layers.0.input_layernorm.weight"], tied_lm_head=False, rename=rename)
+
+
+def test_layers_of_the_delta_rule_are_told_from_attention_by_their_numbers():
+    """Kimi-Linear calls either self_attn, and has experts in a spelling of its own."""
+    rename = renaming(from_hf("kimi_linear"))
+    names = {
+        "layers.0.linear_attn.forget_gate.A_log": "layers.0.self_attn.A_log",
+        "layers.2.linear_attn.norm.weight": "layers.2.self_attn.o_norm.weight",
+        "layers.1.self_attn.o_proj.weight": "layers.1.self_attn.o_proj.weight",
+        "layers.1.mlp.experts.11.gate_proj.weight": "layers.1.block_sparse_moe.experts.11.w1.weight",
+        "layers.1.mlp.gate.e_score_correction_bias": "layers.1.block_sparse_moe.gate.e_score_correction_bias",
+    }
+    assert {rename(name): name for name in names.values()} == names
 
 
 def test_one_parameter_named_twice_is_an_error():

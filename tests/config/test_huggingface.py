@@ -11,6 +11,7 @@ from gdnjax.config import (
     SUPPORTED_MODEL_TYPES,
     AttentionConfig,
     DeltaConfig,
+    KimiDeltaConfig,
     LatentAttentionConfig,
     MlpKind,
     MoeConfig,
@@ -22,6 +23,32 @@ DELTA, ATTENTION = LayerKind.DELTA, LayerKind.ATTENTION
 
 def test_every_supported_model_type_is_tested():
     assert set(CLASSES) == set(SUPPORTED_MODEL_TYPES)
+
+
+def test_geometry_of_kimi_linear_is_read():
+    """From transformers' names, and from those of the published files, whose numbers of layers begin with 1."""
+    config = from_hf("kimi_linear")
+    assert (config.layer_kinds, config.zero_centred_norms) == ((DELTA, ATTENTION, DELTA), False)
+    assert config.delta == KimiDeltaConfig(num_heads=6, head_dim=16, conv_kernel=5)
+    attention = config.attention
+    assert (attention.kv_lora_rank, attention.q_lora_rank, attention.rope_theta) == (28, None, None)
+    assert config.mlp_kinds == (MlpKind.DENSE, MlpKind.MOE, MlpKind.MOE)
+    assert (config.moe.num_experts, config.moe.num_groups, config.moe.scoring) == (12, 3, "sigmoid")
+    given = hf_dict("kimi_linear")
+    ours = {"layer_types", "mlp_layer_types", "linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim"}
+    published = {name: value for name, value in given.items() if name not in ours} | {
+        "linear_attn_config": {
+            "kda_layers": [1, 3],
+            "full_attn_layers": [2],
+            "num_heads": 6,
+            "head_dim": 16,
+            "short_conv_kernel_size": 5,
+        },
+        "first_k_dense_replace": 1,
+        "rope_theta": 10000.0,
+        "head_dim": 72,
+    }
+    assert ModelConfig.from_hf(published) == config
 
 
 @pytest.mark.parametrize("model_type", HYBRIDS)
@@ -117,6 +144,65 @@ def test_what_latent_attention_and_its_router_do_not_compute_is_refused(changes,
         ModelConfig.from_hf(hf_dict("deepseek_v3") | changes)
 
 
+def test_plain_attention_and_its_neighbours_are_read():
+    config = from_hf("olmo_hybrid")
+    assert (config.layer_kinds, config.mlp_kinds) == ((DELTA, DELTA, ATTENTION), (MlpKind.DENSE,) * 3)
+    assert config.delta == DeltaConfig(
+        num_key_heads=3,
+        num_value_heads=6,
+        key_head_dim=12,
+        value_head_dim=24,
+        conv_kernel=5,
+        beta_scale=2.0,
+        norm_eps=1e-5,
+    )
+    assert config.attention == AttentionConfig(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=12,
+        rotary_dim=None,
+        rope_theta=None,
+        output_gate=False,
+        whole_norms=True,
+    )
+    assert (config.post_norm_kinds, config.zero_centred_norms) == ((ATTENTION,), False)
+    assert (config.separate_projections, config.interleaved_projections) == (True, False)
+    assert from_hf("olmo_hybrid", text={"linear_allow_neg_eigval": False}).delta.beta_scale == 1.0
+    assert from_hf("olmo_hybrid", head_dim=20).attention.head_dim == 20
+
+
+@pytest.mark.parametrize(
+    ("rope", "theta"),
+    [
+        ({}, None),
+        ({"rope_parameters": None}, None),
+        ({"rope_parameters": {"rope_theta": None}}, None),
+        ({"rope_theta": None}, None),
+        ({"rope_theta": 777.0}, 777.0),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}, 777.0),
+    ],
+)
+def test_nothing_is_rotated_where_no_rotation_is_stated(rope, theta):
+    """transformers fills in a rope_theta where there is none; the published models were trained without rotation."""
+    raw = hf_dict("olmo_hybrid")
+    del raw["rope_parameters"]
+    attention = ModelConfig.from_hf(raw | rope).attention
+    assert (attention.rope_theta, attention.rotary_dim) == (theta, None if theta is None else 12)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "default"}, "rope settings without a rope_theta; state it, or null where nothing is rotated"),
+        ({"rope_type": "yarn", "rope_theta": None, "factor": 2.0}, "rope settings with a rope_theta of null"),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "unsupported partial_rotary_factor 0.5; supported: 1.0"),
+    ],
+)
+def test_rope_settings_that_contradict_themselves_are_refused(rope, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(hf_dict("olmo_hybrid") | {"rope_parameters": rope})
+
+
 def test_other_name_of_the_count_of_mtp_layers_is_read():
     raw = hf_dict("deepseek_v3")
     del raw["num_nextn_predict_layers"]
@@ -191,11 +277,13 @@ def test_eos_may_be_absent_one_or_several(eos, expected):
     assert from_hf("qwen3_5_text", eos_token_id=eos).eos_token_ids == expected
 
 
-def test_every_supported_model_type_says_where_its_mtp_head_is_configured():
-    assert set(MTP_KEYS) == set(SUPPORTED_MODEL_TYPES)
+def test_every_supported_model_type_but_one_without_says_where_its_mtp_head_is_configured():
+    assert set(MTP_KEYS) == set(SUPPORTED_MODEL_TYPES) - {"olmo_hybrid"}
+    with pytest.raises(ValueError, match="needs a model with an MTP head"):
+        from_hf("olmo_hybrid").require_mtp()
 
 
-@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("model_type", MTP_KEYS)
 @pytest.mark.parametrize("stated", [0, 1, 2])
 def test_layers_of_the_mtp_head_are_read_under_the_family_s_key(model_type, stated):
     assert from_hf(model_type, text={MTP_KEYS[model_type].layers: stated}).mtp_layers == stated

@@ -36,7 +36,7 @@ def test_key_that_nobody_knows_is_named_in_a_warning(inside, caplog):
 
 @pytest.mark.parametrize(
     ("model_type", "name"),
-    [(one, name) for one in ("qwen3_5", "qwen3_next", "deepseek_v3") for name in keys.fixed_of(one)],
+    [(one, name) for one in ("qwen3_5", "qwen3_next", "deepseek_v3", "olmo_hybrid") for name in keys.fixed_of(one)],
 )
 def test_key_that_changes_numbers_is_refused_with_any_other_value(name, model_type):
     allowed = keys.fixed_of(model_type)[name]

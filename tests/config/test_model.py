@@ -9,7 +9,7 @@ from gdnjax.config import MTP_KEYS, AttentionConfig
 from tests.config.configurations import CLASSES, from_hf, hf_dict
 
 
-@pytest.mark.parametrize("model_type", [name for name in CLASSES if MTP_KEYS[name].dedicated])
+@pytest.mark.parametrize("model_type", [name for name in CLASSES if name in MTP_KEYS and MTP_KEYS[name].dedicated])
 def test_mtp_head_with_an_embedding_of_its_own_is_refused_only_where_it_is_wanted(model_type):
     shared, own = (
         from_hf(model_type, text={"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": dedicated})

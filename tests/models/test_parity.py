@@ -161,7 +161,31 @@ def test_prefix_is_gone_on_from_at_any_block_without_a_state(live, near_ties):
     _check_greedy(f"{family}, a hit", [first, second], tokens, reference, near_ties)
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("qwen3_5_moe_tp", 4), ("qwen3_next_tp", 2), ("deepseek_v3_tp", 2)])
+@pytest.mark.parametrize("live", ["olmo_hybrid"], indirect=True)
+def test_conversation_that_goes_on_hits_the_state_at_its_end(live, near_ties):
+    """Prompt and output but for the last token are in the cache: they are sealed in the middle of a block."""
+    family, directory, llm = live
+    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+    first = checkpoints.prompt_tokens(130, seed=5)
+    (one,) = llm.generate([{"prompt_token_ids": first}], params, use_tqdm=False)
+    second = [*first, *one.outputs[0].token_ids, *checkpoints.prompt_tokens(40, seed=6)]
+    (other,) = llm.generate([{"prompt_token_ids": second}], params, use_tqdm=False)
+    assert (one.num_cached_tokens, other.num_cached_tokens) == (0, 130 + 15)
+    reference = checkpoints.reference_greedy(directory, [first, second], 16)
+    tokens = np.array([output.outputs[0].token_ids for output in (one, other)])
+    _check_greedy(f"{family}, a hit", [first, second], tokens, reference, near_ties)
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks"),
+    [
+        ("qwen3_5_moe_tp", 4),
+        ("qwen3_next_tp", 2),
+        ("deepseek_v3_tp", 2),
+        ("kimi_linear_tp", 4),
+        ("olmo_hybrid_tp", 2),
+    ],
+)
 def test_greedy_tokens_of_ranks_equal_transformers(family, ranks, tmp_path, near_ties):
     """From the disk straight into shards, through a padded vocabulary and replicated kv heads, or latents."""
     pytest.importorskip("torch")

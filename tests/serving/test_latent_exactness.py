@@ -163,7 +163,6 @@ def test_float64_sees_a_fault_in_the_latents(fault):
     assert neighbour.finished
     errors = logprob_error(victim), logprob_error(neighbour)
     llm.reset_prefix_cache()
-    print(errors)
     assert errors[1] <= LOGPROB_BOUND
     if fault is None:
         assert errors[0] <= LOGPROB_BOUND

@@ -76,7 +76,7 @@ TF32 = lax.DotAlgorithmPreset.TF32_TF32_F32
 # dtype of the activations -> tile
 CHUNKED = {
     "cuda": {
-        "bfloat16": Chunked(32, 4, 3, 4, 1, TF32X3, 32, 4, TF32),
+        "bfloat16": Chunked(32, 4, 3, 4, 1, TF32X3, 32, 2, TF32),
         "float32": Chunked(16, 4, 1, 4, 1, TF32X3, 32, 4, TF32X3),
     },
     "rocm": {
