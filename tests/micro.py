@@ -9,7 +9,16 @@ import jax
 import numpy as np
 
 from gdnjax import build_model, random_params
-from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
+from gdnjax.config import (
+    AttentionConfig,
+    DeltaConfig,
+    LatentAttentionConfig,
+    LayerKind,
+    MlpKind,
+    ModelConfig,
+    MoeConfig,
+    YarnConfig,
+)
 from gdnjax.sharding import path_name
 
 D, A = LayerKind.DELTA, LayerKind.ATTENTION
@@ -32,6 +41,44 @@ MICRO = ModelConfig(
     dtype="float32",
     mtp_layers=1,
 )
+
+
+LATENTS = ModelConfig(
+    model_type="deepseek_v3",
+    vocab_size=MICRO.vocab_size,
+    hidden_size=32,
+    intermediate_size=48,
+    layer_kinds=(A,) * 3,
+    mlp_kinds=(MlpKind.DENSE, MlpKind.MOE, MlpKind.MOE),
+    attention=LatentAttentionConfig(
+        num_heads=3,
+        q_lora_rank=12,
+        kv_lora_rank=20,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=6,
+        v_head_dim=10,
+        rope_theta=10_000.0,
+        yarn=YarnConfig(factor=4.0, original_context=64, attention_factor=1.1),
+        score_factor=1.3,
+    ),
+    moe=MoeConfig(
+        num_experts=8,
+        experts_per_token=3,
+        intermediate_size=16,
+        shared_intermediate_size=16,
+        normalise_top_k=True,
+        scoring="sigmoid",
+        routed_scaling=1.7,
+        correction_bias=True,
+        num_groups=4,
+        top_k_groups=2,
+        shared_gate=False,
+    ),
+    zero_centred_norms=False,
+    dtype="float32",
+    mtp_layers=1,
+)
+"""Latents alone and no state, experts in groups: the other small model, of one rank."""
 
 
 @functools.cache

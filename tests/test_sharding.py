@@ -66,7 +66,9 @@ def test_ranks_share_what_the_kinds_say():
 def test_every_line_of_the_table_is_used():
     with_head = dataclasses.replace(MICRO, mtp_layers=1)
     names = leaf_names(abstract_params(with_head, 1, "float32", mtp=True))
-    names += [name for family in ("deepseek_v3", "kimi_linear") for name in leaf_names(family_params(family))]
+    names += [
+        name for family in ("deepseek_v3", "kimi_linear", "olmo_hybrid") for name in leaf_names(family_params(family))
+    ]
     first = [next(pattern for pattern, _ in TABLE if re.fullmatch(pattern, name)) for name in names]
     assert {pattern for pattern, _ in TABLE} == set(first)
 

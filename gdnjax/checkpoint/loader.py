@@ -192,7 +192,9 @@ def _resolve(
     if problems:
         # The rest may be a whole model.
         if any(_is_of_head(name) for name in (*missing, *surplus)):
-            problems.append(f"Without the MTP head (num_speculative_tokens=0) nothing {_place_of_head(cfg)} is read")
+            problems.append(
+                f"Without the MTP head (num_speculative_tokens=0) nothing that {_place_of_head(cfg)} is read"
+            )
         raise ValueError(f"{directory}: the tensors do not fit the model's config.json. {'. '.join(problems)}")
     return names, origins
 
@@ -231,9 +233,9 @@ def _is_of_head(name: str) -> bool:
 
 
 def _place_of_head(cfg: ModelConfig) -> str:
-    """Where a checkpoint has the MTP head."""
+    """How a checkpoint marks a tensor of the MTP head, as the end of a sentence."""
     layers = cfg.mtp_layer_names
-    return "that begins with mtp." if layers is None else f"of the layers from {layers.start} on"
+    return "begins with mtp." if layers is None else f"is of the layers from {layers.start} on"
 
 
 def _check_head(names: Names, mtp_wanted: bool, cfg: ModelConfig) -> None:
@@ -245,7 +247,7 @@ def _check_head(names: Names, mtp_wanted: bool, cfg: ModelConfig) -> None:
         )
     if mtp_wanted and not any(map(_is_of_head, names.language)):
         raise ValueError(
-            f"num_speculative_tokens above 0 needs the MTP head, and no tensor here is one {_place_of_head(cfg)}; "
+            f"num_speculative_tokens above 0 needs the MTP head, and no tensor here {_place_of_head(cfg)}; "
             "allowed: num_speculative_tokens=0"
         )
 

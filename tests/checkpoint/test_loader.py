@@ -326,7 +326,7 @@ def test_copy_that_differs_from_the_target_s_is_refused(tmp_path, table):
     [
         (
             {"eh_proj.weight": None},
-            r"1 missing: layers\.2\.eh_proj\.weight\. Without the MTP head .*of the layers from 2",
+            r"1 missing: layers\.2\.eh_proj\.weight\. Without .* is of the layers from 2 on is",
         ),
         ({"mlp.gate.weight": None}, r"1 missing: layers\.2\.mlp\.gate\.weight\. Without the MTP head"),
         ({"other.weight": (3,)}, r"1 unexpected: model\.layers\.2\.other\.weight\. Without the MTP head"),

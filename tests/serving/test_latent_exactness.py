@@ -8,17 +8,10 @@ import numpy as np
 import pytest
 
 from gdnjax import LLM, EngineConfig, build_model, random_params
-from gdnjax.config import (
-    ATTENTION,
-    LatentAttentionConfig,
-    LayerKind,
-    MlpKind,
-    ModelConfig,
-    MoeConfig,
-    YarnConfig,
-)
+from gdnjax.config import ATTENTION
 from tests import faults
 from tests.float64 import reference
+from tests.micro import LATENTS
 from tests.serving.exactness import (
     ALL,
     GREEDY,
@@ -32,42 +25,6 @@ from tests.serving.exactness import (
     relative,
     reported,
     values_of,
-)
-
-LATENTS = ModelConfig(
-    model_type="deepseek_v3",
-    vocab_size=ALL,
-    hidden_size=32,
-    intermediate_size=48,
-    layer_kinds=(LayerKind.ATTENTION,) * 3,
-    mlp_kinds=(MlpKind.DENSE, MlpKind.MOE, MlpKind.MOE),
-    attention=LatentAttentionConfig(
-        num_heads=3,
-        q_lora_rank=12,
-        kv_lora_rank=20,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=6,
-        v_head_dim=10,
-        rope_theta=10_000.0,
-        yarn=YarnConfig(factor=4.0, original_context=64, attention_factor=1.1),
-        score_factor=1.3,
-    ),
-    moe=MoeConfig(
-        num_experts=8,
-        experts_per_token=3,
-        intermediate_size=16,
-        shared_intermediate_size=16,
-        normalise_top_k=True,
-        scoring="sigmoid",
-        routed_scaling=1.7,
-        correction_bias=True,
-        num_groups=4,
-        top_k_groups=2,
-        shared_gate=False,
-    ),
-    zero_centred_norms=False,
-    dtype="float32",
-    mtp_layers=1,
 )
 
 NUM_INTERLEAVINGS = 8
@@ -206,7 +163,6 @@ def test_float64_sees_a_fault_in_the_latents(fault):
     assert neighbour.finished
     errors = logprob_error(victim), logprob_error(neighbour)
     llm.reset_prefix_cache()
-    print(errors)
     assert errors[1] <= LOGPROB_BOUND
     if fault is None:
         assert errors[0] <= LOGPROB_BOUND
