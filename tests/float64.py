@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from gdnjax.config import LatentAttentionConfig, LayerKind, MlpKind, ModelConfig
+from gdnjax.config import KimiDeltaConfig, LatentAttentionConfig, LayerKind, MlpKind, ModelConfig
 from gdnjax.models.layers import yarn_frequencies
 
 
@@ -186,32 +186,47 @@ def _moe_of_groups(mlp, x, moe):
 def _delta(weights, x, config, positions):
     """The layer's output, and (state, window) behind so many tokens as each of `positions` says."""
     delta = config.delta
-    heads, key_dim, value_dim = delta.num_value_heads, delta.key_head_dim, delta.value_head_dim
+    key_dim, value_dim = delta.key_head_dim, delta.value_head_dim
+    heads, key_heads = delta.value_dim // value_dim, delta.key_dim // key_dim
     raw = x @ weights["in_proj_qkv"]["weight"].T
     taps = weights["conv1d"]["weight"][:, 0]
     width = taps.shape[1] - 1
     padded = np.concatenate([np.zeros((width, raw.shape[1])), raw])
     qkv = _silu(sum(padded[tap : tap + len(raw)] * taps[:, tap] for tap in range(width + 1)))
     q, k, v = np.split(qkv, [delta.key_dim, 2 * delta.key_dim], axis=-1)
-    q, k = (_normalise(y.reshape(len(x), -1, key_dim)).repeat(heads // delta.num_key_heads, axis=1) for y in (q, k))
+    q, k = (_normalise(y.reshape(len(x), -1, key_dim)).repeat(heads // key_heads, axis=1) for y in (q, k))
     q, v = q * key_dim**-0.5, v.reshape(len(x), heads, value_dim)
-    a, b = x @ weights["in_proj_a"]["weight"].T, x @ weights["in_proj_b"]["weight"].T
-    decay = np.exp(-np.exp(weights["A_log"]) * np.log1p(np.exp(a + weights["dt_bias"])))
-    beta = delta.beta_scale * _sigmoid(b)
+    decay, beta, gate, eps = _gates(weights, x, config)
     state, o = np.zeros((heads, key_dim, value_dim)), np.zeros((len(x), heads, value_dim))
     states = {0: state.copy()}
     for t in range(len(x)):
-        state *= decay[t][:, None, None]
+        state *= decay[t][:, :, None]
         new = beta[t][:, None] * (v[t] - (k[t][:, None] @ state)[:, 0])
         state += k[t][:, :, None] * new[:, None, :]
         o[t] = (q[t][:, None] @ state)[:, 0]
         if t + 1 in positions:
             states[t + 1] = state.copy()
-    z = (x @ weights["in_proj_z"]["weight"].T).reshape(o.shape)
-    eps = config.rms_norm_eps if delta.norm_eps is None else delta.norm_eps
-    o = _rms(o, eps) * weights["norm"]["weight"] * _silu(z)
+    o = _rms(o, eps) * weights["norm"]["weight"] * gate.reshape(o.shape)
     kept = {position: (states[position], padded[position : position + width]) for position in positions}
     return o.reshape(len(x), -1) @ weights["out_proj"]["weight"].T, kept
+
+
+def _gates(weights, x, config):
+    """Decays [t, hv, K], or 1 for K where all channels of a head decay alike; write strengths [t, hv]; what the outputs
+    are multiplied by, and the epsilon of their norm.
+    """
+    delta, beta = config.delta, _sigmoid(x @ weights["in_proj_b"]["weight"].T)
+    if isinstance(delta, KimiDeltaConfig):
+        forget = weights["forget_gate"]
+        a = x @ forget["f_a_proj"]["weight"].T @ forget["f_b_proj"]["weight"].T + forget["dt_bias"]
+        rate = np.exp(forget["A_log"].reshape(-1, 1))
+        decay = np.exp(-rate * np.log1p(np.exp(a)).reshape(len(x), -1, delta.head_dim))
+        gate = _sigmoid(x @ weights["g_a_proj"]["weight"].T @ weights["g_b_proj"]["weight"].T)
+        return decay, beta, gate, config.rms_norm_eps
+    a = x @ weights["in_proj_a"]["weight"].T + weights["dt_bias"]
+    decay = np.exp(-np.exp(weights["A_log"]) * np.log1p(np.exp(a)))[:, :, None]
+    eps = config.rms_norm_eps if delta.norm_eps is None else delta.norm_eps
+    return decay, delta.beta_scale * beta, _silu(x @ weights["in_proj_z"]["weight"].T), eps
 
 
 def _normalise(x):

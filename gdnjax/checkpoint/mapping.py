@@ -166,9 +166,8 @@ def _latent_values(cfg: ModelConfig, tp: int) -> Rows:
 
 def _delta_widths(cfg: ModelConfig) -> dict[str, int]:
     """Channels of the convolution that are queries, keys and values."""
-    if isinstance(cfg.delta, KimiDeltaConfig):
-        return dict.fromkeys("qkv", cfg.delta.value_dim)
-    delta = _delta_of(cfg)
+    delta = cfg.delta
+    assert delta is not None, "only a layer of the delta rule has this parameter"
     return {"q": delta.key_dim, "k": delta.key_dim, "v": delta.value_dim}
 
 

@@ -170,13 +170,25 @@ class KimiDeltaConfig:
             raise ValueError(f"short_conv_kernel_size must be at least 2, got {self.conv_kernel}")
 
     @property
+    def key_head_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def key_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
     def value_dim(self) -> int:
         return self.num_heads * self.head_dim
 
     @property
     def conv_dim(self) -> int:
         """Channels of the convolution: q, k and v side by side."""
-        return 3 * self.value_dim
+        return 2 * self.key_dim + self.value_dim
 
     def num_weights(self, width: int) -> int:
         """Parameters of a layer of a model so wide, without those that are always float32."""

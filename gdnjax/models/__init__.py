@@ -290,7 +290,7 @@ def _random_leaf(kind: str, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
             value = 0.3 * normal
         case "e_score_correction_bias":
             value = 0.1 * normal
-        case "in_proj_a":
+        case "in_proj_a" | "f_b_proj":
             value = 0.1 * normal * leaf.shape[-1] ** -0.5
         case "conv1d":
             value = 0.5 * normal
