@@ -7,9 +7,6 @@ import pathlib
 # The size of XLA's CPU thread pool, read when the backend starts. It is otherwise the number of cores, and ranks that
 # wait for one another on fewer threads wait for ever.
 os.environ.setdefault("NPROC", "8")
-# Code is compiled for every shape and run a few times: LLVM's optimisations are a third of the compiler's time, and
-# change nothing of what is computed. Read when the first program is compiled.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # PyTorch's threads wait for one another in loops: with two test processes on two cores that took most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
