@@ -24,7 +24,9 @@ LINES_OF = {str(pathlib.Path(serving.__file__).parent / f"{part}.py") for part i
 
 
 class PaperRunner(Runner):
-    """The paper device in the runner's place."""
+    """The paper device in the runner's place, with states that a hit needs."""
+
+    needs_state = True
 
     def __init__(self, config):
         self.config, self.metrics, self.compile_seconds = config, Metrics(), 0.0
