@@ -136,13 +136,7 @@ class Driver:
             tensor_parallel_size=model.tp,
             num_speculative_tokens=num_speculative_tokens,
         )
-        geometry = geometry_of(
-            model,
-            block_size=BLOCK,
-            ssm_dtype="float32",
-            num_drafts=config.num_speculative_tokens,
-            keep_draft_hidden=config.keeps_draft_hidden,
-        )
+        geometry = geometry_of(model, block_size=BLOCK, ssm_dtype="float32", speculation=config)
         plan = MemoryPlan.of_counts(
             geometry, num_slots=NUM_SLOTS, num_blocks=NUM_BLOCKS, num_logit_rows=1, num_count_rows=1
         )

@@ -18,9 +18,9 @@ def small_geometry(
     speculation: EngineConfig | None = None,
 ) -> StateGeometry:
     """Three delta layers with a convolution of 208 channels, and attention layers."""
-    drafts = speculation.num_speculative_tokens if speculation else 0
+    engine = speculation or EngineConfig()
     kinds = [
-        DELTA_LAYERS.cache_kind(3, dtype="bfloat16", ssm_dtype=ssm_dtype, pending_rows=1 + drafts if drafts else 0),
+        DELTA_LAYERS.cache_kind(3, dtype="bfloat16", ssm_dtype=ssm_dtype, pending_rows=engine.pending_rows),
         ATTENTION_LAYERS.cache_kind(attention_layers, dtype=kv_dtype),
     ]
     return StateGeometry(
@@ -28,8 +28,8 @@ def small_geometry(
         hidden_size=40,
         vocab_size=vocab_size,
         hidden_dtype="bfloat16",
-        num_drafts=drafts,
-        keep_draft_hidden=bool(speculation and speculation.keeps_draft_hidden),
+        num_drafts=engine.num_speculative_tokens,
+        keep_draft_hidden=engine.keeps_draft_hidden,
     )
 
 

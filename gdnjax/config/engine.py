@@ -111,6 +111,11 @@ class EngineConfig:
     spec_acceptance_length: float | None = None
 
     @property
+    def pending_rows(self) -> int:
+        """Tokens that a step may accept, and leave to the next one to fold into a state."""
+        return 1 + self.num_speculative_tokens if self.num_speculative_tokens else 0
+
+    @property
     def keeps_draft_hidden(self) -> bool:
         """Whether what drafts were drawn from is needed when they are put to the test."""
         return self.num_speculative_tokens > 0 and self.draft_acceptance == "rejection"

@@ -128,21 +128,9 @@ class DeltaConfig:
                     those of pending tokens
         pending_ab  [pending, 2 value heads] the gate inputs of pending tokens: a, then b
         """
-        heads, window = self.num_value_heads, self.conv_kernel - 1 + pending_rows
-        leaves = [
-            LeafSpec(
-                name="ssm",
-                layers=layers,
-                shape=(heads, self.key_head_dim * self.value_head_dim),
-                dtype=ssm_dtype,
-                split=0,
-            ),
-            LeafSpec(name="conv", layers=layers, shape=(window, self.conv_dim), dtype=dtype, split=1),
-        ]
-        if pending_rows:
-            gates = LeafSpec(name="pending_ab", layers=layers, shape=(pending_rows, 2 * heads), dtype=dtype, split=1)
-            leaves.append(gates)
-        return Slot(name=DELTA, leaves=tuple(leaves), ordered=True)
+        shape = (pending_rows, 2 * self.num_value_heads)
+        gates = LeafSpec(name="pending_ab", layers=layers, shape=shape, dtype=dtype, split=1)
+        return _delta_slot(self, layers, dtype, ssm_dtype, pending_rows, gates)
 
     def shard(self, tp: int) -> "DeltaConfig":
         """The part of one rank. Heads cannot be padded: a padded head would still cost its whole state."""
@@ -212,19 +200,12 @@ class KimiDeltaConfig:
         pending_f  [pending, head_dim] the low-rank inputs of pending tokens' decays, whole on every rank
         pending_b  [pending, heads] the inputs of their write strengths
         """
-        window = self.conv_kernel - 1 + pending_rows
-        state = (self.num_heads, self.head_dim * self.head_dim)
-        leaves = [
-            LeafSpec(name="ssm", layers=layers, shape=state, dtype=ssm_dtype, split=0),
-            LeafSpec(name="conv", layers=layers, shape=(window, self.conv_dim), dtype=dtype, split=1),
-        ]
-        if pending_rows:
-            low_rank, strengths = (pending_rows, self.head_dim), (pending_rows, self.num_heads)
-            leaves += [
-                LeafSpec(name="pending_f", layers=layers, shape=low_rank, dtype=dtype),
-                LeafSpec(name="pending_b", layers=layers, shape=strengths, dtype=dtype, split=1),
-            ]
-        return Slot(name=DELTA, leaves=tuple(leaves), ordered=True)
+        low_rank, strengths = (pending_rows, self.head_dim), (pending_rows, self.num_heads)
+        gates = (
+            LeafSpec(name="pending_f", layers=layers, shape=low_rank, dtype=dtype),
+            LeafSpec(name="pending_b", layers=layers, shape=strengths, dtype=dtype, split=1),
+        )
+        return _delta_slot(self, layers, dtype, ssm_dtype, pending_rows, *gates)
 
     def shard(self, tp: int) -> "KimiDeltaConfig":
         """The part of one rank."""
@@ -234,6 +215,19 @@ class KimiDeltaConfig:
                 f"allowed: divisors of {self.num_heads}"
             )
         return dataclasses.replace(self, num_heads=self.num_heads // tp)
+
+
+def _delta_slot(
+    delta: DeltaConfig | KimiDeltaConfig, layers: int, dtype: str, ssm_dtype: str, pending_rows: int, *gates: LeafSpec
+) -> Slot:
+    """What all layers of the delta rule keep, and the `gates` of pending tokens where there are such."""
+    state = (delta.value_dim // delta.value_head_dim, delta.key_head_dim * delta.value_head_dim)
+    window = (delta.conv_kernel - 1 + pending_rows, delta.conv_dim)
+    leaves = (
+        LeafSpec(name="ssm", layers=layers, shape=state, dtype=ssm_dtype, split=0),
+        LeafSpec(name="conv", layers=layers, shape=window, dtype=dtype, split=1),
+    )
+    return Slot(name=DELTA, leaves=leaves + (gates if pending_rows else ()), ordered=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

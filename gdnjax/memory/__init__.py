@@ -64,7 +64,7 @@ class StateGeometry:
         With an engine that speculates, the MTP head's layers are among the others, and there are rows for the tokens
         that a step may accept.
         """
-        num_drafts = speculation.num_speculative_tokens if speculation else 0
+        engine = speculation or EngineConfig()
         return cls(
             cache=model.cache_spec(
                 tp=tp,
@@ -72,14 +72,14 @@ class StateGeometry:
                 dtype=dtype,
                 ssm_dtype=ssm_dtype,
                 kv_dtype=kv_dtype,
-                pending_rows=1 + num_drafts if num_drafts else 0,
-                mtp=num_drafts > 0,
+                pending_rows=engine.pending_rows,
+                mtp=engine.num_speculative_tokens > 0,
             ),
             hidden_size=model.hidden_size,
             vocab_size=model.shard(tp).vocab_size,
             hidden_dtype=dtype,
-            num_drafts=num_drafts,
-            keep_draft_hidden=bool(speculation and speculation.keeps_draft_hidden),
+            num_drafts=engine.num_speculative_tokens,
+            keep_draft_hidden=engine.keeps_draft_hidden,
         )
 
     def as_bits(self) -> "StateGeometry":

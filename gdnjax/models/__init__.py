@@ -103,34 +103,28 @@ def geometry_of(
     block_size: int,
     ssm_dtype: str,
     kv_dtype: str | None = None,
-    num_drafts: int = 0,
-    keep_draft_hidden: bool = False,
+    speculation: EngineConfig | None = None,
 ) -> StateGeometry:
-    """Of one rank of everything that outlives a step, with room for `num_drafts` drafts of a step."""
+    """Of one rank of everything that outlives a step, with room for the drafts of an engine that speculates."""
+    engine = speculation or EngineConfig()
     return StateGeometry(
         cache=model.cache_spec(
             block_size=block_size,
             ssm_dtype=ssm_dtype,
             kv_dtype=kv_dtype,
-            pending_rows=1 + num_drafts if num_drafts else 0,
+            pending_rows=engine.pending_rows,
         ),
         hidden_size=model.hidden_size,
         vocab_size=-(-model.vocab_size // model.tp),
         hidden_dtype=model.hidden_dtype,
-        num_drafts=num_drafts,
-        keep_draft_hidden=keep_draft_hidden,
+        num_drafts=engine.num_speculative_tokens,
+        keep_draft_hidden=engine.keeps_draft_hidden,
     )
 
 
 def engine_geometry(model: Model, config: EngineConfig) -> StateGeometry:
     """Of one rank of an engine's state: with speculation, and as bits where the ops are the reference."""
-    geometry = geometry_of(
-        model,
-        block_size=config.block_size,
-        ssm_dtype=config.ssm_dtype,
-        num_drafts=config.num_speculative_tokens,
-        keep_draft_hidden=config.keeps_draft_hidden,
-    )
+    geometry = geometry_of(model, block_size=config.block_size, ssm_dtype=config.ssm_dtype, speculation=config)
     return geometry.as_bits() if model.backend.is_reference else geometry
 
 
