@@ -374,7 +374,7 @@ def test_closed_pipe_ends_without_a_word(random_model):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.read(1)
+        assert process.stdout.read(1), process.stderr.read().decode()
         process.stdout.close()
         # Where compiling takes its time, how far it is.
         said = process.stderr.read().splitlines()

@@ -672,7 +672,7 @@ BREAKS = {
     "model_type": (
         lambda d: edit_config(d, lambda raw: raw.update(model_type="llama")),
         ValueError,
-        "unsupported model_type 'llama'; supported: qwen3_5",
+        "unsupported model_type 'llama'; supported: deepseek_v3, .*qwen3_5",
     ),
     "quantised": (
         lambda d: edit_config(d, lambda raw: raw.update(quantization_config={"quant_method": "fp8"})),
