@@ -2,6 +2,7 @@
 
   Paged   entries for each token, or for each few tokens, in blocks that requests with the same prefix share
   Slot    a state of fixed size for each request, which decides where a cached prefix may be gone on from
+  Ring    a Slot of the last few tokens of each request, each in a row of its own
 
 Each kind of layer says which kind it needs (`gdnjax.config`), and everything else follows from that: the pools and how
 ranks share them, the bytes of a slot and of a block, what a fork reads, what a seal folds, whether a hit needs a state.
@@ -97,6 +98,46 @@ class Slot:
     @property
     def slot_bytes(self) -> int:
         return sum(leaf.bytes for leaf in self.leaves)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring(Slot):
+    """The last tokens of a request: each sees itself and the `window - 1` before it. See `gdnjax.models.ring`.
+
+    A token's entry stands in row `position` modulo the number of rows, the first axis of every leaf. It is written when
+    the token is fed, drafts like others, so that there is nothing to fold. A step that feeds T tokens of a request
+    needs `window + T - 1` rows: then what a rejected draft has overwritten is out of sight of all that may come.
+    """
+
+    window: int
+
+    def __post_init__(self):
+        if self.window < 1:
+            raise ValueError(f"the window of {self.name} is {self.window} tokens; allowed: 1 or more")
+        if self.ordered:
+            raise ValueError(f"rows of the ring {self.name} have one order")
+        for leaf in self.leaves:
+            if not leaf.shape or leaf.shape[0] < self.window or leaf.shape[0] != self.leaves[0].shape[0]:
+                raise ValueError(
+                    f"the pool {leaf.name} has the shape {leaf.shape}: all of {self.name} need rows for {self.window} "
+                    "tokens or more, equally many"
+                )
+            if leaf.split == 0:
+                raise ValueError(f"the rows of the pool {leaf.name} cannot be split over ranks")
+
+    @classmethod
+    def of(cls, *, name: str, entries: tuple[LeafSpec, ...], window: int, pending_rows: int = 0) -> "Ring":
+        """A ring of such `entries`, whose shape is that of one token, for steps of up to `pending_rows` tokens of a
+        request.
+        """
+        rows = window + max(pending_rows, 1) - 1
+        leaves = tuple(
+            dataclasses.replace(
+                entry, shape=(rows, *entry.shape), split=None if entry.split is None else entry.split + 1
+            )
+            for entry in entries
+        )
+        return cls(name=name, leaves=leaves, window=window)
 
 
 CacheKind: TypeAlias = Paged | Slot

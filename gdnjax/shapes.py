@@ -21,7 +21,9 @@ letter    axis
 ``hk hv`` key heads and value heads of a GDN layer
 ``k v``   width of a key head and of a value head
 ``x``     channels of the convolution: ``2 hk k + hv v``
-``w``     rows of a convolution window: ``conv_kernel - 1``; of its pool, with speculation, ``w + P``
+``w``     rows of a convolution window: ``conv_kernel - 1``; of its pool, with speculation, ``w + P``; of a Ring the
+          tokens that one sees
+``R``     rows of a Ring
 ``h kh``  query heads and key/value heads of an attention layer
 ``hd``    width of an attention head
 ``lw``    width of a latent, what a token keeps for all heads: its value, and the rest of its key

@@ -232,6 +232,19 @@ def _after_decode(engine, change) -> None:
     engine.runner.steps = dataclasses.replace(engine.runner.steps, decode=changed)
 
 
+def stale_ring_row(engine) -> None:
+    """What decode steps feed first is not written: its row of a ring keeps the token that was last there."""
+
+    def change(before, state):
+        seen, fed = pool_of(state, "seen"), state.slots.length - 1
+        if state.slots.pending is not None:
+            fed -= state.slots.pending - 1
+        slot, row = jnp.arange(fed.shape[0]), fed % seen.shape[2]
+        return with_pools(state, seen=seen.at[:, slot, row].set(before["seen"][:, slot, row]))
+
+    _after_decode(engine, change)
+
+
 def window_not_shifted(engine) -> None:
     """Decode steps fold pending rows into the state, and leave the window where it was."""
 

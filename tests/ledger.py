@@ -6,8 +6,11 @@ its input in the paged cache and adds up a hash of every (key, value, position) 
 window, gate, position, layout bit or length changes the hidden number, and with it the next token and every one after
 it.
 
-`pattern` gives the layers: of both kinds, of attention alone (no state, so a cached prefix goes on anywhere), or delta
-layers alone (no pages).
+A ring layer (R) stores a number of each token in its ring and adds up a hash of the last SIGHT of them, each with its
+age.
+
+`pattern` gives the layers: of both kinds, of attention alone (no state, so a cached prefix goes on anywhere), delta
+layers alone (no pages), or with rings.
 
 With its MTP head (`mtp`) the model is one whose drafts are right about half of the time. Head and target both know a
 guess: a hash of a token, its position and, where there is a window, the token before it. The target's final number is
@@ -31,8 +34,9 @@ from jax import lax
 from gdnjax import sharding
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.cache import Cache
-from gdnjax.cache_kinds import CacheKind, CacheSpec, LeafSpec, Paged, Slot
+from gdnjax.cache_kinds import CacheKind, CacheSpec, LeafSpec, Paged, Ring, Slot
 from gdnjax.config import ATTENTION, DELTA
+from gdnjax.models import ring
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.mtp import FIRST_INDEX
 from gdnjax.pallas_kernels import paged_attention
@@ -44,6 +48,8 @@ KEY_DIM, VALUE_DIM = 2, 3
 TAPS = 4
 WINDOW = TAPS - 1
 KV_HEADS, HEAD_DIM = 2, 2
+RING, SIGHT = "ring", 7
+"""The kind of the ring layers, and how many tokens one sees there: no divisor of a chunk, a block or an interval."""
 BITS = 24
 """Integers below 2^24 are exact in float32, the dtype of the paged cache and of logits."""
 LOGIT_BITS = 20
@@ -99,6 +105,9 @@ class LedgerModel:
         entries = [LeafSpec(name=name, layers=layers, shape=shape, dtype="float32", split=0) for name in ("k", "v")]
         kinds: list[CacheKind] = [Slot(name=DELTA, leaves=tuple(states), ordered=True)] if "D" in self.pattern else []
         kinds += [Paged(name=ATTENTION, leaves=tuple(entries))] if layers else []
+        if "R" in self.pattern:
+            seen = LeafSpec(name="seen", layers=self.pattern.count("R"), shape=(heads,), split=0, **numbers)
+            kinds.append(Ring.of(name=RING, entries=(seen,), window=SIGHT, pending_rows=pending_rows))
         return CacheSpec(tuple(kinds), block_size)
 
     def params(self) -> dict:
@@ -127,6 +136,8 @@ class LedgerModel:
                         "out_proj": odd(KEY_DIM * VALUE_DIM, HEADS),
                     }
                 }
+            elif kind == "R":
+                layers[i] = {"self_attn": {"q_proj": odd(HEADS)}}
             else:
                 layers[i] = attention()
         params = {
@@ -138,13 +149,15 @@ class LedgerModel:
 
     def forward(self, params, tokens, context, cache):
         embedding = x = self._embed(params["embed_tokens"]["weight"], tokens)
-        rows = {"D": 0, "A": 0}
+        rows = {"D": 0, "A": 0, "R": 0}
         befores = []
         for i, kind in enumerate(self.pattern):
             weights, row = params["layers"][i], rows[kind]
             if kind == "D":
                 out, before, cache = _delta_layer(weights["linear_attn"], x, context, cache, row)
                 befores.append(before)
+            elif kind == "R":
+                out, cache = _ring_layer(weights["self_attn"], x, context, cache, row)
             else:
                 out, cache = _attention_layer(weights["self_attn"], x, context, cache, row)
             x = _mix(x + sharding.psum(out, self.tp))
@@ -176,6 +189,8 @@ class LedgerModel:
         rows = [i for i, kind in enumerate(self.pattern) if kind == "D"]
         for layer, i in enumerate(rows):
             cache = _fold_slots(params["layers"][i]["linear_attn"], context, cache, layer)
+        for layer in range(self.pattern.count("R")):
+            cache = cache.with_slots(RING, seen=ring.copy(cache.slots[RING]["seen"], layer, context))
         return cache
 
     def _embed(self, weight, tokens):
@@ -367,6 +382,15 @@ def _inverse(a):
     return inverse
 
 
+def _ring_layer(weights, x, context, cache, layer):
+    pool, position = cache.slots[RING]["seen"], context.position.astype(jnp.uint32)
+    entries = (x ^ position)[:, None] * weights["q_proj"]["weight"]
+    seen, valid = ring.read(pool, layer, entries, context, SIGHT)
+    age = jnp.arange(SIGHT, dtype=jnp.uint32)[:, None]
+    out = jnp.sum(jnp.where(valid[..., None], _mix(seen + age), 0), axis=(1, 2), dtype=jnp.uint32)
+    return out, cache.with_slots(RING, seen=ring.write(pool, layer, entries, context))
+
+
 def _attention_layer(weights, x, context, cache, layer):
     x = x.astype(jnp.uint32)
     position = context.position.astype(jnp.uint32)
@@ -407,7 +431,8 @@ def _sum_keys(k_blocks, v_blocks, layer, tiles):
 class Point:
     """What stands behind `length` tokens of a sequence, the last of which is `token`; and what may come after it.
 
-    `entries` are the (key, value) of that token, by attention layer (the head's is the last) and KV head.
+    `entries` are the (key, value) of that token, by attention layer (the head's is the last) and KV head; `rings` the
+    inputs of the last tokens, newest first, by ring layer.
     """
 
     length: int
@@ -417,6 +442,7 @@ class Point:
     windows: tuple[tuple[int, ...], ...]
     sums: tuple[int, ...]
     hidden: tuple[int, int]
+    rings: tuple[tuple[int, ...], ...]
     entries: tuple[tuple[tuple[int, int], ...], ...] = ()
     successor: int | None = None
     drafts: tuple[int, ...] = ()
@@ -433,6 +459,8 @@ class Oracle:
         attention = [i for i, kind in enumerate(self._model.pattern) if kind == "A"]
         self._delta = {i: row for row, i in enumerate(delta)}
         self._attention = {i: row for row, i in enumerate(attention)}
+        rings = [i for i, kind in enumerate(self._model.pattern) if kind == "R"]
+        self._ring = {i: row for row, i in enumerate(rings)}
         zeros = (0,) * (KEY_DIM * VALUE_DIM)
         self._nothing = Point(
             length=0,
@@ -442,6 +470,7 @@ class Oracle:
             windows=((0,) * WINDOW,) * len(delta),
             sums=(0,) * (len(attention) + model.mtp),
             hidden=(0, 0),
+            rings=((),) * len(rings),
         )
 
     def at(self, tokens) -> Point:
@@ -504,11 +533,18 @@ class Oracle:
         return steps
 
     def row(self, tokens) -> dict[str, np.ndarray]:
-        """What a slot holds behind `tokens`: ssm [L, hv, k * v] in KV order, conv [L, w, x], hidden [d]."""
+        """What a slot holds behind `tokens`: ssm [L, hv, k * v] in KV order, conv [L, w, x], hidden [d], and
+        seen [L, i, hv], oldest first, what the next token can see.
+        """
         point = self.at(tokens)
         scales = [self._weights["layers"][i]["linear_attn"]["in_proj_qkv"]["weight"] for i in self._delta]
         conv = [[[x * scale & MASK for scale in row] for x in w] for w, row in zip(point.windows, scales, strict=True)]
-        found = {"ssm": point.states, "conv": conv, "hidden": point.hidden}
+        scales = [self._weights["layers"][i]["self_attn"]["q_proj"]["weight"] for i in self._ring]
+        seen = [
+            [[x * scale & MASK for scale in row] for x in past[: SIGHT - 1][::-1]]
+            for past, row in zip(point.rings, scales, strict=True)
+        ]
+        found = {"ssm": point.states, "conv": conv, "hidden": point.hidden, "seen": seen}
         return {name: np.array(value, np.uint32) for name, value in found.items()}
 
     def entries(self, tokens, start: int) -> np.ndarray:
@@ -537,13 +573,18 @@ class Oracle:
 
     def _fold(self, point: Point, token: int) -> Point:
         embedding = x = self._weights["embed_tokens"]["weight"][token]
-        states, windows, sums, entries = [], [], [], []
+        states, windows, sums, entries, rings = [], [], [], [], []
         for i, kind in enumerate(self._model.pattern):
             if kind == "D":
                 row = self._delta[i]
                 windows.append((*point.windows[row][1:], x))
                 out, after = self._fold_states(i, point.states[row], (*point.windows[row], x))
                 states.append(after)
+            elif kind == "R":
+                rings.append(((x ^ point.length) & MASK, *point.rings[self._ring[i]])[:SIGHT])
+                scales = self._weights["layers"][i]["self_attn"]["q_proj"]["weight"]
+                seen = [(number * scale + age) & MASK for age, number in enumerate(rings[-1]) for scale in scales]
+                out = sum(map(_mix_int, seen))
             else:
                 entries.append(_entries_int(self._weights["layers"][i]["self_attn"], x, point.length))
                 out = (point.sums[self._attention[i]] + _total(entries[-1], point.length)) & MASK
@@ -565,6 +606,7 @@ class Oracle:
             sums=tuple(sums),
             hidden=(x, _mix_int(embedding ^ DIGEST)),
             entries=tuple(entries),
+            rings=tuple(rings),
         )
 
     def _fold_states(self, layer: int, states, inputs) -> tuple[int, tuple]:

@@ -11,7 +11,7 @@ from gdnjax import LLM, EngineConfig, SamplingParams
 from gdnjax.cache import LAYOUT_VK
 from gdnjax.config import ATTENTION, DELTA
 from gdnjax.serving.tokenizer import Tokenizer
-from tests.ledger import KEY_DIM, PATTERN, VALUE_DIM, LedgerModel, Oracle
+from tests.ledger import KEY_DIM, PATTERN, RING, VALUE_DIM, LedgerModel, Oracle
 from tests.pools import pool_of
 
 EOS = 3
@@ -86,6 +86,19 @@ GEOMETRIES = {
         decode_buckets=(1, 4), block_size=16, num_kv_blocks=20, max_logit_rows=2, num_checkpoint_slots=6,
         state_checkpoint_interval=16,
     ),
+    "rings and pages, scarce slots and blocks": EngineConfig(
+        max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,), decode_buckets=(1, 4), block_size=16,
+        num_kv_blocks=20, max_logit_rows=2, num_checkpoint_slots=6, state_checkpoint_interval=16,
+    ),
+    "rings beside states, mixed, scarce slots and blocks, 3 drafts": EngineConfig(
+        state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
+        decode_buckets=(4,), block_size=8, num_kv_blocks=36, max_logit_rows=2, num_checkpoint_slots=6,
+        state_checkpoint_interval=16, num_speculative_tokens=3,
+    ),
+    "rings beside states, one request at a time, no cache": EngineConfig(
+        state_layout="kv", max_num_seqs=1, max_num_batched_tokens=256, prefill_buckets=(256,), decode_buckets=(1,),
+        block_size=16, num_kv_blocks=17, enable_prefix_caching=False,
+    ),
     "pages alone, one request at a time, no cache": EngineConfig(
         max_num_seqs=1, max_num_batched_tokens=256, prefill_buckets=(256,), decode_buckets=(1,), block_size=16,
         num_kv_blocks=17, enable_prefix_caching=False,
@@ -93,12 +106,17 @@ GEOMETRIES = {
 }  # fmt: skip
 (
     KV, KV_DRAFTS, VK, VK_DRAFTS, MIXED, MIXED_DRAFTS, TWO_RANKS, NO_SLOTS, LARGE_BLOCKS, NO_CACHE, INVARIANT, ALONE,
-    PAGES, PAGES_DRAFTS, STATES_ALONE, PAGES_ALONE,
+    PAGES, PAGES_DRAFTS, STATES_ALONE, RINGS, RINGS_DRAFTS, RINGS_ALONE, PAGES_ALONE,
 ) = GEOMETRIES  # fmt: skip
-"""ALONE and PAGES_ALONE run the models that the speculating ones run, without drafts."""
 
-PATTERNS = {PAGES: "AA", PAGES_DRAFTS: "AA", PAGES_ALONE: "AA", STATES_ALONE: "DD"}
-"""Of models that lack a kind of cache; the others have both."""
+PATTERNS = {
+    PAGES: "AA", PAGES_DRAFTS: "AA", PAGES_ALONE: "AA", STATES_ALONE: "DD", RINGS: "RAR", RINGS_DRAFTS: "DRA",
+    RINGS_ALONE: "DRA",
+}  # fmt: skip
+"""Of models with other kinds of cache than states and pages."""
+
+WITHOUT_DRAFTS = {PAGES_DRAFTS: PAGES_ALONE, RINGS_DRAFTS: RINGS_ALONE}
+"""What runs the model of a speculating engine, with its head, without drafts: of the others ALONE."""
 
 # Beside greedy ones, which the oracle knows. All of them are compared with an engine's run of one request.
 DRAWN = (
@@ -115,7 +133,7 @@ DRAWN = (
 def engine_of(name: str) -> LLM:
     """Built once; every run uses the slots and blocks that the runs before it left behind."""
     config = dataclasses.replace(GEOMETRIES[name], warmup=False, compilation_cache_dir="")
-    mtp = config.num_speculative_tokens > 0 or name in (ALONE, PAGES_ALONE)
+    mtp = config.num_speculative_tokens > 0 or name in (ALONE, *WITHOUT_DRAFTS.values())
     model = LedgerModel(tp=config.tensor_parallel_size, mtp=mtp, pattern=PATTERNS.get(name, PATTERN))
     return LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN, eos_token_ids=(EOS,))
 
@@ -261,7 +279,8 @@ def check_cache(llm: LLM) -> int:
         generate(llm, prompt_of(99, 1), 1)
     assert not engine.scheduler._seals
     cache, hidden = jax.device_get((engine.runner.state.cache, engine.runner.state.slots.hidden))
-    entries, gdn, wanted = cache.pages.get(ATTENTION), cache.slots.get(DELTA), oracle_of(llm)
+    entries, gdn, rings = cache.pages.get(ATTENTION), cache.slots.get(DELTA), cache.slots.get(RING)
+    wanted = oracle_of(llm)
     pools, looked_at = np.stack([entries["k"], entries["v"]]) if entries else None, 0
     nodes = [(child, ()) for child in _below(engine.scheduler.cache.root)]
     while nodes:
@@ -276,12 +295,17 @@ def check_cache(llm: LLM) -> int:
         if node.slot:
             looked_at += 1
             expected = wanted.row(tokens)
-            ssm, width = gdn["ssm"][:, node.slot], expected["conv"].shape[1]
-            if gdn["layout"][node.slot] == LAYOUT_VK:
-                ssm = ssm.reshape(*ssm.shape[:2], VALUE_DIM, KEY_DIM).swapaxes(2, 3).reshape(ssm.shape)
             where = f"checkpoint behind {node.end} tokens"
-            np.testing.assert_array_equal(ssm, expected["ssm"], err_msg=where)
-            np.testing.assert_array_equal(gdn["conv"][:, node.slot, :width], expected["conv"], err_msg=where)
+            if gdn is not None:
+                ssm, width = gdn["ssm"][:, node.slot], expected["conv"].shape[1]
+                if gdn["layout"][node.slot] == LAYOUT_VK:
+                    ssm = ssm.reshape(*ssm.shape[:2], VALUE_DIM, KEY_DIM).swapaxes(2, 3).reshape(ssm.shape)
+                np.testing.assert_array_equal(ssm, expected["ssm"], err_msg=where)
+                np.testing.assert_array_equal(gdn["conv"][:, node.slot, :width], expected["conv"], err_msg=where)
+            if rings is not None:
+                count = expected["seen"].shape[1]
+                row = np.arange(node.end - count, node.end) % rings["seen"].shape[2]
+                np.testing.assert_array_equal(rings["seen"][:, node.slot, row], expected["seen"], err_msg=where)
             np.testing.assert_array_equal(hidden[node.slot], expected["hidden"], err_msg=where)
         nodes += [(child, tokens) for child in _below(node)]
     return looked_at

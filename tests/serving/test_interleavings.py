@@ -29,14 +29,15 @@ from tests.serving.ledgers import (
     NO_CACHE,
     NO_SLOTS,
     PAGES,
-    PAGES_ALONE,
     PAGES_DRAFTS,
-    PATTERNS,
+    RINGS,
+    RINGS_DRAFTS,
     STATES_ALONE,
     STOPS,
     TWO_RANKS,
     VK,
     VK_DRAFTS,
+    WITHOUT_DRAFTS,
     Watch,
     check_cache,
     check_greedy,
@@ -98,8 +99,7 @@ def solo_on_engine(name: str, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
 def solo_run_of(name: str, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
     """Of a speculating engine the tokens have to be those of one that does not speculate."""
     if engine_of(name).config.num_speculative_tokens:
-        alone = PAGES_ALONE if name in PATTERNS else ALONE
-        return solo_on_engine(alone, dataclasses.replace(wanted, speculate=True))
+        return solo_on_engine(WITHOUT_DRAFTS.get(name, ALONE), dataclasses.replace(wanted, speculate=True))
     return solo_on_engine(name, wanted)
 
 
@@ -450,6 +450,18 @@ def test_random_interleavings_without_a_state_with_drafts_equal_solo_runs():
 @unchecked
 def test_random_interleavings_without_pages_equal_solo_runs():
     interleave(STATES_ALONE, 40, sees=("hit", "aborted", "resumed", "states looked at", "evicted_states"))
+
+
+@unchecked
+def test_random_interleavings_with_rings_equal_solo_runs():
+    """Rings are all the state that there is."""
+    interleave(RINGS, 40, sees=(*CACHED, *SCARCE, "fork of a tail", "checkpoint of a decode step"))
+
+
+@unchecked
+def test_random_interleavings_with_rings_and_drafts_equal_solo_runs():
+    """Beside states of a mixed pool, under drafts that overwrite rows and are rejected."""
+    interleave(RINGS_DRAFTS, 40, sees=CACHED + SCARCE + DRAFTS + STATES)
 
 
 @unchecked

@@ -33,6 +33,8 @@ from tests.serving.ledgers import (
     MIXED,
     MIXED_DRAFTS,
     NO_CACHE,
+    RINGS,
+    RINGS_DRAFTS,
     VK,
     VK_DRAFTS,
     Watch,
@@ -47,6 +49,7 @@ from tests.serving.ledgers import (
     harvest_all,
     in_flight_plan,
     oracle,
+    oracle_of,
     prompt_of,
     queue,
     start,
@@ -542,9 +545,11 @@ def test_writes_beyond_the_reservation_go_to_the_null_block(name, length):
     check_nothing_is_held(llm)
 
 
-def _tokens_under(fault) -> list[tuple[list[int], list[int]]]:
-    """(produced, expected) of two requests in a mixed pool, one of which the fault befalls in mid-decode."""
-    llm = fresh(MIXED)
+def _tokens_under(fault, name=MIXED) -> list[tuple[list[int], list[int]]]:
+    """(produced, expected) of two requests in an engine of states in a mixed pool or in rings, one of which the fault
+    befalls in mid-decode.
+    """
+    llm = fresh(name)
     prompts = [prompt_of(3, 65), prompt_of(4, 100)]
     victim, neighbour = [queue(llm, prompt, greedy(16))[0] for prompt in prompts]
     for _ in range(5):
@@ -552,7 +557,8 @@ def _tokens_under(fault) -> list[tuple[list[int], list[int]]]:
     fault(llm.engine, victim, neighbour)
     drain(llm, 40)
     return [
-        (request.output_token_ids, oracle().solo_run(request.prompt_token_ids, 16)) for request in (victim, neighbour)
+        (request.output_token_ids, oracle_of(llm).solo_run(request.prompt_token_ids, 16))
+        for request in (victim, neighbour)
     ]
 
 
@@ -565,8 +571,19 @@ def test_ledger_sees_the_fault(fault):
     assert produced != expected
 
 
-def test_ledger_sees_nothing_without_a_fault():
-    assert all(produced == expected for produced, expected in _tokens_under(lambda *_: None))
+@pytest.mark.parametrize("name", [RINGS, RINGS_DRAFTS])
+def test_ledger_sees_a_stale_row_of_a_ring(name, monkeypatch):
+    """From the token on that is drawn in sight of it."""
+    llm = fresh(name)
+    monkeypatch.setattr(llm.engine.runner, "steps", llm.engine.runner.steps)
+    produced, expected = _tokens_under(lambda engine, *_: faults.stale_ring_row(engine), name)[0]
+    assert produced[:4] == expected[:4]
+    assert produced != expected
+
+
+@pytest.mark.parametrize("name", [MIXED, RINGS, RINGS_DRAFTS])
+def test_ledger_sees_nothing_without_a_fault(name):
+    assert all(produced == expected for produced, expected in _tokens_under(lambda *_: None, name))
 
 
 def test_ledger_sees_a_missing_reset(monkeypatch):
