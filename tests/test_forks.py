@@ -24,6 +24,8 @@ from tests.ledger import KEY_DIM, VALUE_DIM, LedgerModel, Oracle
 from tests.micro import MICRO, A, D
 from tests.pools import pool_of, with_pools
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 POSITIONS = (1, 16, 48, 63, 65, 100)
 """Within a window of the start, at the end of a block, and anywhere in a chunk."""
 

@@ -30,6 +30,8 @@ from tests.draws import (
     whole,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 LIKELY = 1e-4
 """p-values of a correct sampler are uniform: of the seventy in this file, all with fixed seeds, one falls below this by
 accident in one of two hundred choices of seeds."""

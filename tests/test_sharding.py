@@ -22,6 +22,8 @@ from tests.ledger import LedgerModel, Oracle
 from tests.micro import MICRO, micro_model, micro_params
 from tests.pools import pool_of
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def leaf_names(tree) -> list[str]:
     return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]

@@ -17,6 +17,8 @@ from gdnjax.sampling import Draw, Vocab
 from gdnjax.state import NO_TOKEN
 from tests.draws import IMPOSSIBLE, fit, make_draw, masked, over_ranks, primitives, softmax, whole
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 LIKELY = 1e-3
 """p-values of a correct rule are uniform, and seeds are fixed: of the thirty here one falls below this by accident in
 one of thirty-three choices of seeds."""

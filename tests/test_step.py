@@ -27,6 +27,8 @@ from tests.make_tokenizer import write_tokenizer
 from tests.micro import MICRO
 from tests.pools import pool_of
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 PLAIN = StepOptions(state_layout="mixed")
 FULL = StepOptions(full=True, max_logprobs=5, state_layout="mixed")
 DRAFTS = 3

@@ -24,6 +24,8 @@ from gdnjax.models.layers import (
     rotate,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 CONFIG = ModelConfig(
     model_type="qwen3_5",
     vocab_size=37,

@@ -12,6 +12,8 @@ from gdnjax.backend import REFERENCE
 from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.models.moe import MoeMLP
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 MOE = MoeConfig(
     num_experts=5, experts_per_token=2, intermediate_size=12, shared_intermediate_size=20, normalise_top_k=True
 )

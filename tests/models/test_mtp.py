@@ -16,6 +16,8 @@ from gdnjax.step import StepOptions
 from tests import float64
 from tests.micro import MICRO, A, D, spread
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 DENSE = dataclasses.replace(
     MICRO, layer_kinds=(D, A), mlp_kinds=(MlpKind.DENSE, MlpKind.DENSE), mtp_layers=1, tie_word_embeddings=True
 )

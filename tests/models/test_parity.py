@@ -14,6 +14,8 @@ from gdnjax import LLM, EngineConfig, SamplingParams, draft_logits, full_logits
 from tests import checkpoints
 from tests.make_tokenizer import write_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 GOLDENS = pathlib.Path(__file__).parents[1] / "golden" / "parity"
 STORED_FAMILIES = ("qwen3_5", "qwen3_5_moe_text", "qwen3_next")
 

@@ -6,6 +6,11 @@ from gdnjax.backend import REFERENCE
 from tests.pallas_kernels import backends
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interpreted_code(quickly_compiled):
+    """The interpreter's code is large and runs once or twice."""
+
+
 @pytest.fixture(autouse=True, params=backends.BACKENDS.values(), ids=backends.BACKENDS)
 def backend(request):
     backends.run(request.param)

@@ -45,6 +45,8 @@ from tests.serving.exactness import (
     within_bounds,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 KEY_DIM = MICRO.delta.key_head_dim
 
 

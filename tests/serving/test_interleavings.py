@@ -377,55 +377,55 @@ FORKS = ("fork of a tail", "two forks of one checkpoint in a step", "checkpoint 
 @unchecked
 def test_random_interleavings_with_room_equal_solo_runs():
     rest = ("states recomputed over shared blocks", "checkpoint of a decode step", "evicted_states")
-    interleave(KV, 60, sees=CACHED + FORKS + rest)
+    interleave(KV, 40, sees=CACHED + FORKS + rest)
 
 
 @unchecked
 def test_random_interleavings_with_room_and_drafts_equal_solo_runs():
-    interleave(KV_DRAFTS, 50, sees=CACHED + FORKS + DRAFTS + STATES + ("stopped among accepted tokens",))
+    interleave(KV_DRAFTS, 35, sees=CACHED + FORKS + DRAFTS + STATES + ("stopped among accepted tokens",))
 
 
 @unchecked
 def test_random_interleavings_with_scarce_blocks_equal_solo_runs():
-    interleave(VK, 45, sees=CACHED + SCARCE)
+    interleave(VK, 30, sees=CACHED + SCARCE)
 
 
 @unchecked
 def test_random_interleavings_with_scarce_blocks_and_drafts_equal_solo_runs():
     rest = ("fork beside its running source", "several blocks at once")
-    interleave(VK_DRAFTS, 50, sees=CACHED + SCARCE + DRAFTS + STATES + rest)
+    interleave(VK_DRAFTS, 35, sees=CACHED + SCARCE + DRAFTS + STATES + rest)
 
 
 @unchecked
 def test_random_interleavings_in_a_mixed_pool_equal_solo_runs():
-    interleave(MIXED, 90, sees=(*CACHED, *SCARCE, "fork of a tail", "checkpoint of a decode step"))
+    interleave(MIXED, 50, sees=(*CACHED, *SCARCE, "fork of a tail", "checkpoint of a decode step"))
 
 
 @unchecked
 def test_random_interleavings_in_a_mixed_pool_with_drafts_equal_solo_runs():
-    interleave(MIXED_DRAFTS, 60, sees=CACHED + SCARCE + DRAFTS + STATES + ("fork of a tail",))
+    interleave(MIXED_DRAFTS, 40, sees=CACHED + SCARCE + DRAFTS + STATES + ("fork of a tail",))
 
 
 @unchecked
 def test_random_interleavings_on_two_ranks_equal_solo_runs():
-    interleave(TWO_RANKS, 25, draws=False, sees=("hit", "resumed", "drafts accepted", "drafts rejected"))
+    interleave(TWO_RANKS, 20, draws=False, sees=("hit", "resumed", "drafts accepted", "drafts rejected"))
 
 
 @unchecked
 def test_random_interleavings_without_slots_for_checkpoints_equal_solo_runs():
-    interleave(NO_SLOTS, 60, draws=False, sees=("hit", "resumed", "evicted_states", "drafts accepted"))
+    interleave(NO_SLOTS, 40, draws=False, sees=("hit", "resumed", "evicted_states", "drafts accepted"))
 
 
 @unchecked
 def test_random_interleavings_with_large_blocks_equal_solo_runs():
     sees = ("hit", "preempted for want of room", "evicted_blocks", "drafts accepted")
-    interleave(LARGE_BLOCKS, 30, draws=False, sees=sees)
+    interleave(LARGE_BLOCKS, 20, draws=False, sees=sees)
 
 
 @unchecked
 def test_random_interleavings_without_the_cache_equal_solo_runs():
     sees = ("preempted for want of room", "aborted", "grown", "drafts accepted", "drafts rejected")
-    interleave(NO_CACHE, 25, draws=False, sees=sees)
+    interleave(NO_CACHE, 20, draws=False, sees=sees)
     assert not SEEN["hit"]
 
 
@@ -437,35 +437,35 @@ KEPT = ("lost_tokens", "states looked at", "checkpoint in a piece", "evicted_sta
 
 @unchecked
 def test_random_interleavings_without_a_state_equal_solo_runs():
-    interleave(PAGES, 40, sees=PAGED)
+    interleave(PAGES, 25, sees=PAGED)
     assert not any(SEEN[event] for event in KEPT)
 
 
 @unchecked
 def test_random_interleavings_without_a_state_with_drafts_equal_solo_runs():
-    interleave(PAGES_DRAFTS, 40, sees=PAGED + DRAFTS)
+    interleave(PAGES_DRAFTS, 25, sees=PAGED + DRAFTS)
     assert not any(SEEN[event] for event in KEPT)
 
 
 @unchecked
 def test_random_interleavings_without_pages_equal_solo_runs():
-    interleave(STATES_ALONE, 40, sees=("hit", "aborted", "resumed", "states looked at", "evicted_states"))
+    interleave(STATES_ALONE, 25, sees=("hit", "aborted", "resumed", "states looked at", "evicted_states"))
 
 
 @unchecked
 def test_random_interleavings_with_rings_equal_solo_runs():
     """Rings are all the state that there is."""
-    interleave(RINGS, 40, sees=(*CACHED, *SCARCE, "fork of a tail", "checkpoint of a decode step"))
+    interleave(RINGS, 25, sees=(*CACHED, *SCARCE, "fork of a tail", "checkpoint of a decode step"))
 
 
 @unchecked
 def test_random_interleavings_with_rings_and_drafts_equal_solo_runs():
     """Beside states of a mixed pool, under drafts that overwrite rows and are rejected."""
-    interleave(RINGS_DRAFTS, 40, sees=CACHED + SCARCE + DRAFTS + STATES)
+    interleave(RINGS_DRAFTS, 25, sees=CACHED + SCARCE + DRAFTS + STATES)
 
 
 @unchecked
 def test_random_interleavings_in_invariant_mode_equal_solo_runs():
     sees = ("hit", "aborted", "checkpoint in a piece", "drafts accepted", "drafts rejected")
-    interleave(INVARIANT, 25, sees=sees)
+    interleave(INVARIANT, 20, sees=sees)
     assert not SEEN["preempted for want of room"]

@@ -19,6 +19,8 @@ from tests.serving.exactness import (
     num_same,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 NUM_INTERLEAVINGS = 12
 """Of each layout and number of drafts, 2 to 4 requests each."""
 

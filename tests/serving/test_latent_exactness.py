@@ -27,6 +27,8 @@ from tests.serving.exactness import (
     values_of,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 NUM_INTERLEAVINGS = 8
 """Of 2 to 4 requests each."""
 

@@ -36,6 +36,8 @@ from tests.make_tokenizer import write_tokenizer
 from tests.models.test_parity import GOLDENS
 from tests.pools import pool_of
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 VOCAB, EOS = 307, 305
 IM_END = 2
 """The tokenizer's own EOS, which the files beside it do not name."""

@@ -11,6 +11,8 @@ from gdnjax import LLM, EngineConfig, build_model, random_params
 from gdnjax.config import AttentionConfig, DeltaConfig, KimiDeltaConfig, LayerKind, MlpKind, ModelConfig
 from tests.serving.exactness import ALL, CACHED, MAX_MODEL_LEN, Exact, Tally, interleave, micro_arrivals
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 D, A = LayerKind.DELTA, LayerKind.ATTENTION
 
 # Norms behind plain attention, and writes up to twice; a state of 8 x 16 read as 16 x 8 shows. With such writes a state
