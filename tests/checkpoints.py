@@ -13,12 +13,15 @@ import functools
 import json
 import math
 import pathlib
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
+
+from tests import quantised
 
 HALF_LIVES = (1.0, 200.0)
 """Tokens after which the heads of a layer have forgotten half: the first and the last of a geometric series."""
@@ -310,6 +313,35 @@ def write_checkpoint_with_head(family: str, directory: pathlib.Path, seed: int =
     config = json.loads((directory / "config.json").read_text())
     config |= {"num_hidden_layers": layers, "num_nextn_predict_layers": 1}
     (directory / "config.json").write_text(json.dumps(config))
+
+
+LEFT_ALONE = re.compile(
+    r".*(embed_tokens|lm_head|norm|mlp\.gate|shared_expert_gate|conv1d|in_proj_ba?|in_proj_a|fc)\.weight"
+)
+"""What published FP8 checkpoints have in bfloat16: embeddings, norms, routers, gates, small projections."""
+
+
+def quantise_in_place(directory: pathlib.Path, block: tuple[int, int], scale: Any = np.float32) -> int:
+    """Makes FP8 of the matrices that published FP8 checkpoints have in it. Returns how many that were."""
+    file, count = directory / "model.safetensors", 0
+    tensors = {}
+    for name, tensor in safetensors.numpy.load_file(file).items():
+        if tensor.ndim == 2 and name.endswith(".weight") and not LEFT_ALONE.fullmatch(name):
+            tensors |= quantised.fp8(name, tensor, rows=block[0], columns=block[1], scale=scale)[0]
+            count += 1
+        else:
+            tensors[name] = tensor
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(block),
+        "modules_to_not_convert": ["lm_head"],
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return count
 
 
 def reference_draft_logits(directory: pathlib.Path, token_ids: Sequence[int]) -> np.ndarray:

@@ -5,18 +5,15 @@ import mmap
 import pathlib
 from collections.abc import Iterable
 
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gdnjax.checkpoint.sources import TensorSource, abbreviate, check_dtypes, read_whole, tensor_bytes
+from gdnjax.checkpoint.sources import DTYPES, TensorSource, abbreviate, check_dtypes, read_whole, tensor_bytes
 from gdnjax.progress import Progress
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class SafetensorsSource:
@@ -25,7 +22,7 @@ class SafetensorsSource:
 
     Every header is read and checked at construction. Raises FileNotFoundError where the directory holds no
     checkpoint or lacks a shard, and ValueError that names the file where one is damaged, where index and shards
-    disagree, or where a tensor is neither float32 nor bfloat16.
+    disagree, or where a tensor is of a dtype that is not in `sources.DTYPES`.
     """
 
     def __init__(self, directory: str | pathlib.Path):

@@ -1,5 +1,6 @@
 """From a checkpoint directory to sharded parameters, each rank reading its own part."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -21,6 +22,7 @@ from gdnjax import sharding
 from gdnjax.checkpoint.formats import open_source
 from gdnjax.checkpoint.mapping import Copy, Origin, apart_convolutions, copies, origin_of, stores_experts_apart
 from gdnjax.checkpoint.names import Names, renaming, sort_names, stored_name
+from gdnjax.checkpoint.quantised import DequantisedSource, weights_of
 from gdnjax.checkpoint.sources import TensorSource, abbreviate, read_whole
 from gdnjax.config import ModelConfig
 from gdnjax.models import partition
@@ -46,6 +48,8 @@ class LoadReport:
 
     loaded            became parameters, those of the MTP head included
     mtp_loaded        belong to the multi-token-prediction head, and became parameters
+    quantised         weights that were stored as codes and scales, by what the codes are; each counts once
+    mtp_quantised     those of the MTP head among them
     mtp_shared        modules of the target that the loaded MTP head uses in place of its own; empty without a head
     skipped_vision    belong to the vision tower, which the engine does not run
     skipped_mtp       belong to the multi-token-prediction head, which `abstract` does not have
@@ -58,6 +62,8 @@ class LoadReport:
     loaded: int
     mtp_loaded: int
     mtp_shared: tuple[str, ...]
+    quantised: dict[str, int]
+    mtp_quantised: int
     skipped_vision: int
     skipped_mtp: int
     skipped_tied: int
@@ -73,9 +79,13 @@ class LoadReport:
         head = ""
         if self.mtp_shared:
             head = f"; {self.mtp_loaded} of them are the MTP head, which shares {' and '.join(self.mtp_shared)}"
+        codes = ""
+        if self.quantised:
+            counts = " and ".join(f"{count} of {kind}" for kind, count in self.quantised.items())
+            codes = f"; dequantised: {counts}, {self.mtp_quantised} of them of the MTP head"
         return (
             f"{self.loaded} tensors, {self.parameter_bytes / (1 << 30):.2f} GiB of parameters in {self.seconds:.1f} s "
-            f"({self.gib_per_second:.2f} GiB/s){head}; skipped: "
+            f"({self.gib_per_second:.2f} GiB/s){head}{codes}; skipped: "
             f"{self.skipped_vision} of the vision tower, {self.skipped_mtp} of the MTP head, "
             f"{self.skipped_tied} tied to the embedding"
         )
@@ -103,7 +113,11 @@ def load_params(
     cfg.shard(tp)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
-    with open_source(directory) as source:
+    with open_source(directory) as stored:
+        try:
+            source = weights_of(stored, cfg.quantization)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
         names, origins = _resolve(source, directory, parameters, cfg, tp)
         for head in names.tied:
             _check_tied(source, directory, head, names.language["embed_tokens.weight"])
@@ -118,6 +132,7 @@ def load_params(
         sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in parameters.items()}
         with Progress("loading", len(sizes), "parameter", enabled=progress) as bar:
             arrays = _side_by_side(load, sizes, bar.update)
+        quantised = _quantised(source, names)
         seconds = time.monotonic() - began
     mtp_loaded = sum(map(_is_of_head, names.language))
     tables = ("embed_tokens",) if cfg.tie_word_embeddings else ("embed_tokens", "lm_head")
@@ -125,6 +140,8 @@ def load_params(
         loaded=len(names.language),
         mtp_loaded=mtp_loaded,
         mtp_shared=tables if mtp_loaded else (),
+        quantised=dict(collections.Counter(quantised.values())),
+        mtp_quantised=sum(map(_is_of_head, quantised)),
         skipped_vision=len(names.vision),
         skipped_mtp=len(names.mtp),
         skipped_tied=len(names.tied) + len(names.copies),
@@ -133,6 +150,14 @@ def load_params(
     )
     log.info("loaded %s: %s", directory, report)
     return jax.tree_util.tree_unflatten(treedef, arrays), report
+
+
+def _quantised(source: TensorSource, names: Names) -> dict[str, str]:
+    """What the codes are of each weight that was loaded from such, by its name in the modules."""
+    if not isinstance(source, DequantisedSource):
+        return {}
+    kinds = {module: source.kind(name) for module, name in names.language.items()}
+    return {module: kind for module, kind in kinds.items() if kind is not None}
 
 
 def _resolve(

@@ -19,7 +19,7 @@ class OrbaxSource:
     """The tensors of a converted directory. Each thread keeps the tensor that it read last, so slices of it are cheap.
 
     Raises FileNotFoundError where there is no `params/`, and ValueError where it is not a checkpoint of
-    scripts/convert.py, is damaged, or holds a tensor that is neither float32 nor bfloat16.
+    scripts/convert.py, is damaged, or holds a tensor of a dtype that is not in `sources.DTYPES`.
     """
 
     def __init__(self, directory: str | pathlib.Path):

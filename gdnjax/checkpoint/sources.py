@@ -8,16 +8,22 @@ import ml_dtypes
 import numpy as np
 
 ALLOWED_DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+"""Of weights that are not quantised."""
 
 ORBAX_FOLDER = "params"
 """Where a checkpoint directory of scripts/convert.py has its tensors."""
 
-# Names of the tensors that go with block-wise quantised weights.
-QUANTISED_SUFFIXES = ("_scale_inv",)
-
-# Dtypes of 8 bits and fewer are met in quantised checkpoints only, as safetensors ("F8_E4M3", "I8") and numpy
-# ("float8_e4m3fn", "int8") spell them.
-QUANTISED_DTYPES = ("F8_", "F6_", "F4", "I8", "U8", "float8_", "float6_", "float4_", "int8", "uint8")
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+}
+"""What can be read, by safetensors' words: floating-point weights, and what quantised ones are stored as."""
 
 
 @runtime_checkable
@@ -53,21 +59,14 @@ def tensor_bytes(source: TensorSource, name: str) -> int:
 
 
 def check_dtypes(where: str, dtypes: Mapping[str, str]) -> None:
-    """Raises ValueError unless all tensors are float32 or bfloat16. `dtypes`: tensor name -> the format's word."""
-    quantised = [
-        f"{name} ({dtype})"
-        for name, dtype in dtypes.items()
-        if name.endswith(QUANTISED_SUFFIXES) or dtype.startswith(QUANTISED_DTYPES)
-    ]
-    if quantised:
-        raise ValueError(
-            f"{where}: quantised checkpoints are not supported yet; use the bfloat16 or float32 checkpoint. "
-            f"Quantised tensors: {abbreviate(quantised)}"
-        )
-    allowed = ("F32", "BF16", *(dtype.name for dtype in ALLOWED_DTYPES))
+    """Raises ValueError where a tensor is of none of DTYPES. `dtypes`: tensor name -> the format's word, or numpy's."""
+    allowed = {*DTYPES, *(dtype.name for dtype in DTYPES.values())}
     other = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in allowed]
     if other:
-        raise ValueError(f"{where}: unsupported dtype; allowed: float32, bfloat16. Tensors: {abbreviate(other)}")
+        raise ValueError(
+            f"{where}: unsupported dtype; allowed: {', '.join(dtype.name for dtype in DTYPES.values())}. "
+            f"Tensors: {abbreviate(other)}"
+        )
 
 
 def abbreviate(names: list[str], limit: int = 8) -> str:

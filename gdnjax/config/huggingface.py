@@ -21,6 +21,7 @@ from gdnjax.config.model import (
     MoeConfig,
     YarnConfig,
 )
+from gdnjax.config.quantization import read_quantization
 
 SUPPORTED_MODEL_TYPES = (
     "deepseek_v3",
@@ -99,11 +100,9 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
         if not isinstance(raw.get(name) or {}, dict):
             raise ValueError(f"{name} must be a JSON object, got {raw[name]!r}")
     quantisation = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
-    if quantisation:
-        raise ValueError(
-            f"quantised checkpoints are not supported yet (quantization_config: "
-            f"{quantisation.get('quant_method', 'unknown')}); use the bfloat16 or float32 checkpoint"
-        )
+    if not isinstance(quantisation or {}, dict):
+        raise ValueError(f"text_config.quantization_config must be a JSON object, got {quantisation!r}")
+    quantization = read_quantization(quantisation) if quantisation else None
     keys.check_rope_places(raw)
     hf = _read_by_transformers(raw)
     rope = getattr(hf, "rope_parameters", None) or {}
@@ -123,6 +122,7 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
     yarn = _yarn(rope, hf.max_position_embeddings) if rope.get("rope_type") == "yarn" else None
     return ModelConfig(
         model_type=model_type,
+        quantization=quantization,
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
         intermediate_size=getattr(hf, "intermediate_size", 0),

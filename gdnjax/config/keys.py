@@ -18,7 +18,7 @@ SHARED = frozenset(
     (
         "model_type",
         "text_config",
-        "quantization_config",  # refused by its method, whatever else it says
+        "quantization_config",  # read by gdnjax.config.quantization
         "vocab_size",
         "hidden_size",
         "intermediate_size",

@@ -8,6 +8,7 @@ from typing import Any
 
 from gdnjax.cache_kinds import ITEMSIZE, CacheKind, CacheSpec, LeafSpec, Paged, Slot
 from gdnjax.config.checks import check_choice, check_positive
+from gdnjax.config.quantization import Quantization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -520,7 +521,8 @@ class ModelConfig:
     normalise what mixer and MLP give, the others what these are given. `mtp_layers` counts the decoder layers of the
     checkpoint's multi-token-prediction head, 0 where it has none; `mtp_dedicated_embeddings` says that this head has
     an embedding of its own. Both are read by `MTP_KEYS`, and what the engine cannot run is refused by `require_mtp`:
-    without the head such a checkpoint is as good as any other.
+    without the head such a checkpoint is as good as any other. `quantization` is how the checkpoint stores its large
+    matrices, None where as they are.
     """
 
     model_type: str
@@ -543,6 +545,7 @@ class ModelConfig:
     separate_projections: bool = False
     post_norm_kinds: tuple[LayerKind, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    quantization: Quantization | None = None
 
     def __post_init__(self):
         if not self.layer_kinds:
@@ -656,7 +659,7 @@ class ModelConfig:
         Multimodal wrappers are read through their `text_config`. A count of MTP layers is what the file says, whether
         or not the tensors are there: the loader sees those, where the head is wanted. What becomes of each key is in
         gdnjax.config.keys; keys that are not known there are named in a warning. Raises FileNotFoundError where there
-        is no config.json, and ValueError for an unknown model_type, a quantised checkpoint, a feature that the engine
+        is no config.json, and ValueError for an unknown model_type, a way of quantising or a feature that the engine
         does not compute, or what transformers refuses.
         """
         # At the call, because what reads a model's geometry is built on it.

@@ -16,6 +16,7 @@ from gdnjax.config import (
     MlpKind,
     MoeConfig,
 )
+from gdnjax.config.quantization import Quantization
 from tests.config.configurations import CLASSES, HYBRIDS, KINDS, from_hf, hf_dict
 
 DELTA, ATTENTION = LayerKind.DELTA, LayerKind.ATTENTION
@@ -373,15 +374,18 @@ def test_absent_model_type_is_refused():
 
 
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", None])
-def test_quantised_checkpoint_is_refused_by_its_method(inside, method):
+def test_quantization_is_read_wherever_a_wrapper_has_it(inside):
+    """What is read of it: tests/config/test_quantization.py."""
     raw = hf_dict("qwen3_5")
-    (raw["text_config"] if inside else raw)["quantization_config"] = (
-        {"bits": 4} if method is None else {"quant_method": method}
-    )
-    with pytest.raises(
-        ValueError, match=f"quantised checkpoints are not supported yet.*{method or 'unknown'}.*use the"
-    ):
+    section = raw["text_config"] if inside else raw
+    section["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [64, 32]}
+    found = ModelConfig.from_hf(raw).quantization
+    assert found == Quantization(method="fp8", codes="float8_e4m3fn", grids=((64, 32),))
+    section["quantization_config"] = {"quant_method": "mxfp4"}
+    with pytest.raises(ValueError, match="quant_method 'mxfp4' is not supported"):
+        ModelConfig.from_hf(raw)
+    section["quantization_config"] = "int8"
+    with pytest.raises(ValueError, match="quantization_config must be a JSON object, got 'int8'"):
         ModelConfig.from_hf(raw)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gdnjax import LLM, EngineConfig, SamplingParams, draft_logits, full_logits
+from gdnjax import LLM, EngineConfig, SamplingParams, draft_logits, full_logits, load_model
 from tests import checkpoints
 from tests.make_tokenizer import write_tokenizer
 
@@ -201,6 +201,21 @@ def test_greedy_tokens_of_ranks_equal_transformers(family, ranks, tmp_path, near
     with _engine(tmp_path, ranks) as llm:
         tokens = _generate_greedily(llm, prompts, 16)
     _check_greedy(f"{family}, {ranks} ranks", prompts, tokens, reference, near_ties)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_logits_of_an_fp8_checkpoint_equal_those_of_transformers_dequantised_model(family, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
+    checkpoints.write_checkpoint(family, tmp_path)
+    # transformers wants whole blocks.
+    assert checkpoints.quantise_in_place(tmp_path, (8, 8)) > 40
+    model, params = load_model(tmp_path, dtype="float32")
+    tokens = checkpoints.prompt_tokens(130)
+    logits = full_logits(model, params, np.array(tokens, np.int32))
+    error = checkpoints.relative_error(np.asarray(logits), checkpoints.reference_logits(tmp_path, tokens))
+    print(f"{family}: {error:.1e}")
+    assert error < LOGIT_BOUND
 
 
 def test_head_that_is_stored_as_a_layer_drafts_what_transformers_drafts(tmp_path, near_ties):

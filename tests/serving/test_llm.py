@@ -677,9 +677,9 @@ BREAKS = {
         "unsupported model_type 'llama'; supported: deepseek_v3, .*qwen3_5",
     ),
     "quantised": (
-        lambda d: edit_config(d, lambda raw: raw.update(quantization_config={"quant_method": "fp8"})),
+        lambda d: edit_config(d, lambda raw: raw.update(quantization_config={"quant_method": "modelopt"})),
         ValueError,
-        "quantised checkpoints are not supported yet.*fp8.*use the bfloat16 or float32",
+        "quantization_config: quant_method 'modelopt' is not supported; use a checkpoint in bfloat16, FP8",
     ),
     "dtype in config": (
         lambda d: edit_config(d, lambda raw: raw.update(dtype="float16")),

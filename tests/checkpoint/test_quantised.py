@@ -1,0 +1,372 @@
+"""Quantised checkpoints load as what their codes and scales stand for, to the bit, whatever the ranks cut."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from gdnjax import sharding
+from gdnjax.checkpoint import convert, load_params, open_source
+from gdnjax.checkpoint.quantised import DequantisedSource, weights_of
+from gdnjax.checkpoint.sources import read_whole
+from gdnjax.config.quantization import read_quantization
+from gdnjax.models import abstract_params
+from tests import quantised
+from tests.checkpoint import tiny
+
+BLOCK = [5, 6]
+"""Neither divides a dimension, nor what a rank holds of it: blocks are partial, and cut."""
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": BLOCK}
+QUARK = {"quant_method": "quark", "layer_quant_config": {}, "exclude": ["lm_head"]}
+QUARK_WEIGHT = {"dtype": "fp8_e4m3", "qscheme": "per_channel", "ch_axis": 0, "is_dynamic": False, "symmetric": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "sym": False}
+
+
+def _compressed(form, **weights):
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"symmetric": True, **weights}, "input_activations": None}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+def _by_row(name, weight, *, flat=False):
+    tensors, values = quantised.fp8(name, weight, rows=1, columns=weight.shape[-1], scale=np.float32, suffix="_scale")
+    if flat:
+        tensors[f"{name}_scale"] = tensors[f"{name}_scale"][..., 0]
+    return tensors, values
+
+
+def _whole(name, weight):
+    tensors, values = quantised.fp8(name, weight, rows=weight.shape[0], columns=weight.shape[1])
+    return tensors | {f"{name}_scale_inv": tensors[f"{name}_scale_inv"].reshape(())}, values
+
+
+def _of_module(write, **options):
+    return lambda name, weight: write(name.removesuffix(".weight"), weight, **options)
+
+
+_blocks = functools.partial(quantised.fp8, rows=BLOCK[0], columns=BLOCK[1])
+
+FORMATS = {
+    "fp8, bfloat16 scales": (FP8, _blocks),
+    "fp8, float32 scales": (FP8, functools.partial(_blocks, scale=np.float32)),
+    "fp8, ue8m0 scales": (FP8 | {"scale_fmt": "ue8m0"}, functools.partial(_blocks, scale=np.uint8)),
+    "fp8, one scale": (FP8 | {"weight_block_size": None}, _whole),
+    "quark, by channel": (
+        QUARK | {"global_quant_config": {"weight": QUARK_WEIGHT}},
+        functools.partial(_by_row, flat=True),
+    ),
+    "quark, by block": (
+        QUARK | {"global_quant_config": {"weight": QUARK_WEIGHT | {"qscheme": "per_block", "block_size": BLOCK}}},
+        functools.partial(_blocks, scale=np.float32, suffix="_scale"),
+    ),
+    "compressed-tensors, FP8_DYNAMIC": (
+        _compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
+        _by_row,
+    ),
+    "compressed-tensors, FP8_BLOCK": (
+        _compressed("float-quantized", num_bits=8, type="float", strategy="block", block_structure=BLOCK),
+        functools.partial(_blocks, suffix="_scale"),
+    ),
+    "compressed-tensors, int8": (
+        _compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
+        quantised.int8,
+    ),
+    "compressed-tensors, int4": (
+        _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=8),
+        _of_module(quantised.packed, group=8, symmetric=True),
+    ),
+    "compressed-tensors, int4 with zero points": (
+        _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=8, symmetric=False),
+        _of_module(quantised.packed, group=8, symmetric=False),
+    ),
+    "gptq": (GPTQ, _of_module(quantised.gptq, group=8)),
+    "gptq, version 2": (
+        GPTQ | {"checkpoint_format": "gptq_v2"},
+        _of_module(quantised.gptq, group=8, v2=True, g_idx=False),
+    ),
+    "awq": (
+        {"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True, "version": "gemm"},
+        _of_module(quantised.awq, group=8),
+    ),
+}
+
+WIDE = dataclasses.replace(
+    tiny.DENSE,
+    hidden_size=16,
+    intermediate_size=24,
+    delta=dataclasses.replace(tiny.DENSE.delta, key_head_dim=4, value_head_dim=8),
+)
+MODELS = {
+    "dense": (WIDE, {}),
+    "moe": (
+        dataclasses.replace(
+            WIDE,
+            model_type="qwen3_5_moe",
+            mlp_kinds=tiny.MOE.mlp_kinds,
+            moe=dataclasses.replace(tiny.MOE.moe, intermediate_size=8),
+        ),
+        {"fused": False},
+    ),
+}
+MODELS["next"] = (
+    dataclasses.replace(MODELS["moe"][0], model_type="qwen3_next", interleaved_projections=True),
+    {"fused": False, "prefix": "model."},
+)
+
+LEFT_ALONE = (
+    "embed_tokens",
+    "lm_head",
+    "norm",
+    ".gate.",
+    "shared_expert_gate",
+    "conv1d",
+    "in_proj_b",
+    "in_proj_a",
+    ".fc.",
+)
+
+
+def _is_quantised(name, tensor):
+    return tensor.ndim >= 2 and not any(part in name for part in LEFT_ALONE)
+
+
+def _write(directory, stored, method):
+    """A checkpoint and the same with its weights as they are. Returns the configuration and what was quantised."""
+    raw, write = FORMATS[method]
+    codes, values, weights = {}, {}, []
+    for name, tensor in stored.items():
+        if _is_quantised(name, tensor):
+            tensors, values[name] = write(name, tensor)
+            codes |= tensors
+            weights.append(name)
+        else:
+            codes[name] = values[name] = tensor
+    tiny.write_sharded(directory / "codes", codes)
+    tiny.write_single(directory / "values", values)
+    return read_quantization(raw), weights
+
+
+def _load(directory, cfg, tp, *, mtp=False):
+    abstract = abstract_params(cfg, tp, "float32", mtp=mtp)
+    return load_params(directory, cfg, abstract, sharding.make_mesh(tp), progress=False)
+
+
+def _assert_equal(one, other):
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: np.testing.assert_array_equal(
+            np.asarray(a), np.asarray(b), err_msg=sharding.path_name(path)
+        ),
+        one,
+        other,
+    )
+
+
+@pytest.mark.parametrize(("model", "tp"), [("dense", 1), ("dense", 4), ("moe", 4), ("next", 4)])
+@pytest.mark.parametrize("method", FORMATS)
+def test_parameters_are_code_times_scale(tmp_path, method, model, tp):
+    cfg, how = MODELS[model]
+    stored = tiny.stored_tensors(tiny.model_tensors(cfg), cfg, **how)
+    quantization, weights = _write(tmp_path, stored, method)
+    params, report = _load(tmp_path / "codes", dataclasses.replace(cfg, quantization=quantization), tp)
+    expected, plain = _load(tmp_path / "values", cfg, tp)
+    _assert_equal(params, expected)
+    assert report.quantised == {quantization.codes: len(weights)}
+    assert (report.loaded, plain.quantised) == (plain.loaded, {})
+    assert f"dequantised: {len(weights)} of {quantization.codes}, 0 of them of the MTP head" in str(report)
+
+
+@pytest.mark.parametrize("method", [name for name in FORMATS if name.startswith("fp8, ") and "one" not in name])
+def test_experts_may_be_stored_as_one_tensor(tmp_path, method):
+    """With scales of the same axes."""
+    cfg, _ = MODELS["moe"]
+    quantization, weights = _write(tmp_path, tiny.stored_tensors(tiny.model_tensors(cfg), cfg), method)
+    assert any(name.endswith("experts.gate_up_proj") for name in weights)
+    params, _ = _load(tmp_path / "codes", dataclasses.replace(cfg, quantization=quantization), 4)
+    _assert_equal(params, _load(tmp_path / "values", cfg, 4)[0])
+
+
+def test_weights_of_the_mtp_head_are_counted(tmp_path):
+    cfg = dataclasses.replace(MODELS["moe"][0], mtp_layers=1)
+    stored = tiny.stored_tensors(tiny.model_tensors(cfg, mtp=True), cfg, fused=False)
+    quantization, weights = _write(tmp_path, stored, "fp8, bfloat16 scales")
+    cfg = dataclasses.replace(cfg, quantization=quantization)
+    _, report = _load(tmp_path / "codes", cfg, 1, mtp=True)
+    of_head = sum(name.startswith("mtp.") for name in weights)
+    assert of_head == 4 + 3 + 3 * 3
+    assert (report.quantised, report.mtp_quantised) == ({"float8_e4m3fn": len(weights)}, of_head)
+    _, report = _load(tmp_path / "codes", cfg, 1)
+    assert (report.quantised, report.mtp_quantised) == ({"float8_e4m3fn": len(weights) - of_head}, 0)
+
+
+@pytest.mark.parametrize("method", FORMATS)
+def test_conversion_keeps_codes_and_scales_bit_for_bit(tmp_path, method):
+    cfg, how = MODELS["dense"]
+    quantization, _ = _write(tmp_path, tiny.stored_tensors(tiny.model_tensors(cfg), cfg, **how), method)
+    convert(tmp_path / "codes", tmp_path / "orbax", progress=False)
+    convert(tmp_path / "orbax", tmp_path / "again", progress=False)
+    with open_source(tmp_path / "codes") as one, open_source(tmp_path / "again") as other:
+        assert set(one.names()) == set(other.names())
+        for name in one.names():
+            assert (one.dtype(name), one.shape(name)) == (other.dtype(name), other.shape(name))
+            assert read_whole(one, name).tobytes() == read_whole(other, name).tobytes(), name
+    cfg = dataclasses.replace(cfg, quantization=quantization)
+    _assert_equal(_load(tmp_path / "orbax", cfg, 2)[0], _load(tmp_path / "codes", cfg, 2)[0])
+
+
+WEIGHT = np.random.default_rng(0).standard_normal((24, 16)).astype(np.float32)
+NAME = "layers.0.mlp.down_proj.weight"
+MODULE = NAME.removesuffix(".weight")
+
+
+class _Tensors:
+    """A source of tensors that are there."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def names(self):
+        return tuple(self.tensors)
+
+    def shape(self, name):
+        return self.tensors[name].shape
+
+    def dtype(self, name):
+        return self.tensors[name].dtype
+
+    def read(self, name, index):
+        return self.tensors[name][index]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
+def _drop(*names):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def _put(name, tensor):
+    return lambda tensors: tensors | {name: tensor}
+
+
+DAMAGES = {
+    "no scale": (
+        "fp8, bfloat16 scales",
+        _drop(f"{NAME}_scale_inv"),
+        r"Tensors that have no scale: layers\.0\.mlp\.down_proj\.weight \(float8_e4m3fn\)",
+    ),
+    "no codes": (
+        "fp8, bfloat16 scales",
+        _drop(NAME),
+        r"lack what belongs to them: .*down_proj\.weight_scale_inv \(no layers\.0\.mlp\.down_proj\.weight\)",
+    ),
+    "scale of another name": (
+        "fp8, bfloat16 scales",
+        lambda tensors: {name.replace("_scale_inv", "_scale"): tensor for name, tensor in tensors.items()},
+        r"have no scale: layers\.0\.mlp\.down_proj\.weight \(float8_e4m3fn\)",
+    ),
+    "a scale too few": (
+        "fp8, bfloat16 scales",
+        lambda tensors: tensors | {f"{NAME}_scale_inv": tensors[f"{NAME}_scale_inv"][:-1]},
+        r"weight_scale_inv is \(4, 3\) for weights \(24, 16\); expected one for each 5 x 6 of them",
+    ),
+    "codes that are none": (
+        "fp8, bfloat16 scales",
+        lambda tensors: tensors | {NAME: tensors[NAME].astype(np.float32)},
+        r"down_proj\.weight is float32, expected float8_e4m3fn",
+    ),
+    "scales of integers": (
+        "fp8, bfloat16 scales",
+        lambda tensors: tensors | {f"{NAME}_scale_inv": tensors[f"{NAME}_scale_inv"].astype(np.int32)},
+        r"weight_scale_inv is int32, expected one of float32, bfloat16, float16, uint8",
+    ),
+    "half precision beside": (
+        "fp8, bfloat16 scales",
+        _put("norm.weight", np.zeros(16, np.float16)),
+        r"are neither float32 nor bfloat16: norm\.weight \(float16\)",
+    ),
+    "act-order": (
+        "gptq",
+        _put(f"{MODULE}.g_idx", np.random.default_rng(0).permutation(16).astype(np.int32) // 8),
+        r"g_idx orders the inputs by activation, which is not supported",
+    ),
+    "act-order of compressed-tensors": (
+        "compressed-tensors, int4",
+        _put(f"{NAME}_g_idx", np.arange(16, dtype=np.int32)[::-1] // 8),
+        r"weight_g_idx orders the inputs by activation",
+    ),
+    "no zero points": ("awq", _drop(f"{MODULE}.qzeros"), r"lack what belongs to them: .*scales \(no .*qzeros\)"),
+    "zero points of another shape": (
+        "awq",
+        lambda tensors: tensors | {f"{MODULE}.qzeros": tensors[f"{MODULE}.qzeros"][:1]},
+        r"qzeros is int32 \(1, 3\), expected int32 \(2, 3\)",
+    ),
+    "stored twice": ("gptq", _put(NAME, WEIGHT), r"are stored twice: layers\.0\.mlp\.down_proj\.weight"),
+    "another shape": (
+        "compressed-tensors, int4",
+        _put(f"{NAME}_shape", np.array([24, 17])),
+        r"weight_packed is \(24, 2\), and .*weight_shape says \(24, 17\)",
+    ),
+    "no matrix": (
+        "fp8, one scale",
+        lambda tensors: tensors | {NAME: tensors[NAME].reshape(-1)},
+        r"down_proj\.weight has the shape \(384,\), which is no matrix",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_does_not_fit_is_named(name):
+    method, damage, message = DAMAGES[name]
+    raw, write = FORMATS[method]
+    tensors, _ = write(NAME, WEIGHT)
+    with pytest.raises(ValueError, match=message):
+        weights_of(_Tensors(damage(tensors)), read_quantization(raw))
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_nan_among_codes_is_named(code):
+    raw, write = FORMATS["fp8, bfloat16 scales"]
+    tensors, _ = write(NAME, WEIGHT)
+    bits = tensors[NAME].view(np.uint8).copy()
+    bits[20, 3] = code
+    tensors[NAME] = bits.view(quantised.FLOAT8)
+    source = DequantisedSource(_Tensors(tensors), read_quantization(raw))
+    source.read(NAME, (slice(0, 20), slice(0, 16)))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj\.weight: a code is NaN"):
+        source.read(NAME, (slice(20, 24), slice(0, 16)))
+
+
+def test_scales_of_what_is_not_quantised_here_are_left_out():
+    """Of activations and of cached keys and values: weights are read, and nothing else."""
+    raw, write = FORMATS["compressed-tensors, FP8_DYNAMIC"]
+    tensors, values = write(NAME, WEIGHT)
+    beside = {f"{MODULE}.input_scale": np.ones(1, np.float32), "layers.1.self_attn.k_scale": np.ones(1, np.float32)}
+    source = DequantisedSource(_Tensors(tensors | beside), read_quantization(raw))
+    assert source.names() == (NAME,)
+    assert source.counts == {"float8_e4m3fn": 1}
+    np.testing.assert_array_equal(read_whole(source, NAME), values)
+
+
+def test_codes_without_a_configuration_are_named():
+    tensors, _ = FORMATS["fp8, bfloat16 scales"][1](NAME, WEIGHT)
+    with pytest.raises(ValueError, match=r"no quantization_config.*others here: .*down_proj\.weight \(float8_e4m3fn\)"):
+        weights_of(_Tensors(tensors), None)
+
+
+@pytest.mark.parametrize("method", FORMATS)
+def test_any_slice_is_that_of_the_whole(method):
+    raw, write = FORMATS[method]
+    tensors, values = write(NAME, WEIGHT)
+    source = DequantisedSource(_Tensors(tensors), read_quantization(raw))
+    numbers = np.random.default_rng(1)
+    for _ in range(50):
+        bounds = [sorted(numbers.choice(size + 1, 2, replace=False).tolist()) for size in WEIGHT.shape]
+        index = tuple(slice(*pair) for pair in bounds)
+        np.testing.assert_array_equal(source.read(NAME, index), values[index])
+    # The codes are near what they were made of.
+    assert np.abs(values - WEIGHT).max() < {"int4": 0.3, "int8": 0.02}.get(read_quantization(raw).codes, 0.15)
