@@ -167,7 +167,7 @@ def weights_of(source: TensorSource, quantization: Quantization | None) -> Tenso
     other = [f"{name} ({source.dtype(name)})" for name in source.names() if source.dtype(name) not in ALLOWED_DTYPES]
     if other:
         raise ValueError(
-            "config.json has no quantization_config, so that tensors are float32 or bfloat16; others here: "
+            "unsupported dtype without a quantization_config in config.json; allowed: float32, bfloat16. Tensors: "
             f"{abbreviate(other)}"
         )
     return source

@@ -235,7 +235,7 @@ def test_misshaped_tensor_is_named_with_both_shapes(tmp_path):
 def test_wrong_dtype_is_named(tmp_path):
     model = tiny.model_tensors(tiny.DENSE)
     stored = tiny.stored_tensors(model, tiny.DENSE) | {PREFIX + "norm.weight": np.zeros(6, np.float16)}
-    _assert_rejected(tmp_path, tiny.DENSE, model, stored, r"allowed: float32, bfloat16.*norm\.weight \(F16\)")
+    _assert_rejected(tmp_path, tiny.DENSE, model, stored, r"allowed: float32, bfloat16.*norm\.weight \(float16\)")
 
 
 @pytest.mark.usefixtures("nothing_is_read")

@@ -212,7 +212,7 @@ def test_logits_of_an_fp8_checkpoint_equal_those_of_transformers_dequantised_mod
     assert checkpoints.quantise_in_place(tmp_path, (8, 8)) > 40
     model, params = load_model(tmp_path, dtype="float32")
     tokens = checkpoints.prompt_tokens(130)
-    logits = full_logits(model, params, np.array(tokens, np.int32))
+    logits = full_logits(model, params, jnp.array(tokens, jnp.int32))
     error = checkpoints.relative_error(np.asarray(logits), checkpoints.reference_logits(tmp_path, tokens))
     print(f"{family}: {error:.1e}")
     assert error < LOGIT_BOUND
