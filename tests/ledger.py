@@ -533,8 +533,8 @@ class Oracle:
         return steps
 
     def row(self, tokens) -> dict[str, np.ndarray]:
-        """What a slot holds behind `tokens`: ssm [L, hv, k * v] in KV order, conv [L, w, x], hidden [d], and
-        seen [L, i, hv], oldest first, what the next token can see.
+        """What a slot holds behind `tokens`: ssm [L, hv, k * v] in KV order, conv [L, w, x], hidden [d]; and where
+        there are rings, seen [L, i, hv], oldest first, what the next token can see.
         """
         point = self.at(tokens)
         scales = [self._weights["layers"][i]["linear_attn"]["in_proj_qkv"]["weight"] for i in self._delta]
@@ -544,7 +544,7 @@ class Oracle:
             [[x * scale & MASK for scale in row] for x in past[: SIGHT - 1][::-1]]
             for past, row in zip(point.rings, scales, strict=True)
         ]
-        found = {"ssm": point.states, "conv": conv, "hidden": point.hidden, "seen": seen}
+        found = {"ssm": point.states, "conv": conv, "hidden": point.hidden} | ({"seen": seen} if seen else {})
         return {name: np.array(value, np.uint32) for name, value in found.items()}
 
     def entries(self, tokens, start: int) -> np.ndarray:
