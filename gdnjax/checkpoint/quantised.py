@@ -39,8 +39,7 @@ PER_WORD = 8
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 """Where the codes of eight neighbouring columns stand in AWQ's word."""
 
-# What a quantised weight's tensors end in: its codes, then its scale, and what may be beside them.
-CODES = {"fp8": "", "quark": "", "compressed-tensors": "", "gptq": "qweight", "awq": "qweight"}
+# What the name of a quantised weight's scale ends in.
 SCALES = {"fp8": "_scale_inv", "quark": "_scale", "compressed-tensors": "_scale", "gptq": "scales", "awq": "scales"}
 
 OF_ACTIVATIONS = re.compile(r".*(?:\.|_)(?:input_scale|output_scale|k_scale|v_scale|activation_scale)(?:_inv)?")
@@ -53,7 +52,6 @@ Slices: TypeAlias = tuple[slice, ...]
 class _Weight:
     """A quantised weight: the names of its tensors, its shape, and the weights that share a scale."""
 
-    name: str
     codes: str
     scale: str
     shape: tuple[int, ...]
@@ -64,9 +62,8 @@ class _Weight:
 class DequantisedSource:
     """The tensors of a quantised checkpoint under the names that they would have without being so. A `TensorSource`.
 
-    `counts` has the number of tensors of each kind; `kind(name)` is that of one, None for a tensor that is stored as it
-    is. Raises ValueError at construction where tensors do not fit together or the configuration, by their names, and
-    from `read` where a code is NaN.
+    `kind(name)` is what the codes of a tensor are, None where it is stored as it is. Raises ValueError at construction
+    where tensors do not fit together or the configuration, by their names, and from `read` where a code is NaN.
     """
 
     def __init__(self, source: TensorSource, quantization: Quantization):
@@ -85,11 +82,6 @@ class DequantisedSource:
 
     def kind(self, name: str) -> str | None:
         return self._quantization.codes if name in self._weights else None
-
-    @property
-    def counts(self) -> dict[str, int]:
-        kinds = (self.kind(name) or self.dtype(name).name for name in self._names)
-        return dict(collections.Counter(kinds))
 
     def read(self, name: str, index: Slices) -> np.ndarray:
         if name not in self._weights:
@@ -231,7 +223,7 @@ def _sort(source: TensorSource, quantization: Quantization) -> tuple[dict[str, _
             try:
                 indices = names.get("indices")
                 kept = {key: part for key, part in names.items() if part in stored or part != indices}
-                weights[weight] = _weight_of(source, weight, kept, quantization)
+                weights[weight] = _weight_of(source, kept, quantization)
             except ValueError as error:
                 problems["do not fit"].append(str(error))
     plain = [name for name in source.names() if name not in used and not OF_ACTIVATIONS.fullmatch(name)]
@@ -267,7 +259,7 @@ def _tensors_of(base: str, quantization: Quantization) -> dict[str, str]:
     return names if quantization.symmetric else names | {"zeros": f"{base}_zero_point"}
 
 
-def _weight_of(source: TensorSource, name: str, names: dict[str, str], quantization: Quantization) -> _Weight:
+def _weight_of(source: TensorSource, names: dict[str, str], quantization: Quantization) -> _Weight:
     """Raises ValueError where the tensors' shapes, dtypes or order are not those of a weight."""
     codes, scale = names["codes"], names["scale"]
     expected = {"float8_e4m3fn": FLOAT8, "int8": np.dtype(np.int8), "int4": np.dtype(np.int32)}[quantization.codes]
@@ -297,7 +289,7 @@ def _weight_of(source: TensorSource, name: str, names: dict[str, str], quantizat
         size = grid[1] or shape[-1]
         if not np.array_equal(read_whole(source, indices), np.arange(shape[-1]) // size):
             raise ValueError(f"{indices} orders the inputs by activation, which is not supported")
-    return _Weight(name=name, codes=codes, scale=scale, shape=shape, grid=grid, zeros=zeros)
+    return _Weight(codes=codes, scale=scale, shape=shape, grid=grid, zeros=zeros)
 
 
 def _shape_of(source: TensorSource, names: dict[str, str], quantization: Quantization) -> tuple[int, ...]:
