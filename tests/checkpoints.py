@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import pathlib
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -315,18 +314,12 @@ def write_checkpoint_with_head(family: str, directory: pathlib.Path, seed: int =
     (directory / "config.json").write_text(json.dumps(config))
 
 
-LEFT_ALONE = re.compile(
-    r".*(embed_tokens|lm_head|norm|mlp\.gate|shared_expert_gate|conv1d|in_proj_ba?|in_proj_a|fc)\.weight"
-)
-"""What published FP8 checkpoints have in bfloat16: embeddings, norms, routers, gates, small projections."""
-
-
 def quantise_in_place(directory: pathlib.Path, block: tuple[int, int], scale: Any = np.float32) -> int:
     """Makes FP8 of the matrices that published FP8 checkpoints have in it. Returns how many that were."""
     file, count = directory / "model.safetensors", 0
     tensors = {}
     for name, tensor in safetensors.numpy.load_file(file).items():
-        if tensor.ndim == 2 and name.endswith(".weight") and not LEFT_ALONE.fullmatch(name):
+        if quantised.is_quantised(name, tensor):
             tensors |= quantised.fp8(name, tensor, rows=block[0], columns=block[1], scale=scale)[0]
             count += 1
         else:

@@ -3,6 +3,7 @@
 Nothing here is shared with the package: each writer says in its own words what its format is.
 """
 
+import re
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +13,17 @@ FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column that each code of an AWQ word is of, from the lowest bits on."""
+
+
+LEFT_ALONE = re.compile(
+    r".*(embed_tokens|lm_head|norm|mlp\.gate|shared_expert_gate|conv1d|in_proj_ba?|in_proj_a|fc)\.weight"
+)
+"""What published FP8 checkpoints have in bfloat16: embeddings, norms, routers, gates, small projections."""
+
+
+def is_quantised(name: str, tensor: np.ndarray) -> bool:
+    """Whether a published FP8 checkpoint has this tensor of a Qwen model as codes and scales."""
+    return tensor.ndim >= 2 and not LEFT_ALONE.fullmatch(name)
 
 
 def blocks(weight: np.ndarray, rows: int, columns: int, most: float) -> np.ndarray:

@@ -48,9 +48,9 @@ class LoadReport:
 
     loaded            became parameters, those of the MTP head included
     mtp_loaded        belong to the multi-token-prediction head, and became parameters
+    mtp_shared        modules of the target that the loaded MTP head uses in place of its own; empty without a head
     quantised         weights that were stored as codes and scales, by what the codes are; each counts once
     mtp_quantised     those of the MTP head among them
-    mtp_shared        modules of the target that the loaded MTP head uses in place of its own; empty without a head
     skipped_vision    belong to the vision tower, which the engine does not run
     skipped_mtp       belong to the multi-token-prediction head, which `abstract` does not have
     skipped_tied      the lm_head of a model whose lm_head is its embedding, and equal to it; copies of embedding and

@@ -39,6 +39,9 @@ PER_WORD = 8
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 """Where the codes of eight neighbouring columns stand in AWQ's word."""
 
+BY_COLUMNS = ("gptq", "awq")
+"""Methods whose tensors have the inputs first."""
+
 # What the name of a quantised weight's scale ends in.
 SCALES = {"fp8": "_scale_inv", "quark": "_scale", "compressed-tensors": "_scale", "gptq": "scales", "awq": "scales"}
 
@@ -86,8 +89,8 @@ class DequantisedSource:
     def read(self, name: str, index: Slices) -> np.ndarray:
         if name not in self._weights:
             return self._source.read(name, index)
-        weight, method = self._weights[name], self._quantization.method
-        if method in ("gptq", "awq"):
+        weight = self._weights[name]
+        if self._quantization.method in BY_COLUMNS:
             return self._read_by_columns(weight, index)
         if self._quantization.codes == "int4":
             return self._read_packed(weight, index)
@@ -132,7 +135,6 @@ class DequantisedSource:
         return (codes - zero) * self._scales(weight, index)
 
     def _read_by_columns(self, weight: _Weight, index: Slices) -> np.ndarray:
-        """Of GPTQ and AWQ, whose tensors have the inputs first."""
         outputs, inputs = index
         awq, group = self._quantization.method == "awq", weight.grid[1]
         groups, packed = _cells(inputs, group), _cells(outputs, PER_WORD)
@@ -213,7 +215,7 @@ def _sort(source: TensorSource, quantization: Quantization) -> tuple[dict[str, _
             continue
         names = _tensors_of(base, quantization)
         used |= {part for part in names.values() if part in stored}
-        weight = f"{base}.weight" if quantization.method in ("gptq", "awq") else base
+        weight = f"{base}.weight" if quantization.method in BY_COLUMNS else base
         absent = [part for key, part in names.items() if part not in stored and key != "indices"]
         if absent:
             problems["lack what belongs to them"].append(f"{name} (no {', '.join(absent)})")
@@ -221,9 +223,8 @@ def _sort(source: TensorSource, quantization: Quantization) -> tuple[dict[str, _
             problems["are stored twice"].append(weight)
         else:
             try:
-                indices = names.get("indices")
-                kept = {key: part for key, part in names.items() if part in stored or part != indices}
-                weights[weight] = _weight_of(source, kept, quantization)
+                found = {key: part for key, part in names.items() if part in stored}
+                weights[weight] = _weight_of(source, found, quantization)
             except ValueError as error:
                 problems["do not fit"].append(str(error))
     plain = [name for name in source.names() if name not in used and not OF_ACTIVATIONS.fullmatch(name)]
@@ -232,15 +233,15 @@ def _sort(source: TensorSource, quantization: Quantization) -> tuple[dict[str, _
             what = "are neither float32 nor bfloat16" if dtype == np.float16 else "have no scale"
             problems[what].append(f"{name} ({dtype})")
     if problems:
-        found = ". ".join(f"Tensors that {what}: {abbreviate(names)}" for what, names in problems.items())
-        raise ValueError(f"quantised as {quantization.method} ({quantization.codes}): {found}")
+        told = ". ".join(f"Tensors that {what}: {abbreviate(names)}" for what, names in problems.items())
+        raise ValueError(f"quantised as {quantization.method} ({quantization.codes}): {told}")
     return weights, (*plain, *weights)
 
 
 def _base_of(name: str, quantization: Quantization) -> str | None:
     """The weight whose scale this is; of GPTQ and AWQ the module."""
     suffix = SCALES[quantization.method]
-    if quantization.method in ("gptq", "awq"):
+    if quantization.method in BY_COLUMNS:
         return name.removesuffix(f".{suffix}") if name.endswith(f".{suffix}") else None
     if not name.endswith(suffix) or OF_ACTIVATIONS.fullmatch(name):
         return None
@@ -249,7 +250,7 @@ def _base_of(name: str, quantization: Quantization) -> str | None:
 
 def _tensors_of(base: str, quantization: Quantization) -> dict[str, str]:
     """What belongs to one weight, by what it is for."""
-    if quantization.method in ("gptq", "awq"):
+    if quantization.method in BY_COLUMNS:
         names = {"codes": f"{base}.qweight", "scale": f"{base}.scales", "zeros": f"{base}.qzeros"}
         return names | ({"indices": f"{base}.g_idx"} if quantization.method == "gptq" else {})
     scale = {"scale": base + SCALES[quantization.method]}
@@ -270,7 +271,7 @@ def _weight_of(source: TensorSource, names: dict[str, str], quantization: Quanti
     shape = _shape_of(source, names, quantization)
     if len(shape) < 2:
         raise ValueError(f"{codes} has the shape {shape}, which is no matrix")
-    by_columns = quantization.method in ("gptq", "awq")
+    by_columns = quantization.method in BY_COLUMNS
     grid = next((grid for grid in quantization.grids if _fits(source.shape(scale), shape, grid, by_columns)), None)
     if grid is None:
         allowed = " or ".join(f"{rows or 'all'} x {columns or 'all'}" for rows, columns in quantization.grids)

@@ -99,10 +99,10 @@ def _from_hf_dict(raw: dict[str, Any]) -> ModelConfig:
     for name in ("text_config", "quantization_config"):
         if not isinstance(raw.get(name) or {}, dict):
             raise ValueError(f"{name} must be a JSON object, got {raw[name]!r}")
-    quantisation = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
-    if not isinstance(quantisation or {}, dict):
-        raise ValueError(f"text_config.quantization_config must be a JSON object, got {quantisation!r}")
-    quantization = read_quantization(quantisation) if quantisation else None
+    stored_as = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
+    if not isinstance(stored_as or {}, dict):
+        raise ValueError(f"text_config.quantization_config must be a JSON object, got {stored_as!r}")
+    quantization = read_quantization(stored_as) if stored_as else None
     keys.check_rope_places(raw)
     hf = _read_by_transformers(raw)
     rope = getattr(hf, "rope_parameters", None) or {}

@@ -100,8 +100,12 @@ def _quark(raw: dict[str, Any]) -> Quantization:
     return Quantization(method="quark", codes="float8_e4m3fn", grids=tuple(dict.fromkeys(grids)))
 
 
-_COMPRESSED = {"float8": "float8_e4m3fn", "int8": "int8", "int4": "int4"}
-_COMPRESSED_FORMATS = {"float8_e4m3fn": ("float-quantized",), "int8": ("int-quantized",), "int4": ("pack-quantized",)}
+# Type and bits of compressed-tensors -> the codes, and the format that stores them.
+_COMPRESSED = {
+    "float8": ("float8_e4m3fn", "float-quantized"),
+    "int8": ("int8", "int-quantized"),
+    "int4": ("int4", "pack-quantized"),
+}
 
 
 def _compressed_tensors(raw: dict[str, Any]) -> Quantization:
@@ -112,13 +116,11 @@ def _compressed_tensors(raw: dict[str, Any]) -> Quantization:
     for name, group in groups.items():
         where = f"config_groups.{name}.weights"
         weights = _object(where, _object(f"config_groups.{name}", group).get("weights"))
-        form, bits = weights.get("type"), weights.get("num_bits")
-        codes = _COMPRESSED.get(f"{form}{bits}")
-        if codes is None:
-            raise _unsupported(f"{where} of {bits} bits of the type {form!r} ({raw.get('format')})")
-        _one_of(
-            f"config_groups.{name}.", "format", group.get("format") or raw.get("format"), _COMPRESSED_FORMATS[codes]
-        )
+        kind, bits, form = weights.get("type"), weights.get("num_bits"), group.get("format") or raw.get("format")
+        if f"{kind}{bits}" not in _COMPRESSED:
+            raise _unsupported(f"{where} of {bits} bits of the type {kind!r} ({form})")
+        codes, its_form = _COMPRESSED[f"{kind}{bits}"]
+        _one_of(f"config_groups.{name}.", "format", form, (its_form,))
         _one_of(f"{where}.", "actorder", weights.get("actorder"), (None, False, "static", "weight"))
         _one_of(f"{where}.", "dynamic", weights.get("dynamic", False), (False, None))
         strategy = weights.get("strategy")

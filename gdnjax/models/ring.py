@@ -41,12 +41,12 @@ def write(pool: Array, layer: int, entries: Array, context: PrefillContext | Dec
             slot = jnp.where(context.valid, jnp.repeat(context.write_slot, context.rows_per_slot), NULL_SLOT)
             return write_rows(pool, layer, slot, context.position % pool.shape[2], rows=entries)
         case PrefillContext(rows=rows, chunks=chunks):
-            first = context.position[jnp.minimum(rows.start, entries.shape[0] - 1)]
-            ends = [(rows.write_slot, jnp.arange(first.shape[0]), rows.start + rows.length)]
+            every = jnp.arange(rows.start.shape[0])
+            rings = [(rows.write_slot, _behind(pool, layer, entries, context, every, rows.start + rows.length))]
             if chunks.checkpoint is not None:
-                ends.append((chunks.checkpoint, chunks.row, chunks.end))
-            found = [_behind(pool, layer, entries, context, first, row, end) for _, row, end in ends]
-            for (slot, *_), ring in zip(ends, found, strict=True):
+                rings.append((chunks.checkpoint, _behind(pool, layer, entries, context, chunks.row, chunks.end)))
+            # All have been read before any is written.
+            for slot, ring in rings:
                 pool = write_rows(pool, layer, slot, rows=ring)
             return pool
 
@@ -66,16 +66,15 @@ def _places(context: PrefillContext | DecodeContext) -> tuple[Int32[Array, "t"],
             return jnp.repeat(context.read_slot, width), jnp.tile(jnp.arange(width, dtype=jnp.int32), count)
 
 
-def _behind(pool, layer, entries, context: PrefillContext, first, row, end) -> Array:
-    """Whole rings [n, R, ...] behind the packed tokens before `end` [n], each of the piece `row` [n], whose first token
-    has the position `first[row]`.
-    """
+def _behind(pool, layer, entries, context: PrefillContext, row, end) -> Array:
+    """Whole rings [n, R, ...] behind the packed tokens before `end` [n], each of the piece `row` [n]."""
     count, place = pool.shape[2], context.rows.start[row]
-    length = (first[row] + end - place)[:, None]
+    first = context.position[jnp.minimum(place, entries.shape[0] - 1)]
+    length = (first + end - place)[:, None]
     number = jnp.arange(count, dtype=jnp.int32)
     # The last position of each row before the end.
     position = length - 1 - (length - 1 - number) % count
-    offset = position - first[row][:, None]
+    offset = position - first[:, None]
     here = entries[jnp.clip(place[:, None] + offset, 0, entries.shape[0] - 1)].astype(dtype_of(pool))
     stored = read_rows(pool, layer, context.rows.read_slot[row])
     return jnp.where(_wide(offset >= 0, here), here, stored)

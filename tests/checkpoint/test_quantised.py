@@ -115,29 +115,13 @@ MODELS["next"] = (
     {"fused": False, "prefix": "model."},
 )
 
-LEFT_ALONE = (
-    "embed_tokens",
-    "lm_head",
-    "norm",
-    ".gate.",
-    "shared_expert_gate",
-    "conv1d",
-    "in_proj_b",
-    "in_proj_a",
-    ".fc.",
-)
-
-
-def _is_quantised(name, tensor):
-    return tensor.ndim >= 2 and not any(part in name for part in LEFT_ALONE)
-
 
 def _write(directory, stored, method):
     """A checkpoint and the same with its weights as they are. Returns the configuration and what was quantised."""
     raw, write = FORMATS[method]
     codes, values, weights = {}, {}, []
     for name, tensor in stored.items():
-        if _is_quantised(name, tensor):
+        if quantised.is_quantised(name, tensor):
             tensors, values[name] = write(name, tensor)
             codes |= tensors
             weights.append(name)
