@@ -15,7 +15,7 @@ PACKAGE = ROOT / "gdnjax"
 LAYERS = (
     ("cache_kinds",),
     ("version", "config", "sampling_params", "shapes", "assets", "progress"),
-    ("memory", "backend", "sharding"),
+    ("memory", "backend", "sharding", "quantized"),
     ("cache",),
     ("state", "batch"),
     ("pallas_kernels",),
@@ -43,12 +43,13 @@ ONLY = {
     "assets": set(),
     "memory": {"cache_kinds", "config", "assets"},
     "backend": set(),
+    "quantized": {"shapes"},
     "sharding": set(),
     "batch": {"shapes"},
-    "pallas_kernels": {"shapes", "backend", "cache_kinds", "memory"},
+    "pallas_kernels": {"shapes", "backend", "cache_kinds", "memory", "quantized"},
     "sampling": {"shapes", "sharding", "batch", "state", "backend", "pallas_kernels"},
     "speculative": {"shapes", "sharding", "batch", "state", "pallas_kernels", "sampling"},
-    "checkpoint": {"config", "sharding", "shapes", "progress", "models"},
+    "checkpoint": {"config", "sharding", "shapes", "progress", "models", "quantized"},
     "doctor": {"version", "backend"},
 }
 """Where the design allows less than the layers do: these and nothing else of the package."""

@@ -19,17 +19,26 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gdnjax import sharding
+from gdnjax.checkpoint import coded
 from gdnjax.checkpoint.formats import open_source
 from gdnjax.checkpoint.mapping import Copy, Origin, apart_convolutions, copies, origin_of, stores_experts_apart
 from gdnjax.checkpoint.names import Names, renaming, sort_names, stored_name
-from gdnjax.checkpoint.quantised import DequantisedSource, weights_of
+from gdnjax.checkpoint.quantised import QuantisedSource, weights_of
 from gdnjax.checkpoint.sources import TensorSource, abbreviate, read_whole
 from gdnjax.config import ModelConfig
 from gdnjax.models import partition
 from gdnjax.progress import Progress
+from gdnjax.quantized import CodeFormat, Quantized
 from gdnjax.shapes import Params
 
 log = logging.getLogger("gdnjax")
+
+Slices = tuple[slice, ...]
+Read = Callable[[str, Slices], np.ndarray]
+"""A slice of a tensor of the checkpoint."""
+
+MADE_AT_ONCE = 1 << 24
+"""Numbers of a weight that are quantised at once."""
 
 IN_FLIGHT_BYTES = 4 << 30
 """Host memory of the parameters that are on their way to the devices; a larger one travels alone."""
@@ -50,7 +59,10 @@ class LoadReport:
     mtp_loaded        belong to the multi-token-prediction head, and became parameters
     mtp_shared        modules of the target that the loaded MTP head uses in place of its own; empty without a head
     quantised         weights that were stored as codes and scales, by what the codes are; each counts once
-    mtp_quantised     those of the MTP head among them
+    dequantised       those of them that became numbers of the model's dtype; the others are codes on the devices, too
+    mtp_quantised     those of the MTP head among the quantised
+    made_fp8          weights that were made float8_e4m3fn with a scale for each row, and how far that moved them: the
+                      root mean square of the difference by that of the weights; None where none were
     skipped_vision    belong to the vision tower, which the engine does not run
     skipped_mtp       belong to the multi-token-prediction head, which `abstract` does not have
     skipped_tied      the lm_head of a model whose lm_head is its embedding, and equal to it; copies of embedding and
@@ -63,7 +75,9 @@ class LoadReport:
     mtp_loaded: int
     mtp_shared: tuple[str, ...]
     quantised: dict[str, int]
+    dequantised: int
     mtp_quantised: int
+    made_fp8: tuple[int, float] | None
     skipped_vision: int
     skipped_mtp: int
     skipped_tied: int
@@ -82,7 +96,12 @@ class LoadReport:
         codes = ""
         if self.quantised:
             counts = " and ".join(f"{count} of {kind}" for kind, count in self.quantised.items())
-            codes = f"; dequantised: {counts}, {self.mtp_quantised} of them of the MTP head"
+            codes = (
+                f"; quantised: {counts}, {self.mtp_quantised} of them of the MTP head, {self.dequantised} of them "
+                "dequantised as they were read"
+            )
+        if self.made_fp8 is not None:
+            codes += f"; made float8_e4m3fn by row: {self.made_fp8[0]}, of a relative error of {self.made_fp8[1]:.4f}"
         return (
             f"{self.loaded} tensors, {self.parameter_bytes / (1 << 30):.2f} GiB of parameters in {self.seconds:.1f} s "
             f"({self.gib_per_second:.2f} GiB/s){head}{codes}; skipped: "
@@ -97,7 +116,9 @@ def load_params(
     """Reads the parameters of a model into the tree `abstract`, cast to its dtypes and sharded over `mesh`.
 
     abstract    nested dict of jax.ShapeDtypeStruct with global shapes, under the modules' names; the MTP head is
-                loaded if it is a part of this tree
+                loaded if it is a part of this tree. A `Quantized` of them is loaded as codes and scales: those of the
+                checkpoint, where it has them on this grid (`coded_formats`), else made of its weight if they are
+                float8_e4m3fn with a scale for each row
     progress    say how far it is (gdnjax.progress)
 
     Names, shapes and dtypes of all tensors are checked before anything is read. Then up to THREADS parameters are read
@@ -111,7 +132,7 @@ def load_params(
     tp = mesh.shape[sharding.AXIS]
     # For its errors: what the ranks cannot divide is named before any index vector is cut.
     cfg.shard(tp)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=_is_coded)
     parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
     with open_source(directory) as stored:
         try:
@@ -123,16 +144,38 @@ def load_params(
             _check_tied(source, directory, head, names.language["embed_tokens.weight"])
         for copy, of in names.copies.items():
             _check_copy(source, directory, copy, names.language[of])
+        stored = _formats(source, names, origins, parameters, tp)
+        made = [name for name, leaf in parameters.items() if _is_coded(leaf) and stored.get(name) != _format_of(leaf)]
+        _check_made({name: parameters[name] for name in made})
         began = time.monotonic()
+        errors: list[tuple[float, float]] = []
 
-        def load(name: str) -> jax.Array:
+        def load(name: str) -> Any:
             placement = NamedSharding(mesh, partition.spec_of(name))
-            return _load_parameter(source, names.language, origins[name], parameters[name], placement)
+            leaf, origin = parameters[name], origins[name]
+            if not _is_coded(leaf):
+                return _load_parameter(_reader(source.read, names, origin, leaf, placement), leaf, placement)
+            if name in made:
+                values, error = _make_codes(_reader(source.read, names, origin, leaf.codes, placement, np.float32), leaf, placement)
+                errors.append(error)
+                return values
+            assert isinstance(source, QuantisedSource), "only such a checkpoint has codes"
+            codes = _reader(source.codes, names, origin, leaf.codes, placement)
 
-        sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in parameters.items()}
+            def scales(block: Slices) -> np.ndarray:
+                return coded.read_scales(source, names.language, origin, leaf.grid, leaf.shape, block)
+
+            return dataclasses.replace(
+                leaf,
+                codes=_load_parameter(codes, leaf.codes, placement),
+                scale=_load_parameter(scales, leaf.scale, placement),
+            )
+
+        sizes = {name: sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf)) for name, leaf in parameters.items()}
         with Progress("loading", len(sizes), "parameter", enabled=progress) as bar:
             arrays = _side_by_side(load, sizes, bar.update)
         quantised = _quantised(source, names)
+        held = {part.tensor for name in set(stored) - set(made) if _is_coded(parameters[name]) for part in origins[name].parts}
         seconds = time.monotonic() - began
     mtp_loaded = sum(map(_is_of_head, names.language))
     tables = ("embed_tokens",) if cfg.tie_word_embeddings else ("embed_tokens", "lm_head")
@@ -141,11 +184,15 @@ def load_params(
         mtp_loaded=mtp_loaded,
         mtp_shared=tables if mtp_loaded else (),
         quantised=dict(collections.Counter(quantised.values())),
+        dequantised=len(set(quantised) - held),
         mtp_quantised=sum(map(_is_of_head, quantised)),
+        made_fp8=(len(made), math.sqrt(sum(off for off, _ in errors) / max(sum(size for _, size in errors), 1e-30)))
+        if made
+        else None,
         skipped_vision=len(names.vision),
         skipped_mtp=len(names.mtp),
         skipped_tied=len(names.tied) + len(names.copies),
-        parameter_bytes=sum(array.nbytes for array in arrays),
+        parameter_bytes=sum(array.nbytes for array in jax.tree.leaves(arrays)),
         seconds=seconds,
     )
     log.info("loaded %s: %s", directory, report)
@@ -154,16 +201,75 @@ def load_params(
 
 def _quantised(source: TensorSource, names: Names) -> dict[str, str]:
     """What the codes are of each weight that was loaded from such, by its name in the modules."""
-    if not isinstance(source, DequantisedSource):
+    if not isinstance(source, QuantisedSource):
         return {}
     kinds = {module: source.kind(name) for module, name in names.language.items()}
     return {module: kind for module, kind in kinds.items() if kind is not None}
 
 
+def coded_formats(
+    directory: str | pathlib.Path, cfg: ModelConfig, abstract: Params, tp: int, quantization: str
+) -> dict[str, CodeFormat]:
+    """Which parameters are held as codes and scales, by name, for `abstract_params` and `load_params`. Of the
+    checkpoint only names, shapes and dtypes are read.
+
+    abstract        as `load_params` takes it, nothing of it as codes
+    quantization    as EngineConfig has it: "auto", those that the checkpoint has so; "dequantized", none;
+                    "fp8_per_channel", all that may be
+
+    Raises what `load_params` raises for a checkpoint that does not fit.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
+    parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
+    if quantization == "fp8_per_channel":
+        return coded.by_channel({name: leaf.shape for name, leaf in parameters.items()}, tp)
+    if quantization == "dequantized" or cfg.quantization is None:
+        return {}
+    cfg.shard(tp)
+    with open_source(directory) as stored:
+        try:
+            source = weights_of(stored, cfg.quantization)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
+        names, origins = _resolve(source, directory, parameters, cfg, tp)
+        return _formats(source, names, origins, parameters, tp)
+
+
+def _formats(
+    source: TensorSource, names: Names, origins: dict[str, Origin], parameters: Mapping[str, Any], tp: int
+) -> dict[str, CodeFormat]:
+    if not isinstance(source, QuantisedSource):
+        return {}
+    shapes = {name: tuple(leaf.shape) for name, leaf in parameters.items()}
+    return coded.formats_of(source, names.language, origins, shapes, tp)
+
+
+def _is_coded(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def _format_of(leaf: Quantized) -> CodeFormat:
+    return CodeFormat(str(leaf.codes.dtype), leaf.grid)
+
+
+def _check_made(parameters: Mapping[str, Quantized]) -> None:
+    """Raises ValueError for codes that the checkpoint does not have so, and that are not made here."""
+    other = [
+        f"{name} ({leaf.codes.dtype}, {leaf.grid[0]} x {leaf.grid[1]})"
+        for name, leaf in parameters.items()
+        if leaf.codes.dtype != coded.FLOAT8 or leaf.grid[0] != 1
+    ]
+    if other:
+        raise ValueError(
+            "the checkpoint has other codes or another grid; made of weights are only float8_e4m3fn with a scale for "
+            f"each row. Parameters: {abbreviate(other)}"
+        )
+
+
 def _resolve(
     source: TensorSource,
     directory: str | pathlib.Path,
-    parameters: dict[str, jax.ShapeDtypeStruct],
+    parameters: Mapping[str, Any],
     cfg: ModelConfig,
     tp: int,
 ) -> tuple[Names, dict[str, Origin]]:
@@ -278,14 +384,14 @@ def _check_head(names: Names, mtp_wanted: bool, cfg: ModelConfig) -> None:
 
 
 def _side_by_side(
-    load: Callable[[str], jax.Array], sizes: Mapping[str, int], done: Callable[[int], object]
-) -> list[jax.Array]:
+    load: Callable[[str], Any], sizes: Mapping[str, int], done: Callable[[int], object]
+) -> list[Any]:
     """`load` of each name, in order, by THREADS threads, with at most IN_FLIGHT_BYTES of `sizes` begun and not ended.
 
     `done` is told how many have ended since it was told last. An error is that of `load`, with the name before it.
     """
-    futures: dict[str, Future[jax.Array]] = {}
-    under_way: dict[Future[jax.Array], int] = {}
+    futures: dict[str, Future[Any]] = {}
+    under_way: dict[Future[Any], int] = {}
 
     def wait() -> None:
         ended, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -311,7 +417,7 @@ def _side_by_side(
     return [future.result() for future in futures.values()]
 
 
-def _naming(load: Callable[[str], jax.Array], name: str) -> jax.Array:
+def _naming(load: Callable[[str], Any], name: str) -> Any:
     try:
         return load(name)
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
@@ -319,28 +425,60 @@ def _naming(load: Callable[[str], jax.Array], name: str) -> jax.Array:
         raise type(error)(f"loading {name}: {error}") from error
 
 
-def _load_parameter(
-    source: TensorSource,
-    stored_names: dict[str, str],
+def _reader(
+    read: Read,
+    names: Names,
     origin: Origin,
     leaf: jax.ShapeDtypeStruct,
     placement: NamedSharding,
-) -> jax.Array:
+    dtype: Any = None,
+) -> Callable[[Slices], np.ndarray]:
+    """What reads a block of a parameter's global array, in its own dtype or another one."""
     # A CPU device would keep what it is given where that is aligned, and a file may change under it.
     in_memory = any(device.platform == "cpu" for device in placement.device_set)
 
+    def block(slices: Slices) -> np.ndarray:
+        shape = tuple(part.stop - part.start for part in slices)
+        form = np.dtype(dtype or leaf.dtype)
+        return _block(read, names.language, copies(origin, slices), shape, form, in_memory=in_memory)
+
+    return block
+
+
+def _load_parameter(
+    read: Callable[[Slices], np.ndarray], leaf: jax.ShapeDtypeStruct, placement: NamedSharding
+) -> jax.Array:
     def block(index: Any) -> np.ndarray:
         bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
-        slices = tuple(slice(start, stop) for start, stop, _ in bounds)
-        shape = tuple(stop - start for start, stop, _ in bounds)
-        return _block(source, stored_names, copies(origin, slices), shape, leaf.dtype, in_memory=in_memory)
+        return read(tuple(slice(start, stop) for start, stop, _ in bounds))
 
     # Waited for, so that the host buffers of a parameter are gone before another takes its place.
     return jax.make_array_from_callback(leaf.shape, placement, block).block_until_ready()
 
 
+def _make_codes(
+    read: Callable[[Slices], np.ndarray], leaf: Quantized, placement: NamedSharding
+) -> tuple[Quantized, tuple[float, float]]:
+    """A weight by rows in float8_e4m3fn, and the squares of its error and of itself. Rows are read whole, whatever
+    ranks have of them, so that codes do not depend on how many there are.
+    """
+    codes, scale = np.empty(leaf.shape, leaf.codes.dtype), np.empty((*leaf.shape[:-1], 1), np.float32)
+    off = total = 0.0
+    # Some rows at a time: in float32 they are four times as large as their codes.
+    for start in range(0, leaf.shape[0], step := max(1, MADE_AT_ONCE // math.prod(leaf.shape[1:]))):
+        part = slice(start, min(start + step, leaf.shape[0]))
+        weight = read((part, *(slice(0, size) for size in leaf.shape[1:])))
+        codes[part], scale[part] = coded.quantise_rows(weight)
+        one, other = coded.squared_error(weight, codes[part], scale[part])
+        off, total = off + one, total + other
+    scale = np.broadcast_to(scale, leaf.scale.shape)
+    placed = jax.device_put((codes, np.ascontiguousarray(scale)), placement)
+    jax.block_until_ready(placed)
+    return dataclasses.replace(leaf, codes=placed[0], scale=placed[1]), (off, total)
+
+
 def _block(
-    source: TensorSource,
+    read: Read,
     stored_names: dict[str, str],
     reads: list[Copy],
     shape: tuple[int, ...],
@@ -352,12 +490,12 @@ def _block(
     size = math.prod(shape)
     filled = sum(math.prod(part.stop - part.start for part in copy.target) for copy in reads)
     if len(reads) == 1 and filled == size and not in_memory:
-        values = source.read(stored_names[reads[0].tensor], reads[0].source)
+        values = read(stored_names[reads[0].tensor], reads[0].source)
         if values.dtype == dtype and values.flags.c_contiguous and values.flags.aligned:
             return values.reshape(shape)
     values = _zeros(shape, dtype)
     for copy in reads:
-        values[copy.target] = source.read(stored_names[copy.tensor], copy.source)
+        values[copy.target] = read(stored_names[copy.tensor], copy.source)
     return values
 
 

@@ -1,4 +1,5 @@
-"""Quantised weights of a checkpoint as tensors of float32: code times scale, made when a slice is read.
+"""Quantised weights of a checkpoint: their codes and scales, and code times scale as tensors of float32, made when a
+slice is read.
 
 Which tensors belong to a weight [N, K], by quant_method (`gdnjax.config.quantization`); experts that are stored as one
 have the axis of the experts before all of these:
@@ -20,7 +21,7 @@ import collections
 import dataclasses
 import math
 import re
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -62,10 +63,11 @@ class _Weight:
     zeros: str | None = None
 
 
-class DequantisedSource:
-    """The tensors of a quantised checkpoint under the names that they would have without being so. A `TensorSource`.
+class QuantisedSource:
+    """The tensors of a quantised checkpoint under the names that they would have without being so. A `TensorSource`,
+    by which code times scale is read; `codes`, `scales` and `grid` give them apart.
 
-    `kind(name)` is what the codes of a tensor are, None where it is stored as it is. Raises ValueError at construction
+    `kind(name)` is what the codes of a tensor are in the file, None where it is stored as it is. Raises ValueError at construction
     where tensors do not fit together or the configuration, by their names, and from `read` where a code is NaN.
     """
 
@@ -90,51 +92,73 @@ class DequantisedSource:
         if name not in self._weights:
             return self._source.read(name, index)
         weight = self._weights[name]
-        if self._quantization.method in BY_COLUMNS:
-            return self._read_by_columns(weight, index)
-        if self._quantization.codes == "int4":
-            return self._read_packed(weight, index)
-        codes = self._source.read(weight.codes, index)
-        return _numbers(weight.codes, codes) * self._scales(weight, index)
+        scale = self._read_scales(weight, index)
+        for axis, size in ((-2, weight.grid[0]), (-1, weight.grid[1])):
+            scale = _spread(scale, index[axis], size, axis)
+        return _numbers(self.codes(name, index)) * scale
 
-    def __enter__(self) -> "DequantisedSource":
+    def grid(self, name: str) -> tuple[int, int]:
+        """Rows and columns of a quantised weight that share a scale; with one for all of an axis, its size."""
+        weight = self._weights[name]
+        rows, columns = (cell or size for cell, size in zip(weight.grid, weight.shape[-2:], strict=True))
+        return rows, columns
+
+    def codes(self, name: str, index: Slices) -> np.ndarray:
+        """Slices of a quantised weight's codes, float8_e4m3fn or int8; of int4 the code less its zero point."""
+        weight = self._weights[name]
+        if self._quantization.method in BY_COLUMNS:
+            return self._codes_by_columns(weight, index)
+        if self._quantization.codes == "int4":
+            return self._codes_packed(weight, index)
+        codes = self._source.read(weight.codes, index)
+        # Either sign. A maximum is found without a copy of the size of a mask.
+        if codes.dtype == FLOAT8 and codes.size and (codes.view(np.uint8) & 0x7F).max() == 0x7F:
+            raise ValueError(f"{weight.codes}: a code is NaN; the file is damaged, or was quantised from weights that were")
+        return codes
+
+    def scales(self, name: str) -> np.ndarray:
+        """All scales of a quantised weight [..., N / rows, K / columns], float32."""
+        weight = self._weights[name]
+        return self._read_scales(weight, tuple(slice(0, size) for size in weight.shape))
+
+    def __enter__(self) -> "QuantisedSource":
         self._source.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._source.__exit__(*exception)
 
-    def _scales(self, weight: _Weight, index: Slices) -> np.ndarray:
-        """A scale for each weight of the slices, or one that broadcasts."""
-        if not self._source.shape(weight.scale):
-            return self._read_scales(weight.scale, ())
+    def _read_scales(self, weight: _Weight, index: Slices) -> np.ndarray:
+        """Those of the cells that the slices touch, with both axes."""
+        stored = self._source.shape(weight.scale)
         *lead, rows, columns = index
         parts = [_cells(part, size) for part, size in zip((rows, columns), weight.grid, strict=True)]
-        flat = len(self._source.shape(weight.scale)) < len(weight.shape)
-        found = self._read_scales(weight.scale, (*lead, parts[0]) if flat else (*lead, *parts))
-        found = found[..., None] if flat else found
-        for axis, part, size in ((-2, rows, weight.grid[0]), (-1, columns, weight.grid[1])):
-            found = _spread(found, part, size, axis)
-        return found
+        if self._quantization.method in BY_COLUMNS:
+            return self._scale_values(weight.scale, (parts[1], rows)).T
+        if math.prod(stored) == 1:
+            return self._scale_values(weight.scale, tuple(slice(0, 1) for _ in stored)).reshape((1,) * len(weight.shape))
+        flat = len(stored) < len(weight.shape)
+        found = self._scale_values(weight.scale, (*lead, parts[0]) if flat else (*lead, *parts))
+        return found[..., None] if flat else found
 
-    def _read_scales(self, name: str, index: Slices) -> np.ndarray:
+    def _scale_values(self, name: str, index: Slices) -> np.ndarray:
         scales = np.asarray(self._source.read(name, index))
         if scales.dtype == np.uint8:
             return np.asarray(np.ldexp(np.float32(1), scales.astype(np.int32) - 127))
         return np.asarray(scales, np.float32)
 
-    def _read_packed(self, weight: _Weight, index: Slices) -> np.ndarray:
+    def _codes_packed(self, weight: _Weight, index: Slices) -> np.ndarray:
         *lead, rows, columns = index
         words = self._source.read(weight.codes, (*lead, rows, _cells(columns, PER_WORD)))
-        codes = _trim(_unpack(words, -1), columns, PER_WORD, -1).astype(np.float32)
-        zero: np.ndarray | int = 8
+        codes = _trim(_unpack(words, -1), columns, PER_WORD, -1)
+        zero: Any = np.int8(8)
         if weight.zeros is not None:
             groups = _cells(columns, weight.grid[1])
             zeros = _unpack(self._source.read(weight.zeros, (*lead, _cells(rows, PER_WORD), groups)), -2)
             zero = _spread(_trim(zeros, rows, PER_WORD, -2), columns, weight.grid[1], -1)
-        return (codes - zero) * self._scales(weight, index)
+        return codes - zero
 
-    def _read_by_columns(self, weight: _Weight, index: Slices) -> np.ndarray:
+    def _codes_by_columns(self, weight: _Weight, index: Slices) -> np.ndarray:
         outputs, inputs = index
         awq, group = self._quantization.method == "awq", weight.grid[1]
         groups, packed = _cells(inputs, group), _cells(outputs, PER_WORD)
@@ -146,10 +170,8 @@ class DequantisedSource:
             codes = _trim(_unpack(words, 0), inputs, PER_WORD, 0)
         assert weight.zeros is not None
         zeros = _unpack(self._source.read(weight.zeros, (groups, packed)), 1, AWQ_ORDER if awq else None)
-        zeros = _trim(zeros, outputs, PER_WORD, 1).astype(np.float32) + self._quantization.zero_shift
-        scales = self._read_scales(weight.scale, (groups, outputs))
-        zeros, scales = (_spread(part, inputs, group, 0) for part in (zeros, scales))
-        return np.ascontiguousarray(((codes - zeros) * scales).T)
+        zeros = _trim(zeros, outputs, PER_WORD, 1) + np.int8(self._quantization.zero_shift)
+        return np.ascontiguousarray((codes - _spread(zeros, inputs, group, 0)).T)
 
 
 def weights_of(source: TensorSource, quantization: Quantization | None) -> TensorSource:
@@ -157,7 +179,7 @@ def weights_of(source: TensorSource, quantization: Quantization | None) -> Tenso
     they are in another way than `quantization` says.
     """
     if quantization is not None:
-        return DequantisedSource(source, quantization)
+        return QuantisedSource(source, quantization)
     other = [f"{name} ({source.dtype(name)})" for name in source.names() if source.dtype(name) not in ALLOWED_DTYPES]
     if other:
         raise ValueError(
@@ -167,13 +189,8 @@ def weights_of(source: TensorSource, quantization: Quantization | None) -> Tenso
     return source
 
 
-def _numbers(name: str, codes: np.ndarray) -> np.ndarray:
-    if codes.dtype != FLOAT8:
-        return codes.astype(np.float32)
-    values = FLOAT8_VALUES[codes.view(np.uint8)]
-    if np.isnan(values).any():
-        raise ValueError(f"{name}: a code is NaN; the file is damaged, or was quantised from weights that were")
-    return values
+def _numbers(codes: np.ndarray) -> np.ndarray:
+    return FLOAT8_VALUES[codes.view(np.uint8)] if codes.dtype == FLOAT8 else codes.astype(np.float32)
 
 
 def _cells(part: slice, size: int) -> slice:
@@ -195,11 +212,11 @@ def _trim(places: np.ndarray, part: slice, size: int, axis: int) -> np.ndarray:
 
 
 def _unpack(words: np.ndarray, axis: int, order: np.ndarray | None = None) -> np.ndarray:
-    """[..., n, ...] int32 -> [..., 8 n, ...] uint8: the 4-bit codes of each, the lowest bits first or in `order`."""
+    """[..., n, ...] int32 -> [..., 8 n, ...] int8: the 4-bit codes of each, the lowest bits first or in `order`."""
     axis %= words.ndim
     shifts = (4 * (np.arange(PER_WORD) if order is None else order)).astype(np.uint32)
     shifts = shifts.reshape((PER_WORD,) + (1,) * (words.ndim - 1 - axis))
-    codes = (np.expand_dims(words.view(np.uint32), axis + 1) >> shifts & 0xF).astype(np.uint8)
+    codes = (np.expand_dims(words.view(np.uint32), axis + 1) >> shifts & 0xF).astype(np.int8)
     return codes.reshape(*words.shape[:axis], words.shape[axis] * PER_WORD, *words.shape[axis + 1 :])
 
 

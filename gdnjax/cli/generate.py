@@ -191,6 +191,13 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
     )
     add("--tokenizer", metavar="DIR", help="directory of the tokenizer, or tiny (default: the model's)")
     add("--dtype", choices=DTYPES, default="auto", help="of weights and activations; auto: the checkpoint's")
+    add(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        default="auto",
+        help="weights in eight bits; auto: those that the checkpoint has so; fp8_per_channel: all projections, made as "
+        "they are loaded; dequantized: none (default: auto)",
+    )
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--max-model-len", type=int, metavar="N", help="longest prompt with its output (default: what is needed)")
@@ -468,6 +475,7 @@ def fit_engine(arguments: argparse.Namespace, lengths: Sequence[int], context: i
         decode_buckets=(rows,),
         num_kv_blocks=blocks,
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         tensor_parallel_size=arguments.tensor_parallel_size,
         kernels=arguments.kernels,
         warmup=False,

@@ -11,6 +11,7 @@ from gdnjax.config.engine import (
     KERNELS,
     LONG_ROWS,
     MAX_SPECULATIVE_TOKENS,
+    QUANTIZATIONS,
     STATE_LAYOUTS,
     EngineConfig,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "LONG_ROWS",
     "MAX_SPECULATIVE_TOKENS",
     "MTP_KEYS",
+    "QUANTIZATIONS",
     "STATE_LAYOUTS",
     "SUPPORTED_MODEL_TYPES",
     "AttentionConfig",

@@ -19,6 +19,7 @@ DEFAULT_MAX_MODEL_LEN = 8192
 DTYPES = ("auto", "float32", "bfloat16")
 KERNELS = ("auto", "pallas", "interpret", "reference")
 STATE_LAYOUTS = ("kv", "vk", "mixed")
+QUANTIZATIONS = ("auto", "fp8_per_channel", "dequantized")
 DRAFT_ACCEPTANCES = ("shared_noise", "rejection")
 
 MAX_SPECULATIVE_TOKENS = 7
@@ -48,6 +49,9 @@ class EngineConfig:
                               whether there are so many or not.
     Numerics
       dtype                   "auto" (the checkpoint's), "float32" or "bfloat16": weights, activations and KV.
+      quantization            weights: "auto", as the checkpoint has them (codes of eight bits stay such on the devices);
+                              "fp8_per_channel": every projection as float8_e4m3fn with a scale for each output, made as
+                              they are loaded; "dequantized": codes become numbers of dtype as they are loaded.
       ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".
       state_layout            how a slot's recurrent state is stored: "vk" (the fastest on an H100), "kv", or "mixed"
                               (prefill writes KV, decode writes VK, a bit per slot says which).
@@ -91,6 +95,7 @@ class EngineConfig:
     max_logit_rows: int | None = None
     max_num_prefill_seqs: int | None = None
     dtype: str = "auto"
+    quantization: str = "auto"
     ssm_dtype: str = "float32"
     state_layout: str = "vk"
     seed: int = 0
@@ -151,6 +156,7 @@ class EngineConfig:
         if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("quantization", self.quantization, QUANTIZATIONS)
         check_choice("ssm_dtype", self.ssm_dtype, ("float32", "bfloat16"))
         check_choice("state_layout", self.state_layout, STATE_LAYOUTS)
         check_choice("kernels", self.kernels, KERNELS)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,6 +19,7 @@ from gdnjax.memory import StateGeometry
 from gdnjax.models import partition
 from gdnjax.models.causal_lm import CausalLM
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
+from gdnjax.quantized import CodeFormat, Quantized
 from gdnjax.shapes import Array, Float, Float32, Int32, Params
 
 
@@ -203,9 +205,30 @@ def build_model(
     return HybridModel(config=config, dtype=dtype, tp=tp, mtp=mtp, backend=backend, graphdef=graphdef)
 
 
-def abstract_params(config: ModelConfig, tp: int, dtype: str, *, mtp: bool = False) -> Params:
-    """The nested dict of parameters as ShapeDtypeStructs with global shapes, keyed by the checkpoint's names."""
+def abstract_params(
+    config: ModelConfig,
+    tp: int,
+    dtype: str,
+    *,
+    mtp: bool = False,
+    coded: Mapping[str, CodeFormat] = MappingProxyType({}),
+) -> Params:
+    """The nested dict of parameters as ShapeDtypeStructs with global shapes, keyed by the checkpoint's names.
+
+    `coded` says which are codes and scales, by name: there a `Quantized` stands. Raises ValueError for a name that is
+    none of such a parameter.
+    """
     local = nnx.to_pure_dict(nnx.split(_abstract(config, dtype, tp, mtp, REFERENCE))[1])
+    rest = dict(coded)
+
+    def as_held(path, leaf):
+        form = rest.pop(sharding.path_name(path), None)
+        return leaf if form is None else form.abstract(leaf.shape)
+
+    local = jax.tree_util.tree_map_with_path(as_held, local)
+    other = [*rest, *(name for name in coded if not partition.CODED.fullmatch(name))]
+    if other:
+        raise ValueError(f"parameters that cannot be held as codes: {', '.join(other)}")
 
     def global_shape(path, leaf):
         spec = partition.spec_of(sharding.path_name(path))
@@ -222,17 +245,26 @@ def _abstract(config: ModelConfig, dtype: str, tp: int, mtp: bool, backend: Back
 
 
 def random_params(
-    config: ModelConfig, tp: int, dtype: str, key: Array, *, mtp: bool = False, shardings: Any = None
+    config: ModelConfig,
+    tp: int,
+    dtype: str,
+    key: Array,
+    *,
+    mtp: bool = False,
+    coded: Mapping[str, CodeFormat] = MappingProxyType({}),
+    shardings: Any = None,
 ) -> Params:
     """Random parameters (global shapes) under which state matters: half-lives of 1 to 200 tokens, uneven norms.
 
     Traceable. For benchmarks and tests; with the usual initialisation a state forgets within a token, so that a
     corrupted one changes nothing. With `shardings`, a tree like the result's, every leaf is made where it stays, and
-    one function is compiled for all that are alike: a large model as one function takes minutes to compile.
+    one function is compiled for all that are alike: a large model as one function takes minutes to compile. Weights of
+    `coded` are made as codes and scales.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, tp, dtype, mtp=mtp))
+    abstract = abstract_params(config, tp, dtype, mtp=mtp, coded=coded)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=_is_coded)
     keys = jax.random.split(key, len(leaves))
-    places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
+    places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings, is_leaf=_is_coded)
     values = [
         _random_leaf_maker(_kind(sharding.path_name(path), config), leaf, place)(k)
         for (path, leaf), place, k in zip(leaves, places, keys, strict=True)
@@ -264,12 +296,30 @@ def _kind(name: str, config: ModelConfig) -> str:
 
 
 @functools.cache
-def _random_leaf_maker(kind: str, leaf: jax.ShapeDtypeStruct, place: Any) -> Callable[[Array], Array]:
+def _random_leaf_maker(kind: str, leaf: Any, place: Any) -> Callable[[Array], Any]:
     make = functools.partial(_random_leaf, kind, leaf)
     return make if place is None else jax.jit(make, out_shardings=place)
 
 
-def _random_leaf(kind: str, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
+def _is_coded(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def _random_codes(leaf: Quantized, key: Array) -> Quantized:
+    """Of the size of other weights. Codes are made of random bits, which takes no more memory than they do."""
+    bits = jax.random.bits(key, leaf.codes.shape, jnp.uint8)
+    if leaf.codes.dtype == jnp.int8:
+        codes, size = jax.lax.bitcast_convert_type(bits, jnp.int8), 74.0
+    else:
+        # Any sign and mantissa, and four of the exponents: 1/8 to 15/8.
+        codes, size = jax.lax.bitcast_convert_type(bits & 0x9F | 0x20, jnp.float8_e4m3fn), 0.83
+    spread = jax.random.uniform(jax.random.fold_in(key, 1), leaf.scale.shape, minval=0.7, maxval=1.3)
+    return Quantized(codes, spread * (leaf.shape[-1] ** -0.5 / size), leaf.grid)
+
+
+def _random_leaf(kind: str, leaf: Any, key: Array) -> Any:
+    if isinstance(leaf, Quantized):
+        return _random_codes(leaf, key)
     normal = jax.random.normal(key, leaf.shape, jnp.float32)
     match kind:
         case "A_log":

@@ -15,11 +15,13 @@ from gdnjax import sharding
 from gdnjax.backend import Backend, dot_precision
 from gdnjax.config import AttentionConfig, LatentAttentionConfig, ModelConfig, YarnConfig
 from gdnjax.pallas_kernels import matmul
+from gdnjax.quantized import Weight, dequantized
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
 
-def linear(x: Float[Array, "... i"], weight: Float[Array, "o i"], out_dtype=None) -> Float[Array, "... o"]:
-    """x W^T, summed in float32."""
+def linear(x: Float[Array, "... i"], weight: Weight, out_dtype=None) -> Float[Array, "... o"]:
+    """x W^T, W [o, i], summed in float32."""
+    weight = dequantized(weight, x.dtype)
     dimensions = (((x.ndim - 1,), (1,)), ((), ()))
     return lax.dot_general(
         x, weight, dimensions, precision=dot_precision(x.dtype), preferred_element_type=out_dtype or x.dtype

@@ -36,8 +36,18 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
+# Weights that may stay codes and scales on the devices: what products of rows take. Any other is made numbers of the
+# model's dtype as it is read.
+CODED = re.compile(
+    r".*\.(?!k_b_proj|v_b_proj)(in_proj_\w+|\w+_proj|kv_a_proj_with_mqa)\.weight|.*mlp\.experts\.(gate_up_proj|down_proj)"
+)
+
+
 def spec_of(name: str) -> PartitionSpec:
-    """The partition spec of a parameter. A name that the table lacks is an error, never replicated."""
+    """The partition spec of a parameter; of codes and scales (`gdnjax.quantized`) that of their weight, since every
+    rank has scales of its own. A name that the table lacks is an error, never replicated.
+    """
+    name = re.sub(r"\.(codes|scale)$", "", name)
     for pattern, spec in TABLE:
         if re.fullmatch(pattern, name):
             return spec

@@ -85,7 +85,10 @@ class LLM:
         if mtp:
             model_config.require_mtp()
         hybrid = build_model(model_config, dtype, config.tensor_parallel_size, mtp=mtp, backend=implementation)
-        abstract = abstract_params(model_config, config.tensor_parallel_size, dtype, mtp=mtp)
+        tp = config.tensor_parallel_size
+        abstract = abstract_params(model_config, tp, dtype, mtp=mtp)
+        coded = checkpoint.coded_formats(directory, model_config, abstract, tp, config.quantization)
+        abstract = abstract_params(model_config, tp, dtype, mtp=mtp, coded=coded)
         max_model_len = config.length_within(model_config.max_position_embeddings)
         plan = plan_memory(hybrid, config, mesh, max_model_len, abstract)
         reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
@@ -115,6 +118,11 @@ class LLM:
     ) -> "LLM":
         """An LLM of a model and parameters (global arrays) that are already in memory."""
         config = _engine_config(config, kwargs)
+        if config.quantization != "auto":
+            raise ValueError(
+                f"quantization={config.quantization!r} is of checkpoints that are loaded; parameters are taken as they "
+                'are; allowed: "auto"'
+            )
         if model.tp != config.tensor_parallel_size:
             raise ValueError(
                 f"the model was built for {model.tp} ranks, tensor_parallel_size is {config.tensor_parallel_size}"

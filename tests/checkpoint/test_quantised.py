@@ -4,15 +4,17 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gdnjax import sharding
-from gdnjax.checkpoint import convert, load_params, open_source
-from gdnjax.checkpoint.quantised import DequantisedSource, weights_of
+from gdnjax.checkpoint import coded_formats, convert, load_params, open_source
+from gdnjax.checkpoint.quantised import QuantisedSource, weights_of
 from gdnjax.checkpoint.sources import read_whole
 from gdnjax.config.quantization import read_quantization
-from gdnjax.models import abstract_params
+from gdnjax.models import abstract_params, partition
+from gdnjax.quantized import Quantized, dequantized
 from tests import quantised
 from tests.checkpoint import tiny
 
@@ -132,8 +134,10 @@ def _write(directory, stored, method):
     return read_quantization(raw), weights
 
 
-def _load(directory, cfg, tp, *, mtp=False):
+def _load(directory, cfg, tp, *, mtp=False, quantization="dequantized"):
     abstract = abstract_params(cfg, tp, "float32", mtp=mtp)
+    coded = coded_formats(directory, cfg, abstract, tp, quantization)
+    abstract = abstract_params(cfg, tp, "float32", mtp=mtp, coded=coded)
     return load_params(directory, cfg, abstract, sharding.make_mesh(tp), progress=False)
 
 
@@ -158,7 +162,51 @@ def test_parameters_are_code_times_scale(tmp_path, method, model, tp):
     _assert_equal(params, expected)
     assert report.quantised == {quantization.codes: len(weights)}
     assert (report.loaded, plain.quantised) == (plain.loaded, {})
-    assert f"dequantised: {len(weights)} of {quantization.codes}, 0 of them of the MTP head" in str(report)
+    told = f"quantised: {len(weights)} of {quantization.codes}, 0 of them of the MTP head, {len(weights)} of them deq"
+    assert told in str(report)
+
+
+def _on_ranks(leaf, tp, name):
+    """What each rank has, of codes the numbers that they stand for there."""
+    spec = partition.spec_of(name)
+
+    def split(array):
+        parts = [array]
+        for axis, what in enumerate(spec):
+            parts = np.split(np.asarray(array), tp, axis) if what else parts
+        return parts
+
+    if not isinstance(leaf, Quantized):
+        return split(leaf)
+    both = zip(*(split(part) if any(spec) else [part] for part in (leaf.codes, leaf.scale)), strict=True)
+    return [np.asarray(dequantized(Quantized(jnp.asarray(a), jnp.asarray(b), leaf.grid), jnp.float32)) for a, b in both]
+
+
+@pytest.mark.parametrize(("model", "tp"), [("dense", 1), ("dense", 4), ("moe", 4), ("next", 4)])
+@pytest.mark.parametrize("method", FORMATS)
+def test_codes_on_the_ranks_are_those_of_the_file(tmp_path, method, model, tp):
+    """They stand for the same numbers, to the bit, whatever a rank cuts of a block, and are codes wherever the file
+    has codes.
+    """
+    cfg, how = MODELS[model]
+    stored = tiny.stored_tensors(tiny.model_tensors(cfg), cfg, **how)
+    quantization, weights = _write(tmp_path, stored, method)
+    cfg = dataclasses.replace(cfg, quantization=quantization)
+    params, report = _load(tmp_path / "codes", cfg, tp, quantization="auto")
+    expected, _ = _load(tmp_path / "codes", cfg, tp)
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))[0]
+    held = {sharding.path_name(path): leaf for path, leaf in leaves}
+    plain = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(expected)[0]}
+    assert list(held) == list(plain)
+    for name, leaf in held.items():
+        for one, other in zip(_on_ranks(leaf, tp, name), _on_ranks(plain[name], tp, name), strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=name)
+        # All that is quantised in a file is a projection.
+        assert isinstance(leaf, Quantized) == (partition.CODED.fullmatch(name) is not None and "proj_a" not in name and "proj_b" not in name), name
+    assert report.dequantised == 0
+    code = "float8_e4m3fn" if quantization.codes == "float8_e4m3fn" else "int8"
+    assert {str(leaf.codes.dtype) for leaf in held.values() if isinstance(leaf, Quantized)} == {code}
+    assert report.parameter_bytes < _load(tmp_path / "values", dataclasses.replace(cfg, quantization=None), tp)[1].parameter_bytes
 
 
 @pytest.mark.parametrize("method", [name for name in FORMATS if name.startswith("fp8, ") and "one" not in name])
@@ -319,7 +367,7 @@ def test_nan_among_codes_is_named(code):
     bits = tensors[NAME].view(np.uint8).copy()
     bits[20, 3] = code
     tensors[NAME] = bits.view(quantised.FLOAT8)
-    source = DequantisedSource(_Tensors(tensors), read_quantization(raw))
+    source = QuantisedSource(_Tensors(tensors), read_quantization(raw))
     source.read(NAME, (slice(0, 20), slice(0, 16)))
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj\.weight: a code is NaN"):
         source.read(NAME, (slice(20, 24), slice(0, 16)))
@@ -330,7 +378,7 @@ def test_scales_of_what_is_not_quantised_here_are_left_out():
     raw, write = FORMATS["compressed-tensors, FP8_DYNAMIC"]
     tensors, values = write(NAME, WEIGHT)
     beside = {f"{MODULE}.input_scale": np.ones(1, np.float32), "layers.1.self_attn.k_scale": np.ones(1, np.float32)}
-    source = DequantisedSource(_Tensors(tensors | beside), read_quantization(raw))
+    source = QuantisedSource(_Tensors(tensors | beside), read_quantization(raw))
     assert source.names() == (NAME,)
     assert source.kind(NAME) == "float8_e4m3fn"
     np.testing.assert_array_equal(read_whole(source, NAME), values)
@@ -348,7 +396,7 @@ def test_codes_without_a_configuration_are_named():
 def test_any_slice_is_that_of_the_whole(method):
     raw, write = FORMATS[method]
     tensors, values = write(NAME, WEIGHT)
-    source = DequantisedSource(_Tensors(tensors), read_quantization(raw))
+    source = QuantisedSource(_Tensors(tensors), read_quantization(raw))
     numbers = np.random.default_rng(1)
     for _ in range(50):
         bounds = [sorted(numbers.choice(size + 1, 2, replace=False).tolist()) for size in WEIGHT.shape]

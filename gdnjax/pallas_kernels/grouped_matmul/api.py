@@ -2,17 +2,18 @@
 
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels.grouped_matmul import kernels, reference
+from gdnjax.quantized import Weight
 from gdnjax.shapes import Array, Float, Int32
 
 
 def grouped_matmul(
     x: Float[Array, "n d"],
-    weight: Float[Array, "e f d"],
+    weight: Weight,
     group_sizes: Int32[Array, "e"],
     *,
     backend: Backend = REFERENCE,
 ) -> Float[Array, "n f"]:
-    """Row i of `x` times the transposed weight of its group; rows are sorted by group.
+    """Row i of `x` times the transposed weight [e, f, d] of its group; rows are sorted by group.
 
     The first `group_sizes[0]` rows are of group 0, and so on. Rows past the sum of the sizes belong to no group; their
     output is unspecified and must be selected away.

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdnjax.backend import dot_precision
+from gdnjax.quantized import Weight, dequantized
 from gdnjax.shapes import Array
 
 
-def grouped_matmul(x: Array, weight: Array, group_sizes: Array) -> Array:
+def grouped_matmul(x: Array, weight: Weight, group_sizes: Array) -> Array:
     end, row = jnp.cumsum(group_sizes), jnp.arange(x.shape[0])
     dimensions = (((1,), (1,)), ((), ()))
 
@@ -20,8 +21,9 @@ def grouped_matmul(x: Array, weight: Array, group_sizes: Array) -> Array:
     def one_group(group, out):
         def product():
             mine = (row >= end[group] - group_sizes[group]) & (row < end[group])
+            matrix = dequantized(weight[group], x.dtype)
             y = lax.dot_general(
-                x, weight[group], dimensions, precision=dot_precision(x.dtype), preferred_element_type=x.dtype
+                x, matrix, dimensions, precision=dot_precision(x.dtype), preferred_element_type=x.dtype
             )
             return jnp.where(mine[:, None], y, out)
 

@@ -6,13 +6,14 @@ it; more rows, and types without a tile, are XLA's.
 
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels.matmul import kernels, reference, tiles
+from gdnjax.quantized import Weight
 from gdnjax.shapes import Array, Float
 
 
 def project(
-    x: Float[Array, "t i"], *weights: Float[Array, "_ i"], backend: Backend = REFERENCE
+    x: Float[Array, "t i"], *weights: Weight, backend: Backend = REFERENCE
 ) -> tuple[Float[Array, "t _"], ...]:
-    """x W^T for each of the matrices, in x's dtype."""
+    """x W^T for each of the matrices [_, i], in x's dtype; some may be numbers, and others codes."""
     found = tiles.of(backend, x.shape[0], x.dtype)
     if found is None:
         return reference.project(x, weights)
@@ -21,8 +22,8 @@ def project(
 
 
 def swiglu(
-    x: Float[Array, "t i"], gate: Float[Array, "o i"], up: Float[Array, "o i"], *, backend: Backend = REFERENCE
+    x: Float[Array, "t i"], gate: Weight, up: Weight, *, backend: Backend = REFERENCE
 ) -> Float[Array, "t o"]:
-    """silu(x gate^T) * (x up^T), in x's dtype."""
+    """silu(x gate^T) * (x up^T), in x's dtype. Both matrices are [o, i]."""
     found = tiles.of(backend, x.shape[0], x.dtype)
     return reference.swiglu(x, gate, up) if found is None else kernels.swiglu(x, gate, up, found.gated, backend)

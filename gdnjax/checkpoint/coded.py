@@ -1,0 +1,125 @@
+"""Parameters that are codes and scales on the devices: which of a checkpoint, on what grid, and the scales of each rank.
+
+A rank's rows are not the file's (`mapping.py`), and it may cut blocks. So scales lie on a finer grid where need be: the
+largest one on which every cell's rows, in the order that the rank has them, share a scale of the file. The numbers are
+the same, and nothing is padded.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from gdnjax import sharding
+from gdnjax.checkpoint.mapping import Origin
+from gdnjax.checkpoint.quantised import FLOAT8, FLOAT8_VALUES, QuantisedSource
+from gdnjax.models import partition
+from gdnjax.quantized import CodeFormat
+
+LARGEST = 448
+"""Of float8_e4m3fn."""
+
+
+def formats_of(
+    source: QuantisedSource,
+    stored_names: Mapping[str, str],
+    origins: Mapping[str, Origin],
+    shapes: Mapping[str, tuple[int, ...]],
+    tp: int,
+) -> dict[str, CodeFormat]:
+    """How the parameters are held that the checkpoint has as codes, all of each. `shapes` are global."""
+    formats = {}
+    for name, shape in shapes.items():
+        tensors = [stored_names[part.tensor] for part in origins[name].parts]
+        if partition.CODED.fullmatch(name) and all(source.kind(tensor) is not None for tensor in tensors):
+            codes = "float8_e4m3fn" if source.kind(tensors[0]) == "float8_e4m3fn" else "int8"
+            grids = [source.grid(tensor) for tensor in tensors]
+            formats[name] = CodeFormat(codes, _grid(name, origins[name], grids, shape, tp))
+    return formats
+
+
+def by_channel(shapes: Mapping[str, tuple[int, ...]], tp: int) -> dict[str, CodeFormat]:
+    """FP8 with a scale for each row, of all parameters that may be held so."""
+    return {
+        name: CodeFormat("float8_e4m3fn", (1, shape[-1] // _ranks(name, shape, -1, tp)))
+        for name, shape in shapes.items()
+        if partition.CODED.fullmatch(name)
+    }
+
+
+def _ranks(name: str, shape: tuple[int, ...], axis: int, tp: int) -> int:
+    """How many ranks share out an axis, the last or the one before it."""
+    spec = (*partition.spec_of(name), *(None for _ in shape))[: len(shape)]
+    return tp if spec[axis] == sharding.AXIS else 1
+
+
+def _grid(
+    name: str, origin: Origin, grids: list[tuple[int, int]], shape: tuple[int, ...], tp: int
+) -> tuple[int, int]:
+    index = _row_index(origin, shape)
+    ranks = _ranks(name, shape, -2, tp)
+    size = len(index) // ranks
+    changes = np.zeros(len(index), bool)
+    parts = {(part.start[-2], part.box[-2], grid[0]) for part, grid in zip(origin.parts, grids, strict=True)}
+    for start, extent, rows in parts:
+        cell = np.where((index >= start) & (index < start + extent), (index - start) // rows, -1)
+        changes[1:] |= cell[1:] != cell[:-1]
+    places = np.flatnonzero(changes) % size
+    rows = math.gcd(*places.tolist()) or size
+    ranks_within = _ranks(name, shape, -1, tp)
+    inputs = shape[-1] // ranks_within
+    columns = math.gcd(*(columns for _, columns in grids))
+    if columns >= shape[-1]:
+        columns = inputs
+    return (math.gcd(rows, size) if ranks > 1 else rows), (math.gcd(columns, inputs) if ranks_within > 1 else columns)
+
+
+def _row_index(origin: Origin, shape: tuple[int, ...]) -> np.ndarray:
+    """The checkpoint's row of each row of a parameter's matrices."""
+    return origin.rows.index if origin.rows.axis == len(shape) - 2 else np.arange(shape[-2])
+
+
+def read_scales(
+    source: QuantisedSource,
+    stored_names: Mapping[str, str],
+    origin: Origin,
+    grid: tuple[int, int],
+    shape: tuple[int, ...],
+    block: tuple[slice, ...],
+) -> np.ndarray:
+    """`block` of a parameter's global array of scales. `shape` is that of its codes."""
+    *lead, rows, columns = block
+    row = _row_index(origin, shape)[np.arange(rows.start, rows.stop) * grid[0]]
+    column = np.arange(columns.start, columns.stop) * grid[1]
+    values = np.zeros(tuple(part.stop - part.start for part in block), np.float32)
+    for part in origin.parts:
+        stored = stored_names[part.tensor]
+        mine = np.flatnonzero((row >= part.start[-2]) & (row < part.start[-2] + part.box[-2]))
+        size = source.grid(stored)
+        cells = np.ix_((row[mine] - part.start[-2]) // size[0], column // size[1])
+        places = np.ix_(mine, np.arange(len(column)))
+        if not lead:
+            values[places] = source.scales(stored)[cells]
+            continue
+        low, high = max(lead[0].start, part.start[0]), min(lead[0].stop, part.start[0] + part.box[0])
+        if low < high:
+            scales = source.scales(stored)
+            scales = scales.reshape(part.box[0], *scales.shape[-2:])
+            for expert in range(low, high):
+                values[expert - lead[0].start][places] = scales[expert - part.start[0]][cells]
+    return values
+
+
+def quantise_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[..., o, i] numbers -> codes in float8_e4m3fn and scales [..., o, 1] float32: the largest of a row is 448."""
+    weight = np.asarray(weight, np.float32)
+    largest = np.maximum(weight.max(-1, keepdims=True), -weight.min(-1, keepdims=True))
+    scale = np.where(largest > 0, largest / np.float32(LARGEST), np.float32(1))
+    return (weight / scale).astype(FLOAT8), scale
+
+
+def squared_error(weight: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> tuple[float, float]:
+    """Sums of squares of what quantising has moved, and of the weight."""
+    weight = np.asarray(weight, np.float32)
+    off = (FLOAT8_VALUES[codes.view(np.uint8)] * scale - weight).ravel()
+    return float(np.dot(off, off)), float(np.dot(weight.ravel(), weight.ravel()))

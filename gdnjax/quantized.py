@@ -1,0 +1,71 @@
+"""Weights of eight bits: codes, scales, and the grid on which they meet. What files of all formats become on a device."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gdnjax.shapes import Array
+
+CODES = ("float8_e4m3fn", "int8")
+"""What codes may be. Both are exact in bfloat16."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "scale"), meta_fields=("grid",))
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A weight [..., o, i], code times scale. A pytree; stands where the weight's array would.
+
+    codes   [..., o, i] of a type of CODES
+    scale   [..., ceil(o / rows), ceil(i / columns)] float32
+    grid    (rows, columns) of codes that share a scale; those at the end may be fewer
+    """
+
+    # Any: a pytree may hold what stands for arrays, too: shapes, shardings.
+    codes: Any
+    scale: Any
+    grid: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    def __getitem__(self, index: Any) -> "Quantized":
+        """Along the axes before the matrices."""
+        return dataclasses.replace(self, codes=self.codes[index], scale=self.scale[index])
+
+
+Weight = Array | Quantized
+"""What the ops take: numbers as they are, or codes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeFormat:
+    """How one parameter is held, before there is any: the type of its codes, and its grid on one rank."""
+
+    codes: str
+    grid: tuple[int, int]
+
+    def abstract(self, shape: tuple[int, ...]) -> Quantized:
+        """The shapes of a weight of one rank. The result's leaves are ShapeDtypeStructs."""
+        cells = tuple(-(-size // cell) for size, cell in zip(shape[-2:], self.grid, strict=True))
+        scale = jax.ShapeDtypeStruct((*shape[:-2], *cells), jnp.float32)
+        return Quantized(jax.ShapeDtypeStruct(shape, self.codes), scale, self.grid)
+
+
+def dequantized(weight: Weight, dtype: Any) -> Array:
+    """The weight as an array of `dtype`; one that is an array already, as it is.
+
+    Code times scale is made in float32 and rounded once.
+    """
+    if not isinstance(weight, Quantized):
+        return weight
+    scale = weight.scale
+    for axis, cell in zip((-2, -1), weight.grid, strict=True):
+        size = weight.shape[axis]
+        if scale.shape[axis] > 1:
+            scale = jnp.repeat(scale, cell, axis=axis)
+            scale = jax.lax.slice_in_dim(scale, 0, size, axis=axis % scale.ndim)
+    return (weight.codes.astype(jnp.float32) * scale).astype(dtype)
