@@ -53,9 +53,7 @@ def _ranks(name: str, shape: tuple[int, ...], axis: int, tp: int) -> int:
     return tp if spec[axis] == sharding.AXIS else 1
 
 
-def _grid(
-    name: str, origin: Origin, grids: list[tuple[int, int]], shape: tuple[int, ...], tp: int
-) -> tuple[int, int]:
+def _grid(name: str, origin: Origin, grids: list[tuple[int, int]], shape: tuple[int, ...], tp: int) -> tuple[int, int]:
     index = _row_index(origin, shape)
     ranks = _ranks(name, shape, -2, tp)
     size = len(index) // ranks

@@ -156,7 +156,9 @@ def load_params(
             if not _is_coded(leaf):
                 return _load_parameter(_reader(source.read, names, origin, leaf, placement), leaf, placement)
             if name in made:
-                values, error = _make_codes(_reader(source.read, names, origin, leaf.codes, placement, np.float32), leaf, placement)
+                values, error = _make_codes(
+                    _reader(source.read, names, origin, leaf.codes, placement, np.float32), leaf, placement
+                )
                 errors.append(error)
                 return values
             assert isinstance(source, QuantisedSource), "only such a checkpoint has codes"
@@ -171,11 +173,19 @@ def load_params(
                 scale=_load_parameter(scales, leaf.scale, placement),
             )
 
-        sizes = {name: sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf)) for name, leaf in parameters.items()}
+        sizes = {
+            name: sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
+            for name, leaf in parameters.items()
+        }
         with Progress("loading", len(sizes), "parameter", enabled=progress) as bar:
             arrays = _side_by_side(load, sizes, bar.update)
         quantised = _quantised(source, names)
-        held = {part.tensor for name in set(stored) - set(made) if _is_coded(parameters[name]) for part in origins[name].parts}
+        held = {
+            part.tensor
+            for name in set(stored) - set(made)
+            if _is_coded(parameters[name])
+            for part in origins[name].parts
+        }
         seconds = time.monotonic() - began
     mtp_loaded = sum(map(_is_of_head, names.language))
     tables = ("embed_tokens",) if cfg.tie_word_embeddings else ("embed_tokens", "lm_head")
@@ -383,9 +393,7 @@ def _check_head(names: Names, mtp_wanted: bool, cfg: ModelConfig) -> None:
         )
 
 
-def _side_by_side(
-    load: Callable[[str], Any], sizes: Mapping[str, int], done: Callable[[int], object]
-) -> list[Any]:
+def _side_by_side(load: Callable[[str], Any], sizes: Mapping[str, int], done: Callable[[int], object]) -> list[Any]:
     """`load` of each name, in order, by THREADS threads, with at most IN_FLIGHT_BYTES of `sizes` begun and not ended.
 
     `done` is told how many have ended since it was told last. An error is that of `load`, with the name before it.

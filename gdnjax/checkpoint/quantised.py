@@ -113,7 +113,9 @@ class QuantisedSource:
         codes = self._source.read(weight.codes, index)
         # Either sign. A maximum is found without a copy of the size of a mask.
         if codes.dtype == FLOAT8 and codes.size and (codes.view(np.uint8) & 0x7F).max() == 0x7F:
-            raise ValueError(f"{weight.codes}: a code is NaN; the file is damaged, or was quantised from weights that were")
+            raise ValueError(
+                f"{weight.codes}: a code is NaN; the file is damaged, or was quantised from weights that were"
+            )
         return codes
 
     def scales(self, name: str) -> np.ndarray:
@@ -136,7 +138,9 @@ class QuantisedSource:
         if self._quantization.method in BY_COLUMNS:
             return self._scale_values(weight.scale, (parts[1], rows)).T
         if math.prod(stored) == 1:
-            return self._scale_values(weight.scale, tuple(slice(0, 1) for _ in stored)).reshape((1,) * len(weight.shape))
+            return self._scale_values(weight.scale, tuple(slice(0, 1) for _ in stored)).reshape(
+                (1,) * len(weight.shape)
+            )
         flat = len(stored) < len(weight.shape)
         found = self._scale_values(weight.scale, (*lead, parts[0]) if flat else (*lead, *parts))
         return found[..., None] if flat else found

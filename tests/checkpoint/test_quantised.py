@@ -202,11 +202,16 @@ def test_codes_on_the_ranks_are_those_of_the_file(tmp_path, method, model, tp):
         for one, other in zip(_on_ranks(leaf, tp, name), _on_ranks(plain[name], tp, name), strict=True):
             np.testing.assert_array_equal(one, other, err_msg=name)
         # All that is quantised in a file is a projection.
-        assert isinstance(leaf, Quantized) == (partition.CODED.fullmatch(name) is not None and "proj_a" not in name and "proj_b" not in name), name
+        assert isinstance(leaf, Quantized) == (
+            partition.CODED.fullmatch(name) is not None and "proj_a" not in name and "proj_b" not in name
+        ), name
     assert report.dequantised == 0
     code = "float8_e4m3fn" if quantization.codes == "float8_e4m3fn" else "int8"
     assert {str(leaf.codes.dtype) for leaf in held.values() if isinstance(leaf, Quantized)} == {code}
-    assert report.parameter_bytes < _load(tmp_path / "values", dataclasses.replace(cfg, quantization=None), tp)[1].parameter_bytes
+    assert (
+        report.parameter_bytes
+        < _load(tmp_path / "values", dataclasses.replace(cfg, quantization=None), tp)[1].parameter_bytes
+    )
 
 
 @pytest.mark.parametrize("method", [name for name in FORMATS if name.startswith("fp8, ") and "one" not in name])

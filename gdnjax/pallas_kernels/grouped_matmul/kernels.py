@@ -1,8 +1,10 @@
 """Products of sorted rows with their group's matrix: a program makes a tile of outputs of one group.
 
 Bytes at decode: the matrices of the groups that have rows, once (512 experts of 2 x 512 x 2048 in bfloat16 with 128
-tokens of 10 experts each: 2.1 GB of gate and up). Operations in prefill: 2 d f a row.
+tokens of 10 experts each: 2.1 GB of gate and up; half of that as codes). Operations in prefill: 2 d f a row.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,28 +13,42 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
+from gdnjax.pallas_kernels import codes
+from gdnjax.pallas_kernels.codes import Operand
 from gdnjax.pallas_kernels.grouped_matmul import tiles
-from gdnjax.pallas_kernels.launch import LEAST, bounded, dot, launch, power_of_two
+from gdnjax.pallas_kernels.launch import LEAST, bounded, launch, power_of_two
+from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
 
 
-def grouped_matmul(x: Array, weight: Array, group_sizes: Array, backend: Backend) -> Array:
+def grouped_matmul(x: Array, weight: Weight, group_sizes: Array, backend: Backend) -> Array:
     rows, depth = x.shape
     groups, width, _ = weight.shape
-    tile = tiles.of(backend, rows / groups, x.dtype)
+    tile = tiles.of(backend, rows / groups, x.dtype, weight)
+    steps = codes.depth_of(min(tile.depth, power_of_two(depth, LEAST)), depth, weight)
+    if steps is None:
+        raise ValueError(
+            f"scales of experts' weights change every {weight.grid[1]} inputs; kernels need a multiple of {LEAST}: use "
+            "kernels='reference', quantization='dequantized', or fewer ranks"
+        )
+    arrays, (grid,) = codes.flat(weight)
+    # Halved rows take the place of x; two stand where one stood.
+    operands = codes.halves(x) if tile.halves else (x,)
     group, start, end = tile_table(group_sizes, rows, tile.rows)
     (out,) = launch(
         _grouped_matmul,
         backend,
         name="grouped_matmul",
         programs=group.shape[0] * -(-width // tile.columns),
-        args=(group, start, end, x, weight),
+        args=(group, start, end, *operands, *arrays),
         out=[jax.ShapeDtypeStruct((rows, width), x.dtype)],
         warps=tile.warps,
         stages=tile.stages,
         rows=tile.rows,
         columns=tile.columns,
-        depth=min(tile.depth, power_of_two(depth, LEAST)),
+        depth=steps,
+        grid=grid,
+        halves=tile.halves,
     )
     return out
 
@@ -55,18 +71,21 @@ def tile_table(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, 
     return group, jnp.where(used, start, 0).astype(jnp.int32), jnp.where(used, end, 0).astype(jnp.int32)
 
 
-def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, weight_ref, out_ref, *, rows, columns, depth):
-    total = x_ref.shape[1]
-    width = weight_ref.shape[1]
+def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, *refs, rows, columns, depth, grid, halves):
+    factor_ref, refs = (refs[0], refs[1:]) if halves else (None, refs)
+    (weight,), (out_ref,) = Operand.taken(refs, (grid,))
+    total, width = x_ref.shape[1], weight.shape[1]
     # Programs of one group are neighbours, so that its rows and its matrix stay in the cache for all of them.
     blocks = -(-width // columns)
     tile, block = program // blocks, program % blocks
     group, start, end = (
-        bounded(group_ref[tile], weight_ref.shape[0]),
-        bounded(start_ref[tile], x_ref.shape[0]),
+        bounded(group_ref[tile], weight.shape[0]),
+        bounded(start_ref[tile], out_ref.shape[0]),
         end_ref[tile],
     )
     row = start + jnp.arange(rows, dtype=jnp.int32)
+    half = 2 * start + jnp.arange(2 * rows, dtype=jnp.int32)
+    row_of_x, real_of_x = (half, half < 2 * end) if halves else (row, row < end)
     column = block * columns + jnp.arange(columns, dtype=jnp.int32)
     step = jnp.arange(depth, dtype=jnp.int32)
     # Rows behind the end are other programs', which run before this one or after: what is stored there would stay in
@@ -78,14 +97,18 @@ def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, weight_ref, o
         def one_step(i, total_so_far):
             d = i * depth + step
             within = d < total
-            x_mask = real[:, None] if even else real[:, None] & within[None, :]
+            x_mask = real_of_x[:, None] if even else real_of_x[:, None] & within[None, :]
             w_mask = there[:, None] if even else there[:, None] & within[None, :]
-            x = plgpu.load(x_ref.at[row[:, None], d[None, :]], mask=x_mask, other=0)
-            w = plgpu.load(weight_ref.at[group, column[:, None], d[None, :]], mask=w_mask, other=0)
+            x = plgpu.load(x_ref.at[row_of_x[:, None], d[None, :]], mask=x_mask, other=0)
+            w = plgpu.load(weight.refs[0].at[group, column[:, None], d[None, :]], mask=w_mask, other=0)
             # The matrix is the left operand: few rows are the short side of the product.
-            return total_so_far + dot(w, x, contract=(1, 1))
+            return total_so_far + of_group.product(w, x, column, i * depth, there)
 
-        out = lax.fori_loop(0, pl.cdiv(total, depth), one_step, jnp.zeros((columns, rows), jnp.float32))
+        of_group = dataclasses.replace(weight, lead=(jnp.full(column.shape, group, jnp.int32),))
+        start_of = jnp.zeros((columns, row_of_x.size), jnp.float32)
+        out = lax.fori_loop(0, pl.cdiv(total, depth), one_step, start_of)
+        if halves:
+            out = codes.joined(out, plgpu.load(factor_ref.at[half], mask=real_of_x, other=0))
         mask = there[:, None] & real[None, :]
         plgpu.store(out_ref.at[row[None, :], column[:, None]], out.astype(out_ref.dtype), mask=mask)
 

@@ -22,9 +22,7 @@ def grouped_matmul(x: Array, weight: Weight, group_sizes: Array) -> Array:
         def product():
             mine = (row >= end[group] - group_sizes[group]) & (row < end[group])
             matrix = dequantized(weight[group], x.dtype)
-            y = lax.dot_general(
-                x, matrix, dimensions, precision=dot_precision(x.dtype), preferred_element_type=x.dtype
-            )
+            y = lax.dot_general(x, matrix, dimensions, precision=dot_precision(x.dtype), preferred_element_type=x.dtype)
             return jnp.where(mine[:, None], y, out)
 
         return lax.cond(group_sizes[group] > 0, product, lambda: out)

@@ -2,7 +2,10 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from gdnjax.backend import Backend
+from gdnjax.quantized import Quantized, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,14 +15,30 @@ class Grouped:
     depth: int
     warps: int
     stages: int
+    halves: bool = False
 
 
+# "few" and "many": rows a group. "fewest": bfloat16 rows that meet float8_e4m3fn in halves; for a platform without such
+# matrix units there are none.
 TILES = {
-    "cuda": {"few": Grouped(16, 64, 128, 4, 4), "many": Grouped(128, 128, 64, 8, 3)},
+    "cuda": {
+        "fewest": Grouped(8, 64, 128, 4, 4, halves=True),
+        "few": Grouped(16, 64, 128, 4, 4),
+        "many": Grouped(128, 128, 64, 8, 3),
+    },
     "rocm": {"few": Grouped(16, 64, 128, 4, 1), "many": Grouped(64, 64, 64, 4, 1)},
-    "interpret": {"few": Grouped(16, 32, 64, 1, 1), "many": Grouped(32, 32, 64, 1, 1)},
+    "interpret": {
+        "fewest": Grouped(8, 32, 64, 1, 1, halves=True),
+        "few": Grouped(16, 32, 64, 1, 1),
+        "many": Grouped(32, 32, 64, 1, 1),
+    },
 }
+FEWEST, FEW = 8, 32
 
 
-def of(backend: Backend, rows_per_group: float, dtype) -> Grouped:
-    return backend.tiles(TILES)["few" if rows_per_group <= 32 else "many"]
+def of(backend: Backend, rows_per_group: float, dtype, weight: Weight) -> Grouped:
+    table = backend.tiles(TILES)
+    fp8 = isinstance(weight, Quantized) and weight.codes.dtype == jnp.float8_e4m3fn
+    if fp8 and dtype == jnp.bfloat16 and rows_per_group <= FEWEST and "fewest" in table:
+        return table["fewest"]
+    return table["few" if rows_per_group <= FEW else "many"]

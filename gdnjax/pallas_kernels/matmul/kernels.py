@@ -1,7 +1,8 @@
 """A program streams some rows of a matrix past all rows of x: x stays in the cache, the matrix is read once.
 
 Bytes: the matrices (9B: 100 MB for the inputs of a GDN layer, 201 MB for gate and up): the ceiling is that of reading
-memory. Several matrices of one x are one launch, and gate and up meet in registers.
+memory. Several matrices of one x are one launch, and gate and up meet in registers. Matrices of codes are half as many
+bytes, and may stand beside those of numbers: see `gdnjax.pallas_kernels.codes`.
 """
 
 from collections.abc import Sequence
@@ -13,83 +14,109 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels.launch import LEAST, dot, launch, power_of_two, sigmoid
+from gdnjax.pallas_kernels import codes
+from gdnjax.pallas_kernels.codes import Operand
+from gdnjax.pallas_kernels.launch import LEAST, launch, power_of_two, sigmoid
 from gdnjax.pallas_kernels.matmul.tiles import Tile
+from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
 
 
-def project(x: Array, weights: Sequence[Array], tile: Tile, backend: Backend) -> tuple[Array, ...]:
+def project(x: Array, weights: Sequence[Weight], tile: Tile, backend: Backend) -> tuple[Array, ...]:
     blocks = [-(-weight.shape[0] // tile.columns) for weight in weights]
-    splits = _splits(sum(blocks), x.shape[1], tile) if len(weights) == 1 else 1
+    depth = _depth(x, weights, tile)
+    splits = _splits(sum(blocks), x.shape[1], depth, tile) if len(weights) == 1 else 1
     dtype = x.dtype if splits == 1 else jnp.float32
+    arrays, grids = codes.flat(*weights)
+    rows = _operands(x, tile)
     out = launch(
         _project,
         backend,
         name="matmul_project",
         programs=sum(blocks) * splits,
-        args=(x, *weights),
+        args=(*rows, *arrays),
         out=[jax.ShapeDtypeStruct((splits, x.shape[0], weight.shape[0]), dtype) for weight in weights],
         warps=tile.warps,
         stages=tile.stages,
         blocks=tuple(blocks),
+        grids=grids,
         splits=splits,
         columns=tile.columns,
-        depth=_depth(x, tile),
+        depth=depth,
+        halves=tile.halves,
     )
     return tuple(part[0] if splits == 1 else jnp.sum(part, axis=0).astype(x.dtype) for part in out)
 
 
-def _splits(programs: int, inputs: int, tile: Tile) -> int:
+def _splits(programs: int, inputs: int, depth: int, tile: Tile) -> int:
     """Parts of the inputs, a power of two, of at least four steps each."""
-    most = max(1, min(tile.programs // programs, inputs // (4 * tile.depth)))
+    most = max(1, min(tile.programs // programs, inputs // (4 * depth)))
     return 1 << (most.bit_length() - 1)
 
 
-def _depth(x: Array, tile: Tile) -> int:
-    return min(tile.depth, power_of_two(x.shape[1], LEAST))
+def _depth(x: Array, weights: Sequence[Weight], tile: Tile) -> int:
+    depth = codes.depth_of(min(tile.depth, power_of_two(x.shape[1], LEAST)), x.shape[1], *weights)
+    assert depth is not None, "tiles.of gives none where there is no depth"
+    return depth
 
 
-def _project(program, x_ref, *refs, blocks, splits, columns, depth):
-    weight_refs, out_refs = refs[: len(blocks)], refs[len(blocks) :]
+def _operands(x: Array, tile: Tile) -> tuple[Array, ...]:
+    """x, and with `halves` those and what they are multiplied by."""
+    return (x, *codes.halves(x)) if tile.halves else (x,)
+
+
+def _project(program, *refs, blocks, grids, splits, columns, depth, halves):
+    rows, refs = refs[: 3 if halves else 1], refs[3 if halves else 1 :]
+    operands, out_refs = Operand.taken(refs, grids)
     product, split = program // splits, program % splits
     first = 0
-    for count, weight_ref, out_ref in zip(blocks, weight_refs, out_refs, strict=True):
+    for count, operand, out_ref in zip(blocks, operands, out_refs, strict=True):
 
-        def make(first=first, weight_ref=weight_ref, out_ref=out_ref):
+        def make(first=first, operand=operand, out_ref=out_ref):
             block = (product - first) * columns
-            (out,) = _products(x_ref, [weight_ref], block, columns, depth, split, splits)
+            (out,) = _products(rows, [operand], block, columns, depth, split, splits)
             _store(out_ref, (split,), out, block)
 
         pl.when((product >= first) & (product < first + count))(make)
         first += count
 
 
-def swiglu(x: Array, gate: Array, up: Array, tile: Tile, backend: Backend) -> Array:
+def swiglu(x: Array, gate: Weight, up: Weight, tile: Tile, backend: Backend) -> Array:
+    arrays, grids = codes.flat(gate, up)
     (out,) = launch(
         _swiglu,
         backend,
         name="matmul_swiglu",
         programs=-(-gate.shape[0] // tile.columns),
-        args=(x, gate, up),
+        args=(*_operands(x, tile), *arrays),
         out=[jax.ShapeDtypeStruct((x.shape[0], gate.shape[0]), x.dtype)],
         warps=tile.warps,
         stages=tile.stages,
+        grids=grids,
         columns=tile.columns,
-        depth=_depth(x, tile),
+        depth=_depth(x, (gate, up), tile),
+        halves=tile.halves,
     )
     return out
 
 
-def _swiglu(program, x_ref, gate_ref, up_ref, out_ref, *, columns, depth):
+def _swiglu(program, *refs, grids, columns, depth, halves):
+    rows, refs = refs[: 3 if halves else 1], refs[3 if halves else 1 :]
+    operands, (out_ref,) = Operand.taken(refs, grids)
     block = program * columns
-    gate, up = _products(x_ref, [gate_ref, up_ref], block, columns, depth, 0, 1)
+    gate, up = _products(rows, operands, block, columns, depth, 0, 1)
     _store(out_ref, (), gate * sigmoid(gate) * up, block)
 
 
-def _products(x_ref, weight_refs, block, columns: int, depth: int, split, splits: int) -> tuple[Array, ...]:
+def _products(
+    row_refs: Sequence, operands: Sequence[Operand], block, columns: int, depth: int, split, splits: int
+) -> tuple[Array, ...]:
     """[columns, rows] of each matrix from row `block` on, over one of `splits` parts of the inputs."""
+    x_ref, *half_refs = row_refs
     rows, inputs = x_ref.shape
-    row, real = _rows(rows)
+    in_halves = [bool(half_refs) and operand.grid is not None for operand in operands]
+    row, real = _rows(rows, codes.padded(rows, in_halves=False))
+    half, half_real = _rows(2 * rows, 2 * codes.padded(rows, in_halves=True))
     column = block + jnp.arange(columns, dtype=jnp.int32)
     step = jnp.arange(depth, dtype=jnp.int32)
     steps = pl.cdiv(inputs, depth)
@@ -105,29 +132,39 @@ def _products(x_ref, weight_refs, block, columns: int, depth: int, split, splits
     def one_step(i, sums):
         place = i * depth + step
         within = place < inputs
-        x = load(x_ref, (row[:, None], place[None, :]), real, within)
+        x = halves = None
+        if not all(in_halves):
+            x = load(x_ref, (row[:, None], place[None, :]), real, within)
+        if any(in_halves):
+            halves = load(half_refs[0], (half[:, None], place[None, :]), half_real, within)
         products = []
-        for ref, total in zip(weight_refs, sums, strict=True):
-            there = None if ref.shape[0] % columns == 0 else column < ref.shape[0]
-            weight = load(ref, (column[:, None], place[None, :]), there, within)
+        for operand, total, halved in zip(operands, sums, in_halves, strict=True):
+            there = None if operand.shape[0] % columns == 0 else column < operand.shape[0]
+            weight = load(operand.refs[0], (column[:, None], place[None, :]), there, within)
             # The matrix is the left operand: few rows are the short side of the product.
-            products.append(total + dot(weight, x, contract=(1, 1)))
+            products.append(total + operand.product(weight, halves if halved else x, column, i * depth, there))
         return tuple(products)
 
     begin, end = split * steps // splits, (split + 1) * steps // splits
-    start = tuple(jnp.zeros((columns, row.size), jnp.float32) for _ in weight_refs)
-    return lax.fori_loop(begin, end, one_step, start)
+    sizes = [half.size if halved else row.size for halved in in_halves]
+    sums = lax.fori_loop(begin, end, one_step, tuple(jnp.zeros((columns, size), jnp.float32) for size in sizes))
+    if not any(in_halves):
+        return sums
+    factor = plgpu.load(half_refs[1].at[half], mask=half_real, other=None if half_real is None else 0)
+    return tuple(
+        codes.joined(total, factor) if halved else total for total, halved in zip(sums, in_halves, strict=True)
+    )
 
 
-def _rows(rows: int) -> tuple[Array, Array | None]:
-    """Numbers of the rows of a block, and which of them exist; None: all."""
-    row = jnp.arange(power_of_two(rows, LEAST), dtype=jnp.int32)
-    return row, None if row.size == rows else row < rows
+def _rows(rows: int, size: int) -> tuple[Array, Array | None]:
+    """Numbers of the rows of a block of `size`, and which of them exist; None: all."""
+    row = jnp.arange(size, dtype=jnp.int32)
+    return row, None if size == rows else row < rows
 
 
 def _store(out_ref, lead: tuple, out: Array, block) -> None:
     rows, width = out_ref.shape[-2:]
-    row, real = _rows(rows)
+    row, real = _rows(rows, out.shape[1])
     column = block + jnp.arange(out.shape[0], dtype=jnp.int32)
     mask = None if width % out.shape[0] == 0 else jnp.broadcast_to((column < width)[:, None], out.shape)
     if real is not None:

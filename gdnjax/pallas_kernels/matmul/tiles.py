@@ -2,14 +2,21 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from gdnjax.backend import Backend
+from gdnjax.pallas_kernels import codes
+from gdnjax.pallas_kernels.launch import LEAST
+from gdnjax.quantized import CODES, Weight
+from gdnjax.shapes import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """A program makes `columns` outputs of all rows, `depth` inputs at a time.
 
-    Where fewer than `programs` would run, the inputs are split between several, whose sums XLA adds up.
+    Where fewer than `programs` would run, the inputs are split between several, whose sums XLA adds up. `halves`: codes
+    meet rows that are halved, else they are widened (see `gdnjax.pallas_kernels.codes`).
     """
 
     columns: int
@@ -17,6 +24,7 @@ class Tile:
     warps: int
     stages: int
     programs: int = 0
+    halves: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,31 +39,73 @@ class Tiles:
 FEW = 4096
 """Outputs up to which a product has too few columns to occupy a device."""
 
-# dtype -> {most rows: tiles}
+# dtype of numbers, or of codes -> {most rows: tiles}
 TILES = {
     "cuda": {
         "bfloat16": {
             16: Tiles(Tile(64, 256, 4, 4), Tile(64, 128, 4, 4, programs=264), Tile(64, 256, 4, 3)),
             64: Tiles(Tile(64, 128, 4, 3), Tile(64, 128, 4, 3, programs=132), Tile(64, 128, 4, 3)),
             128: Tiles(Tile(64, 64, 4, 4), Tile(64, 128, 4, 3, programs=132), Tile(64, 64, 8, 3)),
-        }
+        },
+        "float8_e4m3fn": {
+            8: Tiles(
+                Tile(64, 128, 4, 4, halves=True),
+                Tile(64, 128, 4, 4, programs=264, halves=True),
+                Tile(64, 128, 4, 4, halves=True),
+            ),
+            16: Tiles(
+                Tile(64, 128, 4, 4, halves=True),
+                Tile(64, 128, 4, 4, programs=264, halves=True),
+                Tile(64, 128, 4, 3, halves=True),
+            ),
+        },
+        "int8": {16: Tiles(Tile(64, 128, 4, 4), Tile(64, 128, 4, 4, programs=264), Tile(64, 128, 4, 3))},
     },
     "rocm": {
         "bfloat16": {
             16: Tiles(Tile(64, 128, 4, 1), Tile(64, 128, 4, 1, programs=304), Tile(32, 128, 4, 1)),
             128: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1, programs=304), Tile(32, 64, 4, 1)),
-        }
+        },
+        **{
+            kind: {
+                16: Tiles(Tile(64, 128, 4, 1), Tile(64, 128, 4, 1, programs=304), Tile(32, 128, 4, 1)),
+                128: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1, programs=304), Tile(32, 64, 4, 1)),
+            }
+            for kind in CODES
+        },
     },
     "interpret": {
         dtype: {128: Tiles(Tile(64, 64, 1, 1), Tile(32, 64, 1, 1, programs=8), Tile(32, 64, 1, 1))}
-        for dtype in ("bfloat16", "float32")
+        for dtype in ("bfloat16", "float32", "int8")
+    }
+    | {
+        "float8_e4m3fn": {
+            16: Tiles(
+                Tile(64, 64, 1, 1, halves=True),
+                Tile(32, 64, 1, 1, programs=8, halves=True),
+                Tile(32, 64, 1, 1, halves=True),
+            ),
+            128: Tiles(Tile(64, 64, 1, 1), Tile(32, 64, 1, 1, programs=8), Tile(32, 64, 1, 1)),
+        }
     },
 }
 
 
-def of(backend: Backend, rows: int, dtype) -> Tiles | None:
-    """The tiles for so many rows; None: XLA's product."""
+def of(backend: Backend, x: Array, *weights: Weight) -> Tiles | None:
+    """The tiles for the rows of x and such weights; None: XLA's product.
+
+    Codes meet bfloat16; in the interpreter, where models are of float32, also that, widened. Scales that change more
+    often than every 16 inputs are XLA's, too.
+    """
     if backend.is_reference:
         return None
-    table = backend.tiles(TILES).get(str(dtype), {})
-    return next((tiles for most, tiles in sorted(table.items()) if rows <= most), None)
+    kind = codes.type_of(*weights)
+    if kind is not None and x.dtype != jnp.bfloat16:
+        if not backend.interpret:
+            return None
+        # Widened, as those are.
+        kind = "int8"
+    if codes.depth_of(LEAST, x.shape[1], *weights) is None:
+        return None
+    table = backend.tiles(TILES).get(kind or str(x.dtype), {})
+    return next((tiles for most, tiles in sorted(table.items()) if x.shape[0] <= most), None)

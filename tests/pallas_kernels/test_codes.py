@@ -1,0 +1,121 @@
+"""Products with weights of eight bits, against float64 of code times scale."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gdnjax.pallas_kernels import codes, matmul
+from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
+from gdnjax.quantized import Quantized
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+GRIDS = {"blocks": (64, 64), "rows": (1, 10_000), "cut blocks": (16, 16), "odd rows": (7, 48)}
+
+
+def weight(rng, shape, grid, codes="float8_e4m3fn"):
+    """A random one, and the numbers that it stands for."""
+    cells = tuple(-(-size // cell) for size, cell in zip(shape[-2:], grid, strict=True))
+    scale = (rng.uniform(0.5, 2, (*shape[:-2], *cells)) * shape[-1] ** -0.5).astype(np.float32)
+    normal = rng.standard_normal(shape)
+    values = normal.astype(codes) if codes != "int8" else np.rint(normal * 40).clip(-128, 127).astype(np.int8)
+    scale = scale / (1 if codes != "int8" else 40)
+    at = [np.arange(size) // cell for size, cell in zip(shape[-2:], grid, strict=True)]
+    exact = values.astype(np.float64) * scale[..., at[0], :][..., at[1]]
+    return Quantized(jnp.asarray(values), jnp.asarray(scale), grid), exact
+
+
+def rows_of(rng, rows, inputs, dtype):
+    """Of many sizes, an outlier among them, and one of zeros."""
+    x = rng.standard_normal((rows, inputs)) * np.exp2(rng.integers(-20, 20, (rows, 1)))
+    x[:, 3] *= 300
+    x[-1] *= rows == 1
+    return x.astype(dtype)
+
+
+def assert_close(actual, x, matrix, dtype):
+    expected = x.astype(np.float64) @ matrix.T
+    # The largest that a sum could be. Float32 loses half a unit in the last place of it with each addition. Weights that
+    # XLA widens to bfloat16, with their scales, are rounded to it, and so is the result.
+    size = np.abs(x.astype(np.float64)) @ np.abs(matrix.T)
+    bound = size * (2**-8 if dtype == BFLOAT16 else x.shape[1] * 2**-24) + np.abs(expected) * 2**-8 * (
+        dtype == BFLOAT16
+    )
+    assert np.all(np.abs(np.asarray(actual, np.float64) - expected) <= bound + 1e-30)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8"])
+@pytest.mark.parametrize(("rows", "grid"), [(1, "blocks"), (4, "rows"), (16, "cut blocks"), (40, "odd rows")])
+def test_codes_meet_rows(rows, grid, kind, dtype, backend):
+    """Codes and numbers in one launch, as the inputs of a Gated DeltaNet layer are."""
+    rng = np.random.default_rng(0)
+    x = rows_of(rng, rows, 192, dtype)
+    first, first_values = weight(rng, (100, 192), GRIDS[grid], kind)
+    second, second_values = weight(rng, (64, 192), GRIDS[grid], kind)
+    plain = (rng.standard_normal((24, 192)) * 192**-0.5).astype(dtype)
+    out = matmul.project(jnp.asarray(x), first, second, jnp.asarray(plain), backend=backend)
+    for part, values in zip(out, (first_values, second_values, plain.astype(np.float64)), strict=True):
+        assert part.dtype == dtype
+        assert_close(part, x, values, dtype)
+    (alone,) = matmul.project(jnp.asarray(x), first, backend=backend)
+    assert_close(alone, x, first_values, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 200])
+def test_gate_and_up_of_codes_meet(rows, backend):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((rows, 128)).astype(BFLOAT16)
+    (gate, g), (up, u) = (weight(rng, (96, 128), (32, 32)) for _ in range(2))
+    actual = matmul.swiglu(jnp.asarray(x), gate, up, backend=backend)
+    g, u = x.astype(np.float64) @ g.T, x.astype(np.float64) @ u.T
+    np.testing.assert_allclose(np.asarray(actual, np.float64), g / (1 + np.exp(-g)) * u, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8"])
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)
+@pytest.mark.parametrize("sizes", [[3, 0, 5, 1], [40, 60, 0, 20], [100, 100, 20, 30]], ids=str)
+def test_rows_meet_the_codes_of_their_group(sizes, dtype, kind, backend):
+    rng = np.random.default_rng(2)
+    total = sum(sizes)
+    x = rows_of(rng, total + 2, 96, dtype)
+    x[total:] = np.nan
+    matrices, values = weight(rng, (4, 40, 96), (16, 32), kind)
+    out = grouped_matmul(jnp.asarray(x), matrices, jnp.asarray(sizes, jnp.int32), backend=backend)
+    ends = np.cumsum(sizes)
+    for group, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+        assert_close(out[end - size : end], x[end - size : end], values[group], dtype)
+
+
+def test_halves_of_a_row_are_the_row():
+    """To the bit, above 2^-13 of its largest number; all others to 2^-21 of that."""
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((64, 512)) * np.exp2(rng.integers(-30, 4, (64, 512)))).astype(BFLOAT16)
+    x[5], x[6, 0] = 0, 2.0**120
+    both, factor = codes.halves(jnp.asarray(x))
+    assert both.dtype == jnp.float8_e4m3fn
+    parts = np.asarray(both).astype(np.float64) * np.asarray(factor, np.float64)[:, None]
+    again = parts.reshape(64, 2, 512).sum(1)
+    exact = x.astype(np.float64)
+    largest = np.abs(exact).max(1, keepdims=True)
+    off = np.abs(again - exact)
+    assert np.all(off[np.abs(exact) >= largest * 2.0**-13] == 0)
+    assert np.all(off <= largest * 2.0**-21)
+    assert (np.abs(exact) < largest * 2.0**-13).any()
+
+
+def test_halves_keep_what_is_no_number():
+    x = jnp.asarray([[1.0, jnp.nan], [1.0, jnp.inf], [1.0, 2.0]], jnp.bfloat16)
+    both, factor = codes.halves(x)
+    sums = (np.asarray(both).astype(np.float64) * np.asarray(factor, np.float64)[:, None]).sum(1).reshape(3, 2).sum(1)
+    assert np.isfinite(sums).tolist() == [False, False, True]
+
+
+def test_two_types_of_codes_in_one_product_are_named(backend):
+    rng = np.random.default_rng(4)
+    one, _ = weight(rng, (32, 32), (1, 32))
+    other, _ = weight(rng, (32, 32), (1, 32), "int8")
+    if backend.is_reference:
+        return
+    with pytest.raises(ValueError, match="codes of several types: float8_e4m3fn, int8"):
+        matmul.project(jnp.zeros((2, 32), jnp.bfloat16), one, other, backend=backend)
