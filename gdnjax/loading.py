@@ -15,8 +15,8 @@ def load_model(
     """Loads a checkpoint directory, or "tiny", the embedded model, onto one device.
 
     `dtype` of weights and activations: "auto" (the checkpoint's), "float32" or "bfloat16". `quantization` as in
-    EngineConfig: with "auto" weights that the checkpoint has as codes are `Quantized` in the parameters. `mtp` loads the
-    multi-token-prediction head too. Raises FileNotFoundError or ValueError for what is no checkpoint of a supported
+    EngineConfig: with "auto" weights that the checkpoint has as codes are `Quantized` in the parameters. `mtp` loads
+    the multi-token-prediction head too. Raises FileNotFoundError or ValueError for what is no checkpoint of a supported
     model, or has no MTP head, or one that the engine does not run (`ModelConfig.require_mtp`).
     """
     if dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""Parameters that are codes and scales on the devices: which of a checkpoint, on what grid, and the scales of each rank.
+"""Parameters that are codes and scales on the devices: which of a checkpoint, on what grid, the scales of each rank.
 
 A rank's rows are not the file's (`mapping.py`), and it may cut blocks. So scales lie on a finer grid where need be: the
 largest one on which every cell's rows, in the order that the rank has them, share a scale of the file. The numbers are

@@ -67,8 +67,9 @@ class QuantisedSource:
     """The tensors of a quantised checkpoint under the names that they would have without being so. A `TensorSource`,
     by which code times scale is read; `codes`, `scales` and `grid` give them apart.
 
-    `kind(name)` is what the codes of a tensor are in the file, None where it is stored as it is. Raises ValueError at construction
-    where tensors do not fit together or the configuration, by their names, and from `read` where a code is NaN.
+    `kind(name)` is what the codes of a tensor are in the file, None where it is stored as it is. Raises ValueError at
+    construction where tensors do not fit together or the configuration, by their names, and from `read` and `codes`
+    where a code is NaN.
     """
 
     def __init__(self, source: TensorSource, quantization: Quantization):

@@ -49,9 +49,9 @@ class EngineConfig:
                               whether there are so many or not.
     Numerics
       dtype                   "auto" (the checkpoint's), "float32" or "bfloat16": weights, activations and KV.
-      quantization            weights: "auto", as the checkpoint has them (codes of eight bits stay such on the devices);
-                              "fp8_per_channel": every projection as float8_e4m3fn with a scale for each output, made as
-                              they are loaded; "dequantized": codes become numbers of dtype as they are loaded.
+      quantization            weights: "auto", as the checkpoint has them (codes stay codes on the devices);
+                              "fp8_per_channel": projections become float8_e4m3fn with a scale for each output as they
+                              are loaded; "dequantized": codes become numbers of dtype as they are loaded.
       ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".
       state_layout            how a slot's recurrent state is stored: "vk" (the fastest on an H100), "kv", or "mixed"
                               (prefill writes KV, decode writes VK, a bit per slot says which).

@@ -305,8 +305,10 @@ def _is_coded(leaf: Any) -> bool:
     return isinstance(leaf, Quantized)
 
 
-def _random_codes(leaf: Quantized, key: Array) -> Quantized:
-    """Of the size of other weights. Codes are made of random bits, which takes no more memory than they do."""
+def random_codes(leaf: Quantized, key: Array) -> Quantized:
+    """Codes and scales of such shapes, of the size of other weights. Codes are made of random bits, which takes no more
+    memory than they do.
+    """
     bits = jax.random.bits(key, leaf.codes.shape, jnp.uint8)
     if leaf.codes.dtype == jnp.int8:
         codes, size = jax.lax.bitcast_convert_type(bits, jnp.int8), 74.0
@@ -319,7 +321,7 @@ def _random_codes(leaf: Quantized, key: Array) -> Quantized:
 
 def _random_leaf(kind: str, leaf: Any, key: Array) -> Any:
     if isinstance(leaf, Quantized):
-        return _random_codes(leaf, key)
+        return random_codes(leaf, key)
     normal = jax.random.normal(key, leaf.shape, jnp.float32)
     match kind:
         case "A_log":

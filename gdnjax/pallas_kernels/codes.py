@@ -3,8 +3,8 @@
 Two ways. Widened: codes become numbers of the rows' dtype in the tile, for any codes. In halves, for float8_e4m3fn on
 matrix units that take it: a row of bfloat16, with a power of two taken out, is the sum of two rows of float8_e4m3fn.
 The first rounds to 4 significant bits; what is left has 4 bits, too, so nothing is lost of a number above 2^-13 of the
-row's largest, and 2^-21 of that largest at most of others. Nothing is widened, and a step of 8 rows or fewer has no more
-products than it had: matrix units take 16 at least.
+row's largest, and 2^-21 of that largest at most of others. Nothing is widened, and a step of 8 rows or fewer has no
+more products than it had: matrix units take 16 at least.
 
 Either way products are summed in float32, and the scale comes after the product of a step of inputs, which lies within
 one column of scales. Sums of fp8 on an H100 keep fewer bits than float32; they are as long as such a step.
@@ -12,7 +12,6 @@ one column of scales. Sums of fp8 on an H100 keep fewer bits than float32; they 
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
@@ -26,8 +25,8 @@ LOW = 16.0
 
 
 def halves(x: Array) -> tuple[Array, Array]:
-    """[t, i] bfloat16 -> [2 t, i] float8_e4m3fn, high and low half of each row side by side, and [2 t] float32, what each
-    is to be multiplied by.
+    """[t, i] bfloat16 -> [2 t, i] float8_e4m3fn, high and low half of each row side by side, and [2 t] float32, what
+    each is to be multiplied by.
     """
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
     # The power of two under which the largest is from 128 to 256, by its exponent's bits.

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.random import threefry_2x32
 
+from gdnjax.quantized import Quantized
+
 
 def padded(exact, real: int):
     """`exact` of the first `real` rows, where there are no others: what padding gives is an implementation's own."""
@@ -177,8 +179,16 @@ def latent_write(x, pools, layer):
     return (), _double(x["c"])
 
 
+def _matrix(weight):
+    """Numbers as they are, codes times their scales."""
+    if not isinstance(weight, Quantized):
+        return _double(weight)
+    at = [jnp.arange(size) // cell for size, cell in zip(weight.shape, weight.grid, strict=True)]
+    return _double(weight.codes.astype(jnp.float32)) * _double(weight.scale)[at[0]][:, at[1]]
+
+
 def products(x, pools, layer, *, gated):
-    found = [_double(x["x"]) @ _double(weight).T for weight in x["weights"][layer]]
+    found = [_double(x["x"]) @ _matrix(weight).T for weight in x["weights"][layer]]
     if gated:
         return jax.nn.silu(found[0]) * found[1], ()
     return tuple(found), ()
@@ -213,7 +223,7 @@ def grouped(x, pools, layer):
 
     def one_expert(total, part):
         number, weight = part
-        return total + jnp.where((expert == number)[:, None], rows, 0) @ _double(weight).T, None
+        return total + jnp.where((expert == number)[:, None], rows, 0) @ _matrix(weight).T, None
 
     start = jnp.zeros((rows.shape[0], x["weight"].shape[1]), jnp.float64)
     total, _ = lax.scan(one_expert, start, (jnp.arange(x["sizes"].size), x["weight"]))

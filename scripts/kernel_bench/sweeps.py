@@ -88,6 +88,20 @@ def _table(name: str):
     if name.startswith("draw"):
         sizes = itertools.product((512, 1024, 2048, 4096), (4, 8), (528, 1056, 2112))
         return draws.TILES, None, [draws.Tile(*size) for size in sizes]
+    if name.startswith("matmul") and "float8" in name:
+        rows = int(name.rpartition("-")[2])
+        row = products.TILES["cuda"]["float8_e4m3fn"]
+        most = next(most for most in sorted(row) if rows <= most)
+        kind = "gated" if "gate-up" in name else "wide" if "delta" in name else "narrow"
+        splits = ((264, 528) if rows <= 16 else (132,)) if kind == "narrow" else (0,)
+        depths = (128,) if rows <= 16 else (64, 128)
+        sizes = itertools.product((64, 128), depths, (4, 8), (3, 5), splits, (True, False))
+        tiles = [products.Tile(*size) for size in sizes]
+        return (
+            products.TILES,
+            "float8_e4m3fn",
+            [row | {most: dataclasses.replace(row[most], **{kind: tile})} for tile in tiles],
+        )
     if name.startswith("matmul"):
         most = 128 if name.endswith("-128") else 16
         row = products.TILES["cuda"]["bfloat16"]

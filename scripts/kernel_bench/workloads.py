@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdnjax.backend import Backend
+from gdnjax.models import random_codes
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, matmul, paged_attention
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
 from gdnjax.pallas_kernels.rows import Rows, make_chunks
+from gdnjax.quantized import CodeFormat
 from kernel_bench import exact
 
 CHUNK = 64
@@ -555,7 +557,19 @@ def latent_write(rows: int, *, value_dim: int = 512, rest: int = 64, real: int |
     )
 
 
-def grouped(tokens: int, experts: int, per_token: int, depth: int, width: int):
+def _weight(key, shape: tuple[int, ...], codes: str | None, grid: tuple[int, int] | None = None):
+    """Of numbers, or of codes of that type, in blocks of 128 x 128 or with a scale for each row."""
+    if codes is None:
+        return _random(key, shape, scale=shape[-1] ** -0.5)
+    return random_codes(CodeFormat(codes, grid or (128, 128)).abstract(shape), key)
+
+
+def _codes(codes: str | None, grid: tuple[int, int] | None) -> str:
+    """How a workload's name tells what the weights are."""
+    return "" if codes is None else f"-{codes.removesuffix('_e4m3fn')}{'-by-row' if grid else ''}"
+
+
+def grouped(tokens: int, experts: int, per_token: int, depth: int, width: int, codes: str | None = None):
     """Tokens that choose experts at random; `width` is gate and up together."""
     rows = tokens * per_token
 
@@ -566,7 +580,7 @@ def grouped(tokens: int, experts: int, per_token: int, depth: int, width: int):
         )
         arguments = {
             "x": _random(keys[0], (rows, depth)),
-            "weight": _random(keys[1], (experts, width, depth), scale=depth**-0.5),
+            "weight": _weight(keys[1], (experts, width, depth), codes),
             "sizes": jnp.bincount(chosen.reshape(-1), length=experts).astype(jnp.int32),
         }
         return arguments, ()
@@ -577,13 +591,13 @@ def grouped(tokens: int, experts: int, per_token: int, depth: int, width: int):
     # Of many experts few are missed: each with probability (1 - top / experts)^tokens.
     read = experts * (1 - (1 - per_token / experts) ** tokens)
     return Workload(
-        name=f"grouped-{experts}e-top{per_token}-{depth}x{width}-{tokens}",
+        name=f"grouped-{experts}e-top{per_token}-{depth}x{width}{_codes(codes, None)}-{tokens}",
         inputs=inputs,
         call=call,
         exact=exact.grouped,
         written=lambda pools, x, layer: (),
         layers=1,
-        bytes=int(read * width * depth * 2) + rows * (depth + width) * 2,
+        bytes=int(read * width * depth * (2 if codes is None else 1)) + rows * (depth + width) * 2,
         flops=2 * rows * depth * width,
         limits=(4e-3, 0),
         sample=lambda out: out[:: exact.every(rows)],
@@ -591,14 +605,21 @@ def grouped(tokens: int, experts: int, per_token: int, depth: int, width: int):
     )
 
 
-def products(kind: str, rows: int, inputs: int, *outputs: int):
-    """Projections of a decode step, as layers have them: `kind` names them, "gate-up" ends in silu(gate) * up."""
+def products(
+    kind: str, rows: int, inputs: int, *outputs: int, codes: str | None = None, grid: tuple[int, int] | None = None
+):
+    """Projections of a decode step, as layers have them: `kind` names them, "gate-up" ends in silu(gate) * up. Of
+    codes are those of 128 outputs and more.
+    """
     layers = 4
 
     def inputs_of(key):
         keys = jax.random.split(key, 1 + layers)
         weights = [
-            [_random(jax.random.fold_in(k, i), (n, inputs), scale=inputs**-0.5) for i, n in enumerate(outputs)]
+            [
+                _weight(jax.random.fold_in(k, i), (n, inputs), codes if n >= 128 else None, grid)
+                for i, n in enumerate(outputs)
+            ]
             for k in keys[1:]
         ]
         return {"x": _random(keys[0], (rows, inputs)), "weights": weights}, ()
@@ -611,13 +632,13 @@ def products(kind: str, rows: int, inputs: int, *outputs: int):
 
     width = outputs[0] if kind == "gate-up" else sum(outputs)
     return Workload(
-        name=f"matmul-{kind}-{inputs}x{sum(outputs)}-{rows}",
+        name=f"matmul-{kind}-{inputs}x{sum(outputs)}{_codes(codes, grid)}-{rows}",
         inputs=inputs_of,
         call=call,
         exact=functools.partial(exact.products, gated=kind == "gate-up"),
         written=lambda pools, x, layer: (),
         layers=layers,
-        bytes=2 * (sum(outputs) * inputs + rows * (inputs + width)),
+        bytes=sum(n * inputs * (1 if codes and n >= 128 else 2) for n in outputs) + 2 * rows * (inputs + width),
         flops=2 * rows * sum(outputs) * inputs,
         limits=(4e-3, 0),
         chain="x",
@@ -725,11 +746,26 @@ WORKLOADS = {
                 products("down", rows, 12288, 4096),
             )
         ),
+        *(
+            work
+            for rows in (1, 16, 128)
+            for work in (
+                products("delta", rows, 4096, 8192, 4096, 32, 32, codes="float8_e4m3fn"),
+                products("gate-up", rows, 4096, 12288, 12288, codes="float8_e4m3fn"),
+                products("out", rows, 4096, 4096, codes="float8_e4m3fn"),
+                products("down", rows, 12288, 4096, codes="float8_e4m3fn"),
+            )
+        ),
+        products("down", 16, 12288, 4096, codes="float8_e4m3fn", grid=(1, 12288)),
+        products("down", 16, 12288, 4096, codes="int8", grid=(1, 12288)),
         draws(128, 248320, 1.0),
         draws(128, 248320, 0.0),
         draws(1, 248320, 1.0),
         grouped(128, 512, 10, 4096, 2048),
         grouped(128, 256, 8, 2048, 1024),
         grouped(8192, 512, 10, 4096, 2048),
+        grouped(128, 512, 10, 4096, 2048, codes="float8_e4m3fn"),
+        grouped(128, 256, 8, 2048, 1024, codes="float8_e4m3fn"),
+        grouped(8192, 512, 10, 4096, 2048, codes="float8_e4m3fn"),
     )
 }
