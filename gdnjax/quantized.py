@@ -1,4 +1,4 @@
-"""Weights of eight bits: codes, scales, and the grid on which they meet. Files of all formats become this on a device."""
+"""Weights of eight bits: codes, scales, and the grid on which they meet. What any format becomes on a device."""
 
 import dataclasses
 import functools

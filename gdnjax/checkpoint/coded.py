@@ -6,6 +6,7 @@ the same, and nothing is padded.
 """
 
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,8 +14,12 @@ import numpy as np
 from gdnjax import sharding
 from gdnjax.checkpoint.mapping import Origin
 from gdnjax.checkpoint.quantised import FLOAT8, FLOAT8_VALUES, QuantisedSource
+from gdnjax.config.quantization import BLOCK
 from gdnjax.models import partition
 from gdnjax.quantized import CodeFormat
+
+OF_GATES = re.compile(r".*\.(in_proj_a|in_proj_b|f_a_proj|f_b_proj|g_a_proj|g_b_proj)\.weight")
+"""Projections that are a small part of a layer's weights, and of which all of a head's state depends."""
 
 LARGEST = 448
 """Of float8_e4m3fn."""
@@ -38,13 +43,25 @@ def formats_of(
     return formats
 
 
-def by_channel(shapes: Mapping[str, tuple[int, ...]], tp: int) -> dict[str, CodeFormat]:
-    """FP8 with a scale for each row, of all parameters that may be held so."""
-    return {
-        name: CodeFormat("float8_e4m3fn", (1, shape[-1] // _ranks(name, shape, -1, tp)))
-        for name, shape in shapes.items()
-        if partition.CODED.fullmatch(name)
-    }
+def usual_formats(shapes: Mapping[str, tuple[int, ...]], tp: int, quantization: str) -> dict[str, CodeFormat]:
+    """FP8 as it is published, by parameter: all projections but those to the gates of heads.
+
+    quantization    "fp8", in blocks of 128 x 128, or "fp8_per_channel", with a scale for each row
+    shapes          global
+    """
+    formats = {}
+    for name, shape in shapes.items():
+        if not partition.CODED.fullmatch(name) or OF_GATES.fullmatch(name):
+            continue
+        ranks = [_ranks(name, shape, axis, tp) for axis in (-2, -1)]
+        sizes = [size // count for size, count in zip(shape[-2:], ranks, strict=True)]
+        if quantization == "fp8_per_channel":
+            grid = (1, sizes[1])
+        else:
+            cells = [math.gcd(block, size) if count > 1 else block for block, size, count in zip(BLOCK, sizes, ranks, strict=True)]
+            grid = (min(cells[0], sizes[0]), min(cells[1], sizes[1]))
+        formats[name] = CodeFormat("float8_e4m3fn", grid)
+    return formats
 
 
 def _ranks(name: str, shape: tuple[int, ...], axis: int, tp: int) -> int:

@@ -232,7 +232,7 @@ def coded_formats(
     leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
     parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
     if quantization == "fp8_per_channel":
-        return coded.by_channel({name: leaf.shape for name, leaf in parameters.items()}, tp)
+        return coded.usual_formats({name: leaf.shape for name, leaf in parameters.items()}, tp, quantization)
     if quantization == "dequantized" or cfg.quantization is None:
         return {}
     cfg.shard(tp)

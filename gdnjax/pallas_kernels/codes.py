@@ -1,16 +1,21 @@
 """What kernels of products share about weights of eight bits: how codes meet rows, and where their scales lie.
 
-Two ways. Widened: codes become numbers of the rows' dtype in the tile, for any codes. In halves, for float8_e4m3fn on
-matrix units that take it: a row of bfloat16, with a power of two taken out, is the sum of two rows of float8_e4m3fn.
-The first rounds to 4 significant bits; what is left has 4 bits, too, so nothing is lost of a number above 2^-13 of the
-row's largest, and 2^-21 of that largest at most of others. Nothing is widened, and a step of 8 rows or fewer has no
-more products than it had: matrix units take 16 at least.
+Three ways, by the form that rows are given. None of them loses anything of a row of bfloat16:
 
-Either way products are summed in float32, and the scale comes after the product of a step of inputs, which lies within
+  wide      rows as they are; codes become numbers of their dtype in the tile. For any codes and rows.
+  float16   rows of bfloat16 become float16, a power of two taken out, and codes do in the tile: of float8_e4m3fn that
+            is one instruction for two, where bfloat16 takes several.
+  halves    codes of float8_e4m3fn stay what they are, on matrix units that take them. A row, a power of two taken out,
+            is the sum of two rows of float8_e4m3fn: the first is rounded to 4 significant bits, and what is left has 4
+            bits, too. Nothing is lost of a number above 2^-13 of the row's largest, and 2^-21 of that largest at most
+            of others. 8 rows or fewer have no more products than they had: matrix units take 16 at least.
+
+In each, products are summed in float32, and the scale comes after the product of a step of inputs, which lies within
 one column of scales. Sums of fp8 on an H100 keep fewer bits than float32; they are as long as such a step.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -24,19 +29,46 @@ LOW = 16.0
 """What the low halves are multiplied by."""
 
 
+WIDE, FLOAT16, HALVES = "wide", "float16", "halves"
+
+PARTS = {WIDE: 1, FLOAT16: 1, HALVES: 2}
+"""Rows that one becomes."""
+
+
+def rows_of(x: Array, form: str) -> tuple[Array, ...]:
+    """The operands of a launch that rows are: x, and but for `wide` its rows in that form and what each is to be
+    multiplied by.
+    """
+    return (x,) if form == WIDE else (x, *(halves(x) if form == HALVES else as_float16(x)))
+
+
 def halves(x: Array) -> tuple[Array, Array]:
     """[t, i] bfloat16 -> [2 t, i] float8_e4m3fn, high and low half of each row side by side, and [2 t] float32, what
     each is to be multiplied by.
     """
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
-    # The power of two under which the largest is from 128 to 256, by its exponent's bits.
-    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    scale = lax.bitcast_convert_type(jnp.clip(exponent - 7, 1, 254) << 23, jnp.float32)
+    scale = _power_of_two(x, 7)
     scaled = x.astype(jnp.float32) / scale
-    high = scaled.astype(jnp.float8_e4m3fn)
-    low = ((scaled - high.astype(jnp.float32)) * LOW).astype(jnp.float8_e4m3fn)
-    both = jnp.stack([high, low], axis=1).reshape(2 * x.shape[0], x.shape[1])
+    # Rounded by hand: XLA takes a number that was made float8_e4m3fn and float32 again for what it was before, and
+    # nothing would be left. The last place is that of 4 significant bits, and 2^-9 below the least normal number.
+    exponent = jnp.maximum(lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32) >> 23, 127 - 6)
+    place = lax.bitcast_convert_type((exponent - 3) << 23, jnp.float32)
+    high = jnp.round(scaled / place) * place
+    low = (scaled - high) * LOW
+    both = jnp.stack([high, low], axis=1).reshape(2 * x.shape[0], x.shape[1]).astype(jnp.float8_e4m3fn)
     return both, jnp.concatenate([scale, scale / LOW], axis=1).reshape(-1)
+
+
+def as_float16(x: Array) -> tuple[Array, Array]:
+    """[t, i] bfloat16 -> the same in float16, and [t] float32, what each row is to be multiplied by."""
+    scale = _power_of_two(x, 14)
+    return (x.astype(jnp.float32) / scale).astype(jnp.float16), scale[:, 0]
+
+
+def _power_of_two(x: Array, exponent: int) -> Array:
+    """[t, 1]: by which to divide each row, so that its largest is from 2^exponent to twice that."""
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
+    stored = lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    return lax.bitcast_convert_type(jnp.clip(stored - exponent, 1, 254) << 23, jnp.float32)
 
 
 def depth_of(depth: int, inputs: int, *weights: Weight) -> int | None:
@@ -98,18 +130,29 @@ class Operand:
         part = dot(weight if weight.dtype == x.dtype else weight.astype(x.dtype), x, contract=(1, 1))
         rows, columns = self.grid
         cell = jnp.full(column.shape, start // columns, jnp.int32)
-        scale = plgpu.load(
-            self.refs[1].at[(*self.lead, column // rows, cell)], mask=there, other=None if there is None else 0
-        )
+        scale = load(self.refs[1], (*self.lead, column // rows, cell), there)
         return part * scale[:, None]
 
 
-def joined(total: Array, factor: Array) -> Array:
-    """[columns, 2 rows] of halves -> [columns, rows]."""
+def load(ref, at: tuple, mask: Array | None) -> Array:
+    """A block of numbers or of codes, zeros where the mask is not."""
+    if mask is None:
+        return plgpu.load(ref.at[at])
+    other: Any = 0
+    if ref.dtype == jnp.float8_e4m3fn:
+        # Triton has no constants of this type.
+        shape = jnp.broadcast_shapes(*(index.shape for index in at if getattr(index, "ndim", 0)))
+        other = lax.bitcast_convert_type(jnp.zeros(shape, jnp.int8), jnp.float8_e4m3fn)
+        mask = jnp.broadcast_to(mask, shape)
+    return plgpu.load(ref.at[at], mask=mask, other=other)
+
+
+def joined(total: Array, factor: Array, parts: int) -> Array:
+    """[columns, parts * rows] -> [columns, rows], each part times its factor."""
     total = total * factor[None, :]
-    return jnp.sum(total.reshape(total.shape[0], total.shape[1] // 2, 2), axis=-1)
+    return total if parts == 1 else jnp.sum(total.reshape(total.shape[0], total.shape[1] // parts, parts), axis=-1)
 
 
-def padded(rows: int, in_halves: bool) -> int:
+def padded(rows: int, form: str) -> int:
     """Rows of a block that holds so many: as many as a product on matrix units has at least."""
-    return power_of_two(2 * rows, LEAST) // 2 if in_halves else power_of_two(rows, LEAST)
+    return power_of_two(PARTS[form] * rows, LEAST) // PARTS[form]

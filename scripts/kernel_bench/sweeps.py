@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from gdnjax.backend import Backend
+from gdnjax.pallas_kernels import codes
 from gdnjax.pallas_kernels.causal_conv1d import tiles as conv
 from gdnjax.pallas_kernels.gated_delta_rule import tiles as delta
 from gdnjax.pallas_kernels.grouped_matmul import tiles as grouped
@@ -35,6 +36,17 @@ def _entry(table: dict, backend: Backend, key, tile):
             table[backend.architecture] = row
         else:
             del table[backend.architecture]
+
+
+class _Row(dict):
+    """A row of the products' table with another tile, which is all of it that is printed."""
+
+    def __init__(self, row: dict, most: int, kind: str, tile: products.Tile):
+        super().__init__(row | {most: dataclasses.replace(row[most], **{kind: tile})})
+        self.tile = tile
+
+    def __str__(self) -> str:
+        return str(self.tile)
 
 
 def _table(name: str):
@@ -95,20 +107,18 @@ def _table(name: str):
         kind = "gated" if "gate-up" in name else "wide" if "delta" in name else "narrow"
         splits = ((264, 528) if rows <= 16 else (132,)) if kind == "narrow" else (0,)
         depths = (128,) if rows <= 16 else (64, 128)
-        sizes = itertools.product((64, 128), depths, (4, 8), (3, 5), splits, (True, False))
+        sizes = itertools.product((64, 128), depths, (4, 8), (3, 5), splits, codes.PARTS)
         tiles = [products.Tile(*size) for size in sizes]
-        return (
-            products.TILES,
-            "float8_e4m3fn",
-            [row | {most: dataclasses.replace(row[most], **{kind: tile})} for tile in tiles],
-        )
-    if name.startswith("matmul"):
+        return products.TILES, "float8_e4m3fn", [_Row(row, most, kind, tile) for tile in tiles]
+    if name.startswith("matmul-") and "int8" not in name:
         most = 128 if name.endswith("-128") else 16
         row = products.TILES["cuda"]["bfloat16"]
         kind = "gated" if "gate-up" in name else "wide" if "delta" in name else "narrow"
         sizes = itertools.product((64, 128), (64, 128, 256), (4, 8), (3, 4), (132, 264) if kind == "narrow" else (0,))
-        tiles = [dataclasses.replace(row[most], **{kind: products.Tile(*size)}) for size in sizes]
-        return products.TILES, "bfloat16", [row | {most: each} for each in tiles]
+        tiles = [products.Tile(*size) for size in sizes]
+        return products.TILES, "bfloat16", [_Row(row, most, kind, tile) for tile in tiles]
+    if "int8" in name:
+        return products.TILES, "int8", []
     few = name.endswith("-128")
     sizes = (
         itertools.product((16,), (32, 64, 128), (64, 128, 256), (4,), (2, 3, 4, 5))

@@ -237,14 +237,22 @@ def load_random(config: "ModelConfig", options: dict[str, Any], seed: int, *, mt
     import jax
 
     from gdnjax import abstract_params, build_model, random_params, sharding
+    from gdnjax.checkpoint.coded import usual_formats
     from gdnjax.models import partition
 
     tp, dtype = options["tensor_parallel_size"], options["dtype"]
     dtype = config.dtype if dtype == "auto" else dtype
-    shardings = partition.shardings_of(abstract_params(config, tp, dtype, mtp=mtp), sharding.make_mesh(tp))
+    abstract = abstract_params(config, tp, dtype, mtp=mtp)
+    coded = {}
+    if quantization is not None:
+        leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
+        shapes = {sharding.path_name(path): leaf.shape for path, leaf in leaves}
+        coded = usual_formats(shapes, tp, quantization)
+        abstract = abstract_params(config, tp, dtype, mtp=mtp, coded=coded)
+    shardings = partition.shardings_of(abstract, sharding.make_mesh(tp))
     # This generator is the fastest.
     key = jax.random.key(seed, impl="unsafe_rbg")
-    params = random_params(config, tp, dtype, key, mtp=mtp, shardings=shardings)
+    params = random_params(config, tp, dtype, key, mtp=mtp, coded=coded, shardings=shardings)
     return Loaded(build_model(config, dtype, tp, mtp=mtp), params)
 
 

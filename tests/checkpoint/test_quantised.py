@@ -190,7 +190,7 @@ def test_codes_on_the_ranks_are_those_of_the_file(tmp_path, method, model, tp):
     """
     cfg, how = MODELS[model]
     stored = tiny.stored_tensors(tiny.model_tensors(cfg), cfg, **how)
-    quantization, weights = _write(tmp_path, stored, method)
+    quantization, _ = _write(tmp_path, stored, method)
     cfg = dataclasses.replace(cfg, quantization=quantization)
     params, report = _load(tmp_path / "codes", cfg, tp, quantization="auto")
     expected, _ = _load(tmp_path / "codes", cfg, tp)

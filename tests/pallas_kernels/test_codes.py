@@ -35,8 +35,8 @@ def rows_of(rng, rows, inputs, dtype):
 
 def assert_close(actual, x, matrix, dtype):
     expected = x.astype(np.float64) @ matrix.T
-    # The largest that a sum could be. Float32 loses half a unit in the last place of it with each addition. Weights that
-    # XLA widens to bfloat16, with their scales, are rounded to it, and so is the result.
+    # The largest that a sum could be. Float32 loses half a unit in the last place of it with each addition. Weights
+    # that XLA widens to bfloat16, with their scales, are rounded to it, and so is the result.
     size = np.abs(x.astype(np.float64)) @ np.abs(matrix.T)
     bound = size * (2**-8 if dtype == BFLOAT16 else x.shape[1] * 2**-24) + np.abs(expected) * 2**-8 * (
         dtype == BFLOAT16
@@ -109,6 +109,20 @@ def test_halves_keep_what_is_no_number():
     both, factor = codes.halves(x)
     sums = (np.asarray(both).astype(np.float64) * np.asarray(factor, np.float64)[:, None]).sum(1).reshape(3, 2).sum(1)
     assert np.isfinite(sums).tolist() == [False, False, True]
+
+
+def test_rows_in_float16_are_the_rows():
+    """To the bit, above 2^-29 of the largest; all others to 2^-38 of that."""
+    rng = np.random.default_rng(5)
+    x = (rng.standard_normal((64, 512)) * np.exp2(rng.integers(-50, 40, (64, 512)))).astype(BFLOAT16)
+    x[5] = 0
+    rows, factor = codes.as_float16(jnp.asarray(x))
+    exact, again = x.astype(np.float64), np.asarray(rows, np.float64) * np.asarray(factor, np.float64)[:, None]
+    largest = np.abs(exact).max(1, keepdims=True)
+    off = np.abs(again - exact)
+    assert rows.dtype == jnp.float16
+    assert np.all(off[np.abs(exact) >= largest * 2.0**-29] == 0)
+    assert np.all(off <= largest * 2.0**-38)
 
 
 def test_two_types_of_codes_in_one_product_are_named(backend):

@@ -32,8 +32,9 @@ def grouped_matmul(x: Array, weight: Weight, group_sizes: Array, backend: Backen
             "kernels='reference', quantization='dequantized', or fewer ranks"
         )
     arrays, (grid,) = codes.flat(weight)
-    # Halved rows take the place of x; two stand where one stood.
-    operands = codes.halves(x) if tile.halves else (x,)
+    operands = codes.rows_of(x, tile.form)
+    # Rows in a form of their own take the place of x.
+    operands = operands[1:] or operands
     group, start, end = tile_table(group_sizes, rows, tile.rows)
     (out,) = launch(
         _grouped_matmul,
@@ -48,7 +49,7 @@ def grouped_matmul(x: Array, weight: Weight, group_sizes: Array, backend: Backen
         columns=tile.columns,
         depth=steps,
         grid=grid,
-        halves=tile.halves,
+        form=tile.form,
     )
     return out
 
@@ -71,8 +72,8 @@ def tile_table(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, 
     return group, jnp.where(used, start, 0).astype(jnp.int32), jnp.where(used, end, 0).astype(jnp.int32)
 
 
-def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, *refs, rows, columns, depth, grid, halves):
-    factor_ref, refs = (refs[0], refs[1:]) if halves else (None, refs)
+def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, *refs, rows, columns, depth, grid, form):
+    factor_ref, refs = (None, refs) if form == codes.WIDE else (refs[0], refs[1:])
     (weight,), (out_ref,) = Operand.taken(refs, (grid,))
     total, width = x_ref.shape[1], weight.shape[1]
     # Programs of one group are neighbours, so that its rows and its matrix stay in the cache for all of them.
@@ -84,8 +85,9 @@ def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, *refs, rows, 
         end_ref[tile],
     )
     row = start + jnp.arange(rows, dtype=jnp.int32)
-    half = 2 * start + jnp.arange(2 * rows, dtype=jnp.int32)
-    row_of_x, real_of_x = (half, half < 2 * end) if halves else (row, row < end)
+    parts = codes.PARTS[form]
+    row_of_x = parts * start + jnp.arange(parts * rows, dtype=jnp.int32)
+    real_of_x = row_of_x < parts * end
     column = block * columns + jnp.arange(columns, dtype=jnp.int32)
     step = jnp.arange(depth, dtype=jnp.int32)
     # Rows behind the end are other programs', which run before this one or after: what is stored there would stay in
@@ -99,16 +101,16 @@ def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, *refs, rows, 
             within = d < total
             x_mask = real_of_x[:, None] if even else real_of_x[:, None] & within[None, :]
             w_mask = there[:, None] if even else there[:, None] & within[None, :]
-            x = plgpu.load(x_ref.at[row_of_x[:, None], d[None, :]], mask=x_mask, other=0)
-            w = plgpu.load(weight.refs[0].at[group, column[:, None], d[None, :]], mask=w_mask, other=0)
+            x = codes.load(x_ref, (row_of_x[:, None], d[None, :]), x_mask)
+            w = codes.load(weight.refs[0], (group, column[:, None], d[None, :]), w_mask)
             # The matrix is the left operand: few rows are the short side of the product.
             return total_so_far + of_group.product(w, x, column, i * depth, there)
 
         of_group = dataclasses.replace(weight, lead=(jnp.full(column.shape, group, jnp.int32),))
         start_of = jnp.zeros((columns, row_of_x.size), jnp.float32)
         out = lax.fori_loop(0, pl.cdiv(total, depth), one_step, start_of)
-        if halves:
-            out = codes.joined(out, plgpu.load(factor_ref.at[half], mask=real_of_x, other=0))
+        if factor_ref is not None:
+            out = codes.joined(out, codes.load(factor_ref, (row_of_x,), real_of_x), parts)
         mask = there[:, None] & real[None, :]
         plgpu.store(out_ref.at[row[None, :], column[:, None]], out.astype(out_ref.dtype), mask=mask)
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from gdnjax.backend import Backend
+from gdnjax.pallas_kernels.codes import HALVES, WIDE
 from gdnjax.quantized import Quantized, Weight
 
 
@@ -15,20 +16,20 @@ class Grouped:
     depth: int
     warps: int
     stages: int
-    halves: bool = False
+    form: str = WIDE
 
 
 # "few" and "many": rows a group. "fewest": bfloat16 rows that meet float8_e4m3fn in halves; for a platform without such
 # matrix units there are none.
 TILES = {
     "cuda": {
-        "fewest": Grouped(8, 64, 128, 4, 4, halves=True),
+        "fewest": Grouped(8, 64, 128, 4, 4, form=HALVES),
         "few": Grouped(16, 64, 128, 4, 4),
         "many": Grouped(128, 128, 64, 8, 3),
     },
     "rocm": {"few": Grouped(16, 64, 128, 4, 1), "many": Grouped(64, 64, 64, 4, 1)},
     "interpret": {
-        "fewest": Grouped(8, 32, 64, 1, 1, halves=True),
+        "fewest": Grouped(8, 32, 64, 1, 1, form=HALVES),
         "few": Grouped(16, 32, 64, 1, 1),
         "many": Grouped(32, 32, 64, 1, 1),
     },

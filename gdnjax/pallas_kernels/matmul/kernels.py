@@ -28,7 +28,7 @@ def project(x: Array, weights: Sequence[Weight], tile: Tile, backend: Backend) -
     splits = _splits(sum(blocks), x.shape[1], depth, tile) if len(weights) == 1 else 1
     dtype = x.dtype if splits == 1 else jnp.float32
     arrays, grids = codes.flat(*weights)
-    rows = _operands(x, tile)
+    rows = codes.rows_of(x, tile.form)
     out = launch(
         _project,
         backend,
@@ -43,7 +43,7 @@ def project(x: Array, weights: Sequence[Weight], tile: Tile, backend: Backend) -
         splits=splits,
         columns=tile.columns,
         depth=depth,
-        halves=tile.halves,
+        form=tile.form,
     )
     return tuple(part[0] if splits == 1 else jnp.sum(part, axis=0).astype(x.dtype) for part in out)
 
@@ -60,25 +60,21 @@ def _depth(x: Array, weights: Sequence[Weight], tile: Tile) -> int:
     return depth
 
 
-def _operands(x: Array, tile: Tile) -> tuple[Array, ...]:
-    """x, and with `halves` those and what they are multiplied by."""
-    return (x, *codes.halves(x)) if tile.halves else (x,)
-
-
-def _project(program, *refs, blocks, grids, splits, columns, depth, halves):
-    rows, refs = refs[: 3 if halves else 1], refs[3 if halves else 1 :]
+def _project(program, *refs, blocks, grids, splits, columns, depth, form):
+    count = 1 if form == codes.WIDE else 3
+    rows, refs = refs[:count], refs[count:]
     operands, out_refs = Operand.taken(refs, grids)
     product, split = program // splits, program % splits
     first = 0
-    for count, operand, out_ref in zip(blocks, operands, out_refs, strict=True):
+    for size, operand, out_ref in zip(blocks, operands, out_refs, strict=True):
 
         def make(first=first, operand=operand, out_ref=out_ref):
             block = (product - first) * columns
-            (out,) = _products(rows, [operand], block, columns, depth, split, splits)
+            (out,) = _products(rows, [operand], block, columns, depth, form, split, splits)
             _store(out_ref, (split,), out, block)
 
-        pl.when((product >= first) & (product < first + count))(make)
-        first += count
+        pl.when((product >= first) & (product < first + size))(make)
+        first += size
 
 
 def swiglu(x: Array, gate: Weight, up: Weight, tile: Tile, backend: Backend) -> Array:
@@ -88,35 +84,37 @@ def swiglu(x: Array, gate: Weight, up: Weight, tile: Tile, backend: Backend) -> 
         backend,
         name="matmul_swiglu",
         programs=-(-gate.shape[0] // tile.columns),
-        args=(*_operands(x, tile), *arrays),
+        args=(*codes.rows_of(x, tile.form), *arrays),
         out=[jax.ShapeDtypeStruct((x.shape[0], gate.shape[0]), x.dtype)],
         warps=tile.warps,
         stages=tile.stages,
         grids=grids,
         columns=tile.columns,
         depth=_depth(x, (gate, up), tile),
-        halves=tile.halves,
+        form=tile.form,
     )
     return out
 
 
-def _swiglu(program, *refs, grids, columns, depth, halves):
-    rows, refs = refs[: 3 if halves else 1], refs[3 if halves else 1 :]
+def _swiglu(program, *refs, grids, columns, depth, form):
+    count = 1 if form == codes.WIDE else 3
+    rows, refs = refs[:count], refs[count:]
     operands, (out_ref,) = Operand.taken(refs, grids)
     block = program * columns
-    gate, up = _products(rows, operands, block, columns, depth, 0, 1)
+    gate, up = _products(rows, operands, block, columns, depth, form, 0, 1)
     _store(out_ref, (), gate * sigmoid(gate) * up, block)
 
 
 def _products(
-    row_refs: Sequence, operands: Sequence[Operand], block, columns: int, depth: int, split, splits: int
+    row_refs: Sequence, operands: Sequence[Operand], block, columns: int, depth: int, form: str, split, splits: int
 ) -> tuple[Array, ...]:
     """[columns, rows] of each matrix from row `block` on, over one of `splits` parts of the inputs."""
-    x_ref, *half_refs = row_refs
+    x_ref, *formed_refs = row_refs
     rows, inputs = x_ref.shape
-    in_halves = [bool(half_refs) and operand.grid is not None for operand in operands]
-    row, real = _rows(rows, codes.padded(rows, in_halves=False))
-    half, half_real = _rows(2 * rows, 2 * codes.padded(rows, in_halves=True))
+    of_codes = [bool(formed_refs) and operand.grid is not None for operand in operands]
+    row, real = _rows(rows, codes.padded(rows, codes.WIDE))
+    parts = codes.PARTS[form]
+    formed, formed_real = _rows(parts * rows, parts * codes.padded(rows, form))
     column = block + jnp.arange(columns, dtype=jnp.int32)
     step = jnp.arange(depth, dtype=jnp.int32)
     steps = pl.cdiv(inputs, depth)
@@ -127,32 +125,32 @@ def _products(
             mask = within[None, :] if mask is None else mask[:, None] & within[None, :]
         elif mask is not None:
             mask = mask[:, None]
-        return plgpu.load(ref.at[at], mask=mask, other=None if mask is None else 0)
+        return codes.load(ref, at, mask)
 
     def one_step(i, sums):
         place = i * depth + step
         within = place < inputs
-        x = halves = None
-        if not all(in_halves):
+        x = x_formed = None
+        if not all(of_codes):
             x = load(x_ref, (row[:, None], place[None, :]), real, within)
-        if any(in_halves):
-            halves = load(half_refs[0], (half[:, None], place[None, :]), half_real, within)
+        if any(of_codes):
+            x_formed = load(formed_refs[0], (formed[:, None], place[None, :]), formed_real, within)
         products = []
-        for operand, total, halved in zip(operands, sums, in_halves, strict=True):
+        for operand, total, coded in zip(operands, sums, of_codes, strict=True):
             there = None if operand.shape[0] % columns == 0 else column < operand.shape[0]
             weight = load(operand.refs[0], (column[:, None], place[None, :]), there, within)
             # The matrix is the left operand: few rows are the short side of the product.
-            products.append(total + operand.product(weight, halves if halved else x, column, i * depth, there))
+            products.append(total + operand.product(weight, x_formed if coded else x, column, i * depth, there))
         return tuple(products)
 
     begin, end = split * steps // splits, (split + 1) * steps // splits
-    sizes = [half.size if halved else row.size for halved in in_halves]
+    sizes = [formed.size if coded else row.size for coded in of_codes]
     sums = lax.fori_loop(begin, end, one_step, tuple(jnp.zeros((columns, size), jnp.float32) for size in sizes))
-    if not any(in_halves):
+    if not any(of_codes):
         return sums
-    factor = plgpu.load(half_refs[1].at[half], mask=half_real, other=None if half_real is None else 0)
+    factor = codes.load(formed_refs[1], (formed,), formed_real)
     return tuple(
-        codes.joined(total, factor) if halved else total for total, halved in zip(sums, in_halves, strict=True)
+        codes.joined(total, factor, parts) if coded else total for total, coded in zip(sums, of_codes, strict=True)
     )
 
 

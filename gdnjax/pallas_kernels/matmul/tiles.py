@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import codes
+from gdnjax.pallas_kernels.codes import FLOAT16, HALVES, WIDE
 from gdnjax.pallas_kernels.launch import LEAST
 from gdnjax.quantized import CODES, Weight
 from gdnjax.shapes import Array
@@ -15,8 +16,8 @@ from gdnjax.shapes import Array
 class Tile:
     """A program makes `columns` outputs of all rows, `depth` inputs at a time.
 
-    Where fewer than `programs` would run, the inputs are split between several, whose sums XLA adds up. `halves`: codes
-    meet rows that are halved, else they are widened (see `gdnjax.pallas_kernels.codes`).
+    Where fewer than `programs` would run, the inputs are split between several, whose sums XLA adds up. `form`: that of
+    the rows that codes meet (see `gdnjax.pallas_kernels.codes`).
     """
 
     columns: int
@@ -24,7 +25,7 @@ class Tile:
     warps: int
     stages: int
     programs: int = 0
-    halves: bool = False
+    form: str = WIDE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +49,26 @@ TILES = {
             128: Tiles(Tile(64, 64, 4, 4), Tile(64, 128, 4, 3, programs=132), Tile(64, 64, 8, 3)),
         },
         "float8_e4m3fn": {
-            8: Tiles(
-                Tile(64, 128, 4, 4, halves=True),
-                Tile(64, 128, 4, 4, programs=264, halves=True),
-                Tile(64, 128, 4, 4, halves=True),
-            ),
             16: Tiles(
-                Tile(64, 128, 4, 4, halves=True),
-                Tile(64, 128, 4, 4, programs=264, halves=True),
-                Tile(64, 128, 4, 3, halves=True),
+                Tile(128, 128, 4, 5, form=HALVES),
+                Tile(128, 128, 4, 3, programs=264, form=HALVES),
+                Tile(64, 128, 4, 5, form=HALVES),
+            ),
+            32: Tiles(
+                Tile(64, 128, 4, 4, form=HALVES),
+                Tile(64, 128, 4, 4, programs=132, form=HALVES),
+                Tile(64, 128, 4, 3, form=FLOAT16),
+            ),
+            128: Tiles(
+                Tile(64, 128, 4, 3, form=FLOAT16),
+                Tile(64, 128, 4, 3, programs=132, form=FLOAT16),
+                Tile(64, 64, 4, 3, form=FLOAT16),
             ),
         },
-        "int8": {16: Tiles(Tile(64, 128, 4, 4), Tile(64, 128, 4, 4, programs=264), Tile(64, 128, 4, 3))},
+        "int8": {
+            16: Tiles(Tile(64, 128, 4, 3), Tile(64, 64, 8, 3, programs=264), Tile(64, 128, 4, 3)),
+            128: Tiles(Tile(64, 128, 4, 3), Tile(64, 128, 4, 3, programs=132), Tile(64, 64, 4, 3)),
+        },
     },
     "rocm": {
         "bfloat16": {
@@ -81,11 +90,15 @@ TILES = {
     | {
         "float8_e4m3fn": {
             16: Tiles(
-                Tile(64, 64, 1, 1, halves=True),
-                Tile(32, 64, 1, 1, programs=8, halves=True),
-                Tile(32, 64, 1, 1, halves=True),
+                Tile(64, 64, 1, 1, form=HALVES),
+                Tile(32, 64, 1, 1, programs=8, form=HALVES),
+                Tile(32, 64, 1, 1, form=HALVES),
             ),
-            128: Tiles(Tile(64, 64, 1, 1), Tile(32, 64, 1, 1, programs=8), Tile(32, 64, 1, 1)),
+            128: Tiles(
+                Tile(64, 64, 1, 1, form=FLOAT16),
+                Tile(32, 64, 1, 1, programs=8, form=FLOAT16),
+                Tile(32, 64, 1, 1, form=FLOAT16),
+            ),
         }
     },
 }
