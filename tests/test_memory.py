@@ -43,7 +43,7 @@ GIB = 1 << 30
 
 
 def large_geometry(**overrides):
-    options = {"tp": 4, "block_size": 16, "dtype": "bfloat16", "ssm_dtype": "bfloat16", "kv_dtype": "fp8"}
+    options = {"tp": 4, "block_size": 16, "dtype": "bfloat16", "ssm_dtype": "bfloat16", "kv_cache_dtype": "fp8"}
     return StateGeometry.of(LARGE, **(options | overrides))
 
 
@@ -78,7 +78,7 @@ def test_decoupled_pools_hold_180_times_the_packed_blocks():
 
 
 def test_large_model_by_default_dtypes_is_exact():
-    geometry = large_geometry(ssm_dtype="float32", kv_dtype=None)
+    geometry = large_geometry(ssm_dtype="float32", kv_cache_dtype="auto")
     assert geometry.slot_bytes == 45 * (3 * 3072 * 2 + 16 * 128 * 128 * 4)
     assert geometry.block_bytes == 2 * 15 * 16 * 256 * 2
 
@@ -283,7 +283,7 @@ def test_shortfall_names_no_setting_that_would_not_help():
 @pytest.mark.parametrize("edge", [1 << 31, (1 << 32) + 1])
 def test_plan_refuses_8_bit_keys_that_kernels_cannot_number(edge, over):
     """2^31 to 2^32 numbers, the null block among them; what the message allows is allowed, and next to what is not."""
-    geometry = large_geometry(kv_dtype="fp8")
+    geometry = large_geometry(kv_cache_dtype="fp8")
     keys = geometry.cache.paged[0].leaves[0]
     of_block = keys.bytes * geometry.block_size
     # The first whole blocks from the edge on.
@@ -293,7 +293,7 @@ def test_plan_refuses_8_bit_keys_that_kernels_cannot_number(edge, over):
         config = uncached(num_kv_blocks=blocks, block_size=geometry.block_size)
         return memory.plan(geometry, config, max_model_len=64, budget_bytes=1 << 40)
 
-    assert planned(blocks, large_geometry(kv_dtype="bfloat16")).num_blocks == blocks
+    assert planned(blocks, large_geometry(kv_cache_dtype="bfloat16")).num_blocks == blocks
     if (blocks + 1) * of_block not in range(1 << 31, (1 << 32) + 1):
         assert planned(blocks).num_blocks == blocks
         return
@@ -349,7 +349,7 @@ def test_memory_imports_no_jax():
     assert result.stdout.strip() == "False"
 
 
-PUBLISHED = ["--config", "qwen3.5-397b-a17b", "--tp", "4", "--kv-dtype", "fp8", "--ssm-dtype", "bfloat16"]
+PUBLISHED = ["--config", "qwen3.5-397b-a17b", "--tp", "4", "--kv-cache-dtype", "fp8", "--ssm-dtype", "bfloat16"]
 
 
 def test_command_prints_the_published_arithmetic(capsys):
@@ -424,8 +424,8 @@ def test_command_has_the_wide_states_of_a_model_with_many_kv_heads(capsys):
 
 def test_latents_are_not_planned_in_8_bits():
     model = ModelConfig.from_hf(config_file("deepseek-v3"))
-    with pytest.raises(ValueError, match="latents are not stored in 8 bits, got fp8; allowed: bfloat16, float32"):
-        StateGeometry.of(model, tp=1, block_size=16, dtype="bfloat16", ssm_dtype="float32", kv_dtype="fp8")
+    with pytest.raises(ValueError, match="latents are not stored in 8 bits, got kv_cache_dtype='fp8'; allowed: 'auto'"):
+        StateGeometry.of(model, tp=1, block_size=16, dtype="bfloat16", ssm_dtype="float32", kv_cache_dtype="fp8")
 
 
 def test_command_without_drafts_says_nothing_of_them(capsys):

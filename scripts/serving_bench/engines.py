@@ -89,6 +89,7 @@ def geometry_of(arm: Arm, config: "ModelConfig", options: Mapping[str, Any], blo
         block_size=block_size,
         dtype=config.dtype if options["dtype"] == "auto" else options["dtype"],
         ssm_dtype=options["ssm_dtype"],
+        kv_cache_dtype=options["kv_cache_dtype"],
         speculation=EngineConfig(**arm.speculation),
     )
 
