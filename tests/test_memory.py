@@ -1,6 +1,7 @@
 """Bytes to the byte: slots, blocks, plans and shortfalls; and the command that prints them."""
 
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 from gdnjax import abstract_params, memory
-from gdnjax.assets import EMBEDDED_MODEL, PRESETS, SAME_AS, config_file
+from gdnjax.assets import EMBEDDED_MODEL, PRESETS, SAME_AS, config_file, model_directory
 from gdnjax.config import AttentionConfig, DeltaConfig, EngineConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.memory.__main__ import build_parser, main
@@ -305,6 +306,32 @@ def test_plan_refuses_8_bit_keys_that_kernels_cannot_number(edge, over):
     for refused in (most + 1, least - 1):
         with pytest.raises(ValueError, match="one-byte numbers"):
             planned(refused)
+
+
+def test_plan_of_what_memory_allows_stays_where_kernels_can_number_8_bit_keys():
+    """Blocks that nobody counted: as many as bfloat16 gets, or the most that the message of one more allows."""
+    wide, geometry = large_geometry(kv_cache_dtype="bfloat16"), large_geometry(kv_cache_dtype="int8")
+    keys = geometry.cache.paged[0].leaves[0].bytes * geometry.block_size
+
+    def planned(geometry, requests):
+        config = uncached(max_num_seqs=requests, block_size=geometry.block_size)
+        return memory.plan(geometry, config, max_model_len=32768, budget_bytes=1 << 42).num_blocks
+
+    few, between, many = 8, 24, 64
+    assert planned(geometry, few) == planned(wide, few) == 2048 * few
+    assert (2048 * between + 1) * keys in memory.UNNUMBERED
+    assert planned(geometry, between) == (2**31 - 1) // keys - 1 < planned(wide, between)
+    assert planned(geometry, many) == planned(wide, many) == 2048 * many
+
+
+def test_8_bit_keys_take_their_scales_to_the_byte():
+    """Of the embedded model, with and without the layer of its MTP head: 2 kv heads of 64 in 3 layers."""
+    model = ModelConfig.from_hf(model_directory(EMBEDDED_MODEL))
+    of = functools.partial(StateGeometry.of, model, tp=1, block_size=16, dtype="float32", ssm_dtype="float32")
+    for speculation, layers in ((None, 2), (EngineConfig(num_speculative_tokens=2), 3)):
+        for kv_cache_dtype, of_head in (("int8", 64 + 4), ("fp8", 64 + 4), ("bfloat16", 128), ("auto", 256)):
+            geometry = of(kv_cache_dtype=kv_cache_dtype, speculation=speculation)
+            assert geometry.block_bytes == 2 * layers * 16 * 2 * of_head
 
 
 def test_printed_plan_adds_up():

@@ -80,9 +80,11 @@ HOST_CALLS = re.compile(r"callback|infeed|outfeed|xla_ffi_python|xla_python|Send
 
 
 @functools.cache
-def abstract_state(options: StepOptions, num_slots: int, num_blocks: int, dtype: str = "float32"):
+def abstract_state(
+    options: StepOptions, num_slots: int, num_blocks: int, dtype: str = "float32", kv_cache_dtype: str = "auto"
+):
     """Shapes only: pools of any size cost nothing. The states are of the model's dtype, too."""
-    config = dataclasses.replace(config_of(options), ssm_dtype=dtype)
+    config = dataclasses.replace(config_of(options), ssm_dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     geometry = engine_geometry(model_of(options, dtype), config)
     plan = MemoryPlan.of_counts(
         geometry, num_slots=num_slots, num_blocks=num_blocks, num_logit_rows=4, num_count_rows=4
@@ -122,9 +124,9 @@ def jitted(name: str, state, dtype: str = "float32", rows: int = 4):
 
 
 @functools.cache
-def compiled(name: str, dtype: str = "float32", rows: int = 4):
+def compiled(name: str, dtype: str = "float32", rows: int = 4, kv_cache_dtype: str = "auto"):
     """With LARGE pools, whose size shows in shapes."""
-    function, given = jitted(name, abstract_state(STEPS[name][1], *LARGE, dtype), dtype, rows)
+    function, given = jitted(name, abstract_state(STEPS[name][1], *LARGE, dtype, kv_cache_dtype), dtype, rows)
     # What is read of it is decided before LLVM has it.
     return function.lower(*given).compile({"xla_backend_optimization_level": 0})
 
@@ -170,15 +172,24 @@ def test_planned_workspace_holds_every_step(options):
     assert 0.95 * max(needed) <= workspace <= 1.05 * max(needed)
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [("float32", 4), ("bfloat16", 1)])
-@pytest.mark.parametrize("name", STEPS)
-def test_step_updates_its_pools_in_place(name, dtype, rows):
+READ_AND_WRITE_KEYS = ("admit", "decode, full", "decode, plain, drafts", "prefill, prompt_logprobs, drafts")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rows", "kv_cache_dtype"),
+    [
+        *((name, *how, "auto") for name in STEPS for how in (("float32", 4), ("bfloat16", 1))),
+        *((name, *how) for name in READ_AND_WRITE_KEYS for how in (("bfloat16", 4, "int8"), ("bfloat16", 1, "fp8"))),
+    ],
+)
+def test_step_updates_its_pools_in_place(name, dtype, rows, kv_cache_dtype):
     """Every byte of the state is an alias of the argument's, and nothing that is computed has a pool's size: no copy,
     no conversion to another dtype, no selection.
 
-    XLA widens bfloat16 on a CPU, and makes slices and updates of one row's gathers and scatters.
+    XLA widens bfloat16 and float8 on a CPU, and makes slices and updates of one row's gathers and scatters.
     """
-    step, state = compiled(name, dtype, rows), abstract_state(STEPS[name][1], *LARGE, dtype)
+    step = compiled(name, dtype, rows, kv_cache_dtype)
+    state = abstract_state(STEPS[name][1], *LARGE, dtype, kv_cache_dtype)
     memory = step.memory_analysis()
     smallest_pool = min(
         num_bytes(pool)

@@ -17,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax import LLM
+from gdnjax import LLM, EngineConfig, build_model
+from gdnjax.backend import Backend
 from gdnjax.cache import Cache
+from gdnjax.config import LayerKind
+from gdnjax.models import engine_geometry
 from tests.float64 import Reference, reference
-from tests.micro import MICRO, micro_params
+from tests.micro import LATENTS, MICRO, micro_params
 from tests.serving.exactness import (
     CACHED,
-    GREEDY,
     Exact,
     Run,
     Tally,
@@ -48,15 +50,9 @@ ENGINES = {
     "int8": {"kv_cache_dtype": "int8", "state_layout": "mixed", **CACHED},
     "fp8": {"kv_cache_dtype": "fp8", "state_layout": "mixed", **CACHED},
     "int8, 2 drafts": {"kv_cache_dtype": "int8", "num_speculative_tokens": 2, **PIECES, **CACHED},
-    "fp8, 2 drafts, interpreted": {
-        "kv_cache_dtype": "fp8",
-        "num_speculative_tokens": 2,
-        "kernels": "interpret",
-        **PIECES,
-        **CACHED,
-    },
+    "fp8, interpreted": {"kv_cache_dtype": "fp8", "kernels": "interpret", **PIECES, **CACHED},
 }
-INTERLEAVINGS = {name: 3 if "interpreted" in name else 8 for name in ENGINES}
+INTERLEAVINGS = {name: 3 if "interpreted" in name else 6 for name in ENGINES}
 """Of 2 to 4 requests each."""
 
 
@@ -136,3 +132,94 @@ def test_random_interleavings_are_within_the_float64_bound(name):
     assert tally.hits >= 3
     assert tally.preempted >= 1
     assert tally.checkpoints >= 15
+
+
+def test_request_is_bit_equal_beside_neighbours_in_poisoned_pools_and_cut_elsewhere(cached):
+    """Its codes, its scales and all that is made of them. NaN in every scale that nobody has written."""
+    engine = cached.engine
+    alone = solo(cached, prompt_of(0, 150))
+    cached.reset_prefix_cache()
+    engine.runner.state = poison(engine.runner.state)
+    neighbour = queue(cached, prompt_of(1, 50))
+    request = queue(cached, alone.prompt)
+    engine.step()
+    assert request.num_computed == 64
+    (found,) = finish(cached, request)
+    assert neighbour.finished
+    assert_bit_equal(found, alone)
+    engine.runner.state = jax.tree.map(jnp.nan_to_num, engine.runner.state)
+
+
+def test_hit_reads_the_very_codes_that_were_written(cached):
+    """The whole prompt is cached. What is left of it is computed by the program that computed it the first time."""
+    fresh = solo(cached, prompt_of(0, 129))
+    request = queue(cached, prompt_of(0, 129))
+    (hit,) = finish(cached, request)
+    assert request.num_cached_tokens == 128
+    for name in ("keys", "values"):
+        np.testing.assert_array_equal(getattr(hit, name)[:, :128], getattr(fresh, name)[:, :128])
+    assert is_within(cached, fresh)
+    assert is_within(cached, hit)
+
+
+def test_preempted_request_is_within_the_float64_bound(cached):
+    """In mid-decode; it goes on from its own blocks."""
+    request = queue(cached, prompt_of(0, 70))
+    while len(request.output_token_ids) < 8:
+        cached.engine.step()
+    cached.engine.preempt(request)
+    (run,) = finish(cached, request)
+    assert request.num_preemptions == 1
+    assert is_within(cached, run)
+
+
+def test_fork_of_what_decode_wrote_is_within_the_float64_bound(cached):
+    """Within a block: its codes and its scales are copied."""
+    assert is_within(cached, go_on_from_decode(cached))
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_float64_bound_sees_a_scale_that_is_not_copied(monkeypatch, name):
+    copy = Cache.with_copied_blocks
+
+    def forgetful(cache, source, target):
+        kept = {kind: pools[name] for kind, pools in cache.pages.items()}
+        cache = copy(cache, source, target)
+        for kind, pool in kept.items():
+            cache = cache.with_pages(kind, **{name: pool})
+        return cache
+
+    monkeypatch.setattr(Cache, "with_copied_blocks", forgetful)
+    llm = build(**ENGINES["int8"])
+    assert not is_within(llm, go_on_from_decode(llm))
+    llm.close()
+
+
+def test_four_ranks_are_within_the_float64_bound():
+    """Two of them hold each kv head and its scales."""
+    llm = build(kv_cache_dtype="int8", tensor_parallel_size=4)
+    assert is_within(llm, solo(llm, prompt_of(0, 40)))
+    llm.close()
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "int8"])
+def test_latents_in_8_bits_are_refused_before_anything_is_made(kv_cache_dtype):
+    said = f"latents are not stored in 8 bits, got kv_cache_dtype='{kv_cache_dtype}'; allowed: 'auto', 'float32'"
+    with pytest.raises(ValueError, match=said):
+        LLM.from_model(build_model(LATENTS, "float32"), {}, kv_cache_dtype=kv_cache_dtype)
+
+
+def test_8_bits_without_attention_are_refused():
+    model = dataclasses.replace(MICRO, layer_kinds=(LayerKind.DELTA,) * 4, mtp_layers=0)
+    with pytest.raises(ValueError, match="kv_cache_dtype='int8' is of no use with a model without attention layers"):
+        LLM.from_model(build_model(model, "float32"), {}, kv_cache_dtype="int8")
+
+
+def test_fp8_is_refused_on_devices_that_cannot_convert_it():
+    model, config = (
+        build_model(MICRO, "float32", backend=Backend("pallas", "sm_80")),
+        EngineConfig(kv_cache_dtype="fp8"),
+    )
+    with pytest.raises(ValueError, match=r"pools of fp8 on sm_80.*sm_89 or later; allowed: int8"):
+        engine_geometry(model, config)
+    engine_geometry(model, dataclasses.replace(config, kv_cache_dtype="int8"))
