@@ -389,6 +389,11 @@ PAIRWISE = (*_WAYS, *COVERING, _ROUNDED[1])
 BY_NAME = {cell.name: cell for cell in (DEFAULT, *MATRIX, *COVERING)}
 
 
+def rounds_keys(cell: Cell) -> bool:
+    """Whether a cell stores keys and values otherwise than its dtype has them, so that its answers may differ."""
+    return cell.options.get("kv_cache_dtype", "auto") != "auto"
+
+
 def speculates(cell: Cell) -> bool:
     """Whether a cell needs the model's MTP head."""
     return bool(cell.options.get("num_speculative_tokens"))
