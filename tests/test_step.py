@@ -172,14 +172,20 @@ def test_planned_workspace_holds_every_step(options):
     assert 0.95 * max(needed) <= workspace <= 1.05 * max(needed)
 
 
-READ_AND_WRITE_KEYS = ("admit", "decode, full", "decode, plain, drafts", "prefill, prompt_logprobs, drafts")
+EIGHT_BITS = (
+    ("admit", "bfloat16", 1, "fp8"),
+    ("decode, plain, drafts", "bfloat16", 1, "fp8"),
+    ("prefill, no checkpoints", "bfloat16", 1, "fp8"),
+    ("decode, plain", "float32", 4, "int8"),
+)
+"""Steps that copy, read and write keys, which int8 and float8 need scales for."""
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "rows", "kv_cache_dtype"),
     [
         *((name, *how, "auto") for name in STEPS for how in (("float32", 4), ("bfloat16", 1))),
-        *((name, *how) for name in READ_AND_WRITE_KEYS for how in (("bfloat16", 4, "int8"), ("bfloat16", 1, "fp8"))),
+        *EIGHT_BITS,
     ],
 )
 def test_step_updates_its_pools_in_place(name, dtype, rows, kv_cache_dtype):
@@ -206,7 +212,7 @@ def test_step_updates_its_pools_in_place(name, dtype, rows, kv_cache_dtype):
 
 
 def test_operation_on_a_whole_pool_is_seen():
-    """What the test above relies on: XLA widens a pool of bfloat16, and moves one of integers in place."""
+    """What the test above relies on: XLA widens pools of bfloat16 and float8, and moves those of integers in place."""
     pool, slot = jax.ShapeDtypeStruct((3, LARGE[0] + 1, 8), "bfloat16"), jax.ShapeDtypeStruct((1,), "int32")
 
     def update(pool, slot):
@@ -216,8 +222,9 @@ def test_operation_on_a_whole_pool_is_seen():
         given = jax.ShapeDtypeStruct(pool.shape, dtype)
         return pool_sized(jax.jit(update, donate_argnums=0).lower(given, slot).compile().as_text())
 
-    assert any("convert" in operation for operation in found("bfloat16"))
-    assert found("uint16") == set()
+    for dtype, bits in (("bfloat16", "uint16"), ("float8_e4m3fn", "uint8")):
+        assert any("convert" in operation for operation in found(dtype))
+        assert found(bits) == set()
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -1,7 +1,7 @@
 """Rows of a pool, read and written at the cost of the rows, whatever the size of the pool.
 
 XLA moves no bfloat16 on a CPU: it widens the whole operand of a gather or a scatter to float32, and narrows the whole
-result; so it does with float8. So an engine whose ops are the reference keeps such pools as their bits
+result, and widens float8 to float16. So an engine whose ops are the reference keeps such pools as their bits
 (`CacheSpec.as_bits`): integers are moved, and become numbers when they have been read. Pools of numbers are read and
 written, too, and can be differentiated.
 """
