@@ -52,7 +52,7 @@ ENGINES = {
     "int8, 2 drafts": {"kv_cache_dtype": "int8", "num_speculative_tokens": 2, **PIECES, **CACHED},
     "fp8, interpreted": {"kv_cache_dtype": "fp8", "kernels": "interpret", **PIECES, **CACHED},
 }
-INTERLEAVINGS = {name: 2 if "interpreted" in name else 6 for name in ENGINES}
+INTERLEAVINGS = {name: 2 if "interpreted" in name else 4 for name in ENGINES}
 """Of 2 to 4 requests each."""
 
 
