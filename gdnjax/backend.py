@@ -19,6 +19,8 @@ class Backend:
                     of its own.
       order         of interpreted kernels alone, which run one program after another: 0 in the order of their numbers,
                     else a seed that shuffles them. What a kernel computes must not depend on it.
+      quantize_activations  rows of a prompt meet FP8 weights of one scale a row as FP8 themselves, with a scale for each
+                    row; see `pallas_kernels/matmul`.
 
     Raises ValueError for an order of what is not interpreted.
     """
@@ -26,6 +28,7 @@ class Backend:
     kernels: str = "reference"
     architecture: str = ""
     order: int = 0
+    quantize_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.order and not self.interpret:
@@ -40,6 +43,13 @@ class Backend:
     @property
     def interpret(self) -> bool:
         return self.kernels == "interpret"
+
+    @property
+    def has_fp8_products(self) -> bool:
+        """Whether XLA and Triton multiply float8_e4m3fn on matrix units: NVIDIA GPUs from sm_89 on. gfx942 has another
+        FP8, gfx950 is not measured.
+        """
+        return self.architecture.startswith("sm_") and int(self.architecture[3:]) >= 89
 
     def tiles(self, table: dict):
         """The row of a tile table for this architecture, or that of its platform."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gdnjax.cache_kinds import CacheKind, CacheSpec, LeafSpec, Paged
+from gdnjax.cache_kinds import JAX_NAMES, CacheKind, CacheSpec, LeafSpec, Paged
 from gdnjax.shapes import Array, Leaf
 from gdnjax.sharding import AXIS, P, path_name
 
@@ -100,7 +100,9 @@ def pool_shapes(spec: CacheSpec, *, slots: int, blocks: int, ranks: int) -> Cach
 
     def pools(leaves, *middle):
         return {
-            leaf.name: jax.ShapeDtypeStruct((leaf.layers, *middle, *leaf.global_shape(ranks)), jnp.dtype(leaf.dtype))
+            leaf.name: jax.ShapeDtypeStruct(
+                (leaf.layers, *middle, *leaf.global_shape(ranks)), jnp.dtype(JAX_NAMES.get(leaf.dtype, leaf.dtype))
+            )
             for leaf in leaves
         }
 

@@ -15,9 +15,12 @@ import math
 from collections.abc import Iterator
 from typing import TypeAlias
 
-ITEMSIZE = {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "uint16": 2, "int8": 1, "fp8": 1}
+ITEMSIZE = {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "uint16": 2, "int8": 1, "uint8": 1, "fp8": 1}
 
-BITS = {"bfloat16": "uint16"}
+JAX_NAMES = {"fp8": "float8_e4m3fn"}
+"""What jax calls a dtype, where it has another name."""
+
+BITS = {"bfloat16": "uint16", "fp8": "uint8"}
 """Dtypes that pools may hold as their bits, and the dtype of those bits."""
 
 

@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line. Imports no jax: --help and mistakes answer at once."""
     from engine_bench.sizes import Sizes
 
-    from gdnjax.config import KERNELS, STATE_LAYOUTS
+    from gdnjax.config import KERNELS, KV_CACHE_DTYPES, STATE_LAYOUTS
 
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -83,7 +83,14 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--acceptance-length", type=float, default=3.49, metavar="L", help="forced tokens a step (default: %(default)s)"
     )
+    add(
+        "--quantization",
+        choices=("fp8", "fp8_per_channel"),
+        help="random weights of eight bits: in blocks of 128 x 128, or with a scale for each output (default: none)",
+    )
+    add("--quantize-activations", action="store_true", help="W8A8 in prefill; for fp8_per_channel")
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values (default: the model's)")
     add("--state-layout", choices=STATE_LAYOUTS, help="of the recurrent state (default: the engine's)")
     add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
     add("--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)")
@@ -147,7 +154,11 @@ def read_config(arguments: argparse.Namespace) -> Any:
 
 def choose_engines(arguments: argparse.Namespace, sizes: Any, names: list[str]) -> dict[int, Any]:
     """The engines' settings by their drafts. Raises ValueError for settings that cannot be."""
-    own = {"kernels": arguments.kernels}
+    own = {"kernels": arguments.kernels, "kv_cache_dtype": arguments.kv_cache_dtype}
+    if arguments.quantize_activations:
+        if arguments.quantization != "fp8_per_channel":
+            raise ValueError("--quantize-activations is of weights of --quantization fp8_per_channel")
+        own["quantize_activations"] = True
     if arguments.state_layout is not None:
         own["state_layout"] = arguments.state_layout
     engines = {0: sizes.engine(0, None)}
@@ -182,11 +193,18 @@ def measure(
         preset=str(arguments.config),
         layers=config.num_layers,
         kernels=dataclasses.asdict(implementation),
+        quantization=arguments.quantization,
         sizes=dataclasses.asdict(sizes),
     )
     begin = time.perf_counter()
     with saying_what_does_not_fit():
-        loaded = load_random(config, {"tensor_parallel_size": 1, "dtype": "auto"}, arguments.seed, mtp=any(engines))
+        loaded = load_random(
+            config,
+            {"tensor_parallel_size": 1, "dtype": "auto"},
+            arguments.seed,
+            mtp=any(engines),
+            quantization=arguments.quantization,
+        )
         jax.block_until_ready(loaded.params)
     seconds = time.perf_counter() - begin
     what = f"{arguments.config}, {config.num_layers} layers, random weights in {seconds:.1f} s"

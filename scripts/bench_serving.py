@@ -115,7 +115,7 @@ PUBLISHED_CONFIG, PUBLISHED_TP, PUBLISHED_BLOCKS, PUBLISHED_REQUESTS = "qwen3.5-
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Imports no jax: --help and mistakes answer at once."""
-    from gdnjax.config import DTYPES, KERNELS, STATE_LAYOUTS
+    from gdnjax.config import DTYPES, KERNELS, KV_CACHE_DTYPES, STATE_LAYOUTS
 
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -128,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="random weights: a preset (gdnjax memory --list) or config.json",
     )
     add("--dtype", choices=DTYPES, default="auto", help="of weights and activations; auto: the checkpoint's")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values (default: as --dtype)")
     add("--ssm-dtype", choices=DTYPES[1:], default="float32", help="of the recurrent state (default: float32)")
     add("--state-layout", choices=STATE_LAYOUTS, default="vk", help="of the recurrent state (default: vk)")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
@@ -426,7 +427,15 @@ def make_plan(
     """What is measured, as the arguments say."""
     from serving_bench.measurement import Plan
 
-    names = ("dtype", "ssm_dtype", "state_layout", "tensor_parallel_size", "kernels", "max_num_batched_tokens")
+    names = (
+        "dtype",
+        "kv_cache_dtype",
+        "ssm_dtype",
+        "state_layout",
+        "tensor_parallel_size",
+        "kernels",
+        "max_num_batched_tokens",
+    )
     return Plan(
         arms=arms,
         sizes=sizes,
@@ -487,7 +496,7 @@ def published_form() -> "ClosedForm":
 
     config = ModelConfig.from_hf(config_file(PUBLISHED_CONFIG))
     geometry = StateGeometry.of(
-        config, tp=PUBLISHED_TP, block_size=16, dtype="bfloat16", ssm_dtype="bfloat16", kv_dtype="fp8"
+        config, tp=PUBLISHED_TP, block_size=16, dtype="bfloat16", ssm_dtype="bfloat16", kv_cache_dtype="fp8"
     )
     return report.closed_form(
         f"{PUBLISHED_CONFIG}, tp {PUBLISHED_TP}",

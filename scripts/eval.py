@@ -79,7 +79,8 @@ Every cell is compared with the first float32 cell (the first cell, where there 
 answers, and all tokens, are the same. Where another float32 cell parts from it, the logits there are computed anew by
 one prefill of what is common: both tokens within {
     agreement.NEAR_TIE:g} of the best logit are a near tie, counted; anything else is
-a failure. bfloat16 cells may differ, and the table says how often. Seconds hold neither loading nor compilation.
+a failure. bfloat16 cells and those with keys and values of 8 bits (kv) may differ, and the table says how often.
+Seconds hold neither loading nor compilation.
 
 How far a cell is, and how many of its answers are right so far, is said on stderr every few seconds. The file of
 --output is written anew each time. A run that is interrupted (Ctrl-C, SIGTERM) prints the table of the cells that it
@@ -285,7 +286,7 @@ def run_cells(
             for cell in of_dtype:
                 progress.begin(cell.name, dtype)
                 made = cells.run_cell(cell, dtype, loaded, work, progress)
-                found = report.report_cell(made, solve, reference, judge)
+                found = report.report_cell(made, solve, reference, None if cells.rounds_keys(cell) else judge)
                 progress.end()
                 if reference is None:
                     reference = found

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from gdnjax.batch import AdmitBatch, DecodeBatch, Emitted, PrefillBatch, SealBatch
+from gdnjax.cache import LAYOUT
 from gdnjax.config import CHUNK, DELTA, EngineConfig
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import geometry_of
 from gdnjax.sampling_params import MAX_STOP_TOKENS
-from gdnjax.sharding import make_mesh
+from gdnjax.sharding import make_mesh, path_name
 from gdnjax.state import NO_TOKEN, empty_state, shardings_of
 from gdnjax.step import StepOptions, build_steps
 
@@ -127,7 +128,7 @@ class Driver:
     With `num_speculative_tokens` the model has to have a head: steps draft so many tokens and verify them.
     """
 
-    def __init__(self, model, params, state_layout: str, num_speculative_tokens: int = 0):
+    def __init__(self, model, params, state_layout: str, num_speculative_tokens: int = 0, kv_cache_dtype: str = "auto"):
         self.model, self.params = model, params
         self.options = StepOptions(state_layout=state_layout, num_drafts=num_speculative_tokens)
         config = EngineConfig(
@@ -136,7 +137,9 @@ class Driver:
             tensor_parallel_size=model.tp,
             num_speculative_tokens=num_speculative_tokens,
         )
-        geometry = geometry_of(model, block_size=BLOCK, ssm_dtype="float32", speculation=config)
+        geometry = geometry_of(
+            model, block_size=BLOCK, ssm_dtype="float32", kv_cache_dtype=kv_cache_dtype, speculation=config
+        )
         plan = MemoryPlan.of_counts(
             geometry, num_slots=NUM_SLOTS, num_blocks=NUM_BLOCKS, num_logit_rows=1, num_count_rows=1
         )
@@ -153,17 +156,20 @@ class Driver:
         """Garbage in every pool, NaN where it is a float; what the device knows of slots stays."""
         numbers = np.random.default_rng(0)
 
-        def garbage(leaf):
+        def garbage(path, leaf):
             if np.issubdtype(leaf.dtype, np.floating):
                 values = np.full(leaf.shape, np.nan, leaf.dtype)
             else:
-                values = numbers.integers(0, 2 if leaf.dtype == np.int8 else 1 << 30, leaf.shape).astype(leaf.dtype)
+                most = 2 if path_name(path).endswith(LAYOUT) else 1 << 30
+                values = numbers.integers(0, most, leaf.shape).astype(leaf.dtype)
             return jax.device_put(values, leaf.sharding)
 
         state = self.state
         rows = {"hidden": state.slots.hidden, "pending_hidden": state.slots.pending_hidden}
-        slots = dataclasses.replace(state.slots, **jax.tree.map(garbage, rows))
-        self.state = dataclasses.replace(state, cache=jax.tree.map(garbage, state.cache), slots=slots)
+        slots = dataclasses.replace(state.slots, **jax.tree_util.tree_map_with_path(garbage, rows))
+        self.state = dataclasses.replace(
+            state, cache=jax.tree_util.tree_map_with_path(garbage, state.cache), slots=slots
+        )
 
     def admit(self, *admissions: Admission) -> None:
         self.state = self.steps.admit(self.state, pack_admissions(admissions, table_width=self.table_width))

@@ -1,7 +1,7 @@
 """The models in numpy float64, without chunks, pages, batch or ranks. Float32 is held to it."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -34,8 +34,14 @@ class Reference:
         return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def reference(config: ModelConfig, params, tokens, positions: Collection[int] = ()) -> Reference:
-    """One sequence. `params` is the nested dict of one rank (global arrays); `positions` are those of `behind`."""
+def reference(
+    config: ModelConfig, params, tokens, positions: Collection[int] = (), stored: Sequence[tuple] = ()
+) -> Reference:
+    """One sequence. `params` is the nested dict of one rank (global arrays); `positions` are those of `behind`.
+
+    `stored` has keys and values [n, kh, hd] for each attention layer of the target: those of the first n tokens that
+    attention reads in the place of its own, as a cache of few bits holds them.
+    """
     params = _as_float64(params)
     embedded = x = params["embed_tokens"]["weight"][np.asarray(tokens)]
     positions = {*positions, len(x)}
@@ -51,7 +57,7 @@ def reference(config: ModelConfig, params, tokens, positions: Collection[int] = 
                 behind[position][0].append(state)
                 behind[position][1].append(window)
         else:
-            mixed, k, v = _attention(layer["self_attn"], given, config)
+            mixed, k, v = _attention(layer["self_attn"], given, config, *stored[len(keys) : len(keys) + 1])
             keys.append(k)
             values.append(v)
         weight = layer["post_attention_layernorm"]["weight"]
@@ -233,8 +239,8 @@ def _normalise(x):
     return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
-def _attention(weights, x, config):
-    """The layer's output, and its keys and values [t, kh, hd] as they are cached."""
+def _attention(weights, x, config, stored=None):
+    """The layer's output, and its keys and values [t, kh, hd], of which `stored` are read instead."""
     if isinstance(config.attention, LatentAttentionConfig):
         return *_latent_attention(weights, x, config.attention), None
     attention, tokens = config.attention, len(x)
@@ -251,7 +257,8 @@ def _attention(weights, x, config):
         q, k = (_rms_norm(y, weights[f"{name}_norm"]["weight"], config) for name, y in (("q", q), ("k", k)))
     if attention.rope_theta is not None:
         q, k = _rotate(q, attention), _rotate(k, attention)
-    spread_k, spread_v = (y.repeat(heads // attention.num_kv_heads, axis=1) for y in (k, v))
+    read = (k, v) if stored is None else [np.concatenate([s, y[len(s) :]]) for s, y in zip(stored, (k, v), strict=True)]
+    spread_k, spread_v = (y.repeat(heads // attention.num_kv_heads, axis=1) for y in read)
     scores = np.einsum("qhd,khd->hqk", q, spread_k) * width**-0.5
     scores = np.where(np.tril(np.ones((tokens, tokens), bool)), scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))

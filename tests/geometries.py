@@ -13,7 +13,7 @@ def small_geometry(
     block_size: int = 16,
     vocab_size: int = 401,
     ssm_dtype: str = "float32",
-    kv_dtype: str = "bfloat16",
+    kv_cache_dtype: str = "bfloat16",
     attention_layers: int = 2,
     speculation: EngineConfig | None = None,
 ) -> StateGeometry:
@@ -21,7 +21,7 @@ def small_geometry(
     engine = speculation or EngineConfig()
     kinds = [
         DELTA_LAYERS.cache_kind(3, dtype="bfloat16", ssm_dtype=ssm_dtype, pending_rows=engine.pending_rows),
-        ATTENTION_LAYERS.cache_kind(attention_layers, dtype=kv_dtype),
+        ATTENTION_LAYERS.cache_kind(attention_layers, dtype=kv_cache_dtype),
     ]
     return StateGeometry(
         cache=CacheSpec(tuple(kinds[: 1 + bool(attention_layers)]), block_size),

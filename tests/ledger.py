@@ -90,7 +90,7 @@ class LedgerModel:
         return "uint32"
 
     def cache_spec(
-        self, *, block_size: int, ssm_dtype: str, kv_dtype: str | None = None, pending_rows: int = 0
+        self, *, block_size: int, ssm_dtype: str, kv_cache_dtype: str = "auto", pending_rows: int = 0
     ) -> CacheSpec:
         """Integers, whatever the dtypes say."""
         heads, layers, numbers = HEADS // self.tp, self.pattern.count("D"), {"dtype": "uint32"}

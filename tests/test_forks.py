@@ -65,10 +65,10 @@ SMALL = dataclasses.replace(
 
 
 @functools.cache
-def float_driver(num_drafts: int = 0) -> Driver:
+def float_driver(num_drafts: int = 0, kv_cache_dtype: str = "auto") -> Driver:
     mtp = num_drafts > 0
     params = random_params(SMALL, 1, "float32", jax.random.key(3), mtp=mtp)
-    return Driver(build_model(SMALL, "float32", mtp=mtp), params, "mixed", num_drafts)
+    return Driver(build_model(SMALL, "float32", mtp=mtp), params, "mixed", num_drafts, kv_cache_dtype)
 
 
 LEDGERS = {
@@ -78,7 +78,11 @@ LEDGERS = {
     "mixed, 3 drafts": functools.partial(ledger_driver, "mixed", 3),
 }
 
-DRIVERS = LEDGERS | {"float32, mixed": float_driver, "float32, mixed, 2 drafts": functools.partial(float_driver, 2)}
+DRIVERS = LEDGERS | {
+    "float32, mixed": float_driver,
+    "float32, mixed, 2 drafts": functools.partial(float_driver, 2),
+    "float32, mixed, int8 keys": functools.partial(float_driver, 0, "int8"),
+}
 
 
 @pytest.fixture(params=DRIVERS)
@@ -412,14 +416,13 @@ def test_admission_copies_its_blocks_and_nothing_else(driver):
     """All copies see the blocks as they stood before."""
     numbers = np.random.default_rng(1)
     entries = driver.state.cache.pages[ATTENTION]
-    shape = entries["k"].shape
-    filled = {name: numbers.integers(0, 1 << 20, shape).astype(pool.dtype) for name, pool in entries.items()}
+    filled = {name: numbers.integers(0, 1 << 20, pool.shape).astype(pool.dtype) for name, pool in entries.items()}
     driver.state = with_pools(driver.state, **filled)
     before = leaves_of(driver)
     driver.admit(Admission(2, length=5, copy=(7, 8)), Admission(3, length=5, copy=(8, NUM_BLOCKS)))
     after = leaves_of(driver)
     assert_unchanged_but(before, after, slots=(2, 3), blocks=(8, NUM_BLOCKS))
-    for name in ("cache.pages.attention.k", "cache.pages.attention.v"):
+    for name in (f"cache.pages.{ATTENTION}.{pool}" for pool in entries):
         np.testing.assert_array_equal(after[name][:, 8], before[name][:, 7])
         np.testing.assert_array_equal(after[name][:, NUM_BLOCKS], before[name][:, 8])
 

@@ -1,6 +1,7 @@
 """Bytes to the byte: slots, blocks, plans and shortfalls; and the command that prints them."""
 
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 from gdnjax import abstract_params, memory
-from gdnjax.assets import EMBEDDED_MODEL, PRESETS, SAME_AS, config_file
+from gdnjax.assets import EMBEDDED_MODEL, PRESETS, SAME_AS, config_file, model_directory
 from gdnjax.config import AttentionConfig, DeltaConfig, EngineConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.memory.__main__ import build_parser, main
@@ -43,7 +44,7 @@ GIB = 1 << 30
 
 
 def large_geometry(**overrides):
-    options = {"tp": 4, "block_size": 16, "dtype": "bfloat16", "ssm_dtype": "bfloat16", "kv_dtype": "fp8"}
+    options = {"tp": 4, "block_size": 16, "dtype": "bfloat16", "ssm_dtype": "bfloat16", "kv_cache_dtype": "fp8"}
     return StateGeometry.of(LARGE, **(options | overrides))
 
 
@@ -78,7 +79,7 @@ def test_decoupled_pools_hold_180_times_the_packed_blocks():
 
 
 def test_large_model_by_default_dtypes_is_exact():
-    geometry = large_geometry(ssm_dtype="float32", kv_dtype=None)
+    geometry = large_geometry(ssm_dtype="float32", kv_cache_dtype="auto")
     assert geometry.slot_bytes == 45 * (3 * 3072 * 2 + 16 * 128 * 128 * 4)
     assert geometry.block_bytes == 2 * 15 * 16 * 256 * 2
 
@@ -283,7 +284,7 @@ def test_shortfall_names_no_setting_that_would_not_help():
 @pytest.mark.parametrize("edge", [1 << 31, (1 << 32) + 1])
 def test_plan_refuses_8_bit_keys_that_kernels_cannot_number(edge, over):
     """2^31 to 2^32 numbers, the null block among them; what the message allows is allowed, and next to what is not."""
-    geometry = large_geometry(kv_dtype="fp8")
+    geometry = large_geometry(kv_cache_dtype="fp8")
     keys = geometry.cache.paged[0].leaves[0]
     of_block = keys.bytes * geometry.block_size
     # The first whole blocks from the edge on.
@@ -293,7 +294,7 @@ def test_plan_refuses_8_bit_keys_that_kernels_cannot_number(edge, over):
         config = uncached(num_kv_blocks=blocks, block_size=geometry.block_size)
         return memory.plan(geometry, config, max_model_len=64, budget_bytes=1 << 40)
 
-    assert planned(blocks, large_geometry(kv_dtype="bfloat16")).num_blocks == blocks
+    assert planned(blocks, large_geometry(kv_cache_dtype="bfloat16")).num_blocks == blocks
     if (blocks + 1) * of_block not in range(1 << 31, (1 << 32) + 1):
         assert planned(blocks).num_blocks == blocks
         return
@@ -305,6 +306,32 @@ def test_plan_refuses_8_bit_keys_that_kernels_cannot_number(edge, over):
     for refused in (most + 1, least - 1):
         with pytest.raises(ValueError, match="one-byte numbers"):
             planned(refused)
+
+
+def test_plan_of_what_memory_allows_stays_where_kernels_can_number_8_bit_keys():
+    """Blocks that nobody counted: as many as bfloat16 gets, or the most that the message of one more allows."""
+    wide, geometry = large_geometry(kv_cache_dtype="bfloat16"), large_geometry(kv_cache_dtype="int8")
+    keys = geometry.cache.paged[0].leaves[0].bytes * geometry.block_size
+
+    def planned(geometry, requests):
+        config = uncached(max_num_seqs=requests, block_size=geometry.block_size)
+        return memory.plan(geometry, config, max_model_len=32768, budget_bytes=1 << 42).num_blocks
+
+    few, between, many = 8, 24, 64
+    assert planned(geometry, few) == planned(wide, few) == 2048 * few
+    assert (2048 * between + 1) * keys in memory.UNNUMBERED
+    assert planned(geometry, between) == (2**31 - 1) // keys - 1 < planned(wide, between)
+    assert planned(geometry, many) == planned(wide, many) == 2048 * many
+
+
+def test_8_bit_keys_take_their_scales_to_the_byte():
+    """Of the embedded model, with and without the layer of its MTP head: 2 kv heads of 64 in 3 layers."""
+    model = ModelConfig.from_hf(model_directory(EMBEDDED_MODEL))
+    of = functools.partial(StateGeometry.of, model, tp=1, block_size=16, dtype="float32", ssm_dtype="float32")
+    for speculation, layers in ((None, 2), (EngineConfig(num_speculative_tokens=2), 3)):
+        for kv_cache_dtype, of_head in (("int8", 64 + 4), ("fp8", 64 + 4), ("bfloat16", 128), ("auto", 256)):
+            geometry = of(kv_cache_dtype=kv_cache_dtype, speculation=speculation)
+            assert geometry.block_bytes == 2 * layers * 16 * 2 * of_head
 
 
 def test_printed_plan_adds_up():
@@ -349,7 +376,7 @@ def test_memory_imports_no_jax():
     assert result.stdout.strip() == "False"
 
 
-PUBLISHED = ["--config", "qwen3.5-397b-a17b", "--tp", "4", "--kv-dtype", "fp8", "--ssm-dtype", "bfloat16"]
+PUBLISHED = ["--config", "qwen3.5-397b-a17b", "--tp", "4", "--kv-cache-dtype", "fp8", "--ssm-dtype", "bfloat16"]
 
 
 def test_command_prints_the_published_arithmetic(capsys):
@@ -424,8 +451,8 @@ def test_command_has_the_wide_states_of_a_model_with_many_kv_heads(capsys):
 
 def test_latents_are_not_planned_in_8_bits():
     model = ModelConfig.from_hf(config_file("deepseek-v3"))
-    with pytest.raises(ValueError, match="latents are not stored in 8 bits, got fp8; allowed: bfloat16, float32"):
-        StateGeometry.of(model, tp=1, block_size=16, dtype="bfloat16", ssm_dtype="float32", kv_dtype="fp8")
+    with pytest.raises(ValueError, match="latents are not stored in 8 bits, got kv_cache_dtype='fp8'; allowed: 'auto'"):
+        StateGeometry.of(model, tp=1, block_size=16, dtype="bfloat16", ssm_dtype="float32", kv_cache_dtype="fp8")
 
 
 def test_command_without_drafts_says_nothing_of_them(capsys):

@@ -45,10 +45,15 @@ SPECULATION = ({}, *({"num_speculative_tokens": 3, "draft_acceptance": rule} for
 
 
 @pytest.mark.parametrize("speculation", SPECULATION, ids=lambda options: options.get("draft_acceptance", "none"))
-@pytest.mark.parametrize("ssm_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("ssm_dtype", "kv_cache_dtype"),
+    [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "fp8"), ("bfloat16", "int8")],
+)
 @pytest.mark.parametrize("tp", [1, 2])
-def test_pools_take_exactly_the_planned_bytes(speculation, ssm_dtype, tp):
-    geometry = geometry_of(ssm_dtype=ssm_dtype, speculation=EngineConfig(**speculation))
+def test_pools_take_exactly_the_planned_bytes(speculation, ssm_dtype, kv_cache_dtype, tp):
+    """Scales of 8-bit keys and values among them."""
+    speculating = EngineConfig(**speculation)
+    geometry = geometry_of(ssm_dtype=ssm_dtype, kv_cache_dtype=kv_cache_dtype, speculation=speculating)
     plan = MemoryPlan.of_counts(geometry, num_slots=4, num_blocks=20, num_logit_rows=2, num_count_rows=4)
     state = jax.eval_shape(lambda: empty(geometry, tensor_parallel_size=tp, **speculation))
     # Every rank holds all of the hidden states.

@@ -80,9 +80,11 @@ HOST_CALLS = re.compile(r"callback|infeed|outfeed|xla_ffi_python|xla_python|Send
 
 
 @functools.cache
-def abstract_state(options: StepOptions, num_slots: int, num_blocks: int, dtype: str = "float32"):
+def abstract_state(
+    options: StepOptions, num_slots: int, num_blocks: int, dtype: str = "float32", kv_cache_dtype: str = "auto"
+):
     """Shapes only: pools of any size cost nothing. The states are of the model's dtype, too."""
-    config = dataclasses.replace(config_of(options), ssm_dtype=dtype)
+    config = dataclasses.replace(config_of(options), ssm_dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     geometry = engine_geometry(model_of(options, dtype), config)
     plan = MemoryPlan.of_counts(
         geometry, num_slots=num_slots, num_blocks=num_blocks, num_logit_rows=4, num_count_rows=4
@@ -122,9 +124,9 @@ def jitted(name: str, state, dtype: str = "float32", rows: int = 4):
 
 
 @functools.cache
-def compiled(name: str, dtype: str = "float32", rows: int = 4):
+def compiled(name: str, dtype: str = "float32", rows: int = 4, kv_cache_dtype: str = "auto"):
     """With LARGE pools, whose size shows in shapes."""
-    function, given = jitted(name, abstract_state(STEPS[name][1], *LARGE, dtype), dtype, rows)
+    function, given = jitted(name, abstract_state(STEPS[name][1], *LARGE, dtype, kv_cache_dtype), dtype, rows)
     # What is read of it is decided before LLVM has it.
     return function.lower(*given).compile({"xla_backend_optimization_level": 0})
 
@@ -170,15 +172,30 @@ def test_planned_workspace_holds_every_step(options):
     assert 0.95 * max(needed) <= workspace <= 1.05 * max(needed)
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [("float32", 4), ("bfloat16", 1)])
-@pytest.mark.parametrize("name", STEPS)
-def test_step_updates_its_pools_in_place(name, dtype, rows):
+EIGHT_BITS = (
+    ("admit", "bfloat16", 1, "fp8"),
+    ("decode, plain, drafts", "bfloat16", 1, "fp8"),
+    ("prefill, no checkpoints", "bfloat16", 1, "fp8"),
+    ("decode, plain", "float32", 4, "int8"),
+)
+"""Steps that copy, read and write keys, which int8 and float8 need scales for."""
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rows", "kv_cache_dtype"),
+    [
+        *((name, *how, "auto") for name in STEPS for how in (("float32", 4), ("bfloat16", 1))),
+        *EIGHT_BITS,
+    ],
+)
+def test_step_updates_its_pools_in_place(name, dtype, rows, kv_cache_dtype):
     """Every byte of the state is an alias of the argument's, and nothing that is computed has a pool's size: no copy,
     no conversion to another dtype, no selection.
 
-    XLA widens bfloat16 on a CPU, and makes slices and updates of one row's gathers and scatters.
+    XLA widens bfloat16 and float8 on a CPU, and makes slices and updates of one row's gathers and scatters.
     """
-    step, state = compiled(name, dtype, rows), abstract_state(STEPS[name][1], *LARGE, dtype)
+    step = compiled(name, dtype, rows, kv_cache_dtype)
+    state = abstract_state(STEPS[name][1], *LARGE, dtype, kv_cache_dtype)
     memory = step.memory_analysis()
     smallest_pool = min(
         num_bytes(pool)
@@ -195,7 +212,7 @@ def test_step_updates_its_pools_in_place(name, dtype, rows):
 
 
 def test_operation_on_a_whole_pool_is_seen():
-    """What the test above relies on: XLA widens a pool of bfloat16, and moves one of integers in place."""
+    """What the test above relies on: XLA widens pools of bfloat16 and float8, and moves those of integers in place."""
     pool, slot = jax.ShapeDtypeStruct((3, LARGE[0] + 1, 8), "bfloat16"), jax.ShapeDtypeStruct((1,), "int32")
 
     def update(pool, slot):
@@ -205,8 +222,9 @@ def test_operation_on_a_whole_pool_is_seen():
         given = jax.ShapeDtypeStruct(pool.shape, dtype)
         return pool_sized(jax.jit(update, donate_argnums=0).lower(given, slot).compile().as_text())
 
-    assert any("convert" in operation for operation in found("bfloat16"))
-    assert found("uint16") == set()
+    for dtype, bits in (("bfloat16", "uint16"), ("float8_e4m3fn", "uint8")):
+        assert any("convert" in operation for operation in found(dtype))
+        assert found(bits) == set()
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -58,7 +58,10 @@ def usual_formats(shapes: Mapping[str, tuple[int, ...]], tp: int, quantization: 
         if quantization == "fp8_per_channel":
             grid = (1, sizes[1])
         else:
-            cells = [math.gcd(block, size) if count > 1 else block for block, size, count in zip(BLOCK, sizes, ranks, strict=True)]
+            cells = [
+                math.gcd(block, size) if count > 1 else block
+                for block, size, count in zip(BLOCK, sizes, ranks, strict=True)
+            ]
             grid = (min(cells[0], sizes[0]), min(cells[1], sizes[1]))
         formats[name] = CodeFormat("float8_e4m3fn", grid)
     return formats

@@ -173,7 +173,7 @@ class Stats:
 def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
     """The command line, for who calls it `command`. Imports no jax: --help and mistakes answer at once."""
     from gdnjax.assets import EMBEDDED_MODEL
-    from gdnjax.config import DTYPES, KERNELS
+    from gdnjax.config import DTYPES, KERNELS, KV_CACHE_DTYPES, QUANTIZATIONS
 
     parser = argparse.ArgumentParser(
         # Without an interpreter before it.
@@ -198,6 +198,7 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
         help="weights in eight bits; auto: those that the checkpoint has so; fp8_per_channel: all projections, made as "
         "they are loaded; dequantized: none (default: auto)",
     )
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values; auto: as --dtype")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--max-model-len", type=int, metavar="N", help="longest prompt with its output (default: what is needed)")
@@ -476,6 +477,7 @@ def fit_engine(arguments: argparse.Namespace, lengths: Sequence[int], context: i
         num_kv_blocks=blocks,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         tensor_parallel_size=arguments.tensor_parallel_size,
         kernels=arguments.kernels,
         warmup=False,

@@ -17,6 +17,7 @@ DEFAULT_MAX_MODEL_LEN = 8192
 """The most tokens of a request where nobody says: memory is not promised to lengths that nobody uses."""
 
 DTYPES = ("auto", "float32", "bfloat16")
+KV_CACHE_DTYPES = (*DTYPES, "fp8", "int8")
 KERNELS = ("auto", "pallas", "interpret", "reference")
 STATE_LAYOUTS = ("kv", "vk", "mixed")
 QUANTIZATIONS = ("auto", "fp8_per_channel", "dequantized")
@@ -38,7 +39,8 @@ class EngineConfig:
       max_model_len           prompt + output tokens of one request; None: min(the model's context, 8192).
       block_size              tokens in a KV block.
       num_kv_blocks           KV blocks besides the null one; None: what memory allows, at most what as many requests
-                              of max_model_len as there are slots can use.
+                              of max_model_len as there are slots can use, and for 8-bit KV what kernels can number
+                              (`gdnjax.memory.UNNUMBERED`).
       gpu_memory_utilization  share of the device's memory that is left for weights, pools and workspace.
       max_logit_rows          running requests that may use logit_bias, bad_words or allowed_token_ids at once (each
                               holds a row of the vocabulary's size); further ones wait. None: min(max_num_seqs, 16).
@@ -48,10 +50,16 @@ class EngineConfig:
                               as many prompts as it has rows for, and beyond the default each costs a chunk, too,
                               whether there are so many or not.
     Numerics
-      dtype                   "auto" (the checkpoint's), "float32" or "bfloat16": weights, activations and KV.
+      dtype                   "auto" (the checkpoint's), "float32" or "bfloat16": weights and activations.
       quantization            weights: "auto", as the checkpoint has them (codes stay codes on the devices);
                               "fp8_per_channel": projections become float8_e4m3fn with a scale for each output as they
                               are loaded; "dequantized": codes become numbers of dtype as they are loaded.
+      kv_cache_dtype          keys and values: "auto" (as weights and activations), "float32", "bfloat16", or of 8 bits
+                              with a float32 scale for each token and head: "fp8" (float8_e4m3fn) or "int8". Latents
+                              (MLA) are not stored in 8 bits.
+      quantize_activations    round what goes into projections of prompts to float8_e4m3fn, with a scale for each token,
+                              where their weights are float8_e4m3fn with a scale for each output (W8A8): faster, and
+                              another model, a little. Decode and verify steps never do.
       ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".
       state_layout            how a slot's recurrent state is stored: "vk" (the fastest on an H100), "kv", or "mixed"
                               (prefill writes KV, decode writes VK, a bit per slot says which).
@@ -96,6 +104,8 @@ class EngineConfig:
     max_num_prefill_seqs: int | None = None
     dtype: str = "auto"
     quantization: str = "auto"
+    quantize_activations: bool = False
+    kv_cache_dtype: str = "auto"
     ssm_dtype: str = "float32"
     state_layout: str = "vk"
     seed: int = 0
@@ -139,7 +149,13 @@ class EngineConfig:
         check_int("seed", self.seed, 0)
         if self.num_checkpoint_slots is not None:
             check_int("num_checkpoint_slots", self.num_checkpoint_slots, 0)
-        for name in ("enable_prefix_caching", "batch_invariant", "warmup", "adaptive_speculation"):
+        for name in (
+            "enable_prefix_caching",
+            "batch_invariant",
+            "warmup",
+            "adaptive_speculation",
+            "quantize_activations",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.block_size & (self.block_size - 1):
@@ -157,6 +173,7 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("quantization", self.quantization, QUANTIZATIONS)
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         check_choice("ssm_dtype", self.ssm_dtype, ("float32", "bfloat16"))
         check_choice("state_layout", self.state_layout, STATE_LAYOUTS)
         check_choice("kernels", self.kernels, KERNELS)

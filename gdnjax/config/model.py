@@ -425,7 +425,10 @@ class LatentAttentionConfig:
         keys. Every rank holds all of it. Raises ValueError for an 8-bit dtype.
         """
         if ITEMSIZE[dtype] == 1:
-            raise ValueError(f"latents are not stored in 8 bits, got {dtype}; allowed: bfloat16, float32")
+            raise ValueError(
+                f"latents are not stored in 8 bits, got kv_cache_dtype={dtype!r}; "
+                "allowed: 'auto', 'float32', 'bfloat16'"
+            )
         latent = LeafSpec(name="latent", layers=layers, shape=(self.latent_dim,), dtype=dtype)
         return Paged(name=ATTENTION, leaves=(latent,))
 
@@ -571,12 +574,12 @@ class ModelConfig:
         block_size: int,
         dtype: str,
         ssm_dtype: str,
-        kv_dtype: str | None = None,
+        kv_cache_dtype: str = "auto",
         pending_rows: int = 0,
         mtp: bool = False,
     ) -> CacheSpec:
-        """What one of `tp` ranks keeps of its requests, with the layers of the MTP head if `mtp`. `kv_dtype` None means
-        `dtype`.
+        """What one of `tp` ranks keeps of its requests, with the layers of the MTP head if `mtp`. `kv_cache_dtype`
+        "auto" means `dtype`. Raises ValueError for another one where there is nothing that it is of.
         """
         rank = self.shard(tp)
         kinds: list[CacheKind] = []
@@ -585,7 +588,11 @@ class ModelConfig:
             kinds.append(rank.delta.cache_kind(rank.num_delta_layers, **options))
         paged = [kind for kind, _ in rank.layers(mtp=mtp)].count(LayerKind.ATTENTION)
         if rank.attention is not None and paged:
-            kinds.append(rank.attention.cache_kind(paged, dtype=kv_dtype or dtype))
+            kinds.append(rank.attention.cache_kind(paged, dtype=dtype if kv_cache_dtype == "auto" else kv_cache_dtype))
+        elif kv_cache_dtype != "auto":
+            raise ValueError(
+                f"kv_cache_dtype={kv_cache_dtype!r} is of no use with a model without attention layers; allowed: 'auto'"
+            )
         return CacheSpec(tuple(kinds), block_size)
 
     def layers(self, *, mtp: bool = False) -> list[tuple[LayerKind, MlpKind]]:

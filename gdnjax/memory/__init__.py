@@ -56,10 +56,10 @@ class StateGeometry:
         block_size: int,
         dtype: str,
         ssm_dtype: str,
-        kv_dtype: str | None = None,
+        kv_cache_dtype: str = "auto",
         speculation: EngineConfig | None = None,
     ) -> "StateGeometry":
-        """The geometry of one of `tp` ranks of a model. `kv_dtype` None means `dtype`.
+        """The geometry of one of `tp` ranks of a model. `kv_cache_dtype` "auto" means `dtype`.
 
         With an engine that speculates, the MTP head's layers are among the others, and there are rows for the tokens
         that a step may accept.
@@ -71,7 +71,7 @@ class StateGeometry:
                 block_size=block_size,
                 dtype=dtype,
                 ssm_dtype=ssm_dtype,
-                kv_dtype=kv_dtype,
+                kv_cache_dtype=kv_cache_dtype,
                 pending_rows=engine.pending_rows,
                 mtp=engine.num_speculative_tokens > 0,
             ),
@@ -307,7 +307,8 @@ def plan(
     The state floor comes first: every one of `max_num_seqs` requests has a slot before anything else is counted.
     Checkpoint slots are as many as the settings say; else, with a prefix cache, as many as a quarter of what is left
     beside one request's blocks holds, at most twice `max_num_seqs`; none for a model that keeps no state. Blocks stop
-    at what as many requests of `max_model_len` tokens as there are slots can use. Raises MemoryError that names the
+    at what as many requests of `max_model_len` tokens as there are slots can use, and those of 8-bit KV below the sizes
+    in UNNUMBERED. Raises MemoryError that names the
     shortfall in bytes and the settings that change it, and ValueError for checkpoint slots of no use and for 8-bit KV
     of a size in UNNUMBERED.
     """
@@ -355,6 +356,8 @@ def plan(
     blocks = engine.num_kv_blocks or num_slots * per_request
     if geometry.block_bytes and blocks > least + left // geometry.block_bytes:
         blocks = max(least, _coarse(least + left // geometry.block_bytes))
+    if engine.num_kv_blocks is None:
+        blocks = max(least, min([blocks, *_most_numbered(geometry.cache, blocks)]))
     _check_paged_pools(geometry.cache, blocks)
     return MemoryPlan.of_counts(
         geometry,
@@ -368,21 +371,41 @@ def plan(
     )
 
 
+def _one_byte_pools(cache: CacheSpec) -> list[tuple[str, int]]:
+    """Names of the paged pools of 8 bits, and the bytes of a block in each."""
+    return [
+        (f"{kind.name}.{leaf.name}", leaf.bytes * kind.entries(cache.block_size))
+        for kind in cache.paged
+        for leaf in kind.leaves
+        if ITEMSIZE[leaf.dtype] == 1
+    ]
+
+
+def _below_unnumbered(of_block: int) -> int:
+    """Blocks of so many bytes, without the null one, of the largest pool below UNNUMBERED."""
+    return (UNNUMBERED.start - 1) // of_block - 1
+
+
+def _most_numbered(cache: CacheSpec, num_blocks: int) -> list[int]:
+    """Of each pool that kernels could not number with so many blocks, how many they can."""
+    return [
+        _below_unnumbered(of_block)
+        for _, of_block in _one_byte_pools(cache)
+        if (num_blocks + 1) * of_block in UNNUMBERED
+    ]
+
+
 def _check_paged_pools(cache: CacheSpec, num_blocks: int) -> None:
     """`check_one_byte_pool` of each paged pool of 8 bits, in numbers of blocks."""
-    for kind in cache.paged:
-        for leaf in kind.leaves:
-            if ITEMSIZE[leaf.dtype] != 1:
-                continue
-            of_block = leaf.bytes * kind.entries(cache.block_size)
-            try:
-                check_one_byte_pool(f"the pool {kind.name}.{leaf.name}", (num_blocks + 1) * of_block)
-            except ValueError as error:
-                # The null block is one more.
-                most, least = (UNNUMBERED.start - 1) // of_block - 1, -(-UNNUMBERED.stop // of_block) - 1
-                raise ValueError(
-                    f"{error}. Set num_kv_blocks (now {num_blocks}) to at most {most} or at least {least}"
-                ) from None
+    for name, of_block in _one_byte_pools(cache):
+        try:
+            check_one_byte_pool(f"the pool {name}", (num_blocks + 1) * of_block)
+        except ValueError as error:
+            # The null block is one more.
+            most, least = _below_unnumbered(of_block), -(-UNNUMBERED.stop // of_block) - 1
+            raise ValueError(
+                f"{error}. Set num_kv_blocks (now {num_blocks}) to at most {most} or at least {least}"
+            ) from None
 
 
 def _checkpoint_slots(engine: EngineConfig, left: int, slot_bytes: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from gdnjax import memory
 from gdnjax.assets import PRESETS, SAME_AS, config_file
 from gdnjax.cache_kinds import CacheKind
-from gdnjax.config import DTYPES, EngineConfig, ModelConfig
+from gdnjax.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, ModelConfig
 from gdnjax.memory import Accounting, MemoryPlan, StateGeometry
 from gdnjax.memory.weights import weight_bytes, workspace_estimate
 
@@ -42,7 +42,7 @@ examples:
   gdnjax memory --list
   gdnjax memory --config qwen3.5-9b --gpu-memory 24
   gdnjax memory --config path/to/checkpoint --budget-gib 40 --max-num-seqs 64 --max-model-len 32768
-  gdnjax memory --config qwen3.5-397b-a17b --tp 4 --kv-dtype fp8 --ssm-dtype bfloat16 --budget-gib 157.88 \\
+  gdnjax memory --config qwen3.5-397b-a17b --tp 4 --kv-cache-dtype fp8 --ssm-dtype bfloat16 --budget-gib 157.88 \\
       --max-num-seqs 128
 
 Exit status: 0, 1 where the model does not fit in --gpu-memory, 2 for input that makes no sense."""
@@ -69,10 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="auto", help="weights, activations, windows (auto: the model's)")
     add("--ssm-dtype", choices=("float32", "bfloat16"), default="float32", help="the recurrent state (float32)")
     add(
-        "--kv-dtype",
-        choices=("auto", "float32", "bfloat16", "fp8"),
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
         default="auto",
-        help="keys and values (auto: as --dtype); fp8 has a float32 scale for each token and head",
+        help="keys and values (auto: as --dtype); fp8 and int8 have a float32 scale for each token and head",
     )
     add(
         "--num-speculative-tokens",
@@ -287,6 +287,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
         tensor_parallel_size=arguments.tp,
         block_size=arguments.block_size,
         dtype=arguments.dtype,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         ssm_dtype=arguments.ssm_dtype,
         max_num_seqs=arguments.max_num_seqs,
         num_checkpoint_slots=arguments.num_checkpoint_slots,
@@ -304,7 +305,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
         block_size=engine.block_size,
         dtype=dtype,
         ssm_dtype=engine.ssm_dtype,
-        kv_dtype=None if arguments.kv_dtype == "auto" else arguments.kv_dtype,
+        kv_cache_dtype=engine.kv_cache_dtype,
     )
     plain = geometry = geometry_of()
     if engine.num_speculative_tokens:

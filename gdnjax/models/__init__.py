@@ -19,6 +19,7 @@ from gdnjax.memory import StateGeometry
 from gdnjax.models import partition
 from gdnjax.models.causal_lm import CausalLM
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
+from gdnjax.pallas_kernels import paged_attention
 from gdnjax.quantized import CodeFormat, Quantized
 from gdnjax.shapes import Array, Float, Float32, Int32, Params
 
@@ -60,12 +61,12 @@ class Model(Protocol):
         ...
 
     def cache_spec(
-        self, *, block_size: int, ssm_dtype: str, kv_dtype: str | None = None, pending_rows: int = 0
+        self, *, block_size: int, ssm_dtype: str, kv_cache_dtype: str = "auto", pending_rows: int = 0
     ) -> CacheSpec:
         """What one rank keeps of its requests; the head's layers are among the others of their kind.
 
-        `ssm_dtype` is that of recurrent states, `kv_dtype` that of entries in blocks (None: the model's own), and
-        `pending_rows` how many tokens a slot may hold that are not folded in.
+        `ssm_dtype` is that of recurrent states, `kv_cache_dtype` that of entries in blocks ("auto": the model's own),
+        and `pending_rows` how many tokens a slot may hold that are not folded in.
         """
         ...
 
@@ -104,7 +105,7 @@ def geometry_of(
     *,
     block_size: int,
     ssm_dtype: str,
-    kv_dtype: str | None = None,
+    kv_cache_dtype: str = "auto",
     speculation: EngineConfig | None = None,
 ) -> StateGeometry:
     """Of one rank of everything that outlives a step, with room for the drafts of an engine that speculates."""
@@ -113,7 +114,7 @@ def geometry_of(
         cache=model.cache_spec(
             block_size=block_size,
             ssm_dtype=ssm_dtype,
-            kv_dtype=kv_dtype,
+            kv_cache_dtype=kv_cache_dtype,
             pending_rows=engine.pending_rows,
         ),
         hidden_size=model.hidden_size,
@@ -125,8 +126,18 @@ def geometry_of(
 
 
 def engine_geometry(model: Model, config: EngineConfig) -> StateGeometry:
-    """Of one rank of an engine's state: with speculation, and as bits where the ops are the reference."""
-    geometry = geometry_of(model, block_size=config.block_size, ssm_dtype=config.ssm_dtype, speculation=config)
+    """Of one rank of an engine's state: with speculation, and as bits where the ops are the reference.
+
+    Raises ValueError for a dtype that the model's entries in blocks or its device cannot have.
+    """
+    geometry = geometry_of(
+        model,
+        block_size=config.block_size,
+        ssm_dtype=config.ssm_dtype,
+        kv_cache_dtype=config.kv_cache_dtype,
+        speculation=config,
+    )
+    paged_attention.check_device(config.kv_cache_dtype, model.backend)
     return geometry.as_bits() if model.backend.is_reference else geometry
 
 
@@ -157,14 +168,14 @@ class HybridModel:
         return self.dtype
 
     def cache_spec(
-        self, *, block_size: int, ssm_dtype: str, kv_dtype: str | None = None, pending_rows: int = 0
+        self, *, block_size: int, ssm_dtype: str, kv_cache_dtype: str = "auto", pending_rows: int = 0
     ) -> CacheSpec:
         return self.config.cache_spec(
             tp=self.tp,
             block_size=block_size,
             dtype=self.dtype,
             ssm_dtype=ssm_dtype,
-            kv_dtype=kv_dtype,
+            kv_cache_dtype=kv_cache_dtype,
             pending_rows=pending_rows,
             mtp=self.mtp,
         )

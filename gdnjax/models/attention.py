@@ -4,9 +4,9 @@ import jax
 from flax import nnx
 
 from gdnjax.backend import Backend
-from gdnjax.cache import Cache
+from gdnjax.cache import Cache, Leaves
 from gdnjax.config import ATTENTION, AttentionConfig, ModelConfig
-from gdnjax.models.context import DecodeContext, PrefillContext
+from gdnjax.models.context import DecodeContext, Places, PrefillContext
 from gdnjax.models.layers import Linear, RMSNorm, SplitRMSNorm, project, rotate
 from gdnjax.pallas_kernels import paged_attention
 from gdnjax.shapes import Array, Float
@@ -53,19 +53,36 @@ class Attention(nnx.Module):
         if not self.attention.whole_norms:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
-        places, pools = context.places, cache.pages[ATTENTION]
-        k_blocks, v_blocks = paged_attention.write(
-            pools["k"], pools["v"], layer, k, v, places.block, places.offset, backend=self.backend
-        )
+        pools = _written(cache.pages[ATTENTION], layer, k, v, context.places, self.backend)
         match context:
             case PrefillContext(chunks=chunks):
-                q = chunks.gather(q)
-                o = paged_attention.attend(q, k_blocks, v_blocks, layer, context.tiles, backend=self.backend)
-                o = chunks.scatter(o)
+                o = chunks.scatter(self._attend(chunks.gather(q), pools, layer, context))
             case DecodeContext():
-                q = q.reshape(-1, context.rows_per_slot, *q.shape[1:])
-                o = paged_attention.attend(q, k_blocks, v_blocks, layer, context.tiles, backend=self.backend)
+                o = self._attend(q.reshape(-1, context.rows_per_slot, *q.shape[1:]), pools, layer, context)
                 o = o.reshape(tokens, *o.shape[2:])
         o = o if gate is None else o * jax.nn.sigmoid(gate)
         (out,) = project(o.reshape(tokens, -1), self.o_proj, backend=self.backend)
-        return out, cache.with_pages(ATTENTION, k=k_blocks, v=v_blocks)
+        return out, cache.with_pages(ATTENTION, **pools)
+
+    def _attend(self, q: Array, pools: Leaves, layer: int, context: PrefillContext | DecodeContext) -> Array:
+        return paged_attention.attend(
+            q, pools["k"], pools["v"], layer, context.tiles, scales=_scales_of(pools), backend=self.backend
+        )
+
+
+def _scales_of(pools: Leaves) -> paged_attention.Scales | None:
+    """Those of 8-bit pools."""
+    return (pools["k_scale"], pools["v_scale"]) if "k_scale" in pools else None
+
+
+def _written(pools: Leaves, layer: int, k: Array, v: Array, places: Places, backend: Backend) -> Leaves:
+    """The pools, which are consumed, with each token's keys and values at its place."""
+    args = (layer, k, v, places.block, places.offset)
+    scales = _scales_of(pools)
+    if scales is None:
+        k_blocks, v_blocks = paged_attention.write(pools["k"], pools["v"], *args, backend=backend)
+        return {"k": k_blocks, "v": v_blocks}
+    k_blocks, v_blocks, (k_scale, v_scale) = paged_attention.write_quantised(
+        pools["k"], pools["v"], scales, *args, backend=backend
+    )
+    return {"k": k_blocks, "v": v_blocks, "k_scale": k_scale, "v_scale": v_scale}

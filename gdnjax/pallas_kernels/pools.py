@@ -1,18 +1,18 @@
 """Rows of a pool, read and written at the cost of the rows, whatever the size of the pool.
 
 XLA moves no bfloat16 on a CPU: it widens the whole operand of a gather or a scatter to float32, and narrows the whole
-result. So an engine whose ops are the reference keeps bfloat16 pools as their bits (`CacheSpec.as_bits`): integers
-are moved, and become numbers when they have been read. Pools of numbers are read and written, too, and can be
-differentiated.
+result, and widens float8 to float16. So an engine whose ops are the reference keeps such pools as their bits
+(`CacheSpec.as_bits`): integers are moved, and become numbers when they have been read. Pools of numbers are read and
+written, too, and can be differentiated.
 """
 
 import jax.numpy as jnp
 from jax import lax
 
-from gdnjax.cache_kinds import BITS
+from gdnjax.cache_kinds import BITS, JAX_NAMES
 from gdnjax.shapes import Array
 
-_NUMBERS = {bits: numbers for numbers, bits in BITS.items()}
+_NUMBERS = {bits: JAX_NAMES.get(numbers, numbers) for numbers, bits in BITS.items()}
 
 
 def dtype_of(pool: Array) -> jnp.dtype:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from gdnjax import backend, checkpoint, sharding
 from gdnjax.assets import model_directory
@@ -79,7 +80,7 @@ class LLM:
         compilation_cache.configure(config)
         model_config = ModelConfig.from_hf(directory)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
-        implementation = backend.of_device(config.kernels, mesh.devices.flat[0])
+        implementation = _implementation(config, mesh)
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         mtp = config.num_speculative_tokens > 0
         if mtp:
@@ -135,7 +136,7 @@ class LLM:
         eos = ends_of_sequence({"eos_token_ids": eos_token_ids}, model.vocab_size)
         compilation_cache.configure(config)
         mesh = sharding.make_mesh(config.tensor_parallel_size)
-        model = model.on(backend.of_device(config.kernels, mesh.devices.flat[0]))
+        model = model.on(_implementation(config, mesh))
         length = config.length_within(max_model_len)
         plan = plan_memory(model, config, mesh, length, params)
         llm = cls.__new__(cls)
@@ -395,6 +396,12 @@ def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> Engin
     if unknown:
         raise ValueError(f"unknown engine options: {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     return EngineConfig(**kwargs)
+
+
+def _implementation(config: EngineConfig, mesh: Mesh) -> backend.Backend:
+    """What runs the model's ops."""
+    found = backend.of_device(config.kernels, mesh.devices.flat[0])
+    return dataclasses.replace(found, quantize_activations=config.quantize_activations)
 
 
 def _read_tokenizer(named: str | pathlib.Path | None, directory: pathlib.Path) -> Tokenizer | None:

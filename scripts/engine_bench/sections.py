@@ -136,7 +136,12 @@ def accounting(bench: "Bench", sizes: Sizes) -> None:
     from gdnjax.models import geometry_of
 
     llm = bench.open(0, sizes.batches)
-    geometry = geometry_of(llm.model, block_size=llm.config.block_size, ssm_dtype=llm.config.ssm_dtype)
+    geometry = geometry_of(
+        llm.model,
+        block_size=llm.config.block_size,
+        ssm_dtype=llm.config.ssm_dtype,
+        kv_cache_dtype=llm.config.kv_cache_dtype,
+    )
     packed, decoupled = sizes.pools(geometry)
     with bench.scheduled(num_blocks=packed.blocks, prefix_caching=False):
         line, found = _serve(bench, sizes)

@@ -373,13 +373,25 @@ _ROUNDED = (
     Cell(name="bf16-k3", dtype="bfloat16", options={"num_speculative_tokens": 3}),
 )
 
-MATRIX = (*_WAYS, *CROSS, *SPECULATING, *_ROUNDED)
+_EIGHT_BITS = (
+    Cell(name="f32-kv-fp8", dtype="float32", options={"kv_cache_dtype": "fp8"}, repeat=True),
+    Cell(name="f32-kv-int8", dtype="float32", options={"kv_cache_dtype": "int8"}, repeat=True),
+    Cell(name="bf16-kv-fp8", dtype="bfloat16", options={"kv_cache_dtype": "fp8", "num_speculative_tokens": 3}),
+)
+"""Keys and values of 8 bits: read again out of the prefix cache, and by drafts."""
+
+MATRIX = (*_WAYS, *CROSS, *SPECULATING, *_ROUNDED, *_EIGHT_BITS)
 """What --matrix runs. The first float32 cell is what the others are compared with."""
 
 PAIRWISE = (*_WAYS, *COVERING, _ROUNDED[1])
 """What --pairwise runs."""
 
 BY_NAME = {cell.name: cell for cell in (DEFAULT, *MATRIX, *COVERING)}
+
+
+def rounds_keys(cell: Cell) -> bool:
+    """Whether a cell stores keys and values otherwise than its dtype has them, so that its answers may differ."""
+    return cell.options.get("kv_cache_dtype", "auto") != "auto"
 
 
 def speculates(cell: Cell) -> bool:

@@ -89,6 +89,7 @@ def geometry_of(arm: Arm, config: "ModelConfig", options: Mapping[str, Any], blo
         block_size=block_size,
         dtype=config.dtype if options["dtype"] == "auto" else options["dtype"],
         ssm_dtype=options["ssm_dtype"],
+        kv_cache_dtype=options["kv_cache_dtype"],
         speculation=EngineConfig(**arm.speculation),
     )
 
@@ -230,9 +231,11 @@ def check_size_on_cpu(config: "ModelConfig", dtype: str, tokens: int, instead: s
         )
 
 
-def load_random(config: "ModelConfig", options: dict[str, Any], seed: int, *, mtp: bool) -> Loaded:
+def load_random(
+    config: "ModelConfig", options: dict[str, Any], seed: int, *, mtp: bool, quantization: str | None = None
+) -> Loaded:
     """A model of random weights, made where they stay, with an MTP head if `mtp`. `options` are fields of
-    EngineConfig.
+    EngineConfig; `quantization` "fp8" or "fp8_per_channel": as `gdnjax.checkpoint.coded.usual_formats` has it.
     """
     import jax
 

@@ -151,7 +151,7 @@ def hidden_states(model: "HybridModel", params: Any, longest: int, sequence: dic
 
     rows, chunks = sequence["start"].shape[0], sequence["chunk_row"].shape[0]
     # Gradients of keys and values that several queries read are summed in the pool's dtype.
-    geometry = geometry_of(model, block_size=CHUNK, ssm_dtype="float32", kv_dtype="float32")
+    geometry = geometry_of(model, block_size=CHUNK, ssm_dtype="float32", kv_cache_dtype="float32")
     plan = MemoryPlan.of_counts(geometry, num_slots=rows, num_blocks=chunks, num_logit_rows=0)
     state = empty_state(geometry, plan, EngineConfig(max_num_seqs=rows, block_size=CHUNK), longest)
     table = jnp.pad(sequence["block_table"], ((1, 0), (0, 0)))

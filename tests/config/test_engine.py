@@ -24,6 +24,10 @@ BAD_ENGINE = [
     ({"max_logit_rows": -1}, "max_logit_rows must be an integer"),
     ({"max_num_prefill_seqs": 0}, "max_num_prefill_seqs must be an integer of at least 1, got 0"),
     ({"dtype": "float16"}, "dtype must be one of 'auto', 'float32', 'bfloat16', got 'float16'"),
+    (
+        {"kv_cache_dtype": "fp8_e5m2"},
+        "kv_cache_dtype must be one of 'auto', 'float32', 'bfloat16', 'fp8', 'int8', got 'fp8_e5m2'",
+    ),
     ({"ssm_dtype": "auto"}, "ssm_dtype must be one of 'float32', 'bfloat16', got 'auto'"),
     ({"state_layout": "KV"}, "state_layout must be one of 'kv', 'vk', 'mixed', got 'KV'"),
     ({"seed": -1}, "seed must be an integer of at least 0"),

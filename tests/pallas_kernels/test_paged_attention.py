@@ -443,7 +443,7 @@ SHAPE = (2, 9, 16, 4, 64)
         (("int8", "int8"), None, "", r"pools of int8 and int8 without scales; allowed: int8 or float8_e4m3fn with"),
         (("bfloat16", "float8_e5m2"), None, "", "pools of bfloat16 and float8_e5m2 without scales"),
         (("float32", "float32"), SHAPE[:-1], "", "pools of float32 and float32 with scales; allowed with scales: both"),
-        (("uint8", "uint8"), SHAPE[:-1], "", "pools of uint8 and uint8 with scales"),
+        (("int16", "int16"), SHAPE[:-1], "", "pools of int16 and int16 with scales"),
         (("int8", "float8_e4m3fn"), SHAPE[:-1], "", "pools of int8 and float8_e4m3fn with scales"),
         (("int8", "int8"), SHAPE, "", r"k_scales are float32\[2, 9, 16, 4, 64\]; allowed: float32\[2, 9, 16, 4\]"),
         (("float8_e4m3fn",) * 2, SHAPE[:-1], "sm_80", "float8_e4m3fn on sm_80.*sm_89 or later; allowed: int8"),

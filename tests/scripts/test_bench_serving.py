@@ -313,7 +313,7 @@ def test_settings_of_speculation_differ_in_their_drafts_alone():
 
 def test_drafts_take_their_part_of_a_slot_and_of_a_block():
     config = ModelConfig.from_hf(ROOT / "gdnjax" / "assets" / "tiny")
-    options = {"tensor_parallel_size": 1, "dtype": "float32", "ssm_dtype": "float32"}
+    options = {"tensor_parallel_size": 1, "dtype": "float32", "kv_cache_dtype": "auto", "ssm_dtype": "float32"}
     arms = engines.drafting({"num_speculative_tokens": 3})
     plain, one, _, three = (engines.geometry_of(arm, config, options, 16) for arm in arms)
     assert plain == GEOMETRY

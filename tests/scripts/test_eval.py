@@ -320,6 +320,15 @@ def test_every_two_settings_of_the_cross_meet_in_the_covering_cells():
     assert len(cells.CROSS) == 24
 
 
+def test_keys_of_8_bits_meet_both_dtypes_the_cache_and_drafts():
+    found = [cell for cell in cells.MATRIX if cells.rounds_keys(cell)]
+    assert {cell.options["kv_cache_dtype"] for cell in found} == {"fp8", "int8"}
+    assert {cell.dtype for cell in found} == {"float32", "bfloat16"}
+    assert any(cell.repeat for cell in found)
+    assert any(map(cells.speculates, found))
+    assert cells.MATRIX[0] not in found
+
+
 def test_drafts_meet_the_cache_and_the_mixed_layout():
     """In the matrix all three at once, in the covering cells by pairs."""
 

@@ -145,7 +145,7 @@ def observe(llm: LLM, request, slot: int, blocks: list[int]) -> Run:
     state = llm.engine.runner.state
     entries, fed = jax.device_get(state.cache.pages[ATTENTION]), request.num_tokens - 1
     places = min(fed + 1, len(blocks) * entries["k"].shape[2])
-    keys, values = (_keys_of(llm, entries[name][:, blocks], fed)[:, :places] for name in ("k", "v"))
+    keys, values = (_keys_of(llm, _numbers(entries, name, blocks), fed)[:, :places] for name in ("k", "v"))
     pending, states, windows, _ = row_of(llm, slot)
     ids = reported(request.output_logprobs)
     return Run(
@@ -183,6 +183,15 @@ def _in_channel_order(llm: LLM, windows: np.ndarray) -> np.ndarray:
     sizes = np.array([delta.key_dim, delta.key_dim, delta.value_dim]) // tp
     ranks = [np.split(part, np.cumsum(sizes)[:-1], axis=-1) for part in np.split(windows, tp, axis=-1)]
     return np.concatenate([rank[i] for i in range(3) for rank in ranks], axis=-1)
+
+
+def _numbers(entries: dict[str, np.ndarray], name: str, blocks: list[int]) -> np.ndarray:
+    """[layers, blocks, p, kh, hd]: 8-bit ones times their scales; uint8 is the bits of float8."""
+    found = entries[name][:, blocks]
+    if f"{name}_scale" not in entries:
+        return found
+    codes = found.view(jnp.float8_e4m3fn) if found.dtype == np.uint8 else found
+    return codes.astype(np.float32) * entries[f"{name}_scale"][:, blocks][..., None]
 
 
 def _keys_of(llm: LLM, blocks: np.ndarray, fed: int) -> np.ndarray:
@@ -241,7 +250,7 @@ class Exact:
 
     def __init__(self, config: ModelConfig, params):
         self.config = config
-        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+        self.params = wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
         self.of = functools.lru_cache(maxsize=32)(functools.partial(self._of, wide))
 
     def _of(self, params, tokens: tuple[int, ...], positions: tuple[int, ...]) -> Reference:

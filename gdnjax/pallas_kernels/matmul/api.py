@@ -14,7 +14,7 @@ def project(x: Float[Array, "t i"], *weights: Weight, backend: Backend = REFEREN
     """x W^T for each of the matrices [_, i], in x's dtype; some may be numbers, and others codes."""
     found = tiles.of(backend, x, *weights)
     if found is None:
-        return reference.project(x, weights)
+        return reference.project(x, weights, backend)
     few = sum(weight.shape[0] for weight in weights) <= tiles.FEW
     return kernels.project(x, weights, found.narrow if few else found.wide, backend)
 
@@ -22,4 +22,6 @@ def project(x: Float[Array, "t i"], *weights: Weight, backend: Backend = REFEREN
 def swiglu(x: Float[Array, "t i"], gate: Weight, up: Weight, *, backend: Backend = REFERENCE) -> Float[Array, "t o"]:
     """silu(x gate^T) * (x up^T), in x's dtype. Both matrices are [o, i]."""
     found = tiles.of(backend, x, gate, up)
-    return reference.swiglu(x, gate, up) if found is None else kernels.swiglu(x, gate, up, found.gated, backend)
+    return (
+        reference.swiglu(x, gate, up, backend) if found is None else kernels.swiglu(x, gate, up, found.gated, backend)
+    )

@@ -118,6 +118,8 @@ def of(backend: Backend, x: Array, *weights: Weight) -> Tiles | None:
             return None
         # Widened, as those are.
         kind = "int8"
+    if kind == "float8_e4m3fn" and backend.architecture.startswith("sm_") and not backend.has_fp8_products:
+        return None
     if codes.depth_of(LEAST, x.shape[1], *weights) is None:
         return None
     table = backend.tiles(TILES).get(kind or str(x.dtype), {})

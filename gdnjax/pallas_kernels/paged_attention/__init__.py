@@ -9,5 +9,6 @@ from gdnjax.pallas_kernels.paged_attention.api import (
     write_latent,
     write_quantised,
 )
+from gdnjax.pallas_kernels.paged_attention.scales import check_device
 
-__all__ = ["Scales", "Tiles", "attend", "attend_latent", "write", "write_latent", "write_quantised"]
+__all__ = ["Scales", "Tiles", "attend", "attend_latent", "check_device", "write", "write_latent", "write_quantised"]

@@ -9,8 +9,8 @@ and of attention over latents (MLA), where all query heads share a latent, whose
 A tile holds queries of one request: 64 of a chunk in prefill, one token in decode. The keys of the step itself are
 written first. What goes to the null block is padding: kernels do not store it.
 
-Keys and values are stored as bfloat16 or float32, or as int8 or float8_e4m3fn with `scales`. The engine itself does
-not store 8 bits yet. Latents are stored as bfloat16 or float32.
+Keys and values are stored as bfloat16 or float32, or as int8 or float8_e4m3fn with `scales`; latents as bfloat16 or
+float32.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ from jax import lax
 
 from gdnjax.backend import FLOAT32_DOT
 from gdnjax.pallas_kernels.paged_attention.scales import quantise
-from gdnjax.pallas_kernels.pools import read_rows, write_rows
+from gdnjax.pallas_kernels.pools import dtype_of, read_rows, write_rows
 from gdnjax.shapes import Array
 
 PAGE = 256
@@ -97,7 +97,7 @@ def write(k_blocks: Array, v_blocks: Array, layer: int, k: Array, v: Array, bloc
 
 
 def write_quantised(k_blocks: Array, v_blocks: Array, scales, layer: int, k: Array, v: Array, block, offset):
-    (k, k_scale), (v, v_scale) = (quantise(x, pool.dtype) for x, pool in ((k, k_blocks), (v, v_blocks)))
+    (k, k_scale), (v, v_scale) = (quantise(x, dtype_of(pool)) for x, pool in ((k, k_blocks), (v, v_blocks)))
     k_scales, v_scales = (
         write_rows(pool, layer, block, offset, rows=scale[..., 0])
         for pool, scale in zip(scales, (k_scale, v_scale), strict=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from gdnjax.backend import Backend
 from gdnjax.memory import check_one_byte_pool
+from gdnjax.pallas_kernels.pools import dtype_of
 from gdnjax.shapes import Array
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
@@ -37,9 +38,10 @@ def quantise(x: Array, dtype) -> tuple[Array, Array]:
 def check(k_blocks: Array, v_blocks: Array, scales: tuple[Array, Array] | None, backend: Backend) -> None:
     """Raises ValueError unless pools are of 8 bits with scales of their shape, or of more bits without scales.
 
-    Kernels refuse 8-bit pools of 2^31 to 2^32 bytes, too: see memory.check_one_byte_pool.
+    For the reference uint8 is the bits of float8_e4m3fn: see `pallas_kernels/pools.py`. Kernels refuse 8-bit pools of
+    2^31 to 2^32 bytes, too: see memory.check_one_byte_pool.
     """
-    names = [pool.dtype.name for pool in (k_blocks, v_blocks)]
+    names = [(dtype_of(pool) if backend.is_reference else pool.dtype).name for pool in (k_blocks, v_blocks)]
     if scales is None:
         if any(pool.dtype.itemsize == 1 for pool in (k_blocks, v_blocks)):
             raise ValueError(
@@ -58,10 +60,15 @@ def check(k_blocks: Array, v_blocks: Array, scales: tuple[Array, Array] | None, 
     if not backend.is_reference:
         for name, pool in zip("kv", (k_blocks, v_blocks), strict=True):
             check_one_byte_pool(f"{name}_blocks {list(pool.shape)}", math.prod(pool.shape))
+    check_device(names[0], backend)
+
+
+def check_device(dtype: str, backend: Backend) -> None:
+    """Raises ValueError for pools of a dtype that kernels cannot convert on their device."""
     capability = re.fullmatch(r"sm_(\d+)a?", backend.architecture)
-    if names[0] == "float8_e4m3fn" and capability and int(capability[1]) < FLOAT8_CAPABILITY:
+    if dtype in ("fp8", "float8_e4m3fn") and capability and int(capability[1]) < FLOAT8_CAPABILITY:
         raise ValueError(
-            f"pools of float8_e4m3fn on {backend.architecture}: its conversion needs sm_{FLOAT8_CAPABILITY} or later; "
+            f"pools of {dtype} on {backend.architecture}: its conversion needs sm_{FLOAT8_CAPABILITY} or later; "
             "allowed: int8"
         )
 

@@ -1,0 +1,65 @@
+"""Products on matrix units of 8 bits by XLA, for weights in float8_e4m3fn with a scale for each row. Two uses:
+
+in halves    rows as two of float8_e4m3fn each, which lose nothing (`gdnjax.pallas_kernels.codes`), for the rows of a
+             verify step, of which there are too many for the kernels, and for which XLA would widen all of a matrix
+by token     rows rounded to float8_e4m3fn, with a scale for each (W8A8), for prompts, where it is asked for
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from gdnjax.backend import Backend
+from gdnjax.pallas_kernels import codes
+from gdnjax.quantized import Quantized, Weight
+from gdnjax.shapes import Array
+
+FEW = 128
+"""Rows up to which activations are not rounded: those of decode steps."""
+
+MOST_IN_HALVES = 512
+"""Rows from which on twice as many products take longer than widening the matrix. One H100, 4096 x 12288."""
+
+ALIGNED = 16
+"""What cuBLAS wants inputs and outputs to be a multiple of."""
+
+LARGEST = 448.0
+"""Of float8_e4m3fn."""
+
+
+def form(x: Array, weight: Weight, backend: Backend) -> str | None:
+    """ "tokens", "halves", or None: neither, XLA's product of numbers."""
+    if not isinstance(weight, Quantized) or weight.codes.dtype != jnp.float8_e4m3fn or weight.grid[0] != 1:
+        return None
+    if weight.grid[1] < x.shape[1]:
+        return None
+    rows = x.shape[0]
+    if backend.quantize_activations and rows > FEW:
+        return "tokens"
+    aligned = all(size % ALIGNED == 0 for size in weight.shape)
+    if backend.has_fp8_products and x.dtype == jnp.bfloat16 and aligned and rows <= MOST_IN_HALVES:
+        return "halves"
+    return None
+
+
+def product(x: Array, weight: Quantized, form: str) -> Array:
+    """x W^T, in x's dtype."""
+    if form == "tokens":
+        rows, factor = tokens(x)
+        # Sums may be kept in fewer bits than float32 has: the rounding of x is far coarser.
+        return (_dot(rows, weight.codes, None, x.dtype) * factor[:, None] * weight.scale[:, 0]).astype(x.dtype)
+    halves, factor = codes.halves(x)
+    total = _dot(halves, weight.codes, lax.Precision.HIGHEST, jnp.float32) * factor[:, None]
+    return (jnp.sum(total.reshape(x.shape[0], 2, -1), axis=1) * weight.scale[:, 0]).astype(x.dtype)
+
+
+def tokens(x: Array) -> tuple[Array, Array]:
+    """[t, i] -> the same rounded to float8_e4m3fn, and [t] float32, what each row is to be multiplied by."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=-1)
+    scale = jnp.where(largest > 0, largest / LARGEST, 1.0)
+    return (wide / scale[:, None]).astype(jnp.float8_e4m3fn), scale
+
+
+def _dot(x: Array, weight: Array, precision: lax.Precision | None, dtype) -> Array:
+    dimensions = (((1,), (1,)), ((), ()))
+    return lax.dot_general(x, weight, dimensions, precision=precision, preferred_element_type=dtype)
