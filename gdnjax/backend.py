@@ -19,8 +19,8 @@ class Backend:
                     of its own.
       order         of interpreted kernels alone, which run one program after another: 0 in the order of their numbers,
                     else a seed that shuffles them. What a kernel computes must not depend on it.
-      quantize_activations  rows of a prompt meet FP8 weights of one scale a row as FP8 themselves, with a scale for each
-                    row; see `pallas_kernels/matmul`.
+      quantize_activations  rows of a prompt meet FP8 weights of one scale a row as FP8 themselves, each with a scale of
+                    its own; see `pallas_kernels/matmul/fp8.py`.
 
     Raises ValueError for an order of what is not interpreted.
     """

@@ -28,6 +28,8 @@ BAD_ENGINE = [
         {"kv_cache_dtype": "fp8_e5m2"},
         "kv_cache_dtype must be one of 'auto', 'float32', 'bfloat16', 'fp8', 'int8', got 'fp8_e5m2'",
     ),
+    ({"quantization": "fp8"}, "quantization must be one of 'auto', 'fp8_per_channel', 'dequantized', got 'fp8'"),
+    ({"quantize_activations": 1}, "quantize_activations must be True or False, got 1"),
     ({"ssm_dtype": "auto"}, "ssm_dtype must be one of 'float32', 'bfloat16', got 'auto'"),
     ({"state_layout": "KV"}, "state_layout must be one of 'kv', 'vk', 'mixed', got 'KV'"),
     ({"seed": -1}, "seed must be an integer of at least 0"),

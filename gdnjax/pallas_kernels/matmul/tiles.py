@@ -51,8 +51,8 @@ TILES = {
         "float8_e4m3fn": {
             16: Tiles(
                 Tile(128, 128, 4, 5, form=HALVES),
-                Tile(128, 128, 4, 3, programs=264, form=HALVES),
-                Tile(64, 128, 4, 5, form=HALVES),
+                Tile(64, 128, 4, 3, programs=528),
+                Tile(64, 128, 4, 3, form=HALVES),
             ),
             32: Tiles(
                 Tile(64, 128, 4, 4, form=HALVES),
