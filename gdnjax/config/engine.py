@@ -19,6 +19,8 @@ DEFAULT_MAX_MODEL_LEN = 8192
 DTYPES = ("auto", "float32", "bfloat16")
 KERNELS = ("auto", "pallas", "interpret", "reference")
 STATE_LAYOUTS = ("kv", "vk", "mixed")
+SSM_DTYPES = ("float32", "bfloat16")
+SSM_ROUNDINGS = ("nearest", "stochastic")
 DRAFT_ACCEPTANCES = ("shared_noise", "rejection")
 
 MAX_SPECULATIVE_TOKENS = 7
@@ -49,9 +51,12 @@ class EngineConfig:
     Numerics
       dtype                   "auto" (the checkpoint's), "float32" or "bfloat16": weights, activations and KV.
       ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".
+      ssm_rounding            how states are rounded to bfloat16, whenever a step stores them: to the "nearest", or
+                              "stochastic", by noise of (seed, position, layer, element), so that what is too small for
+                              bfloat16 is not lost on average. Needs ssm_dtype="bfloat16".
       state_layout            how a slot's recurrent state is stored: "vk" (the fastest on an H100), "kv", or "mixed"
                               (prefill writes KV, decode writes VK, a bit per slot says which).
-      seed                    seeds requests that bring no seed of their own.
+      seed                    seeds requests that bring no seed of their own, and the noise of ssm_rounding.
     Execution
       tensor_parallel_size    devices that share one model.
       kernels                 "auto", "pallas", "interpret" or "reference"; see gdnjax.backend.
@@ -92,6 +97,7 @@ class EngineConfig:
     max_num_prefill_seqs: int | None = None
     dtype: str = "auto"
     ssm_dtype: str = "float32"
+    ssm_rounding: str = "nearest"
     state_layout: str = "vk"
     seed: int = 0
     tensor_parallel_size: int = 1
@@ -151,7 +157,12 @@ class EngineConfig:
         if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
         check_choice("dtype", self.dtype, DTYPES)
-        check_choice("ssm_dtype", self.ssm_dtype, ("float32", "bfloat16"))
+        check_choice("ssm_dtype", self.ssm_dtype, SSM_DTYPES)
+        check_choice("ssm_rounding", self.ssm_rounding, SSM_ROUNDINGS)
+        if self.ssm_rounding != "nearest" and self.ssm_dtype != "bfloat16":
+            raise ValueError(
+                f"ssm_rounding={self.ssm_rounding!r} needs ssm_dtype='bfloat16', got ssm_dtype={self.ssm_dtype!r}"
+            )
         check_choice("state_layout", self.state_layout, STATE_LAYOUTS)
         check_choice("kernels", self.kernels, KERNELS)
         if self.num_checkpoint_slots and not self.enable_prefix_caching:

@@ -25,6 +25,11 @@ BAD_ENGINE = [
     ({"max_num_prefill_seqs": 0}, "max_num_prefill_seqs must be an integer of at least 1, got 0"),
     ({"dtype": "float16"}, "dtype must be one of 'auto', 'float32', 'bfloat16', got 'float16'"),
     ({"ssm_dtype": "auto"}, "ssm_dtype must be one of 'float32', 'bfloat16', got 'auto'"),
+    ({"ssm_rounding": "up"}, "ssm_rounding must be one of 'nearest', 'stochastic', got 'up'"),
+    (
+        {"ssm_rounding": "stochastic"},
+        "ssm_rounding='stochastic' needs ssm_dtype='bfloat16', got ssm_dtype='float32'",
+    ),
     ({"state_layout": "KV"}, "state_layout must be one of 'kv', 'vk', 'mixed', got 'KV'"),
     ({"seed": -1}, "seed must be an integer of at least 0"),
     ({"tensor_parallel_size": 0}, "tensor_parallel_size must be an integer of at least 1"),
