@@ -64,7 +64,8 @@ def log_decays(layer: Layer) -> np.ndarray:
     """[hv]: g of each head where the input adds nothing, at most 0."""
     each = layer.value_heads // len(classes())
     of_class = [
-        np.zeros(each) if bounds is None else -np.log(2) / np.geomspace(*bounds, each) for bounds in HALF_LIVES.values()
+        np.zeros(each) if bounds is None else -np.log(2) / np.geomspace(bounds[0], bounds[1], each)
+        for bounds in HALF_LIVES.values()
     ]
     return np.tile(np.concatenate(of_class), len(WRITES) * len(KEYS)).astype(np.float32)
 

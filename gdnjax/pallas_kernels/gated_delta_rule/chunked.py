@@ -292,7 +292,10 @@ def _walk(
 ):
     stored_ref, refs = (None, refs) if read_vk is not None else (refs[0], refs[1:])
     checkpoint_ref, refs = (refs[0], refs[1:]) if checkpoints else (None, refs)
-    noise_refs, refs = (refs[: 2 + checkpoints], refs[2 + checkpoints :]) if stochastic else ((), refs)
+    keys_ref = first_head_ref = kept_keys_ref = None
+    if stochastic:
+        keys_ref, first_head_ref, *refs = refs
+        kept_keys_ref, refs = (refs[0], refs[1:]) if checkpoints else (None, refs)
     start_ref, length_ref, inverse_ref, scores_ref, *decayed_refs, keep_ref, qkv_ref, ssm_ref, o_ref, out_ref = refs
     heads, size = inverse_ref.shape[1:3]
     value_dim = ssm_ref.shape[3] // key_dim
@@ -311,7 +314,7 @@ def _walk(
 
     def noise_of(ref, number):
         """The head's keys of a state that is stored, from those of rows or of chunks."""
-        return head_keys(ref[number], layer_ref[0], noise_refs[1][0] + head)
+        return None if first_head_ref is None else head_keys(ref[number], layer_ref[0], first_head_ref[0] + head)
 
     def keep_of(chunk):
         """What a chunk leaves of the state: a number, or one of each key channel."""
@@ -367,12 +370,10 @@ def _walk(
         state = keep * state + dot(last_k, written, contract=(0, 0))
         if checkpoint_ref is not None:
             slot = checkpoint_ref[chunk]
-            noise = noise_of(noise_refs[-1], chunk) if stochastic else None
-            tile.store(out_ref, slot, state.T, write_vk, when=slot > 0, keys=noise)
+            tile.store(out_ref, slot, state.T, write_vk, when=slot > 0, keys=noise_of(kept_keys_ref, chunk))
         return state, start_of_next, length_of_next
 
     begin = bounded(first_ref[row], start_ref.shape[0])
     state, *_ = lax.fori_loop(0, number_ref[row], one_chunk, (state, start_ref[begin], length_ref[begin]))
     # A padded row is fresh, has no chunks, and is not stored: it moves nothing.
-    noise = noise_of(noise_refs[0], row) if stochastic else None
-    tile.store(out_ref, write_ref[row], state.T, write_vk, when=write_ref[row] > 0, keys=noise)
+    tile.store(out_ref, write_ref[row], state.T, write_vk, when=write_ref[row] > 0, keys=noise_of(keys_ref, row))

@@ -105,7 +105,7 @@ def _kernel(
     # Decode folds nothing first, and only a mixed pool has bits.
     count_ref, refs = (None, refs) if keep_new else (refs[0], refs[1:])
     stored_ref, refs = (None, refs) if read_vk is not None else (refs[0], refs[1:])
-    noise_refs, refs = (refs[:2], refs[2:]) if stochastic else ((), refs)
+    keys_ref, first_head_ref, refs = (*refs[:2], refs[2:]) if stochastic else (None, None, refs)
     qkv_ref, a_ref, b_ref, A_log_ref, dt_bias_ref, ssm_ref, *outputs = refs
     out_ref = outputs[-1]
     rows, width = qkv_ref.shape[1:]
@@ -202,8 +202,7 @@ def _kernel(
             return tile.along_k(keep) if per_channel else keep
 
         keys = None
-        if stochastic:
-            keys_ref, first_head_ref = noise_refs
+        if keys_ref is not None and first_head_ref is not None:
             keys = head_keys(keys_ref[row], layer_ref[0], first_head_ref[0] + head)
         for j in range(len(pending)):
             k, norm, v, keep, beta = inputs(j)
