@@ -30,7 +30,7 @@ On stdout tables, errors in per cent; with --output all figures as JSON.
 
 EXAMPLES = """\
 examples:
-  python scripts/measure_state.py                                       everything, some ten minutes on two CPU cores
+  python scripts/measure_state.py                                       everything, in 15 minutes on two CPU cores
   python scripts/measure_state.py --parts layer --output layer.json     the layer alone; runs on a GPU as it is
   python scripts/measure_state.py --parts layer --tokens 131072         a longer text, of multiples of 1,024
   python scripts/measure_state.py --parts logprobs,problems --limit 100
