@@ -43,6 +43,7 @@ class StepOptions:
     state_layout     "kv", "vk" or "mixed"; see EngineConfig.
     num_drafts       drafts that a decode step verifies, and that the steps make for the next one; at most the k that
                      the state has room for.
+    rounding_seed    of the noise by which recurrent states are rounded stochastically; None: to the nearest.
     acceptance, forced_length   EngineConfig.draft_acceptance and spec_acceptance_length.
     """
 
@@ -50,6 +51,7 @@ class StepOptions:
     prompt_logprobs: bool = False
     max_logprobs: int = 0
     state_layout: str = "vk"
+    rounding_seed: int | None = None
     num_drafts: int = 0
     acceptance: str = "shared_noise"
     forced_length: float | None = None
@@ -228,6 +230,7 @@ def pools_of(state: ServeState, options: StepOptions) -> Pools:
         layouts={name: pools[LAYOUT] for name, pools in state.cache.slots.items() if LAYOUT in pools},
         state_layout=options.state_layout,
         block_size=state.cache.spec.block_size,
+        rounding_seed=options.rounding_seed,
     )
 
 

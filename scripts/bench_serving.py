@@ -130,6 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="auto", help="of weights and activations; auto: the checkpoint's")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values (default: as --dtype)")
     add("--ssm-dtype", choices=DTYPES[1:], default="float32", help="of the recurrent state (default: float32)")
+    add(
+        "--ssm-rounding",
+        choices=("nearest", "stochastic"),
+        default="nearest",
+        help="of a state in bfloat16 (default: nearest)",
+    )
     add("--state-layout", choices=STATE_LAYOUTS, default="vk", help="of the recurrent state (default: vk)")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
@@ -431,6 +437,7 @@ def make_plan(
         "dtype",
         "kv_cache_dtype",
         "ssm_dtype",
+        "ssm_rounding",
         "state_layout",
         "tensor_parallel_size",
         "kernels",

@@ -21,6 +21,8 @@ KV_CACHE_DTYPES = (*DTYPES, "fp8", "int8")
 KERNELS = ("auto", "pallas", "interpret", "reference")
 STATE_LAYOUTS = ("kv", "vk", "mixed")
 QUANTIZATIONS = ("auto", "fp8_per_channel", "dequantized")
+SSM_DTYPES = ("float32", "bfloat16")
+SSM_ROUNDINGS = ("nearest", "stochastic")
 DRAFT_ACCEPTANCES = ("shared_noise", "rejection")
 
 MAX_SPECULATIVE_TOKENS = 7
@@ -61,9 +63,12 @@ class EngineConfig:
                               where their weights are float8_e4m3fn with a scale for each output (W8A8): faster, and
                               another model, a little. Decode and verify steps never do.
       ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".
+      ssm_rounding            how states are rounded to bfloat16, whenever a step stores them: to the "nearest", or
+                              "stochastic", by noise of (seed, position, layer, element), so that what is too small for
+                              bfloat16 is not lost on average. Needs ssm_dtype="bfloat16".
       state_layout            how a slot's recurrent state is stored: "vk" (the fastest on an H100), "kv", or "mixed"
                               (prefill writes KV, decode writes VK, a bit per slot says which).
-      seed                    seeds requests that bring no seed of their own.
+      seed                    seeds requests that bring no seed of their own, and the noise of ssm_rounding.
     Execution
       tensor_parallel_size    devices that share one model.
       kernels                 "auto", "pallas", "interpret" or "reference"; see gdnjax.backend.
@@ -107,6 +112,7 @@ class EngineConfig:
     quantize_activations: bool = False
     kv_cache_dtype: str = "auto"
     ssm_dtype: str = "float32"
+    ssm_rounding: str = "nearest"
     state_layout: str = "vk"
     seed: int = 0
     tensor_parallel_size: int = 1
@@ -174,7 +180,12 @@ class EngineConfig:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("quantization", self.quantization, QUANTIZATIONS)
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        check_choice("ssm_dtype", self.ssm_dtype, ("float32", "bfloat16"))
+        check_choice("ssm_dtype", self.ssm_dtype, SSM_DTYPES)
+        check_choice("ssm_rounding", self.ssm_rounding, SSM_ROUNDINGS)
+        if self.ssm_rounding != "nearest" and self.ssm_dtype != "bfloat16":
+            raise ValueError(
+                f"ssm_rounding={self.ssm_rounding!r} needs ssm_dtype='bfloat16', got ssm_dtype={self.ssm_dtype!r}"
+            )
         check_choice("state_layout", self.state_layout, STATE_LAYOUTS)
         check_choice("kernels", self.kernels, KERNELS)
         if self.num_checkpoint_slots and not self.enable_prefix_caching:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from gdnjax.batch import PrefillBatch
 from gdnjax.cache import LAYOUT_KV, LAYOUT_VK
 from gdnjax.config import CHUNK
-from gdnjax.pallas_kernels.gated_delta_rule import StateOrder
+from gdnjax.pallas_kernels.gated_delta_rule import Rounding, StateOrder
+from gdnjax.pallas_kernels.gated_delta_rule.rounding import keys_of
 from gdnjax.pallas_kernels.paged_attention import Tiles
 from gdnjax.pallas_kernels.pools import read_rows
 from gdnjax.pallas_kernels.rows import Chunks, Rows, make_chunks
@@ -28,7 +29,9 @@ class Places:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillContext:
-    """Packed pieces of prompts. `orders`, here and below: how rows of each ordered Slot are stored, by its name."""
+    """Packed pieces of prompts. `orders`, here and below: how rows of each ordered Slot are stored, by its name.
+    `rounding`: the noise of recurrent states where they are rounded stochastically; the mixer adds its rank's heads.
+    """
 
     rows: Rows
     chunks: Chunks
@@ -37,6 +40,7 @@ class PrefillContext:
     orders: dict[str, StateOrder]
     position: Leaf  # [t] int32: absolute position of each token
     valid: Leaf  # [t] bool
+    rounding: Rounding | None = None
 
     @property
     def write_slot(self) -> Leaf:
@@ -61,6 +65,7 @@ class DecodeContext:
     position: Leaf  # [t] int32
     valid: Leaf  # [t] bool
     pending: Leaf = None  # [n] int32
+    rounding: Rounding | None = None
 
     @property
     def rows_per_slot(self) -> int:
@@ -75,16 +80,21 @@ class FoldContext:
     write_slot: Leaf  # [n] int32
     count: Leaf  # [n] int32
     orders: dict[str, StateOrder]
+    rounding: Rounding | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Pools:
-    """What a context needs to know of the pools: the slots, the layout bits of ordered ones, and two static facts."""
+    """What a context needs to know of the pools: the slots, the layout bits of ordered ones, and static facts.
+
+    `rounding_seed`: of the noise by which recurrent states are rounded; None: they are rounded to the nearest.
+    """
 
     slots: SlotTable
     layouts: dict[str, Leaf]  # [s] int8 each
     state_layout: str
     block_size: int
+    rounding_seed: int | None = None
 
 
 def prefill_context(pools: Pools, batch: PrefillBatch) -> PrefillContext:
@@ -128,6 +138,11 @@ def prefill_context(pools: Pools, batch: PrefillBatch) -> PrefillContext:
         orders=_orders(pools, read_slot, writes=LAYOUT_KV),
         position=position,
         valid=batch.token_valid,
+        rounding=_rounding(
+            pools,
+            before + batch.length,
+            None if batch.chunk_checkpoint is None else position[jnp.maximum(chunks.end - 1, 0)] + 1,
+        ),
     )
 
 
@@ -155,6 +170,8 @@ def decode_context(
         position=flat,
         valid=flat_valid,
         pending=None if pending is None else jnp.where(active, read_rows(pending, slot), 0),
+        # What is stored has all tokens before the new ones in it, or where nothing is ever pending the new one, too.
+        rounding=_rounding(pools, first + 1 if pending is None else first),
     )
 
 
@@ -162,8 +179,22 @@ def fold_context(
     pools: Pools, read_slot: Int32[Array, "n"], write_slot: Int32[Array, "n"], count: Int32[Array, "n"]
 ) -> FoldContext:
     """The context of sealing states. They are stored as a decode step stores them."""
-    orders = _orders(pools, read_slot, writes=LAYOUT_VK)
-    return FoldContext(read_slot=read_slot, write_slot=write_slot, count=count, orders=orders)
+    slots = pools.slots
+    return FoldContext(
+        read_slot=read_slot,
+        write_slot=write_slot,
+        count=count,
+        orders=_orders(pools, read_slot, writes=LAYOUT_VK),
+        rounding=_rounding(pools, slots.length[read_slot] - slots.pending[read_slot] + count),
+    )
+
+
+def _rounding(pools: Pools, behind: Array, behind_chunks: Array | None = None) -> Rounding | None:
+    """The noise of the states of rows, and of chunks, by the number of tokens that they stand behind."""
+    if pools.rounding_seed is None:
+        return None
+    checkpoints = None if behind_chunks is None else keys_of(pools.rounding_seed, behind_chunks)
+    return Rounding(keys=keys_of(pools.rounding_seed, behind), checkpoints=checkpoints)
 
 
 def _places(blocks: Array, position: Array, valid: Array, block_size: int) -> Places:

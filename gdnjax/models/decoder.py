@@ -49,9 +49,9 @@ class DecoderLayer(nnx.Module):
             self.input_layernorm = residual_norm(config, dtype)
         match config.mixer(kind):
             case DeltaConfig() as delta:
-                self.linear_attn = GatedDeltaNet(config, delta, dtype, backend)
+                self.linear_attn = GatedDeltaNet(config, delta, dtype, tp, backend)
             case KimiDeltaConfig() as delta:
-                self.linear_attn = KimiDeltaAttention(config, delta, dtype, backend)
+                self.linear_attn = KimiDeltaAttention(config, delta, dtype, tp, backend)
             case AttentionConfig() as attention:
                 self.self_attn = Attention(config, attention, dtype, tp, backend)
             case LatentAttentionConfig() as attention:

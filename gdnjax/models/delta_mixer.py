@@ -1,12 +1,14 @@
 """What layers of the delta rule share: the convolution, the rule itself, and the pools of their states."""
 
 import abc
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
+from gdnjax import sharding
 from gdnjax.backend import Backend
 from gdnjax.cache import Cache, Leaves
 from gdnjax.config import DELTA
@@ -36,6 +38,7 @@ class DeltaMixer(nnx.Module):
     norm: GatedRMSNorm
     out_proj: Linear
     key_head_dim: int
+    tp: int
     backend: Backend
 
     @abc.abstractmethod
@@ -76,12 +79,17 @@ class DeltaMixer(nnx.Module):
         read, write, count = context.read_slot, context.write_slot, context.count
         qkv, conv = causal_conv1d.fold(self._taps, pools["conv"], layer, read, write, count, backend=self.backend)
         gates = self._gates(*self._raw(self._pending(pools, layer, read)))
-        ssm = gated_delta_rule.fold(qkv, gates, pools["ssm"], layer, read, write, count, order, **self._static)
+        ssm = gated_delta_rule.fold(
+            qkv, gates, pools["ssm"], layer, read, write, count, order, **self._static(context, pools)
+        )
         return cache.with_slots(DELTA, ssm=ssm, conv=conv)
 
-    @property
-    def _static(self) -> dict[str, Any]:
-        return {"key_head_dim": self.key_head_dim, "backend": self.backend}
+    def _static(self, context: PrefillContext | DecodeContext | FoldContext, pools: Leaves) -> dict[str, Any]:
+        """What the rule is told beside its inputs."""
+        rounding = context.rounding
+        if rounding is not None:
+            rounding = dataclasses.replace(rounding, first_head=sharding.rank(self.tp) * pools["ssm"].shape[2])
+        return {"key_head_dim": self.key_head_dim, "rounding": rounding, "backend": self.backend}
 
     @property
     def _taps(self) -> Array:
@@ -95,14 +103,18 @@ class DeltaMixer(nnx.Module):
         rows, chunks = context.rows, context.chunks
         pools, order = cache.slots[DELTA], context.orders[DELTA]
         qkv, conv = causal_conv1d.prefill(qkv, self._taps, pools["conv"], layer, rows, chunks, backend=self.backend)
-        o, ssm = gated_delta_rule.prefill(qkv, gates, pools["ssm"], layer, rows, chunks, order, **self._static)
+        o, ssm = gated_delta_rule.prefill(
+            qkv, gates, pools["ssm"], layer, rows, chunks, order, **self._static(context, pools)
+        )
         return o, cache.with_slots(DELTA, ssm=ssm, conv=conv)
 
     def _decode(self, qkv, gates: Gates, context: DecodeContext, cache: Cache, layer: int):
         read, write = context.read_slot, context.write_slot
         pools, order = cache.slots[DELTA], context.orders[DELTA]
         qkv, conv = causal_conv1d.decode(qkv, self._taps, pools["conv"], layer, read, write, backend=self.backend)
-        o, ssm = gated_delta_rule.decode(qkv, gates, pools["ssm"], layer, read, write, order, **self._static)
+        o, ssm = gated_delta_rule.decode(
+            qkv, gates, pools["ssm"], layer, read, write, order, **self._static(context, pools)
+        )
         return o, cache.with_slots(DELTA, ssm=ssm, conv=conv)
 
     def _verify(self, qkv, kept: dict[str, Array], context: DecodeContext, cache: Cache, layer: int):
@@ -136,7 +148,7 @@ class DeltaMixer(nnx.Module):
             context.pending,
             order,
             new=rows,
-            **self._static,
+            **self._static(context, pools),
         )
         # What is written follows from what was read, so that XLA need not keep the old pool beside the new one.
         valid = context.valid.reshape(-1, rows, 1)

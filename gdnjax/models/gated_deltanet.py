@@ -16,7 +16,7 @@ from gdnjax.shapes import Array, Float
 class GatedDeltaNet(DeltaMixer):
     """A decay for each head and token, and an output gate of its own projection."""
 
-    def __init__(self, config: ModelConfig, delta: DeltaConfig, dtype: str, backend: Backend):
+    def __init__(self, config: ModelConfig, delta: DeltaConfig, dtype: str, tp: int, backend: Backend):
         width = config.hidden_size
         self.in_proj_qkv = Linear(width, delta.conv_dim, dtype)
         self.in_proj_z = Linear(width, delta.value_dim, dtype)
@@ -30,6 +30,7 @@ class GatedDeltaNet(DeltaMixer):
         self.out_proj = Linear(delta.value_dim, width, dtype)
         self.key_head_dim = delta.key_head_dim
         self.beta_scale = delta.beta_scale
+        self.tp = tp
         self.backend = backend
 
     def _project(self, x: Float[Array, "t d"]) -> tuple[Array, Array, tuple[Array, ...]]:

@@ -34,7 +34,7 @@ class KimiDeltaAttention(DeltaMixer):
     `head_dim` numbers in the place of `num_heads * head_dim`.
     """
 
-    def __init__(self, config: ModelConfig, delta: KimiDeltaConfig, dtype: str, backend: Backend):
+    def __init__(self, config: ModelConfig, delta: KimiDeltaConfig, dtype: str, tp: int, backend: Backend):
         width = config.hidden_size
         self.in_proj_qkv = Linear(width, delta.conv_dim, dtype)
         self.in_proj_b = Linear(width, delta.num_heads, dtype)
@@ -45,6 +45,7 @@ class KimiDeltaAttention(DeltaMixer):
         self.norm = GatedRMSNorm(delta.head_dim, config.rms_norm_eps, dtype, activation="sigmoid")
         self.out_proj = Linear(delta.value_dim, width, dtype)
         self.key_head_dim = delta.head_dim
+        self.tp = tp
         self.backend = backend
 
     def _project(self, x: Float[Array, "t d"]) -> tuple[Array, Array, tuple[Array, ...]]:

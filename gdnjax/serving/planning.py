@@ -177,6 +177,7 @@ def plain_options(config: EngineConfig) -> StepOptions:
     """What steps with the plain sampler are compiled with."""
     return StepOptions(
         state_layout=config.state_layout,
+        rounding_seed=config.seed if config.ssm_rounding == "stochastic" else None,
         num_drafts=config.num_speculative_tokens,
         acceptance=config.draft_acceptance,
         forced_length=config.spec_acceptance_length,

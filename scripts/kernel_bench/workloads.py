@@ -20,7 +20,7 @@ import numpy as np
 from gdnjax.backend import Backend
 from gdnjax.models import random_codes
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, matmul, paged_attention
-from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder
+from gdnjax.pallas_kernels.gated_delta_rule import Gates, Rounding, StateOrder
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
 from gdnjax.pallas_kernels.rows import Rows, make_chunks
@@ -139,8 +139,11 @@ def recurrent(
     state="float32",
     vk=True,
     real: int | None = None,
+    stochastic: bool = False,
 ):
-    """Decode, verify with `old` pending rows and `new` tokens, or fold of `old` rows, with none."""
+    """Decode, verify with `old` pending rows and `new` tokens, or fold of `old` rows, with none. `stochastic`: states
+    in bfloat16 are rounded by noise.
+    """
     real = rows if real is None else real
     layers = max(2, min(24, 512 // rows))
     order = StateOrder(read=vk, write=vk)
@@ -155,10 +158,13 @@ def recurrent(
             "slot": _padding(slot, real),
             "pending": _padding(jnp.full((rows,), old, jnp.int32), real),
         }
+        if stochastic:
+            arguments["noise"] = jax.random.bits(keys[3], (rows,), jnp.uint32)
         return arguments, _random(keys[2], (layers, rows + 1, of.heads, of.key_dim * of.value_dim), state, 0.1)
 
     def call(x, ssm, layer, backend):
-        static = {"key_head_dim": of.key_dim, "backend": backend}
+        rounding = Rounding(keys=x["noise"]) if stochastic else None
+        static = {"key_head_dim": of.key_dim, "rounding": rounding, "backend": backend}
         if kind == "fold":
             folded = gated_delta_rule.fold(
                 x["qkv"], x["gates"], ssm, layer, x["slot"], x["slot"], x["pending"], order, **static
@@ -173,7 +179,7 @@ def recurrent(
     size = jnp.dtype(state).itemsize
     name = f"{of.op}-{kind}-{of.heads}h-{_rows(rows, real)}{of.sizes}"
     name += {"decode": "", "verify": f"-{old}+{new}", "fold": f"-{old}"}[kind]
-    name += ("" if vk else "-kv") + ("-bf16state" if state == "bfloat16" else "")
+    name += ("" if vk else "-kv") + ("-bf16state" if state == "bfloat16" else "") + "-stochastic" * stochastic
     tokens = 1 if kind == "decode" else old + new
     return Workload(
         name=name,
@@ -189,7 +195,8 @@ def recurrent(
         layers=layers,
         bytes=real * (2 * of.state * size + tokens * of.token_bytes + new * 2 * of.heads * of.value_dim),
         flops=real * tokens * 8 * of.state,
-        limits=(4e-3, 1e-5 if state == "float32" else 4e-3),
+        # By noise a number is moved by a whole step at most, to the nearest by half of one.
+        limits=(4e-3, 1e-5 if state == "float32" else 8e-3 if stochastic else 4e-3),
     )
 
 
@@ -693,6 +700,7 @@ WORKLOADS = {
         *(recurrent("decode", rows, Heads(16, heads)) for heads in (32, 48, 64) for rows in (1, 16, 128, 256)),
         recurrent("decode", 128, Heads(16, 48), vk=False),
         recurrent("decode", 128, Heads(16, 48), state="bfloat16"),
+        recurrent("decode", 128, Heads(16, 48), state="bfloat16", stochastic=True),
         *(recurrent("verify", 128, Heads(16, 48), old=old, new=4) for old in (0, 1, 4)),
         recurrent("verify", 128, Heads(16, 32), old=4, new=4),
         recurrent("verify", 1, Heads(16, 48), old=4, new=4),

@@ -31,6 +31,11 @@ BAD_ENGINE = [
     ({"quantization": "fp8"}, "quantization must be one of 'auto', 'fp8_per_channel', 'dequantized', got 'fp8'"),
     ({"quantize_activations": 1}, "quantize_activations must be True or False, got 1"),
     ({"ssm_dtype": "auto"}, "ssm_dtype must be one of 'float32', 'bfloat16', got 'auto'"),
+    ({"ssm_rounding": "up"}, "ssm_rounding must be one of 'nearest', 'stochastic', got 'up'"),
+    (
+        {"ssm_rounding": "stochastic"},
+        "ssm_rounding='stochastic' needs ssm_dtype='bfloat16', got ssm_dtype='float32'",
+    ),
     ({"state_layout": "KV"}, "state_layout must be one of 'kv', 'vk', 'mixed', got 'KV'"),
     ({"seed": -1}, "seed must be an integer of at least 0"),
     ({"tensor_parallel_size": 0}, "tensor_parallel_size must be an integer of at least 1"),

@@ -25,6 +25,7 @@ SCRIPTS = (
     "generate",
     "lm_eval_gdnjax",
     "make_random_checkpoint",
+    "measure_state",
     "measure_tiny",
     "measure_workspace",
     "profile_step",

@@ -11,12 +11,17 @@ convolution, [q heads | k heads | v heads], and is indexed inside. `ssm [L, s, h
 row reads a slot that another row writes, and where the order of a mixed pool changes in place, that is in decode,
 verify and fold. Each value head reads key head `hv // (HV / HK)`. Rows that write to the null slot are padding: kernels
 give zeros for them, and store nothing.
+
+A pool in bfloat16 keeps states rounded to the nearest, or with `rounding` stochastically; see `rounding.py`. Outputs
+are those of float32 states.
 """
 
 import dataclasses
 
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels.gated_delta_rule import chunked, recurrent, reference
+from gdnjax.pallas_kernels.gated_delta_rule.rounding import Rounding
+from gdnjax.pallas_kernels.pools import dtype_of
 from gdnjax.pallas_kernels.rows import Chunks, Rows
 from gdnjax.shapes import Array, Bool, Float, Int32, Leaf, Shaped
 
@@ -69,6 +74,7 @@ def prefill(
     order: StateOrder,
     *,
     key_head_dim: int,
+    rounding: Rounding | None = None,
     backend: Backend = REFERENCE,
 ) -> tuple[Float[Array, "t hv v"], Shaped[Array, "L s hv kv"]]:
     """Packed rows of any length, in the chunked (WY) form. A fresh row starts from a state of zeros.
@@ -76,9 +82,10 @@ def prefill(
     Where chunks have checkpoints, the state behind each chunk is stored at its checkpoint's slot, too.
     """
     gates.check(qkv.shape[:-1], ssm.shape[2], key_head_dim)
+    _check_rounding(rounding, ssm)
     if backend.is_reference:
-        return reference.prefill(qkv, gates, ssm, layer, rows, chunks, order, key_head_dim)
-    return chunked.prefill(qkv, gates, ssm, layer, rows, chunks, order, key_head_dim, backend)
+        return reference.prefill(qkv, gates, ssm, layer, rows, chunks, order, key_head_dim, rounding)
+    return chunked.prefill(qkv, gates, ssm, layer, rows, chunks, order, key_head_dim, rounding, backend)
 
 
 def decode(
@@ -91,13 +98,15 @@ def decode(
     order: StateOrder,
     *,
     key_head_dim: int,
+    rounding: Rounding | None = None,
     backend: Backend = REFERENCE,
 ) -> tuple[Float[Array, "n hv v"], Shaped[Array, "L s hv kv"]]:
     """One token a row, in the recurrent form."""
     gates.check(qkv.shape[:-1], ssm.shape[2], key_head_dim)
+    _check_rounding(rounding, ssm)
     if backend.is_reference:
-        return reference.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim)
-    return recurrent.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim, backend)
+        return reference.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim, rounding)
+    return recurrent.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim, rounding, backend)
 
 
 def verify(
@@ -112,6 +121,7 @@ def verify(
     *,
     key_head_dim: int,
     new: int,
+    rounding: Rounding | None = None,
     backend: Backend = REFERENCE,
 ) -> tuple[Float[Array, "n T hv v"], Shaped[Array, "L s hv kv"]]:
     """Pending rows, then T = `new` rows (static), which are the last ones of `rows`.
@@ -120,9 +130,14 @@ def verify(
     there and change nothing that is stored. One read and one write of the state, however many rows.
     """
     gates.check(qkv.shape[:-1], ssm.shape[2], key_head_dim)
+    _check_rounding(rounding, ssm)
     if backend.is_reference:
-        return reference.verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_head_dim, new)
-    return recurrent.verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_head_dim, new, backend)
+        return reference.verify(
+            qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_head_dim, new, rounding
+        )
+    return recurrent.verify(
+        qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_head_dim, new, rounding, backend
+    )
 
 
 def fold(
@@ -136,10 +151,17 @@ def fold(
     order: StateOrder,
     *,
     key_head_dim: int,
+    rounding: Rounding | None = None,
     backend: Backend = REFERENCE,
 ) -> Shaped[Array, "L s hv kv"]:
     """The state with the first `count` rows folded in is stored."""
     gates.check(qkv.shape[:-1], ssm.shape[2], key_head_dim)
+    _check_rounding(rounding, ssm)
     if backend.is_reference:
-        return reference.fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_head_dim)
-    return recurrent.fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_head_dim, backend)
+        return reference.fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_head_dim, rounding)
+    return recurrent.fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_head_dim, rounding, backend)
+
+
+def _check_rounding(rounding: Rounding | None, ssm: Array) -> None:
+    if rounding is not None and dtype_of(ssm) != "bfloat16":
+        raise ValueError(f"states are rounded stochastically to bfloat16 alone, got a pool of {dtype_of(ssm)}")

@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.gated_delta_rule import tiles
 from gdnjax.pallas_kernels.gated_delta_rule.channel_scores import channel_scores
+from gdnjax.pallas_kernels.gated_delta_rule.rounding import head_keys
 from gdnjax.pallas_kernels.gated_delta_rule.state_tile import StateTile, heads_and_blocks
 from gdnjax.pallas_kernels.launch import (
     LEAST,
@@ -47,7 +48,7 @@ READ_K, READ_Q, WRITE_K, BETA = range(4)
 """The row factors of a chunk: of k S, of q S, of U in the new state, and of T's columns. The last is there always."""
 
 
-def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, backend: Backend):
+def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, rounding, backend: Backend):
     heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
     count, size = chunks.token.shape
     start = chunks.token[:, 0]
@@ -110,10 +111,14 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
     mixed = not isinstance(order.read, bool)
     stored = (order.read.astype(jnp.int32),) if mixed else ()
     kept = () if chunks.checkpoint is None else (chunks.checkpoint,)
+    noise = ()
+    if rounding is not None:
+        noise = (rounding.keys, jnp.asarray(rounding.first_head, jnp.int32).reshape(1))
+        noise += (rounding.checkpoints,) if kept else ()
     args = (
         layer_number(layer),
         *(rows.read_slot, rows.write_slot, rows.fresh.astype(jnp.int32), first, number),
-        *(*stored, *kept, start, chunks.length, inverse, scores, *decayed, keep, qkv, ssm),
+        *(*stored, *kept, *noise, start, chunks.length, inverse, scores, *decayed, keep, qkv, ssm),
     )
     columns = min(tile.columns, power_of_two(value_dim, LEAST))
     blocks = -(-value_dim // columns)
@@ -135,6 +140,7 @@ def prefill(qkv, gates, ssm, layer, rows: Rows, chunks: Chunks, order, key_dim, 
         read_vk=None if mixed else order.read,
         write_vk=order.write,
         checkpoints=bool(kept),
+        stochastic=rounding is not None,
         per_channel=gates.per_channel,
     )
     return o, ssm
@@ -281,10 +287,15 @@ def _walk(
     read_vk,
     write_vk,
     checkpoints,
+    stochastic,
     per_channel,
 ):
     stored_ref, refs = (None, refs) if read_vk is not None else (refs[0], refs[1:])
     checkpoint_ref, refs = (refs[0], refs[1:]) if checkpoints else (None, refs)
+    keys_ref = first_head_ref = kept_keys_ref = None
+    if stochastic:
+        keys_ref, first_head_ref, *refs = refs
+        kept_keys_ref, refs = (refs[0], refs[1:]) if checkpoints else (None, refs)
     start_ref, length_ref, inverse_ref, scores_ref, *decayed_refs, keep_ref, qkv_ref, ssm_ref, o_ref, out_ref = refs
     heads, size = inverse_ref.shape[1:3]
     value_dim = ssm_ref.shape[3] // key_dim
@@ -300,6 +311,10 @@ def _walk(
     key_start = head // (heads * key_dim // keys) * key_dim
     v_channel = 2 * keys + head * value_dim + tile.v
     place = jnp.arange(size, dtype=jnp.int32)
+
+    def noise_of(ref, number):
+        """The head's keys of a state that is stored, from those of rows or of chunks."""
+        return None if first_head_ref is None else head_keys(ref[number], layer_ref[0], first_head_ref[0] + head)
 
     def keep_of(chunk):
         """What a chunk leaves of the state: a number, or one of each key channel."""
@@ -355,10 +370,10 @@ def _walk(
         state = keep * state + dot(last_k, written, contract=(0, 0))
         if checkpoint_ref is not None:
             slot = checkpoint_ref[chunk]
-            tile.store(out_ref, slot, state.T, write_vk, when=slot > 0)
+            tile.store(out_ref, slot, state.T, write_vk, when=slot > 0, keys=noise_of(kept_keys_ref, chunk))
         return state, start_of_next, length_of_next
 
     begin = bounded(first_ref[row], start_ref.shape[0])
     state, *_ = lax.fori_loop(0, number_ref[row], one_chunk, (state, start_ref[begin], length_ref[begin]))
     # A padded row is fresh, has no chunks, and is not stored: it moves nothing.
-    tile.store(out_ref, write_ref[row], state.T, write_vk, when=write_ref[row] > 0)
+    tile.store(out_ref, write_ref[row], state.T, write_vk, when=write_ref[row] > 0, keys=noise_of(keys_ref, row))

@@ -13,12 +13,15 @@ from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.gated_delta_rule import tiles
+from gdnjax.pallas_kernels.gated_delta_rule.rounding import head_keys
 from gdnjax.pallas_kernels.gated_delta_rule.state_tile import StateTile, heads_and_blocks
 from gdnjax.pallas_kernels.launch import barrier, launch, layer_number, power_of_two, scaled, sigmoid, softplus
 from gdnjax.shapes import Array
 
 
-def decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_dim, backend: Backend) -> tuple[Array, Array]:
+def decode(
+    qkv, gates, ssm, layer, read_slot, write_slot, order, key_dim, rounding, backend: Backend
+) -> tuple[Array, Array]:
     o, ssm = _run(
         "decode",
         qkv[:, None],
@@ -30,24 +33,25 @@ def decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_dim, backen
         (read_slot, write_slot),
         order,
         key_dim,
+        rounding,
         backend,
         new=1,
     )
     return o[:, 0], ssm
 
 
-def verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_dim, new, backend: Backend):
+def verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_dim, new, rounding, backend: Backend):
     slots = (read_slot, write_slot, pending)
-    o, ssm = _run("verify", qkv, gates.a, gates.b, gates, ssm, layer, slots, order, key_dim, backend, new=new)
+    o, ssm = _run("verify", qkv, gates.a, gates.b, gates, ssm, layer, slots, order, key_dim, rounding, backend, new=new)
     return o, ssm
 
 
-def fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_dim, backend: Backend) -> Array:
+def fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_dim, rounding, backend: Backend) -> Array:
     slots = (read_slot, write_slot, count)
-    return _run("fold", qkv, gates.a, gates.b, gates, ssm, layer, slots, order, key_dim, backend, new=0)[-1]
+    return _run("fold", qkv, gates.a, gates.b, gates, ssm, layer, slots, order, key_dim, rounding, backend, new=0)[-1]
 
 
-def _run(kind, qkv, a, b, gates, ssm, layer, slots, order, key_dim, backend: Backend, *, new: int):
+def _run(kind, qkv, a, b, gates, ssm, layer, slots, order, key_dim, rounding, backend: Backend, *, new: int):
     """qkv [n, rows, x], a [n, rows, hv] or [n, rows, hv, K], b [n, rows, hv]; of `new` rows outputs [n, new, hv, V]."""
     count = qkv.shape[0]
     heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
@@ -58,7 +62,9 @@ def _run(kind, qkv, a, b, gates, ssm, layer, slots, order, key_dim, backend: Bac
     # Only a mixed pool has bits that say how a row is stored.
     stored = (order.read.astype(jnp.int32),) if mixed else ()
     out = [jax.ShapeDtypeStruct((count, new, heads, value_dim), qkv.dtype)] if new else []
-    args = (layer_number(layer), *slots, *stored, qkv, a, b, gates.A_log, gates.dt_bias, ssm)
+    # What the nearest rounding does not need is no operand of it.
+    noise = () if rounding is None else (rounding.keys, jnp.asarray(rounding.first_head, jnp.int32).reshape(1))
+    args = (layer_number(layer), *slots, *stored, *noise, qkv, a, b, gates.A_log, gates.dt_bias, ssm)
     return launch(
         _kernel,
         backend,
@@ -74,6 +80,7 @@ def _run(kind, qkv, a, b, gates, ssm, layer, slots, order, key_dim, backend: Bac
         write_vk=order.write,
         new=new,
         keep_new=kind == "decode",
+        stochastic=rounding is not None,
         beta_scale=gates.beta_scale,
         interpret=backend.interpret,
     )
@@ -91,19 +98,21 @@ def _kernel(
     write_vk,
     new,
     keep_new,
+    stochastic,
     beta_scale,
     interpret,
 ):
     # Decode folds nothing first, and only a mixed pool has bits.
     count_ref, refs = (None, refs) if keep_new else (refs[0], refs[1:])
     stored_ref, refs = (None, refs) if read_vk is not None else (refs[0], refs[1:])
+    keys_ref, first_head_ref, refs = (*refs[:2], refs[2:]) if stochastic else (None, None, refs)
     qkv_ref, a_ref, b_ref, A_log_ref, dt_bias_ref, ssm_ref, *outputs = refs
     out_ref = outputs[-1]
     rows, width = qkv_ref.shape[1:]
     heads, value_dim = ssm_ref.shape[2], ssm_ref.shape[3] // key_dim
     per_channel = len(dt_bias_ref.shape) == 2
-    keys = (width - heads * value_dim) // 2
-    ratio = heads * key_dim // keys
+    key_channels = (width - heads * value_dim) // 2
+    ratio = heads * key_dim // key_channels
 
     blocks = -(-value_dim // columns)
     row, head, block = heads_and_blocks(heads, blocks, program)
@@ -125,7 +134,7 @@ def _kernel(
             barrier(interpret)
 
         key_start = head // ratio * key_dim
-        value_start = 2 * keys + head * value_dim
+        value_start = 2 * key_channels + head * value_dim
 
         def load(ref, at, channel, there, mask):
             """Channels of a row, 0 where the row is not `there` (a scalar; None: it is)."""
@@ -144,7 +153,7 @@ def _kernel(
         # All rows are loaded before the first is used: one latency, not one a row.
         pending = [] if count_ref is None else [j < count_ref[row] for j in range(rows - new)]
         exists = [*pending, *[None] * new]
-        ks = [load_row(j, keys + key_start + tile.k, there, tile.k_mask) for j, there in enumerate(exists)]
+        ks = [load_row(j, key_channels + key_start + tile.k, there, tile.k_mask) for j, there in enumerate(exists)]
         vs = [load_row(j, value_start + tile.v, there, tile.v_mask) for j, there in enumerate(exists)]
         qs = [load_row(j, key_start + tile.k, None, tile.k_mask) for j in range(rows - new, rows)]
 
@@ -192,12 +201,15 @@ def _kernel(
         def along(keep):
             return tile.along_k(keep) if per_channel else keep
 
+        keys = None
+        if keys_ref is not None and first_head_ref is not None:
+            keys = head_keys(keys_ref[row], layer_ref[0], first_head_ref[0] + head)
         for j in range(len(pending)):
             k, norm, v, keep, beta = inputs(j)
             written = beta * (v - outside(keep) * norm * tile.over_k(state * inside(keep, k)))
             state = along(keep) * state + tile.along_v(written * norm) * tile.along_k(k)
         if not keep_new:
-            tile.store(out_ref, write_ref[row], state, write_vk)
+            tile.store(out_ref, write_ref[row], state, write_vk, keys=keys)
         for j in range(new):
             k, norm, v, keep, beta = inputs(len(pending) + j)
             q = qs[j].astype(jnp.float32)
@@ -210,6 +222,6 @@ def _kernel(
             if keep_new or j + 1 < new:
                 state = along(keep) * state + tile.along_v(written) * tile.along_k(k)
         if keep_new:
-            tile.store(out_ref, write_ref[row], state, write_vk)
+            tile.store(out_ref, write_ref[row], state, write_vk, keys=keys)
 
     lax.cond(write_ref[row] > 0, run, nothing)

@@ -1,5 +1,6 @@
 """The definition: the recurrence, token by token, and the chunked form that equals it. Float32 throughout."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdnjax.backend import FLOAT32_DOT
+from gdnjax.pallas_kernels.gated_delta_rule.rounding import Rounding, rounded_states
 from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.pallas_kernels.rows import Chunks
 from gdnjax.shapes import Array
@@ -63,14 +65,13 @@ def read_states(ssm: Array, layer: int, slot: Array, vk: bool | Array, key_dim: 
     return as_vk if vk is True else jnp.where(vk[:, None, None, None], as_vk, as_kv)
 
 
-def write_states(ssm: Array, layer: int, slot: Array, states: Array, vk: bool) -> Array:
+def write_states(
+    ssm: Array, layer: int, slot: Array, states: Array, vk: bool, rounding: Rounding | None = None
+) -> Array:
     """The pool with [n, hv, K, V] stored at the slots, in the layout asked for."""
+    if rounding is not None:
+        states = rounded_states(states, rounding.keys, rounding.first_head, layer)
     return write_rows(ssm, layer, slot, rows=_as_rows(states, vk))
-
-
-def write_state(ssm: Array, layer: int, slot: Array, state: Array, vk: bool) -> Array:
-    """The same of one state [hv, K, V], in place inside a loop that carries the pool."""
-    return write_rows(ssm, layer, slot[None], rows=_as_rows(state, vk)[None])
 
 
 def _as_rows(states: Array, vk: bool) -> Array:
@@ -79,27 +80,29 @@ def _as_rows(states: Array, vk: bool) -> Array:
     return stored.reshape(*states.shape[:-2], -1)
 
 
-def decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_dim) -> tuple[Array, Array]:
+def decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_dim, rounding) -> tuple[Array, Array]:
     heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
     q, k, v = split_qkv(qkv, heads, key_dim, value_dim)
     g, beta = decay_and_beta(gates)
     o, states = delta_step(read_states(ssm, layer, read_slot, order.read, key_dim), q, k, v, g, beta)
-    return o.astype(qkv.dtype), write_states(ssm, layer, write_slot, states, order.write)
+    return o.astype(qkv.dtype), write_states(ssm, layer, write_slot, states, order.write, rounding)
 
 
-def verify(qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_dim, new) -> tuple[Array, Array]:
+def verify(
+    qkv, gates, ssm, layer, read_slot, write_slot, pending, order, key_dim, new, rounding
+) -> tuple[Array, Array]:
     inputs = _row_inputs(qkv, gates, ssm, key_dim)
     old = qkv.shape[1] - new
     states = read_states(ssm, layer, read_slot, order.read, key_dim)
     states = _fold(states, [x[:old] for x in inputs], pending)
     _, o = lax.scan(_one_row, states, [x[old:] for x in inputs])
-    return o.swapaxes(0, 1).astype(qkv.dtype), write_states(ssm, layer, write_slot, states, order.write)
+    return o.swapaxes(0, 1).astype(qkv.dtype), write_states(ssm, layer, write_slot, states, order.write, rounding)
 
 
-def fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_dim) -> Array:
+def fold(qkv, gates, ssm, layer, read_slot, write_slot, count, order, key_dim, rounding) -> Array:
     states = read_states(ssm, layer, read_slot, order.read, key_dim)
     states = _fold(states, _row_inputs(qkv, gates, ssm, key_dim), count)
-    return write_states(ssm, layer, write_slot, states, order.write)
+    return write_states(ssm, layer, write_slot, states, order.write, rounding)
 
 
 def _row_inputs(qkv, gates, ssm, key_dim) -> list[Array]:
@@ -124,7 +127,7 @@ def _one_row(states: Array, row: list[Array]) -> tuple[Array, Array]:
     return states, o
 
 
-def prefill(qkv, gates, ssm, layer, rows, chunks, order, key_dim) -> tuple[Array, Array]:
+def prefill(qkv, gates, ssm, layer, rows, chunks, order, key_dim, rounding) -> tuple[Array, Array]:
     heads, value_dim = ssm.shape[2], ssm.shape[3] // key_dim
     q, k, v = split_qkv(qkv, heads, key_dim, value_dim)
     g, beta = decay_and_beta(gates)
@@ -136,9 +139,9 @@ def prefill(qkv, gates, ssm, layer, rows, chunks, order, key_dim) -> tuple[Array
     if chunks.checkpoint is None:
         o, states = scan_chunks(terms, chunks.row, states)
     else:
-        o, states, ssm = scan_and_keep(terms, chunks, states, ssm, layer, order.write)
+        o, states, ssm = scan_and_keep(terms, chunks, states, ssm, layer, order.write, rounding)
     o = chunks.scatter(o.swapaxes(1, 2)).astype(qkv.dtype)
-    return o, write_states(ssm, layer, rows.write_slot, states, order.write)
+    return o, write_states(ssm, layer, rows.write_slot, states, order.write, rounding)
 
 
 class ChunkTerms(NamedTuple):
@@ -270,17 +273,20 @@ def scan_chunks(terms: ChunkTerms, row: Array, states: Array) -> tuple[Array, Ar
 
 
 def scan_and_keep(
-    terms: ChunkTerms, chunks: Chunks, states: Array, ssm: Array, layer: int, vk: bool
+    terms: ChunkTerms, chunks: Chunks, states: Array, ssm: Array, layer: int, vk: bool, rounding: Rounding | None
 ) -> tuple[Array, Array, Array]:
     """`scan_chunks`, and the pool with the state behind each chunk at the chunk's checkpoint."""
 
     def one_chunk(carry, chunk):
         states, ssm = carry
-        row, checkpoint, terms = chunk
+        row, checkpoint, keys, terms = chunk
         o, state = chunk_step(states[row], terms)
-        return (states.at[row].set(state), write_state(ssm, layer, checkpoint, state, vk)), o
+        # One state, in place inside a loop that carries the pool.
+        noise = None if rounding is None else dataclasses.replace(rounding, keys=keys[None])
+        return (states.at[row].set(state), write_states(ssm, layer, checkpoint[None], state[None], vk, noise)), o
 
-    (states, ssm), o = lax.scan(one_chunk, (states, ssm), (chunks.row, chunks.checkpoint, terms))
+    keys = None if rounding is None else rounding.checkpoints
+    (states, ssm), o = lax.scan(one_chunk, (states, ssm), (chunks.row, chunks.checkpoint, keys, terms))
     return o, states, ssm
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
+from gdnjax.pallas_kernels.gated_delta_rule.rounding import noise, rounded
 from gdnjax.pallas_kernels.launch import bounded, power_of_two
 from gdnjax.shapes import Array, Leaf
 
@@ -55,7 +56,12 @@ class StateTile:
 
         return load(vk) if isinstance(vk, bool) else lax.cond(vk, lambda: load(True), lambda: load(False))
 
-    def store(self, ssm_ref, slot, tile: Array, vk: bool, when: Array | None = None) -> None:
+    def store(
+        self, ssm_ref, slot, tile: Array, vk: bool, when: Array | None = None, keys: tuple[Array, Array] | None = None
+    ) -> None:
+        """`keys`: the head's, where it is rounded stochastically."""
+        if keys is not None:
+            tile = rounded(tile, noise(keys, self.along_k(self.k) * self.value_dim + self.along_v(self.v)))
         at = self._at(ssm_ref, slot, vk)
         plgpu.store(at, tile.astype(ssm_ref.dtype), mask=self._mask(when))
 

@@ -42,6 +42,10 @@ def cases() -> list[Case]:
         chunked(act=np.float32),
         chunked(act=np.float32, gates=1),
         chunked(heads=3, key_heads=3, dim=48),
+        # States rounded by noise.
+        delta("decode", state=BFLOAT16, stochastic=True),
+        delta("verify", KV, state=BFLOAT16, old=2, new=2, stochastic=True),
+        chunked(state=BFLOAT16, kept=True, stochastic=True),
         # A decay of each key channel.
         delta("decode", channels=True),
         delta("decode", KV, state=BFLOAT16, channels=True),

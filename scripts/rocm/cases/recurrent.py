@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 from gdnjax.backend import FLOAT32_DOT
 from gdnjax.config import CHUNK
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule
-from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder, reference
+from gdnjax.pallas_kernels.gated_delta_rule import Gates, Rounding, StateOrder, reference
 from gdnjax.pallas_kernels.rows import Chunks, Rows, make_chunks
 from rocm.cases.case import BFLOAT16, EXACT, Bound, Case, Op, poison
 
@@ -43,6 +43,9 @@ ACTIVATED = Bound(norm=2e-7, place=2e-4)
 ROUNDED = Bound(norm=2**-8, place=2**-8, flips=2e-3)
 """float32 inside, rounded to bfloat16 once: half a step is 2^-8 at most. Errors of 1e-7 in float32 move 1e-7 * 2^8 of
 the places over a half, 3e-5, where nothing cancels."""
+
+STEPPED = Bound(norm=2**-8, place=2**-7, flips=2e-3)
+"""The same by noise that the definition has, too: what flips is a whole step away."""
 
 CHUNKED_FLOAT32 = Bound(norm=2e-6, place=2e-5)
 """Sums over 64 tokens, behind the inverse of a triangular system; 7e-7 was seen."""
@@ -126,6 +129,17 @@ def order_in(x, order: tuple[str, str]) -> StateOrder:
     return StateOrder(read=x["stored"] if order[0] == "mixed" else order[0] == "vk", write=order[1] == "vk")
 
 
+def keys_of(r: np.random.Generator, count: int) -> np.ndarray:
+    return r.integers(0, 2**32, count, np.uint32)
+
+
+def rounding_in(x) -> Rounding | None:
+    """Of a rank whose first head is not the first of all."""
+    if "keys" not in x:
+        return None
+    return Rounding(keys=x["keys"], checkpoints=x.get("checkpoint_keys"), first_head=5)
+
+
 def pool_of(
     r: np.random.Generator, slots, shape: tuple[int, ...], dtype, scale: float, count: int = SLOTS
 ) -> np.ndarray:
@@ -145,16 +159,14 @@ def slots_mask(pool: np.ndarray, slots) -> np.ndarray:
 @functools.cache
 def delta_op(kind: str, order: tuple[str, str], new: int, dim: int, beta_scale: float) -> Op:
     def call(x, layer, backend):
-        state_order = order_in(x, order)
+        state_order, static = order_in(x, order), {"key_head_dim": dim, "rounding": rounding_in(x), "backend": backend}
         common = (x["qkv"], gates_in(x, beta_scale), x["ssm"], layer, x["read"], x["write"])
         if kind == "decode":
-            o, ssm = gated_delta_rule.decode(*common, state_order, key_head_dim=dim, backend=backend)
+            o, ssm = gated_delta_rule.decode(*common, state_order, **static)
         elif kind == "verify":
-            o, ssm = gated_delta_rule.verify(
-                *common, x["count"], state_order, key_head_dim=dim, new=new, backend=backend
-            )
+            o, ssm = gated_delta_rule.verify(*common, x["count"], state_order, new=new, **static)
         else:
-            return {"ssm": gated_delta_rule.fold(*common, x["count"], state_order, key_head_dim=dim, backend=backend)}
+            return {"ssm": gated_delta_rule.fold(*common, x["count"], state_order, **static)}
         return {"o": o, "ssm": ssm}
 
     return call
@@ -176,18 +188,19 @@ def delta(
     beta_scale: float = 1.0,
     gates: int = 0,
     in_place: bool = False,
+    stochastic: bool = False,
 ) -> Case:
     """Decode, verify of `old` pending and `new` rows, or fold of up to `old` rows; counts are `old`, 0 and `old` - 1.
 
     `gates` chooses a set of them: other values for the same code. `channels`: each has a decay of its own.
     `in_place` lets the order change where a row stays in its slot, which is against the contract of a pool that is not
-    mixed: programs of one head race.
+    mixed: programs of one head race. `stochastic`: states are rounded by noise, which the definition has, too.
     """
     value_dim = value_dim or dim
     name = f"{'kda' if channels else 'gdn'}-{kind}-{order[0]}-{order[1]}-{np.dtype(state).name}-{np.dtype(act).name}"
     name += f"-{old}+{new}" * (kind != "decode") + f"-{heads}x{dim}" * (dim != 128)
     name += f"x{value_dim}" * (value_dim != dim) + f"-beta{beta_scale:g}" * (beta_scale != 1)
-    name += f"-gates{gates}" * bool(gates) + "-race" * in_place
+    name += f"-gates{gates}" * bool(gates) + "-race" * in_place + "-stochastic" * stochastic
     r = random(name)
     # The second row is padding.
     read, write = [1, 0, 4], [2, 0, 4]
@@ -209,11 +222,13 @@ def delta(
                 x[part][row, here:old] = np.nan
     x |= {"read": np.array(read, np.int32), "write": np.array(write, np.int32), "count": np.array(count, np.int32)}
     x["ssm"] = pool_of(r, [slot for slot in read if slot], (heads, dim * value_dim), state, 0.1)
+    if stochastic:
+        x["keys"] = keys_of(r, 3)
     if order[0] == "mixed":
         x["stored"] = np.array([True, False, False])
     real = np.array([True, False, True])
     exact = CHANNELS if channels and gates else FLOAT32
-    bounds = {"ssm": exact if state == np.float32 else ROUNDED}
+    bounds = {"ssm": STEPPED if stochastic else exact if state == np.float32 else ROUNDED}
     if kind != "fold":
         bounds["o"] = SUMMED if act == np.float32 else ROUNDED
     return Case(
@@ -225,6 +240,7 @@ def delta(
         seen={"ssm": slots_mask(x["ssm"], [write[0], write[2]]), "o": real.reshape(3, *(1,) * (len(lead) + 1))},
         kept={"ssm": ~slots_mask(x["ssm"], [write[0], write[2]])},
         padding={"o": ~real.reshape(3, *(1,) * (len(lead) + 1))},
+        rounded=frozenset({"ssm"} if stochastic else ()),
     )
 
 
@@ -294,7 +310,16 @@ def chunked_op(order: tuple[str, str], dim: int, beta_scale: float) -> Op:
         rows, chunks = rows_and_chunks(x)
         gates, state_order = gates_in(x, beta_scale), order_in(x, order)
         o, ssm = gated_delta_rule.prefill(
-            x["qkv"], gates, x["ssm"], layer, rows, chunks, state_order, key_head_dim=dim, backend=backend
+            x["qkv"],
+            gates,
+            x["ssm"],
+            layer,
+            rows,
+            chunks,
+            state_order,
+            key_head_dim=dim,
+            rounding=rounding_in(x),
+            backend=backend,
         )
         terms = channel_chunk_terms if gates.per_channel else chunk_terms
         return {"o": o, "ssm": ssm} | (terms(x, gates, chunks, dim) if backend.is_reference else {})
@@ -399,12 +424,14 @@ def chunked(
     beta_scale: float = 1.0,
     kept: bool = False,
     gates: int = 0,
+    stochastic: bool = False,
 ) -> Case:
-    """Two rows of a prefill step, the first in two chunks; `kept`: with checkpoints."""
+    """Two rows of a prefill step, the first in two chunks; `kept`: with checkpoints. `stochastic`: see `delta`."""
     value_dim = value_dim or dim
     name = f"{'kda' if channels else 'gdn'}-prefill-{order[0]}-{order[1]}-{np.dtype(state).name}-{np.dtype(act).name}"
     name += f"-{heads}x{dim}" * (dim != 128) + f"x{value_dim}" * (value_dim != dim)
     name += f"-beta{beta_scale:g}" * (beta_scale != 1) + "-kept" * kept + f"-gates{gates}" * bool(gates)
+    name += "-stochastic" * stochastic
     r = random(name)
     x = packed(lengths, TOKENS, CHECKPOINTS if kept else None) | prefill_slots()
     keys = key_heads * dim
@@ -418,6 +445,8 @@ def chunked(
     for part in ("qkv", "a", "b"):
         x[part][sum(lengths) :] = np.nan
     x["ssm"] = pool_of(r, [4], (heads, dim * value_dim), state, 0.1)
+    if stochastic:
+        x |= {"keys": keys_of(r, 3)} | ({"checkpoint_keys": keys_of(r, len(x["checkpoint"]))} if kept else {})
     if order[0] == "mixed":
         x["stored"] = np.array([True, False, False])
     written = [1, 2] + [3, 5] * kept
@@ -440,6 +469,7 @@ def chunked(
         {"o": bound, "ssm": bound if state == np.float32 else CHUNKED_ROUNDED} | terms,
         seen={"o": x["token_valid"][:, None, None], "ssm": slots_mask(x["ssm"], written)} | seen,
         kept={"ssm": ~slots_mask(x["ssm"], written)},
+        rounded=frozenset({"ssm"} if stochastic else ()),
     )
 
 
