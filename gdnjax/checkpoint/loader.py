@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import mmap
@@ -163,10 +164,7 @@ def load_params(
                 return values
             assert isinstance(source, QuantisedSource), "only such a checkpoint has codes"
             codes = _reader(source.codes, names, origin, leaf.codes, placement)
-
-            def scales(block: Slices) -> np.ndarray:
-                return coded.read_scales(source, names.language, origin, leaf.grid, leaf.shape, block)
-
+            scales = functools.partial(coded.read_scales, source, names.language, origin, leaf.grid, tuple(leaf.shape))
             return dataclasses.replace(
                 leaf,
                 codes=_load_parameter(codes, leaf.codes, placement),

@@ -130,17 +130,17 @@ def _products(
     def one_step(i, sums):
         place = i * depth + step
         within = place < inputs
-        x = x_formed = None
+        x = {}
         if not all(of_codes):
-            x = load(x_ref, (row[:, None], place[None, :]), real, within)
+            x[False] = load(x_ref, (row[:, None], place[None, :]), real, within)
         if any(of_codes):
-            x_formed = load(formed_refs[0], (formed[:, None], place[None, :]), formed_real, within)
+            x[True] = load(formed_refs[0], (formed[:, None], place[None, :]), formed_real, within)
         products = []
         for operand, total, coded in zip(operands, sums, of_codes, strict=True):
             there = None if operand.shape[0] % columns == 0 else column < operand.shape[0]
             weight = load(operand.refs[0], (column[:, None], place[None, :]), there, within)
             # The matrix is the left operand: few rows are the short side of the product.
-            products.append(total + operand.product(weight, x_formed if coded else x, column, i * depth, there))
+            products.append(total + operand.product(weight, x[coded], column, i * depth, there))
         return tuple(products)
 
     begin, end = split * steps // splits, (split + 1) * steps // splits
