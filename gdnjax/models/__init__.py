@@ -230,16 +230,16 @@ def abstract_params(
     none of such a parameter.
     """
     local = nnx.to_pure_dict(nnx.split(_abstract(config, dtype, tp, mtp, REFERENCE))[1])
-    rest = dict(coded)
+    names = {sharding.path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(local)[0]}
+    other = [name for name in coded if name not in names or not partition.CODED.fullmatch(name)]
+    if other:
+        raise ValueError(f"parameters that cannot be held as codes: {', '.join(other)}")
 
     def as_held(path, leaf):
-        form = rest.pop(sharding.path_name(path), None)
+        form = coded.get(sharding.path_name(path))
         return leaf if form is None else form.abstract(leaf.shape)
 
     local = jax.tree_util.tree_map_with_path(as_held, local)
-    other = [*rest, *(name for name in coded if not partition.CODED.fullmatch(name))]
-    if other:
-        raise ValueError(f"parameters that cannot be held as codes: {', '.join(other)}")
 
     def global_shape(path, leaf):
         spec = partition.spec_of(sharding.path_name(path))

@@ -468,7 +468,7 @@ def test_block_for_a_device_with_its_own_memory_is_a_view_where_the_file_has_it_
             names = {part.tensor: next(full for full in stored if full.endswith(part.tensor)) for part in origin.parts}
             reads = copies(origin, tuple(slice(0, size) for size in values.shape))
             for in_memory in (True, False):
-                block = loader._block(source, names, reads, values.shape, np.dtype(dtype), in_memory=in_memory)
+                block = loader._block(source.read, names, reads, values.shape, np.dtype(dtype), in_memory=in_memory)
                 np.testing.assert_array_equal(block, values.astype(ml_dtypes.bfloat16).astype(dtype), err_msg=name)
                 if block.flags.writeable:
                     # A CPU device takes it over as it is.

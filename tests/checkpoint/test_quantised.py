@@ -14,7 +14,7 @@ from gdnjax.checkpoint.quantised import QuantisedSource, weights_of
 from gdnjax.checkpoint.sources import read_whole
 from gdnjax.config.quantization import read_quantization
 from gdnjax.models import abstract_params, partition
-from gdnjax.quantized import Quantized, dequantized
+from gdnjax.quantized import CodeFormat, Quantized, dequantized
 from tests import quantised
 from tests.checkpoint import tiny
 
@@ -409,3 +409,81 @@ def test_any_slice_is_that_of_the_whole(method):
         np.testing.assert_array_equal(source.read(NAME, index), values[index])
     # The codes are near what they were made of.
     assert np.abs(values - WEIGHT).max() < {"int4": 0.3, "int8": 0.02}.get(read_quantization(raw).codes, 0.15)
+
+
+def _by_name(params):
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))[0]
+    return {sharding.path_name(path): leaf for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("method", [None, "fp8, bfloat16 scales"], ids=["numbers", "blocks"])
+def test_weights_are_made_fp8_by_row_as_they_are_loaded(tmp_path, method):
+    """Each row's largest number is the largest code, whatever a rank has of the row, and the error is what is said."""
+    cfg, how = MODELS["moe"]
+    stored = tiny.stored_tensors(tiny.model_tensors(cfg), cfg, **how)
+    quantization, _ = _write(tmp_path, stored, method or "fp8, bfloat16 scales")
+    directory = tmp_path / ("codes" if method else "values")
+    cfg = dataclasses.replace(cfg, quantization=quantization if method else None)
+    one, report = _load(directory, cfg, 1, quantization="fp8_per_channel")
+    many, other = _load(directory, cfg, 4, quantization="fp8_per_channel")
+    plain, plain_of_four = (_by_name(_load(directory, cfg, tp)[0]) for tp in (1, 4))
+    one, many = _by_name(one), _by_name(many)
+    off = size = 0.0
+    coded = {name for name, leaf in one.items() if isinstance(leaf, Quantized)}
+    assert "layers.0.linear_attn.in_proj_z.weight" in coded
+    assert not any(name.endswith(("in_proj_a.weight", "in_proj_b.weight", "norm.weight")) for name in coded)
+    for name in coded:
+        (numbers,) = _on_ranks(one[name], 1, name)
+        expected = np.asarray(plain[name])
+        codes = np.asarray(one[name].codes).astype(np.float32)
+        assert np.all(np.abs(codes).max(-1) == 448), name
+        # Half a unit in the last of 4 bits, or of the smallest code.
+        assert np.all(
+            np.abs(numbers - expected) <= np.maximum(np.abs(expected) / 16, np.asarray(one[name].scale) / 1024)
+        )
+        off, size = off + np.sum((numbers - expected) ** 2), size + np.sum(expected**2)
+        for part, of_four in zip(_on_ranks(many[name], 4, name), _on_ranks(plain_of_four[name], 4, name), strict=True):
+            rows = {row.tobytes() for row in part.reshape(-1, part.shape[-1])}
+            assert len(rows) > 1
+            assert np.abs(part - of_four).max() < np.abs(of_four).max() / 16
+    assert report.made_fp8 is not None
+    assert report.made_fp8[0] == len(coded)
+    assert report.made_fp8[1] == pytest.approx(np.sqrt(off / size), rel=1e-4)
+    assert 0.01 < report.made_fp8[1] < 0.04
+    assert f"made float8_e4m3fn by row: {len(coded)}, of a relative error of 0.0" in str(report)
+    # q, k and v of a rank stand together, so only rows that no rank's order moves are compared as they are.
+    name = "layers.1.self_attn.o_proj.weight"
+    np.testing.assert_array_equal(np.asarray(one[name].codes), np.asarray(many[name].codes))
+    np.testing.assert_array_equal(np.asarray(many[name].scale), np.repeat(np.asarray(one[name].scale), 4, axis=1))
+    assert other.made_fp8 is not None
+
+
+def test_codes_of_another_grid_than_the_checkpoint_has_are_named(tmp_path):
+    cfg, how = MODELS["dense"]
+    quantization, _ = _write(tmp_path, tiny.stored_tensors(tiny.model_tensors(cfg), cfg, **how), "fp8, float32 scales")
+    cfg = dataclasses.replace(cfg, quantization=quantization)
+    name = "layers.0.mlp.up_proj.weight"
+    abstract = abstract_params(cfg, 1, "float32", coded={name: CodeFormat("float8_e4m3fn", (4, 4))})
+    with pytest.raises(ValueError, match=r"another grid; .*layers\.0\.mlp\.up_proj\.weight \(float8_e4m3fn, 4 x 4\)"):
+        load_params(tmp_path / "codes", cfg, abstract, sharding.make_mesh(1), progress=False)
+    with pytest.raises(ValueError, match=r"cannot be held as codes: norm\.weight"):
+        abstract_params(cfg, 1, "float32", coded={"norm.weight": CodeFormat("int8", (1, 1))})
+
+
+def test_weight_of_which_a_part_has_no_codes_is_read_as_numbers(tmp_path):
+    """As one expert that was left alone: the parameter is one array."""
+    cfg, how = MODELS["moe"]
+    raw, write = FORMATS["fp8, float32 scales"]
+    tensors = {}
+    for name, tensor in tiny.stored_tensors(tiny.model_tensors(cfg), cfg, **how).items():
+        left_alone = "layers.0.mlp.experts.1.down_proj" in name or not quantised.is_quantised(name, tensor)
+        tensors |= {name: tensor} if left_alone else write(name, tensor)[0]
+    tiny.write_sharded(tmp_path, tensors)
+    cfg = dataclasses.replace(cfg, quantization=read_quantization(raw))
+    params, report = _load(tmp_path, cfg, 1, quantization="auto")
+    params = _by_name(params)
+    assert not isinstance(params["layers.0.mlp.experts.down_proj"], Quantized)
+    assert isinstance(params["layers.1.mlp.experts.down_proj"], Quantized)
+    # The two others of its three.
+    assert report.dequantised == 2
+    assert "2 of them dequantised as they were read" in str(report)

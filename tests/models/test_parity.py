@@ -218,6 +218,22 @@ def test_logits_of_an_fp8_checkpoint_equal_those_of_transformers_dequantised_mod
     assert error < LOGIT_BOUND
 
 
+def test_greedy_tokens_of_an_fp8_checkpoint_on_ranks_equal_transformers(tmp_path, near_ties):
+    """Its codes stay codes. Ranks cut blocks of 8 x 8."""
+    pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
+    checkpoints.write_checkpoint("qwen3_5_moe_text", tmp_path)
+    write_tokenizer(tmp_path, vocab_size=400)
+    checkpoints.quantise_in_place(tmp_path, (8, 8))
+    prompts = [checkpoints.prompt_tokens(length) for length in (1, 65, 130)]
+    reference = checkpoints.reference_greedy(tmp_path, prompts, 16)
+    with _engine(tmp_path, 2) as llm:
+        assert llm.load_report is not None
+        assert llm.load_report.dequantised == 0
+        tokens = _generate_greedily(llm, prompts, 16)
+    _check_greedy("qwen3_5_moe_text in FP8, 2 ranks", prompts, tokens, reference, near_ties)
+
+
 def test_head_that_is_stored_as_a_layer_drafts_what_transformers_drafts(tmp_path, near_ties):
     """Its logits, and then an engine that speculates with it: over latents, without a state to fold, and past a hit.
 

@@ -1,0 +1,67 @@
+"""A model whose weights are codes and scales is the model of the numbers that they stand for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdnjax import abstract_params, build_model, full_logits, random_params, sharding
+from gdnjax.backend import INTERPRET
+from gdnjax.checkpoint.coded import usual_formats
+from gdnjax.quantized import CodeFormat, Quantized, dequantized
+from tests.micro import MICRO
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+
+def _coded(grid):
+    """Formats of all projections of the model; `grid` None: a scale for each row."""
+    leaves = jax.tree_util.tree_flatten_with_path(abstract_params(MICRO, 1, "float32"))[0]
+    shapes = {sharding.path_name(path): leaf.shape for path, leaf in leaves}
+    usual = usual_formats(shapes, 1, "fp8_per_channel")
+    return usual if grid is None else {name: CodeFormat(form.codes, grid) for name, form in usual.items()}
+
+
+@pytest.mark.parametrize("grid", [None, (16, 16), (5, 32)], ids=str)
+def test_logits_are_those_of_the_numbers(grid):
+    coded = _coded(grid)
+    params = random_params(MICRO, 1, "float32", jax.random.key(0), coded=coded)
+
+    def is_coded(leaf):
+        return isinstance(leaf, Quantized)
+
+    held = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_coded) if is_coded(leaf)]
+    assert len(held) == len(coded) > 10
+    assert {leaf.codes.dtype for leaf in held} == {jnp.dtype(jnp.float8_e4m3fn)}
+    plain = jax.tree.map(lambda leaf: dequantized(leaf, jnp.float32), params, is_leaf=is_coded)
+    model = build_model(MICRO, "float32")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, MICRO.vocab_size, 70), jnp.int32)
+    expected = np.asarray(full_logits(model, plain, tokens))
+    # The reference makes the same numbers of the codes.
+    np.testing.assert_array_equal(np.asarray(full_logits(model, params, tokens)), expected)
+    # Kernels sum in another order; the bound is that of the parity tests.
+    actual = np.asarray(full_logits(model.on(INTERPRET), params, tokens))
+    assert np.abs(actual - expected).max() < 2e-4 * np.abs(expected).max()
+    assert len(np.unique(expected.argmax(-1))) > 5
+
+
+def test_rows_of_a_prompt_are_rounded_only_where_it_is_asked_for():
+    """W8A8: another model, a little, and the same one in steps of few rows."""
+    params = random_params(MICRO, 1, "float32", jax.random.key(0), coded=_coded(None))
+    model = build_model(MICRO, "float32")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, MICRO.vocab_size, 200), jnp.int32)
+    expected, actual = (
+        np.asarray(full_logits(build_model(MICRO, "float32", backend=backend), params, tokens))
+        for backend in (model.backend, dataclasses.replace(model.backend, quantize_activations=True))
+    )
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert 1e-3 < error < 0.2
+    few = tokens[:40]
+    np.testing.assert_array_equal(
+        *(
+            np.asarray(full_logits(build_model(MICRO, "float32", backend=backend), params, few))
+            for backend in (model.backend, dataclasses.replace(model.backend, quantize_activations=True))
+        )
+    )
