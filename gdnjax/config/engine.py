@@ -59,9 +59,9 @@ class EngineConfig:
       kv_cache_dtype          keys and values: "auto" (as weights and activations), "float32", "bfloat16", or of 8 bits
                               with a float32 scale for each token and head: "fp8" (float8_e4m3fn) or "int8". Latents
                               (MLA) are not stored in 8 bits.
-      quantize_activations    round what goes into projections of prompts to float8_e4m3fn, with a scale for each token,
-                              where their weights are float8_e4m3fn with a scale for each output (W8A8): faster, and
-                              another model, a little. Decode and verify steps never do.
+      quantize_activations    round what goes into projections to float8_e4m3fn, with a scale for each token, in steps of
+                              more than 128 rows (prompts, large verify steps) where weights are float8_e4m3fn with a
+                              scale for each output (W8A8): faster, and another model, a little.
       ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".
       ssm_rounding            how states are rounded to bfloat16, whenever a step stores them: to the "nearest", or
                               "stochastic", by noise of (seed, position, layer, element), so that what is too small for

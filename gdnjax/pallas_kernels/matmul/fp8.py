@@ -2,7 +2,7 @@
 
 in halves    rows as two of float8_e4m3fn each, which lose nothing (`gdnjax.pallas_kernels.codes`), for the rows of a
              verify step, of which there are too many for the kernels, and for which XLA would widen all of a matrix
-by token     rows rounded to float8_e4m3fn, with a scale for each (W8A8), for prompts, where it is asked for
+by token     rows rounded to float8_e4m3fn, with a scale for each (W8A8), where it is asked for
 """
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from gdnjax.quantized import Quantized, Weight
 from gdnjax.shapes import Array
 
 FEW = 128
-"""Rows up to which activations are not rounded: those of decode steps."""
+"""Rows up to which activations are not rounded: those that kernels take."""
 
 MOST_IN_HALVES = 512
 """Rows from which on twice as many products take longer than widening the matrix. One H100, 4096 x 12288."""
