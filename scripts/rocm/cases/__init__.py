@@ -12,6 +12,9 @@ from rocm.cases.recurrent import chunked, conv, conv_prefill, delta
 
 __all__ = ["Bound", "Case", "cases", "race"]
 
+BY_ROW = (1, 1 << 10)
+"""The grid of a scale for each output."""
+
 KV, VK, MIXED_KV, MIXED_VK = ("kv", "kv"), ("vk", "vk"), ("mixed", "kv"), ("mixed", "vk")
 
 
@@ -118,23 +121,23 @@ def cases() -> list[Case]:
 
 def coded_products() -> list[Case]:
     """Of weights of eight bits: both types, scales of blocks and of rows, blocks that are cut, codes beside numbers."""
-    int8, by_row = np.int8, (1, 1 << 10)
+    int8 = np.int8
     return [
         every_code(FLOAT8),
         every_code(int8),
         product("narrow", 3, codes=FLOAT8, numbers=(1,)),
         product("narrow", 3, depth=200, codes=int8, grid=(16, 16), numbers=(0,)),
-        product("narrow", 40, outputs=(80, 24, 1), codes=FLOAT8, grid=by_row),
-        product("wide", 3, depth=200, codes=FLOAT8, grid=by_row),
+        product("narrow", 40, outputs=(80, 24, 1), codes=FLOAT8, grid=BY_ROW),
+        product("wide", 3, depth=200, codes=FLOAT8, grid=BY_ROW),
         product("wide", 40, depth=200, codes=FLOAT8, grid=(24, 48), numbers=(1,)),
         product("wide", 40, codes=int8),
         product("swiglu", 3, outputs=(80, 80), codes=FLOAT8),
         product("swiglu", 3, outputs=(80, 80), codes=int8, numbers=(1,)),
         product("swiglu", 40, depth=200, outputs=(80, 80), codes=FLOAT8, grid=(16, 16)),
         product("split", 3, depth=1024, outputs=(96,), codes=FLOAT8),
-        product("split", 3, depth=1024, outputs=(96,), codes=int8, grid=by_row),
+        product("split", 3, depth=1024, outputs=(96,), codes=int8, grid=BY_ROW),
         grouped("few", codes=FLOAT8),
-        grouped("few", depth=200, width=72, codes=np.int8, grid=by_row),
+        grouped("few", depth=200, width=72, codes=np.int8, grid=BY_ROW),
         grouped("many", depth=104, width=72, codes=FLOAT8, grid=(16, 16)),
     ]
 
