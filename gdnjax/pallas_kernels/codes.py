@@ -15,12 +15,14 @@ one column of scales. Sums of fp8 on an H100 keep fewer bits than float32; they 
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
+from gdnjax.memory import check_one_byte_pool
 from gdnjax.pallas_kernels.launch import LEAST, dot, power_of_two
 from gdnjax.quantized import Quantized, Weight
 from gdnjax.shapes import Array
@@ -90,10 +92,20 @@ def type_of(*weights: Weight) -> str | None:
 
 
 def flat(*weights: Weight) -> tuple[list[Array], tuple[tuple[int, int] | None, ...]]:
-    """The operands of a launch that weights are, and the grid of each; None: numbers."""
+    """The operands of a launch that weights are, and the grid of each; None: numbers.
+
+    Raises ValueError for more codes than a kernel can number (see `memory.UNNUMBERED`).
+    """
     arrays, grids = [], []
     for weight in weights:
         coded = isinstance(weight, Quantized)
+        if coded:
+            try:
+                check_one_byte_pool(f"codes {list(weight.shape)}", math.prod(weight.shape))
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. Use more ranks, quantization='dequantized', or kernels='reference'"
+                ) from None
         arrays += [weight.codes, weight.scale] if coded else [weight]
         grids.append(weight.grid if coded else None)
     return arrays, tuple(grids)

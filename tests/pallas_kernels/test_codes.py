@@ -1,10 +1,14 @@
 """Products with weights of eight bits, against float64 of code times scale."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import codes, matmul
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.quantized import Quantized
@@ -133,3 +137,19 @@ def test_two_types_of_codes_in_one_product_are_named(backend):
         return
     with pytest.raises(ValueError, match="codes of several types: float8_e4m3fn, int8"):
         matmul.project(jnp.zeros((2, 32), jnp.bfloat16), one, other, backend=backend)
+
+
+def test_more_codes_than_a_kernel_can_number_are_refused():
+    """Those of 512 experts of 4096 x 2048; of half as many inputs and outputs they are not."""
+
+    def out_of(inputs, outputs):
+        grid = (128, 128)
+        scale = jax.ShapeDtypeStruct((512, outputs // 128, inputs // 128), jnp.float32)
+        experts = Quantized(jax.ShapeDtypeStruct((512, outputs, inputs), jnp.float8_e4m3fn), scale, grid)
+        x, sizes = jax.ShapeDtypeStruct((64, inputs), jnp.bfloat16), jax.ShapeDtypeStruct((512,), jnp.int32)
+        call = functools.partial(grouped_matmul, backend=Backend("pallas", "gfx942"))
+        return jax.eval_shape(call, x, experts, sizes)
+
+    assert out_of(2048, 1024).shape == (64, 1024)
+    with pytest.raises(ValueError, match=r"codes \[512, 2048, 4096\] of 4,294,967,296 .* Use more ranks"):
+        out_of(4096, 2048)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from rocm.cases import (
     BFLOAT16,
+    BY_ROW,
+    FLOAT8,
     Case,
     attention,
     chunked,
@@ -19,6 +21,7 @@ from rocm.cases import (
     conv_prefill,
     delta,
     draw,
+    every_code,
     grouped,
     kv_write,
     latent,
@@ -51,9 +54,19 @@ CASES = [
     latent("split", value_dim=24, rest=8, blocks=32),
     latent_write(width=80),
     grouped("few"),
+    grouped("few", codes=FLOAT8),
+    grouped("many", depth=104, width=72, codes=FLOAT8, grid=(16, 16)),
+    grouped("few", depth=200, width=72, codes=np.int8, grid=BY_ROW),
     product("narrow", 3),
     product("swiglu", 3, outputs=(80, 80)),
     product("split", 3, depth=1024, outputs=(96,)),
+    product("narrow", 3, codes=FLOAT8, numbers=(1,)),
+    product("narrow", 40, codes=FLOAT8, grid=BY_ROW),
+    product("wide", 40, depth=200, codes=np.int8, grid=(24, 48), numbers=(1,)),
+    product("swiglu", 3, depth=200, outputs=(80, 80), codes=FLOAT8, grid=(16, 16)),
+    product("split", 3, depth=1024, outputs=(96,), codes=FLOAT8),
+    every_code(FLOAT8),
+    every_code(FLOAT8, rows=3),
     draw(),
 ]
 

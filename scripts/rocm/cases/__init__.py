@@ -7,10 +7,13 @@ import numpy as np
 
 from rocm.cases.attention import attention, kv_write, latent, latent_write
 from rocm.cases.case import BFLOAT16, FLOAT8, Bound, Case
-from rocm.cases.products import draw, grouped, product
+from rocm.cases.products import draw, every_code, grouped, product
 from rocm.cases.recurrent import chunked, conv, conv_prefill, delta
 
 __all__ = ["Bound", "Case", "cases", "race"]
+
+BY_ROW = (1, 1 << 10)
+"""The grid of a scale for each output."""
 
 KV, VK, MIXED_KV, MIXED_VK = ("kv", "kv"), ("vk", "vk"), ("mixed", "kv"), ("mixed", "vk")
 
@@ -110,8 +113,32 @@ def cases() -> list[Case]:
         *(product(kind, rows) for rows in (3, 40) for kind in ("narrow", "wide")),
         *(product("swiglu", rows, outputs=(80, 80)) for rows in (3, 40)),
         product("split", 3, depth=1024, outputs=(96,)),
+        *coded_products(),
         draw(),
         draw(bounded=True),
+    ]
+
+
+def coded_products() -> list[Case]:
+    """Of weights of eight bits: both types, scales of blocks and of rows, blocks that are cut, codes beside numbers."""
+    int8 = np.int8
+    return [
+        every_code(FLOAT8),
+        every_code(int8),
+        product("narrow", 3, codes=FLOAT8, numbers=(1,)),
+        product("narrow", 3, depth=200, codes=int8, grid=(16, 16), numbers=(0,)),
+        product("narrow", 40, outputs=(80, 24, 1), codes=FLOAT8, grid=BY_ROW),
+        product("wide", 3, depth=200, codes=FLOAT8, grid=BY_ROW),
+        product("wide", 40, depth=200, codes=FLOAT8, grid=(24, 48), numbers=(1,)),
+        product("wide", 40, codes=int8),
+        product("swiglu", 3, outputs=(80, 80), codes=FLOAT8),
+        product("swiglu", 3, outputs=(80, 80), codes=int8, numbers=(1,)),
+        product("swiglu", 40, depth=200, outputs=(80, 80), codes=FLOAT8, grid=(16, 16)),
+        product("split", 3, depth=1024, outputs=(96,), codes=FLOAT8),
+        product("split", 3, depth=1024, outputs=(96,), codes=int8, grid=BY_ROW),
+        grouped("few", codes=FLOAT8),
+        grouped("few", depth=200, width=72, codes=np.int8, grid=BY_ROW),
+        grouped("many", depth=104, width=72, codes=FLOAT8, grid=(16, 16)),
     ]
 
 

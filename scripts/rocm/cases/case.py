@@ -65,6 +65,7 @@ class Case:
       clean    arrays that the definition gets in place of poisoned ones, where it is XLA that reads them.
       rounded  arrays that the definition gets as they are. All others of bfloat16 it gets widened to float32, so that
                nothing is rounded on its way to the result.
+      exact    what is wanted, in place of the definition, of `arrays` and `clean`: in float64, by numpy.
     """
 
     name: str
@@ -77,12 +78,15 @@ class Case:
     padding: dict[str, Any] = dataclasses.field(default_factory=dict)
     clean: dict[str, Any] = dataclasses.field(default_factory=dict)
     rounded: frozenset[str] = frozenset()
+    exact: Callable[[Arrays], dict[str, np.ndarray]] | None = None
 
     def call(self, arrays: Arrays, backend: Backend) -> dict[str, Any]:
         return self.op(arrays, self.layer, backend)
 
     def wanted(self) -> dict[str, np.ndarray]:
-        """The definition's outputs."""
+        """The definition's outputs, or what `exact` says."""
+        if self.exact is not None:
+            return self.exact(self.arrays | self.clean)
         arrays = {
             name: jnp.asarray(x, jnp.float32 if x.dtype == BFLOAT16 and name not in self.rounded else None)
             for name, x in (self.arrays | self.clean).items()

@@ -1,6 +1,7 @@
 """Cases of the products and of the sampler, which own no pools."""
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,8 @@ from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
 from gdnjax.pallas_kernels.matmul import kernels as matmul_kernels
 from gdnjax.pallas_kernels.matmul import tiles as matmul_tiles
-from rocm.cases.case import EXACT, Bound, Case, Op
+from gdnjax.quantized import Quantized, Weight
+from rocm.cases.case import BFLOAT16, EXACT, FLOAT8, Arrays, Bound, Case, Op, poison
 from rocm.cases.recurrent import LAYER, normal, random
 
 PRODUCT = Bound(norm=2.5e-3, place=2**-7, flips=2e-2)
@@ -20,38 +22,92 @@ NOISE = Bound(norm=1e-6, place=1e-6)
 """Two logarithms."""
 
 
+Grid = tuple[int, int]
+
+
+def coded(r: np.random.Generator, shape: tuple[int, ...], dtype, grid: Grid) -> dict[str, np.ndarray]:
+    """Codes of a matrix or of several, and scales that make them about as large as `normal` would, each its own."""
+    cells = tuple(-(-size // cell) for size, cell in zip(shape[-2:], grid, strict=True))
+    if np.dtype(dtype) == FLOAT8:
+        codes, typical = r.normal(0, 32, shape).astype(FLOAT8), 32
+    else:
+        codes, typical = r.integers(-127, 128, shape, dtype=np.int8), 73
+    scale = r.uniform(0.25, 2, (*shape[:-2], *cells)) / (typical * shape[-1] ** 0.5)
+    return {"codes": codes, "scale": scale.astype(np.float32)}
+
+
+def matrix(x: Arrays, name: str, grid: Grid | None) -> Weight:
+    """An op's argument: codes where there is a grid."""
+    return x[name] if grid is None else Quantized(x[f"{name}.codes"], x[f"{name}.scale"], grid)
+
+
+def exact(x: Arrays, name: str, grid: Grid | None) -> np.ndarray:
+    """The matrix in float64, scale by scale: none of the package's ways from codes to numbers."""
+    if grid is None:
+        return x[name].astype(np.float64)
+    codes, scale = x[f"{name}.codes"].astype(np.float64), x[f"{name}.scale"].astype(np.float64)
+    row, column = (np.arange(size) // cell for size, cell in zip(codes.shape[-2:], grid, strict=True))
+    return codes * scale[..., row[:, None], column[None, :]]
+
+
 @functools.cache
-def grouped_op() -> Op:
+def grouped_op(grid: Grid | None) -> Op:
     def call(x, layer, backend):
-        return {"out": grouped_matmul(x["x"], x["weight"], x["sizes"], backend=backend)}
+        weight = matrix(x, "weight", grid)
+        return {"out": grouped_matmul(x["x"], weight, x["sizes"], backend=backend)}
 
     return call
 
 
-def grouped(kind: str, depth: int = 256, width: int = 96) -> Case:
-    """Four experts, one of them without rows, and rows past the sum of the sizes: both are poison."""
-    name = f"grouped-{kind}-{depth}x{width}"
+def grouped(kind: str, depth: int = 256, width: int = 96, *, codes: Any = None, grid: Grid = (64, 64)) -> Case:
+    """Four experts, one of them without rows, and rows past the sum of the sizes: both are poison.
+
+    Of `codes` of that type, the values are those of float64.
+    """
+    name = f"grouped-{kind}-{depth}x{width}{_named(codes, grid)}"
     r = random(name)
     sizes = np.array([5, 0, 20, 3] if kind == "few" else [70, 0, 130, 3], np.int32)
     used = int(sizes.sum())
-    x = {"x": normal(r, (used + 4, depth)), "weight": normal(r, (4, width, depth), scale=depth**-0.5), "sizes": sizes}
+    shape, row = (4, width, depth), np.arange(used + 4)
+    x: dict[str, np.ndarray] = {"x": normal(r, (used + 4, depth))}
+    if codes is None:
+        x["weight"] = normal(r, shape, scale=depth**-0.5)
+    else:
+        x |= {f"weight.{part}": found for part, found in coded(r, shape, codes, grid).items()}
+    x["sizes"] = sizes
     # XLA's ragged product on the CPU selects nothing: it spreads what nobody asks for.
-    clean = {name: x[name].copy() for name in ("x", "weight")}
+    clean = {name: found.copy() for name, found in x.items() if name != "sizes"}
     x["x"][used:] = np.nan
-    x["weight"][1] = np.nan
-    seen = (np.arange(used + 4) < used)[:, None]
-    return Case(name, grouped_op(), x, LAYER, {"out": PRODUCT}, seen={"out": seen}, clean=clean)
+    for name_of, found in x.items():
+        if name_of.startswith("weight"):
+            found[1] = poison(found.shape[1:], found.dtype)
+    seen = (row < used)[:, None]
+
+    def by_hand(arrays: Arrays) -> dict[str, np.ndarray]:
+        weight = exact(arrays, "weight", grid)[np.minimum(np.searchsorted(np.cumsum(sizes), row, "right"), 3)]
+        return {"out": np.einsum("td,tfd->tf", arrays["x"].astype(np.float64), weight)}
+
+    return Case(
+        name,
+        grouped_op(None if codes is None else grid),
+        x,
+        LAYER,
+        {"out": PRODUCT},
+        seen={"out": seen},
+        clean=clean,
+        exact=None if codes is None else by_hand,
+    )
 
 
 @functools.cache
-def product_op(kind: str, count: int) -> Op:
+def product_op(kind: str, grids: tuple[Grid | None, ...]) -> Op:
     def call(x, layer, backend):
-        matrices = [x[f"w{i}"] for i in range(count)]
+        matrices = [matrix(x, f"w{i}", grid) for i, grid in enumerate(grids)]
         if kind == "swiglu":
             return {"out0": matmul.swiglu(x["x"], *matrices, backend=backend)}
         if kind == "wide" and not backend.is_reference:
             # Otherwise a product is wide from 4,097 outputs on.
-            tiles = matmul_tiles.of(backend, x["x"].shape[0], x["x"].dtype)
+            tiles = matmul_tiles.of(backend, x["x"], *matrices)
             assert tiles is not None
             found = matmul_kernels.project(x["x"], matrices, tiles.wide, backend)
         else:
@@ -61,14 +117,72 @@ def product_op(kind: str, count: int) -> Op:
     return call
 
 
-def product(kind: str, rows: int, depth: int = 192, outputs: tuple[int, ...] = (80, 24)) -> Case:
-    """Of kind "narrow", "wide", "split" (narrow, and so deep that its inputs are split) or "swiglu"."""
-    name = f"matmul-{kind}-{depth}x{'+'.join(map(str, outputs))}-{rows}"
+def product(
+    kind: str,
+    rows: int,
+    depth: int = 192,
+    outputs: tuple[int, ...] = (80, 24),
+    *,
+    codes: Any = None,
+    grid: Grid = (64, 64),
+    numbers: tuple[int, ...] = (),
+) -> Case:
+    """Of kind "narrow", "wide", "split" (narrow, and so deep that its inputs are split) or "swiglu".
+
+    Of `codes` of that type, the values are those of float64; the matrices that `numbers` counts are of bfloat16.
+    """
+    name = f"matmul-{kind}-{depth}x{'+'.join(map(str, outputs))}{_named(codes, grid)}"
+    name += "".join(f"-w{i}" for i in numbers) + f"-{rows}"
     r = random(name)
-    x = {"x": normal(r, (rows, depth))}
-    x |= {f"w{i}": normal(r, (n, depth), scale=depth**-0.5) for i, n in enumerate(outputs)}
-    count = 1 if kind == "swiglu" else len(outputs)
-    return Case(name, product_op(kind, len(outputs)), x, LAYER, {f"out{i}": PRODUCT for i in range(count)})
+    grids = tuple(None if codes is None or i in numbers else grid for i in range(len(outputs)))
+    x: dict[str, np.ndarray] = {"x": normal(r, (rows, depth))}
+    for i, (n, own) in enumerate(zip(outputs, grids, strict=True)):
+        if own is None:
+            x[f"w{i}"] = normal(r, (n, depth), scale=depth**-0.5)
+        else:
+            x |= {f"w{i}.{part}": found for part, found in coded(r, (n, depth), codes, own).items()}
+    return _product(name, kind, x, grids, PRODUCT)
+
+
+def every_code(codes: Any, rows: int = 64) -> Case:
+    """Each row takes out one input, so that every code there is comes through as it is, times a power of two."""
+    grid, depth, outputs = (16, 16), 64, 80
+    name = f"matmul-every-code{_named(codes, grid)}-{rows}"
+    bits = np.arange(outputs * depth).reshape(outputs, depth).astype(np.uint8)
+    found = bits.view(codes)
+    # A zero in place of NaN: elsewhere in its row it meets zeros.
+    found = np.where(np.isnan(found.astype(np.float32)), np.zeros((), codes), found)
+    x = {
+        "x": np.eye(rows, depth).astype(BFLOAT16),
+        "w0.codes": found,
+        "w0.scale": np.exp2(random(name).integers(-20, 20, (5, 4))).astype(np.float32),
+    }
+    return _product(name, "narrow", x, (grid,), EXACT)
+
+
+def _product(name: str, kind: str, x: dict[str, np.ndarray], grids: tuple[Grid | None, ...], bound: Bound) -> Case:
+    def by_hand(arrays: Arrays) -> dict[str, np.ndarray]:
+        rows = arrays["x"].astype(np.float64)
+        found = [rows @ exact(arrays, f"w{i}", grid).T for i, grid in enumerate(grids)]
+        if kind == "swiglu":
+            gate, up = found
+            found = [gate / (1 + np.exp(-gate)) * up]
+        return {f"out{i}": part for i, part in enumerate(found)}
+
+    count = 1 if kind == "swiglu" else len(grids)
+    return Case(
+        name,
+        product_op(kind, grids),
+        x,
+        LAYER,
+        {f"out{i}": bound for i in range(count)},
+        exact=by_hand if any(grids) else None,
+    )
+
+
+def _named(codes: Any, grid: Grid) -> str:
+    """How a case's name tells of codes."""
+    return "" if codes is None else f"-{np.dtype(codes).name.removesuffix('_e4m3fn')}-{grid[0]}x{grid[1]}"
 
 
 @functools.cache

@@ -69,6 +69,11 @@ def _half(function):
     return lambda *x: function(*(part & U32(0xFFFF) for part in x)) & U32(0xFFFF)
 
 
+def _low_24(x):
+    """The lower 24 bits, the highest of them as sign."""
+    return np.asarray(x) << I32(8) >> I32(8)
+
+
 def _shift_right_half(x, y):
     return (np.asarray(y).astype(np.uint16).view(np.int16).astype(I32) >> (x & U32(15)).astype(I32)).view(U32)
 
@@ -205,6 +210,8 @@ LANEWISE |= _table(
         "v_min3_i32": lambda x, y, z: np.minimum(np.minimum(x, y), z).view(U32),
         "v_max3_i32": lambda x, y, z: np.maximum(np.maximum(x, y), z).view(U32),
         "v_med3_i32": lambda x, y, z: np.maximum(np.minimum(x, y), np.minimum(np.maximum(x, y), z)).view(U32),
+        "v_mul_hi_i32": lambda x, y: (np.asarray(x).astype(I64) * y >> 32).astype(U32),
+        "v_mul_i32_i24": lambda x, y: (_low_24(x) * _low_24(y)).view(U32),
         "v_cvt_f32_i32": lambda x: as_bits(np.asarray(x).astype(F32)),
     },
 )
