@@ -44,6 +44,8 @@ LARGE = ModelConfig(
 
 GIB = 1 << 30
 
+STORED_PLAIN = [name for name in PRESETS if not name.endswith("-fp8")]
+
 
 def large_geometry(**overrides):
     options = {"tp": 4, "block_size": 16, "dtype": "bfloat16", "ssm_dtype": "bfloat16", "kv_cache_dtype": "fp8"}
@@ -463,7 +465,9 @@ def test_command_without_drafts_says_nothing_of_them(capsys):
     assert not re.search("draft|gates|MTP", text)
 
 
-@pytest.mark.parametrize(("name", "tp"), [*((name, 1) for name in PRESETS), ("qwen3.5-9b", 4), ("qwen3.5-35b-a3b", 2)])
+@pytest.mark.parametrize(
+    ("name", "tp"), [*((name, 1) for name in STORED_PLAIN), ("qwen3.5-9b", 4), ("qwen3.5-35b-a3b", 2)]
+)
 def test_weights_are_what_the_modules_hold(name, tp):
     """To the byte, of one rank: what `abstract_params` has, divided as the sharding table says. One period of layers
     stands for all."""
@@ -476,7 +480,7 @@ def test_weights_are_what_the_modules_hold(name, tp):
 
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", STORED_PLAIN)
 def test_eight_bit_weights_are_what_the_modules_hold(name, tp, quantization):
     """Codes and scales, to the byte; at some of these ranks cut blocks of 128."""
     whole = ModelConfig.from_hf(config_file(name))
@@ -526,7 +530,7 @@ def test_command_counts_weights_as_a_config_json_has_them(tmp_path, capsys):
     plain = report()
     assert plain == report("--quantization", "dequantized", quantization=channels)
     assert (plain["weight_codes"], plain["weight_bytes"]) == (None, 17_907_609_600)
-    assert main([*NINE, "--quantization", "fp8"]) == 0
+    assert main(["--config", "qwen3.5-9b-fp8"]) == 0
     assert "GiB in float8_e4m3fn and bfloat16" in capsys.readouterr().out
 
 
