@@ -79,8 +79,8 @@ Every cell is compared with the first float32 cell (the first cell, where there 
 answers, and all tokens, are the same. Where another float32 cell parts from it, the logits there are computed anew by
 one prefill of what is common: both tokens within {
     agreement.NEAR_TIE:g} of the best logit are a near tie, counted; anything else is
-a failure. bfloat16 cells and those with keys and values of 8 bits (kv) may differ, and the table says how often.
-Seconds hold neither loading nor compilation.
+a failure. bfloat16 cells and those with keys and values (kv) or weights of 8 bits may differ, and the table says how
+often. Seconds hold neither loading nor compilation.
 
 How far a cell is, and how many of its answers are right so far, is said on stderr every few seconds. The file of
 --output is written anew each time. A run that is interrupted (Ctrl-C, SIGTERM) prints the table of the cells that it
@@ -272,25 +272,30 @@ def run_cells(
     solve: Sequence[Problem],
     progress: Progress,
 ) -> Iterator[CellReport]:
-    """Runs the cells, float32 first, with the parameters loaded once for each dtype; yields each report.
+    """Runs the cells, float32 first and weights as they are before others, with the parameters loaded once for each
+    such; yields each report.
 
     The first float32 cell is the reference, or the first of all where there is none.
     """
     dtypes = {cell.name: own_dtype if cell.dtype == "auto" else cell.dtype for cell in chosen}
     reference: CellReport | None = None
-    for dtype in sorted(set(dtypes.values()), key=lambda dtype: dtype != "float32"):
-        of_dtype = [cell for cell in chosen if dtypes[cell.name] == dtype]
+    loads = dict.fromkeys((dtypes[cell.name], cell.quantization) for cell in chosen)
+    for dtype, quantization in sorted(loads, key=lambda load: (load[0] != "float32", load[1] != "auto")):
+        of_load = [cell for cell in chosen if (dtypes[cell.name], cell.quantization) == (dtype, quantization)]
+        options = {"mtp": any(map(cells.speculates, of_load)), "quantization": quantization}
         print(f"loading the model in {dtype}", file=sys.stderr, flush=True)
-        with cells.load(directory, dtype, work.progress, mtp=any(map(cells.speculates, of_dtype))) as loaded:
+        with cells.load(directory, dtype, work.progress, **options) as loaded:
+            if quantization != "auto":
+                print(f"loaded {loaded.load_report}", file=sys.stderr, flush=True)
             judge = None
-            for cell in of_dtype:
+            for cell in of_load:
                 progress.begin(cell.name, dtype)
                 made = cells.run_cell(cell, dtype, loaded, work, progress)
                 found = report.report_cell(made, solve, reference, None if cells.rounds_keys(cell) else judge)
                 progress.end()
                 if reference is None:
                     reference = found
-                if judge is None and dtype == "float32":
+                if judge is None and dtype == "float32" and not cells.rounds_weights(cell):
                     tokens = [completion.token_ids for completion in reference.run.completions]
                     judge = agreement.Teacher(loaded, work.prompts, tokens)
                 yield found

@@ -8,6 +8,8 @@ if __name__ == "__main__":
 import argparse
 import json
 import pathlib
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gdnjax.cli.command import exit_status, prepare_environment, run_as_process
@@ -16,6 +18,9 @@ DESCRIPTION = """\
 Writes a complete, tiny Qwen3.5-style checkpoint with random weights: config.json, generation_config.json,
 model.safetensors and a tokenizer trained on a few sentences. With --config it has the sizes of a published model, its
 MTP head included, in as many layers as are asked for, and is written as fast as the disk takes it.
+
+With --quantization projections are FP8 as published files have them: fp8, in blocks of 128 x 128, as Qwen's own; or
+fp8_per_channel, with a scale for each row, as compressed-tensors' FP8_DYNAMIC. Experts are stored one by one then.
 
 What it generates is noise. It is there to see that an installation works, to try the API, and to time the start.
 """
@@ -26,6 +31,7 @@ examples:
   python scripts/generate.py --model random-model -p "Hello"
   python scripts/make_random_checkpoint.py deeper --layers 24 --hidden-size 256    as many layers as a small real one
   python scripts/make_random_checkpoint.py big --config qwen3.5-9b --layers 4      four layers of a published model
+  python scripts/make_random_checkpoint.py fp8 --config qwen3.5-9b-fp8 --layers 4  and of its FP8 file
 
 Exit status: 0 done, 2 a bad argument (the reason is on stderr), 130 interrupted, 143 terminated.
 """
@@ -61,6 +67,49 @@ BLOCK = (1 << 24) - 3
 """Random values of which large weights are repetitions. Odd, so that no two rows of a matrix are equal."""
 
 SHARD_BYTES = 4 << 30
+
+QUANTIZED = re.compile(
+    r".*\.(?!in_proj_(?:a|b|ba)\.|[fg]_[ab]_proj\.|b_proj\.|eh_proj\.)(\w+_proj|in_proj_\w+|kv_a_proj_with_mqa)\.weight"
+)
+"""Tensors that published FP8 files have as codes: projections, but those to the gates of heads and the MTP head's own.
+"""
+
+SCALES = {"fp8": ("_scale_inv", "bfloat16"), "fp8_per_channel": ("_scale", "float32")}
+"""--quantization -> what the name of a scale ends in, and its dtype."""
+
+
+def quantization_config(quantization: str, left_alone: Sequence[str]) -> dict[str, Any]:
+    """What config.json says of weights so stored. `left_alone`: the modules that are not."""
+    if quantization == "fp8":
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": list(left_alone),
+        }
+    numbers = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(left_alone),
+    }
+
+
+def modules_left_alone(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Linear modules of a checkpoint's tensors that are not codes."""
+    return [
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and not QUANTIZED.fullmatch(name) and "embed_tokens" not in name
+    ]
 
 
 def model_config(*, vocab_size: int, layers: int, hidden_size: int, dtype: str) -> dict[str, Any]:
@@ -125,22 +174,34 @@ def write_tokenizer(directory: pathlib.Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def write_weights(directory: pathlib.Path, config: dict[str, Any], seed: int) -> None:
-    """Writes model.safetensors: gdnjax's own random parameters under the checkpoint's names."""
+def write_weights(directory: pathlib.Path, config: dict[str, Any], seed: int, quantization: str | None) -> list[str]:
+    """Writes model.safetensors: gdnjax's own random parameters under the checkpoint's names. Returns the linear modules
+    that are not codes.
+    """
     import jax
     import numpy as np
 
-    from gdnjax import ModelConfig, random_params, sharding
+    from gdnjax import ModelConfig, abstract_params, random_params, sharding
+    from gdnjax.checkpoint.coded import usual_formats
     from gdnjax.checkpoint.huggingface import write_file
 
     # Not under jit, which would compile every layer anew; and this generator compiles fastest.
     key = jax.random.key(seed, impl="unsafe_rbg")
-    params = random_params(ModelConfig.from_hf(config), 1, config["dtype"], key)
+    model = ModelConfig.from_hf(config)
+    leaves = jax.tree_util.tree_flatten_with_path(abstract_params(model, 1, config["dtype"]))[0]
+    shapes = {sharding.path_name(path): leaf.shape for path, leaf in leaves}
+    coded = usual_formats(shapes, 1, quantization) if quantization else {}
+    suffix, scale_dtype = SCALES[quantization] if quantization else ("", "")
+    params = random_params(model, 1, config["dtype"], key, coded=coded)
     tensors = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name = sharding.path_name(path)
-        tensors[name if name.startswith("lm_head.") else f"model.{name}"] = np.asarray(leaf)
+        name, part = sharding.path_name(path), np.asarray(leaf)
+        name = name if name.startswith("lm_head.") else f"model.{name}"
+        if name.endswith(".scale"):
+            name, part = name.removesuffix(".scale") + suffix, part.astype(scale_dtype)
+        tensors[name.removesuffix(".codes")] = part
     write_file(tensors, directory / "model.safetensors")
+    return modules_left_alone({name: tensor.shape for name, tensor in tensors.items()})
 
 
 def published_config(name: str, layers: int | None) -> dict[str, Any]:
@@ -158,11 +219,33 @@ def published_config(name: str, layers: int | None) -> dict[str, Any]:
     return config
 
 
+def take_quantization(config: dict[str, Any]) -> str | None:
+    """Takes the quantization_config out of a config.json: which of SCALES it says. Raises ValueError for another."""
+    from gdnjax.config.quantization import BLOCK, WHOLE, read_quantization
+
+    found = [
+        section.pop("quantization_config")
+        for section in (config, config.get("text_config", {}))
+        if "quantization_config" in section
+    ]
+    if not found:
+        return None
+    stored = read_quantization(found[0])
+    ways = {("fp8", (BLOCK,)): "fp8", ("compressed-tensors", ((1, WHOLE),)): "fp8_per_channel"}
+    if stored.codes != "float8_e4m3fn" or (stored.method, stored.grids) not in ways:
+        raise ValueError(
+            f"weights as its quantization_config ({stored.method}) has them are not written; allowed: --quantization "
+            f"{' or '.join(SCALES)}"
+        )
+    return ways[stored.method, stored.grids]
+
+
 class RepeatedValues:
     """A `TensorSource` of random tensors of a model's shapes, its MTP head included: repetitions of one block."""
 
-    def __init__(self, config: dict[str, Any], seed: int):
+    def __init__(self, config: dict[str, Any], seed: int, quantization: str | None = None):
         import jax
+        import jax.numpy as jnp
         import numpy as np
 
         from gdnjax import ModelConfig, sharding
@@ -175,12 +258,26 @@ class RepeatedValues:
         self._tensors: dict[str, jax.ShapeDtypeStruct] = {}
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
             name = sharding.path_name(path)
-            for part in origin_of(name, leaf.shape, model, 1, experts_apart=False).parts:
+            for part in origin_of(name, leaf.shape, model, 1, experts_apart=quantization is not None).parts:
                 stored = stored_name(part.tensor, model.mtp_layer_names)
-                prefix = "" if stored.startswith(("lm_head.", "mtp.")) else "model."
-                self._tensors[prefix + stored] = jax.ShapeDtypeStruct(part.shape, leaf.dtype)
-        self._block = np.random.default_rng(seed).standard_normal(BLOCK, np.float32) * np.float32(0.02)
+                stored = stored if stored.startswith(("lm_head.", "mtp.")) else f"model.{stored}"
+                self._tensors[stored] = jax.ShapeDtypeStruct(part.shape, leaf.dtype)
+        self.left_alone = modules_left_alone({name: tensor.shape for name, tensor in self._tensors.items()})
+        random = np.random.default_rng(seed)
+        self._block = random.standard_normal(BLOCK, np.float32) * np.float32(0.02)
         self._cast: dict[Any, Any] = {}
+        self._scale = np.zeros(0)
+        if quantization is None:
+            return
+        largest = np.abs(self._block).max() / np.float32(448)
+        self._scale = random.uniform(0.7, 1.3, 1021).astype(np.float32) * largest
+        self._cast[np.dtype(jnp.float8_e4m3fn)] = (self._block / largest).astype(jnp.float8_e4m3fn)
+        suffix, scale_dtype = SCALES[quantization]
+        for name in list(filter(QUANTIZED.fullmatch, self._tensors)):
+            rows, columns = self._tensors[name].shape
+            shape = (-(-rows // 128), -(-columns // 128)) if quantization == "fp8" else (rows, 1)
+            self._tensors[name] = jax.ShapeDtypeStruct((rows, columns), jnp.float8_e4m3fn)
+            self._tensors[name + suffix] = jax.ShapeDtypeStruct(shape, scale_dtype)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
@@ -195,6 +292,8 @@ class RepeatedValues:
         import numpy as np
 
         tensor = self._tensors[name]
+        if name.endswith(("_scale", "_scale_inv")):
+            return np.resize(self._scale, tensor.shape).astype(tensor.dtype)[index]
         if tensor.dtype not in self._cast:
             self._cast[tensor.dtype] = self._block.astype(tensor.dtype)
         return np.resize(self._cast[tensor.dtype], tensor.shape)[index]
@@ -214,8 +313,10 @@ def write_checkpoint(
     hidden_size: int | None = None,
     dtype: str | None = None,
     seed: int = 0,
+    quantization: str | None = None,
 ) -> None:
-    """Writes the whole checkpoint into a new or empty directory: of the sizes of `config`, or a tiny one.
+    """Writes the whole checkpoint into a new or empty directory: of the sizes of `config`, or a tiny one. Weights are
+    stored as `quantization`, a name of SCALES, or else the quantization_config of `config` says.
 
     Host memory holds a shard of SHARD_BYTES, or the largest tensor.
     """
@@ -229,6 +330,11 @@ def write_checkpoint(
         if hidden_size is not None or dtype is not None:
             raise ValueError("--config says sizes and dtype; --hidden-size and --dtype are for the tiny model")
         content = published_config(config, layers)
+        if quantization is None:
+            quantization = take_quantization(content)
+        else:
+            for section in (content, content.get("text_config", {})):
+                section.pop("quantization_config", None)
     hidden_size = HIDDEN_SIZE if hidden_size is None else hidden_size
     if hidden_size < 2 * HEAD_DIM or hidden_size % HEAD_DIM:
         raise ValueError(
@@ -239,12 +345,16 @@ def write_checkpoint(
     if config is not None:
         from gdnjax.checkpoint.huggingface import write_safetensors
 
-        write_safetensors(RepeatedValues(content, seed), directory, shard_bytes=SHARD_BYTES, progress=True)
+        values = RepeatedValues(content, seed, quantization)
+        write_safetensors(values, directory, shard_bytes=SHARD_BYTES, progress=True)
+        left_alone = values.left_alone
     else:
         content = model_config(
             vocab_size=vocab_size, layers=layers or LAYERS, hidden_size=hidden_size, dtype=dtype or "float32"
         )
-        write_weights(directory, content, seed)
+        left_alone = write_weights(directory, content, seed, quantization)
+    if quantization is not None:
+        content["quantization_config"] = quantization_config(quantization, left_alone)
     # What the published models recommend, so that a run without sampling flags takes the same steps as with them.
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20, "eos_token_id": END_OF_TURN}
     _write_json(directory / "generation_config.json", sampling)
@@ -266,6 +376,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help=f"decoder layers (default: {LAYERS}, or those of --config)")
     parser.add_argument("--hidden-size", type=int, help=f"a multiple of {HEAD_DIM} (default: {HIDDEN_SIZE})")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, or that of --config")
+    parser.add_argument(
+        "--quantization", choices=tuple(SCALES), help="store projections as FP8 (default: as --config says, or not)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     arguments = parser.parse_args(argv)
     return exit_status("make_random_checkpoint.py", lambda: run(arguments))

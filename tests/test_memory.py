@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from gdnjax import abstract_params, memory
+from gdnjax import abstract_params, memory, sharding
 from gdnjax.assets import EMBEDDED_MODEL, PRESETS, SAME_AS, config_file, model_directory
+from gdnjax.checkpoint.coded import usual_formats
 from gdnjax.config import AttentionConfig, DeltaConfig, EngineConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.memory.__main__ import build_parser, main
@@ -41,6 +43,8 @@ LARGE = ModelConfig(
 )
 
 GIB = 1 << 30
+
+STORED_PLAIN = [name for name in PRESETS if not name.endswith("-fp8")]
 
 
 def large_geometry(**overrides):
@@ -461,7 +465,9 @@ def test_command_without_drafts_says_nothing_of_them(capsys):
     assert not re.search("draft|gates|MTP", text)
 
 
-@pytest.mark.parametrize(("name", "tp"), [*((name, 1) for name in PRESETS), ("qwen3.5-9b", 4), ("qwen3.5-35b-a3b", 2)])
+@pytest.mark.parametrize(
+    ("name", "tp"), [*((name, 1) for name in STORED_PLAIN), ("qwen3.5-9b", 4), ("qwen3.5-35b-a3b", 2)]
+)
 def test_weights_are_what_the_modules_hold(name, tp):
     """To the byte, of one rank: what `abstract_params` has, divided as the sharding table says. One period of layers
     stands for all."""
@@ -472,7 +478,76 @@ def test_weights_are_what_the_modules_hold(name, tp):
         assert weight_bytes(config, tp=tp, dtype="bfloat16", mtp=mtp) == planning.weight_bytes(params, tp)
 
 
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", STORED_PLAIN)
+def test_eight_bit_weights_are_what_the_modules_hold(name, tp, quantization):
+    """Codes and scales, to the byte; at some of these ranks cut blocks of 128."""
+    whole = ModelConfig.from_hf(config_file(name))
+    config = dataclasses.replace(whole, layer_kinds=whole.layer_kinds[:4], mlp_kinds=whole.mlp_kinds[:4])
+    try:
+        config.shard(tp)
+    except ValueError:
+        assert (name, tp) == ("olmo-hybrid-7b", 4), "its 30 heads"
+        return
+    for mtp in {False, config.mtp_layers > 0}:
+        plain = jax.tree_util.tree_flatten_with_path(abstract_params(config, tp, "bfloat16", mtp=mtp))[0]
+        shapes = {sharding.path_name(path): leaf.shape for path, leaf in plain}
+        coded = usual_formats(shapes, tp, quantization)
+        held = planning.weight_bytes(abstract_params(config, tp, "bfloat16", mtp=mtp, coded=coded), tp)
+        assert weight_bytes(config, tp=tp, dtype="bfloat16", mtp=mtp, quantization=quantization) == held
+
+
+def test_unknown_quantization_is_refused():
+    with pytest.raises(ValueError, match="quantization must be one of 'fp8', 'fp8_per_channel', got 'fp4'"):
+        weight_bytes(LARGE, tp=1, dtype="bfloat16", quantization="fp4")
+
+
 NINE = ["--config", "qwen3.5-9b"]
+
+
+def test_command_counts_weights_as_a_config_json_has_them(tmp_path, capsys):
+    """9B: of 17.9 GB the embedding and the head, 2.03 GB each, stay bfloat16."""
+
+    def report(*flags, quantization=None):
+        config = json.loads(config_file("qwen3.5-9b").read_text())
+        if quantization is not None:
+            config["quantization_config"] = quantization
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert main(["--config", str(tmp_path), *flags, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    groups = {"config_groups": {"a": {"weights": {"type": "float", "num_bits": 8, "strategy": "channel"}}}}
+    channels = {"quant_method": "compressed-tensors", "format": "float-quantized", **groups}
+    blocks = report("--quantization", "fp8")
+    assert 10.9e9 < blocks["weight_bytes"] < 11.1e9
+    assert blocks["weight_codes"] == "float8_e4m3fn"
+    assert report(quantization={"quant_method": "fp8"})["weight_bytes"] == blocks["weight_bytes"]
+    rows = report("--quantization", "fp8_per_channel")["weight_bytes"]
+    assert report(quantization=channels)["weight_bytes"] == rows != blocks["weight_bytes"]
+    four = report(quantization={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    assert four["weight_codes"] == "int8"
+    plain = report()
+    assert plain == report("--quantization", "dequantized", quantization=channels)
+    assert (plain["weight_codes"], plain["weight_bytes"]) == (None, 17_907_609_600)
+    assert main(["--config", "qwen3.5-9b-fp8"]) == 0
+    assert "GiB in float8_e4m3fn and bfloat16" in capsys.readouterr().out
+
+
+def test_command_names_what_is_allowed_where_weights_are_on_several_grids(tmp_path, capsys):
+    config = json.loads(config_file("qwen3.5-9b").read_text())
+    kinds = ({"strategy": "channel"}, {"strategy": "tensor"})
+    groups = {str(i): {"weights": {"type": "float", "num_bits": 8, **kind}} for i, kind in enumerate(kinds)}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": groups,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["--config", str(tmp_path)]) == 2
+    assert "of 2 grids" in (problem := capsys.readouterr().err)
+    assert "allowed: fp8, fp8_per_channel, dequantized" in problem
+    assert main(["--config", str(tmp_path), "--quantization", "fp8"]) == 0
 
 
 def test_command_says_whether_a_model_fits(capsys):

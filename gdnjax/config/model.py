@@ -8,7 +8,7 @@ from typing import Any
 
 from gdnjax.cache_kinds import ITEMSIZE, CacheKind, CacheSpec, LeafSpec, Paged, Slot
 from gdnjax.config.checks import check_choice, check_positive
-from gdnjax.config.quantization import Quantization
+from gdnjax.config.quantization import WHOLE, Quantization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,39 @@ class MlpKind(enum.Enum):
     MOE = "moe"
 
 
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A matrix of one rank that may be held as codes of eight bits and scales.
+
+    split      what ranks share out: "outputs", "inputs", or "" where each has all of it
+    matrices   such matrices in one: experts
+    """
+
+    outputs: int
+    inputs: int
+    split: str = ""
+    matrices: int = 1
+
+    @property
+    def num_weights(self) -> int:
+        return self.matrices * self.outputs * self.inputs
+
+    def num_scales(self, grid: tuple[int, int], tp: int) -> int:
+        """Scales of one of `tp` ranks where (rows, columns) of weights share one; WHOLE: all of an axis. On an axis
+        that ranks share out, cells are of a size that the cuts respect.
+        """
+        count = self.matrices
+        for axis, size, cell in (("outputs", self.outputs, grid[0]), ("inputs", self.inputs, grid[1])):
+            cut = tp > 1 and axis == self.split
+            count *= 1 if cell == WHOLE else -(-size // (math.gcd(cell, size) if cut else cell))
+        return count
+
+
+def _gated_mlp(width: int, intermediate: int) -> tuple[Projection, ...]:
+    up = Projection(intermediate, width, "outputs")
+    return (up, up, Projection(width, intermediate, "inputs"))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaConfig:
     """Geometry of the Gated DeltaNet layers.
@@ -110,6 +143,10 @@ class DeltaConfig:
         """Parameters of a layer of a model so wide, without those that are always float32."""
         inputs = self.conv_dim + self.value_dim + 2 * self.num_value_heads
         return width * (inputs + self.value_dim) + self.conv_dim * self.conv_kernel + self.value_head_dim
+
+    def projections(self, width: int) -> tuple[Projection, ...]:
+        """Those of a layer that FP8 checkpoints have as codes."""
+        return _delta_projections(self, width, self.conv_dim, self.value_dim)
 
     @property
     def num_float32_weights(self) -> int:
@@ -185,6 +222,10 @@ class KimiDeltaConfig:
         low_rank = 2 * self.head_dim * self.value_dim
         return width * (inputs + self.value_dim) + low_rank + self.conv_dim * self.conv_kernel + self.head_dim
 
+    def projections(self, width: int) -> tuple[Projection, ...]:
+        """Those of a layer that FP8 checkpoints have as codes."""
+        return _delta_projections(self, width, self.conv_dim)
+
     @property
     def num_float32_weights(self) -> int:
         """A_log and dt_bias."""
@@ -216,6 +257,11 @@ class KimiDeltaConfig:
                 f"allowed: divisors of {self.num_heads}"
             )
         return dataclasses.replace(self, num_heads=self.num_heads // tp)
+
+
+def _delta_projections(delta: DeltaConfig | KimiDeltaConfig, width: int, *outputs: int) -> tuple[Projection, ...]:
+    inputs = tuple(Projection(size, width, "outputs") for size in outputs)
+    return (*inputs, Projection(width, delta.value_dim, "inputs"))
 
 
 def _delta_slot(
@@ -303,6 +349,12 @@ class AttentionConfig:
         """Parameters of a layer of a model so wide."""
         norms = self.num_heads + self.num_kv_heads if self.whole_norms else 2
         return (width * self._num_projected_heads + norms) * self.head_dim
+
+    def projections(self, width: int) -> tuple[Projection, ...]:
+        """Those of a layer that FP8 checkpoints have as codes."""
+        heads = ((1 + self.output_gate) * self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        inputs = tuple(Projection(count * self.head_dim, width, "outputs") for count in heads)
+        return (*inputs, Projection(width, self.num_heads * self.head_dim, "inputs"))
 
     @property
     def _num_projected_heads(self) -> int:
@@ -409,6 +461,15 @@ class LatentAttentionConfig:
         size += self.kv_lora_rank * self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
         return size + self.num_heads * self.v_head_dim * width
 
+    def projections(self, width: int) -> tuple[Projection, ...]:
+        """Those of a layer that stay codes: not what makes keys and values of latents, which is absorbed."""
+        heads, rank = self.num_heads * self.qk_head_dim, self.q_lora_rank
+        queries = (Projection(heads, width, "outputs"),)
+        if rank is not None:
+            queries = (Projection(rank, width), Projection(heads, rank, "outputs"))
+        out = Projection(width, self.num_heads * self.v_head_dim, "inputs")
+        return (*queries, Projection(self.latent_dim, width), out)
+
     @property
     def num_float32_weights(self) -> int:
         return 0
@@ -492,6 +553,12 @@ class MoeConfig:
         experts = 3 * (self.num_experts * self.intermediate_size + self.shared_intermediate_size)
         # The router, and the gate of the shared expert.
         return width * (experts + self.num_experts + self.shared_gate)
+
+    def projections(self, width: int) -> tuple[Projection, ...]:
+        """Those of a layer that FP8 checkpoints have as codes."""
+        up = Projection(2 * self.intermediate_size, width, "outputs", self.num_experts)
+        down = Projection(width, self.intermediate_size, "inputs", self.num_experts)
+        return (up, down, *_gated_mlp(width, self.shared_intermediate_size))
 
     @property
     def num_float32_weights(self) -> int:
@@ -605,6 +672,14 @@ class ModelConfig:
         found = self.delta if kind is LayerKind.DELTA else self.attention
         assert found is not None, "checked at construction for every kind that occurs"
         return found
+
+    def projections(self, mixer: LayerKind, mlp: MlpKind) -> tuple[Projection, ...]:
+        """Those of a layer that FP8 checkpoints have as codes."""
+        found = self.mixer(mixer).projections(self.hidden_size)
+        if mlp is MlpKind.DENSE:
+            return (*found, *_gated_mlp(self.hidden_size, self.intermediate_size))
+        assert self.moe is not None, "checked at construction"
+        return (*found, *self.moe.projections(self.hidden_size))
 
     @property
     def num_layers(self) -> int:

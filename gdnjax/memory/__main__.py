@@ -15,8 +15,9 @@ from gdnjax import memory
 from gdnjax.assets import PRESETS, SAME_AS, config_file
 from gdnjax.cache_kinds import CacheKind
 from gdnjax.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, ModelConfig
+from gdnjax.config.quantization import Quantization
 from gdnjax.memory import Accounting, MemoryPlan, StateGeometry
-from gdnjax.memory.weights import weight_bytes, workspace_estimate
+from gdnjax.memory.weights import GRIDS, weight_bytes, workspace_estimate
 
 GIB = 1 << 30
 
@@ -67,6 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (1); all bytes are those of one rank")
     add("--block-size", type=int, default=16, metavar="N", help="tokens in a block, a power of two (16)")
     add("--dtype", choices=DTYPES, default="auto", help="weights, activations, windows (auto: the model's)")
+    add(
+        "--quantization",
+        choices=("auto", *GRIDS, "dequantized"),
+        default="auto",
+        help="weights of projections: auto, codes of 8 bits where config.json has a quantization_config, on its grid; "
+        "fp8, in blocks of 128 x 128; fp8_per_channel, with a scale for each row; dequantized, as --dtype",
+    )
     add("--ssm-dtype", choices=("float32", "bfloat16"), default="float32", help="the recurrent state (float32)")
     add(
         "--kv-cache-dtype",
@@ -167,7 +175,8 @@ class Fit:
 class Report:
     """What is printed. `budget_bytes` is None, and there are no accountings, where no budget was given.
 
-    `plain` is the geometry without speculation; without drafts it is `geometry`.
+    `plain` is the geometry without speculation; without drafts it is `geometry`. `weight_codes` is what the weights of
+    projections are, where they are codes.
     """
 
     name: str
@@ -176,6 +185,7 @@ class Report:
     geometry: StateGeometry
     plain: StateGeometry
     dtype: str
+    weight_codes: str | None
     weight_bytes: int
     budget_bytes: int | None
     max_num_seqs: int
@@ -227,8 +237,9 @@ class Report:
         )
         name, share = self.largest_state
         both = f"both in one: {share:.1%} of it is {name}" if name else "a block: there is no state"
+        dtypes = f"{self.weight_codes} and {self.dtype}" if self.weight_codes else self.dtype
         rows = [
-            ("weights", self.weight_bytes, f"{self.weight_bytes / GIB:,.2f} GiB in {self.dtype}{with_head}"),
+            ("weights", self.weight_bytes, f"{self.weight_bytes / GIB:,.2f} GiB in {dtypes}{with_head}"),
             ("a slot", g.slot_bytes, slot),
             ("a block", g.block_bytes, f"{block}{head}" if block else "nothing"),
             ("packed block", g.packed_block_bytes, both),
@@ -321,7 +332,14 @@ def make_report(arguments: argparse.Namespace) -> Report:
             max_model_len=max_model_len,
             num_checkpoint_slots=arguments.num_checkpoint_slots or 0,
         )
-    weights = weight_bytes(model, tp=engine.tensor_parallel_size, dtype=dtype, mtp=engine.num_speculative_tokens > 0)
+    quantization = _quantization(arguments.quantization, model)
+    weights = weight_bytes(
+        model,
+        tp=engine.tensor_parallel_size,
+        dtype=dtype,
+        mtp=engine.num_speculative_tokens > 0,
+        quantization=quantization,
+    )
     fit = None
     if arguments.gpu_memory is not None:
         if not 0 < arguments.memory_fraction <= 1:
@@ -336,6 +354,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
         geometry=geometry,
         plain=plain,
         dtype=dtype,
+        weight_codes=_codes(quantization),
         weight_bytes=weights,
         budget_bytes=arguments.budget_gib,
         max_num_seqs=engine.max_num_seqs,
@@ -345,6 +364,27 @@ def make_report(arguments: argparse.Namespace) -> Report:
         packed=packed,
         decoupled=decoupled,
     )
+
+
+def _quantization(given: str, model: ModelConfig) -> str | Quantization | None:
+    """What `weight_bytes` takes. Raises ValueError where a config.json has several grids of weights."""
+    if given != "auto":
+        return given if given in GRIDS else None
+    found = model.quantization
+    if found is not None and len(found.grids) > 1:
+        raise ValueError(
+            f"--quantization auto: the quantization_config ({found.method}) has weights of {len(found.grids)} grids, "
+            f"and which are on which the files say; allowed: {', '.join((*GRIDS, 'dequantized'))}"
+        )
+    return found
+
+
+def _codes(quantization: str | Quantization | None) -> str | None:
+    if quantization is None:
+        return None
+    if isinstance(quantization, str) or quantization.codes == "float8_e4m3fn":
+        return "float8_e4m3fn"
+    return "int8"
 
 
 def _fit(gpu_memory, memory_fraction, engine, model, geometry, weights, dtype, max_model_len) -> Fit:

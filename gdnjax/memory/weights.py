@@ -4,10 +4,21 @@ of the workspace beside them, for where there is no compiler.
 
 from gdnjax.cache_kinds import ITEMSIZE
 from gdnjax.config import EngineConfig, MlpKind, ModelConfig
+from gdnjax.config.checks import check_choice
+from gdnjax.config.quantization import BLOCK, WHOLE, Quantization
+
+GRIDS = {"fp8": BLOCK, "fp8_per_channel": (1, WHOLE)}
+"""FP8 as it is published -> the weights that share a scale."""
 
 
-def weight_bytes(model: ModelConfig, *, tp: int, dtype: str, mtp: bool = False) -> int:
-    """Bytes of all weights of one of `tp` ranks in `dtype`, with the MTP head if `mtp`."""
+def weight_bytes(
+    model: ModelConfig, *, tp: int, dtype: str, mtp: bool = False, quantization: str | Quantization | None = None
+) -> int:
+    """Bytes of all weights of one of `tp` ranks in `dtype`, with the MTP head if `mtp`.
+
+    With `quantization`, a name of GRIDS or one of a single grid, all projections but those to the gates of heads are
+    codes of one byte and float32 scales. Raises ValueError for another name.
+    """
     rank = model.shard(tp)
     layers = rank.layers(mtp=mtp)
     width = rank.hidden_size
@@ -19,7 +30,18 @@ def weight_bytes(model: ModelConfig, *, tp: int, dtype: str, mtp: bool = False) 
     gates = sum(rank.mixer(kind).num_float32_weights for kind, _ in layers)
     if rank.moe is not None:
         gates += rank.moe.num_float32_weights * [mlp for _, mlp in layers].count(MlpKind.MOE)
-    return size * ITEMSIZE[dtype] + gates * ITEMSIZE["float32"]
+    plain = size * ITEMSIZE[dtype] + gates * ITEMSIZE["float32"]
+    if quantization is None:
+        return plain
+    if isinstance(quantization, str):
+        check_choice("quantization", quantization, tuple(GRIDS))
+        grid = GRIDS[quantization]
+    else:
+        (grid,) = quantization.grids
+    projections = [projection for mixer, mlp in layers for projection in rank.projections(mixer, mlp)]
+    codes = sum(projection.num_weights for projection in projections)
+    scales = sum(projection.num_scales(grid, tp) for projection in projections)
+    return plain - codes * (ITEMSIZE[dtype] - 1) + scales * ITEMSIZE["float32"]
 
 
 def _mlp(rank: ModelConfig, kind: MlpKind) -> int:

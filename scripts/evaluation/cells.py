@@ -27,6 +27,7 @@ class Cell:
     driver        "engine", which dispatches every step from the host, or "device loop", which is `batch_generate`
                   under one jit, in batches of one shape.
     dtype         as EngineConfig's; "auto" is the checkpoint's.
+    quantization  as EngineConfig's: how the parameters are loaded.
     max_num_seqs  requests that run at once, or rows of a batch; None leaves it to the user.
     options       further fields of EngineConfig.
     repeat        run the prompts twice and take the second completions: those that the prefix cache has a part in.
@@ -36,6 +37,7 @@ class Cell:
     name: str
     driver: str = "engine"
     dtype: str = "auto"
+    quantization: str = "auto"
     max_num_seqs: int | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     repeat: bool = False
@@ -102,15 +104,16 @@ class CellRun:
         return sum(len(completion.token_ids) for completion in self.completions)
 
 
-def load(directory: Any, dtype: str, progress: bool = False, *, mtp: bool = False) -> "LLM":
-    """The parameters in one dtype, with those of the MTP head if `mtp`, in an engine of the smallest pools, from which
-    the cells' engines are made.
+def load(directory: Any, dtype: str, progress: bool = False, *, mtp: bool = False, quantization: str = "auto") -> "LLM":
+    """The parameters in one dtype, or as `quantization` has them, with those of the MTP head if `mtp`, in an engine of
+    the smallest pools, from which the cells' engines are made.
     """
     from gdnjax import LLM
 
     return LLM(
         directory,
         dtype=dtype,
+        quantization=quantization,
         max_num_seqs=1,
         max_num_batched_tokens=CHUNK,
         max_model_len=CHUNK,
@@ -380,7 +383,18 @@ _EIGHT_BITS = (
 )
 """Keys and values of 8 bits: read again out of the prefix cache, and by drafts."""
 
-MATRIX = (*_WAYS, *CROSS, *SPECULATING, *_ROUNDED, *_EIGHT_BITS)
+_FP8_WEIGHTS = (
+    Cell(name="f32-weights-fp8", dtype="float32", quantization="fp8_per_channel"),
+    Cell(
+        name="f32-weights-kv-fp8-k3",
+        dtype="float32",
+        quantization="fp8_per_channel",
+        options={"kv_cache_dtype": "fp8", "num_speculative_tokens": 3},
+    ),
+)
+"""Weights of projections in float8_e4m3fn with a scale for each row; activations as the dtype says."""
+
+MATRIX = (*_WAYS, *CROSS, *SPECULATING, *_ROUNDED, *_EIGHT_BITS, *_FP8_WEIGHTS)
 """What --matrix runs. The first float32 cell is what the others are compared with."""
 
 PAIRWISE = (*_WAYS, *COVERING, _ROUNDED[1])
@@ -392,6 +406,11 @@ BY_NAME = {cell.name: cell for cell in (DEFAULT, *MATRIX, *COVERING)}
 def rounds_keys(cell: Cell) -> bool:
     """Whether a cell stores keys and values otherwise than its dtype has them, so that its answers may differ."""
     return cell.options.get("kv_cache_dtype", "auto") != "auto"
+
+
+def rounds_weights(cell: Cell) -> bool:
+    """Whether a cell's parameters are made otherwise than its dtype has them, with the same consequence."""
+    return cell.quantization != "auto"
 
 
 def speculates(cell: Cell) -> bool:

@@ -1,5 +1,6 @@
 """Presets: they load, have the shapes of the models that they are named for, and ship with the package."""
 
+import json
 import math
 import pathlib
 
@@ -9,9 +10,12 @@ import pytest
 from gdnjax import assets
 from gdnjax.assets import EMBEDDED_MODEL, PRESETS, SAME_AS, config_file
 from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
+from gdnjax.config.quantization import Quantization
 from gdnjax.models import abstract_params
 
 BILLION = 1e9
+
+FP8 = "-fp8"
 
 SIZES = {
     "qwen3.5-0.8b": 0.8,
@@ -27,6 +31,7 @@ SIZES = {
     "kimi-linear-48b-a3b": 49,
     "olmo-hybrid-7b": 7,
 }
+SIZES |= {name: SIZES[name.removesuffix(FP8)] for name in PRESETS if name.endswith(FP8)}
 
 HYBRIDS = tuple(name for name in PRESETS if name.startswith("qwen"))
 
@@ -136,6 +141,15 @@ def test_olmo_hybrid_is_exact():
     assert (config.attention.num_heads, config.attention.num_kv_heads, config.attention.head_dim) == (30, 30, 128)
     assert (config.attention.rope_theta, config.max_position_embeddings, config.mtp_layers) == (None, 65_536, 0)
     assert num_parameters(config) == 7_430_870_688
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith(FP8)])
+def test_preset_of_fp8_files_differs_in_how_weights_are_stored_alone(name):
+    stored, plain = (json.loads(config_file(file).read_text()) for file in (name, name.removesuffix(FP8)))
+    assert stored.pop("quantization_config")["quant_method"] == "fp8"
+    assert stored == plain
+    found = ModelConfig.from_hf(config_file(name)).quantization
+    assert found == Quantization(method="fp8", codes="float8_e4m3fn", grids=((128, 128),))
 
 
 @pytest.mark.parametrize("name", SAME_AS)

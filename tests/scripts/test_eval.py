@@ -329,6 +329,11 @@ def test_keys_of_8_bits_meet_both_dtypes_the_cache_and_drafts():
     assert cells.MATRIX[0] not in found
 
 
+def test_weights_of_8_bits_meet_keys_of_8_bits_and_drafts():
+    found = [cell for cell in cells.MATRIX if cells.rounds_weights(cell)]
+    assert [cells.rounds_keys(cell) for cell in found] == [cells.speculates(cell) for cell in found] == [False, True]
+
+
 def test_drafts_meet_the_cache_and_the_mixed_layout():
     """In the matrix all three at once, in the covering cells by pairs."""
 
@@ -547,6 +552,15 @@ def test_parameters_are_loaded_once_for_each_dtype(capsys, flags, monkeypatch):
     # Nobody judges a bfloat16 cell; float32 ones are judged, the default cell among them.
     others = ("bf16-batched", "f32-device-loop", "batched")
     assert [_comparison(out, cell)[2] for cell in others] == ["-", "0", "0"]
+
+
+def test_weights_of_8_bits_are_loaded_apart_and_not_judged(capsys, flags):
+    """Named first they are computed last: they are compared with the plain cell."""
+    assert script.main([*flags, "--cells", "f32-weights-fp8,f32-batched", "--max-tokens", "4"]) == 0
+    printed = capsys.readouterr()
+    assert _comparison(printed.out, "f32-batched") == ["-", "-", "-", "-"]
+    assert _comparison(printed.out, "f32-weights-fp8")[2] == "-"
+    assert "made float8_e4m3fn by row" in printed.err
 
 
 def test_embedded_model_brings_its_own_problems():

@@ -1,12 +1,16 @@
 """The random checkpoint is complete, and is what transformers reads too."""
 
 import json
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax import LLM, full_logits
+from gdnjax import LLM, full_logits, load_model
+from gdnjax.checkpoint import open_source
+from gdnjax.quantized import Quantized
 from scripts import make_random_checkpoint
 
 
@@ -65,3 +69,81 @@ def test_published_sizes_load_with_their_mtp_head(tmp_path):
         assert len(np.unique(embedding[:600], axis=0)) == 600
         (output,) = llm.generate("One request", use_tqdm=False)
         assert output.outputs[0].token_ids
+
+
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 160,
+    "shared_expert_intermediate_size": 64,
+    "model_type": "qwen3_5_moe_text",
+}
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
+@pytest.mark.parametrize("moe", [False, True])
+def test_fp8_is_stored_as_published_and_loads(tmp_path, quantization, moe):
+    """Experts one by one, each with its scale; with the MTP head; blocks at the edges partial."""
+    text = make_random_checkpoint.model_config(vocab_size=600, layers=4, hidden_size=192, dtype="bfloat16")
+    text |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False} | (EXPERTS if moe else {})
+    raw = {"model_type": "qwen3_5_moe" if moe else "qwen3_5", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    directory = tmp_path / "new"
+    flags = ["--config", str(tmp_path / "config.json"), "--quantization", quantization]
+    assert make_random_checkpoint.main([str(directory), *flags]) == 0
+
+    suffix, dtype = {"fp8": ("_scale_inv", "bfloat16"), "fp8_per_channel": ("_scale", "float32")}[quantization]
+    with open_source(directory) as stored:
+        scales = [name for name in stored.names() if name.endswith(suffix)]
+        codes = [name for name in stored.names() if stored.dtype(name).name == "float8_e4m3fn"]
+        assert sorted(name + suffix for name in codes) == sorted(scales)
+        for name in codes:
+            rows, columns = stored.shape(name)
+            cells = (-(-rows // 128), -(-columns // 128)) if quantization == "fp8" else (rows, 1)
+            assert (stored.shape(name + suffix), stored.dtype(name + suffix).name) == (cells, dtype)
+    # Three delta layers of 3 projections and one attention layer of 4, as the head has.
+    mlp = 3 * (EXPERTS["num_experts"] + 1) if moe else 3
+    in_head = 4 + mlp
+    assert len(codes) == 3 * 3 + 4 + 4 * mlp + in_head
+    assert not any(".linear_attn.in_proj_a." in name or "gate.weight" in name for name in codes)
+
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    left_alone = config["modules_to_not_convert" if quantization == "fp8" else "ignore"]
+    assert {"lm_head", "mtp.fc", "model.layers.0.linear_attn.in_proj_b"} <= set(left_alone)
+    assert not {f"{name}.weight" for name in left_alone} & set(codes)
+
+    model, params = load_model(directory, mtp=True)
+    held = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_coded) if _is_coded(leaf)]
+    assert {leaf.codes.dtype.name for leaf in held} == {"float8_e4m3fn"}
+    # The experts of a layer are two parameters.
+    assert len(held) == 3 * 3 + 4 + 4 + 5 * (2 + 3 if moe else 3)
+    assert np.isfinite(np.asarray(full_logits(model, params, jnp.arange(3, 40)))).all()
+
+
+def _is_coded(leaf):
+    return isinstance(leaf, Quantized)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
+def test_tiny_model_is_stored_as_fp8_too(tmp_path, quantization):
+    assert make_random_checkpoint.main([str(tmp_path / "new"), "--quantization", quantization]) == 0
+    model, params = load_model(tmp_path / "new")
+    held = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_coded) if _is_coded(leaf)]
+    assert len(held) == 3 * 3 + 4 + 4 * 3
+    logits = np.asarray(full_logits(model, params, jnp.arange(3, 40)))
+    assert np.isfinite(logits).all()
+    assert logits.std() > 0.1
+
+
+def test_quantization_of_a_configuration_is_kept_or_named(tmp_path, capsys):
+    text = make_random_checkpoint.model_config(vocab_size=600, layers=1, hidden_size=64, dtype="bfloat16")
+    file = tmp_path / "config.json"
+    stored = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    file.write_text(json.dumps(text | {"quantization_config": stored}))
+    assert make_random_checkpoint.main([str(tmp_path / "new"), "--config", str(file)]) == 0
+    with open_source(tmp_path / "new") as source:
+        assert any(name.endswith("_scale_inv") for name in source.names())
+    file.write_text(json.dumps(text | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}))
+    capsys.readouterr()
+    assert make_random_checkpoint.main([str(tmp_path / "other"), "--config", str(file)]) == 2
+    assert re.search(r"\(gptq\) .*allowed: --quantization fp8 or fp8_per_channel", capsys.readouterr().err)
