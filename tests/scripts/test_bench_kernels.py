@@ -515,8 +515,8 @@ LOOKED_UP = {
     "latent-decode-4x32+8-2x70": lambda b: paged_attention.tiles.of_latents(b, 1, 4, "bfloat16"),
     "latent-decode-40x32+8-2x70": lambda b: paged_attention.tiles.of_latents(b, 1, 40, "bfloat16"),
     "latent-prefill-4x32+8-1x128-128q": lambda b: paged_attention.tiles.of_latents(b, 64, 4, "bfloat16"),
-    "grouped-4e-top2-32x48-128": lambda b: grouped_matmul.tiles.of(b, 1.0, "bfloat16"),
-    "grouped-4e-top2-32x48-8192": lambda b: grouped_matmul.tiles.of(b, 4096.0, "bfloat16"),
+    "grouped-4e-top2-32x48-128": lambda b: grouped_matmul.tiles.of(b, 1.0, "bfloat16", jnp.zeros((4, 48, 32))),
+    "grouped-4e-top2-32x48-8192": lambda b: grouped_matmul.tiles.of(b, 4096.0, "bfloat16", jnp.zeros((4, 48, 32))),
 }
 """What an op finds in its table while a workload of that name is swept."""
 
