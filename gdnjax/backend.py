@@ -1,11 +1,15 @@
 """The only place that decides by platform: which implementation of the ops runs, resolved once, at start."""
 
 import dataclasses
+import re
 
 from jax import lax
 
 PALLAS_PLATFORMS = ("rocm", "cuda")
 """Where Pallas kernels are lowered through Triton."""
+
+FLOAT8_CAPABILITY = 89
+"""The lowest compute capability on which Pallas converts float8_e4m3fn (Ada; Hopper is 90)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +23,8 @@ class Backend:
                     of its own.
       order         of interpreted kernels alone, which run one program after another: 0 in the order of their numbers,
                     else a seed that shuffles them. What a kernel computes must not depend on it.
-      quantize_activations  rows of a prompt meet FP8 weights of one scale a row as FP8 themselves, each with a scale of
-                    its own; see `pallas_kernels/matmul/fp8.py`.
+      quantize_activations  rows of large steps meet FP8 weights of one scale a row as FP8 themselves, each with a scale
+                    of its own; see `pallas_kernels/matmul/fp8.py`.
 
     Raises ValueError for an order of what is not interpreted.
     """
@@ -45,11 +49,22 @@ class Backend:
         return self.kernels == "interpret"
 
     @property
+    def capability(self) -> int | None:
+        """The compute capability of an NVIDIA GPU, 90 for sm_90; None elsewhere, and where the device does not say."""
+        found = re.fullmatch(r"sm_(\d+)a?", self.architecture)
+        return int(found[1]) if found else None
+
+    @property
+    def lacks_float8(self) -> bool:
+        """Whether kernels cannot convert float8_e4m3fn on the device: NVIDIA GPUs before sm_89."""
+        return self.capability is not None and self.capability < FLOAT8_CAPABILITY
+
+    @property
     def has_fp8_products(self) -> bool:
         """Whether XLA and Triton multiply float8_e4m3fn on matrix units: NVIDIA GPUs from sm_89 on. gfx942 has another
         FP8, gfx950 is not measured.
         """
-        return self.architecture.startswith("sm_") and int(self.architecture[3:]) >= 89
+        return self.capability is not None and not self.lacks_float8
 
     def tiles(self, table: dict):
         """The row of a tile table for this architecture, or that of its platform."""

@@ -1,4 +1,6 @@
-"""Weights of eight bits: codes, scales, and the grid on which they meet. What any format becomes on a device."""
+"""Numbers of eight bits with scales: rows of them, and weights, whose codes and scales meet on a grid. What any format
+of quantised weights becomes on a device.
+"""
 
 import dataclasses
 import functools
@@ -9,8 +11,22 @@ import jax.numpy as jnp
 
 from gdnjax.shapes import Array
 
-CODES = ("float8_e4m3fn", "int8")
-"""What codes may be. Both are exact in bfloat16."""
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+"""What codes may be, and the largest magnitude of each. All are exact in bfloat16."""
+
+TINY = 1e-30
+"""Magnitudes below it are stored as if it were their row's largest: a row of zeros has a scale to divide by."""
+
+
+def quantise(x: Array, dtype) -> tuple[Array, Array]:
+    """[..., hd] to its 8-bit values and their scale [..., 1]: to the nearest, halves up in int8, to even in float8."""
+    x = x.astype(jnp.float32)
+    largest = LARGEST[jnp.dtype(dtype).name]
+    top = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), TINY)
+    values = x * (largest / top)
+    if jnp.issubdtype(dtype, jnp.integer):
+        values = jnp.floor(values + 0.5)
+    return values.astype(dtype), top / largest
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "scale"), meta_fields=("grid",))
@@ -18,7 +34,7 @@ CODES = ("float8_e4m3fn", "int8")
 class Quantized:
     """A weight [..., o, i], code times scale. A pytree; stands where the weight's array would.
 
-    codes   [..., o, i] of a type of CODES
+    codes   [..., o, i] of a type of LARGEST
     scale   [..., ceil(o / rows), ceil(i / columns)] float32
     grid    (rows, columns) of codes that share a scale; those at the end may be fewer
     """

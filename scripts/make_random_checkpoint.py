@@ -188,9 +188,7 @@ def write_weights(directory: pathlib.Path, config: dict[str, Any], seed: int, qu
     # Not under jit, which would compile every layer anew; and this generator compiles fastest.
     key = jax.random.key(seed, impl="unsafe_rbg")
     model = ModelConfig.from_hf(config)
-    leaves = jax.tree_util.tree_flatten_with_path(abstract_params(model, 1, config["dtype"]))[0]
-    shapes = {sharding.path_name(path): leaf.shape for path, leaf in leaves}
-    coded = usual_formats(shapes, 1, quantization) if quantization else {}
+    coded = usual_formats(abstract_params(model, 1, config["dtype"]), 1, quantization) if quantization else {}
     suffix, scale_dtype = SCALES[quantization] if quantization else ("", "")
     params = random_params(model, 1, config["dtype"], key, coded=coded)
     tensors = {}

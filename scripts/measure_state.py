@@ -96,10 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check_arguments(arguments: argparse.Namespace) -> list[str]:
     """The parts, in order. Raises ValueError for values that cannot work."""
-    parts = [part.strip() for part in arguments.parts.split(",")]
-    for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"--parts: no part {part!r}; allowed: {', '.join(PARTS)}")
+    from measuring.parts import chosen
+
+    parts = chosen(arguments.parts, PARTS)
     for name in ("tokens", "length"):
         value = getattr(arguments, name)
         if value is not None and (value < BLOCK or value % BLOCK):
@@ -111,7 +110,7 @@ def check_arguments(arguments: argparse.Namespace) -> list[str]:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     # A long run must not end with the news that its result cannot be written.
     check_writable("--output", arguments.output)
-    return [part for part in PARTS if part in parts]
+    return parts
 
 
 def measure_layer(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -114,10 +114,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check_arguments(arguments: argparse.Namespace) -> list[str]:
     """The parts, in order. Raises ValueError for values that cannot work."""
-    parts = [part.strip() for part in arguments.parts.split(",")]
-    for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"--parts: no part {part!r}; allowed: {', '.join(PARTS)}")
+    from measuring.parts import chosen
+
+    parts = chosen(arguments.parts, PARTS)
     if arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
     if arguments.source and arguments.output:
@@ -131,7 +130,7 @@ def check_arguments(arguments: argparse.Namespace) -> list[str]:
         raise ValueError(f"--pictures {arguments.pictures}: no such directory")
     if arguments.card and not pathlib.Path(arguments.card).is_file():
         raise ValueError(f"--card {arguments.card}: no such file")
-    return [part for part in PARTS if part in parts]
+    return parts
 
 
 def read_measurements(file: pathlib.Path | None, must_exist: bool) -> "dict[str, Result]":

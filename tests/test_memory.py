@@ -7,10 +7,9 @@ import re
 import subprocess
 import sys
 
-import jax
 import pytest
 
-from gdnjax import abstract_params, memory, sharding
+from gdnjax import abstract_params, memory
 from gdnjax.assets import EMBEDDED_MODEL, PRESETS, SAME_AS, config_file, model_directory
 from gdnjax.checkpoint.coded import usual_formats
 from gdnjax.config import AttentionConfig, DeltaConfig, EngineConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
@@ -491,9 +490,7 @@ def test_eight_bit_weights_are_what_the_modules_hold(name, tp, quantization):
         assert (name, tp) == ("olmo-hybrid-7b", 4), "its 30 heads"
         return
     for mtp in {False, config.mtp_layers > 0}:
-        plain = jax.tree_util.tree_flatten_with_path(abstract_params(config, tp, "bfloat16", mtp=mtp))[0]
-        shapes = {sharding.path_name(path): leaf.shape for path, leaf in plain}
-        coded = usual_formats(shapes, tp, quantization)
+        coded = usual_formats(abstract_params(config, tp, "bfloat16", mtp=mtp), tp, quantization)
         held = planning.weight_bytes(abstract_params(config, tp, "bfloat16", mtp=mtp, coded=coded), tp)
         assert weight_bytes(config, tp=tp, dtype="bfloat16", mtp=mtp, quantization=quantization) == held
 

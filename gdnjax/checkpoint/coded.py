@@ -9,20 +9,19 @@ import math
 import re
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
 from gdnjax import sharding
 from gdnjax.checkpoint.mapping import Origin
 from gdnjax.checkpoint.quantised import FLOAT8, FLOAT8_VALUES, QuantisedSource
-from gdnjax.config.quantization import BLOCK
+from gdnjax.config.quantization import GRIDS, WHOLE, cell_of
 from gdnjax.models import partition
-from gdnjax.quantized import CodeFormat
+from gdnjax.quantized import LARGEST, CodeFormat
+from gdnjax.shapes import Params
 
 OF_GATES = re.compile(r".*\.(in_proj_a|in_proj_b|f_a_proj|f_b_proj|g_a_proj|g_b_proj)\.weight")
 """Projections that are a small part of a layer's weights, and of which all of a head's state depends."""
-
-LARGEST = 448
-"""Of float8_e4m3fn."""
 
 
 def formats_of(
@@ -43,27 +42,20 @@ def formats_of(
     return formats
 
 
-def usual_formats(shapes: Mapping[str, tuple[int, ...]], tp: int, quantization: str) -> dict[str, CodeFormat]:
+def usual_formats(abstract: Params, tp: int, quantization: str) -> dict[str, CodeFormat]:
     """FP8 as it is published, by parameter: all projections but those to the gates of heads.
 
-    quantization    "fp8", in blocks of 128 x 128, or "fp8_per_channel", with a scale for each row
-    shapes          global
+    abstract        the parameters' global shapes, nothing of them as codes
+    quantization    a name of `config.quantization.GRIDS`
     """
     formats = {}
-    for name, shape in shapes.items():
-        if not partition.CODED.fullmatch(name) or OF_GATES.fullmatch(name):
-            continue
-        ranks = [_ranks(name, shape, axis, tp) for axis in (-2, -1)]
-        sizes = [size // count for size, count in zip(shape[-2:], ranks, strict=True)]
-        if quantization == "fp8_per_channel":
-            grid = (1, sizes[1])
-        else:
-            cells = [
-                math.gcd(block, size) if count > 1 else block
-                for block, size, count in zip(BLOCK, sizes, ranks, strict=True)
-            ]
-            grid = (min(cells[0], sizes[0]), min(cells[1], sizes[1]))
-        formats[name] = CodeFormat("float8_e4m3fn", grid)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
+        name = sharding.path_name(path)
+        if partition.CODED.fullmatch(name) and not OF_GATES.fullmatch(name):
+            ranks = [_ranks(name, leaf.shape, axis, tp) for axis in (-2, -1)]
+            axes = zip(leaf.shape[-2:], ranks, GRIDS[quantization], strict=True)
+            rows, columns = (cell_of(size // count, cell, cut=count > 1) for size, count, cell in axes)
+            formats[name] = CodeFormat("float8_e4m3fn", (rows, columns))
     return formats
 
 
@@ -85,11 +77,9 @@ def _grid(name: str, origin: Origin, grids: list[tuple[int, int]], shape: tuple[
     places = np.flatnonzero(changes) % size
     rows = math.gcd(*places.tolist()) or size
     ranks_within = _ranks(name, shape, -1, tp)
-    inputs = shape[-1] // ranks_within
     columns = math.gcd(*(columns for _, columns in grids))
-    if columns >= shape[-1]:
-        columns = inputs
-    return (math.gcd(rows, size) if ranks > 1 else rows), (math.gcd(columns, inputs) if ranks_within > 1 else columns)
+    whole = WHOLE if columns >= shape[-1] else columns
+    return cell_of(size, rows, cut=ranks > 1), cell_of(shape[-1] // ranks_within, whole, cut=ranks_within > 1)
 
 
 def _row_index(origin: Origin, shape: tuple[int, ...]) -> np.ndarray:
@@ -132,7 +122,7 @@ def quantise_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[..., o, i] numbers -> codes in float8_e4m3fn and scales [..., o, 1] float32: the largest of a row is 448."""
     weight = np.asarray(weight, np.float32)
     largest = np.maximum(weight.max(-1, keepdims=True), -weight.min(-1, keepdims=True))
-    scale = np.where(largest > 0, largest / np.float32(LARGEST), np.float32(1))
+    scale = np.where(largest > 0, largest / np.float32(LARGEST["float8_e4m3fn"]), np.float32(1))
     return (weight / scale).astype(FLOAT8), scale
 
 

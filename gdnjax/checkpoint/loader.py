@@ -11,7 +11,7 @@ import mmap
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -131,22 +131,15 @@ def load_params(
     on the way names the parameter, and is raised when the others under way have ended; so is a KeyboardInterrupt.
     """
     tp = mesh.shape[sharding.AXIS]
-    # For its errors: what the ranks cannot divide is named before any index vector is cut.
-    cfg.shard(tp)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=_is_coded)
     parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
-    with open_source(directory) as stored:
-        try:
-            source = weights_of(stored, cfg.quantization)
-        except ValueError as error:
-            raise ValueError(f"{directory}: {error}") from error
-        names, origins = _resolve(source, directory, parameters, cfg, tp)
+    with _resolved(directory, cfg, parameters, tp) as (source, names, origins):
         for head in names.tied:
             _check_tied(source, directory, head, names.language["embed_tokens.weight"])
         for copy, of in names.copies.items():
             _check_copy(source, directory, copy, names.language[of])
-        stored = _formats(source, names, origins, parameters, tp)
-        made = [name for name, leaf in parameters.items() if _is_coded(leaf) and stored.get(name) != _format_of(leaf)]
+        formats = _formats(source, names, origins, parameters, tp)
+        made = [name for name, leaf in parameters.items() if _is_coded(leaf) and formats.get(name) != _format_of(leaf)]
         _check_made({name: parameters[name] for name in made})
         began = time.monotonic()
         errors: list[tuple[float, float]] = []
@@ -180,7 +173,7 @@ def load_params(
         quantised = _quantised(source, names)
         held = {
             part.tensor
-            for name in set(stored) - set(made)
+            for name in set(formats) - set(made)
             if _is_coded(parameters[name])
             for part in origins[name].parts
         }
@@ -227,20 +220,29 @@ def coded_formats(
 
     Raises what `load_params` raises for a checkpoint that does not fit.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
-    parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
     if quantization == "fp8_per_channel":
-        return coded.usual_formats({name: leaf.shape for name, leaf in parameters.items()}, tp, quantization)
+        return coded.usual_formats(abstract, tp, quantization)
     if quantization == "dequantized" or cfg.quantization is None:
         return {}
+    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
+    parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
+    with _resolved(directory, cfg, parameters, tp) as (source, names, origins):
+        return _formats(source, names, origins, parameters, tp)
+
+
+@contextlib.contextmanager
+def _resolved(
+    directory: str | pathlib.Path, cfg: ModelConfig, parameters: Mapping[str, Any], tp: int
+) -> Iterator[tuple[TensorSource, Names, dict[str, Origin]]]:
+    """The checkpoint, open, and where its parameters lie. Raises ValueError that names what does not fit."""
+    # For its errors: what the ranks cannot divide is named before any index vector is cut.
     cfg.shard(tp)
     with open_source(directory) as stored:
         try:
             source = weights_of(stored, cfg.quantization)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
-        names, origins = _resolve(source, directory, parameters, cfg, tp)
-        return _formats(source, names, origins, parameters, tp)
+        yield source, *_resolve(source, directory, parameters, cfg, tp)
 
 
 def _formats(

@@ -8,7 +8,7 @@ from typing import Any
 
 from gdnjax.cache_kinds import ITEMSIZE, CacheKind, CacheSpec, LeafSpec, Paged, Slot
 from gdnjax.config.checks import check_choice, check_positive
-from gdnjax.config.quantization import WHOLE, Quantization
+from gdnjax.config.quantization import Quantization, cell_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +85,11 @@ class Projection:
         return self.matrices * self.outputs * self.inputs
 
     def num_scales(self, grid: tuple[int, int], tp: int) -> int:
-        """Scales of one of `tp` ranks where (rows, columns) of weights share one; WHOLE: all of an axis. On an axis
-        that ranks share out, cells are of a size that the cuts respect.
-        """
+        """Scales of one of `tp` ranks where (rows, columns) of weights share one."""
         count = self.matrices
         for axis, size, cell in (("outputs", self.outputs, grid[0]), ("inputs", self.inputs, grid[1])):
             cut = tp > 1 and axis == self.split
-            count *= 1 if cell == WHOLE else -(-size // (math.gcd(cell, size) if cut else cell))
+            count *= -(-size // cell_of(size, cell, cut=cut))
         return count
 
 

@@ -6,6 +6,7 @@ quantised here. Nor are lists of modules read that are left alone: a tensor is q
 """
 
 import dataclasses
+import math
 from typing import Any
 
 WHOLE = 0
@@ -13,6 +14,19 @@ WHOLE = 0
 
 BLOCK = (128, 128)
 """Weights of one scale, rows by columns, where a block is not said to be of another size."""
+
+GRIDS = {"fp8": BLOCK, "fp8_per_channel": (1, WHOLE)}
+"""FP8 as it is published -> the weights that share a scale."""
+
+
+def cell_of(size: int, cell: int, *, cut: bool) -> int:
+    """How many of the `size` places that one rank has of an axis share a scale, where `cell` of all of it do. On an
+    axis that ranks `cut`, so many that every rank has whole cells.
+    """
+    if cell == WHOLE:
+        return size
+    return math.gcd(cell, size) if cut else min(cell, size)
+
 
 INSTEAD = (
     "use a checkpoint in bfloat16, FP8 (fp8, quark, compressed-tensors), int8 or int4 (compressed-tensors, gptq, awq)"

@@ -308,9 +308,8 @@ def plan(
     Checkpoint slots are as many as the settings say; else, with a prefix cache, as many as a quarter of what is left
     beside one request's blocks holds, at most twice `max_num_seqs`; none for a model that keeps no state. Blocks stop
     at what as many requests of `max_model_len` tokens as there are slots can use, and those of 8-bit KV below the sizes
-    in UNNUMBERED. Raises MemoryError that names the
-    shortfall in bytes and the settings that change it, and ValueError for checkpoint slots of no use and for 8-bit KV
-    of a size in UNNUMBERED.
+    in UNNUMBERED. Raises MemoryError that names the shortfall in bytes and the settings that change it, and ValueError
+    for checkpoint slots of no use and for 8-bit KV of a size in UNNUMBERED.
     """
     if engine.num_checkpoint_slots and not geometry.cache.needs_state:
         raise ValueError(

@@ -15,9 +15,9 @@ from gdnjax import memory
 from gdnjax.assets import PRESETS, SAME_AS, config_file
 from gdnjax.cache_kinds import CacheKind
 from gdnjax.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, ModelConfig
-from gdnjax.config.quantization import Quantization
+from gdnjax.config.quantization import GRIDS, Quantization
 from gdnjax.memory import Accounting, MemoryPlan, StateGeometry
-from gdnjax.memory.weights import GRIDS, weight_bytes, workspace_estimate
+from gdnjax.memory.weights import weight_bytes, workspace_estimate
 
 GIB = 1 << 30
 

@@ -5,10 +5,7 @@ of the workspace beside them, for where there is no compiler.
 from gdnjax.cache_kinds import ITEMSIZE
 from gdnjax.config import EngineConfig, MlpKind, ModelConfig
 from gdnjax.config.checks import check_choice
-from gdnjax.config.quantization import BLOCK, WHOLE, Quantization
-
-GRIDS = {"fp8": BLOCK, "fp8_per_channel": (1, WHOLE)}
-"""FP8 as it is published -> the weights that share a scale."""
+from gdnjax.config.quantization import GRIDS, Quantization
 
 
 def weight_bytes(

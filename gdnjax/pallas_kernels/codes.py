@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
+from gdnjax.backend import Backend
 from gdnjax.memory import check_one_byte_pool
 from gdnjax.pallas_kernels.launch import LEAST, dot, power_of_two
 from gdnjax.quantized import Quantized, Weight
@@ -71,6 +72,15 @@ def _power_of_two(x: Array, exponent: int) -> Array:
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
     stored = lax.bitcast_convert_type(largest, jnp.int32) >> 23
     return lax.bitcast_convert_type(jnp.clip(stored - exponent, 1, 254) << 23, jnp.float32)
+
+
+def can_meet(backend: Backend, inputs: int, *weights: Weight) -> bool:
+    """Whether kernels take weights of so many inputs on the device. Else their product is XLA's: of float8_e4m3fn
+    before sm_89, and where scales change more often than every LEAST inputs, which no file has, nor any number of ranks
+    makes of what files have.
+    """
+    no_fp8 = backend.lacks_float8 and type_of(*weights) == "float8_e4m3fn"
+    return not no_fp8 and depth_of(LEAST, inputs, *weights) is not None
 
 
 def depth_of(depth: int, inputs: int, *weights: Weight) -> int | None:

@@ -49,6 +49,24 @@ class _Row(dict):
         return str(self.tile)
 
 
+def _products_table(name: str):
+    """Of products with numbers, and with codes in float8_e4m3fn, for the rows that the name ends in."""
+    rows, fp8 = int(name.rpartition("-")[2]), "float8" in name
+    kind = "gated" if "gate-up" in name else "wide" if "delta" in name else "narrow"
+    if "int8" in name:
+        return products.TILES, "int8", []
+    if fp8:
+        depths, stages, splits = (128,) if rows <= 16 else (64, 128), (3, 5), (264, 528) if rows <= 16 else (132,)
+    else:
+        depths, stages, splits = (64, 128, 256), (3, 4), (132, 264)
+    dtype = "float8_e4m3fn" if fp8 else "bfloat16"
+    row = products.TILES["cuda"][dtype]
+    most = next(most for most in sorted(row) if rows <= most)
+    forms = codes.PARTS if fp8 else (codes.WIDE,)
+    sizes = itertools.product((64, 128), depths, (4, 8), stages, splits if kind == "narrow" else (0,), forms)
+    return products.TILES, dtype, [_Row(row, most, kind, products.Tile(*size)) for size in sizes]
+
+
 def _table(name: str):
     if name.startswith(("gdn-prefill", "kda-prefill")):
         old = delta.CHUNKED["cuda"]["bfloat16"]
@@ -100,26 +118,14 @@ def _table(name: str):
     if name.startswith("draw"):
         sizes = itertools.product((512, 1024, 2048, 4096), (4, 8), (528, 1056, 2112))
         return draws.TILES, None, [draws.Tile(*size) for size in sizes]
-    if name.startswith("matmul") and "float8" in name:
-        rows = int(name.rpartition("-")[2])
-        row = products.TILES["cuda"]["float8_e4m3fn"]
-        most = next(most for most in sorted(row) if rows <= most)
-        kind = "gated" if "gate-up" in name else "wide" if "delta" in name else "narrow"
-        splits = ((264, 528) if rows <= 16 else (132,)) if kind == "narrow" else (0,)
-        depths = (128,) if rows <= 16 else (64, 128)
-        sizes = itertools.product((64, 128), depths, (4, 8), (3, 5), splits, codes.PARTS)
-        tiles = [products.Tile(*size) for size in sizes]
-        return products.TILES, "float8_e4m3fn", [_Row(row, most, kind, tile) for tile in tiles]
-    if name.startswith("matmul-") and "int8" not in name:
-        most = 128 if name.endswith("-128") else 16
-        row = products.TILES["cuda"]["bfloat16"]
-        kind = "gated" if "gate-up" in name else "wide" if "delta" in name else "narrow"
-        sizes = itertools.product((64, 128), (64, 128, 256), (4, 8), (3, 4), (132, 264) if kind == "narrow" else (0,))
-        tiles = [products.Tile(*size) for size in sizes]
-        return products.TILES, "bfloat16", [_Row(row, most, kind, tile) for tile in tiles]
+    if name.startswith("matmul"):
+        return _products_table(name)
     if "int8" in name:
-        return products.TILES, "int8", []
+        return grouped.TILES, "few", []
     few = name.endswith("-128")
+    if few and "float8" in name:
+        sizes = itertools.product((8,), (64, 128), (64, 128), (4,), (3, 4, 5), (codes.HALVES,))
+        return grouped.TILES, "fewest", [grouped.Grouped(*size) for size in sizes]
     sizes = (
         itertools.product((16,), (32, 64, 128), (64, 128, 256), (4,), (2, 3, 4, 5))
         if few

@@ -17,6 +17,7 @@ from jax import lax
 
 from gdnjax.config import CHUNK
 from gdnjax.pallas_kernels.gated_delta_rule import reference, rounding
+from gdnjax.quantized import quantise
 
 HALF_LIVES = {"1 to 200": (1.0, 200.0), "2,048": (2048.0, 2048.0), "32,768": (32768.0, 32768.0), "for ever": None}
 """Tokens after which half is left, by class: between two numbers, or nothing is ever lost."""
@@ -168,8 +169,8 @@ def prefill_block(states: list, tokens: tuple, first: jax.Array, forms: tuple[Fo
 
 def int8_rows(states: jax.Array) -> jax.Array:
     """States [hv, K, V] as int8 with a float32 scale for each row of V, and back."""
-    scale = jnp.maximum(jnp.max(jnp.abs(states), axis=-1, keepdims=True) / 127, 1e-30)
-    return jnp.round(states / scale) * scale
+    codes, scale = quantise(states, jnp.int8)
+    return codes.astype(jnp.float32) * scale
 
 
 CHECKPOINTS = {

@@ -248,9 +248,7 @@ def load_random(
     abstract = abstract_params(config, tp, dtype, mtp=mtp)
     coded = {}
     if quantization is not None:
-        leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
-        shapes = {sharding.path_name(path): leaf.shape for path, leaf in leaves}
-        coded = usual_formats(shapes, tp, quantization)
+        coded = usual_formats(abstract, tp, quantization)
         abstract = abstract_params(config, tp, dtype, mtp=mtp, coded=coded)
     shardings = partition.shardings_of(abstract, sharding.make_mesh(tp))
     # This generator is the fastest.

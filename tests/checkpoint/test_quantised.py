@@ -184,7 +184,7 @@ def _on_ranks(leaf, tp, name):
 
 @pytest.mark.parametrize(("model", "tp"), [("dense", 1), ("dense", 4), ("moe", 4), ("next", 4)])
 @pytest.mark.parametrize("method", FORMATS)
-def test_codes_on_the_ranks_are_those_of_the_file(tmp_path, method, model, tp):
+def test_numbers_on_the_ranks_are_those_of_the_file(tmp_path, method, model, tp):
     """They stand for the same numbers, to the bit, whatever a rank cuts of a block, and are codes wherever the file
     has codes.
     """
@@ -212,6 +212,26 @@ def test_codes_on_the_ranks_are_those_of_the_file(tmp_path, method, model, tp):
         report.parameter_bytes
         < _load(tmp_path / "values", dataclasses.replace(cfg, quantization=None), tp)[1].parameter_bytes
     )
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in FORMATS if "int4" not in name and not name.startswith(("gptq", "awq"))]
+)
+def test_codes_and_scales_are_those_of_the_file_bit_by_bit(tmp_path, method):
+    """Where nothing is cut and rows are in the file's order; scales as float32."""
+    cfg, how = MODELS["dense"]
+    quantization, _ = _write(tmp_path, tiny.stored_tensors(tiny.model_tensors(cfg), cfg, **how), method)
+    params, _ = _load(tmp_path / "codes", dataclasses.replace(cfg, quantization=quantization), 1, quantization="auto")
+    held = _by_name(params)
+    name = "layers.1.mlp.down_proj.weight"
+    with open_source(tmp_path / "codes") as stored:
+        (codes,) = (read_whole(stored, other) for other in stored.names() if other.endswith(name))
+        (scale,) = (read_whole(stored, other) for other in stored.names() if f"{name}_scale" in other)
+    assert np.asarray(held[name].codes).tobytes() == codes.tobytes()
+    if scale.dtype == np.uint8:
+        scale = np.exp2(scale.astype(np.float32) - 127)
+    found = np.asarray(held[name].scale)
+    np.testing.assert_array_equal(found, scale.astype(np.float32).reshape(found.shape))
 
 
 @pytest.mark.parametrize("method", [name for name in FORMATS if name.startswith("fp8, ") and "one" not in name])

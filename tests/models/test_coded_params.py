@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax import abstract_params, build_model, full_logits, random_params, sharding
+from gdnjax import abstract_params, build_model, full_logits, random_params
 from gdnjax.backend import INTERPRET
 from gdnjax.checkpoint.coded import usual_formats
 from gdnjax.quantized import CodeFormat, Quantized, dequantized
@@ -18,9 +18,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 def _coded(grid):
     """Formats of all projections of the model; `grid` None: a scale for each row."""
-    leaves = jax.tree_util.tree_flatten_with_path(abstract_params(MICRO, 1, "float32"))[0]
-    shapes = {sharding.path_name(path): leaf.shape for path, leaf in leaves}
-    usual = usual_formats(shapes, 1, "fp8_per_channel")
+    usual = usual_formats(abstract_params(MICRO, 1, "float32"), 1, "fp8_per_channel")
     return usual if grid is None else {name: CodeFormat(form.codes, grid) for name, form in usual.items()}
 
 

@@ -129,6 +129,17 @@ def test_rows_in_float16_are_the_rows():
     assert np.all(off <= largest * 2.0**-38)
 
 
+def test_kernels_take_float8_only_where_the_device_converts_it():
+    """XLA's products serve the others; int8 is taken everywhere."""
+    rng = np.random.default_rng(6)
+    (fp8, _), (int8, _) = (weight(rng, (32, 64), (1, 64), kind) for kind in ("float8_e4m3fn", "int8"))
+    for architecture, taken in (("sm_80", False), ("sm_89", True), ("sm_90a", True), ("gfx942", True)):
+        backend = Backend("pallas", architecture)
+        assert codes.can_meet(backend, 64, fp8) == taken
+        assert codes.can_meet(backend, 64, int8)
+        assert backend.has_fp8_products == (taken and architecture.startswith("sm_"))
+
+
 def test_two_types_of_codes_in_one_product_are_named(backend):
     rng = np.random.default_rng(4)
     one, _ = weight(rng, (32, 32), (1, 32))

@@ -40,7 +40,7 @@ from tests.serving.exactness import (
     solo,
     within_bounds,
 )
-from tests.serving.test_exactness import assert_bit_equal, go_on_from_decode, poison
+from tests.serving.test_exactness import assert_bit_equal, fresh_and_hit, go_on_from_decode, poison, preempted_in_decode
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -152,10 +152,7 @@ def test_request_is_bit_equal_beside_neighbours_in_poisoned_pools_and_cut_elsewh
 
 def test_hit_reads_the_very_codes_that_were_written(cached):
     """The whole prompt is cached. What is left of it is computed by the program that computed it the first time."""
-    fresh = solo(cached, prompt_of(0, 129))
-    request = queue(cached, prompt_of(0, 129))
-    (hit,) = finish(cached, request)
-    assert request.num_cached_tokens == 128
+    fresh, hit = fresh_and_hit(cached)
     for name in ("keys", "values"):
         np.testing.assert_array_equal(getattr(hit, name)[:, :128], getattr(fresh, name)[:, :128])
     assert is_within(cached, fresh)
@@ -164,13 +161,7 @@ def test_hit_reads_the_very_codes_that_were_written(cached):
 
 def test_preempted_request_is_within_the_float64_bound(cached):
     """In mid-decode; it goes on from its own blocks."""
-    request = queue(cached, prompt_of(0, 70))
-    while len(request.output_token_ids) < 8:
-        cached.engine.step()
-    cached.engine.preempt(request)
-    (run,) = finish(cached, request)
-    assert request.num_preemptions == 1
-    assert is_within(cached, run)
+    assert is_within(cached, preempted_in_decode(cached))
 
 
 def test_fork_of_what_decode_wrote_is_within_the_float64_bound(cached):

@@ -394,25 +394,36 @@ def test_fork_of_what_decode_wrote_is_within_the_float64_bound(cached):
     assert within_bounds(error_of(go_on_from_decode(cached)))
 
 
+def preempted_in_decode(llm: LLM) -> Run:
+    """A request that is sent back in mid-decode, and goes on from what it had."""
+    request = queue(llm, prompt_of(0, 70))
+    while len(request.output_token_ids) < 8:
+        llm.engine.step()
+    llm.engine.preempt(request)
+    (run,) = finish(llm, request)
+    assert request.num_preemptions == 1
+    return run
+
+
+def fresh_and_hit(llm: LLM) -> tuple[Run, Run]:
+    """One prompt twice. The second time all of it is cached, and its last token alone is computed."""
+    fresh = solo(llm, prompt_of(0, 129))
+    request = queue(llm, prompt_of(0, 129))
+    (hit,) = finish(llm, request)
+    assert request.num_cached_tokens == 128
+    return fresh, hit
+
+
 def test_preempted_request_is_within_the_float64_bound(cached):
     """In mid-decode: it goes on from its own state, copied nowhere."""
-    request = queue(cached, prompt_of(0, 70))
-    while len(request.output_token_ids) < 8:
-        cached.engine.step()
-    cached.engine.preempt(request)
-    (run,) = finish(cached, request)
-    assert request.num_preemptions == 1
+    run = preempted_in_decode(cached)
     assert len(run.tokens) == 16
     assert within_bounds(error_of(run))
 
 
 def test_hit_is_within_the_float64_bound_of_fresh(cached):
     """The whole prompt is cached; what is left of it is computed from the state below its last token."""
-    fresh = solo(cached, prompt_of(0, 129))
-    request = queue(cached, prompt_of(0, 129))
-    (hit,) = finish(cached, request)
-    assert request.num_cached_tokens == 128
-    for run in (fresh, hit):
+    for run in fresh_and_hit(cached):
         assert within_bounds(error_of(run))
 
 

@@ -3,7 +3,6 @@
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels import codes
 from gdnjax.pallas_kernels.grouped_matmul import kernels, reference
-from gdnjax.pallas_kernels.launch import LEAST
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array, Float, Int32
 
@@ -18,9 +17,9 @@ def grouped_matmul(
     """Row i of `x` times the transposed weight [e, f, d] of its group; rows are sorted by group.
 
     The first `group_sizes[0]` rows are of group 0, and so on. Rows past the sum of the sizes belong to no group; their
-    output is unspecified and must be selected away. Scales that change more often than every 16 inputs are XLA's, group
-    by group: no file has such blocks, and no number of ranks makes them of those that files have.
+    output is unspecified and must be selected away. Codes that kernels cannot take (`codes.can_meet`) are XLA's, group
+    by group.
     """
-    if backend.is_reference or codes.depth_of(LEAST, x.shape[1], weight) is None:
+    if backend.is_reference or not codes.can_meet(backend, x.shape[1], weight):
         return reference.grouped_matmul(x, weight, group_sizes)
     return kernels.grouped_matmul(x, weight, group_sizes, backend)

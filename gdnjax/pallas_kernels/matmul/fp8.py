@@ -10,7 +10,7 @@ from jax import lax
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import codes
-from gdnjax.quantized import Quantized, Weight
+from gdnjax.quantized import Quantized, Weight, quantise
 from gdnjax.shapes import Array
 
 FEW = 128
@@ -21,9 +21,6 @@ MOST_IN_HALVES = 512
 
 ALIGNED = 16
 """What cuBLAS wants inputs and outputs to be a multiple of."""
-
-LARGEST = 448.0
-"""Of float8_e4m3fn."""
 
 
 def form(x: Array, weight: Weight, backend: Backend) -> str | None:
@@ -44,20 +41,12 @@ def form(x: Array, weight: Weight, backend: Backend) -> str | None:
 def product(x: Array, weight: Quantized, form: str) -> Array:
     """x W^T, in x's dtype."""
     if form == "tokens":
-        rows, factor = tokens(x)
+        rows, factor = quantise(x, jnp.float8_e4m3fn)
         # Sums may be kept in fewer bits than float32 has: the rounding of x is far coarser.
-        return (_dot(rows, weight.codes, None, x.dtype) * factor[:, None] * weight.scale[:, 0]).astype(x.dtype)
+        return (_dot(rows, weight.codes, None, x.dtype) * factor * weight.scale[:, 0]).astype(x.dtype)
     halves, factor = codes.halves(x)
     total = _dot(halves, weight.codes, lax.Precision.HIGHEST, jnp.float32) * factor[:, None]
     return (jnp.sum(total.reshape(x.shape[0], 2, -1), axis=1) * weight.scale[:, 0]).astype(x.dtype)
-
-
-def tokens(x: Array) -> tuple[Array, Array]:
-    """[t, i] -> the same rounded to float8_e4m3fn, and [t] float32, what each row is to be multiplied by."""
-    wide = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=-1)
-    scale = jnp.where(largest > 0, largest / LARGEST, 1.0)
-    return (wide / scale[:, None]).astype(jnp.float8_e4m3fn), scale
 
 
 def _dot(x: Array, weight: Array, precision: lax.Precision | None, dtype) -> Array:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import codes
 from gdnjax.pallas_kernels.codes import FLOAT16, HALVES, WIDE
-from gdnjax.pallas_kernels.launch import LEAST
-from gdnjax.quantized import CODES, Weight
+from gdnjax.quantized import LARGEST, Weight
 from gdnjax.shapes import Array
 
 
@@ -81,7 +80,7 @@ TILES = {
                 # Codes beside numbers in one launch: eight warps hold both in the registers that four have too few of.
                 128: Tiles(Tile(64, 64, 8, 1), Tile(64, 64, 4, 1, programs=304), Tile(32, 64, 4, 1)),
             }
-            for kind in CODES
+            for kind in LARGEST
         },
     },
     "interpret": {
@@ -108,10 +107,9 @@ TILES = {
 def of(backend: Backend, x: Array, *weights: Weight) -> Tiles | None:
     """The tiles for the rows of x and such weights; None: XLA's product.
 
-    Codes meet bfloat16; in the interpreter, where models are of float32, also that, widened. Scales that change more
-    often than every 16 inputs are XLA's, too.
+    Codes meet bfloat16; in the interpreter, where models are of float32, also that, widened.
     """
-    if backend.is_reference:
+    if backend.is_reference or not codes.can_meet(backend, x.shape[1], *weights):
         return None
     kind = codes.type_of(*weights)
     if kind is not None and x.dtype != jnp.bfloat16:
@@ -119,9 +117,5 @@ def of(backend: Backend, x: Array, *weights: Weight) -> Tiles | None:
             return None
         # Widened, as those are.
         kind = "int8"
-    if kind == "float8_e4m3fn" and backend.architecture.startswith("sm_") and not backend.has_fp8_products:
-        return None
-    if codes.depth_of(LEAST, x.shape[1], *weights) is None:
-        return None
     table = backend.tiles(TILES).get(kind or str(x.dtype), {})
     return next((tiles for most, tiles in sorted(table.items()) if x.shape[0] <= most), None)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdnjax.backend import FLOAT32_DOT
-from gdnjax.pallas_kernels.paged_attention.scales import quantise
 from gdnjax.pallas_kernels.pools import dtype_of, read_rows, write_rows
+from gdnjax.quantized import quantise
 from gdnjax.shapes import Array
 
 PAGE = 256

@@ -5,34 +5,14 @@ by it in the place of keys and values, so that those are never widened in memory
 """
 
 import math
-import re
 
 import jax.numpy as jnp
 
-from gdnjax.backend import Backend
+from gdnjax.backend import FLOAT8_CAPABILITY, Backend
 from gdnjax.memory import check_one_byte_pool
 from gdnjax.pallas_kernels.pools import dtype_of
+from gdnjax.quantized import LARGEST
 from gdnjax.shapes import Array
-
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
-"""The 8-bit dtypes, and the largest magnitude that is stored in each."""
-
-TINY = 1e-30
-"""Magnitudes below it are stored as if it were their head's largest: a head of zeros has a scale to divide by."""
-
-FLOAT8_CAPABILITY = 89
-"""The lowest compute capability on which Pallas converts float8_e4m3fn (Ada; Hopper is 90)."""
-
-
-def quantise(x: Array, dtype) -> tuple[Array, Array]:
-    """[..., hd] to its 8-bit values and their scale [..., 1]: to the nearest, halves up in int8, to even in float8."""
-    x = x.astype(jnp.float32)
-    largest = LARGEST[jnp.dtype(dtype).name]
-    top = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), TINY)
-    values = x * (largest / top)
-    if jnp.issubdtype(dtype, jnp.integer):
-        values = jnp.floor(values + 0.5)
-    return values.astype(dtype), top / largest
 
 
 def check(k_blocks: Array, v_blocks: Array, scales: tuple[Array, Array] | None, backend: Backend) -> None:
@@ -65,8 +45,7 @@ def check(k_blocks: Array, v_blocks: Array, scales: tuple[Array, Array] | None, 
 
 def check_device(dtype: str, backend: Backend) -> None:
     """Raises ValueError for pools of a dtype that kernels cannot convert on their device."""
-    capability = re.fullmatch(r"sm_(\d+)a?", backend.architecture)
-    if dtype in ("fp8", "float8_e4m3fn") and capability and int(capability[1]) < FLOAT8_CAPABILITY:
+    if dtype in ("fp8", "float8_e4m3fn") and backend.lacks_float8:
         raise ValueError(
             f"pools of {dtype} on {backend.architecture}: its conversion needs sm_{FLOAT8_CAPABILITY} or later; "
             "allowed: int8"

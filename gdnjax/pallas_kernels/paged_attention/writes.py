@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.launch import bounded, launch, layer_number, power_of_two
 from gdnjax.pallas_kernels.paged_attention import tiles as tables
-from gdnjax.pallas_kernels.paged_attention.scales import quantise
+from gdnjax.quantized import quantise
 from gdnjax.shapes import Array
 
 
