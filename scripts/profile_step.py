@@ -42,6 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192, help="of a prefill (default: %(default)s)")
     parser.add_argument("--num-speculative-tokens", type=int, default=0, help="drafts a step (default: %(default)s)")
     parser.add_argument("--spec-acceptance-length", type=float, help="forced tokens a step")
+    parser.add_argument(
+        "--quantization",
+        choices=("fp8", "fp8_per_channel"),
+        help="random weights of eight bits: in blocks of 128 x 128, or with a scale for each output (default: none)",
+    )
+    parser.add_argument("--quantize-activations", action="store_true", help="W8A8 in prefill; for fp8_per_channel")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="see EngineConfig (default: %(default)s)")
+    parser.add_argument("--ssm-dtype", default="float32", help="see EngineConfig (default: %(default)s)")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="devices (default: %(default)s)")
     parser.add_argument("--kernels", default="auto", help="see EngineConfig (default: %(default)s)")
     parser.add_argument("--state-layout", default=None, help="see EngineConfig")
     parser.add_argument("--memory-fraction", type=float, help="of the device's memory")
@@ -51,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.quantize_activations and arguments.quantization != "fp8_per_channel":
+        parser.error("--quantize-activations is of weights of --quantization fp8_per_channel")
     if arguments.steps < 2:
         parser.error(f"--steps must be at least 2, got {arguments.steps}: half are timed, the other half profiled")
     return exit_status("profile_step.py", lambda: run(arguments))
@@ -79,6 +90,10 @@ def run(arguments) -> int:
     options = {} if arguments.state_layout is None else {"state_layout": arguments.state_layout}
     engine = EngineConfig(
         kernels=arguments.kernels,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        kv_cache_dtype=arguments.kv_cache_dtype,
+        ssm_dtype=arguments.ssm_dtype,
+        quantize_activations=arguments.quantize_activations,
         max_num_seqs=arguments.requests,
         decode_buckets=(arguments.requests,),
         max_num_batched_tokens=arguments.max_num_batched_tokens,
@@ -93,7 +108,8 @@ def run(arguments) -> int:
     )
     prompts = arguments.requests * arguments.input_len
     check_size_on_cpu(config, "auto", prompts, "--config tiny --requests 8 --input-len 64 --max-num-batched-tokens 512")
-    loaded = load_random(config, {"tensor_parallel_size": 1, "dtype": "auto"}, 0, mtp=drafts > 0)
+    own = {"tensor_parallel_size": arguments.tensor_parallel_size, "dtype": "auto"}
+    loaded = load_random(config, own, 0, mtp=drafts > 0, quantization=arguments.quantization)
     begin = time.perf_counter()
     with LLM.from_model(loaded.model, loaded.params, engine, max_model_len=length) as llm:
         print(f"ready after {time.perf_counter() - begin:.1f} s", flush=True)
@@ -138,6 +154,8 @@ def run(arguments) -> int:
     if arguments.output:
         figures = {
             "device": jax.devices()[0].device_kind,
+            "devices": arguments.tensor_parallel_size,
+            "quantization": arguments.quantization,
             "wall": wall,
             "busy": busy,
             "prefill": prefill,
@@ -151,26 +169,29 @@ def _prefilling(llm) -> bool:
     return any(not request.output_token_ids for request in llm.engine.scheduler.running)
 
 
-def kernels_of(directory: str) -> dict[str, tuple[int, float]]:
-    """Kernel -> (launches, seconds) over the devices' streams of a profile; empty on a CPU, which has none."""
+def kernels_of(directory: str) -> dict[str, tuple[float, float]]:
+    """Kernel -> (launches, seconds) of a device, the mean over them where there are several, by the devices' streams of
+    a profile; empty on a CPU, which has none. Collectives are among them, their waiting included.
+    """
     from jax.profiler import ProfileData
 
     found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    devices = 0
     for file in pathlib.Path(directory).rglob("*.xplane.pb"):
         for plane in ProfileData.from_file(str(file)).planes:
             if not plane.name.startswith("/device:"):
                 continue
-            for stream in plane.lines:
-                if not stream.name.startswith("Stream"):
-                    continue
+            streams = [line for line in plane.lines if line.name.startswith("Stream")]
+            devices += bool(streams)
+            for stream in streams:
                 for event in stream.events:
                     entry = found[event.name]
                     entry[0] += 1
                     entry[1] += event.duration_ns / 1e9
-    return {name: (int(count), seconds) for name, (count, seconds) in found.items()}
+    return {name: (count / devices, seconds / devices) for name, (count, seconds) in found.items()}
 
 
-def table(what: str, kernels: dict[str, tuple[int, float]], steps: int, most: int = 30) -> str:
+def table(what: str, kernels: dict[str, tuple[float, float]], steps: int, most: int = 30) -> str:
     """Kernels by kind, numbers taken off their names, longest first."""
     if not kernels:
         return f"{what}: the profile has no kernels of a device"

@@ -9,6 +9,7 @@ from gdnjax.config import ATTENTION, AttentionConfig, ModelConfig
 from gdnjax.models.context import DecodeContext, Places, PrefillContext
 from gdnjax.models.layers import Linear, RMSNorm, SplitRMSNorm, project, rotate
 from gdnjax.pallas_kernels import paged_attention
+from gdnjax.pallas_kernels.normed import Normed
 from gdnjax.shapes import Array, Float
 
 
@@ -34,7 +35,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "t d"],
+        x: Float[Array, "t d"] | Normed,
         context: PrefillContext | DecodeContext,
         angles: tuple[Array, Array] | None,
         cache: Cache,

@@ -80,7 +80,7 @@ class DecoderLayer(nnx.Module):
         angles: tuple[Array, Array] | None,
         cache: Cache,
     ) -> tuple[Float[Array, "t d"], Cache]:
-        given = x if self.post_norms else self.input_layernorm(x)
+        given = x if self.post_norms else self.input_layernorm.of(x)
         match self.kind:
             case LayerKind.DELTA:
                 mixed, cache = self.linear_attn(given, context, cache, self.pool_row)
@@ -88,6 +88,6 @@ class DecoderLayer(nnx.Module):
                 mixed, cache = self.self_attn(given, context, angles, cache, self.pool_row)
         mixed = sharding.psum(mixed, self.tp)
         x = x + (self.post_attention_layernorm(mixed) if self.post_norms else mixed)
-        given = x if self.post_norms else self.post_attention_layernorm(x)
+        given = x if self.post_norms else self.post_attention_layernorm.of(x)
         out = sharding.psum(self.mlp(given, context.valid), self.tp)
         return x + (self.post_feedforward_layernorm(out) if self.post_norms else out), cache

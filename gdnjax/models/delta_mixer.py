@@ -16,6 +16,7 @@ from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.layers import GatedRMSNorm, Linear, project
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule
 from gdnjax.pallas_kernels.gated_delta_rule import Gates
+from gdnjax.pallas_kernels.normed import Normed
 from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.shapes import Array, Float
 
@@ -42,7 +43,7 @@ class DeltaMixer(nnx.Module):
     backend: Backend
 
     @abc.abstractmethod
-    def _project(self, x: Float[Array, "t d"]) -> tuple[Array, Array, tuple[Array, ...]]:
+    def _project(self, x: Float[Array, "t d"] | Normed) -> tuple[Array, Array, tuple[Array, ...]]:
         """The convolution's input [t, x], the output's gate [t, hv * v], and what the rule's gates are made of."""
 
     @abc.abstractmethod
@@ -58,7 +59,7 @@ class DeltaMixer(nnx.Module):
         """What `_gates` takes, of what pools keep."""
 
     def __call__(
-        self, x: Float[Array, "t d"], context: PrefillContext | DecodeContext, cache: Cache, layer: int
+        self, x: Float[Array, "t d"] | Normed, context: PrefillContext | DecodeContext, cache: Cache, layer: int
     ) -> tuple[Float[Array, "t d"], Cache]:
         """`layer` is the row in the pools. Those of `cache` are consumed."""
         qkv, z, raw = self._project(x)

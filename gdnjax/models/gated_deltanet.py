@@ -10,6 +10,7 @@ from gdnjax.config import DeltaConfig, ModelConfig
 from gdnjax.models.delta_mixer import Conv1d, DeltaMixer
 from gdnjax.models.layers import GatedRMSNorm, Linear, project
 from gdnjax.pallas_kernels.gated_delta_rule import Gates
+from gdnjax.pallas_kernels.normed import Normed
 from gdnjax.shapes import Array, Float
 
 
@@ -33,7 +34,7 @@ class GatedDeltaNet(DeltaMixer):
         self.tp = tp
         self.backend = backend
 
-    def _project(self, x: Float[Array, "t d"]) -> tuple[Array, Array, tuple[Array, ...]]:
+    def _project(self, x: Float[Array, "t d"] | Normed) -> tuple[Array, Array, tuple[Array, ...]]:
         inputs = (self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b)
         qkv, z, a, b = project(x, *inputs, backend=self.backend)
         return qkv, z, (a, b)

@@ -16,6 +16,7 @@ from gdnjax.config import ATTENTION, LatentAttentionConfig, ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.layers import Linear, RMSNorm, project, rotate
 from gdnjax.pallas_kernels import paged_attention
+from gdnjax.pallas_kernels.normed import Normed
 from gdnjax.shapes import Array, Float
 
 
@@ -43,7 +44,7 @@ class LatentAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "t d"],
+        x: Float[Array, "t d"] | Normed,
         context: PrefillContext | DecodeContext,
         angles: tuple[Array, Array] | None,
         cache: Cache,
@@ -69,13 +70,13 @@ class LatentAttention(nnx.Module):
         (out,) = project(o.reshape(tokens, -1), self.o_proj, backend=self.backend)
         return out, cache.with_pages(ATTENTION, latent=pages)
 
-    def _project(self, x: Float[Array, "t d"]) -> tuple[Array, Array, Array]:
+    def _project(self, x: Float[Array, "t d"] | Normed) -> tuple[Array, Array, Array]:
         """Queries [t, h * hd], latents [t, kv_lora_rank] before their norm, and the shared part of the keys."""
         if self.attention.q_lora_rank is None:
             q, kv = project(x, self.q_proj, self.kv_a_proj_with_mqa, backend=self.backend)
         else:
             q, kv = project(x, self.q_a_proj, self.kv_a_proj_with_mqa, backend=self.backend)
-            (q,) = project(self.q_a_layernorm(q), self.q_b_proj, backend=self.backend)
+            (q,) = project(self.q_a_layernorm.of(q), self.q_b_proj, backend=self.backend)
         latent, shared = jnp.split(kv, [self.attention.kv_lora_rank], axis=-1)
         return q, latent, shared
 

@@ -15,6 +15,7 @@ from gdnjax import sharding
 from gdnjax.backend import Backend, dot_precision
 from gdnjax.config import AttentionConfig, LatentAttentionConfig, ModelConfig, YarnConfig
 from gdnjax.pallas_kernels import matmul
+from gdnjax.pallas_kernels.normed import Normed, rms_norm, rms_normalise
 from gdnjax.quantized import Weight, dequantized
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
@@ -38,7 +39,7 @@ class Linear(nnx.Module):
         return linear(x, self.weight[...])
 
 
-def project(x: Float[Array, "t i"], *linears: Linear, backend: Backend) -> tuple[Float[Array, "t _"], ...]:
+def project(x: Float[Array, "t i"] | Normed, *linears: Linear, backend: Backend) -> tuple[Float[Array, "t _"], ...]:
     """Several products of the same rows, side by side."""
     return matmul.project(x, *(linear.weight[...] for linear in linears), backend=backend)
 
@@ -52,7 +53,11 @@ class RMSNorm(nnx.Module):
         self.centre = 1.0 if zero_centred else 0.0
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        return (rms_normalise(x, self.eps) * (self.centre + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        return rms_norm(x, self.weight[...], self.eps, self.centre)
+
+    def of(self, x: Float[Array, "t d"]) -> Normed:
+        """The same, to be taken by whoever multiplies the rows."""
+        return Normed(x, self.weight[...], self.eps, self.centre)
 
 
 class SplitRMSNorm(nnx.Module):
@@ -88,11 +93,6 @@ class GatedRMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... v"], gate: Float[Array, "... v"]) -> Float[Array, "... v"]:
         normal = rms_normalise(x, self.eps) * self.weight[...].astype(jnp.float32)
         return (normal * self.activation(gate.astype(jnp.float32))).astype(gate.dtype)
-
-
-def rms_normalise(x: Float[Array, "... d"], eps: float) -> Float32[Array, "... d"]:
-    x = x.astype(jnp.float32)
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
 def rotary_angles(
@@ -176,7 +176,7 @@ class DenseMLP(nnx.Module):
         self.down_proj = Linear(intermediate, width, dtype)
         self.backend = backend
 
-    def __call__(self, x: Float[Array, "t d"], valid: Bool[Array, "t"]) -> Float[Array, "t d"]:
+    def __call__(self, x: Float[Array, "t d"] | Normed, valid: Bool[Array, "t"]) -> Float[Array, "t d"]:
         del valid  # padded rows are computed like any other and never read
         gate, up = self.gate_proj.weight[...], self.up_proj.weight[...]
         (out,) = project(matmul.swiglu(x, gate, up, backend=self.backend), self.down_proj, backend=self.backend)

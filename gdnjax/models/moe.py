@@ -9,6 +9,7 @@ from gdnjax.backend import Backend
 from gdnjax.config import ModelConfig, MoeConfig
 from gdnjax.models.layers import DenseMLP, Linear, linear
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
+from gdnjax.pallas_kernels.normed import Normed, numbers
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
 
@@ -90,7 +91,8 @@ class MoeMLP(nnx.Module):
             self.shared_experts = shared
         self.shared_gate = moe.shared_gate
 
-    def __call__(self, x: Float[Array, "t d"], valid: Bool[Array, "t"]) -> Float[Array, "t d"]:
+    def __call__(self, x: Float[Array, "t d"] | Normed, valid: Bool[Array, "t"]) -> Float[Array, "t d"]:
+        x = numbers(x)
         weight, expert = self.gate(x)
         expert = jnp.where(valid[:, None], expert, self.gate.weight.shape[0])
         if self.shared_gate:

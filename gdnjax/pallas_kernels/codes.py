@@ -1,21 +1,22 @@
 """What kernels of products share about weights of eight bits: how codes meet rows, and where their scales lie.
 
-Three ways, by the form that rows are given. None of them loses anything of a row of bfloat16:
+Three ways, by the form that rows are given (`row_forms`). None of them loses anything of a row of bfloat16:
 
   wide      rows as they are; codes become numbers of their dtype in the tile. For any codes and rows.
   float16   rows of bfloat16 become float16, a power of two taken out, and codes do in the tile: of float8_e4m3fn that
             is one instruction for two, where bfloat16 takes several.
   halves    codes of float8_e4m3fn stay what they are, on matrix units that take them. A row, a power of two taken out,
-            is the sum of two rows of float8_e4m3fn: the first is rounded to 4 significant bits, and what is left has 4
-            bits, too. Nothing is lost of a number above 2^-13 of the row's largest, and 2^-21 of that largest at most
-            of others. 8 rows or fewer have no more products than they had: matrix units take 16 at least.
+            is the sum of two rows of float8_e4m3fn. 8 rows or fewer have no more products than they had: matrix units
+            take 16 at least.
 
-In each, products are summed in float32, and the scale comes after the product of a step of inputs, which lies within
-one column of scales. Sums of fp8 on an H100 keep fewer bits than float32; they are as long as such a step.
+In each, products are summed in float32. Where scales change along the inputs, one comes after the product of each step,
+which lies within one column of them, and was loaded a step before: the memory's latency would otherwise stand in every
+step. Sums of fp8 on an H100 keep fewer bits than float32; they are as long as such a step.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,54 +25,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
 from gdnjax.memory import check_one_byte_pool
-from gdnjax.pallas_kernels.launch import LEAST, dot, power_of_two
+from gdnjax.pallas_kernels.launch import LEAST, dot
 from gdnjax.quantized import Quantized, Weight
 from gdnjax.shapes import Array
-
-LOW = 16.0
-"""What the low halves are multiplied by."""
-
-
-WIDE, FLOAT16, HALVES = "wide", "float16", "halves"
-
-PARTS = {WIDE: 1, FLOAT16: 1, HALVES: 2}
-"""Rows that one becomes."""
-
-
-def rows_of(x: Array, form: str) -> tuple[Array, ...]:
-    """The operands of a launch that rows are: x, and but for `wide` its rows in that form and what each is to be
-    multiplied by.
-    """
-    return (x,) if form == WIDE else (x, *(halves(x) if form == HALVES else as_float16(x)))
-
-
-def halves(x: Array) -> tuple[Array, Array]:
-    """[t, i] bfloat16 -> [2 t, i] float8_e4m3fn, high and low half of each row side by side, and [2 t] float32, what
-    each is to be multiplied by.
-    """
-    scale = _power_of_two(x, 7)
-    scaled = x.astype(jnp.float32) / scale
-    # Rounded by hand: XLA takes a number that was made float8_e4m3fn and float32 again for what it was before, and
-    # nothing would be left. The last place is that of 4 significant bits, and 2^-9 below the least normal number.
-    exponent = jnp.maximum(lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32) >> 23, 127 - 6)
-    place = lax.bitcast_convert_type((exponent - 3) << 23, jnp.float32)
-    high = jnp.round(scaled / place) * place
-    low = (scaled - high) * LOW
-    both = jnp.stack([high, low], axis=1).reshape(2 * x.shape[0], x.shape[1]).astype(jnp.float8_e4m3fn)
-    return both, jnp.concatenate([scale, scale / LOW], axis=1).reshape(-1)
-
-
-def as_float16(x: Array) -> tuple[Array, Array]:
-    """[t, i] bfloat16 -> the same in float16, and [t] float32, what each row is to be multiplied by."""
-    scale = _power_of_two(x, 14)
-    return (x.astype(jnp.float32) / scale).astype(jnp.float16), scale[:, 0]
-
-
-def _power_of_two(x: Array, exponent: int) -> Array:
-    """[t, 1]: by which to divide each row, so that its largest is from 2^exponent to twice that."""
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
-    stored = lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    return lax.bitcast_convert_type(jnp.clip(stored - exponent, 1, 254) << 23, jnp.float32)
 
 
 def can_meet(backend: Backend, inputs: int, *weights: Weight) -> bool:
@@ -143,17 +99,62 @@ class Operand:
     def shape(self) -> tuple[int, ...]:
         return self.refs[0].shape
 
-    def product(self, weight: Array, x: Array, column: Array, start, there: Array | None) -> Array:
-        """[columns, rows] of one step: of `weight`, loaded, with `x`; `column` are its rows, which begin at `start`'s
-        inputs. Codes meet x in its own type where that is one of codes, else they are widened.
+    def product(self, weight: Array, x: Array) -> Array:
+        """[columns, rows] of `weight`, loaded, with `x`. Codes meet x in its own type where that is one of codes, else
+        they are widened.
         """
-        if self.grid is None:
-            return dot(weight, x, contract=(1, 1))
-        part = dot(weight if weight.dtype == x.dtype else weight.astype(x.dtype), x, contract=(1, 1))
+        codes = self.grid is not None and weight.dtype != x.dtype
+        return dot(weight.astype(x.dtype) if codes else weight, x, contract=(1, 1))
+
+    def scale(self, column: Array, place: Array | int, there: Array | None) -> Array:
+        """[columns] float32: the scales of codes at input `place`."""
+        assert self.grid is not None, "numbers have none"
         rows, columns = self.grid
-        cell = jnp.full(column.shape, start // columns, jnp.int32)
-        scale = load(self.refs[1], (*self.lead, column // rows, cell), there)
-        return part * scale[:, None]
+        cell = jnp.full(column.shape, place // columns, jnp.int32)
+        return load(self.refs[1], (*self.lead, column // rows, cell), there)
+
+
+def summed(
+    operands: Sequence[Operand],
+    step_of: Callable[[Array], Sequence[tuple[Array, Array]]],
+    steps: tuple[Array | int, Array | int],
+    depth: int,
+    column: Array,
+    there: Sequence[Array | None],
+    rows: Sequence[int],
+) -> tuple[Array, ...]:
+    """[columns, rows] of each operand: the sum over the steps from `steps[0]` to `steps[1]` of `depth` inputs each.
+
+    `step_of` loads a step: what is taken of each operand, and the rows that this meets, so many as `rows` says.
+    `column` are the rows of the matrices, and `there` which of them exist; None: all.
+    """
+    inputs = operands[0].shape[-1]
+    changing = [operand.grid is not None and operand.grid[1] < inputs for operand in operands]
+
+    def scales_of(i) -> tuple[Array | None, ...]:
+        # Behind the last step nobody reads them.
+        place = jnp.minimum(i * depth, inputs - 1)
+        return tuple(
+            operand.scale(column, place, real) if changes else None
+            for operand, real, changes in zip(operands, there, changing, strict=True)
+        )
+
+    def one_step(i, carry):
+        totals, scales = carry
+        ahead = scales_of(i + 1)
+        products = [operand.product(*loaded) for operand, loaded in zip(operands, step_of(i), strict=True)]
+        products = [
+            part if scale is None else part * scale[:, None] for part, scale in zip(products, scales, strict=True)
+        ]
+        return tuple(total + part for total, part in zip(totals, products, strict=True)), ahead
+
+    begin, end = steps
+    zeros = tuple(jnp.zeros((column.size, count), jnp.float32) for count in rows)
+    totals, _ = lax.fori_loop(begin, end, one_step, (zeros, scales_of(begin)))
+    return tuple(
+        total if operand.grid is None or changes else total * operand.scale(column, 0, real)[:, None]
+        for operand, total, changes, real in zip(operands, totals, changing, there, strict=True)
+    )
 
 
 def load(ref, at: tuple, mask: Array | None) -> Array:
@@ -167,14 +168,3 @@ def load(ref, at: tuple, mask: Array | None) -> Array:
         other = lax.bitcast_convert_type(jnp.zeros(shape, jnp.int8), jnp.float8_e4m3fn)
         mask = jnp.broadcast_to(mask, shape)
     return plgpu.load(ref.at[at], mask=mask, other=other)
-
-
-def joined(total: Array, factor: Array, parts: int) -> Array:
-    """[columns, parts * rows] -> [columns, rows], each part times its factor."""
-    total = total * factor[None, :]
-    return total if parts == 1 else jnp.sum(total.reshape(total.shape[0], total.shape[1] // parts, parts), axis=-1)
-
-
-def padded(rows: int, form: str) -> int:
-    """Rows of a block that holds so many: as many as a product on matrix units has at least."""
-    return power_of_two(PARTS[form] * rows, LEAST) // PARTS[form]

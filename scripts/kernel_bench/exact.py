@@ -194,6 +194,11 @@ def products(x, pools, layer, *, gated):
     return tuple(found), ()
 
 
+def normed(x, pools, layer):
+    row = _double(x["x"])
+    return row * lax.rsqrt(jnp.mean(row * row, axis=-1, keepdims=True) + 1e-6) * (1 + _double(x["weight"])), ()
+
+
 def draws(x, pools, layer):
     """The best sum and the top of each row, noise from Threefry's bits rounded to float32."""
     token = jnp.arange(x["logits"].shape[1], dtype=jnp.uint32)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels import codes
+from gdnjax.pallas_kernels import row_forms
 from gdnjax.pallas_kernels.causal_conv1d import tiles as conv
 from gdnjax.pallas_kernels.gated_delta_rule import tiles as delta
 from gdnjax.pallas_kernels.grouped_matmul import tiles as grouped
@@ -55,15 +55,21 @@ def _products_table(name: str):
     kind = "gated" if "gate-up" in name else "wide" if "delta" in name else "narrow"
     if "int8" in name:
         return products.TILES, "int8", []
-    if fp8:
-        depths, stages, splits = (128,) if rows <= 16 else (64, 128), (3, 5), (264, 528) if rows <= 16 else (132,)
+    few = kind == "narrow"
+    if fp8 and rows <= 16:
+        stages = {"narrow": (3, 5), "wide": (5, 8), "gated": (3, 5)}[kind]
+        columns, depths, warps, splits = (64, 128) if few else (32, 64, 128), (128,), (4,), (264, 528)
+        forms = (row_forms.WIDE, row_forms.HALVES) if few else (row_forms.HALVES,)
+    elif fp8:
+        columns, depths, warps, stages, splits = (64, 128), (64, 128), (4, 8), (3, 4), (132,)
+        forms = (row_forms.FLOAT16,)
     else:
-        depths, stages, splits = (64, 128, 256), (3, 4), (132, 264)
+        columns, depths, warps, stages, splits = (64, 128), (64, 128, 256), (4, 8), (3, 4), (132, 264)
+        forms = (row_forms.WIDE,)
     dtype = "float8_e4m3fn" if fp8 else "bfloat16"
     row = products.TILES["cuda"][dtype]
     most = next(most for most in sorted(row) if rows <= most)
-    forms = codes.PARTS if fp8 else (codes.WIDE,)
-    sizes = itertools.product((64, 128), depths, (4, 8), stages, splits if kind == "narrow" else (0,), forms)
+    sizes = itertools.product(columns, depths, warps, stages, splits if few else (0,), forms)
     return products.TILES, dtype, [_Row(row, most, kind, products.Tile(*size)) for size in sizes]
 
 
@@ -118,13 +124,15 @@ def _table(name: str):
     if name.startswith("draw"):
         sizes = itertools.product((512, 1024, 2048, 4096), (4, 8), (528, 1056, 2112))
         return draws.TILES, None, [draws.Tile(*size) for size in sizes]
+    if name.startswith("normed"):
+        return products.TILES, "bfloat16", []
     if name.startswith("matmul"):
         return _products_table(name)
     if "int8" in name:
         return grouped.TILES, "few", []
     few = name.endswith("-128")
     if few and "float8" in name:
-        sizes = itertools.product((8,), (64, 128), (64, 128), (4,), (3, 4, 5), (codes.HALVES,))
+        sizes = itertools.product((8,), (64, 128), (64, 128), (4,), (3, 4, 5), (row_forms.HALVES,))
         return grouped.TILES, "fewest", [grouped.Grouped(*size) for size in sizes]
     sizes = (
         itertools.product((16,), (32, 64, 128), (64, 128, 256), (4,), (2, 3, 4, 5))

@@ -19,10 +19,11 @@ import numpy as np
 
 from gdnjax.backend import Backend
 from gdnjax.models import random_codes
-from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, matmul, paged_attention
+from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, matmul, paged_attention, row_forms
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, Rounding, StateOrder
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
+from gdnjax.pallas_kernels.normed import Normed, numbers
 from gdnjax.pallas_kernels.rows import Rows, make_chunks
 from gdnjax.quantized import CodeFormat
 from kernel_bench import exact
@@ -652,6 +653,34 @@ def products(
     )
 
 
+def normed(rows: int, width: int):
+    """The norm in front of products of a decode step."""
+
+    def inputs(key):
+        keys = jax.random.split(key, 2)
+        return {"x": _random(keys[0], (rows, width)), "weight": _random(keys[1], (width,), scale=0.1)}, ()
+
+    def call(x, pools, layer, backend):
+        rows = Normed(x["x"], x["weight"], 1e-6, 1.0)
+        if backend.is_reference:
+            return numbers(rows), pools
+        (found,) = row_forms.rows_of(rows, row_forms.WIDE, backend, wide=True)
+        return found, pools
+
+    return Workload(
+        name=f"normed-{width}-{rows}",
+        inputs=inputs,
+        call=call,
+        exact=exact.normed,
+        written=lambda pools, x, layer: (),
+        layers=1,
+        bytes=2 * (2 * rows + 1) * width,
+        flops=0,
+        limits=(4e-3, 0),
+        chain="x",
+    )
+
+
 def draws(rows: int, vocab: int, temperature: float):
     """Tokens of a decode step."""
 
@@ -768,6 +797,12 @@ WORKLOADS = {
         products("down", 16, 12288, 4096, codes="int8", grid=(1, 12288)),
         products("gate-up", 16, 4096, 12288, 12288, codes="int8"),
         products("delta", 128, 4096, 8192, 4096, 32, 32, codes="int8"),
+        # 27B: too few outputs for the tile of many, too many to be called few.
+        products("down", 1, 17408, 5120),
+        products("down", 1, 17408, 5120, codes="float8_e4m3fn"),
+        products("out", 1, 6144, 5120, codes="float8_e4m3fn"),
+        normed(1, 4096),
+        normed(128, 5120),
         draws(128, 248320, 1.0),
         draws(128, 248320, 0.0),
         draws(1, 248320, 1.0),

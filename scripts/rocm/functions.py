@@ -80,6 +80,7 @@ WAVES = {
     "latent_attention_split": 1,
     "latent_attention_write": 8,
     "matmul_project": 4,
+    "matmul_rows": 4,
     "matmul_swiglu": 4,
     "paged_attention": 1,
     "paged_attention_split": 1,

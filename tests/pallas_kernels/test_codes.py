@@ -91,44 +91,6 @@ def test_rows_meet_the_codes_of_their_group(sizes, dtype, kind, backend):
         assert_close(out[end - size : end], x[end - size : end], values[group], dtype)
 
 
-def test_halves_of_a_row_are_the_row():
-    """To the bit, above 2^-13 of its largest number; all others to 2^-21 of that."""
-    rng = np.random.default_rng(3)
-    x = (rng.standard_normal((64, 512)) * np.exp2(rng.integers(-30, 4, (64, 512)))).astype(BFLOAT16)
-    x[5], x[6, 0] = 0, 2.0**120
-    both, factor = codes.halves(jnp.asarray(x))
-    assert both.dtype == jnp.float8_e4m3fn
-    parts = np.asarray(both).astype(np.float64) * np.asarray(factor, np.float64)[:, None]
-    again = parts.reshape(64, 2, 512).sum(1)
-    exact = x.astype(np.float64)
-    largest = np.abs(exact).max(1, keepdims=True)
-    off = np.abs(again - exact)
-    assert np.all(off[np.abs(exact) >= largest * 2.0**-13] == 0)
-    assert np.all(off <= largest * 2.0**-21)
-    assert (np.abs(exact) < largest * 2.0**-13).any()
-
-
-def test_halves_keep_what_is_no_number():
-    x = jnp.asarray([[1.0, jnp.nan], [1.0, jnp.inf], [1.0, 2.0]], jnp.bfloat16)
-    both, factor = codes.halves(x)
-    sums = (np.asarray(both).astype(np.float64) * np.asarray(factor, np.float64)[:, None]).sum(1).reshape(3, 2).sum(1)
-    assert np.isfinite(sums).tolist() == [False, False, True]
-
-
-def test_rows_in_float16_are_the_rows():
-    """To the bit, above 2^-29 of the largest; all others to 2^-38 of that."""
-    rng = np.random.default_rng(5)
-    x = (rng.standard_normal((64, 512)) * np.exp2(rng.integers(-50, 40, (64, 512)))).astype(BFLOAT16)
-    x[5] = 0
-    rows, factor = codes.as_float16(jnp.asarray(x))
-    exact, again = x.astype(np.float64), np.asarray(rows, np.float64) * np.asarray(factor, np.float64)[:, None]
-    largest = np.abs(exact).max(1, keepdims=True)
-    off = np.abs(again - exact)
-    assert rows.dtype == jnp.float16
-    assert np.all(off[np.abs(exact) >= largest * 2.0**-29] == 0)
-    assert np.all(off <= largest * 2.0**-38)
-
-
 def test_kernels_take_float8_only_where_the_device_converts_it():
     """XLA's products serve the others; int8 is taken everywhere."""
     rng = np.random.default_rng(6)

@@ -36,6 +36,7 @@ SMALL = {
         workloads.recurrent("fold", 3, CHANNELS, old=2, new=0, real=2),
         workloads.chunked((70, 70), HEADS),
         workloads.conv_prefill((70, 70), 48),
+        workloads.normed(3, 96),
         workloads.conv_update(3, 48),
         workloads.conv_update(3, 48, pending=3, new=3, real=2),
         workloads.attention(3, 70, 1, 4, 2, 32, real=2),

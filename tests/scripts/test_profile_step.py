@@ -41,6 +41,17 @@ def test_kernels_are_those_of_the_devices_streams(profile):
     assert found["fusion.3"][1] == pytest.approx(6e-6)
 
 
+def test_kernels_of_several_devices_are_the_mean(profile):
+    """Each rank of a step runs them all."""
+    one = script.kernels_of(str(profile))
+    file = profile / "plugins" / "profile" / "now" / "host.xplane.pb"
+    second = PROFILE.replace("GPU:0", "GPU:1")
+    file.write_bytes(ProfileData.text_proto_to_serialized_xspace(PROFILE + second))
+    both = script.kernels_of(str(profile))
+    assert both.keys() == one.keys()
+    assert all(both[name] == pytest.approx(one[name]) for name in one)
+
+
 def test_kernels_of_no_profile_are_none(tmp_path):
     assert script.kernels_of(str(tmp_path)) == {}
 
@@ -83,6 +94,7 @@ def test_run_without_kernels_says_so_and_reports_the_clock(capsys, tmp_path):
     ("flags", "said"),
     [
         (["--steps", "1"], "--steps must be at least 2"),
+        (["--quantize-activations"], "--quantize-activations is of weights of --quantization fp8_per_channel"),
         (["--requests", "0"], "--requests must be at least 1"),
         (["--layers", "0"], "--layers must be at least 1"),
         (["--input-len", "-3"], "--input-len must be at least 1"),

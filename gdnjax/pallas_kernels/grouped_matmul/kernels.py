@@ -8,12 +8,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels import codes
+from gdnjax.pallas_kernels import codes, row_forms
 from gdnjax.pallas_kernels.codes import Operand
 from gdnjax.pallas_kernels.grouped_matmul import tiles
 from gdnjax.pallas_kernels.launch import LEAST, bounded, launch, power_of_two
@@ -28,9 +27,7 @@ def grouped_matmul(x: Array, weight: Weight, group_sizes: Array, backend: Backen
     steps = codes.depth_of(min(tile.depth, power_of_two(depth, LEAST)), depth, weight)
     assert steps is not None, "the reference takes what has no depth"
     arrays, (grid,) = codes.flat(weight)
-    operands = codes.rows_of(x, tile.form)
-    # Rows in a form of their own take the place of x.
-    operands = operands[1:] or operands
+    operands = row_forms.rows_of(x, tile.form, backend, wide=False)
     group, start, end = tile_table(group_sizes, rows, tile.rows)
     (out,) = launch(
         _grouped_matmul,
@@ -69,7 +66,7 @@ def tile_table(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, 
 
 
 def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, *refs, rows, columns, depth, grid, form):
-    factor_ref, refs = (None, refs) if form == codes.WIDE else (refs[0], refs[1:])
+    factor_ref, refs = (None, refs) if form == row_forms.WIDE else (refs[0], refs[1:])
     (weight,), (out_ref,) = Operand.taken(refs, (grid,))
     total, width = x_ref.shape[1], weight.shape[1]
     # Programs of one group are neighbours, so that its rows and its matrix stay in the cache for all of them.
@@ -81,7 +78,7 @@ def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, *refs, rows, 
         end_ref[tile],
     )
     row = start + jnp.arange(rows, dtype=jnp.int32)
-    parts = codes.PARTS[form]
+    parts = row_forms.PARTS[form]
     row_of_x = parts * start + jnp.arange(parts * rows, dtype=jnp.int32)
     real_of_x = row_of_x < parts * end
     column = block * columns + jnp.arange(columns, dtype=jnp.int32)
@@ -92,21 +89,20 @@ def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, *refs, rows, 
     even = total % depth == 0
 
     def run():
-        def one_step(i, total_so_far):
+        def step_of(i):
             d = i * depth + step
             within = d < total
             x_mask = real_of_x[:, None] if even else real_of_x[:, None] & within[None, :]
             w_mask = there[:, None] if even else there[:, None] & within[None, :]
             x = codes.load(x_ref, (row_of_x[:, None], d[None, :]), x_mask)
-            w = codes.load(weight.refs[0], (group, column[:, None], d[None, :]), w_mask)
             # The matrix is the left operand: few rows are the short side of the product.
-            return total_so_far + of_group.product(w, x, column, i * depth, there)
+            return [(codes.load(weight.refs[0], (group, column[:, None], d[None, :]), w_mask), x)]
 
         of_group = dataclasses.replace(weight, lead=(jnp.full(column.shape, group, jnp.int32),))
-        start_of = jnp.zeros((columns, row_of_x.size), jnp.float32)
-        out = lax.fori_loop(0, pl.cdiv(total, depth), one_step, start_of)
+        steps = (0, pl.cdiv(total, depth))
+        (out,) = codes.summed([of_group], step_of, steps, depth, column, [there], [row_of_x.size])
         if factor_ref is not None:
-            out = codes.joined(out, codes.load(factor_ref, (row_of_x,), real_of_x), parts)
+            out = row_forms.joined(out, codes.load(factor_ref, (row_of_x,), real_of_x), form)
         mask = there[:, None] & real[None, :]
         plgpu.store(out_ref.at[row[None, :], column[:, None]], out.astype(out_ref.dtype), mask=mask)
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels.codes import HALVES, WIDE
+from gdnjax.pallas_kernels.row_forms import HALVES, WIDE
 from gdnjax.quantized import Quantized, Weight
 
 

@@ -1,7 +1,7 @@
 """Products on matrix units of 8 bits by XLA, for weights in float8_e4m3fn with a scale for each row. Two uses:
 
-in halves    rows as two of float8_e4m3fn each, which lose nothing (`gdnjax.pallas_kernels.codes`), for the rows of a
-             verify step, of which there are too many for the kernels, and for which XLA would widen all of a matrix
+in halves    rows as two of float8_e4m3fn each, which lose nothing (`gdnjax.pallas_kernels.row_forms`), for the rows of
+             a verify step, of which there are too many for the kernels, and for which XLA would widen all of a matrix
 by token     rows rounded to float8_e4m3fn, with a scale for each (W8A8), where it is asked for
 """
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels import codes
+from gdnjax.pallas_kernels import row_forms
 from gdnjax.quantized import Quantized, Weight, quantise
 from gdnjax.shapes import Array
 
@@ -44,7 +44,7 @@ def product(x: Array, weight: Quantized, form: str) -> Array:
         rows, factor = quantise(x, jnp.float8_e4m3fn)
         # Sums may be kept in fewer bits than float32 has: the rounding of x is far coarser.
         return (_dot(rows, weight.codes, None, x.dtype) * factor * weight.scale[:, 0]).astype(x.dtype)
-    halves, factor = codes.halves(x)
+    halves, factor = row_forms.halves(x)
     total = _dot(halves, weight.codes, lax.Precision.HIGHEST, jnp.float32) * factor[:, None]
     return (jnp.sum(total.reshape(x.shape[0], 2, -1), axis=1) * weight.scale[:, 0]).astype(x.dtype)
 

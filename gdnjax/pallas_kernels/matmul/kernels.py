@@ -6,29 +6,31 @@ bytes, and may stand beside those of numbers: see `gdnjax.pallas_kernels.codes`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels import codes
+from gdnjax.pallas_kernels import codes, row_forms
 from gdnjax.pallas_kernels.codes import Operand
 from gdnjax.pallas_kernels.launch import LEAST, launch, power_of_two, sigmoid
 from gdnjax.pallas_kernels.matmul.tiles import Tile
+from gdnjax.pallas_kernels.normed import Normed
+from gdnjax.pallas_kernels.row_forms import WIDE
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
 
 
-def project(x: Array, weights: Sequence[Weight], tile: Tile, backend: Backend) -> tuple[Array, ...]:
+def project(x: Array | Normed, weights: Sequence[Weight], tile: Tile, backend: Backend) -> tuple[Array, ...]:
     blocks = [-(-weight.shape[0] // tile.columns) for weight in weights]
     depth = _depth(x, weights, tile)
-    splits = _splits(sum(blocks), x.shape[1], depth, tile) if len(weights) == 1 else 1
+    splits = _splits(sum(blocks), x.shape[1], depth, tile)
     dtype = x.dtype if splits == 1 else jnp.float32
     arrays, grids = codes.flat(*weights)
-    rows = codes.rows_of(x, tile.form)
+    rows = row_forms.rows_of(x, tile.form, backend, wide=None in grids)
     out = launch(
         _project,
         backend,
@@ -54,15 +56,14 @@ def _splits(programs: int, inputs: int, depth: int, tile: Tile) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-def _depth(x: Array, weights: Sequence[Weight], tile: Tile) -> int:
+def _depth(x: Array | Normed, weights: Sequence[Weight], tile: Tile) -> int:
     depth = codes.depth_of(min(tile.depth, power_of_two(x.shape[1], LEAST)), x.shape[1], *weights)
     assert depth is not None, "tiles.of gives none where there is no depth"
     return depth
 
 
 def _project(program, *refs, blocks, grids, splits, columns, depth, form):
-    count = 1 if form == codes.WIDE else 3
-    rows, refs = refs[:count], refs[count:]
+    rows, refs = _row_refs(refs, grids, form)
     operands, out_refs = Operand.taken(refs, grids)
     product, split = program // splits, program % splits
     first = 0
@@ -77,14 +78,14 @@ def _project(program, *refs, blocks, grids, splits, columns, depth, form):
         first += size
 
 
-def swiglu(x: Array, gate: Weight, up: Weight, tile: Tile, backend: Backend) -> Array:
+def swiglu(x: Array | Normed, gate: Weight, up: Weight, tile: Tile, backend: Backend) -> Array:
     arrays, grids = codes.flat(gate, up)
     (out,) = launch(
         _swiglu,
         backend,
         name="matmul_swiglu",
         programs=-(-gate.shape[0] // tile.columns),
-        args=(*codes.rows_of(x, tile.form), *arrays),
+        args=(*row_forms.rows_of(x, tile.form, backend, wide=None in grids), *arrays),
         out=[jax.ShapeDtypeStruct((x.shape[0], gate.shape[0]), x.dtype)],
         warps=tile.warps,
         stages=tile.stages,
@@ -97,60 +98,64 @@ def swiglu(x: Array, gate: Weight, up: Weight, tile: Tile, backend: Backend) -> 
 
 
 def _swiglu(program, *refs, grids, columns, depth, form):
-    count = 1 if form == codes.WIDE else 3
-    rows, refs = refs[:count], refs[count:]
+    rows, refs = _row_refs(refs, grids, form)
     operands, (out_ref,) = Operand.taken(refs, grids)
     block = program * columns
     gate, up = _products(rows, operands, block, columns, depth, form, 0, 1)
     _store(out_ref, (), gate * sigmoid(gate) * up, block)
 
 
+def _row_refs(refs: Sequence, grids: Sequence, form: str) -> tuple[dict[str, Any], Sequence]:
+    """The refs that `row_forms.rows_of` made, by name, and those behind them."""
+    names = ["wide"] * (form == WIDE or None in grids) + ["formed", "factor"] * (form != WIDE)
+    return dict(zip(names, refs[: len(names)], strict=True)), refs[len(names) :]
+
+
 def _products(
-    row_refs: Sequence, operands: Sequence[Operand], block, columns: int, depth: int, form: str, split, splits: int
+    row_refs: dict[str, Any], operands: Sequence[Operand], block, columns: int, depth: int, form: str, split, splits
 ) -> tuple[Array, ...]:
     """[columns, rows] of each matrix from row `block` on, over one of `splits` parts of the inputs."""
-    x_ref, *formed_refs = row_refs
-    rows, inputs = x_ref.shape
-    of_codes = [bool(formed_refs) and operand.grid is not None for operand in operands]
-    row, real = _rows(rows, codes.padded(rows, codes.WIDE))
-    parts = codes.PARTS[form]
-    formed, formed_real = _rows(parts * rows, parts * codes.padded(rows, form))
+    parts = row_forms.PARTS[form]
+    rows, inputs = row_refs["wide"].shape if "wide" in row_refs else row_refs["formed"].shape
+    rows = rows if "wide" in row_refs else rows // parts
+    # Numbers meet rows as they are.
+    formed = ["formed" in row_refs and operand.grid is not None for operand in operands]
+    places = {
+        False: _rows(rows, row_forms.padded(rows, WIDE)),
+        True: _rows(parts * rows, parts * row_forms.padded(rows, form)),
+    }
     column = block + jnp.arange(columns, dtype=jnp.int32)
+    there = [None if operand.shape[0] % columns == 0 else column < operand.shape[0] for operand in operands]
     step = jnp.arange(depth, dtype=jnp.int32)
-    steps = pl.cdiv(inputs, depth)
     even = inputs % depth == 0
 
-    def load(ref, at, mask, within):
+    def load(ref, row, place, mask):
         if not even:
-            mask = within[None, :] if mask is None else mask[:, None] & within[None, :]
+            within = (place < inputs)[None, :]
+            mask = within if mask is None else mask[:, None] & within
         elif mask is not None:
             mask = mask[:, None]
-        return codes.load(ref, at, mask)
+        return codes.load(ref, (row[:, None], place[None, :]), mask)
 
-    def one_step(i, sums):
+    def step_of(i):
         place = i * depth + step
-        within = place < inputs
-        x = {}
-        if not all(of_codes):
-            x[False] = load(x_ref, (row[:, None], place[None, :]), real, within)
-        if any(of_codes):
-            x[True] = load(formed_refs[0], (formed[:, None], place[None, :]), formed_real, within)
-        products = []
-        for operand, total, coded in zip(operands, sums, of_codes, strict=True):
-            there = None if operand.shape[0] % columns == 0 else column < operand.shape[0]
-            weight = load(operand.refs[0], (column[:, None], place[None, :]), there, within)
-            # The matrix is the left operand: few rows are the short side of the product.
-            products.append(total + operand.product(weight, x[coded], column, i * depth, there))
-        return tuple(products)
+        x = {kind: load(row_refs["formed" if kind else "wide"], places[kind][0], place, places[kind][1])
+             for kind in sorted(set(formed))}  # fmt: skip
+        # The matrix is the left operand: few rows are the short side of the product.
+        return [
+            (load(operand.refs[0], column, place, real), x[kind])
+            for operand, real, kind in zip(operands, there, formed, strict=True)
+        ]
 
-    begin, end = split * steps // splits, (split + 1) * steps // splits
-    sizes = [formed.size if coded else row.size for coded in of_codes]
-    sums = lax.fori_loop(begin, end, one_step, tuple(jnp.zeros((columns, size), jnp.float32) for size in sizes))
-    if not any(of_codes):
+    steps = pl.cdiv(inputs, depth)
+    part = (split * steps // splits, (split + 1) * steps // splits)
+    sums = codes.summed(operands, step_of, part, depth, column, there, [places[kind][0].size for kind in formed])
+    if not any(formed):
         return sums
-    factor = codes.load(formed_refs[1], (formed,), formed_real)
+    row, real = places[True]
+    factor = codes.load(row_refs["factor"], (row,), real)
     return tuple(
-        codes.joined(total, factor, parts) if coded else total for total, coded in zip(sums, of_codes, strict=True)
+        row_forms.joined(total, factor, form) if kind else total for total, kind in zip(sums, formed, strict=True)
     )
 
 

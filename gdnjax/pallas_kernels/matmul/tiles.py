@@ -1,12 +1,14 @@
 """Tile tables of the op's kernels: by architecture and dtype, for the rows of a step, rounded up."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import codes
-from gdnjax.pallas_kernels.codes import FLOAT16, HALVES, WIDE
+from gdnjax.pallas_kernels.normed import Normed
+from gdnjax.pallas_kernels.row_forms import FLOAT16, HALVES, WIDE
 from gdnjax.quantized import LARGEST, Weight
 from gdnjax.shapes import Array
 
@@ -29,62 +31,70 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """For products with many outputs, with few (up to FEW), and with gate and up in one program."""
+    """For products with many outputs, with few, and with gate and up in one program. Many are those of which the tile
+    for many makes `enough` programs: fewer leave a part of the device without one.
+    """
 
     wide: Tile
     narrow: Tile
     gated: Tile
+    enough: int
 
+    def of_outputs(self, outputs: Iterable[int]) -> Tile:
+        """The tile for matrices of so many outputs, side by side."""
+        programs = sum(-(-count // self.wide.columns) for count in outputs)
+        return self.wide if programs >= self.enough else self.narrow
 
-FEW = 4096
-"""Outputs up to which a product has too few columns to occupy a device."""
 
 # dtype of numbers, or of codes -> {most rows: tiles}
 TILES = {
     "cuda": {
         "bfloat16": {
-            16: Tiles(Tile(64, 256, 4, 4), Tile(64, 128, 4, 4, programs=264), Tile(64, 256, 4, 3)),
-            64: Tiles(Tile(64, 128, 4, 3), Tile(64, 128, 4, 3, programs=132), Tile(64, 128, 4, 3)),
-            128: Tiles(Tile(64, 64, 4, 4), Tile(64, 128, 4, 3, programs=132), Tile(64, 64, 8, 3)),
+            16: Tiles(Tile(64, 256, 4, 4), Tile(64, 128, 4, 4, programs=264), Tile(64, 256, 4, 3), 96),
+            64: Tiles(Tile(64, 128, 4, 3), Tile(64, 128, 4, 3, programs=132), Tile(64, 128, 4, 3), 96),
+            128: Tiles(Tile(64, 64, 4, 4), Tile(64, 128, 4, 3, programs=132), Tile(64, 64, 8, 3), 96),
         },
         "float8_e4m3fn": {
             16: Tiles(
                 Tile(128, 128, 4, 5, form=HALVES),
-                Tile(64, 128, 4, 3, programs=528),
+                Tile(128, 128, 4, 3, programs=384, form=HALVES),
                 Tile(64, 128, 4, 3, form=HALVES),
+                96,
             ),
             32: Tiles(
                 Tile(64, 128, 4, 4, form=HALVES),
                 Tile(64, 128, 4, 4, programs=132, form=HALVES),
                 Tile(64, 128, 4, 3, form=FLOAT16),
+                96,
             ),
             128: Tiles(
-                Tile(64, 128, 4, 3, form=FLOAT16),
+                Tile(128, 128, 8, 3, form=FLOAT16),
                 Tile(64, 128, 4, 3, programs=132, form=FLOAT16),
-                Tile(64, 64, 4, 3, form=FLOAT16),
+                Tile(64, 128, 8, 3, form=FLOAT16),
+                96,
             ),
         },
         "int8": {
-            16: Tiles(Tile(64, 128, 4, 3), Tile(64, 64, 8, 3, programs=264), Tile(64, 128, 4, 3)),
-            128: Tiles(Tile(64, 128, 4, 3), Tile(64, 128, 4, 3, programs=132), Tile(64, 64, 4, 3)),
+            16: Tiles(Tile(64, 128, 4, 3), Tile(64, 64, 8, 3, programs=264), Tile(64, 128, 4, 3), 96),
+            128: Tiles(Tile(64, 128, 4, 3), Tile(64, 128, 4, 3, programs=132), Tile(64, 64, 4, 3), 96),
         },
     },
     "rocm": {
         "bfloat16": {
-            16: Tiles(Tile(64, 128, 4, 1), Tile(64, 128, 4, 1, programs=304), Tile(32, 128, 4, 1)),
-            128: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1, programs=304), Tile(32, 64, 4, 1)),
+            16: Tiles(Tile(64, 128, 4, 1), Tile(64, 128, 4, 1, programs=304), Tile(32, 128, 4, 1), 152),
+            128: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1, programs=304), Tile(32, 64, 4, 1), 152),
         },
         **{
             kind: {
-                16: Tiles(Tile(64, 128, 4, 1), Tile(64, 128, 4, 1, programs=304), Tile(32, 128, 4, 1)),
+                16: Tiles(Tile(64, 128, 4, 1), Tile(64, 128, 4, 1, programs=304), Tile(32, 128, 4, 1), 152),
                 # Codes beside numbers in one launch: eight warps hold both in the registers that four have too few of.
-                128: Tiles(Tile(64, 64, 8, 1), Tile(64, 64, 4, 1, programs=304), Tile(32, 64, 4, 1)),
+                128: Tiles(Tile(64, 64, 8, 1), Tile(64, 64, 4, 1, programs=304), Tile(32, 64, 4, 1), 152),
             }
             for kind in LARGEST
         },
     },
     "interpret": {
-        dtype: {128: Tiles(Tile(64, 64, 1, 1), Tile(32, 64, 1, 1, programs=8), Tile(32, 64, 1, 1))}
+        dtype: {128: Tiles(Tile(64, 64, 1, 1), Tile(32, 64, 1, 1, programs=8), Tile(32, 64, 1, 1), 4)}
         for dtype in ("bfloat16", "float32", "int8")
     }
     | {
@@ -93,18 +103,20 @@ TILES = {
                 Tile(64, 64, 1, 1, form=HALVES),
                 Tile(32, 64, 1, 1, programs=8, form=HALVES),
                 Tile(32, 64, 1, 1, form=HALVES),
+                4,
             ),
             128: Tiles(
                 Tile(64, 64, 1, 1, form=FLOAT16),
                 Tile(32, 64, 1, 1, programs=8, form=FLOAT16),
                 Tile(32, 64, 1, 1, form=FLOAT16),
+                4,
             ),
         }
     },
 }
 
 
-def of(backend: Backend, x: Array, *weights: Weight) -> Tiles | None:
+def of(backend: Backend, x: Array | Normed, *weights: Weight) -> Tiles | None:
     """The tiles for the rows of x and such weights; None: XLA's product.
 
     Codes meet bfloat16; in the interpreter, where models are of float32, also that, widened.

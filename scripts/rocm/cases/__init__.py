@@ -7,7 +7,7 @@ import numpy as np
 
 from rocm.cases.attention import attention, kv_write, latent, latent_write
 from rocm.cases.case import BFLOAT16, FLOAT8, Bound, Case
-from rocm.cases.products import draw, every_code, grouped, product
+from rocm.cases.products import draw, every_code, grouped, normed, product
 from rocm.cases.recurrent import chunked, conv, conv_prefill, delta
 
 __all__ = ["Bound", "Case", "cases", "race"]
@@ -114,6 +114,8 @@ def cases() -> list[Case]:
         *(product("swiglu", rows, outputs=(80, 80)) for rows in (3, 40)),
         product("split", 3, depth=1024, outputs=(96,)),
         *coded_products(),
+        normed(200),
+        normed(256, np.float32),
         draw(),
         draw(bounded=True),
     ]

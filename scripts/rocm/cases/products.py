@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import matmul
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
 from gdnjax.pallas_kernels.matmul import kernels as matmul_kernels
 from gdnjax.pallas_kernels.matmul import tiles as matmul_tiles
+from gdnjax.pallas_kernels.normed import Normed, numbers
+from gdnjax.pallas_kernels.row_forms import WIDE, rows_of
 from gdnjax.quantized import Quantized, Weight
 from rocm.cases.case import BFLOAT16, EXACT, FLOAT8, Arrays, Bound, Case, Op, poison
 from rocm.cases.recurrent import LAYER, normal, random
@@ -17,6 +20,9 @@ from rocm.cases.recurrent import LAYER, normal, random
 PRODUCT = Bound(norm=2.5e-3, place=2**-7, flips=2e-2)
 """A float32 sum of some hundred products, in another order, rounded to bfloat16 once. Where products cancel, a sum's
 float32 error is more of it."""
+
+NORMED = Bound(norm=2.5e-3, place=2**-7, flips=1e-2)
+"""Rounded to bfloat16 once."""
 
 NOISE = Bound(norm=1e-6, place=1e-6)
 """Two logarithms."""
@@ -106,7 +112,7 @@ def product_op(kind: str, grids: tuple[Grid | None, ...]) -> Op:
         if kind == "swiglu":
             return {"out0": matmul.swiglu(x["x"], *matrices, backend=backend)}
         if kind == "wide" and not backend.is_reference:
-            # Otherwise a product is wide from 4,097 outputs on.
+            # Otherwise a product is wide from so many outputs on as occupy a device.
             tiles = matmul_tiles.of(backend, x["x"], *matrices)
             assert tiles is not None
             found = matmul_kernels.project(x["x"], matrices, tiles.wide, backend)
@@ -178,6 +184,20 @@ def _product(name: str, kind: str, x: dict[str, np.ndarray], grids: tuple[Grid |
         {f"out{i}": bound for i in range(count)},
         exact=by_hand if any(grids) else None,
     )
+
+
+def normed_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
+    """The norm in front of a product, alone."""
+    rows = Normed(x["x"], x["weight"], 1e-6, 1.0)
+    return {"out": numbers(rows) if backend.is_reference else rows_of(rows, WIDE, backend, wide=True)[0]}
+
+
+def normed(width: int, dtype: Any = BFLOAT16) -> Case:
+    """Rows of several sizes."""
+    name = f"matmul-normed-3x{width}-{np.dtype(dtype).name}"
+    r = random(name)
+    x = {"x": normal(r, (3, width), dtype) * np.array([[1e-3], [1], [30]], dtype), "weight": normal(r, (width,), dtype)}
+    return Case(name, normed_op, x, LAYER, {"out": NORMED if dtype == BFLOAT16 else NOISE})
 
 
 def _named(codes: Any, grid: Grid) -> str:
