@@ -194,6 +194,12 @@ class HybridModel:
     ) -> tuple[Array, Cache]:
         return nnx.merge(self.graphdef, params)(tokens, context, cache)
 
+    def expert_choices(
+        self, params: Params, tokens: Int32[Array, "t"], context: PrefillContext | DecodeContext, cache: Cache
+    ) -> Int32[Array, "layers t top"]:
+        """Only for a model with experts; see `gdnjax.routing`."""
+        return nnx.merge(self.graphdef, params).expert_choices(tokens, context, cache)
+
     def fold(self, params: Params, context: FoldContext, cache: Cache) -> Cache:
         return nnx.merge(self.graphdef, params).fold(context, cache)
 
