@@ -476,7 +476,8 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
 
     The state is donated and leaves with the shardings it came with, so that its buffers stay where they are.
     """
-    param_specs, state_specs = partition.specs_of(params), specs_of(state)
+    param_specs = partition.specs_of(params, expert_parallel=model.expert_parallel)
+    state_specs = specs_of(state)
     replicated = sharding.P()
     state_out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs)
     whole = NamedSharding(mesh, replicated)

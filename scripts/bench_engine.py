@@ -11,7 +11,14 @@ import sys
 import time
 from typing import Any
 
-from gdnjax.cli.command import exit_status, in_one_line, prepare_environment, run_as_process
+from gdnjax.cli.command import (
+    add_device_flags,
+    devices,
+    exit_status,
+    in_one_line,
+    prepare_environment,
+    run_as_process,
+)
 
 DESCRIPTION = """\
 Makes a model of random weights once, and at most two engines of it, one after the other: without drafts, and with
@@ -25,6 +32,8 @@ Sections:
   accounting   the same in a packed pool, where every block carries a state, that holds half of the requests, against
                the decoupled pool of the same bytes. What is emulated is its scheduling, as in bench_serving.py
   prefix       requests that share a long prefix, with the prefix cache and without, from an empty one
+  balance      of a model with experts: how evenly its routers send tokens to experts, and to the ranks that hold them
+               (busiest over mean). Of random weights and tokens; gdnjax.routing measures any others
   speculation  decode with drafts, against none. Of random weights drafts are random, so the tokens of a step are
                forced: the outputs are not the model's
 
@@ -36,6 +45,8 @@ examples:
   python scripts/bench_engine.py --output engine.json                        everything
   python scripts/bench_engine.py decode speculation --batches 64,1           some
   python scripts/bench_engine.py decode --batches 128 --padded 9             what rows of padding cost
+  python scripts/bench_engine.py --config qwen3.5-397b-a17b --quantization fp8 --tensor-parallel-size 4 \\
+      --enable-expert-parallel
   python scripts/bench_engine.py --config tiny --scale 0.03                  a look on a CPU
 
 Exit status: 0 done, 2 an error, or a section that failed; 130 interrupted.
@@ -89,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="random weights of eight bits: in blocks of 128 x 128, or with a scale for each output (default: none)",
     )
     add("--quantize-activations", action="store_true", help="W8A8 in prefill; for fp8_per_channel")
+    add_device_flags(add)
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values (default: the model's)")
     add("--state-layout", choices=STATE_LAYOUTS, help="of the recurrent state (default: the engine's)")
@@ -111,9 +123,11 @@ def run(arguments: argparse.Namespace) -> int:
     from engine_bench import sections
     from engine_bench.record import Record
 
+    from gdnjax.config import MlpKind
+
     sizes = choose_sizes(arguments)
     config = read_config(arguments)
-    names = sections.choose(arguments.sections)
+    names = sections.choose(arguments.sections, experts=MlpKind.MOE in config.mlp_kinds)
     engines = choose_engines(arguments, sizes, names)
     longest = max(engine.max_model_len or 0 for engine in engines.values())
     if longest > config.max_position_embeddings:
@@ -139,22 +153,23 @@ def choose_sizes(arguments: argparse.Namespace) -> Any:
 
 
 def read_config(arguments: argparse.Namespace) -> Any:
-    """The model's configuration, with fewer layers if so asked."""
+    """The model's configuration, with fewer layers and whole experts on a rank if so asked."""
     from gdnjax.assets import config_file
     from gdnjax.config import ModelConfig
 
     config = ModelConfig.from_hf(config_file(arguments.config))
     layers = arguments.layers
-    if layers is None:
-        return config
-    if not 0 < layers <= config.num_layers:
-        raise ValueError(f"--layers must be between 1 and the model's {config.num_layers}, got {layers}")
-    return dataclasses.replace(config, layer_kinds=config.layer_kinds[:layers], mlp_kinds=config.mlp_kinds[:layers])
+    if layers is not None:
+        if not 0 < layers <= config.num_layers:
+            raise ValueError(f"--layers must be between 1 and the model's {config.num_layers}, got {layers}")
+        kinds, mlps = config.layer_kinds[:layers], config.mlp_kinds[:layers]
+        config = dataclasses.replace(config, layer_kinds=kinds, mlp_kinds=mlps)
+    return config.with_expert_parallel() if arguments.enable_expert_parallel else config
 
 
 def choose_engines(arguments: argparse.Namespace, sizes: Any, names: list[str]) -> dict[int, Any]:
     """The engines' settings by their drafts. Raises ValueError for settings that cannot be."""
-    own = {"kernels": arguments.kernels, "kv_cache_dtype": arguments.kv_cache_dtype}
+    own = {"kernels": arguments.kernels, "kv_cache_dtype": arguments.kv_cache_dtype, **devices(arguments)}
     if arguments.quantize_activations:
         if arguments.quantization != "fp8_per_channel":
             raise ValueError("--quantize-activations is of weights of --quantization fp8_per_channel")
@@ -194,13 +209,14 @@ def measure(
         layers=config.num_layers,
         kernels=dataclasses.asdict(implementation),
         quantization=arguments.quantization,
+        **devices(arguments),
         sizes=dataclasses.asdict(sizes),
     )
     begin = time.perf_counter()
     with saying_what_does_not_fit():
         loaded = load_random(
             config,
-            {"tensor_parallel_size": 1, "dtype": "auto"},
+            {**devices(arguments), "dtype": "auto"},
             arguments.seed,
             mtp=any(engines),
             quantization=arguments.quantization,
@@ -208,7 +224,8 @@ def measure(
         jax.block_until_ready(loaded.params)
     seconds = time.perf_counter() - begin
     what = f"{arguments.config}, {config.num_layers} layers, random weights in {seconds:.1f} s"
-    print(f"{what}; {device.device_kind}, jax {jax.__version__}, kernels {implementation.kernels}", flush=True)
+    ranks = f"{arguments.tensor_parallel_size} x " if arguments.tensor_parallel_size > 1 else ""
+    print(f"{what}; {ranks}{device.device_kind}, jax {jax.__version__}, kernels {implementation.kernels}", flush=True)
     record.head(load_seconds=seconds, loaded_memory=device_memory())
     bench = Bench(loaded, engines, record)
     try:

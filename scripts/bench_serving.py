@@ -22,7 +22,15 @@ from serving_bench.engines import Arm, Loaded, Sizes
 from serving_bench.workloads import Conversation, Spec
 
 from gdnjax.assets import EMBEDDED_MODEL, config_file, model_directory
-from gdnjax.cli.command import add_speculation_flags, exit_status, prepare_environment, run_as_process, speculation
+from gdnjax.cli.command import (
+    add_device_flags,
+    add_speculation_flags,
+    devices,
+    exit_status,
+    prepare_environment,
+    run_as_process,
+    speculation,
+)
 
 if TYPE_CHECKING:
     from serving_bench.measurement import Plan
@@ -137,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a state in bfloat16 (default: nearest)",
     )
     add("--state-layout", choices=STATE_LAYOUTS, default="vk", help="of the recurrent state (default: vk)")
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
+    add_device_flags(add)
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
     add = parser.add_argument_group("workload").add_argument
@@ -350,10 +358,9 @@ def read_model(arguments: argparse.Namespace) -> "tuple[ModelConfig, pathlib.Pat
     """The model's configuration, and its directory unless its weights are to be random."""
     from gdnjax.config import ModelConfig
 
-    if arguments.random_weights:
-        return ModelConfig.from_hf(config_file(arguments.random_weights)), None
-    directory = model_directory(arguments.model)
-    return ModelConfig.from_hf(directory), directory
+    directory = None if arguments.random_weights else model_directory(arguments.model)
+    config = ModelConfig.from_hf(directory or config_file(arguments.random_weights))
+    return config.with_expert_parallel() if arguments.enable_expert_parallel else config, directory
 
 
 def make_workload(
@@ -421,7 +428,7 @@ def choose_sizes(arguments: argparse.Namespace, arms: Sequence[Arm], conversatio
 
 def load(arguments: argparse.Namespace, config: "ModelConfig", directory: pathlib.Path | None, *, mtp: bool) -> Loaded:
     """The model that all engines share, with its MTP head if `mtp`."""
-    options = {name: getattr(arguments, name) for name in ("dtype", "tensor_parallel_size", "kernels")}
+    options = {"dtype": arguments.dtype, "kernels": arguments.kernels, **devices(arguments)}
     if directory is None:
         return engines.load_random(config, options, arguments.seed, mtp=mtp)
     return engines.load(directory, options, mtp=mtp, progress=True)
@@ -440,6 +447,7 @@ def make_plan(
         "ssm_rounding",
         "state_layout",
         "tensor_parallel_size",
+        "enable_expert_parallel",
         "kernels",
         "max_num_batched_tokens",
     )

@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from evaluation import agreement, cells, problems, report
@@ -21,7 +21,9 @@ from evaluation.report import CellReport
 
 from gdnjax.assets import EMBEDDED_MODEL, model_directory
 from gdnjax.cli.command import (
+    add_device_flags,
     add_speculation_flags,
+    devices,
     exit_status,
     prepare_environment,
     run_as_process,
@@ -73,7 +75,8 @@ f32-mixed-pieces-cached-scarce-kN, in which everything is on.
 absence and the mixed layout, and one bf16 cell. The columns "cached", "preempted" and "accepted" say that it happened.
 
 Without --matrix, --pairwise and --cells one cell runs: {cells.DEFAULT.name}, in the checkpoint's dtype. It alone takes
-the flags of speculation: the names of the others say how they draft.
+the flags of speculation: the names of the others say how they draft. The device loop is one device's: on several
+--matrix and --pairwise do without it.
 
 Every cell is compared with the first float32 cell (the first cell, where there is none): on how many problems both
 answers, and all tokens, are the same. Where another float32 cell parts from it, the logits there are computed anew by
@@ -99,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="DIR", default=EMBEDDED_MODEL, help="checkpoint directory (default: the embedded model)")
     add("--max-num-seqs", type=int, default=32, metavar="N", help="requests at once, rows of a batch (default: 32)")
+    add_device_flags(add)
     add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
     add = parser.add_argument_group("problems").add_argument
     add("--data", metavar="FILE", help="problems to solve (default: those of the embedded model)")
@@ -162,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     progress = Progress(solve, save)
     try:
-        for made in run_cells(chosen, directory, own_dtype, work, solve, progress):
+        for made in run_cells(chosen, directory, own_dtype, work, solve, progress, devices(arguments)):
             reports[made.name] = made
             save()
     except KeyboardInterrupt:
@@ -213,16 +217,18 @@ def choose_cells(arguments: argparse.Namespace) -> list[Cell]:
             raise ValueError("--num-speculative-tokens: --matrix, --pairwise and --cells say themselves what drafts")
         name = f"{cells.DEFAULT.name}-k{drafting['num_speculative_tokens']}"
         return [dataclasses.replace(cells.DEFAULT, name=name, options=drafting)]
-    if arguments.matrix:
-        return list(cells.MATRIX)
-    if arguments.pairwise:
-        return list(cells.PAIRWISE)
+    one_device = arguments.tensor_parallel_size == 1
+    if arguments.matrix or arguments.pairwise:
+        named = cells.MATRIX if arguments.matrix else cells.PAIRWISE
+        return [cell for cell in named if one_device or cell.driver == "engine"]
     if arguments.cells is None:
         return [cells.DEFAULT]
     names = list(dict.fromkeys(name.strip() for name in arguments.cells.split(",")))
     for name in names:
         if name not in cells.BY_NAME:
             raise ValueError(f"--cells: no cell {name!r}; allowed: {', '.join(cells.BY_NAME)}")
+        if cells.BY_NAME[name].driver != "engine" and not one_device:
+            raise ValueError(f"--cells: {name} runs on one device, got --tensor-parallel-size above 1")
     return [cells.BY_NAME[name] for name in names]
 
 
@@ -271,6 +277,7 @@ def run_cells(
     work: cells.Workload,
     solve: Sequence[Problem],
     progress: Progress,
+    shared_by: Mapping[str, Any],
 ) -> Iterator[CellReport]:
     """Runs the cells, float32 first and weights as they are before others, with the parameters loaded once for each
     such; yields each report.
@@ -282,7 +289,8 @@ def run_cells(
     loads = dict.fromkeys((dtypes[cell.name], cell.quantization) for cell in chosen)
     for dtype, quantization in sorted(loads, key=lambda load: (load[0] != "float32", load[1] != "auto")):
         of_load = [cell for cell in chosen if (dtypes[cell.name], cell.quantization) == (dtype, quantization)]
-        options = {"mtp": any(map(cells.speculates, of_load)), "quantization": quantization}
+        mtp = any(map(cells.speculates, of_load))
+        options = {"mtp": mtp, "quantization": quantization, "devices": shared_by}
         print(f"loading the model in {dtype}", file=sys.stderr, flush=True)
         with cells.load(directory, dtype, work.progress, **options) as loaded:
             if quantization != "auto":
@@ -332,6 +340,7 @@ def settings(arguments: argparse.Namespace, num_shots: int) -> dict[str, Any]:
         "max_num_seqs": arguments.max_num_seqs,
         "enable_thinking": False if arguments.no_thinking else None,
         **speculation(arguments),
+        **devices(arguments),
         "near_tie": agreement.NEAR_TIE,
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from gdnjax.cli.command import exit_status, prepare_environment, run_as_process
+from gdnjax.cli.command import add_device_flags, devices, exit_status, prepare_environment, run_as_process
 
 DESCRIPTION = """\
 Compiles the steps that an engine plans its workspace by, each in its largest bucket, from shapes alone: for the devices
@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--drafts", type=int, nargs="+", default=[0, 3], metavar="K", help="drafts of a request (default: 0 3)")
     add("--acceptance", nargs="+", default=["shared_noise"], metavar="RULE", help="shared_noise, rejection, or both")
     add("--tokens", type=int, default=1024, metavar="N", help="tokens of a prefill step (default: 1024)")
+    add_device_flags(add)
     add("--arch", choices=ARCHITECTURES, help="compile for this chip (default: for the devices of this machine)")
     return parser
 
@@ -63,7 +64,7 @@ def measure(arguments: argparse.Namespace) -> int:
         for rule, rows, drafts in itertools.product(arguments.acceptance, arguments.rows, arguments.drafts)
         if drafts or rule == "shared_noise"
     ]
-    with devices(arguments.arch) as (found, backend):
+    with devices_of(arguments.arch, arguments.tensor_parallel_size) as (found, backend):
         print("| rows | drafts | rule | logits, MiB | " + " | ".join(STEPS) + " | full sampler / logits |")
         print("|---:|---:|---|---:|" + "---:|" * (len(STEPS) + 1))
         for case in cases:
@@ -72,7 +73,7 @@ def measure(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def devices(arch: str | None) -> Iterator[tuple[list[Any], Any]]:
+def devices_of(arch: str | None, ranks: int) -> Iterator[tuple[list[Any], Any]]:
     """The devices to compile for, and what runs the ops there."""
     if arch is None:
         prepare_environment()
@@ -89,7 +90,7 @@ def devices(arch: str | None) -> Iterator[tuple[list[Any], Any]]:
 
         from gdnjax.backend import Backend
 
-        yield compiling.devices(arch), Backend("pallas", arch)
+        yield compiling.devices(arch, ranks), Backend("pallas", arch)
 
 
 def line(arguments: argparse.Namespace, found: list[Any], backend: Any, rule: str, rows: int, drafts: int) -> str:
@@ -103,18 +104,21 @@ def line(arguments: argparse.Namespace, found: list[Any], backend: Any, rule: st
     whole = ModelConfig.from_hf(config_file(arguments.config))
     kinds, mlps = whole.layer_kinds[: arguments.layers], whole.mlp_kinds[: arguments.layers]
     config = dataclasses.replace(whole, layer_kinds=kinds, mlp_kinds=mlps)
+    if arguments.enable_expert_parallel:
+        config = config.with_expert_parallel()
     engine = EngineConfig(
         max_num_seqs=rows,
         max_num_batched_tokens=arguments.tokens,
         num_speculative_tokens=drafts,
         draft_acceptance=rule,
+        **devices(arguments),
     )
-    dtype, mtp = config.dtype, drafts > 0
-    model = build_model(config, dtype, mtp=mtp, backend=backend)
-    params = abstract_params(config, 1, dtype, mtp=mtp)
+    dtype, mtp, tp = config.dtype, drafts > 0, engine.tensor_parallel_size
+    model = build_model(config, dtype, tp, mtp=mtp, backend=backend)
+    params = abstract_params(config, tp, dtype, mtp=mtp)
     length = engine.length_within(config.max_position_embeddings)
-    sizes = planning.workspaces(model, engine, make_mesh(1, found[:1]), length, params)
-    logits = rows * (1 + drafts) * config.vocab_size * 4
+    sizes = planning.workspaces(model, engine, make_mesh(tp, found), length, params)
+    logits = rows * (1 + drafts) * config.shard(tp).vocab_size * 4
     columns = [f"{sizes[name] / MIB:,.0f}" for name in STEPS]
     return (
         f"| {rows} | {drafts} | {rule if drafts else ''} | {logits / MIB:,.0f} | {' | '.join(columns)} | "

@@ -13,7 +13,14 @@ import re
 import tempfile
 import time
 
-from gdnjax.cli.command import check_writable, exit_status, prepare_environment, run_as_process
+from gdnjax.cli.command import (
+    add_device_flags,
+    check_writable,
+    devices,
+    exit_status,
+    prepare_environment,
+    run_as_process,
+)
 
 DESCRIPTION = """\
 Serves requests with a model of random weights, and reads the profiler: the time of every kernel on the device, summed
@@ -50,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quantize-activations", action="store_true", help="W8A8 in prefill; for fp8_per_channel")
     parser.add_argument("--kv-cache-dtype", default="auto", help="see EngineConfig (default: %(default)s)")
     parser.add_argument("--ssm-dtype", default="float32", help="see EngineConfig (default: %(default)s)")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="devices (default: %(default)s)")
+    add_device_flags(parser.add_argument)
     parser.add_argument("--kernels", default="auto", help="see EngineConfig (default: %(default)s)")
     parser.add_argument("--state-layout", default=None, help="see EngineConfig")
     parser.add_argument("--memory-fraction", type=float, help="of the device's memory")
@@ -83,6 +90,8 @@ def run(arguments) -> int:
     if arguments.layers:
         kinds, mlps = config.layer_kinds[: arguments.layers], config.mlp_kinds[: arguments.layers]
         config = dataclasses.replace(config, layer_kinds=kinds, mlp_kinds=mlps)
+    if arguments.enable_expert_parallel:
+        config = config.with_expert_parallel()
     drafts = arguments.num_speculative_tokens
     # Enough that every request decodes through all profiled steps and those before them.
     tokens = (arguments.steps + 24) * (1 + drafts)
@@ -90,7 +99,7 @@ def run(arguments) -> int:
     options = {} if arguments.state_layout is None else {"state_layout": arguments.state_layout}
     engine = EngineConfig(
         kernels=arguments.kernels,
-        tensor_parallel_size=arguments.tensor_parallel_size,
+        **devices(arguments),
         kv_cache_dtype=arguments.kv_cache_dtype,
         ssm_dtype=arguments.ssm_dtype,
         quantize_activations=arguments.quantize_activations,

@@ -74,6 +74,10 @@ class LedgerModel:
         return -(-self.vocab_size // self.tp) * self.tp
 
     @property
+    def expert_parallel(self) -> bool:
+        return False
+
+    @property
     def backend(self) -> Backend:
         return REFERENCE
 

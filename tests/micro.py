@@ -82,27 +82,29 @@ LATENTS = ModelConfig(
 
 
 @functools.cache
-def micro_params(tp: int = 1, mtp: bool = False) -> dict:
+def micro_params(tp: int = 1, mtp: bool = False, expert_parallel: bool = False) -> dict:
     """Global float32 parameters as `tp` ranks hold them side by side; the same model for every `tp`, with its head and
-    without.
+    without, experts whole or cut.
     """
     params = random_params(MICRO, 1, "float32", jax.random.key(3))
     if mtp:
         params |= {"mtp": random_params(MICRO, 1, "float32", jax.random.key(4), mtp=True)["mtp"]}
-    return spread(params, tp)
+    return spread(params, tp, expert_parallel)
 
 
-def spread(params: dict, tp: int) -> dict:
+def spread(params: dict, tp: int, expert_parallel: bool = False) -> dict:
     """Global arrays of one rank as `tp` ranks hold them; of any model with MICRO's heads."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spread(path_name(path), np.asarray(leaf), tp), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _spread(path_name(path), np.asarray(leaf), tp, expert_parallel), params
+    )
 
 
-def _spread(name: str, value: np.ndarray, tp: int) -> np.ndarray:
+def _spread(name: str, value: np.ndarray, tp: int, expert_parallel: bool) -> np.ndarray:
     delta, attention = MICRO.delta, MICRO.attention
     match name.removesuffix(".weight").rsplit(".", 1)[-1]:
         case "in_proj_qkv" | "conv1d":
             return _rank_major(np.split(value, [delta.key_dim, 2 * delta.key_dim]), tp)
-        case "gate_up_proj":
+        case "gate_up_proj" if not expert_parallel:
             gate, up = np.split(value.swapaxes(0, 1), 2)
             return _rank_major([gate, up], tp).swapaxes(0, 1)
         case "k_proj" | "v_proj":
@@ -118,6 +120,6 @@ def _rank_major(parts: list[np.ndarray], tp: int) -> np.ndarray:
     return np.concatenate([np.split(part, tp)[rank] for rank in range(tp) for part in parts])
 
 
-def micro_model(tp: int = 1, mtp: bool = False):
+def micro_model(tp: int = 1, mtp: bool = False, expert_parallel: bool = False):
     """Its `Model`, of one of `tp` ranks."""
-    return build_model(MICRO, "float32", tp, mtp=mtp)
+    return build_model(MICRO.with_expert_parallel() if expert_parallel else MICRO, "float32", tp, mtp=mtp)

@@ -24,6 +24,7 @@ LAYERS = (
     ("speculative",),
     ("step",),
     ("generation",),
+    ("routing",),
     ("checkpoint",),
     ("loading",),
     ("serving",),

@@ -465,16 +465,23 @@ def test_command_without_drafts_says_nothing_of_them(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "tp"), [*((name, 1) for name in STORED_PLAIN), ("qwen3.5-9b", 4), ("qwen3.5-35b-a3b", 2)]
+    ("name", "tp", "expert_parallel"),
+    [
+        *((name, 1, False) for name in STORED_PLAIN),
+        ("qwen3.5-9b", 4, False),
+        *(("qwen3.5-35b-a3b", 2, expert_parallel) for expert_parallel in (False, True)),
+    ],
 )
-def test_weights_are_what_the_modules_hold(name, tp):
+def test_weights_are_what_the_modules_hold(name, tp, expert_parallel):
     """To the byte, of one rank: what `abstract_params` has, divided as the sharding table says. One period of layers
     stands for all."""
     whole = ModelConfig.from_hf(config_file(name))
     config = dataclasses.replace(whole, layer_kinds=whole.layer_kinds[:4], mlp_kinds=whole.mlp_kinds[:4])
+    config = config.with_expert_parallel() if expert_parallel else config
     for mtp in {False, config.mtp_layers > 0}:
         params = abstract_params(config, tp, "bfloat16", mtp=mtp)
-        assert weight_bytes(config, tp=tp, dtype="bfloat16", mtp=mtp) == planning.weight_bytes(params, tp)
+        held = planning.weight_bytes(params, tp, expert_parallel=expert_parallel)
+        assert weight_bytes(config, tp=tp, dtype="bfloat16", mtp=mtp) == held
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
@@ -493,6 +500,39 @@ def test_eight_bit_weights_are_what_the_modules_hold(name, tp, quantization):
         coded = usual_formats(abstract_params(config, tp, "bfloat16", mtp=mtp), tp, quantization)
         held = planning.weight_bytes(abstract_params(config, tp, "bfloat16", mtp=mtp, coded=coded), tp)
         assert weight_bytes(config, tp=tp, dtype="bfloat16", mtp=mtp, quantization=quantization) == held
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_whole_experts_are_planned_to_the_byte_and_their_blocks_not_cut(tp, quantization):
+    """Experts 200 wide, which two ranks cut within blocks and eight do not divide."""
+    whole = ModelConfig.from_hf(config_file("qwen3.5-35b-a3b"))
+    moe = dataclasses.replace(whole.moe, intermediate_size=200)
+    config = dataclasses.replace(whole, layer_kinds=whole.layer_kinds[:4], mlp_kinds=whole.mlp_kinds[:4], moe=moe)
+    config = config.with_expert_parallel()
+    coded = usual_formats(abstract_params(config, tp, "bfloat16"), tp, quantization, expert_parallel=True)
+    one_rank = usual_formats(abstract_params(config, 1, "bfloat16"), 1, quantization)
+    experts = [name for name in coded if ".experts." in name]
+    assert experts
+    assert {name: coded[name] for name in experts} == {name: one_rank[name] for name in experts}
+    held = planning.weight_bytes(abstract_params(config, tp, "bfloat16", coded=coded), tp, expert_parallel=True)
+    assert weight_bytes(config, tp=tp, dtype="bfloat16", quantization=quantization) == held
+
+
+def test_command_plans_whole_experts(capsys):
+    given = ["--config", "qwen3.5-397b-a17b", "--tp", "4", "--quantization", "fp8", "--json"]
+    bytes_of = {}
+    for flags in ([], ["--enable-expert-parallel"]):
+        assert main([*given, *flags]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["expert_parallel"] == bool(flags)
+        bytes_of[bool(flags)] = report["weight_bytes"]
+    # As many codes; the scales of blocks that ranks cut are no more.
+    assert 0 <= bytes_of[False] - bytes_of[True] < 0.01 * bytes_of[True]
+    assert main([*given[:4], "--enable-expert-parallel"]) == 0
+    assert "one of 4 ranks, experts whole, by geometry alone" in capsys.readouterr().out
+    assert main(["--config", "qwen3.5-9b", "--tp", "4", "--enable-expert-parallel"]) == 2
+    assert "needs a model with a mixture of experts" in capsys.readouterr().err
 
 
 def test_unknown_quantization_is_refused():

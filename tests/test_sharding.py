@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from gdnjax import EngineConfig, SamplingParams, abstract_params
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import engine_geometry, partition
-from gdnjax.models.partition import TABLE, spec_of
+from gdnjax.models.partition import EXPERT_PARALLEL_TABLE, TABLE, spec_of
 from gdnjax.serving import packing
 from gdnjax.serving.llm import LLM
 from gdnjax.sharding import AXIS, P, make_mesh, path_name
@@ -46,7 +46,13 @@ def family_params(family: str):
 def test_every_leaf_has_a_place_and_is_divided(tp):
     mesh = make_mesh(tp)
     params, state = abstract_params(MICRO, tp, "float32"), abstract_state(tp)
-    for tree, specs in ((params, partition.specs_of(params)), (state, specs_of(state))):
+    whole = abstract_params(MICRO.with_expert_parallel(), tp, "float32")
+    assert jax.tree.map(lambda leaf: leaf.shape, whole) == jax.tree.map(lambda leaf: leaf.shape, params)
+    for tree, specs in (
+        (params, partition.specs_of(params)),
+        (whole, partition.specs_of(whole, expert_parallel=True)),
+        (state, specs_of(state)),
+    ):
         names = leaf_names(tree)
         assert len(set(names)) == len(names)
         # Raises where the trees differ, or the ranks do not divide an axis.
@@ -73,6 +79,7 @@ def test_every_line_of_the_table_is_used():
     ]
     first = [next(pattern for pattern, _ in TABLE if re.fullmatch(pattern, name)) for name in names]
     assert {pattern for pattern, _ in TABLE} == set(first)
+    assert all(any(re.fullmatch(pattern, name) for name in names) for pattern, _ in EXPERT_PARALLEL_TABLE)
 
 
 @pytest.mark.parametrize("name", ["layers.0.linear_attn.in_proj_x.weight", "slots.hidden", "weight"])
@@ -112,6 +119,15 @@ def llm(request) -> LLM:
     llm.generate(prompts, params, use_tqdm=False)
     llm.emitted = emitted
     return llm
+
+
+@pytest.mark.parametrize(("of_model", "of_engine"), [(True, False), (False, True)])
+def test_engine_and_model_share_out_experts_alike_or_raise(of_model, of_engine):
+    config = EngineConfig(tensor_parallel_size=2, enable_expert_parallel=of_engine, compilation_cache_dir="")
+    with pytest.raises(
+        ValueError, match=f"enable_expert_parallel is {of_engine}, and the model was built with expert_"
+    ):
+        LLM.from_model(micro_model(2, expert_parallel=of_model), {}, config)
 
 
 @pytest.fixture(scope="module")

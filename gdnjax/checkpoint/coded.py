@@ -30,6 +30,8 @@ def formats_of(
     origins: Mapping[str, Origin],
     shapes: Mapping[str, tuple[int, ...]],
     tp: int,
+    *,
+    expert_parallel: bool = False,
 ) -> dict[str, CodeFormat]:
     """How the parameters are held that the checkpoint has as codes, all of each. `shapes` are global."""
     formats = {}
@@ -38,11 +40,14 @@ def formats_of(
         if partition.CODED.fullmatch(name) and all(source.kind(tensor) is not None for tensor in tensors):
             codes = "float8_e4m3fn" if source.kind(tensors[0]) == "float8_e4m3fn" else "int8"
             grids = [source.grid(tensor) for tensor in tensors]
-            formats[name] = CodeFormat(codes, _grid(name, origins[name], grids, shape, tp))
+            ranks = _ranks(name, shape, tp, expert_parallel=expert_parallel)
+            formats[name] = CodeFormat(codes, _grid(origins[name], grids, shape, ranks))
     return formats
 
 
-def usual_formats(abstract: Params, tp: int, quantization: str) -> dict[str, CodeFormat]:
+def usual_formats(
+    abstract: Params, tp: int, quantization: str, *, expert_parallel: bool = False
+) -> dict[str, CodeFormat]:
     """FP8 as it is published, by parameter: all projections but those to the gates of heads.
 
     abstract        the parameters' global shapes, nothing of them as codes
@@ -52,23 +57,26 @@ def usual_formats(abstract: Params, tp: int, quantization: str) -> dict[str, Cod
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
         name = sharding.path_name(path)
         if partition.CODED.fullmatch(name) and not OF_GATES.fullmatch(name):
-            ranks = [_ranks(name, leaf.shape, axis, tp) for axis in (-2, -1)]
+            ranks = _ranks(name, leaf.shape, tp, expert_parallel=expert_parallel)
             axes = zip(leaf.shape[-2:], ranks, GRIDS[quantization], strict=True)
             rows, columns = (cell_of(size // count, cell, cut=count > 1) for size, count, cell in axes)
             formats[name] = CodeFormat("float8_e4m3fn", (rows, columns))
     return formats
 
 
-def _ranks(name: str, shape: tuple[int, ...], axis: int, tp: int) -> int:
-    """How many ranks share out an axis, the last or the one before it."""
-    spec = (*partition.spec_of(name), *(None for _ in shape))[: len(shape)]
-    return tp if spec[axis] == sharding.AXIS else 1
+def _ranks(name: str, shape: tuple[int, ...], tp: int, *, expert_parallel: bool) -> tuple[int, int]:
+    """How many ranks share out the rows of a matrix, and how many its columns. Whole experts are not cut."""
+    spec = partition.spec_of(name, expert_parallel=expert_parallel)
+    rows, columns = (*spec, *(None for _ in shape))[: len(shape)][-2:]
+    return tp if rows == sharding.AXIS else 1, tp if columns == sharding.AXIS else 1
 
 
-def _grid(name: str, origin: Origin, grids: list[tuple[int, int]], shape: tuple[int, ...], tp: int) -> tuple[int, int]:
+def _grid(
+    origin: Origin, grids: list[tuple[int, int]], shape: tuple[int, ...], ranks: tuple[int, int]
+) -> tuple[int, int]:
+    """The grid of a rank's matrices, of which `ranks` share out rows and columns."""
     index = _row_index(origin, shape)
-    ranks = _ranks(name, shape, -2, tp)
-    size = len(index) // ranks
+    size = len(index) // ranks[0]
     changes = np.zeros(len(index), bool)
     parts = {(part.start[-2], part.box[-2], grid[0]) for part, grid in zip(origin.parts, grids, strict=True)}
     for start, extent, rows in parts:
@@ -76,10 +84,9 @@ def _grid(name: str, origin: Origin, grids: list[tuple[int, int]], shape: tuple[
         changes[1:] |= cell[1:] != cell[:-1]
     places = np.flatnonzero(changes) % size
     rows = math.gcd(*places.tolist()) or size
-    ranks_within = _ranks(name, shape, -1, tp)
     columns = math.gcd(*(columns for _, columns in grids))
     whole = WHOLE if columns >= shape[-1] else columns
-    return cell_of(size, rows, cut=ranks > 1), cell_of(shape[-1] // ranks_within, whole, cut=ranks_within > 1)
+    return cell_of(size, rows, cut=ranks[0] > 1), cell_of(shape[-1] // ranks[1], whole, cut=ranks[1] > 1)
 
 
 def _row_index(origin: Origin, shape: tuple[int, ...]) -> np.ndarray:

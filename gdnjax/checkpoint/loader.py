@@ -138,14 +138,14 @@ def load_params(
             _check_tied(source, directory, head, names.language["embed_tokens.weight"])
         for copy, of in names.copies.items():
             _check_copy(source, directory, copy, names.language[of])
-        formats = _formats(source, names, origins, parameters, tp)
+        formats = _formats(source, names, origins, parameters, cfg, tp)
         made = [name for name, leaf in parameters.items() if _is_coded(leaf) and formats.get(name) != _format_of(leaf)]
         _check_made({name: parameters[name] for name in made})
         began = time.monotonic()
         errors: list[tuple[float, float]] = []
 
         def load(name: str) -> Any:
-            placement = NamedSharding(mesh, partition.spec_of(name))
+            placement = NamedSharding(mesh, partition.spec_of(name, expert_parallel=cfg.expert_parallel))
             leaf, origin = parameters[name], origins[name]
             if not _is_coded(leaf):
                 return _load_parameter(_reader(source.read, names, origin, leaf, placement), leaf, placement)
@@ -221,13 +221,13 @@ def coded_formats(
     Raises what `load_params` raises for a checkpoint that does not fit.
     """
     if quantization == "fp8_per_channel":
-        return coded.usual_formats(abstract, tp, quantization)
+        return coded.usual_formats(abstract, tp, quantization, expert_parallel=cfg.expert_parallel)
     if quantization == "dequantized" or cfg.quantization is None:
         return {}
     leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
     parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
     with _resolved(directory, cfg, parameters, tp) as (source, names, origins):
-        return _formats(source, names, origins, parameters, tp)
+        return _formats(source, names, origins, parameters, cfg, tp)
 
 
 @contextlib.contextmanager
@@ -246,12 +246,17 @@ def _resolved(
 
 
 def _formats(
-    source: TensorSource, names: Names, origins: dict[str, Origin], parameters: Mapping[str, Any], tp: int
+    source: TensorSource,
+    names: Names,
+    origins: dict[str, Origin],
+    parameters: Mapping[str, Any],
+    cfg: ModelConfig,
+    tp: int,
 ) -> dict[str, CodeFormat]:
     if not isinstance(source, QuantisedSource):
         return {}
     shapes = {name: tuple(leaf.shape) for name, leaf in parameters.items()}
-    return coded.formats_of(source, names.language, origins, shapes, tp)
+    return coded.formats_of(source, names.language, origins, shapes, tp, expert_parallel=cfg.expert_parallel)
 
 
 def _is_coded(leaf: Any) -> bool:

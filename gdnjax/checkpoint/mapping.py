@@ -89,6 +89,8 @@ def _delta_channels(cfg: ModelConfig, tp: int) -> Rows:
 def _expert_gate_up(cfg: ModelConfig, tp: int) -> Rows:
     assert cfg.moe is not None, "only a mixture of experts has this parameter"
     size = 2 * cfg.moe.intermediate_size
+    if cfg.expert_parallel:
+        return Rows(index=np.arange(size), stored_size=size, axis=1)
     return Rows(index=rank_major(np.split(np.arange(size), 2), tp), stored_size=size, axis=1)
 
 

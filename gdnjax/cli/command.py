@@ -214,6 +214,21 @@ def prepare_environment(memory_fraction: float | None = None, *, verbose: bool =
     logging.getLogger("gdnjax.progress").setLevel(logging.INFO)
 
 
+def add_device_flags(add: Callable[..., Any]) -> None:
+    """The flags that `devices` reads. `add` is an argparse group's add_argument."""
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
+    add(
+        "--enable-expert-parallel",
+        action="store_true",
+        help="share out routed experts whole over these devices, in place of a slice of every expert on each",
+    )
+
+
+def devices(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of EngineConfig: which devices share a model, and how. What cannot be, EngineConfig says."""
+    return {name: getattr(arguments, name) for name in ("tensor_parallel_size", "enable_expert_parallel")}
+
+
 def add_speculation_flags(add: Callable[..., Any]) -> None:
     """The flags that `speculation` reads. `add` is an argparse group's add_argument."""
     from gdnjax.config import DRAFT_ACCEPTANCES, MAX_SPECULATIVE_TOKENS

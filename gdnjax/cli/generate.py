@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gdnjax.cli.command import (
+    add_device_flags,
     add_speculation_flags,
     check_writable,
+    devices,
     exit_status,
     prepare_environment,
     speculation,
@@ -199,7 +201,7 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
         "they are loaded; dequantized: none (default: auto)",
     )
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values; auto: as --dtype")
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
+    add_device_flags(add)
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--max-model-len", type=int, metavar="N", help="longest prompt with its output (default: what is needed)")
     add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
@@ -478,7 +480,7 @@ def fit_engine(arguments: argparse.Namespace, lengths: Sequence[int], context: i
         dtype=arguments.dtype,
         quantization=arguments.quantization,
         kv_cache_dtype=arguments.kv_cache_dtype,
-        tensor_parallel_size=arguments.tensor_parallel_size,
+        **devices(arguments),
         kernels=arguments.kernels,
         warmup=False,
         **speculation(arguments),

@@ -71,6 +71,9 @@ class EngineConfig:
       seed                    seeds requests that bring no seed of their own, and the noise of ssm_rounding.
     Execution
       tensor_parallel_size    devices that share one model.
+      enable_expert_parallel  share out routed experts whole over these devices, in place of a slice of every expert on
+                              each; what else there is stays as it was. tensor_parallel_size must divide their number,
+                              not their width; on one device it changes nothing. For models with experts.
       kernels                 "auto", "pallas", "interpret" or "reference"; see gdnjax.backend.
       prefill_buckets         packed prompt tokens a step is compiled for; empty: 64, 256 and max_num_batched_tokens.
       decode_buckets          rows a decode step is compiled for; empty: 1, 8, 32, twice that and so on, below
@@ -116,6 +119,7 @@ class EngineConfig:
     state_layout: str = "vk"
     seed: int = 0
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     kernels: str = "auto"
     prefill_buckets: tuple[int, ...] = ()
     decode_buckets: tuple[int, ...] = ()
@@ -161,6 +165,7 @@ class EngineConfig:
             "warmup",
             "adaptive_speculation",
             "quantize_activations",
+            "enable_expert_parallel",
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")

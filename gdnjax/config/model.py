@@ -501,6 +501,10 @@ class LatentAttentionConfig:
         return dataclasses.replace(self, num_heads=self.num_heads // tp)
 
 
+SPLIT_WIDTHS = ("intermediate_size", "shared_intermediate_size")
+"""Widths of experts that ranks share out, each a slice of every expert."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeConfig:
     """Geometry of the mixture-of-experts layers, and how their router chooses.
@@ -512,6 +516,9 @@ class MoeConfig:
     num_groups         groups of neighbouring experts, of which only `top_k_groups` are chosen from: those whose two
                        best scores have the largest sum
     shared_gate        the shared expert is multiplied by a gate of its own
+    expert_parallel    ranks share out the routed experts whole; else each has a slice of every expert. Not a part of a
+                       config.json: see `ModelConfig.with_expert_parallel`
+    num_held           routed experts that a rank holds weights of; None: all. Set by `shard`
     """
 
     num_experts: int
@@ -525,6 +532,8 @@ class MoeConfig:
     num_groups: int = 1
     top_k_groups: int = 1
     shared_gate: bool = True
+    expert_parallel: bool = False
+    num_held: int | None = None
 
     def __post_init__(self):
         check_choice("scoring", self.scoring, ("softmax", "sigmoid"))
@@ -546,16 +555,22 @@ class MoeConfig:
                 f"allowed: 1 to {self.top_k_groups * size}"
             )
 
+    @property
+    def held_experts(self) -> int:
+        """`num_held`, or all."""
+        return self.num_experts if self.num_held is None else self.num_held
+
     def num_weights(self, width: int) -> int:
         """Parameters of a layer of a model so wide, without those that are always float32."""
-        experts = 3 * (self.num_experts * self.intermediate_size + self.shared_intermediate_size)
+        experts = 3 * (self.held_experts * self.intermediate_size + self.shared_intermediate_size)
         # The router, and the gate of the shared expert.
         return width * (experts + self.num_experts + self.shared_gate)
 
     def projections(self, width: int) -> tuple[Projection, ...]:
         """Those of a layer that FP8 checkpoints have as codes."""
-        up = Projection(2 * self.intermediate_size, width, "outputs", self.num_experts)
-        down = Projection(width, self.intermediate_size, "inputs", self.num_experts)
+        outputs, inputs = ("", "") if self.expert_parallel else ("outputs", "inputs")
+        up = Projection(2 * self.intermediate_size, width, outputs, self.held_experts)
+        down = Projection(width, self.intermediate_size, inputs, self.held_experts)
         return (up, down, *_gated_mlp(width, self.shared_intermediate_size))
 
     @property
@@ -564,15 +579,19 @@ class MoeConfig:
         return self.num_experts if self.correction_bias else 0
 
     def shard(self, tp: int) -> "MoeConfig":
-        """The part of one rank: every rank holds a slice of every expert."""
-        for name in ("intermediate_size", "shared_intermediate_size"):
+        """The part of one rank: a slice of every expert, or some of them whole. Of the shared expert it is a slice."""
+        split = ("shared_intermediate_size",) if self.expert_parallel else SPLIT_WIDTHS
+        for name in split:
             if getattr(self, name) % tp:
                 raise ValueError(f"tensor_parallel_size={tp} does not divide moe {name}={getattr(self, name)}")
-        return dataclasses.replace(
-            self,
-            intermediate_size=self.intermediate_size // tp,
-            shared_intermediate_size=self.shared_intermediate_size // tp,
-        )
+        if self.expert_parallel and self.num_experts % tp:
+            raise ValueError(
+                f"enable_expert_parallel: tensor_parallel_size={tp} does not divide num_experts={self.num_experts}; "
+                f"allowed: divisors of {self.num_experts}, or enable_expert_parallel=False"
+            )
+        part = {name: getattr(self, name) // tp for name in split}
+        held = self.num_experts // tp if self.expert_parallel else None
+        return dataclasses.replace(self, **part, num_held=held)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -712,6 +731,23 @@ class ModelConfig:
                 f"{needs} that shares the target's embedding, and config.json asks for one of its own "
                 "(mtp_use_dedicated_embeddings=true); allowed: num_speculative_tokens=0"
             )
+
+    @property
+    def expert_parallel(self) -> bool:
+        """Whether ranks share out the routed experts whole."""
+        return self.moe is not None and self.moe.expert_parallel
+
+    def with_expert_parallel(self) -> "ModelConfig":
+        """The same model, its routed experts shared out whole over the ranks. On one rank that changes nothing.
+
+        Raises ValueError for a model without a mixture of experts.
+        """
+        if self.moe is None or MlpKind.MOE not in self.mlp_kinds:
+            raise ValueError(
+                f"enable_expert_parallel=True needs a model with a mixture of experts, and this {self.model_type} has "
+                "none; allowed: False"
+            )
+        return dataclasses.replace(self, moe=dataclasses.replace(self.moe, expert_parallel=True))
 
     def padded_vocab_size(self, tp: int) -> int:
         """Vocabulary rounded up to a multiple of `tp`; the padding never wins a sampling step."""

@@ -66,6 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="print the names of the presets")
     add = parser.add_argument_group("geometry").add_argument
     add("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (1); all bytes are those of one rank")
+    add(
+        "--enable-expert-parallel",
+        action="store_true",
+        help="ranks share out routed experts whole, in place of a slice of every expert on each",
+    )
     add("--block-size", type=int, default=16, metavar="N", help="tokens in a block, a power of two (16)")
     add("--dtype", choices=DTYPES, default="auto", help="weights, activations, windows (auto: the model's)")
     add(
@@ -181,6 +186,7 @@ class Report:
 
     name: str
     tp: int
+    expert_parallel: bool
     num_drafts: int
     geometry: StateGeometry
     plain: StateGeometry
@@ -229,6 +235,7 @@ class Report:
     def _costs(self) -> str:
         g = self.geometry
         rank = f"one of {self.tp} ranks" if self.tp > 1 else "one rank"
+        rank += ", experts whole" if self.expert_parallel and self.tp > 1 else ""
         head = ", one of them the MTP head's" if self.num_drafts else ""
         with_head = ", the MTP head among them" if self.num_drafts else ""
         slot = " + ".join(f"{_layers(kind)} x ({_leaves(kind)})" for kind in g.cache.slots) or "no state to keep"
@@ -296,6 +303,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
     """Raises FileNotFoundError, ValueError or MemoryError that say what is wrong with the input."""
     engine = EngineConfig(
         tensor_parallel_size=arguments.tp,
+        enable_expert_parallel=arguments.enable_expert_parallel,
         block_size=arguments.block_size,
         dtype=arguments.dtype,
         kv_cache_dtype=arguments.kv_cache_dtype,
@@ -308,6 +316,8 @@ def make_report(arguments: argparse.Namespace) -> Report:
         max_num_batched_tokens=arguments.max_num_batched_tokens,
     )
     model = ModelConfig.from_hf(config_file(arguments.config))
+    if engine.enable_expert_parallel:
+        model = model.with_expert_parallel()
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     geometry_of = functools.partial(
         StateGeometry.of,
@@ -350,6 +360,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
     return Report(
         name=str(arguments.config),
         tp=engine.tensor_parallel_size,
+        expert_parallel=engine.enable_expert_parallel,
         num_drafts=engine.num_speculative_tokens,
         geometry=geometry,
         plain=plain,

@@ -37,6 +37,11 @@ class Model(Protocol):
         ...
 
     @property
+    def expert_parallel(self) -> bool:
+        """Whether its ranks share out routed experts whole: how its parameters are split (`partition.specs_of`)."""
+        ...
+
+    @property
     def mtp(self) -> bool:
         """Whether it has a head that drafts. `draft` is called only then, `fold` only where something speculates."""
         ...
@@ -156,6 +161,10 @@ class HybridModel:
         return build_model(self.config, self.dtype, self.tp, mtp=self.mtp, backend=backend)
 
     @property
+    def expert_parallel(self) -> bool:
+        return self.config.expert_parallel
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
@@ -184,6 +193,12 @@ class HybridModel:
         self, params: Params, tokens: Int32[Array, "t"], context: PrefillContext | DecodeContext, cache: Cache
     ) -> tuple[Array, Cache]:
         return nnx.merge(self.graphdef, params)(tokens, context, cache)
+
+    def expert_choices(
+        self, params: Params, tokens: Int32[Array, "t"], context: PrefillContext | DecodeContext, cache: Cache
+    ) -> Int32[Array, "layers t top"]:
+        """Only for a model with experts; see `gdnjax.routing`."""
+        return nnx.merge(self.graphdef, params).expert_choices(tokens, context, cache)
 
     def fold(self, params: Params, context: FoldContext, cache: Cache) -> Cache:
         return nnx.merge(self.graphdef, params).fold(context, cache)
@@ -242,7 +257,7 @@ def abstract_params(
     local = jax.tree_util.tree_map_with_path(as_held, local)
 
     def global_shape(path, leaf):
-        spec = partition.spec_of(sharding.path_name(path))
+        spec = partition.spec_of(sharding.path_name(path), expert_parallel=config.expert_parallel)
         shape = [size * tp if i < len(spec) and spec[i] else size for i, size in enumerate(leaf.shape)]
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
 

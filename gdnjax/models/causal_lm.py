@@ -9,7 +9,9 @@ from gdnjax.config import LayerKind, ModelConfig
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.decoder import DecoderLayer
 from gdnjax.models.layers import Embedding, Linear, linear, mask_padded_vocab, residual_norm, rotary_angles
+from gdnjax.models.moe import MoeMLP
 from gdnjax.models.mtp import MultiTokenPredictor
+from gdnjax.pallas_kernels.normed import numbers
 from gdnjax.shapes import Array, Float, Float32, Int32
 
 
@@ -38,6 +40,19 @@ class CausalLM(nnx.Module):
         for layer in self.layers:
             x, cache = layer(x, context, angles, cache)
         return self.norm(x), cache
+
+    def expert_choices(
+        self, tokens: Int32[Array, "t"], context: PrefillContext | DecodeContext, cache: Cache
+    ) -> Int32[Array, "layers t top"]:
+        """What the router of each layer with experts chooses; of padded tokens the number past the last expert."""
+        angles = self._angles(context)
+        x, chosen = self.embed_tokens(tokens), []
+        for layer in self.layers:
+            x, cache = layer.mix(x, context, angles, cache)
+            if isinstance(layer.mlp, MoeMLP):
+                chosen.append(layer.mlp.choices(numbers(layer.mlp_input(x)), context.valid)[1])
+            x = layer.feed(x, context)
+        return jnp.stack(chosen)
 
     def fold(self, context: FoldContext, cache: Cache) -> Cache:
         """Pending rows folded into the states of all layers. The pools are consumed."""

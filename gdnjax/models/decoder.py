@@ -21,6 +21,7 @@ from gdnjax.models.kimi_delta import KimiDeltaAttention
 from gdnjax.models.latent_attention import LatentAttention
 from gdnjax.models.layers import DenseMLP, residual_norm
 from gdnjax.models.moe import MoeMLP
+from gdnjax.pallas_kernels.normed import Normed
 from gdnjax.shapes import Array, Float
 
 
@@ -61,7 +62,7 @@ class DecoderLayer(nnx.Module):
                 self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, dtype, backend)
             case MlpKind.MOE:
                 assert config.moe is not None  # held by ModelConfig
-                self.mlp = MoeMLP(config, config.moe, dtype, backend)
+                self.mlp = MoeMLP(config, config.moe, dtype, tp, backend)
         self.kind = kind
         self.pool_row = pool_row
         self.tp = tp
@@ -80,6 +81,17 @@ class DecoderLayer(nnx.Module):
         angles: tuple[Array, Array] | None,
         cache: Cache,
     ) -> tuple[Float[Array, "t d"], Cache]:
+        x, cache = self.mix(x, context, angles, cache)
+        return self.feed(x, context), cache
+
+    def mix(
+        self,
+        x: Float[Array, "t d"],
+        context: PrefillContext | DecodeContext,
+        angles: tuple[Array, Array] | None,
+        cache: Cache,
+    ) -> tuple[Float[Array, "t d"], Cache]:
+        """The residual stream behind the token mixer."""
         given = x if self.post_norms else self.input_layernorm.of(x)
         match self.kind:
             case LayerKind.DELTA:
@@ -87,7 +99,13 @@ class DecoderLayer(nnx.Module):
             case LayerKind.ATTENTION:
                 mixed, cache = self.self_attn(given, context, angles, cache, self.pool_row)
         mixed = sharding.psum(mixed, self.tp)
-        x = x + (self.post_attention_layernorm(mixed) if self.post_norms else mixed)
-        given = x if self.post_norms else self.post_attention_layernorm.of(x)
-        out = sharding.psum(self.mlp(given, context.valid), self.tp)
-        return x + (self.post_feedforward_layernorm(out) if self.post_norms else out), cache
+        return x + (self.post_attention_layernorm(mixed) if self.post_norms else mixed), cache
+
+    def mlp_input(self, x: Float[Array, "t d"]) -> Float[Array, "t d"] | Normed:
+        """What the MLP is given of the residual stream behind the token mixer."""
+        return x if self.post_norms else self.post_attention_layernorm.of(x)
+
+    def feed(self, x: Float[Array, "t d"], context: PrefillContext | DecodeContext) -> Float[Array, "t d"]:
+        """The residual stream behind the MLP."""
+        out = sharding.psum(self.mlp(self.mlp_input(x), context.valid), self.tp)
+        return x + (self.post_feedforward_layernorm(out) if self.post_norms else out)

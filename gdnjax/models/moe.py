@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from gdnjax import sharding
 from gdnjax.backend import Backend
 from gdnjax.config import ModelConfig, MoeConfig
 from gdnjax.models.layers import DenseMLP, Linear, linear
@@ -14,18 +15,28 @@ from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
 
 class Experts(nnx.Module):
-    """The routed experts' weights: gate and up side by side, then down."""
+    """The routed experts' weights of one rank, a slice of each or some of them whole: gate and up side by side, then
+    down.
+    """
 
-    def __init__(self, moe: MoeConfig, width: int, dtype: str, backend: Backend):
-        self.backend = backend
-        self.gate_up_proj = nnx.Param(jnp.zeros((moe.num_experts, 2 * moe.intermediate_size, width), dtype))
-        self.down_proj = nnx.Param(jnp.zeros((moe.num_experts, width, moe.intermediate_size), dtype))
+    def __init__(self, moe: MoeConfig, width: int, dtype: str, tp: int, backend: Backend):
+        self.moe, self.tp, self.backend = moe, tp, backend
+        self.gate_up_proj = nnx.Param(jnp.zeros((moe.held_experts, 2 * moe.intermediate_size, width), dtype))
+        self.down_proj = nnx.Param(jnp.zeros((moe.held_experts, width, moe.intermediate_size), dtype))
 
     def __call__(
         self, x: Float[Array, "t d"], expert: Int32[Array, "t top"], weight: Float32[Array, "t top"]
     ) -> Float[Array, "t d"]:
-        """Sum over each token's experts, weighted. An expert number past the last means none: it adds nothing."""
-        experts = self.gate_up_proj.shape[0]
+        """Sum over each token's experts, weighted, as far as this rank has them. An expert number past the last means
+        none: it adds nothing.
+
+        Every rank has the rows of all pairs of token and choice, since all of them may be its own; those of other
+        ranks' experts stand last. No group has those, so no tile of a product is theirs: kernels walk a rank's own
+        rows, and what their grid has for the worst case beyond these returns at once. What is not a product (rows
+        taken, the activation, rows put back) is done for all rows.
+        """
+        self._check_split()
+        expert, experts = self._own(expert), self.moe.held_experts
         tokens, top = expert.shape
         order = jnp.argsort(expert.reshape(-1), stable=True)
         sizes = jnp.zeros((experts,), jnp.int32).at[expert.reshape(-1)].add(1, mode="drop")
@@ -36,8 +47,27 @@ class Experts(nnx.Module):
         out = jnp.where((expert < experts)[..., None], out, 0)
         return jnp.sum(out * weight[..., None], axis=1).astype(x.dtype)
 
+    def _own(self, expert: Int32[Array, "t top"]) -> Int32[Array, "t top"]:
+        """Numbers of experts as this rank counts those that it holds; what others hold is none."""
+        if not self.moe.expert_parallel:
+            return expert
+        held = self.moe.held_experts
+        own = expert - sharding.rank(self.tp) * held
+        return jnp.where((own >= 0) & (own < held), own, held)
+
     def _products(self, x: Array, weight: nnx.Param, sizes: Array) -> Array:
-        return grouped_matmul(x, weight[...], sizes, backend=self.backend)
+        expected = -(-x.shape[0] * self.moe.held_experts // self.moe.num_experts)
+        return grouped_matmul(x, weight[...], sizes, expected_rows=expected, backend=self.backend)
+
+    def _check_split(self) -> None:
+        """Raises ValueError for weights that ranks have shared out otherwise: numbers of experts would be others'."""
+        moe, found = self.moe, tuple(self.gate_up_proj.shape[:2])
+        if found != (moe.held_experts, 2 * moe.intermediate_size):
+            raise ValueError(
+                f"one of {self.tp} ranks got {found[0]} experts of gate and up {found[1]} wide, and the model has "
+                f"{moe.held_experts} of {2 * moe.intermediate_size}: its parameters have to be split with "
+                f"expert_parallel={moe.expert_parallel} (gdnjax/models/partition.py)"
+            )
 
 
 class Router(nnx.Module):
@@ -76,12 +106,12 @@ def _best_groups(choice: Float32[Array, "t e"], groups: int, top: int) -> Float3
 
 
 class MoeMLP(nnx.Module):
-    """One rank's slice of every expert. The result is this rank's term of the sum over ranks."""
+    """One rank's experts, and its slice of the shared one. The result is this rank's term of the sum over ranks."""
 
-    def __init__(self, config: ModelConfig, moe: MoeConfig, dtype: str, backend: Backend):
+    def __init__(self, config: ModelConfig, moe: MoeConfig, dtype: str, tp: int, backend: Backend):
         width = config.hidden_size
         self.gate = Router(moe, width, dtype)
-        self.experts = Experts(moe, width, dtype, backend)
+        self.experts = Experts(moe, width, dtype, tp, backend)
         shared = DenseMLP(width, moe.shared_intermediate_size, dtype, backend)
         # The names of the checkpoints: the two forms of a shared expert are spelled differently there.
         if moe.shared_gate:
@@ -93,10 +123,16 @@ class MoeMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "t d"] | Normed, valid: Bool[Array, "t"]) -> Float[Array, "t d"]:
         x = numbers(x)
-        weight, expert = self.gate(x)
-        expert = jnp.where(valid[:, None], expert, self.gate.weight.shape[0])
+        weight, expert = self.choices(x, valid)
         if self.shared_gate:
             shared = jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x, valid)
         else:
             shared = self.shared_experts(x, valid)
         return self.experts(x, expert, weight) + shared
+
+    def choices(
+        self, x: Float[Array, "t d"], valid: Bool[Array, "t"]
+    ) -> tuple[Float32[Array, "t top"], Int32[Array, "t top"]]:
+        """Weights and experts of each token, the same on all ranks; a padded token's are the number past the last."""
+        weight, expert = self.gate(x)
+        return weight, jnp.where(valid[:, None], expert, self.gate.weight.shape[0])

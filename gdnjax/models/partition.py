@@ -35,6 +35,9 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r"mtp\.(fc|pre_fc_norm_embedding|pre_fc_norm_hidden)\.weight", P()),
 )
 
+# Before TABLE, where ranks share out the routed experts whole.
+EXPERT_PARALLEL_TABLE: tuple[tuple[str, PartitionSpec], ...] = ((r".*mlp\.experts\.(gate_up_proj|down_proj)", P(AXIS)),)
+
 
 # Weights that may stay codes and scales on the devices: what products of rows take. Any other is made numbers of the
 # model's dtype as it is read.
@@ -43,22 +46,27 @@ CODED = re.compile(
 )
 
 
-def spec_of(name: str) -> PartitionSpec:
+def spec_of(name: str, *, expert_parallel: bool = False) -> PartitionSpec:
     """The partition spec of a parameter; of codes and scales (`gdnjax.quantized`) that of their weight, since every
     rank has scales of its own. A name that the table lacks is an error, never replicated.
+
+    `expert_parallel` here and below is the model's: modules refuse experts that are shared out otherwise.
     """
     name = re.sub(r"\.(codes|scale)$", "", name)
-    for pattern, spec in TABLE:
+    for pattern, spec in (*EXPERT_PARALLEL_TABLE, *TABLE) if expert_parallel else TABLE:
         if re.fullmatch(pattern, name):
             return spec
     raise KeyError(f"{name!r} is not in the sharding table (gdnjax/models/partition.py)")
 
 
-def specs_of(tree: Any) -> Any:
+def specs_of(tree: Any, *, expert_parallel: bool = False) -> Any:
     """The tree of partition specs of a tree of parameters."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: spec_of(path_name(path)), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: spec_of(path_name(path), expert_parallel=expert_parallel), tree
+    )
 
 
-def shardings_of(tree: Any, mesh: Mesh) -> Any:
+def shardings_of(tree: Any, mesh: Mesh, *, expert_parallel: bool = False) -> Any:
     """The tree of NamedShardings of a tree of parameters."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, spec_of(path_name(path))), tree)
+    specs = specs_of(tree, expert_parallel=expert_parallel)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

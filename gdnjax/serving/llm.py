@@ -79,6 +79,8 @@ class LLM:
         directory = model_directory(model)
         compilation_cache.configure(config)
         model_config = ModelConfig.from_hf(directory)
+        if config.enable_expert_parallel:
+            model_config = model_config.with_expert_parallel()
         mesh = sharding.make_mesh(config.tensor_parallel_size)
         implementation = _implementation(config, mesh)
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
@@ -128,6 +130,12 @@ class LLM:
             raise ValueError(
                 f"the model was built for {model.tp} ranks, tensor_parallel_size is {config.tensor_parallel_size}"
             )
+        if model.expert_parallel != config.enable_expert_parallel:
+            raise ValueError(
+                f"enable_expert_parallel is {config.enable_expert_parallel}, and the model was built with "
+                f"expert_parallel={model.expert_parallel}: build_model(config.with_expert_parallel(), ...) and the "
+                "setting go together"
+            )
         if config.num_speculative_tokens and not model.mtp:
             raise ValueError(
                 f"num_speculative_tokens={config.num_speculative_tokens} needs a model with its MTP head: "
@@ -140,7 +148,7 @@ class LLM:
         length = config.length_within(max_model_len)
         plan = plan_memory(model, config, mesh, length, params)
         llm = cls.__new__(cls)
-        placed = jax.device_put(params, partition.shardings_of(params, mesh))
+        placed = jax.device_put(params, partition.shardings_of(params, mesh, expert_parallel=model.expert_parallel))
         llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos)
         return llm
 

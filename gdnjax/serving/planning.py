@@ -28,7 +28,7 @@ def plan_memory(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: i
 
     Raises MemoryError as `memory.plan` does, which says, too, how much of a device is taken.
     """
-    left, limit = bytes_left(mesh, params)
+    left, limit = bytes_left(mesh, params, expert_parallel=model.expert_parallel)
     workspace = 0
     # A CPU has no limit to stay under, only memory that happens to be free, so its workspace is not counted. Nor is it
     # where blocks are given and nothing is to be compiled before it is used.
@@ -40,7 +40,7 @@ def plan_memory(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: i
             config,
             max_model_len=max_model_len,
             budget_bytes=math.floor(left * config.gpu_memory_utilization),
-            weight_bytes=weight_bytes(params, model.tp),
+            weight_bytes=weight_bytes(params, model.tp, expert_parallel=model.expert_parallel),
             workspace_bytes=workspace,
         )
     except MemoryError as error:
@@ -52,11 +52,11 @@ def plan_memory(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: i
         ) from None
 
 
-def bytes_left(mesh: Mesh, params: Any) -> tuple[int, int | None]:
+def bytes_left(mesh: Mesh, params: Any, *, expert_parallel: bool = False) -> tuple[int, int | None]:
     """Bytes that each device of the mesh has for weights, pools and workspace, and the limit of the one with the least;
     None where devices have no limit. Parameters that are in their places are not taken for those of somebody else.
     """
-    own = _placed_bytes(mesh, params)
+    own = _placed_bytes(mesh, params, partition.shardings_of(params, mesh, expert_parallel=expert_parallel))
     left = []
     for device in mesh.devices.flat:
         stats = _memory_stats(device)
@@ -74,22 +74,21 @@ def _memory_stats(device: Any) -> dict[str, int]:
     return device.memory_stats() or {}
 
 
-def _placed_bytes(mesh: Mesh, params: Any) -> dict[Any, int]:
+def _placed_bytes(mesh: Mesh, params: Any, places: Any) -> dict[Any, int]:
     """Bytes of parameters on each device of the mesh, of those that need not be copied to be where they belong."""
     own = dict.fromkeys(mesh.devices.flat, 0)
-    places = jax.tree.leaves(partition.shardings_of(params, mesh))
-    for leaf, place in zip(jax.tree.leaves(params), places, strict=True):
+    for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True):
         if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(place, leaf.ndim):
             for shard in leaf.addressable_shards:
                 own[shard.device] += shard.data.nbytes
     return own
 
 
-def weight_bytes(params: Any, tp: int) -> int:
+def weight_bytes(params: Any, tp: int, *, expert_parallel: bool = False) -> int:
     """Bytes of the parameters on one of `tp` ranks: of those that are not split the whole."""
 
     def on_one_rank(path, leaf):
-        split = sharding.AXIS in partition.spec_of(sharding.path_name(path))
+        split = sharding.AXIS in partition.spec_of(sharding.path_name(path), expert_parallel=expert_parallel)
         return leaf.size * leaf.dtype.itemsize // (tp if split else 1)
 
     return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(on_one_rank, params)))
@@ -106,7 +105,7 @@ def workspaces(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: in
     """
     pools, geometry = _pools(model, config, max_model_len), engine_geometry(model, config)
     state = jax.eval_shape(lambda: empty_state(geometry, pools, config, max_model_len))
-    params = with_shardings(params, partition.shardings_of(params, mesh))
+    params = with_shardings(params, partition.shardings_of(params, mesh, expert_parallel=model.expert_parallel))
     state = with_shardings(state, shardings_of(state, mesh))
     # Tracing holds Python's lock; the compiler does not.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as compilers:

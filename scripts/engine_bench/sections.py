@@ -181,12 +181,30 @@ def prefix(bench: "Bench", sizes: Sizes) -> None:
     bench.record.figure("prefix", "ratio", f"{ratio:.2f}x as fast with the cache", {"value": ratio})
 
 
+def balance(bench: "Bench", sizes: Sizes) -> None:
+    """Where the routers send the tokens of a full prefill step, and as many of them as a decode step has. Nothing is
+    timed: it is a prefill of its own.
+    """
+    from gdnjax.routing import ExpertBalance, expert_choices
+
+    llm = bench.open(0, [])
+    moe = llm.model.config.moe
+    (tokens,) = bench.prompts(1, min(sizes.batched_tokens, sizes.prefill_len))
+    choices = expert_choices(llm.model, llm.params, tokens, llm.mesh)
+    ranks = llm.model.tp if llm.model.expert_parallel else 1
+    for count in dict.fromkeys((len(tokens), min(sizes.rows, len(tokens)))):
+        found = ExpertBalance.of(choices[:, :count], moe.num_experts, ranks)
+        line = f"{count} random tokens, top {moe.experts_per_token} of {moe.num_experts} experts: {found}"
+        bench.record.figure("balance", f"{count} tokens", line, {"tokens": count, **found.figures})
+
+
 SECTIONS: dict[str, Callable[["Bench", Sizes], None]] = {
     "decode": decode,
     "prefill": prefill,
     "throughput": throughput,
     "accounting": accounting,
     "prefix": prefix,
+    "balance": balance,
     "speculation": speculation,
 }
 """In the order in which they run: those of one engine stand together."""
@@ -195,11 +213,15 @@ NEEDS = {"speculation": "decode", "accounting": "throughput"}
 """Sections whose ratios are to figures of others, which run before them."""
 
 
-def choose(names: Sequence[str]) -> list[str]:
-    """The sections so named, none for all, in their order, and those that they need. ValueError for an unknown one."""
+def choose(names: Sequence[str], *, experts: bool = True) -> list[str]:
+    """The sections so named, none for all that are of a model with `experts` or without, in their order, and those that
+    they need. ValueError for an unknown one, and for one of experts where there are none.
+    """
     for name in names:
         if name not in SECTIONS:
             raise ValueError(f"no section {name!r}; allowed: {', '.join(SECTIONS)}")
-    wanted = set(names or SECTIONS)
+    if "balance" in names and not experts:
+        raise ValueError("balance is of a model with a mixture of experts")
+    wanted = set(names or SECTIONS) - (set() if experts else {"balance"})
     wanted |= {NEEDS[name] for name in wanted if name in NEEDS}
     return [name for name in SECTIONS if name in wanted]

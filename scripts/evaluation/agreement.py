@@ -75,12 +75,16 @@ class Teacher:
     def __init__(self, loaded: "LLM", prompts: Sequence[list[int]], reference: Sequence[Sequence[int]]):
         import jax
 
-        from gdnjax import full_logits
+        from gdnjax import full_logits, sharding
+        from gdnjax.models import partition
 
         def last_logits(params, tokens, length):
             return full_logits(loaded.model, params, tokens, length)[length - 1]
 
-        self._last_logits = jax.jit(last_logits)
+        specs = partition.specs_of(loaded.params, expert_parallel=loaded.model.expert_parallel)
+        # Ranks have parts of the vocabulary; what pads it is -inf.
+        whole, of_rank = sharding.P(), sharding.P(sharding.AXIS)
+        self._last_logits = jax.jit(sharding.shard_step(last_logits, loaded.mesh, (specs, whole, whole), of_rank))
         self._params = loaded.params
         self._prompts, self._reference = prompts, reference
 

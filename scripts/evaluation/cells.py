@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -104,9 +105,17 @@ class CellRun:
         return sum(len(completion.token_ids) for completion in self.completions)
 
 
-def load(directory: Any, dtype: str, progress: bool = False, *, mtp: bool = False, quantization: str = "auto") -> "LLM":
+def load(
+    directory: Any,
+    dtype: str,
+    progress: bool = False,
+    *,
+    mtp: bool = False,
+    quantization: str = "auto",
+    devices: Mapping[str, Any] = MappingProxyType({}),
+) -> "LLM":
     """The parameters in one dtype, or as `quantization` has them, with those of the MTP head if `mtp`, in an engine of
-    the smallest pools, from which the cells' engines are made.
+    the smallest pools, from which the cells' engines are made. `devices`: see `gdnjax.cli.command.devices`.
     """
     from gdnjax import LLM
 
@@ -120,6 +129,7 @@ def load(directory: Any, dtype: str, progress: bool = False, *, mtp: bool = Fals
         num_speculative_tokens=int(mtp),
         warmup=False,
         use_tqdm=progress,
+        **devices,
     )
 
 
@@ -219,6 +229,8 @@ def _engine_config(cell: Cell, loaded: "LLM", work: Workload):
         "max_num_batched_tokens": min(doubled(CHUNK, rows * work.longest), PREFILL_TOKENS),
         "max_model_len": doubled(SMALLEST_LENGTH, work.max_length),
         "dtype": loaded.config.dtype,
+        "tensor_parallel_size": loaded.config.tensor_parallel_size,
+        "enable_expert_parallel": loaded.config.enable_expert_parallel,
         **cell.options,
     }
     if cell.scarce:

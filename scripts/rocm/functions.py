@@ -15,6 +15,7 @@ from kernel_bench.workloads import OLMO, WORKLOADS, Workload
 
 from gdnjax.assets import config_file
 from gdnjax.backend import Backend
+from gdnjax.checkpoint.coded import usual_formats
 from gdnjax.config import ATTENTION, DELTA, EngineConfig, ModelConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
 from gdnjax.models import abstract_params, build_model, engine_geometry, partition
@@ -30,7 +31,9 @@ LAYERS = 4
 MAX_MODEL_LEN = 8192
 
 SLOTS, BLOCKS = 256, 32768
-"""Of the pools of a step: so many that each pool is larger than all that the step may keep beside them."""
+"""Of the pools of a step, times its ranks: so many that each pool is larger than all that the step may keep beside
+them.
+"""
 
 IN_LARGE_POOLS = (
     "gdn-decode-32h-128",
@@ -166,8 +169,8 @@ def fatal_count(layers: int, elements: int, itemsize: int) -> int:
 
 
 def steps(arch: str, devices_of: Callable[[int], list[Any]]) -> Iterator[Function]:
-    """Whole steps: one period of layers of a dense and of an MoE model, with and without drafts, one rank and two, in
-    small pools and in pools over 4 GiB."""
+    """Whole steps: one period of layers of a dense and of MoE models, with and without drafts, on one rank and several,
+    in small pools and in pools over 4 GiB; of the largest its weights in FP8 blocks, experts whole on four ranks."""
     for preset, ranks, drafts, large in (
         ("qwen3.5-9b", 1, 0, False),
         ("qwen3.5-9b", 1, 3, True),
@@ -175,23 +178,35 @@ def steps(arch: str, devices_of: Callable[[int], list[Any]]) -> Iterator[Functio
         ("qwen3.5-35b-a3b", 1, 3, True),
     ):
         yield from _steps(arch, devices_of(ranks), preset, ranks, drafts, large)
+    yield from _steps(arch, devices_of(4), "qwen3.5-397b-a17b", 4, 0, False, whole_experts_in_fp8=True)
 
 
-def _steps(arch: str, devices, preset: str, ranks: int, drafts: int, large: bool) -> Iterator[Function]:
+def _steps(
+    arch: str, devices, preset: str, ranks: int, drafts: int, large: bool, *, whole_experts_in_fp8: bool = False
+) -> Iterator[Function]:
     whole = ModelConfig.from_hf(config_file(preset))
     config = dataclasses.replace(whole, layer_kinds=whole.layer_kinds[:LAYERS], mlp_kinds=whole.mlp_kinds[:LAYERS])
     engine = EngineConfig(
-        max_num_seqs=32, max_num_batched_tokens=2048, tensor_parallel_size=ranks, num_speculative_tokens=drafts
+        max_num_seqs=32,
+        max_num_batched_tokens=2048,
+        tensor_parallel_size=ranks,
+        enable_expert_parallel=whole_experts_in_fp8,
+        num_speculative_tokens=drafts,
     )
+    coded = {}
+    if whole_experts_in_fp8:
+        config = config.with_expert_parallel()
+        numbers = abstract_params(config, ranks, "bfloat16", mtp=drafts > 0)
+        coded = usual_formats(numbers, ranks, "fp8", expert_parallel=True)
     mesh = Mesh(np.array(devices), ("tp",))
     model = build_model(config, "bfloat16", ranks, mtp=drafts > 0, backend=Backend("pallas", arch))
     geometry = engine_geometry(model, engine)
-    slots, blocks = _large_counts(geometry) if large else (SLOTS, BLOCKS)
+    slots, blocks = _large_counts(geometry) if large else (SLOTS * ranks, BLOCKS * ranks)
     plan = MemoryPlan.of_counts(geometry, num_slots=slots, num_blocks=blocks, num_logit_rows=8, num_count_rows=32)
     state = jax.eval_shape(lambda: empty_state(geometry, plan, engine, MAX_MODEL_LEN))
     state = with_shardings(state, shardings_of(state, mesh))
-    params = abstract_params(config, ranks, "bfloat16", mtp=drafts > 0)
-    params = with_shardings(params, partition.shardings_of(params, mesh))
+    params = abstract_params(config, ranks, "bfloat16", mtp=drafts > 0, coded=coded)
+    params = with_shardings(params, partition.shardings_of(params, mesh, expert_parallel=config.expert_parallel))
     options = StepOptions(state_layout=engine.state_layout, num_drafts=drafts)
     full = dataclasses.replace(options, full=True, max_logprobs=engine.max_logprobs)
     built = build_steps(model, mesh, options, params, state)
@@ -206,7 +221,7 @@ def _steps(arch: str, devices, preset: str, ranks: int, drafts: int, large: bool
     prefill = packing.pack_prefill([], tokens=2048, rows=8, table_width=width)
     decode = packing.pack_decode([], {}, [], rows=32, table_width=width, grown_width=1 + drafts, drafts=drafts > 0)
     name = f"{preset}, {LAYERS} layers, {ranks} rank{'s' * (ranks > 1)}, {drafts} drafts"
-    name += ", pools over 4 GiB" * large
+    name += ", pools over 4 GiB" * large + ", whole experts in FP8 blocks" * whole_experts_in_fp8
     yield Function(f"prefill of {name}", lambda: built.prefill(full).lower(params, state, prefill), demands)
     # The sampler is the same in all of them, but for drafts and ranks.
     samplers = {"plain": options} | ({"full": full} if (drafts > 0) == (ranks > 1) else {})

@@ -248,9 +248,9 @@ def load_random(
     abstract = abstract_params(config, tp, dtype, mtp=mtp)
     coded = {}
     if quantization is not None:
-        coded = usual_formats(abstract, tp, quantization)
+        coded = usual_formats(abstract, tp, quantization, expert_parallel=config.expert_parallel)
         abstract = abstract_params(config, tp, dtype, mtp=mtp, coded=coded)
-    shardings = partition.shardings_of(abstract, sharding.make_mesh(tp))
+    shardings = partition.shardings_of(abstract, sharding.make_mesh(tp), expert_parallel=config.expert_parallel)
     # This generator is the fastest.
     key = jax.random.key(seed, impl="unsafe_rbg")
     params = random_params(config, tp, dtype, key, mtp=mtp, coded=coded, shardings=shardings)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import mmap
 import threading
 import time
@@ -26,14 +27,14 @@ def _load(directory, cfg, model, tp, dtype=np.float32):
     return load_params(directory, cfg, abstract, sharding.make_mesh(tp), progress=False)
 
 
-def _assert_equal(params, expected):
+def _assert_equal(params, expected, *, expert_parallel=False):
     tree = tiny.tree_of(expected)
     assert jax.tree_util.tree_structure(params) == jax.tree_util.tree_structure(tree)
     for path, array in jax.tree_util.tree_flatten_with_path(params)[0]:
         name = sharding.path_name(path)
         np.testing.assert_array_equal(np.asarray(array), expected[name], err_msg=name)
         assert array.dtype == expected[name].dtype
-        assert array.sharding.spec == partition.spec_of(name)
+        assert array.sharding.spec == partition.spec_of(name, expert_parallel=expert_parallel)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -43,16 +44,34 @@ def _assert_equal(params, expected):
         (tiny.DENSE, PREFIX, True),
         (tiny.MOE, PREFIX, True),
         (tiny.MOE, PREFIX, False),
+        (tiny.WHOLE_EXPERTS, PREFIX, True),
+        (tiny.WHOLE_EXPERTS, PREFIX, False),
         (tiny.NEXT, "model.", False),
         (tiny.NEXT, "model.", True),
     ],
-    ids=["dense", "moe-fused", "moe-apart", "next-apart", "next-fused"],
+    ids=["dense", "moe-fused", "moe-apart", "whole-fused", "whole-apart", "next-apart", "next-fused"],
 )
 def test_every_rank_holds_its_part(tmp_path, cfg, prefix, fused, tp):
     model = tiny.model_tensors(cfg)
     tiny.write_sharded(tmp_path, tiny.stored_tensors(model, cfg, prefix=prefix, fused=fused))
     params, _ = _load(tmp_path, cfg, model, tp)
-    _assert_equal(params, tiny.global_tensors(model, cfg, tp))
+    _assert_equal(params, tiny.global_tensors(model, cfg, tp), expert_parallel=cfg.expert_parallel)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
+def test_ranks_hold_whole_experts_of_the_file(tmp_path, fused):
+    """Bit for bit and in order, of a Hugging Face directory and of an Orbax one, and no rank reads another's."""
+    cfg = tiny.WHOLE_EXPERTS
+    model = tiny.model_tensors(cfg)
+    tiny.write_single(tmp_path / "hf", tiny.stored_tensors(model, cfg, fused=fused))
+    convert(tmp_path / "hf", tmp_path / "orbax", progress=False)
+    for directory in ("hf", "orbax"):
+        params, _ = _load(tmp_path / directory, cfg, model, 2)
+        for i, name in itertools.product(range(2), ("gate_up_proj", "down_proj")):
+            array, stored = params["layers"][i]["mlp"]["experts"][name], model[f"layers.{i}.mlp.experts.{name}"]
+            for shard, wanted in zip(array.addressable_shards, np.split(stored, 2), strict=True):
+                assert shard.index[0] == slice(2 * shard.device.id, 2 * shard.device.id + 2)
+                np.testing.assert_array_equal(np.asarray(shard.data), wanted)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -86,9 +105,10 @@ def test_values_are_cast_to_the_tree_s_dtype(tmp_path, dtype):
     )
 
 
-def test_a_rank_reads_only_its_own_part(tmp_path, monkeypatch):
-    model = tiny.model_tensors(tiny.MOE)
-    stored = tiny.stored_tensors(model, tiny.MOE)
+@pytest.mark.parametrize("cfg", [tiny.MOE, tiny.WHOLE_EXPERTS], ids=["cut", "whole"])
+def test_a_rank_reads_only_its_own_part(tmp_path, monkeypatch, cfg):
+    model = tiny.model_tensors(cfg)
+    stored = tiny.stored_tensors(model, cfg)
     tiny.write_single(tmp_path, stored)
     elements = dict.fromkeys(stored, 0)
     read = SafetensorsSource.read
@@ -99,7 +119,7 @@ def test_a_rank_reads_only_its_own_part(tmp_path, monkeypatch):
         return values
 
     monkeypatch.setattr(SafetensorsSource, "read", count)
-    _load(tmp_path, tiny.MOE, model, 4)
+    _load(tmp_path, cfg, model, 4)
     # Two kv heads on four ranks: each is read twice. All else is read once, replicated parameters too.
     for name, tensor in stored.items():
         assert elements[name] == tensor.size * (2 if "k_proj" in name or "v_proj" in name else 1), name

@@ -214,6 +214,36 @@ def test_numbers_on_the_ranks_are_those_of_the_file(tmp_path, method, model, tp)
     )
 
 
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("method", ["fp8, float32 scales", "compressed-tensors, FP8_DYNAMIC"])
+def test_whole_experts_keep_the_blocks_of_the_file(tmp_path, method, tp):
+    """No rank cuts any: an expert's grid, codes and scales are those of one rank, bit for bit."""
+    cfg, how = MODELS["moe"]
+    # A width that no two ranks could share.
+    cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, num_experts=4, intermediate_size=7))
+    quantization, _ = _write(tmp_path, tiny.stored_tensors(tiny.model_tensors(cfg), cfg, **how), method)
+    cfg = dataclasses.replace(cfg, quantization=quantization)
+    expected = _by_name(_load(tmp_path / "codes", cfg, 1, quantization="auto")[0])
+    whole = cfg.with_expert_parallel()
+    params, report = _load(tmp_path / "codes", whole, tp, quantization="auto")
+    held = {name: leaf for name, leaf in _by_name(params).items() if ".experts." in name}
+    assert len(held) == 4
+    assert report.dequantised == 0
+    for name, leaf in held.items():
+        assert isinstance(leaf, Quantized)
+        assert leaf.grid == expected[name].grid
+        for part in ("codes", "scale"):
+            found, one = getattr(leaf, part), np.asarray(getattr(expected[name], part))
+            assert np.asarray(found).tobytes() == one.tobytes()
+            assert {shard.data.shape for shard in found.addressable_shards} == {(4 // tp, *one.shape[1:])}
+    # Made of the numbers, they are those of one rank as well.
+    plain = dataclasses.replace(cfg, quantization=None)
+    made = _by_name(_load(tmp_path / "values", plain.with_expert_parallel(), tp, quantization="fp8_per_channel")[0])
+    alone = _by_name(_load(tmp_path / "values", plain, 1, quantization="fp8_per_channel")[0])
+    for name in held:
+        _assert_equal(made[name], alone[name])
+
+
 @pytest.mark.parametrize(
     "method", [name for name in FORMATS if "int4" not in name and not name.startswith(("gptq", "awq"))]
 )

@@ -35,6 +35,10 @@ MOE = dataclasses.replace(
         num_experts=3, experts_per_token=2, intermediate_size=4, shared_intermediate_size=8, normalise_top_k=True
     ),
 )
+WHOLE_EXPERTS = dataclasses.replace(
+    MOE, moe=dataclasses.replace(MOE.moe, num_experts=4, intermediate_size=3)
+).with_expert_parallel()
+"""Shared out over two or four ranks, none of which could cut a width of 3."""
 NEXT = dataclasses.replace(
     MOE, model_type="qwen3_next", mlp_kinds=(MlpKind.DENSE, MlpKind.MOE), interleaved_projections=True
 )
@@ -170,7 +174,7 @@ def _global_tensor(name: str, tensor: np.ndarray, cfg: ModelConfig, tp: int) -> 
             heads, width = cfg.attention.num_kv_heads, cfg.attention.head_dim
             held = [rank // (tp // heads) for rank in range(tp)]
             return np.concatenate([tensor[head * width : (head + 1) * width] for head in held])
-        case "gate_up_proj":
+        case "gate_up_proj" if not cfg.expert_parallel:
             gate, up = np.split(tensor, 2, axis=1)
             parts = [np.split(part, tp, axis=1)[rank] for rank in range(tp) for part in (gate, up)]
             return np.concatenate(parts, axis=1)

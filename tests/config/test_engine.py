@@ -39,6 +39,7 @@ BAD_ENGINE = [
     ({"state_layout": "KV"}, "state_layout must be one of 'kv', 'vk', 'mixed', got 'KV'"),
     ({"seed": -1}, "seed must be an integer of at least 0"),
     ({"tensor_parallel_size": 0}, "tensor_parallel_size must be an integer of at least 1"),
+    ({"enable_expert_parallel": 1}, "enable_expert_parallel must be True or False, got 1"),
     ({"kernels": "triton"}, "kernels must be one of 'auto', 'pallas', 'interpret', 'reference', got 'triton'"),
     ({"prefill_buckets": (64,)}, "prefill_buckets must ascend and end with 1024"),
     ({"prefill_buckets": (128, 64, 1024)}, "prefill_buckets must ascend"),

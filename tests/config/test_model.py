@@ -78,6 +78,26 @@ def test_shard_divides_heads_widths_and_vocabulary():
     assert config.shard(1) == config
 
 
+def test_shard_with_expert_parallel_divides_experts_and_none_of_their_widths():
+    config = from_hf("qwen3_5_moe", text={"num_experts": 4, "moe_intermediate_size": 15}).with_expert_parallel()
+    rank = config.shard(2)
+    assert config.expert_parallel
+    assert (rank.moe.num_experts, rank.moe.held_experts) == (4, 2)
+    assert (rank.moe.intermediate_size, rank.moe.shared_intermediate_size) == (15, 12)
+    assert config.shard(1).moe.held_experts == 4
+    with pytest.raises(
+        ValueError, match="tensor_parallel_size=2 does not divide num_experts=5; allowed: divisors of 5"
+    ):
+        from_hf("qwen3_5_moe").with_expert_parallel().shard(2)
+
+
+def test_expert_parallel_needs_experts():
+    with pytest.raises(
+        ValueError, match="enable_expert_parallel=True needs a model with a mixture of experts, and this"
+    ):
+        from_hf("qwen3_5").with_expert_parallel()
+
+
 def test_kv_heads_are_replicated_beyond_their_number():
     attention = AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=32, rotary_dim=8, rope_theta=1e4)
     assert attention.shard(8) == dataclasses.replace(attention, num_heads=1, num_kv_heads=1)

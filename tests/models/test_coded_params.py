@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax import abstract_params, build_model, full_logits, random_params
+from gdnjax import abstract_params, build_model, full_logits, random_params, sharding
 from gdnjax.backend import INTERPRET
 from gdnjax.checkpoint.coded import usual_formats
+from gdnjax.models import partition
 from gdnjax.quantized import CodeFormat, Quantized, dequantized
-from tests.micro import MICRO
+from tests.micro import MICRO, spread
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -43,6 +44,27 @@ def test_logits_are_those_of_the_numbers(grid):
     actual = np.asarray(full_logits(model.on(INTERPRET), params, tokens))
     assert np.abs(actual - expected).max() < 2e-4 * np.abs(expected).max()
     assert len(np.unique(expected.argmax(-1))) > 5
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_ranks_with_whole_experts_in_codes_are_one_rank(tp):
+    """Cells of an expert's codes that four ranks would cut."""
+    names = [name for name in _coded(None) if ".experts." in name]
+    coded = dict.fromkeys(names, CodeFormat("float8_e4m3fn", (16, 16)))
+    params = random_params(MICRO, 1, "float32", jax.random.key(0), coded=coded)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, MICRO.vocab_size, 70), jnp.int32)
+    expected = np.asarray(full_logits(build_model(MICRO, "float32"), params, tokens))
+    whole = MICRO.with_expert_parallel()
+    assert jax.tree.structure(abstract_params(whole, tp, "float32", coded=coded)) == jax.tree.structure(params)
+    model, mesh = build_model(whole, "float32", tp), sharding.make_mesh(tp)
+    function = sharding.shard_step(
+        lambda params, tokens: full_logits(model, params, tokens),
+        mesh,
+        (partition.specs_of(params, expert_parallel=True), sharding.P()),
+        sharding.P(None, sharding.AXIS),
+    )
+    found = np.asarray(jax.jit(function)(spread(params, tp, expert_parallel=True), tokens))[:, : MICRO.vocab_size]
+    assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 def test_rows_of_a_prompt_are_rounded_only_where_it_is_asked_for():

@@ -1,6 +1,7 @@
 """The mixture of experts against a loop over tokens."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gdnjax.backend import REFERENCE
+from gdnjax import sharding
+from gdnjax.backend import INTERPRET, REFERENCE
 from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
+from gdnjax.models import partition, random_codes
 from gdnjax.models.moe import MoeMLP
+from gdnjax.quantized import CodeFormat
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -50,7 +54,7 @@ RTOL, ATOL = 1e-5, 2e-5
 
 def build(moe, seed=0):
     """(jitted layer of x and valid, its weights in numpy)."""
-    graphdef, state = nnx.split(MoeMLP(dataclasses.replace(CONFIG, moe=moe), moe, "float32", REFERENCE))
+    graphdef, state = nnx.split(MoeMLP(dataclasses.replace(CONFIG, moe=moe), moe, "float32", 1, REFERENCE))
     rng = np.random.default_rng(seed)
     weights = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), nnx.to_pure_dict(state))
 
@@ -176,3 +180,88 @@ def test_token_ignores_its_neighbours_bit_for_bit():
     np.testing.assert_array_equal(np.asarray(layer(jnp.asarray(others), jnp.asarray(valid)))[4], expected[4])
     valid[:4] = False
     np.testing.assert_array_equal(np.asarray(layer(jnp.asarray(x), jnp.asarray(valid)))[4], expected[4])
+
+
+EIGHT = dataclasses.replace(MOE, num_experts=8, experts_per_token=3)
+GRID = (8, 8)
+"""Of codes: it divides gate and up, and not what four ranks would cut of them."""
+
+
+def weights_of(moe, dtype, coded):
+    """Random global weights of a layer, alike for any number of ranks with whole experts; of experts float8 codes."""
+    state = nnx.to_pure_dict(nnx.split(MoeMLP(CONFIG, moe, dtype, 1, REFERENCE))[1])
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    made = []
+    for i, (path, leaf) in enumerate(leaves):
+        key = jax.random.key(i)
+        if coded and ".experts." in f".{sharding.path_name(path)}":
+            made.append(random_codes(CodeFormat("float8_e4m3fn", GRID).abstract(leaf.shape), key))
+        else:
+            made.append((jax.random.normal(key, leaf.shape) * leaf.shape[-1] ** -0.5).astype(dtype))
+    return jax.tree_util.tree_unflatten(tree, made)
+
+
+@functools.cache
+def on_ranks(tp, dtype="float32", coded=False, backend=REFERENCE):
+    """(jitted layer summed over ranks that hold whole experts, its global weights)."""
+    moe = dataclasses.replace(EIGHT, expert_parallel=True)
+    graphdef = nnx.split(MoeMLP(CONFIG, moe.shard(tp), dtype, tp, backend))[0]
+    weights = weights_of(EIGHT, dtype, coded)
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, _: partition.spec_of(f"mlp.{sharding.path_name(path)}", expert_parallel=True), weights
+    )
+
+    def run(weights, x, valid):
+        return sharding.psum(nnx.merge(graphdef, weights)(x, valid), tp)
+
+    whole = sharding.P()
+    return jax.jit(sharding.shard_step(run, sharding.make_mesh(tp), (specs, whole, whole), whole)), weights
+
+
+@pytest.mark.parametrize(
+    ("dtype", "coded", "backend"),
+    [
+        ("float32", False, REFERENCE),
+        ("float32", True, REFERENCE),
+        ("float32", True, INTERPRET),
+        ("bfloat16", False, INTERPRET),
+        ("bfloat16", True, INTERPRET),
+    ],
+    ids=["float32", "codes", "codes, kernels", "bfloat16, kernels", "bfloat16 and codes, kernels"],
+)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_ranks_of_whole_experts_add_up_to_one_rank(tp, dtype, coded, backend):
+    """Padded tokens, NaN here, are no rank's."""
+    x = np.where(np.arange(TOKENS)[:, None] % 4 == 1, np.nan, inputs())
+    valid = np.isfinite(x[:, 0])
+    (alone, weights), (shared, _) = on_ranks(1, dtype, coded, backend), on_ranks(tp, dtype, coded, backend)
+    expected, actual = (
+        np.asarray(layer(weights, jnp.asarray(x, dtype), jnp.asarray(valid)), np.float32)[valid]
+        for layer in (alone, shared)
+    )
+    assert np.abs(expected).max() > 0.1
+    # Each rank rounds its term to the dtype before the sum, which one rank does once.
+    bound = 1e-6 if dtype == "float32" else (1 + tp) * 2.0**-8
+    assert np.abs(actual - expected).max() <= bound * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("backend", [REFERENCE, INTERPRET], ids=["reference", "kernels"])
+def test_one_rank_may_have_all_tokens(backend):
+    """The router sends every choice to three of the four experts of the second one."""
+    x = np.abs(inputs())
+    (alone, weights), (shared, _) = on_ranks(1, backend=backend), on_ranks(2, backend=backend)
+    scores = np.full((8, 16), -1.0, np.float32)
+    scores[[6, 7, 4]] = [[0.3], [0.2], [0.1]]
+    weights = weights | {"gate": {"weight": jnp.asarray(scores)}}
+    given = weights, jnp.asarray(x), jnp.ones((TOKENS,), bool)
+    np.testing.assert_allclose(shared(*given), alone(*given), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_that_are_split_otherwise_are_refused():
+    moe = dataclasses.replace(EIGHT, expert_parallel=True).shard(4)
+    graphdef = nnx.split(MoeMLP(CONFIG, moe, "float32", 4, REFERENCE))[0]
+    sliced = nnx.to_pure_dict(nnx.split(MoeMLP(CONFIG, EIGHT.shard(4), "float32", 4, REFERENCE))[1])
+    with pytest.raises(
+        ValueError, match="one of 4 ranks got 8 experts of gate and up 6 wide, and the model has 2 of 24"
+    ):
+        nnx.merge(graphdef, sliced)(jnp.zeros((3, 16)), jnp.ones((3,), bool))

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from engine_bench import sections
 from engine_bench.record import Record
@@ -11,7 +13,9 @@ from engine_bench.sizes import Sizes
 from gdnjax.assets import config_file
 from gdnjax.config import ModelConfig
 from gdnjax.memory import StateGeometry
+from gdnjax.sharding import make_mesh
 from scripts import bench_engine as script
+from tests.micro import micro_model, micro_params
 
 # As small as it gets, with sequences long enough that packed blocks for one pay for the states of both.
 SMALL = ["--config", "tiny", "--layers", "4", "--scale", "0.016", "--batches", "2", "--num-speculative-tokens", "1"]
@@ -34,7 +38,7 @@ def test_every_section_is_measured_and_kept(whole_run):
     status, out, content = whole_run
     assert status == 0
     assert content["failed"] == {}
-    assert list(content["sections"]) == list(sections.SECTIONS)
+    assert list(content["sections"]) == [name for name in sections.SECTIONS if name != "balance"]
     for section, figures in content["sections"].items():
         assert out.count(f"\n{section} ") == len(figures)
         # Whatever a figure is of, compiling is no part of it.
@@ -127,6 +131,8 @@ def test_engine_that_does_not_fit_is_said_to(monkeypatch, tmp_path, capsys):
         (["--acceptance-length", "9"], "spec_acceptance_length must be between 1 and"),
         (["--config", "tiny"], "more than the model's context of 4096; lower --scale"),
         ([], "of weights and 131072 prompt tokens; there it takes 1 GiB and 32768 at most: --config tiny --scale 0.03"),
+        (["balance"], "balance is of a model with a mixture of experts"),
+        (["--enable-expert-parallel"], "enable_expert_parallel=True needs a model with a mixture of experts"),
         (["--config", "none.json"], "none.json: no such file"),
         (["--output", "nowhere/engine.json"], "--output nowhere/engine.json: no such directory"),
         (["--memory-fraction", "2"], "--memory-fraction must be in (0, 1], got 2"),
@@ -153,6 +159,35 @@ def test_sections_come_in_their_order_with_those_they_need():
     assert sections.choose(["prefix", "prefill"]) == ["prefill", "prefix"]
     assert sections.choose(["speculation"]) == ["decode", "speculation"]
     assert sections.choose(["accounting"]) == ["throughput", "accounting"]
+    assert sections.choose([], experts=False) == [name for name in sections.SECTIONS if name != "balance"]
+
+
+def test_flags_of_devices_reach_the_engines(tmp_path):
+    flags = ["--config", "qwen3.5-35b-a3b", "--tensor-parallel-size", "4", "--enable-expert-parallel"]
+    arguments = script.build_parser().parse_args(flags)
+    config = script.read_config(arguments)
+    assert config.expert_parallel
+    for engine in script.choose_engines(arguments, Sizes(), ["speculation"]).values():
+        assert (engine.tensor_parallel_size, engine.enable_expert_parallel) == (4, True)
+
+
+def test_balance_is_of_the_tokens_of_a_full_step_and_of_a_decode_step(capsys):
+    """Two ranks with two whole experts each."""
+    model = micro_model(2, expert_parallel=True)
+    llm = SimpleNamespace(model=model, params=micro_params(2, expert_parallel=True), mesh=make_mesh(2))
+    bench = SimpleNamespace(
+        open=lambda drafts, batches: llm,
+        prompts=lambda count, length: np.random.default_rng(0).integers(0, 101, (count, length)).tolist(),
+        record=Record(None),
+    )
+    sections.balance(bench, Sizes(batches=(8, 1), prefill_len=40))
+    found = bench.record.of("balance")
+    assert list(found) == ["40 tokens", "8 tokens"]
+    for figures in found.values():
+        assert figures["ranks"] == 2
+        assert sum(figures["tokens_per_rank"]) == 2 * figures["tokens"]
+        assert 1 <= figures["rank_imbalance"]["mean"] <= figures["expert_imbalance"]["mean"] <= 2
+    assert "40 random tokens, top 2 of 4 experts: tokens per rank " in capsys.readouterr().out
 
 
 def test_default_engine_holds_every_section():

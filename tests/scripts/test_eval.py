@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import evaluation.progress
 import numpy as np
@@ -18,7 +19,7 @@ from evaluation.cells import Cell, CellRun, Completion, Workload
 from evaluation.problems import Problem
 from evaluation.progress import Progress
 
-from gdnjax import SamplingParams
+from gdnjax import EngineConfig, SamplingParams
 from gdnjax.assets import model_directory
 from gdnjax.serving.tokenizer import Tokenizer
 from scripts import eval as script
@@ -356,6 +357,25 @@ def test_flags_of_speculation_make_one_cell_of_their_own():
     assert (cell.name, cells.speculates(cell)) == ("batched-k2", True)
     assert cell.options == {"num_speculative_tokens": 2, "draft_acceptance": "rejection"}
     assert script.choose_cells(script.build_parser().parse_args(["--num-speculative-tokens", "0"])) == [cells.DEFAULT]
+
+
+def test_several_devices_do_without_the_device_loop():
+    def chosen(*flags):
+        return script.choose_cells(script.build_parser().parse_args(["--tensor-parallel-size", "2", *flags]))
+
+    assert {cell.driver for cell in chosen("--pairwise")} == {"engine"}
+    assert len(chosen("--matrix")) == len(cells.MATRIX) - 2
+    assert chosen("--cells", "f32-batched") == [cells.BY_NAME["f32-batched"]]
+    with pytest.raises(
+        ValueError, match="--cells: f32-device-loop runs on one device, got --tensor-parallel-size above"
+    ):
+        chosen("--cells", "f32-batched,f32-device-loop")
+
+
+def test_engines_of_cells_are_shared_out_as_the_parameters_are():
+    loaded = SimpleNamespace(config=EngineConfig(dtype="float32", tensor_parallel_size=4, enable_expert_parallel=True))
+    config = cells._engine_config(cells.DEFAULT, loaded, Workload(prompts=[[1]], max_tokens=8))
+    assert (config.tensor_parallel_size, config.enable_expert_parallel) == (4, True)
 
 
 ENGINES = [cell for cell in cells.BY_NAME.values() if cell.driver == "engine"]

@@ -76,6 +76,7 @@ def test_unknown_flag_ends_with_status_2(capsys):
         (["--model", "{model}", "-p", "x", "--num-speculative-tokens", "2"], "needs a model with an MTP head"),
         (["--model", "{model}", "-p", "x", "--memory-fraction", "2"], "--memory-fraction must be in (0, 1]"),
         (["--model", "{model}", "-p", "x", "--tensor-parallel-size", "64"], "needs 64 devices"),
+        (["--model", "{model}", "-p", "x", "--enable-expert-parallel"], "needs a model with a mixture of experts"),
         (["--model", "{model}", "-p", "x", "--kernels", "pallas"], "allowed: 'auto', 'reference'"),
         (["--model", "{model}", "-p", "x", "--max-model-len", "5000"], "exceeds the model's context"),
         (["--model", "{model}", "--stats-json", "{tmp}/none/x.json", "x"], "--stats-json {tmp}/none/x.json: no such"),

@@ -52,8 +52,8 @@ def build(**config) -> LLM:
         "decode_buckets": (4,),
     } | config
     config = EngineConfig(max_logprobs=ALL, warmup=False, compilation_cache_dir="", block_size=16, **config)
-    tp, mtp = config.tensor_parallel_size, config.num_speculative_tokens > 0
-    return LLM.from_model(micro_model(tp, mtp), micro_params(tp, mtp), config, max_model_len=MAX_MODEL_LEN)
+    kind = config.tensor_parallel_size, config.num_speculative_tokens > 0, config.enable_expert_parallel
+    return LLM.from_model(micro_model(*kind), micro_params(*kind), config, max_model_len=MAX_MODEL_LEN)
 
 
 def leave_idle(llm: LLM) -> None:

@@ -201,6 +201,7 @@ GEOMETRIES = {
     "vk, decode bucket 1": {"state_layout": "vk", "decode_buckets": (1, 4)},
     "mixed, decode bucket 8": {"state_layout": "mixed", "max_num_seqs": 8, "decode_buckets": (8,)},
     "kv, four ranks": {"state_layout": "kv", "tensor_parallel_size": 4},
+    "vk, four ranks, an expert each": {"tensor_parallel_size": 4, "enable_expert_parallel": True},
     "mixed, two ranks, cached, 3 drafts": {
         "state_layout": "mixed",
         "tensor_parallel_size": 2,

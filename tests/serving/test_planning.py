@@ -97,16 +97,19 @@ def test_want_of_memory_says_what_is_in_use(memory_of):
     assert "in use" not in str(error.value)
 
 
+@pytest.mark.parametrize("expert_parallel", [False, True])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_weights_of_a_rank_are_what_it_holds(tp):
+def test_weights_of_a_rank_are_what_it_holds(tp, expert_parallel):
     """To the byte: replicated ones (norms, routers, the head's projection) whole, the others by their shards."""
-    params = abstract_params(MICRO, tp, "bfloat16", mtp=True)
-    leaves, places = jax.tree.leaves(params), jax.tree.leaves(shardings_of(params, make_mesh(tp)))
+    how = {"expert_parallel": expert_parallel}
+    config = MICRO.with_expert_parallel() if expert_parallel else MICRO
+    params = abstract_params(config, tp, "bfloat16", mtp=True)
+    leaves, places = jax.tree.leaves(params), jax.tree.leaves(shardings_of(params, make_mesh(tp), **how))
     held = [
         math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, place in zip(leaves, places, strict=True)
     ]
-    assert planning.weight_bytes(params, tp) == sum(held)
+    assert planning.weight_bytes(params, tp, **how) == sum(held)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     assert (sum(held) > whole // tp) == (tp > 1)
 

@@ -20,10 +20,10 @@ from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
 
 
-def grouped_matmul(x: Array, weight: Weight, group_sizes: Array, backend: Backend) -> Array:
+def grouped_matmul(x: Array, weight: Weight, group_sizes: Array, expected_rows: int, backend: Backend) -> Array:
     rows, depth = x.shape
     groups, width, _ = weight.shape
-    tile = tiles.of(backend, rows / groups, x.dtype, weight)
+    tile = tiles.of(backend, expected_rows / groups, x.dtype, weight)
     steps = codes.depth_of(min(tile.depth, power_of_two(depth, LEAST)), depth, weight)
     assert steps is not None, "the reference takes what has no depth"
     arrays, (grid,) = codes.flat(weight)
@@ -50,7 +50,8 @@ def grouped_matmul(x: Array, weight: Weight, group_sizes: Array, backend: Backen
 def tile_table(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, Array]:
     """Group, first row and end of each tile of at most `size` rows, none over two groups; unused ones are empty.
 
-    There are at most ceil(rows / size) + min(groups, rows) of them, whatever the sizes.
+    There are at most ceil(rows / size) + min(groups, rows) of them, whatever the sizes. Used ones come first; rows
+    past the groups' are in none.
     """
     groups = group_sizes.shape[0]
     count = -(-rows // size) + min(groups, rows)
