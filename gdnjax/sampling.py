@@ -365,10 +365,33 @@ def score_of(scores: Float32[Array, "n V"], token: Int32[Array, "n"], vocab: Voc
 
 def _most_probable(logits: Array, most: int, vocab: Vocab) -> tuple[Float[Array, "n most"], Int32[Array, "n most"]]:
     most = min(most, vocab.size)
-    best, tokens = lax.top_k(logits, min(most, logits.shape[1]))
+    best, tokens = largest(logits, min(most, logits.shape[1]))
     if vocab.tp == 1:
         return best, tokens
     best = sharding.all_gather(best, vocab.tp, axis=1)
     tokens = sharding.all_gather(tokens + vocab.offset(logits.shape[1]), vocab.tp, axis=1)
     best, place = lax.top_k(best, most)
     return best, jnp.take_along_axis(tokens, place, axis=1)
+
+
+BLOCK = 256
+"""Logits of which one is the largest, in the search for the largest of all."""
+
+
+def largest(logits: Float[Array, "n V"], most: int) -> tuple[Float[Array, "n most"], Int32[Array, "n most"]]:
+    """`lax.top_k`, which sorts whole rows on a GPU: 1.2 ms for 16 rows of 248,320 on an H100.
+
+    The `most` blocks whose largest are the largest hold the `most` largest numbers: each of them is no smaller than any
+    number of another block. Blocks and numbers that are as large stand in their order, so the lowest tokens are found.
+    """
+    rows, width = logits.shape
+    if most == 0 or width <= 2 * most * BLOCK:
+        best, token = lax.top_k(logits, most)
+        return best, token
+    padded = jnp.pad(logits, ((0, 0), (0, -width % BLOCK)), constant_values=-jnp.inf)
+    blocks = padded.reshape(rows, -1, BLOCK)
+    _, found = lax.top_k(blocks.max(-1), most)
+    found = jnp.sort(found, axis=-1)
+    candidates = jnp.take_along_axis(blocks, found[..., None], axis=1).reshape(rows, most * BLOCK)
+    best, place = lax.top_k(candidates, most)
+    return best, jnp.take_along_axis(found, place // BLOCK, axis=1) * BLOCK + place % BLOCK

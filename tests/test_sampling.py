@@ -883,3 +883,22 @@ def test_log_probabilities_sort_nothing_but_the_most_probable():
     names = {name for name, largest in primitives(jaxpr.jaxpr) if largest >= size}
     assert "top_k" in names
     assert "sort" not in names
+
+
+@pytest.mark.parametrize("most", [1, 5, 20])
+@pytest.mark.parametrize("kind", ["normal", "ties", "few values", "infinite"])
+def test_largest_are_those_of_a_sort(kind, most):
+    """With the lowest tokens of those that are as large."""
+    rng = np.random.default_rng(most)
+    width = 2 * most * sampling.BLOCK + 300
+    logits = rng.standard_normal((3, width)).astype(np.float32)
+    if kind == "ties":
+        logits[:, rng.integers(0, width, 3 * most)] = 7.0
+    elif kind == "few values":
+        logits = np.round(logits)
+    elif kind == "infinite":
+        logits[:] = -np.inf
+        logits[0, 700], logits[1, [5, width - 1]] = 1.0, 2.0
+    found = jax.jit(sampling.largest, static_argnums=1)(jnp.asarray(logits), most)
+    for actual, expected in zip(found, jax.lax.top_k(jnp.asarray(logits), most), strict=True):
+        np.testing.assert_array_equal(actual, expected)

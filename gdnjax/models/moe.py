@@ -39,11 +39,14 @@ class Experts(nnx.Module):
         expert, experts = self._own(expert), self.moe.held_experts
         tokens, top = expert.shape
         order = jnp.argsort(expert.reshape(-1), stable=True)
-        sizes = jnp.zeros((experts,), jnp.int32).at[expert.reshape(-1)].add(1, mode="drop")
+        # Compared and counted, not scattered: on a GPU adding to one place is one after the other.
+        sizes = jnp.sum(expert.reshape(-1) == jnp.arange(experts)[:, None], axis=1, dtype=jnp.int32)
         gate, up = jnp.split(self._products(x[order // top], self.gate_up_proj, sizes), 2, axis=-1)
         out = self._products(jax.nn.silu(gate) * up, self.down_proj, sizes)
-        # Back to token order; rows of no expert are unspecified and selected away.
-        out = jnp.zeros_like(out).at[order].set(out).reshape(tokens, top, -1).astype(jnp.float32)
+        # Back to token order: each pair's row is taken, for rows that are scattered go one number at a time on a GPU.
+        # Rows of no expert are unspecified and selected away.
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+        out = out[place].reshape(tokens, top, -1).astype(jnp.float32)
         out = jnp.where((expert < experts)[..., None], out, 0)
         return jnp.sum(out * weight[..., None], axis=1).astype(x.dtype)
 

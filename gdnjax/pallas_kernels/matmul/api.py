@@ -4,6 +4,8 @@ Kernels take the few rows of a decode step, where reading the matrices is all th
 it; more rows, and types without a tile, are XLA's. Rows [t, i] may be `Normed`: the norm is then part of the op.
 """
 
+import jax
+
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels.matmul import kernels, reference, tiles
 from gdnjax.pallas_kernels.normed import Normed, numbers
@@ -26,4 +28,9 @@ def swiglu(x: Rows, gate: Weight, up: Weight, *, backend: Backend = REFERENCE) -
     found = tiles.of(backend, x, gate, up)
     if found is None:
         return reference.swiglu(numbers(x), gate, up, backend)
-    return kernels.swiglu(x, gate, up, found.gated, backend)
+    tile = found.of_gated(gate.shape[0])
+    if tile is not None:
+        return kernels.swiglu(x, gate, up, tile, backend)
+    # Sums of a part of the inputs cannot be gated in registers.
+    gated, out = kernels.project(x, (gate, up), found.narrow, backend)
+    return jax.nn.silu(gated) * out

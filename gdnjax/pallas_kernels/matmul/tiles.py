@@ -45,6 +45,13 @@ class Tiles:
         programs = sum(-(-count // self.wide.columns) for count in outputs)
         return self.wide if programs >= self.enough else self.narrow
 
+    def of_gated(self, outputs: int) -> Tile | None:
+        """The tile for gate and up of so many outputs each; None: too few, the inputs have to be split, too.
+
+        A split costs a pass over the sums besides, so a third of the programs are enough.
+        """
+        return self.gated if 3 * -(-outputs // self.gated.columns) >= self.enough else None
+
 
 # dtype of numbers, or of codes -> {most rows: tiles}
 TILES = {

@@ -109,11 +109,14 @@ def grouped(kind: str, depth: int = 256, width: int = 96, *, codes: Any = None, 
 def product_op(kind: str, grids: tuple[Grid | None, ...]) -> Op:
     def call(x, layer, backend):
         matrices = [matrix(x, f"w{i}", grid) for i, grid in enumerate(grids)]
+        # What is said to be wide or gated is so in models from so many outputs on as occupy a device.
+        tiles = matmul_tiles.of(backend, x["x"], *matrices)
         if kind == "swiglu":
-            return {"out0": matmul.swiglu(x["x"], *matrices, backend=backend)}
+            if backend.is_reference:
+                return {"out0": matmul.swiglu(x["x"], *matrices, backend=backend)}
+            assert tiles is not None
+            return {"out0": matmul_kernels.swiglu(x["x"], matrices[0], matrices[1], tiles.gated, backend)}
         if kind == "wide" and not backend.is_reference:
-            # Otherwise a product is wide from so many outputs on as occupy a device.
-            tiles = matmul_tiles.of(backend, x["x"], *matrices)
             assert tiles is not None
             found = matmul_kernels.project(x["x"], matrices, tiles.wide, backend)
         else:
