@@ -30,7 +30,8 @@ def load_model(
     dtype = config.dtype if dtype == "auto" else dtype
     hybrid = build_model(config, dtype, mtp=mtp)
     abstract = abstract_params(config, 1, dtype, mtp=mtp)
-    coded = checkpoint.coded_formats(directory, config, abstract, 1, quantization)
-    abstract = abstract_params(config, 1, dtype, mtp=mtp, coded=coded)
-    params, _ = checkpoint.load_params(directory, config, abstract, sharding.make_mesh(1), progress=False)
+    with checkpoint.opened(directory, config, abstract, sharding.make_mesh(1)) as stored:
+        coded = checkpoint.coded_formats(stored, quantization)
+        abstract = abstract_params(config, 1, dtype, mtp=mtp, coded=coded)
+        params, _ = checkpoint.load_params(stored, abstract, progress=False)
     return hybrid, params

@@ -7,12 +7,13 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import math
 import pathlib
-import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gdnjax.cli.command import exit_status, prepare_environment, run_as_process
+from gdnjax.config.quantization import BLOCK as SCALE_BLOCK
+from gdnjax.config.quantization import WHOLE, read_quantization, without_quantization, write_quantization
 
 DESCRIPTION = """\
 Writes a complete, tiny Qwen3.5-style checkpoint with random weights: config.json, generation_config.json,
@@ -68,48 +69,8 @@ BLOCK = (1 << 24) - 3
 
 SHARD_BYTES = 4 << 30
 
-QUANTIZED = re.compile(
-    r".*\.(?!in_proj_(?:a|b|ba)\.|[fg]_[ab]_proj\.|b_proj\.|eh_proj\.)(\w+_proj|in_proj_\w+|kv_a_proj_with_mqa)\.weight"
-)
-"""Tensors that published FP8 files have as codes: projections, but those to the gates of heads and the MTP head's own.
-"""
-
 SCALES = {"fp8": ("_scale_inv", "bfloat16"), "fp8_per_channel": ("_scale", "float32")}
 """--quantization -> what the name of a scale ends in, and its dtype."""
-
-
-def quantization_config(quantization: str, left_alone: Sequence[str]) -> dict[str, Any]:
-    """What config.json says of weights so stored. `left_alone`: the modules that are not."""
-    if quantization == "fp8":
-        return {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [128, 128],
-            "modules_to_not_convert": list(left_alone),
-        }
-    numbers = {"num_bits": 8, "type": "float", "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**numbers, "strategy": "channel", "dynamic": False},
-        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(left_alone),
-    }
-
-
-def modules_left_alone(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Linear modules of a checkpoint's tensors that are not codes."""
-    return [
-        name.removesuffix(".weight")
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) == 2 and not QUANTIZED.fullmatch(name) and "embed_tokens" not in name
-    ]
 
 
 def model_config(*, vocab_size: int, layers: int, hidden_size: int, dtype: str) -> dict[str, Any]:
@@ -183,6 +144,7 @@ def write_weights(directory: pathlib.Path, config: dict[str, Any], seed: int, qu
 
     from gdnjax import ModelConfig, abstract_params, random_params, sharding
     from gdnjax.checkpoint.coded import usual_formats
+    from gdnjax.checkpoint.fp8_dynamic import modules_left_alone
     from gdnjax.checkpoint.huggingface import write_file
 
     # Not under jit, which would compile every layer anew; and this generator compiles fastest.
@@ -199,7 +161,8 @@ def write_weights(directory: pathlib.Path, config: dict[str, Any], seed: int, qu
             name, part = name.removesuffix(".scale") + suffix, part.astype(scale_dtype)
         tensors[name.removesuffix(".codes")] = part
     write_file(tensors, directory / "model.safetensors")
-    return modules_left_alone({name: tensor.shape for name, tensor in tensors.items()})
+    codes = [name for name in tensors if name + suffix in tensors] if quantization else []
+    return modules_left_alone({name: tensor.shape for name, tensor in tensors.items()}, codes)
 
 
 def published_config(name: str, layers: int | None) -> dict[str, Any]:
@@ -217,19 +180,13 @@ def published_config(name: str, layers: int | None) -> dict[str, Any]:
     return config
 
 
-def take_quantization(config: dict[str, Any]) -> str | None:
-    """Takes the quantization_config out of a config.json: which of SCALES it says. Raises ValueError for another."""
-    from gdnjax.config.quantization import BLOCK, WHOLE, read_quantization
-
-    found = [
-        section.pop("quantization_config")
-        for section in (config, config.get("text_config", {}))
-        if "quantization_config" in section
-    ]
+def stored_quantization(config: dict[str, Any]) -> str | None:
+    """Which of SCALES a config.json says, or None. Raises ValueError for another."""
+    found = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     if not found:
         return None
-    stored = read_quantization(found[0])
-    ways = {("fp8", (BLOCK,)): "fp8", ("compressed-tensors", ((1, WHOLE),)): "fp8_per_channel"}
+    stored = read_quantization(found)
+    ways = {("fp8", (SCALE_BLOCK,)): "fp8", ("compressed-tensors", ((1, WHOLE),)): "fp8_per_channel"}
     if stored.codes != "float8_e4m3fn" or (stored.method, stored.grids) not in ways:
         raise ValueError(
             f"weights as its quantization_config ({stored.method}) has them are not written; allowed: --quantization "
@@ -247,6 +204,8 @@ class RepeatedValues:
         import numpy as np
 
         from gdnjax import ModelConfig, sharding
+        from gdnjax.checkpoint import coded
+        from gdnjax.checkpoint.fp8_dynamic import modules_left_alone
         from gdnjax.checkpoint.mapping import origin_of
         from gdnjax.checkpoint.names import stored_name
         from gdnjax.models import abstract_params
@@ -254,13 +213,22 @@ class RepeatedValues:
         model = ModelConfig.from_hf(config)
         params = abstract_params(model, 1, model.dtype, mtp=model.mtp_layers > 0)
         self._tensors: dict[str, jax.ShapeDtypeStruct] = {}
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-            name = sharding.path_name(path)
-            for part in origin_of(name, leaf.shape, model, 1, experts_apart=quantization is not None).parts:
+        leaves = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+        origins = {
+            name: origin_of(name, leaf.shape, model, 1, experts_apart=quantization is not None)
+            for name, leaf in leaves.items()
+        }
+        of_modules = coded.tensors_of(origins, coded.usual_formats(params, 1, quantization) if quantization else ())
+        codes = []
+        for name, origin in origins.items():
+            for part in origin.parts:
                 stored = stored_name(part.tensor, model.mtp_layer_names)
                 stored = stored if stored.startswith(("lm_head.", "mtp.")) else f"model.{stored}"
-                self._tensors[stored] = jax.ShapeDtypeStruct(part.shape, leaf.dtype)
-        self.left_alone = modules_left_alone({name: tensor.shape for name, tensor in self._tensors.items()})
+                self._tensors[stored] = jax.ShapeDtypeStruct(part.shape, leaves[name].dtype)
+                # Published in blocks, too, though it is absorbed and never held as codes.
+                if part.tensor in of_modules or (quantization == "fp8" and ".kv_b_proj." in part.tensor):
+                    codes.append(stored)
+        self.left_alone = modules_left_alone({name: tensor.shape for name, tensor in self._tensors.items()}, codes)
         random = np.random.default_rng(seed)
         self._block = random.standard_normal(BLOCK, np.float32) * np.float32(0.02)
         self._cast: dict[Any, Any] = {}
@@ -271,7 +239,7 @@ class RepeatedValues:
         self._scale = random.uniform(0.7, 1.3, 1021).astype(np.float32) * largest
         self._cast[np.dtype(jnp.float8_e4m3fn)] = (self._block / largest).astype(jnp.float8_e4m3fn)
         suffix, scale_dtype = SCALES[quantization]
-        for name in list(filter(QUANTIZED.fullmatch, self._tensors)):
+        for name in dict.fromkeys(codes):
             rows, columns = self._tensors[name].shape
             shape = (-(-rows // 128), -(-columns // 128)) if quantization == "fp8" else (rows, 1)
             self._tensors[name] = jax.ShapeDtypeStruct((rows, columns), jnp.float8_e4m3fn)
@@ -294,7 +262,9 @@ class RepeatedValues:
             return np.resize(self._scale, tensor.shape).astype(tensor.dtype)[index]
         if tensor.dtype not in self._cast:
             self._cast[tensor.dtype] = self._block.astype(tensor.dtype)
-        return np.resize(self._cast[tensor.dtype], tensor.shape)[index]
+        # Cut first: np.resize copies all that it is given, and what it returns would keep that alive.
+        values = self._cast[tensor.dtype][: math.prod(tensor.shape)]
+        return np.resize(values, tensor.shape)[index]
 
     def __enter__(self) -> "RepeatedValues":
         return self
@@ -328,11 +298,8 @@ def write_checkpoint(
         if hidden_size is not None or dtype is not None:
             raise ValueError("--config says sizes and dtype; --hidden-size and --dtype are for the tiny model")
         content = published_config(config, layers)
-        if quantization is None:
-            quantization = take_quantization(content)
-        else:
-            for section in (content, content.get("text_config", {})):
-                section.pop("quantization_config", None)
+        quantization = quantization or stored_quantization(content)
+        content = without_quantization(content)
     hidden_size = HIDDEN_SIZE if hidden_size is None else hidden_size
     if hidden_size < 2 * HEAD_DIM or hidden_size % HEAD_DIM:
         raise ValueError(
@@ -352,7 +319,7 @@ def write_checkpoint(
         )
         left_alone = write_weights(directory, content, seed, quantization)
     if quantization is not None:
-        content["quantization_config"] = quantization_config(quantization, left_alone)
+        content["quantization_config"] = write_quantization(quantization, left_alone)
     # What the published models recommend, so that a run without sampling flags takes the same steps as with them.
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20, "eos_token_id": END_OF_TURN}
     _write_json(directory / "generation_config.json", sampling)

@@ -7,7 +7,7 @@ the same, and nothing is padded.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import numpy as np
@@ -22,6 +22,9 @@ from gdnjax.shapes import Params
 
 OF_GATES = re.compile(r".*\.(in_proj_a|in_proj_b|f_a_proj|f_b_proj|g_a_proj|g_b_proj)\.weight")
 """Projections that are a small part of a layer's weights, and of which all of a head's state depends."""
+
+MADE_AT_ONCE = 1 << 24
+"""Numbers of a weight that are quantised at once: in float32 they are four times as large as their codes."""
 
 
 def formats_of(
@@ -62,6 +65,14 @@ def usual_formats(
             rows, columns = (cell_of(size // count, cell, cut=count > 1) for size, count, cell in axes)
             formats[name] = CodeFormat("float8_e4m3fn", (rows, columns))
     return formats
+
+
+def tensors_of(origins: Mapping[str, Origin], formats: Collection[str]) -> set[str]:
+    """The tensors that are codes in a checkpoint whose parameters `formats` are, in module names: those of which
+    nothing is a part of another parameter.
+    """
+    coded = {part.tensor for name, origin in origins.items() if name in formats for part in origin.parts}
+    return coded - {part.tensor for name, origin in origins.items() if name not in formats for part in origin.parts}
 
 
 def _ranks(name: str, shape: tuple[int, ...], tp: int, *, expert_parallel: bool) -> tuple[int, int]:
@@ -131,6 +142,34 @@ def quantise_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     largest = np.maximum(weight.max(-1, keepdims=True), -weight.min(-1, keepdims=True))
     scale = np.where(largest > 0, largest / np.float32(LARGEST["float8_e4m3fn"]), np.float32(1))
     return (weight / scale).astype(FLOAT8), scale
+
+
+def make_codes(
+    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
+    """A weight [..., o, i] in float8_e4m3fn, its scales [..., o, 1], and the squares of its error and of itself. Rows
+    are read whole, some at a time: `read` takes a slice for each axis, and gives float32.
+
+    Raises ValueError where a number is not finite.
+    """
+    codes, scale = np.empty(shape, FLOAT8), np.empty((*shape[:-1], 1), np.float32)
+    off = total = 0.0
+    for start in range(0, shape[0], step := max(1, MADE_AT_ONCE // math.prod(shape[1:]))):
+        part = slice(start, min(start + step, shape[0]))
+        weight = read((part, *(slice(0, size) for size in shape[1:])))
+        # What is not finite shows in the sums.
+        with np.errstate(invalid="ignore"):
+            codes[part], scale[part] = quantise_rows(weight)
+            one, other = squared_error(weight, codes[part], scale[part])
+        off, total = off + one, total + other
+    if not math.isfinite(total):
+        raise ValueError("a number is NaN or infinite, and no code stands for it; the file is damaged")
+    return codes, scale, (off, total)
+
+
+def relative_error(errors: Collection[tuple[float, float]]) -> float:
+    """The root mean square of what quantising has moved by that of the weights, of their squares."""
+    return math.sqrt(sum(off for off, _ in errors) / max(sum(size for _, size in errors), 1e-30))
 
 
 def squared_error(weight: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> tuple[float, float]:

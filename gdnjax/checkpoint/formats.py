@@ -73,24 +73,37 @@ def convert(
     wanted = Format.ORBAX if found is Format.HUGGING_FACE else Format.HUGGING_FACE
     if to not in (None, wanted):
         raise ValueError(f"{source}: is already of the kind {found.value!r}; allowed: to {wanted.value!r}")
+    check_paths(source, target, shard_bytes)
+    with open_source(source) as tensors:
+        write_tensors(tensors, target, wanted, shard_bytes=shard_bytes, progress=progress)
+    # Last, so that an interrupted conversion has no config.json and is not taken for a checkpoint.
+    for file in side_files(source):
+        shutil.copyfile(file, target / file.name)
+    return wanted
+
+
+def check_paths(source: pathlib.Path, target: pathlib.Path, shard_bytes: int) -> None:
+    """Raises what `convert` says of a source without a config.json, a target that is taken, and the size of shards."""
     if shard_bytes < 1:
         raise ValueError(f"the size of a shard must be positive, got {shard_bytes} bytes")
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source}: no config.json beside the weights")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: exists and is not an empty directory; name a new one or empty it")
-    with open_source(source) as tensors:
-        target.mkdir(parents=True, exist_ok=True)
-        if wanted is Format.ORBAX:
+
+
+def write_tensors(
+    tensors: TensorSource, target: pathlib.Path, form: Format, *, shard_bytes: int, progress: bool
+) -> None:
+    """Writes tensors into a directory of either kind, which is made, but nothing that stands beside the weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    match form:
+        case Format.ORBAX:
             from gdnjax.checkpoint.orbax import write_orbax
 
             write_orbax(tensors, target, progress=progress)
-        else:
+        case Format.HUGGING_FACE:
             write_safetensors(tensors, target, shard_bytes=shard_bytes, progress=progress)
-    # Last, so that an interrupted conversion has no config.json and is not taken for a checkpoint.
-    for file in side_files(source):
-        shutil.copyfile(file, target / file.name)
-    return wanted
 
 
 def side_files(directory: pathlib.Path) -> list[pathlib.Path]:

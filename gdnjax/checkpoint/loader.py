@@ -11,7 +11,7 @@ import mmap
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -37,9 +37,6 @@ log = logging.getLogger("gdnjax")
 Slices = tuple[slice, ...]
 Read = Callable[[str, Slices], np.ndarray]
 """A slice of a tensor of the checkpoint."""
-
-MADE_AT_ONCE = 1 << 24
-"""Numbers of a weight that are quantised at once."""
 
 IN_FLIGHT_BYTES = 4 << 30
 """Host memory of the parameters that are on their way to the devices; a larger one travels alone."""
@@ -111,73 +108,137 @@ class LoadReport:
         )
 
 
-def load_params(
-    directory: str | pathlib.Path, cfg: ModelConfig, abstract: Params, mesh: Mesh, *, progress: bool = True
-) -> tuple[Params, LoadReport]:
-    """Reads the parameters of a model into the tree `abstract`, cast to its dtypes and sharded over `mesh`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenCheckpoint:
+    """A checkpoint that is open, and whose tensors are those of a model: names, shapes and dtypes have been read.
+
+    directory   of the checkpoint
+    cfg         of the model
+    abstract    its parameters, nothing of them as codes
+    mesh        of the devices that are to have them
+    source      its tensors, weights as numbers whatever they are in the file
+    names       which of them are for what
+    origins     where each parameter lies in them, by name
+    """
+
+    directory: pathlib.Path
+    cfg: ModelConfig
+    abstract: Params
+    mesh: Mesh
+    source: TensorSource
+    names: Names
+    origins: dict[str, Origin]
+
+    @property
+    def tp(self) -> int:
+        """Ranks."""
+        return self.mesh.shape[sharding.AXIS]
+
+    @functools.cached_property
+    def formats(self) -> dict[str, CodeFormat]:
+        """How the parameters may be held that are codes in the checkpoint, by name."""
+        if not isinstance(self.source, QuantisedSource):
+            return {}
+        shapes = {name: tuple(leaf.shape) for name, leaf in _named(self.abstract).items()}
+        whole = self.cfg.expert_parallel
+        return coded.formats_of(self.source, self.names.language, self.origins, shapes, self.tp, expert_parallel=whole)
+
+
+@contextlib.contextmanager
+def opened(directory: str | pathlib.Path, cfg: ModelConfig, abstract: Params, mesh: Mesh) -> Iterator[OpenCheckpoint]:
+    """Opens a checkpoint for as long as the context lasts, once for `coded_formats` and `load_params`.
 
     abstract    nested dict of jax.ShapeDtypeStruct with global shapes, under the modules' names; the MTP head is
-                loaded if it is a part of this tree. A `Quantized` of them is loaded as codes and scales: those of the
-                checkpoint, where it has them on this grid (`coded_formats`), else made of its weight if they are
-                float8_e4m3fn with a scale for each row
+                wanted if it is a part of this tree
+
+    Names, shapes and dtypes of all tensors are checked, and nothing else is read. Raises FileNotFoundError where the
+    directory is no checkpoint, and ValueError that names the tensors where some are missing, unexpected, of another
+    shape or dtype, where a file is damaged, where the MTP head is wanted and not stored, or has an embedding or a head
+    of its own, or where the ranks of `mesh` do not divide the model.
+    """
+    directory = pathlib.Path(directory)
+    # For its errors: what the ranks cannot divide is named before any index vector is cut.
+    cfg.shard(mesh.shape[sharding.AXIS])
+    with open_source(directory) as stored:
+        try:
+            source = weights_of(stored, cfg.quantization)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
+        names, origins = _resolve(source, directory, _named(abstract), cfg, mesh.shape[sharding.AXIS])
+        yield OpenCheckpoint(
+            directory=directory, cfg=cfg, abstract=abstract, mesh=mesh, source=source, names=names, origins=origins
+        )
+
+
+def coded_formats(stored: OpenCheckpoint, quantization: str) -> dict[str, CodeFormat]:
+    """Which parameters are held as codes and scales, by name, for `abstract_params` and `load_params`.
+
+    quantization    as EngineConfig has it: "auto", those that the checkpoint has so; "dequantized", none;
+                    "fp8_per_channel", all that may be
+    """
+    if quantization == "fp8_per_channel":
+        whole = stored.cfg.expert_parallel
+        return coded.usual_formats(stored.abstract, stored.tp, quantization, expert_parallel=whole)
+    return {} if quantization == "dequantized" else stored.formats
+
+
+def load_params(stored: OpenCheckpoint, abstract: Params, *, progress: bool = True) -> tuple[Params, LoadReport]:
+    """Reads the parameters of a model into the tree `abstract`, cast to its dtypes and sharded over the mesh.
+
+    abstract    as `opened` was given it, or with a `Quantized` for some parameters, which are loaded as codes and
+                scales: those of the checkpoint, where it has them on this grid (`coded_formats`), else made of its
+                weight if they are float8_e4m3fn with a scale for each row
     progress    say how far it is (gdnjax.progress)
 
-    Names, shapes and dtypes of all tensors are checked before anything is read. Then up to THREADS parameters are read
-    and transferred at a time, and host memory holds IN_FLIGHT_BYTES of them, or the one that is larger; of an Orbax
-    checkpoint also a tensor for each thread. Raises FileNotFoundError where the directory is no checkpoint, and
-    ValueError that names the tensors where some are missing, unexpected, of another shape or dtype, where a file is
-    damaged, where the MTP head is wanted and not stored, or has an embedding or a head of its own, where a stored head
-    differs from the embedding that is to be the head, or where the ranks of `mesh` do not divide the model. What fails
-    on the way names the parameter, and is raised when the others under way have ended; so is a KeyboardInterrupt.
+    Up to THREADS parameters are read and transferred at a time, and host memory holds IN_FLIGHT_BYTES of them, or the
+    one that is larger; of an Orbax checkpoint also a tensor for each thread. Raises ValueError where a file is damaged,
+    or where a stored head differs from the embedding that is to be the head. What fails on the way names the parameter,
+    and is raised when the others under way have ended; so is a KeyboardInterrupt.
     """
-    tp = mesh.shape[sharding.AXIS]
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=_is_coded)
-    parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
-    with _resolved(directory, cfg, parameters, tp) as (source, names, origins):
-        for head in names.tied:
-            _check_tied(source, directory, head, names.language["embed_tokens.weight"])
-        for copy, of in names.copies.items():
-            _check_copy(source, directory, copy, names.language[of])
-        formats = _formats(source, names, origins, parameters, cfg, tp)
-        made = [name for name, leaf in parameters.items() if _is_coded(leaf) and formats.get(name) != _format_of(leaf)]
-        _check_made({name: parameters[name] for name in made})
-        began = time.monotonic()
-        errors: list[tuple[float, float]] = []
+    directory, cfg, mesh = stored.directory, stored.cfg, stored.mesh
+    source, names, origins = stored.source, stored.names, stored.origins
+    parameters, treedef = _named(abstract), jax.tree_util.tree_structure(abstract, is_leaf=_is_coded)
+    for head in names.tied:
+        _check_tied(source, directory, head, names.language["embed_tokens.weight"])
+    for copy, of in names.copies.items():
+        _check_copy(source, directory, copy, names.language[of])
+    formats = stored.formats
+    made = [name for name, leaf in parameters.items() if _is_coded(leaf) and formats.get(name) != _format_of(leaf)]
+    _check_made({name: parameters[name] for name in made})
+    began = time.monotonic()
+    errors: list[tuple[float, float]] = []
 
-        def load(name: str) -> Any:
-            placement = NamedSharding(mesh, partition.spec_of(name, expert_parallel=cfg.expert_parallel))
-            leaf, origin = parameters[name], origins[name]
-            if not _is_coded(leaf):
-                return _load_parameter(_reader(source.read, names, origin, leaf, placement), leaf, placement)
-            if name in made:
-                values, error = _make_codes(
-                    _reader(source.read, names, origin, leaf.codes, placement, np.float32), leaf, placement
-                )
-                errors.append(error)
-                return values
-            assert isinstance(source, QuantisedSource), "only such a checkpoint has codes"
-            codes = _reader(source.codes, names, origin, leaf.codes, placement)
-            scales = functools.partial(coded.read_scales, source, names.language, origin, leaf.grid, tuple(leaf.shape))
-            return dataclasses.replace(
-                leaf,
-                codes=_load_parameter(codes, leaf.codes, placement),
-                scale=_load_parameter(scales, leaf.scale, placement),
+    def load(name: str) -> Any:
+        placement = NamedSharding(mesh, partition.spec_of(name, expert_parallel=cfg.expert_parallel))
+        leaf, origin = parameters[name], origins[name]
+        if not _is_coded(leaf):
+            return _load_parameter(_reader(source.read, names, origin, leaf, placement), leaf, placement)
+        if name in made:
+            values, error = _make_codes(
+                _reader(source.read, names, origin, leaf.codes, placement, np.float32), leaf, placement
             )
+            errors.append(error)
+            return values
+        assert isinstance(source, QuantisedSource), "only such a checkpoint has codes"
+        codes = _reader(source.codes, names, origin, leaf.codes, placement)
+        scales = functools.partial(coded.read_scales, source, names.language, origin, leaf.grid, tuple(leaf.shape))
+        return dataclasses.replace(
+            leaf,
+            codes=_load_parameter(codes, leaf.codes, placement),
+            scale=_load_parameter(scales, leaf.scale, placement),
+        )
 
-        sizes = {
-            name: sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
-            for name, leaf in parameters.items()
-        }
-        with Progress("loading", len(sizes), "parameter", enabled=progress) as bar:
-            arrays = _side_by_side(load, sizes, bar.update)
-        quantised = _quantised(source, names)
-        held = {
-            part.tensor
-            for name in set(formats) - set(made)
-            if _is_coded(parameters[name])
-            for part in origins[name].parts
-        }
-        seconds = time.monotonic() - began
+    sizes = {
+        name: sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
+        for name, leaf in parameters.items()
+    }
+    with Progress("loading", len(sizes), "parameter", enabled=progress) as bar:
+        arrays = _side_by_side(load, sizes, bar.update)
+    quantised = _quantised(source, names)
+    held = {
+        part.tensor for name in set(formats) - set(made) if _is_coded(parameters[name]) for part in origins[name].parts
+    }
+    seconds = time.monotonic() - began
     mtp_loaded = sum(map(_is_of_head, names.language))
     tables = ("embed_tokens",) if cfg.tie_word_embeddings else ("embed_tokens", "lm_head")
     report = LoadReport(
@@ -187,9 +248,7 @@ def load_params(
         quantised=dict(collections.Counter(quantised.values())),
         dequantised=len(set(quantised) - held),
         mtp_quantised=sum(map(_is_of_head, quantised)),
-        made_fp8=(len(made), math.sqrt(sum(off for off, _ in errors) / max(sum(size for _, size in errors), 1e-30)))
-        if made
-        else None,
+        made_fp8=(len(made), coded.relative_error(errors)) if made else None,
         skipped_vision=len(names.vision),
         skipped_mtp=len(names.mtp),
         skipped_tied=len(names.tied) + len(names.copies),
@@ -208,55 +267,10 @@ def _quantised(source: TensorSource, names: Names) -> dict[str, str]:
     return {module: kind for module, kind in kinds.items() if kind is not None}
 
 
-def coded_formats(
-    directory: str | pathlib.Path, cfg: ModelConfig, abstract: Params, tp: int, quantization: str
-) -> dict[str, CodeFormat]:
-    """Which parameters are held as codes and scales, by name, for `abstract_params` and `load_params`. Of the
-    checkpoint only names, shapes and dtypes are read.
-
-    abstract        as `load_params` takes it, nothing of it as codes
-    quantization    as EngineConfig has it: "auto", those that the checkpoint has so; "dequantized", none;
-                    "fp8_per_channel", all that may be
-
-    Raises what `load_params` raises for a checkpoint that does not fit.
-    """
-    if quantization == "fp8_per_channel":
-        return coded.usual_formats(abstract, tp, quantization, expert_parallel=cfg.expert_parallel)
-    if quantization == "dequantized" or cfg.quantization is None:
-        return {}
-    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
-    parameters = {sharding.path_name(path): leaf for path, leaf in leaves}
-    with _resolved(directory, cfg, parameters, tp) as (source, names, origins):
-        return _formats(source, names, origins, parameters, cfg, tp)
-
-
-@contextlib.contextmanager
-def _resolved(
-    directory: str | pathlib.Path, cfg: ModelConfig, parameters: Mapping[str, Any], tp: int
-) -> Iterator[tuple[TensorSource, Names, dict[str, Origin]]]:
-    """The checkpoint, open, and where its parameters lie. Raises ValueError that names what does not fit."""
-    # For its errors: what the ranks cannot divide is named before any index vector is cut.
-    cfg.shard(tp)
-    with open_source(directory) as stored:
-        try:
-            source = weights_of(stored, cfg.quantization)
-        except ValueError as error:
-            raise ValueError(f"{directory}: {error}") from error
-        yield source, *_resolve(source, directory, parameters, cfg, tp)
-
-
-def _formats(
-    source: TensorSource,
-    names: Names,
-    origins: dict[str, Origin],
-    parameters: Mapping[str, Any],
-    cfg: ModelConfig,
-    tp: int,
-) -> dict[str, CodeFormat]:
-    if not isinstance(source, QuantisedSource):
-        return {}
-    shapes = {name: tuple(leaf.shape) for name, leaf in parameters.items()}
-    return coded.formats_of(source, names.language, origins, shapes, tp, expert_parallel=cfg.expert_parallel)
+def _named(tree: Params) -> dict[str, Any]:
+    """The leaves of a tree of parameters by name."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_coded)[0]
+    return {sharding.path_name(path): leaf for path, leaf in leaves}
 
 
 def _is_coded(leaf: Any) -> bool:
@@ -279,6 +293,22 @@ def _check_made(parameters: Mapping[str, Quantized]) -> None:
             "the checkpoint has other codes or another grid; made of weights are only float8_e4m3fn with a scale for "
             f"each row. Parameters: {abbreviate(other)}"
         )
+
+
+def has_mtp(stored: Iterable[str], cfg: ModelConfig) -> bool:
+    """Whether tensors of these names are a checkpoint with an MTP head that the engine runs."""
+    names = sort_names(
+        stored,
+        tied_lm_head=cfg.tie_word_embeddings,
+        mtp_wanted=True,
+        mtp_layers=cfg.mtp_layer_names,
+        rename=renaming(cfg),
+    )
+    try:
+        cfg.require_mtp()
+    except ValueError:
+        return False
+    return not names.mtp_tables and any(map(_is_of_head, names.language))
 
 
 def _resolve(
@@ -472,22 +502,14 @@ def _load_parameter(
 def _make_codes(
     read: Callable[[Slices], np.ndarray], leaf: Quantized, placement: NamedSharding
 ) -> tuple[Quantized, tuple[float, float]]:
-    """A weight by rows in float8_e4m3fn, and the squares of its error and of itself. Rows are read whole, whatever
+    """A weight by rows in float8_e4m3fn, and the squares of its error and of itself. Rows are made whole, whatever
     ranks have of them, so that codes do not depend on how many there are.
     """
-    codes, scale = np.empty(leaf.shape, leaf.codes.dtype), np.empty((*leaf.shape[:-1], 1), np.float32)
-    off = total = 0.0
-    # Some rows at a time: in float32 they are four times as large as their codes.
-    for start in range(0, leaf.shape[0], step := max(1, MADE_AT_ONCE // math.prod(leaf.shape[1:]))):
-        part = slice(start, min(start + step, leaf.shape[0]))
-        weight = read((part, *(slice(0, size) for size in leaf.shape[1:])))
-        codes[part], scale[part] = coded.quantise_rows(weight)
-        one, other = coded.squared_error(weight, codes[part], scale[part])
-        off, total = off + one, total + other
+    codes, scale, error = coded.make_codes(read, tuple(leaf.shape))
     scale = np.broadcast_to(scale, leaf.scale.shape)
     placed = jax.device_put((codes, np.ascontiguousarray(scale)), placement)
     jax.block_until_ready(placed)
-    return dataclasses.replace(leaf, codes=placed[0], scale=placed[1]), (off, total)
+    return dataclasses.replace(leaf, codes=placed[0], scale=placed[1]), error
 
 
 def _block(

@@ -311,7 +311,7 @@ def origin_of(
     stored = (*shape[: rows.axis], rows.stored_size, *shape[rows.axis + 1 :])
     expert = re.fullmatch(r"(.*mlp\.experts)\.(gate_up_proj|down_proj)", name)
     if expert and experts_apart:
-        return Origin(_expert_parts(expert[1], expert[2], stored), rows)
+        return Origin(expert_parts(expert[1], expert[2], stored), rows)
     joined = rows.joined
     path, leaf = name.rpartition(".")[::2]
     path = path.rpartition(".")[0]
@@ -331,8 +331,10 @@ def origin_of(
     return Origin((Part(name, (0,) * len(stored), stored),), rows)
 
 
-def _expert_parts(path: str, kind: str, stored: tuple[int, ...]) -> tuple[Part, ...]:
-    """The tensors of all experts of a layer: gate and up stacked along axis 1, or down alone."""
+def expert_parts(path: str, kind: str, stored: tuple[int, ...]) -> tuple[Part, ...]:
+    """The tensors of all experts of a layer that stores each by itself: gate and up, which are stacked along axis 1 of
+    a parameter of the shape `stored`, or down alone.
+    """
     projections = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
     num_experts, size, width = stored
     size //= len(projections)

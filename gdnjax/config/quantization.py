@@ -1,4 +1,5 @@
-"""How a checkpoint's weights are quantised: from the quantization_config of a config.json to a `Quantization`. No jax.
+"""How a checkpoint's weights are quantised: from the quantization_config of a config.json to a `Quantization`, and such
+an object for files that are written. No jax.
 
 The formats, by quant_method: `fp8` (fine-grained FP8, as Qwen and DeepSeek publish it), `quark` (AMD),
 `compressed-tensors` (vLLM's llm-compressor), `gptq`, `awq`. What is said of activations is without effect: they are not
@@ -7,6 +8,7 @@ quantised here. Nor are lists of modules read that are left alone: a tensor is q
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 WHOLE = 0
@@ -58,6 +60,39 @@ def read_quantization(raw: dict[str, Any]) -> Quantization:
     if parse is None:
         raise _unsupported(f"quant_method {method!r}")
     return parse(raw)
+
+
+def write_quantization(quantization: str, left_alone: Sequence[str]) -> dict[str, Any]:
+    """The quantization_config of a file with weights as a name of GRIDS says. `left_alone`: modules that have none."""
+    if quantization == "fp8":
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(BLOCK),
+            "modules_to_not_convert": list(left_alone),
+        }
+    numbers = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(left_alone),
+    }
+
+
+def without_quantization(content: dict[str, Any]) -> dict[str, Any]:
+    """A config.json less what it says of how weights are stored."""
+    content = {key: value for key, value in content.items() if key != "quantization_config"}
+    if isinstance(text := content.get("text_config"), dict):
+        content["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    return content
 
 
 def _unsupported(what: str) -> ValueError:

@@ -90,21 +90,22 @@ class LLM:
         hybrid = build_model(model_config, dtype, config.tensor_parallel_size, mtp=mtp, backend=implementation)
         tp = config.tensor_parallel_size
         abstract = abstract_params(model_config, tp, dtype, mtp=mtp)
-        coded = checkpoint.coded_formats(directory, model_config, abstract, tp, config.quantization)
-        abstract = abstract_params(model_config, tp, dtype, mtp=mtp, coded=coded)
-        max_model_len = config.length_within(model_config.max_position_embeddings)
-        plan = plan_memory(hybrid, config, mesh, max_model_len, abstract)
-        reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
-        defaults = load_generation_defaults(directory)
-        eos = ends_of_sequence(
-            {
-                f"{directory / 'generation_config.json'}: eos_token_id": defaults.eos_token_ids,
-                f"{directory / 'config.json'}: eos_token_id": model_config.eos_token_ids,
-                "the tokenizer's eos_token": reader.eos_token_ids if reader else (),
-            },
-            model_config.vocab_size,
-        )
-        params, self.load_report = checkpoint.load_params(directory, model_config, abstract, mesh, progress=use_tqdm)
+        with checkpoint.opened(directory, model_config, abstract, mesh) as stored:
+            coded = checkpoint.coded_formats(stored, config.quantization)
+            abstract = abstract_params(model_config, tp, dtype, mtp=mtp, coded=coded)
+            max_model_len = config.length_within(model_config.max_position_embeddings)
+            plan = plan_memory(hybrid, config, mesh, max_model_len, abstract)
+            reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
+            defaults = load_generation_defaults(directory)
+            eos = ends_of_sequence(
+                {
+                    f"{directory / 'generation_config.json'}: eos_token_id": defaults.eos_token_ids,
+                    f"{directory / 'config.json'}: eos_token_id": model_config.eos_token_ids,
+                    "the tokenizer's eos_token": reader.eos_token_ids if reader else (),
+                },
+                model_config.vocab_size,
+            )
+            params, self.load_report = checkpoint.load_params(stored, abstract, progress=use_tqdm)
         self._start(hybrid, params, mesh, config, plan, max_model_len, reader, defaults, eos)
 
     @classmethod

@@ -109,6 +109,7 @@ class CellReport:
             "name": self.name,
             "driver": run.cell.driver,
             "dtype": run.dtype,
+            "quantization": run.cell.quantization,
             "max_num_seqs": run.cell.max_num_seqs,
             "options": dict(run.cell.options),
             "repeat": run.cell.repeat,

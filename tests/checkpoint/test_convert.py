@@ -122,3 +122,13 @@ def test_direction_that_changes_nothing_is_refused(tmp_path, capsys):
 def test_empty_shards_are_refused(tmp_path, capsys):
     tiny.write_single(tmp_path / "hf", TENSORS)
     _assert_refused(capsys, "must be positive", tmp_path / "hf", tmp_path / "out", "--shard-gib", "0")
+
+
+def test_command_line_makes_weights_of_eight_bits(tmp_path, capsys):
+    assert _run("tiny", tmp_path / "fp8", "--quantization", "fp8_per_channel") == 0
+    assert f"wrote {tmp_path / 'fp8'} (hf): 57 weights made float8_e4m3fn by row, of a" in capsys.readouterr().out
+    assert _run("tiny", tmp_path / "orbax", "--quantization", "fp8_per_channel", "--to", "orbax") == 0
+    assert _contents(tmp_path / "fp8") == _contents(tmp_path / "orbax")
+    _assert_refused(
+        capsys, "a scale for each row already", tmp_path / "fp8", tmp_path / "out", "--quantization", "fp8_per_channel"
+    )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gdnjax import sharding
-from gdnjax.checkpoint import convert, load_params, loader
+from gdnjax.checkpoint import convert, load_params, loader, opened
 from gdnjax.checkpoint.huggingface import SafetensorsSource
 from gdnjax.checkpoint.mapping import copies, origin_of
 from gdnjax.models import abstract_params, partition
@@ -24,7 +24,8 @@ PREFIX = "model.language_model."
 
 def _load(directory, cfg, model, tp, dtype=np.float32):
     abstract = tiny.abstract_of(tiny.global_tensors(model, cfg, tp), dtype)
-    return load_params(directory, cfg, abstract, sharding.make_mesh(tp), progress=False)
+    with opened(directory, cfg, abstract, sharding.make_mesh(tp)) as stored:
+        return load_params(stored, abstract, progress=False)
 
 
 def _assert_equal(params, expected, *, expert_parallel=False):
@@ -396,8 +397,11 @@ def test_ranks_that_do_not_divide_the_heads_are_an_error(tmp_path):
     model = tiny.model_tensors(tiny.DENSE)
     tiny.write_single(tmp_path, tiny.stored_tensors(model, tiny.DENSE))
     abstract = tiny.abstract_of(model)
-    with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide"):
-        load_params(tmp_path, tiny.DENSE, abstract, sharding.make_mesh(3), progress=False)
+    with (
+        pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide"),
+        opened(tmp_path, tiny.DENSE, abstract, sharding.make_mesh(3)),
+    ):
+        pass
 
 
 def test_copies_of_a_block_never_touch_padding():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gdnjax import sharding
-from gdnjax.checkpoint import coded_formats, convert, load_params, open_source
+from gdnjax.checkpoint import coded_formats, convert, load_params, open_source, opened
 from gdnjax.checkpoint.quantised import QuantisedSource, weights_of
 from gdnjax.checkpoint.sources import read_whole
 from gdnjax.config.quantization import read_quantization
@@ -136,9 +136,9 @@ def _write(directory, stored, method):
 
 def _load(directory, cfg, tp, *, mtp=False, quantization="dequantized"):
     abstract = abstract_params(cfg, tp, "float32", mtp=mtp)
-    coded = coded_formats(directory, cfg, abstract, tp, quantization)
-    abstract = abstract_params(cfg, tp, "float32", mtp=mtp, coded=coded)
-    return load_params(directory, cfg, abstract, sharding.make_mesh(tp), progress=False)
+    with opened(directory, cfg, abstract, sharding.make_mesh(tp)) as stored:
+        abstract = abstract_params(cfg, tp, "float32", mtp=mtp, coded=coded_formats(stored, quantization))
+        return load_params(stored, abstract, progress=False)
 
 
 def _assert_equal(one, other):
@@ -514,8 +514,11 @@ def test_codes_of_another_grid_than_the_checkpoint_has_are_named(tmp_path):
     cfg = dataclasses.replace(cfg, quantization=quantization)
     name = "layers.0.mlp.up_proj.weight"
     abstract = abstract_params(cfg, 1, "float32", coded={name: CodeFormat("float8_e4m3fn", (4, 4))})
-    with pytest.raises(ValueError, match=r"another grid; .*layers\.0\.mlp\.up_proj\.weight \(float8_e4m3fn, 4 x 4\)"):
-        load_params(tmp_path / "codes", cfg, abstract, sharding.make_mesh(1), progress=False)
+    with (
+        opened(tmp_path / "codes", cfg, abstract_params(cfg, 1, "float32"), sharding.make_mesh(1)) as open_checkpoint,
+        pytest.raises(ValueError, match=r"another grid; .*layers\.0\.mlp\.up_proj\.weight \(float8_e4m3fn, 4 x 4\)"),
+    ):
+        load_params(open_checkpoint, abstract, progress=False)
     with pytest.raises(ValueError, match=r"cannot be held as codes: norm\.weight"):
         abstract_params(cfg, 1, "float32", coded={"norm.weight": CodeFormat("int8", (1, 1))})
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from gdnjax.checkpoint import convert
 from scripts import bench_start, make_random_checkpoint
 
 
@@ -55,7 +56,7 @@ def test_process_that_takes_too_long_is_ended(capsys):
     assert "generate.py had not ended after 0.05 s and was ended; --limit-s allows more" in err
 
 
-@pytest.mark.parametrize("flags", [["--layers", "2"], ["--config", "qwen3.5-9b"]])
+@pytest.mark.parametrize("flags", [["--layers", "2"], ["--config", "qwen3.5-9b"], ["--quantization", "fp8"]])
 def test_model_and_sizes_contradict_each_other(capsys, flags):
     with pytest.raises(SystemExit):
         bench_start.main(["--model", "somewhere", *flags])
@@ -82,3 +83,44 @@ def test_numbers_of_every_run_are_written(monkeypatch, random_model, tmp_path):
     target = tmp_path / "numbers.json"
     assert bench_start.main(["--model", str(random_model), "--warm-runs", "2", "--json", str(target)]) == 0
     assert [run["process_time"] for run in json.loads(target.read_text())] == [6.0] * 3
+
+
+@pytest.mark.parametrize("orbax", [False, True])
+def test_weights_are_loaded_from_disk_and_from_memory(capsys, tmp_path, orbax):
+    directory = tmp_path / "model"
+    make_random_checkpoint.write_checkpoint(directory, quantization="fp8_per_channel")
+    size = (directory / "model.safetensors").stat().st_size
+    if orbax:
+        convert(directory, tmp_path / "orbax", progress=False)
+        directory = tmp_path / "orbax"
+    target = tmp_path / "numbers.json"
+    assert bench_start.main(["--model", str(directory), "--loading", "2", "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert [load["pages"] for load in found["loads"]] == ["cold", "cold", "warm", "warm"]
+    assert min(load["weights"] for load in found["loads"]) > 0
+    assert found["codes"] == 3 * 3 + 4 + 4 * 3
+    # Of a small checkpoint, Orbax's own files are much of it.
+    assert found["files_bytes"] == size or (orbax and found["files_bytes"] > size / 2)
+    assert "from disk    from memory" in capsys.readouterr().out
+
+
+def test_loading_table_shows_medians():
+    loads = [("cold", 1.0), ("cold", 3.0), ("cold", 4.0), ("warm", 0.5), ("warm", 1.5), ("warm", 1.0)]
+    numbers = [{"pages": pages, "names": seconds, "weights": 2 * seconds} for pages, seconds in loads]
+    found = {"loads": numbers, "files_bytes": 9 << 30, "parameter_bytes": 8 << 30, "codes": 7}
+    lines = bench_start.loading_table(found).splitlines()
+    assert lines[0].endswith("9.00 GiB of files, 8.00 GiB of parameters, 7 of them codes")
+    assert [line.split() for line in lines[2:]] == [
+        ["names", "3.000", "s", "1.000", "s"],
+        ["weights", "6.000", "s", "2.000", "s"],
+        ["1.00", "GiB/s", "3.00", "GiB/s"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [(["0"], "at least 1"), (["1", "--", "--temp", "0"], "runs no generate")]
+)
+def test_loading_takes_no_flags_of_generate(capsys, flags, message):
+    with pytest.raises(SystemExit):
+        bench_start.main(["--loading", *flags])
+    assert message in capsys.readouterr().err
