@@ -1,5 +1,6 @@
 """Four CPU devices, so that tensor parallelism is tested everywhere; tests of a GPU run only where there is one."""
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -35,13 +36,15 @@ def release_executables():
     gc.collect()
 
 
-QUICKLY = (("xla_cpu_use_fusion_emitters", False), ("xla_cpu_parallel_codegen_split_count", 1))
-"""Options of XLA for `quickly_compiled`: fusions without MLIR, and a module in one piece, since other test processes
-have the cores that its parts would take."""
+IN_ONE_PIECE = ("xla_cpu_parallel_codegen_split_count", 1)
+"""Of modules: other test processes have the cores that their parts would take."""
+
+WITHOUT_MLIR = ("xla_cpu_use_fusion_emitters", False)
+"""Of fusions, which are written as LLVM's at once. XLA of jax 0.12 has the option no more."""
 
 
 def known(option: tuple[str, bool | int]) -> bool:
-    """Whether this version of XLA has the option: the first is gone in that of jax 0.12."""
+    """Whether this version of XLA has the option."""
     try:
         jax.jit(lambda x: x, compiler_options=dict([option])).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
@@ -49,28 +52,43 @@ def known(option: tuple[str, bool | int]) -> bool:
     return True
 
 
-@pytest.fixture(scope="module")
-def quickly_compiled():
-    """For modules that compile much and run little: on a CPU LLVM optimises nothing, and fusions are written in its
-    language at once. Together that saves more than half of the time.
-
-    The embedded model would answer three times as slowly.
-    """
+@contextlib.contextmanager
+def compiled_with(*options: tuple[str, bool | int]):
+    """LLVM optimises nothing, and XLA has the options that it knows; on a CPU."""
     if jax.default_backend() != "cpu":
         yield
         return
     options_of = compiler.get_compile_options
-    quickly = [*filter(known, QUICKLY)]
+    chosen = [*filter(known, options)]
 
     def options_for(*arguments, **keywords):
-        options = options_of(*arguments, **keywords)
-        options.env_option_overrides = [*options.env_option_overrides, *quickly]
-        return options
+        found = options_of(*arguments, **keywords)
+        found.env_option_overrides = [*found.env_option_overrides, *chosen]
+        return found
 
     jax.config.update("jax_disable_most_optimizations", True)
     with mock.patch.object(compiler, "get_compile_options", options_for):
         yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """For modules that compile much and run little: it saves more than half of XLA's time.
+
+    The embedded model would answer three times as slowly.
+    """
+    with compiled_with(IN_ONE_PIECE, WITHOUT_MLIR):
+        yield
+
+
+@pytest.fixture(scope="module")
+def unoptimised():
+    """The same for modules that compare bits over shapes: without MLIR, sums of interpreted kernels are rounded by the
+    shape.
+    """
+    with compiled_with(IN_ONE_PIECE):
+        yield
 
 
 @pytest.fixture
