@@ -23,6 +23,8 @@ from gdnjax.config import MlpKind
 from gdnjax.models import HybridModel
 from tests.micro import MICRO, A, D
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 # One layer of each kind: every choice of sampling parameters is another compilation.
 CONFIG = dataclasses.replace(MICRO, layer_kinds=(D, A), mlp_kinds=(MlpKind.DENSE, MlpKind.MOE))
 MODEL = build_model(CONFIG, "float32")

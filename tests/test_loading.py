@@ -11,6 +11,8 @@ import safetensors.numpy
 from gdnjax import load_model
 from gdnjax.assets import EMBEDDED_MODEL, model_directory
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def dtypes(params):
     return {str(leaf.dtype) for leaf in jax.tree.leaves(params)}

@@ -14,6 +14,8 @@ from tests import checkpoints
 from tests.golden import make_yarn
 from tests.models.test_parity import GOLDENS, LOGIT_BOUND
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ROUNDING = 1.2e-6
 """Of frequencies, relative: transformers computes theta ** x in float32, where half an ulp of x <= 1 is ln(theta) *
 6e-8, 9.7e-7 for 1e7; a product, a quotient and a sum come on top.

@@ -7,7 +7,7 @@ from tests.pallas_kernels import backends
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreted_code(quickly_compiled):
+def interpreted_code(unoptimised):
     """The interpreter's code is large and runs once or twice."""
 
 

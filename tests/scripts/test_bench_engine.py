@@ -17,6 +17,8 @@ from gdnjax.sharding import make_mesh
 from scripts import bench_engine as script
 from tests.micro import micro_model, micro_params
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 # As small as it gets, with sequences long enough that packed blocks for one pay for the states of both.
 SMALL = ["--config", "tiny", "--layers", "4", "--scale", "0.016", "--batches", "2", "--num-speculative-tokens", "1"]
 SMALL += ["--acceptance-length", "1.5", "--input-len", "48", "--output-len", "48", "--padded", "1"]

@@ -25,6 +25,8 @@ from gdnjax.backend import INTERPRET, REFERENCE, Backend
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, grouped_matmul, paged_attention
 from gdnjax.pallas_kernels.gated_delta_rule import StateOrder
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 HEADS = workloads.Heads(1, 2)
 CHANNELS = workloads.Heads(2, 2, key_dim=24, value_dim=16, per_channel=True, beta_scale=2.0)
 SMALL = {

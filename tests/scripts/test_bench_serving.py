@@ -20,6 +20,8 @@ from gdnjax.memory import StateGeometry
 from scripts import bench_serving as script
 from scripts import make_random_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ROOT = pathlib.Path(__file__).parents[2]
 VOCABULARY = 1000
 

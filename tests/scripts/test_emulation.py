@@ -18,6 +18,8 @@ from rocm.large_pools import PAGE, Large, large_cases, standing_controls
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels import launch as package
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ALL = {case.name: case for case in cases()}
 POOLS = ("ssm", "conv", "k_blocks", "v_blocks", "c_blocks")
 KV_POOLS = ("k", "v", "k_scale", "v_scale", "c")

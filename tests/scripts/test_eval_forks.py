@@ -9,6 +9,8 @@ import pytest
 
 from scripts import eval_forks
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def test_forks_are_clean_and_the_broken_bit_is_seen(tmp_path, capsys):
     file = tmp_path / "forks.json"

@@ -13,6 +13,8 @@ from gdnjax.checkpoint import open_source
 from gdnjax.quantized import Quantized
 from scripts import make_random_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def test_transformers_computes_the_same_from_it(random_model):
     torch = pytest.importorskip("torch")

@@ -34,6 +34,8 @@ from gdnjax.generation import draft_logits
 from gdnjax.loading import load_model
 from gdnjax.models import abstract_params, build_model, random_params
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ROOT = pathlib.Path(__file__).parents[2]
 SHIPPED = ROOT / "gdnjax" / "assets" / "tiny"
 SHAPES = (tiny.batches.short_shape(8192), tiny.batches.long_shape(8192))
@@ -56,14 +58,6 @@ CONFIG |= {
     "rope_parameters": CONFIG["rope_parameters"] | {"mrope_section": [2, 1, 1]},
 }
 SETTINGS = train_tiny.Settings(tokens=4 * 2048, batch_tokens=2048, seed=0, workers=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of what these tests take."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,8 @@ from tests.serving.ledgers import (
     queue,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:

@@ -26,6 +26,8 @@ from tests.serving.ledgers import (
 )
 from tests.serving.paper import check_output, make_request, make_scheduler
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

@@ -45,6 +45,8 @@ from tests.serving.ledgers import (
     start,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 @pytest.fixture(params=[KV_DRAFTS, VK_DRAFTS, MIXED_DRAFTS])
 def llm(request) -> LLM:
