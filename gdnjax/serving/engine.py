@@ -22,6 +22,7 @@ import numpy as np
 from gdnjax.batch import Emitted, Logprobs
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.allocator import Allocator
+from gdnjax.serving.host_tier import HostTier
 from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.outputs import Logprob
 from gdnjax.serving.plan import Piece, Plan
@@ -51,7 +52,8 @@ class Engine:
     def __init__(self, runner: Runner, allocator: Allocator, tokenizer: Tokenizer | None = None):
         config = runner.config
         self.runner, self.config, self.tokenizer = runner, config, tokenizer
-        self.scheduler = Scheduler(config, allocator, runner.needs_state)
+        host = HostTier(runner.host_sizes) if runner.host_sizes is not None else None
+        self.scheduler = Scheduler(config, allocator, runner.needs_state, host)
         drafts = config.num_speculative_tokens
         self._controller = DraftController(drafts, config.decode_buckets) if config.adaptive_speculation else None
         # When a turn was harvested behind which the device had another to do; None where it had none.
@@ -400,6 +402,7 @@ class Engine:
                 "cached_blocks": cache.num_blocks,
                 "cached_states": cache.num_states,
             },
+            "host_cache": self._host_stats(),
             "speculation": {
                 "num_speculative_tokens": self.config.num_speculative_tokens,
                 "forced_acceptance": self.config.spec_acceptance_length is not None,
@@ -407,6 +410,18 @@ class Engine:
             },
             "seconds": dataclasses.asdict(metrics.seconds),
             **metrics.latencies(),
+        }
+
+    def _host_stats(self) -> dict[str, int] | None:
+        host = self.scheduler.cache.host
+        if host is None:
+            return None
+        return {
+            **dataclasses.asdict(host.counters),
+            "num_blocks": host.num_blocks,
+            "num_states": host.num_states,
+            "bytes_used": host.used_bytes,
+            "bytes_total": host.sizes.capacity_bytes,
         }
 
     def _log_line(self) -> None:
