@@ -133,7 +133,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     num_checkpoint_slots: int | None = None
     state_checkpoint_interval: int | None = None
-    host_cache_gib: float = 0
+    host_cache_gib: int | float = 0
     batch_invariant: bool = False
     num_speculative_tokens: int = 0
     draft_acceptance: str = "shared_noise"

@@ -184,6 +184,12 @@ class HostSizes:
         staging = STAGED_BUNDLES * max(HOST_BUNDLES[0] * geometry.block_bytes, state)
         return cls(capacity_bytes=capacity_bytes, block_bytes=block, state_bytes=state, staging_bytes=staging)
 
+    @property
+    def holds(self) -> str:
+        """How much there is room for, in words."""
+        blocks = f"{self.capacity_bytes // self.block_bytes:,} blocks"
+        return f"{blocks}, or {self.capacity_bytes // self.state_bytes:,} states" if self.state_bytes else blocks
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
@@ -271,15 +277,8 @@ class MemoryPlan:
         ]
         if self.host:
             rows.insert(-1, ("host staging", self.staging_bytes, "blocks and states on their way to the host or back"))
-            rows.append(("host cache", self.host.capacity_bytes, f"of the host's memory: {self._held_by_host()}"))
+            rows.append(("host cache", self.host.capacity_bytes, f"of the host's memory: {self.host.holds}"))
         return "\n".join(f"  {name:<16} {size / mib:>10.1f} MiB  {note}".rstrip() for name, size, note in rows)
-
-    def _held_by_host(self) -> str:
-        assert self.host is not None
-        blocks = f"{self.host.capacity_bytes // self.host.block_bytes:,} blocks"
-        if not self.host.state_bytes:
-            return blocks
-        return f"{blocks}, or {self.host.capacity_bytes // self.host.state_bytes:,} states"
 
 
 def packed_blocks(geometry: StateGeometry, pool_bytes: int) -> int:

@@ -19,6 +19,7 @@ from gdnjax.serving.request import Status
 from tests.serving.ledgers import (
     ALONE,
     DRAWN,
+    HOST,
     INVARIANT,
     KV,
     KV_DRAFTS,
@@ -126,6 +127,8 @@ class LedgerMachine(stateful.RuleBasedStateMachine):
         self.preempted_before = self.scheduler.num_preemptions
         self.drills = 0
         self.before = dataclasses.replace(self.llm.engine.scheduler.cache.counters)
+        host = self.llm.engine.scheduler.cache.host
+        self.host_before = dataclasses.asdict(host.counters) if host else {}
         self.watch = Watch(self.llm)
         self.watch.__enter__()
         self.read_before = None
@@ -295,6 +298,8 @@ class LedgerMachine(stateful.RuleBasedStateMachine):
         counters = self.scheduler.cache.counters
         for name in ("evicted_states", "evicted_blocks", "orphaned_states", "lost_tokens"):
             SEEN[name] += getattr(counters, name) - getattr(self.before, name)
+        for name, before in self.host_before.items():
+            SEEN[f"host: {name}"] += getattr(self.scheduler.cache.host.counters, name) - before
         SEEN["preempted for want of room"] += self.scheduler.num_preemptions - self.preempted_before - self.drills
         SEEN["checkpoint inside a fold"] += self.watch.num_inside
         if self.llm.config.enable_prefix_caching:
@@ -407,8 +412,17 @@ def test_random_interleavings_in_a_mixed_pool_with_drafts_equal_solo_runs():
 
 
 @unchecked
+def test_random_interleavings_with_a_host_tier_equal_solo_runs():
+    """Small as the device's pools are, and smaller."""
+    rest = ("host: states_in", "host: blocks_in", "host: dropped_blocks", "host: dropped_states", "fork of a tail")
+    interleave(HOST, 12, sees=CACHED + SCARCE + DRAFTS + STATES + rest)
+
+
+@unchecked
 def test_random_interleavings_on_two_ranks_equal_solo_runs():
-    interleave(TWO_RANKS, 20, draws=False, sees=("hit", "resumed", "drafts accepted", "drafts rejected"))
+    """With a host tier for whatever they evict."""
+    sees = ("hit", "resumed", "drafts accepted", "drafts rejected", "host: states_out", "host: states_in")
+    interleave(TWO_RANKS, 20, draws=False, sees=sees)
 
 
 @unchecked
@@ -443,7 +457,7 @@ def test_random_interleavings_without_a_state_equal_solo_runs():
 
 @unchecked
 def test_random_interleavings_without_a_state_with_drafts_equal_solo_runs():
-    interleave(PAGES_DRAFTS, 25, sees=PAGED + DRAFTS)
+    interleave(PAGES_DRAFTS, 25, sees=(*PAGED, *DRAFTS, "host: blocks_in"))
     assert not any(SEEN[event] for event in KEPT)
 
 
