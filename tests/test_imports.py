@@ -58,7 +58,7 @@ ONLY = {
 HOST_ONLY = ("assets", "cache_kinds", "config", "sampling_params", "memory", "version", "progress", "serving.outputs")
 HOST_ONLY += ("serving.tokenizer", "serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler")
 HOST_ONLY += ("serving.plan", "serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
-HOST_ONLY += ("serving.radix_tree", "serving.host_tier", "serving.chat", "serving.frontend")
+HOST_ONLY += ("serving.radix_tree", "serving.host_tier", "serving.records", "serving.chat", "serving.frontend")
 HOST_ONLY += ("cli.command", "cli.generate", "cli.convert", "cli.main")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
@@ -71,8 +71,10 @@ PLANNERS = (
     "serving.prefix_cache",
     "serving.radix_tree",
     "serving.host_tier",
+    "serving.records",
 )
 PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
+PLANNERS_SEE |= {"serving.outputs", "serving.submission"}
 
 
 @dataclasses.dataclass(frozen=True)

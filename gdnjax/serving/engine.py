@@ -31,7 +31,7 @@ from gdnjax.serving.runner import InFlight, Runner, wait_for
 from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.speculation import DraftController
 from gdnjax.serving.tokenizer import Tokenizer
-from gdnjax.state import NO_TOKEN
+from gdnjax.state import NO_TOKEN, ServeState
 
 log = logging.getLogger("gdnjax")
 
@@ -140,8 +140,8 @@ class Engine:
             with self._whole():
                 self._abort_all()
                 with self.metrics.timed("plan"):
-                    drafts, now = self._choose_drafts(), time.monotonic() - self.runner.compile_seconds
-                    plan = self.scheduler.plan(in_flight=bool(self._in_flight), now=now, num_drafts=drafts)
+                    drafts = self._choose_drafts()
+                    plan = self.scheduler.plan(in_flight=bool(self._in_flight), now=self._now(), num_drafts=drafts)
                 if plan is not None:
                     self._in_flight.append(self.runner.dispatch(plan))
             if self.metrics.line_is_due():
@@ -373,6 +373,41 @@ class Engine:
         """Forgets every cached block and state. Requests that run keep what they have."""
         with self._alone(), self._whole():
             self.scheduler.cache.reset()
+
+    def save(self, write: Callable[[dict[str, Any], ServeState], None]) -> None:
+        """Calls `write` with the scheduler's record and the pools when nothing is in flight, and goes on as before,
+        whether it raises or not.
+        """
+        with self._alone():
+            self._catch_up()
+            while self._in_flight:
+                self._harvest(self._in_flight[0])
+            with self._whole():
+                moves = self.scheduler.take_moves()
+                if moves is not None:
+                    self.runner.move(moves)
+                record = self.scheduler.record(self._now())
+            write(record, self.runner.state)
+
+    def restore(self, record: dict[str, Any], load: Callable[[ServeState], ServeState]) -> list[Request]:
+        """The opposite of `save`, in an engine without requests: RuntimeError where there are any. Returns those that
+        go on. Should `load` raise, the engine has forgotten what it had cached, and nothing else.
+        """
+        with self._alone():
+            self._catch_up()
+            if self.has_work:
+                raise RuntimeError(
+                    f"restore needs an engine without requests; this one has {len(self.scheduler.unfinished)}: let "
+                    "them end, or abort them"
+                )
+            with self._whole():
+                self._last_harvest = None
+                self.runner.replace_state(load)
+                return self.scheduler.restore(record, self.tokenizer, self._now())
+
+    def _now(self) -> float:
+        """The clock of deadlines, which stands while steps compile."""
+        return time.monotonic() - self.runner.compile_seconds
 
     def stats(self) -> dict[str, Any]:
         """See LLM.stats."""

@@ -17,6 +17,7 @@ import dataclasses
 import heapq
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.host_tier import Entry, HostTier
@@ -468,9 +469,7 @@ class PrefixCache:
 
     def _is_known(self, node: Node) -> bool:
         """Whether what a node holds can still be found: not since a reset that running requests have outlived."""
-        while node.parent is not None:
-            node = node.parent
-        return node is self.root
+        return _root_of(node) is self.root
 
     def take_slot(self) -> int:
         """A free slot, or that of the state that is given up first; 0 where every one is needed."""
@@ -540,6 +539,57 @@ class PrefixCache:
         self._nodes, self._leaves, self.num_evictable_blocks = kept, [], 0
         self.root = self._new_root()
 
+    # Saving and restoring.
+
+    def record(self, held: Iterable[Node]) -> tuple[dict[str, Any], dict[Node, int]]:
+        """The tree as plain data for `restore`, between two turns, and the number of each of its nodes. `held` are
+        those in which requests hold their places. What is on the host is not among it.
+        """
+        self._end_turn()
+        # Who runs since before a reset holds his place in a tree that is found no more.
+        roots = dict.fromkeys([self.root, *map(_root_of, [*held, *self._nodes])])
+        numbers = {node: number for number, node in enumerate([*roots, *sorted(self._nodes, key=lambda n: n.end)])}
+        nodes = [
+            {
+                "parent": numbers[node.parent] if node.parent is not None else None,
+                "keys": node.keys,
+                "blocks": node.blocks,
+                "slot": node.slot,
+                "locks": node.locks,
+                "used": node.used,
+            }
+            for node in numbers
+        ]
+        states = {"untried": list(self._untried), "proven": list(self._proven)}
+        return {"nodes": nodes, "tick": next(self._ticks), **states}, numbers
+
+    def restore(self, record: dict[str, Any]) -> list[Node]:
+        """Makes a cache that holds nothing what another was. Returns the nodes by their numbers."""
+        nodes: list[Node] = []
+        for entry in record["nodes"]:
+            keys = [tuple(key) for key in entry["keys"]]
+            parent = None if entry["parent"] is None else nodes[entry["parent"]]
+            node = self._new_root() if parent is None else Node(parent, keys, list(entry["blocks"]), 0)
+            nodes.append(node)
+            if parent is None:
+                continue
+            length = sum(map(len, keys))
+            node.end = parent.end + length
+            node.slot, node.locks, node.used = entry["slot"], entry["locks"], entry["used"]
+            siblings = parent.children if length % self.block_size == 0 else parent.tails
+            siblings[keys[0]] = node
+            self._nodes.add(node)
+            self.num_blocks += len(node.blocks)
+            self.num_evictable_blocks += len(node.blocks) if node.locks == 0 else 0
+        self.root = nodes[0]
+        self._ticks = itertools.count(record["tick"])
+        owners = {node.slot: node for node in self._nodes if node.slot}
+        for name, states in (("untried", self._untried), ("proven", self._proven)):
+            states.update((slot, owners[slot]) for slot in record[name])
+        for node in self._nodes:
+            self._offer(node)
+        return nodes
+
     def check_integrity(self) -> tuple[list[int], list[int]]:
         """Returns the blocks and the slots that the cache owns. Raises AssertionError for a broken tree."""
         evictable, locks = 0, collections.Counter()
@@ -576,6 +626,12 @@ def _common(run: Sequence[Key], keys: Sequence[Key], start: int) -> int:
     """How many blocks of a run are those of `keys` from `start` on."""
     most = min(len(run), len(keys) - start)
     return next((count for count in range(most) if run[count] != keys[start + count]), most)
+
+
+def _root_of(node: Node) -> Node:
+    while node.parent is not None:
+        node = node.parent
+    return node
 
 
 def _path_digests(node: Node, depth: int) -> list[Digest]:

@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -114,7 +114,7 @@ class Runner:
         """Sends a plan to the device without waiting for anything."""
         self.counters.num_turns += 1
         if plan.moves is not None:
-            self._move(plan.moves)
+            self.move(plan.moves)
         self._seal(plan.seals)
         self._admit(plan.admitted)
         prefill = self._prefill(plan.pieces) if plan.pieces else None
@@ -136,6 +136,14 @@ class Runner:
         self._delete_state()
         self.state = self._empty()
 
+    def replace_state(self, load: Callable[[ServeState], ServeState]) -> None:
+        """Other pools in the place of these, and an empty host tier. `load` gets the old ones with their buffers freed,
+        for their shapes and places.
+        """
+        self._forget_host()
+        self._delete_state()
+        self.state = load(self.state)
+
     def give_up(self, turns: Iterable[InFlight]) -> None:
         """Waits for turns that nobody will read: what they need must not be taken from under them."""
         for turn in turns:
@@ -154,7 +162,7 @@ class Runner:
         if self._host is not None:
             self._host.clear()
 
-    def _move(self, moves: Moves) -> None:
+    def move(self, moves: Moves) -> None:
         """What goes to the host and comes back. Waits for nothing, unless more is on its way than was planned for."""
         assert self._host is not None
         self._host.drop(moves.dropped)

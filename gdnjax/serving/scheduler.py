@@ -20,15 +20,17 @@ all the same: only who holds what it lacks, and only if what stands behind it ho
 """
 
 import bisect
+import copy
 import dataclasses
 import heapq
 import itertools
 import logging
 import time
+from typing import Any
 
 from gdnjax.config import CHUNK, EngineConfig
 from gdnjax.sampling_params import NO_TOKEN
-from gdnjax.serving import prefix_cache
+from gdnjax.serving import prefix_cache, records
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.host_tier import HostTier
 from gdnjax.serving.plan import (
@@ -45,6 +47,7 @@ from gdnjax.serving.plan import (
 )
 from gdnjax.serving.prefix_cache import Match, PrefixCache
 from gdnjax.serving.request import Request, Status
+from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.serving.waiting import WaitingQueue
 
 log = logging.getLogger("gdnjax")
@@ -167,14 +170,14 @@ class Scheduler:
         marks = self._marks_for(decoding)
         bounds = self._bounds_of(decoding, num_drafts)
         growth = _place_growth(decoding)
-        moves = self._take_moves()
+        moves = self.take_moves()
         # A slot that was sealed and has been given up since may be the one that a mark writes: its last owner counts.
         seals = {seal.write_slot: seal for seal in self._seals}
         seals |= {mark.slot: Seal(mark.request.slot, mark.slot, mark.position) for mark in marks}
         self._seals.clear()
         return Plan(admitted, pieces, decoding, growth, bounds, list(seals.values()), marks, num_drafts, moves)
 
-    def _take_moves(self) -> Moves | None:
+    def take_moves(self) -> Moves | None:
         """What has to be copied between device and host. The seals that wait come first: they may be of states that
         leave, or of slots that have been given up since and are to be filled.
         """
@@ -835,6 +838,38 @@ class Scheduler:
         heapq.heapify(self._deadlines)
         for request, error in faults:
             self.fail(request, error)
+
+    # Saving and restoring.
+
+    def record(self, now: float) -> dict[str, Any]:
+        """Everybody who has not ended and everything that is cached, as plain data for `restore`. Nothing is in flight,
+        and the moves have been taken. `now` is the clock of deadlines.
+        """
+        cache, numbers = self.cache.record(request.node for request in self.running if request.node is not None)
+        return {
+            "cache": cache,
+            "free": {name: pool.record() for name, pool in self.allocator.pools.items()},
+            "requests": [records.of_request(request, numbers, now) for request in self.unfinished],
+            "seals": [dataclasses.astuple(seal) for seal in self._seals],
+            "arrivals": next(copy.copy(self._arrivals)),
+        }
+
+    def restore(self, record: dict[str, Any], tokenizer: Tokenizer | None, now: float) -> list[Request]:
+        """Makes a scheduler without requests what another was, with an empty host tier. Returns the requests."""
+        self.start_over()
+        for name, pool in self.allocator.pools.items():
+            pool.restore(record["free"][name])
+        nodes = self.cache.restore(record["cache"])
+        requests = [records.request_of(entry, nodes, tokenizer, now) for entry in record["requests"]]
+        self.unfinished = dict.fromkeys(requests)
+        self.running = sorted((r for r in requests if r.status is Status.RUNNING), key=_order)
+        self.waiting = WaitingQueue(r for r in requests if r.status is Status.WAITING)
+        self._num_kept_back = sum(len(r.marks) + (len(r.unpublished) if r.detached else 0) for r in self.running)
+        self._seals = [Seal(*seal) for seal in record["seals"]]
+        self._arrivals = itertools.count(record["arrivals"])
+        self._deadlines = [(r.deadline, r.order[1], r) for r in requests if r.deadline is not None]
+        heapq.heapify(self._deadlines)
+        return requests
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every slot, block and logit row is free or held once, by the right holder."""

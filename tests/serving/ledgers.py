@@ -400,6 +400,13 @@ class Watch:
             return (step.drafts, step.count) == (allowed, 1 + right)
         return step.count > right
 
+    def went_on(self, requests: dict) -> None:
+        """Other requests in the places of some, with nothing in flight."""
+        assert not self._dispatched
+        for known in (self.steps, self._made):
+            for before in [request for request in known if request in requests]:
+                known[requests[before]] = known.pop(before)
+
     def check_counts(self, request) -> None:
         """What a request is told of its drafts."""
         steps = self.steps.get(request, [])

@@ -1,17 +1,15 @@
 """The host tier: what leaves the device, what comes back, what is dropped first, and that nothing is made up."""
 
 import collections
-import random
 
 import pytest
 
 from gdnjax.memory import HOST_BUNDLES, HostSizes
 from gdnjax.serving.host_tier import HostTier
-from gdnjax.serving.plan import Moves, Restore, Spill, num_blocks_for
+from gdnjax.serving.plan import Moves, Restore, Spill
 from gdnjax.serving.radix_tree import NO_TOKENS, digest_after
-from tests.serving.paper import Loop, check_nothing_is_held, check_output, distinct, make_request, make_scheduler
-
-SIZE = 16
+from tests.serving.paper import Loop, check_output, distinct, make_request, make_scheduler
+from tests.serving.schedules import schedule
 
 
 def tier_of(capacity: int, state: int = 3) -> HostTier:
@@ -263,58 +261,6 @@ def test_prompt_that_bypasses_the_cache_leaves_the_host_alone():
     assert loop.scheduler._limit_of(request) == 0
     match = loop.scheduler._match(request)
     assert loop.scheduler.cache.look_on_host(request, 0, match) is None
-
-
-def schedule(seed: int) -> collections.Counter:
-    """A random schedule over random pools: arrivals that share beginnings, chats, aborts, preemptions, resets, turns
-    that fail. Returns what happened.
-    """
-    draw = random.Random(seed)
-    loop = Loop(
-        make_scheduler(
-            seqs=draw.choice((1, 2, 3)),
-            tokens=draw.choice((64, 128)),
-            blocks=draw.choice((20, 30, 60)),
-            checkpoints=draw.choice((0, 2, 4)),
-            needs_state=draw.random() < 0.75,
-            host=draw.choice((5, 20, 60, 1000)),
-            state_checkpoint_interval=32,
-            num_speculative_tokens=draw.choice((0, 0, 2, 3)),
-        )
-    )
-    scheduler, asked = loop.scheduler, []
-    for _ in range(60):
-        if draw.random() < 0.5:
-            ended = [request for request in asked if request.finished]
-            if ended and draw.random() < 0.4:
-                last = draw.choice(ended)
-                prompt = [*last.tokens(0, last.num_tokens), *distinct(draw.randrange(26), draw.choice((1, 5, 20)))]
-            else:
-                shared = distinct(draw.randrange(4), 200)[: draw.choice((0, 15, 16, 17, 33, 64, 100, 130))]
-                prompt = [*shared, *distinct(draw.randrange(26), draw.choice((1, 3, 20)))]
-            request = make_request(prompt, max_tokens=draw.choice((1, 3, 10, 40)), ignore_eos=draw.random() < 0.7)
-            if num_blocks_for(request.max_length, SIZE) <= scheduler.allocator.blocks.size:
-                asked.append(request)
-                scheduler.add(request)
-        if asked and draw.random() < 0.05:
-            scheduler.finish(draw.choice(asked), "abort")
-        if draw.random() < 0.03:
-            scheduler.cache.reset()
-        if draw.random() < 0.03:
-            loop.fail()
-        if scheduler.running and draw.random() < 0.05:
-            loop.harvest_all()
-            if scheduler.running:
-                scheduler.preempt(draw.choice(scheduler.running))
-        for _ in range(draw.choice((1, 1, 4))):
-            loop.turn()
-            loop.check()
-    loop.drain()
-    for request in asked:
-        check_output(request)
-    happened = collections.Counter(vars(scheduler.cache.host.counters)) + loop.device.seen
-    check_nothing_is_held(scheduler)
-    return happened
 
 
 def test_random_schedules_with_a_host_tier_equal_solo_runs(without_type_checks):

@@ -9,6 +9,7 @@ prefix cache owns.
 import collections
 import dataclasses
 import functools
+import tempfile
 
 import hypothesis.strategies as st
 import pytest
@@ -321,6 +322,33 @@ class LedgerMachine(stateful.RuleBasedStateMachine):
             check_nothing_is_held(self.llm)
 
 
+class KilledMachine(LedgerMachine):
+    """The process may end at any moment at which it has just saved its state, and another one goes on."""
+
+    @stateful.rule(turns=st.integers(1, 12))
+    def kill(self, turns):
+        for _ in range(turns):
+            self.step()
+        engine, running = self.llm.engine, len(self.scheduler.running)
+        with tempfile.TemporaryDirectory() as directory:
+            self.llm.save_state(f"{directory}/state")
+            saved = list(self.scheduler.unfinished)
+            engine.abort(*saved)
+            engine.step()
+            engine.runner.start_over([])
+            self.scheduler.start_over()
+            groups = self.llm.restore(f"{directory}/state")
+        self.scheduler.check_integrity()
+        back = {(request.request_id, request.index): request for group in groups for request in group.requests}
+        went_on = {request: back[request.request_id, request.index] for request in saved}
+        self.asked = [(wanted, [went_on.get(r, r) for r in group]) for wanted, group in self.asked]
+        self.watch.went_on(went_on)
+        self.sealed = {slot: went_on.get(request, request) for slot, request in self.sealed.items()}
+        SEEN["killed while somebody ran"] += running > 0
+        SEEN["killed with pending rows"] += any(r.num_folded < r.num_settled for r in self.scheduler.running)
+        self.turns_allowed += 4
+
+
 def fresh_if_failed(llm: LLM) -> None:
     """Ends what a failed example has left, so that shrinking starts from an idle engine."""
     if llm.engine.has_work:
@@ -333,7 +361,7 @@ MOST_ROUNDS = 4
 """Rounds of examples in which everything must have happened."""
 
 
-def interleave(name: str, examples: int, *, draws: bool = True, sees: tuple[str, ...]) -> None:
+def interleave(name: str, examples: int, *, draws: bool = True, kills: bool = False, sees: tuple[str, ...]) -> None:
     """Random interleavings on one engine; `sees` is what must have happened in them.
 
     What happens by chance may not: hypothesis draws otherwise where other modules are loaded. Then they go on, by
@@ -347,7 +375,8 @@ def interleave(name: str, examples: int, *, draws: bool = True, sees: tuple[str,
     )  # fmt: skip
     missing: list[str] = []
     for number in range(MOST_ROUNDS):
-        machine = type("Machine", (LedgerMachine,), {"geometry": name, "draws": draws})
+        kind = KilledMachine if kills else LedgerMachine
+        machine = type("Machine", (kind,), {"geometry": name, "draws": draws})
         stateful.run_state_machine_as_test(seed(number)(machine), settings=how)
         print(number, dict(SEEN))
         check_nothing_is_held(llm)
@@ -412,10 +441,11 @@ def test_random_interleavings_in_a_mixed_pool_with_drafts_equal_solo_runs():
 
 
 @unchecked
-def test_random_interleavings_with_a_host_tier_equal_solo_runs():
-    """Small as the device's pools are, and smaller."""
+def test_random_interleavings_with_a_host_tier_and_kills_equal_solo_runs():
+    """Small as the device's pools are, and smaller; and whoever is killed goes on from what he has saved."""
     rest = ("host: states_in", "host: blocks_in", "host: dropped_blocks", "host: dropped_states", "fork of a tail")
-    interleave(HOST, 12, sees=CACHED + SCARCE + DRAFTS + STATES + rest)
+    rest += ("killed while somebody ran", "killed with pending rows")
+    interleave(HOST, 12, draws=False, kills=True, sees=CACHED + SCARCE + DRAFTS + STATES + rest)
 
 
 @unchecked
