@@ -58,6 +58,8 @@ def test_bundles_come_back_bit_for_bit(kv_cache_dtype, tp):
     """
     transfers, geometry, noisy = setup(kv_cache_dtype, tp)
     store, before = HostStore(transfers), jax.tree.map(jnp.copy, noisy)
+    store.warm_up(jax.tree.map(jnp.copy, noisy))
+    compiled = store.num_traces
     blocks, places = (3, 17, 5, 40), (8, 9, 0, 11)
     store.spill(before, [Spill(1, False, blocks), Spill(2, True, (4,)), Spill(3, False, (6,))])
     kept = [leaf for rows in store._bundles.values() for leaf in jax.tree.leaves(rows)]
@@ -81,6 +83,8 @@ def test_bundles_come_back_bit_for_bit(kv_cache_dtype, tp):
     hidden[2] = hidden[4]
     assert equal(after.slots.hidden, hidden)
     assert jax.tree.map(lambda leaf: leaf.sharding, after) == jax.tree.map(lambda leaf: leaf.sharding, noisy)
+    # A bundle of each size and a state, either way.
+    assert store.num_traces == compiled
     store.drop([1, 2, 3])
     assert store.num_bytes == 0
 

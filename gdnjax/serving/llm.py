@@ -323,7 +323,8 @@ class LLM:
         for request in unfinished:
             members.setdefault(request.request_id, []).append(request)
         with self._submissions_lock:
-            held = {group.request_id: group for group in self._submissions}
+            # Of another process's prompts some may have the numbers of prompts that have ended here.
+            held = {g.request_id: g for g in self._submissions if not unfinished.keys().isdisjoint(g.requests)}
         found = []
         for name, requests in members.items():
             group = held.get(name) or Submission(name, None, requests[0].prompt_token_ids, requests)

@@ -70,8 +70,12 @@ def weights_digest(params: Params) -> str:
 
 
 def write(directory: str | pathlib.Path, content: dict[str, Any], state: ServeState) -> None:
-    """Makes the directory. Raises FileExistsError where there is something; what was begun and cut off is removed."""
+    """Makes the directory. Raises FileExistsError where there is something, and RuntimeError in one of several
+    processes; what was begun and cut off is removed.
+    """
     directory = pathlib.Path(directory).resolve()
+    if jax.process_count() > 1:
+        raise RuntimeError(f"save_state is for engines of one process; this one is one of {jax.process_count()}")
     if directory.exists():
         raise FileExistsError(f"{directory}: is there already; save_state makes a directory of its own")
     directory.mkdir(parents=True)
