@@ -111,6 +111,23 @@ def platform_of(device) -> str:
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
+HOST_MEMORY = "pinned_host"
+"""The kind of memory that the host tier of the prefix cache is in: the host's own, which a device copies to and from
+without waiting for the host. A CPU has it, too.
+"""
+
+
+def host_memory(device) -> str:
+    """HOST_MEMORY. Raises ValueError where a device cannot address it."""
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"host_cache_gib needs a device that addresses memory of the kind {HOST_MEMORY}; {device} has "
+            f"{', '.join(kinds)}; allowed: 0"
+        )
+    return HOST_MEMORY
+
+
 def _architecture(platform: str, name: str) -> str:
     """ "9.0" -> "sm_90", "gfx942:sramecc+:xnack-" -> "gfx942"; the platform where the device does not say."""
     name = name.split(":")[0]

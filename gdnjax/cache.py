@@ -65,7 +65,7 @@ class Cache:
     def with_copied_slot(self, source: Array, target: Array) -> "Cache":
         """One slot's rows of all pools stand at another slot, too."""
         slots = {
-            name: {leaf: copy_row(pool, source, target, axis=0 if leaf == LAYOUT else 1) for leaf, pool in kind.items()}
+            name: {leaf: copy_row(pool, source, target, axis=_slot_axis(leaf)) for leaf, pool in kind.items()}
             for name, kind in self.slots.items()
         }
         return dataclasses.replace(self, slots=slots)
@@ -74,6 +74,39 @@ class Cache:
         """Blocks as they stood before, all of `source` read before any of `target` is written."""
         pages = jax.tree.map(lambda pool: pool.at[:, target].set(pool[:, source]), self.pages)
         return dataclasses.replace(self, pages=pages)
+
+
+def read_blocks(pages: dict[str, Leaves], blocks: Array) -> dict[str, Leaves]:
+    """The rows [L, r, entries, ...] of `blocks` [r] in each pool of pages."""
+    return jax.tree.map(lambda pool: pool[:, blocks], pages)
+
+
+def write_blocks(pages: dict[str, Leaves], rows: dict[str, Leaves], blocks: Array) -> dict[str, Leaves]:
+    """The pools, which are consumed, with such rows in the places of `blocks`; 0: a row that nobody wants."""
+    return jax.tree.map(lambda pool, row: pool.at[:, blocks].set(row), pages, rows)
+
+
+def read_slot(slots: dict[str, Leaves], slot: Array) -> dict[str, Leaves]:
+    """The row [L, 1, ...] of one slot in each pool of slots, and [1] of the layouts."""
+    return {
+        name: {leaf: lax.dynamic_slice_in_dim(pool, slot, 1, _slot_axis(leaf)) for leaf, pool in kind.items()}
+        for name, kind in slots.items()
+    }
+
+
+def write_slot(slots: dict[str, Leaves], row: dict[str, Leaves], slot: Array) -> dict[str, Leaves]:
+    """The pools, which are consumed, with such a row in the place of a slot."""
+    return {
+        name: {
+            leaf: lax.dynamic_update_slice_in_dim(pool, row[name][leaf], slot, _slot_axis(leaf))
+            for leaf, pool in kind.items()
+        }
+        for name, kind in slots.items()
+    }
+
+
+def _slot_axis(leaf: str) -> int:
+    return 0 if leaf == LAYOUT else 1
 
 
 def copy_row(pool: Array, source: Array, target: Array, axis: int) -> Array:

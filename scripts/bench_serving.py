@@ -24,6 +24,7 @@ from serving_bench.workloads import Conversation, Spec
 from gdnjax.assets import EMBEDDED_MODEL, config_file, model_directory
 from gdnjax.cli.command import (
     add_device_flags,
+    add_host_cache_flag,
     add_speculation_flags,
     devices,
     exit_status,
@@ -197,6 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pool-requests", type=int, metavar="N", help="in its place: what packed accounting needs for N requests "
         "(default with packed accounting: half of those at once)")  # fmt: skip
     add("--num-checkpoint-slots", type=int, metavar="N", help="states that the prefix cache may keep")
+    add_host_cache_flag(add)
     add = parser.add_argument_group("speculation").add_argument
     add_speculation_flags(add)
     add(
@@ -237,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Everything between the arguments and the exit status."""
     check_arguments(arguments)
-    prepare_environment(arguments.memory_fraction, verbose=arguments.verbose)
+    prepare_environment(arguments.memory_fraction, host_cache_gib=arguments.host_cache_gib, verbose=arguments.verbose)
     config, directory = read_model(arguments)
     conversations = make_workload(arguments, config, directory)
     arms = choose_arms(arguments)
@@ -423,6 +425,7 @@ def choose_sizes(arguments: argparse.Namespace, arms: Sequence[Arm], conversatio
         pool_bytes=None if arguments.pool_gib is None else math.floor(arguments.pool_gib * GIB),
         pool_requests=requests,
         checkpoints=arguments.num_checkpoint_slots,
+        host_gib=arguments.host_cache_gib,
     )
 
 

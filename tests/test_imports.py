@@ -22,7 +22,7 @@ LAYERS = (
     ("models",),
     ("sampling",),
     ("speculative",),
-    ("step",),
+    ("step", "transfer"),
     ("generation",),
     ("routing",),
     ("checkpoint",),
@@ -58,7 +58,7 @@ ONLY = {
 HOST_ONLY = ("assets", "cache_kinds", "config", "sampling_params", "memory", "version", "progress", "serving.outputs")
 HOST_ONLY += ("serving.tokenizer", "serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler")
 HOST_ONLY += ("serving.plan", "serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
-HOST_ONLY += ("serving.radix_tree", "serving.chat", "serving.frontend")
+HOST_ONLY += ("serving.radix_tree", "serving.host_tier", "serving.records", "serving.chat", "serving.frontend")
 HOST_ONLY += ("cli.command", "cli.generate", "cli.convert", "cli.main")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
@@ -70,8 +70,11 @@ PLANNERS = (
     "serving.scheduler",
     "serving.prefix_cache",
     "serving.radix_tree",
+    "serving.host_tier",
+    "serving.records",
 )
 PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
+PLANNERS_SEE |= {"serving.outputs", "serving.submission"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from gdnjax import abstract_params, memory
 from gdnjax.assets import EMBEDDED_MODEL, PRESETS, SAME_AS, config_file, model_directory
 from gdnjax.checkpoint.coded import usual_formats
 from gdnjax.config import AttentionConfig, DeltaConfig, EngineConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
-from gdnjax.memory import MemoryPlan, StateGeometry
+from gdnjax.memory import HostSizes, MemoryPlan, StateGeometry
 from gdnjax.memory.__main__ import build_parser, main
 from gdnjax.memory.weights import weight_bytes, workspace_estimate
 from gdnjax.serving import planning
@@ -355,6 +355,43 @@ def test_printed_plan_adds_up():
     *parts, total = (float(row.split(" MiB")[0].split()[-1]) for row in text.splitlines())
     assert total == pytest.approx(plan.total_bytes / (1 << 20), abs=0.05)
     assert sum(parts) == pytest.approx(total, abs=0.05 * (len(parts) + 1))
+
+
+def test_plan_takes_what_is_on_its_way_to_the_host_from_the_device():
+    """The host's part is a rank's, and no part of the total."""
+    config = engine(host_cache_gib=1, tensor_parallel_size=2)
+    staging = 8 * max(16 * SMALL.block_bytes, SMALL.checkpoint_bytes)
+    options = {"max_model_len": 256, "budget_bytes": floor_bytes(config) + staging + 40 * SMALL.block_bytes}
+    plan, without = (memory.plan(SMALL, each, **options) for each in (config, engine(tensor_parallel_size=2)))
+    assert plan.host is not None
+    assert plan.host.capacity_bytes == GIB // 2
+    # A state, its layout bit, and a hidden state of 40 numbers of two bytes.
+    assert plan.host.state_bytes == SMALL.slot_bytes + 1 + 80 == SMALL.checkpoint_bytes
+    assert plan.host.block_bytes == SMALL.block_bytes
+    assert plan.staging_bytes == staging
+    assert plan.num_blocks < without.num_blocks
+    assert plan.total_bytes <= options["budget_bytes"]
+    assert (without.host, without.staging_bytes) == (None, 0)
+    text = str(plan)
+    assert "host staging" in text
+    assert f"{GIB // 2 // SMALL.block_bytes:,} blocks, or {GIB // 2 // SMALL.checkpoint_bytes:,} states" in text
+    assert "host" not in str(without)
+
+
+def test_host_tier_that_holds_nothing_is_refused():
+    least = SMALL.block_bytes + SMALL.checkpoint_bytes
+    assert HostSizes.of(SMALL, least).capacity_bytes == least
+    with pytest.raises(ValueError, match=rf"host_cache_gib leaves {least - 1:,} bytes a rank, fewer than a block"):
+        HostSizes.of(SMALL, least - 1)
+    states_alone = HostSizes.of(small_geometry(attention_layers=0), GIB)
+    assert (states_alone.block_bytes, states_alone.staging_bytes) == (1024, 8 * states_alone.state_bytes)
+
+
+def test_command_says_what_the_host_holds(capsys):
+    assert main(["--config", "qwen3.5-9b", "--host-cache-gib", "100", "--tp", "2"]) == 0
+    assert "50.00 GiB of the host hold" in capsys.readouterr().out
+    assert main(["--config", "qwen3.5-9b", "--host-cache-gib", "-1"]) == 2
+    assert "host_cache_gib must be a number of GiB" in capsys.readouterr().err
 
 
 def test_accountings_count_requests_by_their_blocks():

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import pathlib
 import signal
@@ -201,8 +202,22 @@ def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def prepare_environment(memory_fraction: float | None = None, *, verbose: bool = False) -> None:
-    """What must be settled before jax and transformers are imported. ValueError for a fraction that is none."""
+PINNED_GIB = 64
+"""GiB of the host's memory that XLA pins for a GPU, unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says otherwise."""
+
+
+def prepare_environment(
+    memory_fraction: float | None = None, *, host_cache_gib: int | float = 0, verbose: bool = False
+) -> None:
+    """What must be settled before jax and transformers are imported. ValueError for a fraction that is none, and for
+    a size that is none.
+    """
+    if not 0 <= host_cache_gib < math.inf:
+        raise ValueError(f"--host-cache-gib must be a number of GiB, 0 or more, got {host_cache_gib:g}")
+    # XLA divides what it has pinned among arrays of all sizes, and loses some in between.
+    pinned = math.ceil(1.25 * host_cache_gib) + 4
+    if pinned > PINNED_GIB:
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(pinned))
     if memory_fraction is not None and not 0 < memory_fraction <= 1:
         raise ValueError(f"--memory-fraction must be in (0, 1], got {memory_fraction:g}")
     if memory_fraction is not None:
@@ -227,6 +242,19 @@ def add_device_flags(add: Callable[..., Any]) -> None:
 def devices(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fields of EngineConfig: which devices share a model, and how. What cannot be, EngineConfig says."""
     return {name: getattr(arguments, name) for name in ("tensor_parallel_size", "enable_expert_parallel")}
+
+
+def add_host_cache_flag(add: Callable[..., Any]) -> None:
+    """`--host-cache-gib`. `add` is an argparse group's add_argument."""
+    add(
+        "--host-cache-gib",
+        type=float,
+        default=0.0,
+        metavar="GIB",
+        help="memory of the host, of all ranks together, for cached prefixes that the device has no more room for "
+        f"(default: 0). Where it may exceed the {PINNED_GIB} GiB that XLA pins for a GPU, "
+        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set, unless it is",
+    )
 
 
 def add_speculation_flags(add: Callable[..., Any]) -> None:

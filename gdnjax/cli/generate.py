@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gdnjax.cli.command import (
     add_device_flags,
+    add_host_cache_flag,
     add_speculation_flags,
     check_writable,
     devices,
@@ -205,6 +206,7 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--max-model-len", type=int, metavar="N", help="longest prompt with its output (default: what is needed)")
     add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
+    add_host_cache_flag(add)
     add = parser.add_argument_group("prompts").add_argument
     add("text", nargs="*", metavar="PROMPT", help="a prompt, as with -p; several come before those of -p")
     add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable; - reads stdin")
@@ -265,7 +267,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = read_prompts(arguments)
     speculation(arguments)
     clock = Start()
-    prepare_environment(arguments.memory_fraction, verbose=arguments.verbose)
+    prepare_environment(arguments.memory_fraction, host_cache_gib=arguments.host_cache_gib, verbose=arguments.verbose)
     llm, prompts = start(arguments, directory, prompts, clock)
     with llm:
         params = llm.default_sampling_params(**given)
@@ -483,6 +485,7 @@ def fit_engine(arguments: argparse.Namespace, lengths: Sequence[int], context: i
         **devices(arguments),
         kernels=arguments.kernels,
         warmup=False,
+        host_cache_gib=arguments.host_cache_gib,
         **speculation(arguments),
     )
 

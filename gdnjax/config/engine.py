@@ -1,6 +1,7 @@
 """How the engine is set up: frozen, validated at construction, read by everything else. No jax."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -87,6 +88,9 @@ class EngineConfig:
       state_checkpoint_interval  tokens between checkpoints of the recurrent state within a long sequence, a multiple of
                               block_size; None: the larger of 1024 and block_size. Checkpoints at the end of a prompt,
                               before a chat's generation prompt, at a branch and at the end of a turn come on top.
+      host_cache_gib          GiB of the host's memory, those of all ranks together, for blocks and states that the
+                              device has no more room for: they come back when a prompt begins like them. 0: none. On
+                              GPUs the memory is pinned.
       batch_invariant         the same tokens whatever the load, the cache and the neighbours: one prefill bucket, one
                               decode bucket, one sampler, states checkpointed on the grid of chunks only, and all blocks
                               reserved at admission, so that nothing is preempted. Costs throughput; README.md has how
@@ -129,6 +133,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     num_checkpoint_slots: int | None = None
     state_checkpoint_interval: int | None = None
+    host_cache_gib: int | float = 0
     batch_invariant: bool = False
     num_speculative_tokens: int = 0
     draft_acceptance: str = "shared_noise"
@@ -205,6 +210,7 @@ class EngineConfig:
                     f"state_checkpoint_interval must be a multiple of block_size={self.block_size}, "
                     f"got {self.state_checkpoint_interval}"
                 )
+        self._check_host_cache()
         self._check_speculation()
         _set_buckets(self, "prefill_buckets", self.max_num_batched_tokens, () if self.batch_invariant else (64, 256))
         # Up to 32 rows the weights are what a step costs, so few sizes will do; from there on it is the rows.
@@ -215,6 +221,13 @@ class EngineConfig:
                 f"batch_invariant=True needs one prefill bucket and one decode bucket, got {self.prefill_buckets} and "
                 f"{self.decode_buckets}"
             )
+
+    def _check_host_cache(self) -> None:
+        size = self.host_cache_gib
+        if not isinstance(size, int | float) or isinstance(size, bool) or not 0 <= size < math.inf:
+            raise ValueError(f"host_cache_gib must be a number of GiB, 0 or more, got {size!r}")
+        if size and not self.enable_prefix_caching:
+            raise ValueError(f"host_cache_gib={size:g} is of no use with enable_prefix_caching=False; allowed: 0")
 
     def _check_speculation(self) -> None:
         drafts = self.num_speculative_tokens
@@ -238,6 +251,11 @@ class EngineConfig:
                 f"state_checkpoint_interval must be at least the {1 + drafts} tokens that a step may produce, "
                 f"got {self.checkpoint_interval}"
             )
+
+    @property
+    def host_cache_bytes(self) -> int:
+        """`host_cache_gib` in bytes, of one rank."""
+        return int(self.host_cache_gib * (1 << 30)) // self.tensor_parallel_size
 
     @property
     def num_logit_rows(self) -> int:

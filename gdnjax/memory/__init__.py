@@ -19,6 +19,13 @@ may need.
 """
 
 
+HOST_BUNDLES = (16, 4, 1)
+"""Blocks that go to the host's memory together, as many as there are at once."""
+
+STAGED_BUNDLES = 8
+"""Bundles on their way between device and host at most: what is more waits for the first of them."""
+
+
 def check_one_byte_pool(name: str, size: int) -> None:
     """Raises ValueError where a pool of `size` one-byte numbers has places that kernels would take for others."""
     if size in UNNUMBERED:
@@ -120,6 +127,12 @@ class StateGeometry:
         return (1 + self.pending_rows + self.draft_rows) * self.hidden_size * ITEMSIZE[self.hidden_dtype]
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint is made of, wherever it is: a slot's states, layout bits and last hidden state."""
+        layouts = sum(kind.ordered for kind in self.cache.slots)
+        return self.slot_bytes + layouts + self.hidden_size * ITEMSIZE[self.hidden_dtype]
+
+    @property
     def logit_row_bytes(self) -> int:
         """The row of one request with bias or bans."""
         return self.vocab_size * 4
@@ -144,11 +157,47 @@ class StateGeometry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HostSizes:
+    """The host tier of the prefix cache, by the bytes of one rank.
+
+    capacity_bytes  what may be kept on the host.
+    block_bytes     a block; of a model that keeps nothing in blocks a kibibyte, for what is noted down about each.
+    state_bytes     a checkpoint; 0 for a model that has none.
+    staging_bytes   of the device, for what is on its way in either direction.
+    """
+
+    capacity_bytes: int
+    block_bytes: int
+    state_bytes: int
+    staging_bytes: int
+
+    @classmethod
+    def of(cls, geometry: StateGeometry, capacity_bytes: int) -> "HostSizes":
+        """Raises ValueError where not even one prompt's first block and its state fit."""
+        block = geometry.block_bytes or 1024
+        state = geometry.checkpoint_bytes if geometry.cache.needs_state else 0
+        if capacity_bytes < block + state:
+            raise ValueError(
+                f"host_cache_gib leaves {capacity_bytes:,} bytes a rank, fewer than a block of {block:,} and a state "
+                f"of {state:,} take; allowed: 0, or enough for both"
+            )
+        staging = STAGED_BUNDLES * max(HOST_BUNDLES[0] * geometry.block_bytes, state)
+        return cls(capacity_bytes=capacity_bytes, block_bytes=block, state_bytes=state, staging_bytes=staging)
+
+    @property
+    def holds(self) -> str:
+        """How much there is room for, in words."""
+        blocks = f"{self.capacity_bytes // self.block_bytes:,} blocks"
+        return f"{blocks}, or {self.capacity_bytes // self.state_bytes:,} states" if self.state_bytes else blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """How the bytes of one rank are divided. Counts leave out slot 0, block 0, and row 0 of logit and count rows; bytes
     include them.
 
-    `num_slots` counts all other slots; `num_checkpoint_slots` of them are there for the prefix cache.
+    `num_slots` counts all other slots; `num_checkpoint_slots` of them are there for the prefix cache. `host` is what
+    that may keep in the host's memory, which is no part of the total but for its staging; None: nothing.
     """
 
     num_slots: int
@@ -166,6 +215,7 @@ class MemoryPlan:
     count_row_bytes: int
     workspace_bytes: int
     equivalent_blocks: int
+    host: HostSizes | None = None
 
     @classmethod
     def of_counts(
@@ -179,6 +229,7 @@ class MemoryPlan:
         num_checkpoint_slots: int = 0,
         weight_bytes: int = 0,
         workspace_bytes: int = 0,
+        host: HostSizes | None = None,
     ) -> "MemoryPlan":
         """The plan that holds so many slots (all of them), blocks and rows, whatever the budget."""
         return cls(
@@ -197,13 +248,18 @@ class MemoryPlan:
             count_row_bytes=(num_count_rows + 1) * geometry.count_row_bytes,
             workspace_bytes=workspace_bytes,
             equivalent_blocks=geometry.equivalent_blocks,
+            host=host,
         )
+
+    @property
+    def staging_bytes(self) -> int:
+        return self.host.staging_bytes if self.host else 0
 
     @property
     def total_bytes(self) -> int:
         rows = self.logit_row_bytes + self.count_row_bytes
         pools = self.state_bytes + self.hidden_bytes + self.kv_bytes + rows
-        return self.weight_bytes + pools + self.workspace_bytes
+        return self.weight_bytes + pools + self.workspace_bytes + self.staging_bytes
 
     def __str__(self) -> str:
         mib = 1 << 20
@@ -219,6 +275,9 @@ class MemoryPlan:
             ("workspace", self.workspace_bytes, ""),
             ("total", self.total_bytes, f"a slot is worth {self.equivalent_blocks} blocks"),
         ]
+        if self.host:
+            rows.insert(-1, ("host staging", self.staging_bytes, "blocks and states on their way to the host or back"))
+            rows.append(("host cache", self.host.capacity_bytes, f"of the host's memory: {self.host.holds}"))
         return "\n".join(f"  {name:<16} {size / mib:>10.1f} MiB  {note}".rstrip() for name, size, note in rows)
 
 
@@ -309,7 +368,7 @@ def plan(
     beside one request's blocks holds, at most twice `max_num_seqs`; none for a model that keeps no state. Blocks stop
     at what as many requests of `max_model_len` tokens as there are slots can use, and those of 8-bit KV below the sizes
     in UNNUMBERED. Raises MemoryError that names the shortfall in bytes and the settings that change it, and ValueError
-    for checkpoint slots of no use and for 8-bit KV of a size in UNNUMBERED.
+    for checkpoint slots of no use, for 8-bit KV of a size in UNNUMBERED, and for a host_cache_gib that holds nothing.
     """
     if engine.num_checkpoint_slots and not geometry.cache.needs_state:
         raise ValueError(
@@ -322,7 +381,9 @@ def plan(
     slot_bytes = geometry.slot_bytes + geometry.hidden_bytes
     row_bytes = logit_rows * geometry.logit_row_bytes
     count_bytes = count_rows * geometry.count_row_bytes
-    floor = weight_bytes + workspace_bytes + live * slot_bytes + row_bytes + count_bytes
+    host = HostSizes.of(geometry, engine.host_cache_bytes) if engine.host_cache_gib else None
+    staging = host.staging_bytes if host else 0
+    floor = weight_bytes + workspace_bytes + live * slot_bytes + row_bytes + count_bytes + staging
     per_request = _blocks_of(max_model_len, engine.block_size)
     least = engine.num_kv_blocks or per_request
     # What is left beside the floor and the least blocks; below 0 where not even those fit.
@@ -336,6 +397,7 @@ def plan(
             parts={
                 "weights": weight_bytes,
                 "workspace": workspace_bytes,
+                "staging for host_cache_gib": staging,
                 f"{live} slots": live * slot_bytes,
                 f"{checkpoints} checkpoint slots": checkpoints * slot_bytes,
                 f"{logit_rows} logit rows": row_bytes,
@@ -367,6 +429,7 @@ def plan(
         num_count_rows=count_rows - 1,
         weight_bytes=weight_bytes,
         workspace_bytes=workspace_bytes,
+        host=host,
     )
 
 

@@ -16,7 +16,7 @@ from gdnjax.assets import PRESETS, SAME_AS, config_file
 from gdnjax.cache_kinds import CacheKind
 from gdnjax.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, ModelConfig
 from gdnjax.config.quantization import GRIDS, Quantization
-from gdnjax.memory import Accounting, MemoryPlan, StateGeometry
+from gdnjax.memory import Accounting, HostSizes, MemoryPlan, StateGeometry
 from gdnjax.memory.weights import weight_bytes, workspace_estimate
 
 GIB = 1 << 30
@@ -111,6 +111,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="of that what the engine may use (%(default)g)",
     )
     add("--max-num-batched-tokens", type=int, default=1024, metavar="N", help="tokens of a prefill step (1024)")
+    add(
+        "--host-cache-gib",
+        type=float,
+        default=0.0,
+        metavar="GIB",
+        help="of the host, of all ranks together, for what the prefix cache evicts (0); of the GPU it takes room for "
+        "what is on its way",
+    )
     add = parser.add_argument_group("budget").add_argument
     add("--budget-gib", type=budget, metavar="GIB", help="GiB for slots and blocks on one rank")
     add("--max-num-seqs", type=int, default=8, metavar="N", help="requests that run at once, each with a slot (8)")
@@ -200,6 +208,7 @@ class Report:
     fit: Fit | None = None
     packed: Accounting | None = None
     decoupled: Accounting | None = None
+    host: HostSizes | None = None
 
     @property
     def largest_state(self) -> tuple[str, float]:
@@ -230,7 +239,7 @@ class Report:
 
     def __str__(self) -> str:
         fit = self.fit.text(self.max_num_seqs, self.max_model_len, self.geometry.block_size) if self.fit else ""
-        return "\n\n".join(filter(None, (self._costs(), fit, self._holdings())))
+        return "\n\n".join(filter(None, (self._costs(), fit, self._holdings(), self._on_host())))
 
     def _costs(self) -> str:
         g = self.geometry
@@ -266,6 +275,14 @@ class Report:
         return (
             f"\n  With {drafts} a step a slot takes {more:.2%} more than the {plain.slot_bytes:,} B without, for the "
             f"inputs of {self.geometry.pending_rows} tokens.\n  A block without takes {plain.block_bytes:,} B."
+        )
+
+    def _on_host(self) -> str:
+        if self.host is None:
+            return ""
+        return (
+            f"{self.host.capacity_bytes / GIB:,.2f} GiB of the host hold {self.host.holds} of a rank. What is on its "
+            f"way there or back takes up to {self.host.staging_bytes:,} B of the device."
         )
 
     def _holdings(self) -> str:
@@ -314,6 +331,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
         num_speculative_tokens=arguments.num_speculative_tokens,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
+        host_cache_gib=arguments.host_cache_gib,
     )
     model = ModelConfig.from_hf(config_file(arguments.config))
     if engine.enable_expert_parallel:
@@ -374,6 +392,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
         fit=fit,
         packed=packed,
         decoupled=decoupled,
+        host=HostSizes.of(geometry, engine.host_cache_bytes) if engine.host_cache_gib else None,
     )
 
 

@@ -33,6 +33,14 @@ class Pool:
         self.num_given += len(numbers)
         self._free.extend(reversed(numbers))
 
+    def record(self) -> list[int]:
+        """Who is free, as plain data for `restore`."""
+        return list(self._free)
+
+    def restore(self, free: Iterable[int]) -> None:
+        """Everybody else is handed out."""
+        self._free = list(free)
+
     def check_integrity(self, held: Iterable[int]) -> None:
         """Raises AssertionError unless every number is either free or held once, and 0 is neither."""
         held = sorted(held)
@@ -48,6 +56,11 @@ class Allocator:
         self.blocks = Pool("block", num_blocks)
         self.logit_rows = Pool("logit row", num_logit_rows)
         self.count_rows = Pool("count row", num_count_rows)
+
+    @property
+    def pools(self) -> dict[str, Pool]:
+        """By their names."""
+        return {pool.name: pool for pool in (self.slots, self.blocks, self.logit_rows, self.count_rows)}
 
     def fresh(self) -> "Allocator":
         """The same pools, nothing handed out."""

@@ -45,6 +45,13 @@ class Detokenizer:
         """One for the same sample that has seen no token."""
         return Detokenizer(self._tokenizer, self._params)
 
+    def closed(self, text: str) -> "Detokenizer":
+        """One for the same sample whose text is all there."""
+        found = self.fresh()
+        found._keep(text)
+        found._finished = True
+        return found
+
     @property
     def text(self) -> str:
         """All the text released so far: what append and finish have returned, in one piece."""

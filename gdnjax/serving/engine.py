@@ -22,6 +22,7 @@ import numpy as np
 from gdnjax.batch import Emitted, Logprobs
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.allocator import Allocator
+from gdnjax.serving.host_tier import HostTier
 from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.outputs import Logprob
 from gdnjax.serving.plan import Piece, Plan
@@ -30,7 +31,7 @@ from gdnjax.serving.runner import InFlight, Runner, wait_for
 from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.speculation import DraftController
 from gdnjax.serving.tokenizer import Tokenizer
-from gdnjax.state import NO_TOKEN
+from gdnjax.state import NO_TOKEN, ServeState
 
 log = logging.getLogger("gdnjax")
 
@@ -51,7 +52,8 @@ class Engine:
     def __init__(self, runner: Runner, allocator: Allocator, tokenizer: Tokenizer | None = None):
         config = runner.config
         self.runner, self.config, self.tokenizer = runner, config, tokenizer
-        self.scheduler = Scheduler(config, allocator, runner.needs_state)
+        host = HostTier(runner.host_sizes) if runner.host_sizes is not None else None
+        self.scheduler = Scheduler(config, allocator, runner.needs_state, host)
         drafts = config.num_speculative_tokens
         self._controller = DraftController(drafts, config.decode_buckets) if config.adaptive_speculation else None
         # When a turn was harvested behind which the device had another to do; None where it had none.
@@ -138,8 +140,8 @@ class Engine:
             with self._whole():
                 self._abort_all()
                 with self.metrics.timed("plan"):
-                    drafts, now = self._choose_drafts(), time.monotonic() - self.runner.compile_seconds
-                    plan = self.scheduler.plan(in_flight=bool(self._in_flight), now=now, num_drafts=drafts)
+                    drafts = self._choose_drafts()
+                    plan = self.scheduler.plan(in_flight=bool(self._in_flight), now=self._now(), num_drafts=drafts)
                 if plan is not None:
                     self._in_flight.append(self.runner.dispatch(plan))
             if self.metrics.line_is_due():
@@ -372,6 +374,41 @@ class Engine:
         with self._alone(), self._whole():
             self.scheduler.cache.reset()
 
+    def save(self, write: Callable[[dict[str, Any], ServeState], None]) -> None:
+        """Calls `write` with the scheduler's record and the pools when nothing is in flight, and goes on as before,
+        whether it raises or not.
+        """
+        with self._alone():
+            self._catch_up()
+            while self._in_flight:
+                self._harvest(self._in_flight[0])
+            with self._whole():
+                moves = self.scheduler.take_moves()
+                if moves is not None:
+                    self.runner.move(moves)
+                record = self.scheduler.record(self._now())
+            write(record, self.runner.state)
+
+    def restore(self, record: dict[str, Any], load: Callable[[ServeState], ServeState]) -> list[Request]:
+        """The opposite of `save`, in an engine without requests: RuntimeError where there are any. Returns those that
+        go on. Should `load` raise, the engine has forgotten what it had cached, and nothing else.
+        """
+        with self._alone():
+            self._catch_up()
+            if self.has_work:
+                raise RuntimeError(
+                    f"restore needs an engine without requests; this one has {len(self.scheduler.unfinished)}: let "
+                    "them end, or abort them"
+                )
+            with self._whole():
+                self._last_harvest = None
+                self.runner.replace_state(load)
+                return self.scheduler.restore(record, self.tokenizer, self._now())
+
+    def _now(self) -> float:
+        """The clock of deadlines, which stands while steps compile."""
+        return time.monotonic() - self.runner.compile_seconds
+
     def stats(self) -> dict[str, Any]:
         """See LLM.stats."""
         with self._lock:
@@ -400,6 +437,7 @@ class Engine:
                 "cached_blocks": cache.num_blocks,
                 "cached_states": cache.num_states,
             },
+            "host_cache": self._host_stats(),
             "speculation": {
                 "num_speculative_tokens": self.config.num_speculative_tokens,
                 "forced_acceptance": self.config.spec_acceptance_length is not None,
@@ -407,6 +445,18 @@ class Engine:
             },
             "seconds": dataclasses.asdict(metrics.seconds),
             **metrics.latencies(),
+        }
+
+    def _host_stats(self) -> dict[str, int] | None:
+        host = self.scheduler.cache.host
+        if host is None:
+            return None
+        return {
+            **dataclasses.asdict(host.counters),
+            "num_blocks": host.num_blocks,
+            "num_states": host.num_states,
+            "bytes_used": host.used_bytes,
+            "bytes_total": host.sizes.capacity_bytes,
         }
 
     def _log_line(self) -> None:

@@ -78,6 +78,11 @@ class Frontend:
         """Prompts that were prepared so far: the number of the next one, which its seed is made of."""
         return self._num_requests
 
+    def go_on_from(self, num_requests: int) -> None:
+        """The next prompt has at least this number: those before it were prepared by another process."""
+        with self._lock:
+            self._num_requests = max(self._num_requests, num_requests)
+
     def require_tokenizer(self, what: str) -> Tokenizer:
         """The tokenizer. Raises ValueError where there is none, for `what` needs one."""
         if self.tokenizer is None:

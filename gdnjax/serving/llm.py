@@ -4,7 +4,10 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +19,7 @@ from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
 from gdnjax.models import Model, abstract_params, build_model, partition
 from gdnjax.progress import Progress
 from gdnjax.sampling_params import SamplingParams
-from gdnjax.serving import compilation_cache
+from gdnjax.serving import compilation_cache, records, saved_state
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.chat import render_chats, template_options
 from gdnjax.serving.engine import Engine
@@ -169,6 +172,9 @@ class LLM:
         runner = Runner(model, params, mesh, config, plan, max_model_len)
         allocator = Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows, plan.num_count_rows)
         self.engine = Engine(runner, allocator, tokenizer)
+        # What was asked for and is still to be had by somebody: a saved state has their samples that have ended, too.
+        self._submissions: weakref.WeakSet[Submission] = weakref.WeakSet()
+        self._submissions_lock = threading.Lock()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -270,6 +276,7 @@ class LLM:
         """
         self._check_open()
         (group,) = self.frontend.prepare([prompt], sampling_params, urgencies(1, priority, timeout))
+        self._remember([group])
         for request in group.requests:
             self.engine.add(request)
         return group
@@ -291,6 +298,69 @@ class LLM:
         self.engine.reset_prefix_cache()
         return True
 
+    def save_state(self, path: str | pathlib.Path) -> None:
+        """Writes the pools, the prefix cache and every request that has not ended to a directory that it makes, and
+        goes on. What is on the host (`host_cache_gib`) is left out.
+
+        Waits for the turn that is under way. Raises FileExistsError where `path` is there already.
+        """
+        self._check_open()
+
+        def write(record, state):
+            content = {
+                "identity": self._identity(),
+                "num_requests": self.frontend.num_requests,
+                "scheduler": record,
+                "submissions": self._records_of_submissions(),
+            }
+            saved_state.write(path, content, state)
+
+        self.engine.save(write)
+
+    def _records_of_submissions(self) -> list[dict[str, Any]]:
+        """Of those that have requests in the engine. Whom nobody holds any more goes on all the same."""
+        unfinished = {request: number for number, request in enumerate(self.engine.scheduler.unfinished)}
+        members: dict[str, list[Request]] = {}
+        for request in unfinished:
+            members.setdefault(request.request_id, []).append(request)
+        with self._submissions_lock:
+            # Of another process's prompts some may have the numbers of prompts that have ended here.
+            held = {g.request_id: g for g in self._submissions if not unfinished.keys().isdisjoint(g.requests)}
+        found = []
+        for name, requests in members.items():
+            group = held.get(name) or Submission(name, None, requests[0].prompt_token_ids, requests)
+            # One that another thread is about to queue is not here yet.
+            requests = [request for request in group.requests if request.finished or request in unfinished]
+            group = dataclasses.replace(group, requests=requests)
+            found.append(records.of_submission(group, unfinished, time.monotonic()))
+        return found
+
+    def _remember(self, groups: Iterable[Submission]) -> None:
+        with self._submissions_lock:
+            self._submissions.update(groups)
+
+    def restore(self, path: str | pathlib.Path) -> list[Submission]:
+        """Goes on from what `save_state` has written, with its prefix cache and with its requests, to the token.
+
+        The requests are returned in the order in which they came, those of `generate` and of streams among them.
+        `step()` moves them on, and so does every other call. This LLM must have no requests (RuntimeError), and be of
+        the same model, settings and sizes of pools: what differs is named in a ValueError, before anything changes.
+        What it had cached itself is forgotten. Raises FileNotFoundError where nothing was saved.
+        """
+        self._check_open()
+        content = saved_state.read(path, self._identity())
+        requests = self.engine.restore(content["scheduler"], saved_state.loader(path))
+        self.frontend.go_on_from(content["num_requests"])
+        now = time.monotonic()
+        groups = [records.submission_of(record, requests, self.tokenizer, now) for record in content["submissions"]]
+        self._remember(groups)
+        return sorted(groups, key=lambda group: int(group.request_id))
+
+    def _identity(self) -> dict[str, dict[str, Any]]:
+        return saved_state.identity(
+            self.model, self.params, self.config, self.memory_plan, self.max_model_len, self.tokenizer is not None
+        )
+
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
         """Yields a completion as its tokens come. Leaving the loop early aborts the request.
 
@@ -305,6 +375,7 @@ class LLM:
 
     def _stream(self, group: Submission) -> Iterator[StreamOutput]:
         (request,) = group.requests
+        self._remember([group])
         shown_text, shown_tokens, finished = 0, 0, False
         self.engine.add(request)
         try:
@@ -340,10 +411,12 @@ class LLM:
         uptime in seconds; slots_used and blocks_used (by running requests) of slots_total and blocks_total;
         output_tokens_per_second over the last ten seconds; padding_waste, the share of all steps' places that held
         nothing; prefix_cache, a dictionary of its counters (gdnjax.serving.prefix_cache.CacheCounters), hit_rate,
-        cached_blocks and cached_states; speculation, a
-        dictionary of num_speculative_tokens, num_draft_tokens, num_accepted_draft_tokens, draft_acceptance_rate,
-        acceptance_per_position, mean_acceptance_length (tokens a request and decode step, drafting or not) and
-        forced_acceptance; seconds, the host's time by what it did (gdnjax.serving.metrics.Seconds);
+        cached_blocks and cached_states; host_cache, None without one, else a dictionary of its counters
+        (gdnjax.serving.host_tier.HostCounters), num_blocks, num_states, bytes_used and bytes_total, bytes being those
+        of one rank; speculation, a dictionary of num_speculative_tokens, num_draft_tokens, num_accepted_draft_tokens,
+        draft_acceptance_rate, acceptance_per_position, mean_acceptance_length (tokens a request and decode step,
+        drafting or not) and forced_acceptance; seconds, the host's time by what it did
+        (gdnjax.serving.metrics.Seconds);
         time_to_first_token and time_per_output_token, percentiles p50, p90 and p99 in seconds over the last 1024
         requests, empty before the first has ended.
         """
@@ -371,6 +444,7 @@ class LLM:
             raise RuntimeError("this LLM is closed")
 
     def _run(self, requests: list[Request], groups: list[Submission], use_tqdm: bool) -> list[RequestOutput]:
+        self._remember(groups)
         progress = Progress("generating", len(requests), "sequence", enabled=use_tqdm)
         try:
             mine, told = set(requests), 0

@@ -53,6 +53,7 @@ class Seconds:
     """Time of the host since the engine was built, by what it did.
 
     plan        the scheduler's decisions.
+    move        handing copies between device and host memory to the device, and waiting where too many are under way.
     pack        making numpy batches of them.
     dispatch    handing batches to the device.
     read        waiting for the device and copying what it emitted.
@@ -61,6 +62,7 @@ class Seconds:
     """
 
     plan: float = 0.0
+    move: float = 0.0
     pack: float = 0.0
     dispatch: float = 0.0
     read: float = 0.0

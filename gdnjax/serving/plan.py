@@ -70,8 +70,38 @@ class Mark:
 
 
 @dataclasses.dataclass(frozen=True)
+class Spill:
+    """Rows of the device's pools, blocks or a slot, go to the host as bundle `bundle`."""
+
+    bundle: int
+    is_state: bool
+    rows: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Restore:
+    """A bundle comes back: the row of the device for each of its entries, 0 for those that nobody wants."""
+
+    bundle: int
+    is_state: bool
+    rows: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moves:
+    """What a turn copies between device and host before anything else: bundles are dropped, then states sealed that may
+    be among those that leave, then rows spilled as they stand, then bundles restored.
+    """
+
+    dropped: tuple[int, ...] = ()
+    seals: tuple[Seal, ...] = ()
+    spills: tuple[Spill, ...] = ()
+    restores: tuple[Restore, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """One turn: seals in their order, then admissions, then a prefill step, then a decode step.
+    """One turn: moves, then seals in their order, then admissions, then a prefill step, then a decode step.
 
     Pieces and decoding rows may be empty, not both. What a step emits belongs to the requests named here, whoever owns
     their slots when it arrives.
@@ -80,6 +110,7 @@ class Plan:
     bounds      for each row of `decoding`: the most tokens that it may emit, 1 and the drafts that may be verified.
     marks       checkpoints that are among the seals, to be confirmed before what the decode step emits is committed.
     num_drafts  drafts that the decode step has room for in a row.
+    moves       between device and host; None: none.
     """
 
     admitted: list[Admission]
@@ -90,6 +121,7 @@ class Plan:
     seals: list[Seal]
     marks: list[Mark]
     num_drafts: int
+    moves: Moves | None = None
 
 
 def max_growth(num_drafts: int, block_size: int) -> int:

@@ -26,8 +26,10 @@ from gdnjax.step import StepOptions, build_steps
 def plan_memory(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> MemoryPlan:
     """Divides what is left of the memory of one rank. `params` are the parameters or their shapes.
 
-    Raises MemoryError as `memory.plan` does, which says, too, how much of a device is taken.
+    Raises MemoryError as `memory.plan` does, which says, too, how much of a device is taken, and ValueError for a
+    host_cache_gib that the host does not have.
     """
+    _check_host_memory(config)
     left, limit = bytes_left(mesh, params, expert_parallel=model.expert_parallel)
     workspace = 0
     # A CPU has no limit to stay under, only memory that happens to be free, so its workspace is not counted. Nor is it
@@ -50,6 +52,16 @@ def plan_memory(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: i
             f"{error}. Of a device's {limit:,} bytes {limit - left:,} are in use, by arrays or another LLM of this "
             "process; its close() gives them back"
         ) from None
+
+
+def _check_host_memory(config: EngineConfig) -> None:
+    """Raises ValueError for more of the host's memory than the host has."""
+    total = psutil.virtual_memory().total
+    if config.host_cache_gib * (1 << 30) > total:
+        raise ValueError(
+            f"host_cache_gib={config.host_cache_gib:g} exceeds the memory of this host; allowed: less than "
+            f"{total / (1 << 30):,.1f}"
+        )
 
 
 def bytes_left(mesh: Mesh, params: Any, *, expert_parallel: bool = False) -> tuple[int, int | None]:

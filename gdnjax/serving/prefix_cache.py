@@ -5,6 +5,9 @@ can go on from a position where both are there: a node that has a checkpoint, al
 the tree. The two are evicted apart. A node whose state is gone is a tombstone: its KV shows where sequences have been,
 so that the next one that comes by leaves a checkpoint there.
 
+Where there is a host tier, what is evicted goes there, and `look_on_host` and `bring_back` make it a part of the tree
+again, as if it had never left.
+
 Where the model has no state (`needs_state`), a sequence can go on from behind every whole block: nobody brings a
 checkpoint then, and blocks are read by the very step that writes them.
 """
@@ -14,9 +17,11 @@ import dataclasses
 import heapq
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from gdnjax.serving.allocator import Allocator
-from gdnjax.serving.radix_tree import Key, Node
+from gdnjax.serving.host_tier import Entry, HostTier
+from gdnjax.serving.radix_tree import NO_TOKENS, Digest, Key, Node, digest_after, digests_to
 from gdnjax.serving.request import Request
 
 NOTHING_CACHED = "nothing cached begins like it"
@@ -48,6 +53,27 @@ class Match:
     pending: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class HostMatch:
+    """What of a sequence is on the host and lets it go on deeper than the device's tree does.
+
+    position  tokens behind the place at which it can go on then.
+    keys, blocks   of whole blocks that follow those of the tree.
+    tail      tokens and entry of a block that is filled in part, behind the whole ones; None: there is none.
+    state     the state at `position`; None where none is needed.
+    """
+
+    position: int
+    keys: list[Key]
+    blocks: list[Entry]
+    tail: tuple[Key, Entry] | None
+    state: Entry | None
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks) + (self.tail is not None)
+
+
 @dataclasses.dataclass
 class CacheCounters:
     """What the cache has done since it was built. Tokens are of first admissions, not of resumed requests.
@@ -74,8 +100,8 @@ class CacheCounters:
 class PrefixCache:
     """Owns blocks and slots of the allocator's pools that no request holds, and gives them back when asked."""
 
-    def __init__(self, block_size: int, allocator: Allocator, needs_state: bool = True):
-        self.block_size, self.needs_state = block_size, needs_state
+    def __init__(self, block_size: int, allocator: Allocator, needs_state: bool = True, host: HostTier | None = None):
+        self.block_size, self.needs_state, self.host = block_size, needs_state, host
         self.counters = CacheCounters()
         self.turn = 0
         self.num_blocks = 0
@@ -117,6 +143,8 @@ class PrefixCache:
         self._end_turn()
 
     def _end_turn(self) -> None:
+        if self.host is not None:
+            self.host.begin_turn()
         for slot in list(self._busy):
             self.let_go(slot)
         self._slots.give(self._surplus)
@@ -287,6 +315,9 @@ class PrefixCache:
         )
         assert upper.parent is not None
         upper.parent.children[upper.keys[0]] = upper
+        if node.digests is not None:
+            upper.digests = node.digests[:count]
+            del node.digests[:count]
         del node.keys[:count], node.blocks[:count]
         node.parent = upper
         upper.children[node.keys[0]] = node
@@ -305,8 +336,12 @@ class PrefixCache:
             else:
                 self._slots.give([slot])
             return
-        node.slot, node.written = slot, self.turn
+        node.written = self.turn
         self.counters.kept_states += 1
+        self._own_state(node, slot)
+
+    def _own_state(self, node: Node, slot: int) -> None:
+        node.slot = slot
         if node.children:
             self._prove(slot, node)
         else:
@@ -318,6 +353,71 @@ class PrefixCache:
             return False
         self.keep_state(self._add(node, [key], [block]), slot)
         return True
+
+    # From the host.
+
+    def look_on_host(self, request: Request, limit: int, match: Match) -> HostMatch | None:
+        """The deepest place within the first `limit` tokens that the host's entries lead to, beside what of them the
+        tree has: `match`. None where that saves less than a block of tokens. Changes nothing.
+        """
+        host, size = self.host, self.block_size
+        if host is None or not (host.num_blocks or host.num_states):
+            return None
+        keys = request.block_keys(limit // size, size)
+        # Behind each block of the tree, and behind those of the host that follow.
+        path = _path_digests(match.node, match.depth)
+        first, blocks = len(path) - 1, []
+        while len(path) <= len(keys):
+            digest = digest_after(path[-1], keys[len(path) - 1])
+            entry = host.block(digest)
+            if entry is None:
+                break
+            path.append(digest)
+            blocks.append(entry)
+        if not self.needs_state:
+            behind = len(path) - 1
+            return HostMatch(behind * size, keys[first:behind], blocks, None, None) if blocks else None
+        for count in range(len(path) - 1, -1, -1):
+            start, fewest = count * size, match.position + size
+            if start + size <= fewest:
+                break
+            behind = max(first, count)
+            whole = (keys[first:behind], blocks[: behind - first])
+            rest = tuple(request.tokens(start, min(limit, start + size - 1)))
+            tail = host.longest_tail(path[count], rest)
+            if tail is not None and start + len(tail[0]) >= fewest:
+                key, digest = tail
+                block, state = host.block(digest), host.state(digest)
+                assert block is not None
+                return HostMatch(start + len(key), *whole, (key, block), state)
+            state = host.state(path[count])
+            if state is not None and start >= fewest:
+                return HostMatch(start, *whole, None, state)
+        return None
+
+    def bring_back(self, node: Node, found: HostMatch, slot: int) -> None:
+        """Makes a match of the host a part of the tree, behind the locked node in which the tree's part of it ends, and
+        its state that of `slot`. There has to be room for its blocks. The turn being planned copies them before any of
+        its steps reads them, and holds the state.
+        """
+        assert self.host is not None
+        self.make_room(found.num_blocks)
+        taken = self._blocks.take(found.num_blocks)
+        assert taken is not None, "what comes back from the host needs more blocks than there are"
+        end, _ = self.insert(node, found.keys, taken[: len(found.blocks)])
+        # The blocks nearest to the root are those that were of use last.
+        for entry, block in reversed([*zip(found.blocks, taken, strict=False)]):
+            self.host.bring_back(entry, block)
+        if found.state is not None:
+            if found.tail is not None:
+                key, entry = found.tail
+                at = self._add(self.node_at(end, found.position - len(key)), [key], taken[-1:])
+                self.host.bring_back(entry, taken[-1])
+            else:
+                at = self.node_at(end, found.position)
+            self._own_state(at, slot)
+            self.hold(slot)
+            self.host.bring_back(found.state, slot)
 
     # Giving back.
 
@@ -335,8 +435,10 @@ class PrefixCache:
         """Gives back up to `count` blocks from the end of a leaf, and the state that stood behind them."""
         if node.slot:
             self.counters.orphaned_states += 1
+            self._spill_state(node)
             self._give_slot(node)
         count = min(count, len(node.blocks))
+        self._spill_blocks(node, count)
         self._blocks.give(node.blocks[-count:])
         self.num_blocks -= count
         self.num_evictable_blocks -= count
@@ -345,8 +447,29 @@ class PrefixCache:
             self._remove(node)
             return
         del node.blocks[-count:], node.keys[-count:]
+        if node.digests is not None:
+            del node.digests[-count:]
         node.end -= count * self.block_size
         self._offer(node)
+
+    def _spill_blocks(self, node: Node, count: int) -> None:
+        """The last `count` blocks of a node go to the host, from their end."""
+        if self.host is None or not self._is_known(node):
+            return
+        digests, tail = digests_to(node), None
+        if node.end % self.block_size:
+            assert node.parent is not None
+            tail = ((digests_to(node.parent) or [NO_TOKENS])[-1], node.keys[0])
+        for index in range(len(node.blocks) - 1, len(node.blocks) - 1 - count, -1):
+            self.host.keep_block(digests[index], node.blocks[index], tail)
+
+    def _spill_state(self, node: Node) -> None:
+        if self.host is not None and self._is_known(node):
+            self.host.keep_state(digests_to(node)[-1], node.slot)
+
+    def _is_known(self, node: Node) -> bool:
+        """Whether what a node holds can still be found: not since a reset that running requests have outlived."""
+        return _root_of(node) is self.root
 
     def take_slot(self) -> int:
         """A free slot, or that of the state that is given up first; 0 where every one is needed."""
@@ -359,6 +482,7 @@ class PrefixCache:
         for slot, node in itertools.chain(self._untried.items(), self._proven.items()):
             if slot not in self._busy:
                 self.counters.evicted_states += 1
+                self._spill_state(node)
                 self._give_slot(node)
                 if node.end % self.block_size:
                     # A tail is of no use without its state.
@@ -397,6 +521,8 @@ class PrefixCache:
     def reset(self) -> None:
         """Forgets everything. What running requests share is found no more, and given back for want of room."""
         self._end_turn()
+        if self.host is not None:
+            self.host.reset()
         for node in [*self._untried.values(), *self._proven.values()]:
             self._give_slot(node)
         kept = {node for node in self._nodes if node.locks}
@@ -412,6 +538,57 @@ class PrefixCache:
                     del siblings[key]
         self._nodes, self._leaves, self.num_evictable_blocks = kept, [], 0
         self.root = self._new_root()
+
+    # Saving and restoring.
+
+    def record(self, held: Iterable[Node]) -> tuple[dict[str, Any], dict[Node, int]]:
+        """The tree as plain data for `restore`, between two turns, and the number of each of its nodes. `held` are
+        those in which requests hold their places. What is on the host is not among it.
+        """
+        self._end_turn()
+        # Who runs since before a reset holds his place in a tree that is found no more.
+        roots = dict.fromkeys([self.root, *map(_root_of, [*held, *self._nodes])])
+        numbers = {node: number for number, node in enumerate([*roots, *sorted(self._nodes, key=lambda n: n.end)])}
+        nodes = [
+            {
+                "parent": numbers[node.parent] if node.parent is not None else None,
+                "keys": node.keys,
+                "blocks": node.blocks,
+                "slot": node.slot,
+                "locks": node.locks,
+                "used": node.used,
+            }
+            for node in numbers
+        ]
+        states = {"untried": list(self._untried), "proven": list(self._proven)}
+        return {"nodes": nodes, "tick": next(self._ticks), **states}, numbers
+
+    def restore(self, record: dict[str, Any]) -> list[Node]:
+        """Makes a cache that holds nothing what another was. Returns the nodes by their numbers."""
+        nodes: list[Node] = []
+        for entry in record["nodes"]:
+            keys = [tuple(key) for key in entry["keys"]]
+            parent = None if entry["parent"] is None else nodes[entry["parent"]]
+            node = self._new_root() if parent is None else Node(parent, keys, list(entry["blocks"]), 0)
+            nodes.append(node)
+            if parent is None:
+                continue
+            length = sum(map(len, keys))
+            node.end = parent.end + length
+            node.slot, node.locks, node.used = entry["slot"], entry["locks"], entry["used"]
+            siblings = parent.children if length % self.block_size == 0 else parent.tails
+            siblings[keys[0]] = node
+            self._nodes.add(node)
+            self.num_blocks += len(node.blocks)
+            self.num_evictable_blocks += len(node.blocks) if node.locks == 0 else 0
+        self.root = nodes[0]
+        self._ticks = itertools.count(record["tick"])
+        owners = {node.slot: node for node in self._nodes if node.slot}
+        for name, states in (("untried", self._untried), ("proven", self._proven)):
+            states.update((slot, owners[slot]) for slot in record[name])
+        for node in self._nodes:
+            self._offer(node)
+        return nodes
 
     def check_integrity(self) -> tuple[list[int], list[int]]:
         """Returns the blocks and the slots that the cache owns. Raises AssertionError for a broken tree."""
@@ -439,6 +616,9 @@ class PrefixCache:
             assert node.locks >= locks[node], "a node that is locked less than those below it"
         assert evictable == self.num_evictable_blocks, f"{evictable} blocks may be evicted"
         assert all(node in self._nodes and node.slot == slot for slot, node in states.items())
+        assert all(node.digests is None or len(node.digests) == len(node.keys) for node in self._nodes)
+        if self.host is not None:
+            self.host.check_integrity()
         return [block for node in self._nodes for block in node.blocks], [*states, *self._surplus]
 
 
@@ -446,6 +626,21 @@ def _common(run: Sequence[Key], keys: Sequence[Key], start: int) -> int:
     """How many blocks of a run are those of `keys` from `start` on."""
     most = min(len(run), len(keys) - start)
     return next((count for count in range(most) if run[count] != keys[start + count]), most)
+
+
+def _root_of(node: Node) -> Node:
+    while node.parent is not None:
+        node = node.parent
+    return node
+
+
+def _path_digests(node: Node, depth: int) -> list[Digest]:
+    """Behind no block, and behind each from the root to the first `depth` of a node."""
+    runs: list[Iterable[Digest]] = [digests_to(node)[:depth]]
+    while node.parent is not None:
+        node = node.parent
+        runs.append(digests_to(node))
+    return [NO_TOKENS, *(digest for run in reversed(runs) for digest in run)]
 
 
 def _path_blocks(node: Node) -> list[int]:
@@ -457,4 +652,4 @@ def _path_blocks(node: Node) -> list[int]:
     return [block for run in reversed(runs) for block in run]
 
 
-__all__ = ["CacheCounters", "Match", "PrefixCache"]
+__all__ = ["CacheCounters", "HostMatch", "Match", "PrefixCache"]

@@ -9,26 +9,29 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from gdnjax import backend
 from gdnjax.batch import Emitted
 from gdnjax.config import EngineConfig
-from gdnjax.memory import MemoryPlan
+from gdnjax.memory import HostSizes, MemoryPlan
 from gdnjax.models import Model, engine_geometry
 from gdnjax.progress import Progress
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving import packing, planning
+from gdnjax.serving.host_store import HostStore
 from gdnjax.serving.metrics import Counters, Metrics
-from gdnjax.serving.plan import Admission, Growth, Piece, Plan, Seal, max_growth
+from gdnjax.serving.plan import Admission, Growth, Moves, Piece, Plan, Seal, max_growth
 from gdnjax.serving.request import Request
 from gdnjax.shapes import Params
 from gdnjax.state import ServeState, empty_state, shardings_of
 from gdnjax.step import StepOptions, Steps, build_steps
+from gdnjax.transfer import build_transfers
 
 log = logging.getLogger("gdnjax")
 
@@ -52,7 +55,13 @@ class Call:
 
 
 class Runner:
-    """One model and its pools. `metrics` counts what is dispatched and read; the engine puts its own there."""
+    """One model and its pools. `metrics` counts what is dispatched and read; the engine puts its own there.
+
+    `host_sizes` is the host tier that the scheduler is to plan for; None: there is none.
+    """
+
+    host_sizes: HostSizes | None = None
+    _host: HostStore | None = None
 
     def __init__(
         self,
@@ -79,6 +88,9 @@ class Runner:
         self._empty = jax.jit(empty, out_shardings=shardings)
         self.state: ServeState = self._empty()
         self.steps: Steps = build_steps(model, mesh, self._plain, params, self.state)
+        self.host_sizes = plan.host
+        if plan.host is not None:
+            self._host = HostStore(build_transfers(mesh, self.state, backend.host_memory(mesh.devices.flat[0])))
 
     @property
     def needs_state(self) -> bool:
@@ -96,11 +108,13 @@ class Runner:
     @property
     def num_compilations(self) -> int:
         """Times a step was traced and compiled. Constant after warm-up."""
-        return self.steps.num_traces()
+        return self.steps.num_traces() + (self._host.num_traces if self._host else 0)
 
     def dispatch(self, plan: Plan) -> InFlight:
         """Sends a plan to the device without waiting for anything."""
         self.counters.num_turns += 1
+        if plan.moves is not None:
+            self.move(plan.moves)
         self._seal(plan.seals)
         self._admit(plan.admitted)
         prefill = self._prefill(plan.pieces) if plan.pieces else None
@@ -118,8 +132,17 @@ class Runner:
     def start_over(self, unread: Iterable[InFlight]) -> None:
         """Empty pools in the place of whatever is left of the old ones; `unread` turns are given up."""
         self.give_up(unread)
+        self._forget_host()
         self._delete_state()
         self.state = self._empty()
+
+    def replace_state(self, load: Callable[[ServeState], ServeState]) -> None:
+        """Other pools in the place of these, and an empty host tier. `load` gets the old ones with their buffers freed,
+        for their shapes and places.
+        """
+        self._forget_host()
+        self._delete_state()
+        self.state = load(self.state)
 
     def give_up(self, turns: Iterable[InFlight]) -> None:
         """Waits for turns that nobody will read: what they need must not be taken from under them."""
@@ -131,8 +154,22 @@ class Runner:
 
     def close(self) -> None:
         """Frees the pools and parameters."""
+        self._forget_host()
         self._delete_state()
         self.params = {}
+
+    def _forget_host(self) -> None:
+        if self._host is not None:
+            self._host.clear()
+
+    def move(self, moves: Moves) -> None:
+        """What goes to the host and comes back. Waits for nothing, unless more is on its way than was planned for."""
+        assert self._host is not None
+        self._host.drop(moves.dropped)
+        self._seal(moves.seals)
+        with self.metrics.timed("move"):
+            self._host.spill(self.state, moves.spills)
+            self.state = self._host.restore(self.state, moves.restores)
 
     def _delete_state(self) -> None:
         for leaf in jax.tree.leaves(self.state):
@@ -313,6 +350,9 @@ class Runner:
                 result = self._run(call)
                 self.state = result if isinstance(result, ServeState) else result[0]
                 progress.update()
+            if self._host is not None:
+                progress.note("copies between device and host")
+                self.state = self._host.warm_up(self.state)
         finally:
             # Whoever interrupts does not wait for the compiler.
             compilers.shutdown(wait=False, cancel_futures=True)

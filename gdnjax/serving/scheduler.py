@@ -20,20 +20,24 @@ all the same: only who holds what it lacks, and only if what stands behind it ho
 """
 
 import bisect
+import copy
 import dataclasses
 import heapq
 import itertools
 import logging
 import time
+from typing import Any
 
 from gdnjax.config import CHUNK, EngineConfig
 from gdnjax.sampling_params import NO_TOKEN
-from gdnjax.serving import prefix_cache
+from gdnjax.serving import prefix_cache, records
 from gdnjax.serving.allocator import Allocator
+from gdnjax.serving.host_tier import HostTier
 from gdnjax.serving.plan import (
     Admission,
     Growth,
     Mark,
+    Moves,
     Piece,
     Plan,
     Seal,
@@ -43,6 +47,7 @@ from gdnjax.serving.plan import (
 )
 from gdnjax.serving.prefix_cache import Match, PrefixCache
 from gdnjax.serving.request import Request, Status
+from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.serving.waiting import WaitingQueue
 
 log = logging.getLogger("gdnjax")
@@ -81,11 +86,15 @@ class _Refusal:
 class Scheduler:
     """Holds every request that has not finished."""
 
-    def __init__(self, config: EngineConfig, allocator: Allocator, needs_state: bool = True):
-        """`needs_state`: a cached prefix can be gone on from only where the state behind it was kept."""
+    def __init__(
+        self, config: EngineConfig, allocator: Allocator, needs_state: bool = True, host: HostTier | None = None
+    ):
+        """`needs_state`: a cached prefix can be gone on from only where the state behind it was kept. `host`: where
+        what is evicted goes.
+        """
         self.config = config
         self.allocator = allocator
-        self.cache = PrefixCache(config.block_size, allocator, needs_state)
+        self.cache = PrefixCache(config.block_size, allocator, needs_state, host)
         # Whoever has not ended, whatever becomes of the queues: what `start_over` goes by.
         self.unfinished: dict[Request, None] = {}
         self.waiting = WaitingQueue()
@@ -159,13 +168,25 @@ class Scheduler:
         if num_drafts is None:
             num_drafts = self.config.num_speculative_tokens
         marks = self._marks_for(decoding)
+        bounds = self._bounds_of(decoding, num_drafts)
+        growth = _place_growth(decoding)
+        moves = self.take_moves()
         # A slot that was sealed and has been given up since may be the one that a mark writes: its last owner counts.
         seals = {seal.write_slot: seal for seal in self._seals}
         seals |= {mark.slot: Seal(mark.request.slot, mark.slot, mark.position) for mark in marks}
         self._seals.clear()
-        bounds = self._bounds_of(decoding, num_drafts)
-        growth = _place_growth(decoding)
-        return Plan(admitted, pieces, decoding, growth, bounds, list(seals.values()), marks, num_drafts)
+        return Plan(admitted, pieces, decoding, growth, bounds, list(seals.values()), marks, num_drafts, moves)
+
+    def take_moves(self) -> Moves | None:
+        """What has to be copied between device and host. The seals that wait come first: they may be of states that
+        leave, or of slots that have been given up since and are to be filled.
+        """
+        moves = self.cache.host.take_moves() if self.cache.host is not None else None
+        if moves is None or not self._seals:
+            return moves
+        moves = dataclasses.replace(moves, seals=tuple({seal.write_slot: seal for seal in self._seals}.values()))
+        self._seals.clear()
+        return moves
 
     def _abort_overdue(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -348,6 +369,7 @@ class Scheduler:
         if match.pending:
             # What it needs is being computed by this turn for somebody else: it starts from there in the next.
             return None
+        match = self._bring_back(request, match, room, pieces)
         if not self._has_room(request, match.position, request.num_tokens, room, pieces):
             return None
         reserved = self._reserve(request, match)
@@ -372,6 +394,33 @@ class Scheduler:
         copy_to = request.blocks[match.seen // self.config.block_size] if match.tail else 0
         return Admission(request, match.position, match.tail, copy_to)
 
+    def _bring_back(self, request: Request, match: Match, room: _Room, pieces: list[Piece]) -> Match:
+        """What of a request is cached once the host's part of it is back: as before where there is none, or where the
+        request could not be admitted with it.
+        """
+        found = self.cache.look_on_host(request, self._limit_of(request), match)
+        if found is None or not self._has_room(request, found.position, request.num_tokens, room, pieces):
+            return match
+        node, shared = self.cache.share(match)
+        # Whole blocks that come back are among those that the request needs; a tail is copied, and stays the cache's.
+        short = self._num_short(request, len(shared)) + (found.tail is not None)
+        slot = self._take_checkpoint_slot() if short <= 0 and found.state is not None else 0
+        if short <= 0 and (slot or found.state is None):
+            assert self.cache.host is not None
+            self.cache.bring_back(node, found, slot)
+            self.cache.host.counters.hits += 1
+            self.cache.host.counters.hit_tokens += found.position - match.position
+        self.cache.unlock(node)
+        # Sharing may have parted the node that the match speaks of.
+        return self._match(request)
+
+    def _num_short(self, request: Request, shared: int) -> int:
+        """Blocks that lack to admit a request whose first `shared` blocks are cached and locked; below 1: none."""
+        # Room for everybody who runs to grow by a block, or whoever comes in would be the next to be preempted.
+        headroom = 0 if self.config.batch_invariant else len(self.running)
+        needed = self._blocks_to_admit(request) - shared
+        return needed + headroom - self.allocator.blocks.num_free - self.cache.num_evictable_blocks
+
     def _reserve(self, request: Request, match: Match) -> bool:
         """Gives a request its slot and its blocks, those it shares among them; nothing, and nothing is evicted, where
         there are not enough.
@@ -379,9 +428,7 @@ class Scheduler:
         node, shared = self.cache.share(match)
         newly_held = self.cache.hold(match.slot)
         needed = self._blocks_to_admit(request) - len(shared)
-        # Room for everybody who runs to grow by a block, or whoever comes in would be the next to be preempted.
-        headroom = 0 if self.config.batch_invariant else len(self.running)
-        short = needed + headroom - self.allocator.blocks.num_free - self.cache.num_evictable_blocks
+        short = self._num_short(request, len(shared))
         slot = 0 if short > 0 else self._take_live_slot()
         if not slot:
             self.cache.unlock(node)
@@ -435,10 +482,7 @@ class Scheduler:
 
     def _match(self, request: Request) -> Match:
         """What of a request is cached. At least its last token is always computed: something has to be drawn from."""
-        limit = request.num_tokens - 1
-        if not self.config.enable_prefix_caching or request.wants_prompt_logprobs:
-            limit = 0
-        match = self.cache.match(request, limit)
+        match = self.cache.match(request, self._limit_of(request))
         if self.cache.needs_state or not match.position:
             return match
         # The head that drafts needs the hidden state of the last cached token, and nobody has kept it: it is fed again.
@@ -446,6 +490,12 @@ class Scheduler:
         # Where bits may not depend on the cache, chunks are those of a fresh start.
         grid = self.config.checkpoint_grid if self.config.batch_invariant else 1
         return dataclasses.replace(match, position=position // grid * grid)
+
+    def _limit_of(self, request: Request) -> int:
+        """How many of a request's first tokens may be cached ones."""
+        if not self.config.enable_prefix_caching or request.wants_prompt_logprobs:
+            return 0
+        return request.num_tokens - 1
 
     @property
     def _keeps_states(self) -> bool:
@@ -764,7 +814,8 @@ class Scheduler:
         """
         counters = self.cache.counters
         self.allocator = self.allocator.fresh()
-        self.cache = PrefixCache(self.config.block_size, self.allocator, self.cache.needs_state)
+        host = self.cache.host.fresh() if self.cache.host is not None else None
+        self.cache = PrefixCache(self.config.block_size, self.allocator, self.cache.needs_state, host)
         self.cache.counters = counters
         self._seals.clear()
         self.ended = [request for request in self.ended if request.finished]
@@ -787,6 +838,38 @@ class Scheduler:
         heapq.heapify(self._deadlines)
         for request, error in faults:
             self.fail(request, error)
+
+    # Saving and restoring.
+
+    def record(self, now: float) -> dict[str, Any]:
+        """Everybody who has not ended and everything that is cached, as plain data for `restore`. Nothing is in flight,
+        and the moves have been taken. `now` is the clock of deadlines.
+        """
+        cache, numbers = self.cache.record(request.node for request in self.running if request.node is not None)
+        return {
+            "cache": cache,
+            "free": {name: pool.record() for name, pool in self.allocator.pools.items()},
+            "requests": [records.of_request(request, numbers, now) for request in self.unfinished],
+            "seals": [dataclasses.astuple(seal) for seal in self._seals],
+            "arrivals": next(copy.copy(self._arrivals)),
+        }
+
+    def restore(self, record: dict[str, Any], tokenizer: Tokenizer | None, now: float) -> list[Request]:
+        """Makes a scheduler without requests what another was, with an empty host tier. Returns the requests."""
+        self.start_over()
+        for name, pool in self.allocator.pools.items():
+            pool.restore(record["free"][name])
+        nodes = self.cache.restore(record["cache"])
+        requests = [records.request_of(entry, nodes, tokenizer, now) for entry in record["requests"]]
+        self.unfinished = dict.fromkeys(requests)
+        self.running = sorted((r for r in requests if r.status is Status.RUNNING), key=_order)
+        self.waiting = WaitingQueue(r for r in requests if r.status is Status.WAITING)
+        self._num_kept_back = sum(len(r.marks) + (len(r.unpublished) if r.detached else 0) for r in self.running)
+        self._seals = [Seal(*seal) for seal in record["seals"]]
+        self._arrivals = itertools.count(record["arrivals"])
+        self._deadlines = [(r.deadline, r.order[1], r) for r in requests if r.deadline is not None]
+        heapq.heapify(self._deadlines)
+        return requests
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every slot, block and logit row is free or held once, by the right holder."""

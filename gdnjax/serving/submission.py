@@ -34,7 +34,7 @@ def urgencies(count: int, priority: int | Sequence[int], timeout: float | None) 
     return [Urgency(int(value), deadline) for value in priorities]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Submission:
     """The samples of one prompt on their way; `output()` is what they have come to so far.
 

@@ -103,6 +103,7 @@ class Sizes:
     pool_bytes     for states and KV blocks of one rank, null ones aside; None: what all rows and checkpoints can use.
     pool_requests  in place of pool_bytes: what a packed pool needs for so many of the longest conversations.
     checkpoints    slots for the prefix cache; None: two a row, of a quarter of the bytes at most.
+    host_gib       of the host's memory for the prefix cache, where there is one.
     """
 
     rows: int
@@ -111,6 +112,7 @@ class Sizes:
     pool_bytes: int | None = None
     pool_requests: int | None = None
     checkpoints: int | None = None
+    host_gib: float = 0
 
     @property
     def blocks_per_request(self) -> int:
@@ -270,6 +272,7 @@ def build(loaded: Loaded, arm: Arm, sizes: Sizes, options: dict[str, Any]) -> "t
         num_kv_blocks=chosen.blocks,
         num_checkpoint_slots=chosen.checkpoints,
         enable_prefix_caching=arm.prefix_cache,
+        host_cache_gib=sizes.host_gib if arm.prefix_cache else 0,
         batch_invariant=arm.invariant,
         decode_buckets=(sizes.rows,) if arm.invariant else decode_buckets(sizes.rows),
         # No request of a workload needs one.

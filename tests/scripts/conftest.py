@@ -18,7 +18,7 @@ def random_model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def restored_process(monkeypatch):
     """Scripts set environment variables and the level of the logger for a process that is theirs alone."""
-    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION",):
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     loggers = [logging.getLogger(name) for name in ("gdnjax", "gdnjax.progress")]

@@ -361,6 +361,19 @@ def test_memory_fraction_is_set_for_jax(monkeypatch, flags, already, expected):
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == expected
 
 
+@pytest.mark.parametrize(
+    ("gib", "already", "expected"), [(20, None, None), (80, None, "104"), (80, "90", "90"), (0, None, None)]
+)
+def test_memory_that_may_be_pinned_is_set_for_jax(monkeypatch, gib, already, expected):
+    name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+    if already is not None:
+        monkeypatch.setenv(name, already)
+    command.prepare_environment(host_cache_gib=_arguments("--host-cache-gib", str(gib)).host_cache_gib)
+    assert os.environ.get(name) == expected
+    with pytest.raises(ValueError, match="--host-cache-gib must be a number of GiB, 0 or more, got -1"):
+        command.prepare_environment(host_cache_gib=-1)
+
+
 def test_interrupt_ends_with_status_130(capsys, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt

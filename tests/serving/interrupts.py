@@ -14,19 +14,21 @@ import numpy as np
 
 from gdnjax import serving
 from gdnjax.batch import Emitted
+from gdnjax.memory import HostSizes
 from gdnjax.serving.engine import Engine
 from gdnjax.serving.metrics import Metrics
 from gdnjax.serving.runner import InFlight, Runner
 from tests.serving.paper import EOS, Paper, check_nothing_is_held, check_output, make_request, make_scheduler
 
-PARTS = ("engine", "scheduler", "prefix_cache", "radix_tree", "allocator", "request", "detokenizer")
+PARTS = ("engine", "scheduler", "prefix_cache", "host_tier", "radix_tree", "allocator", "request", "detokenizer")
 LINES_OF = {str(pathlib.Path(serving.__file__).parent / f"{part}.py") for part in PARTS}
 
 
 class PaperRunner(Runner):
-    """The paper device in the runner's place, with states that a hit needs."""
+    """The paper device in the runner's place, with states that a hit needs, and a host tier for a few blocks."""
 
     needs_state = True
+    host_sizes = HostSizes(capacity_bytes=20, block_bytes=1, state_bytes=3, staging_bytes=0)
 
     def __init__(self, config):
         self.config, self.metrics, self.compile_seconds = config, Metrics(), 0.0

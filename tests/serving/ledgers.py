@@ -50,7 +50,7 @@ GEOMETRIES = {
     "mixed, two ranks, 1 draft": EngineConfig(
         state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
         decode_buckets=(4,), block_size=16, num_kv_blocks=40, num_checkpoint_slots=5, tensor_parallel_size=2,
-        state_checkpoint_interval=32, num_speculative_tokens=1,
+        state_checkpoint_interval=32, num_speculative_tokens=1, host_cache_gib=1e-4,
     ),
     "mixed, no slots for checkpoints, 2 drafts": EngineConfig(
         state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
@@ -79,7 +79,7 @@ GEOMETRIES = {
     ),
     "pages alone, scarce blocks, 3 drafts": EngineConfig(
         max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,), decode_buckets=(4,), block_size=8,
-        num_kv_blocks=36, max_logit_rows=2, num_speculative_tokens=3,
+        num_kv_blocks=36, max_logit_rows=2, num_speculative_tokens=3, host_cache_gib=1e-4,
     ),
     "states alone, scarce slots": EngineConfig(
         state_layout="mixed", max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
@@ -104,10 +104,14 @@ GEOMETRIES = {
         num_kv_blocks=17, enable_prefix_caching=False,
     ),
 }  # fmt: skip
+HOST = "mixed, scarce slots and blocks, 3 drafts, a host tier"
+"""Room on the host for some 40 blocks, or 60 states: what is dropped there is among what happens."""
 (
     KV, KV_DRAFTS, VK, VK_DRAFTS, MIXED, MIXED_DRAFTS, TWO_RANKS, NO_SLOTS, LARGE_BLOCKS, NO_CACHE, INVARIANT, ALONE,
     PAGES, PAGES_DRAFTS, STATES_ALONE, RINGS, RINGS_DRAFTS, RINGS_ALONE, PAGES_ALONE,
 ) = GEOMETRIES  # fmt: skip
+
+GEOMETRIES[HOST] = dataclasses.replace(GEOMETRIES[MIXED_DRAFTS], host_cache_gib=2e-5)
 
 PATTERNS = {
     PAGES: "AA", PAGES_DRAFTS: "AA", PAGES_ALONE: "AA", STATES_ALONE: "DD", RINGS: "RAR", RINGS_DRAFTS: "DRA",
@@ -271,7 +275,8 @@ def check_nothing_is_held(llm: LLM) -> None:
 def check_cache(llm: LLM) -> int:
     """Every block and every state that the cache owns is, to the bit, what the oracle says of the tokens before it.
 
-    Of an idle engine. Keys of the head are among it, but for index 0, where it has none. Returns the states looked at.
+    Of an idle engine, in which nothing is on its way from the host. Keys of the head are among it, but for index 0,
+    where it has none. Returns the states looked at.
     """
     engine = llm.engine
     if engine.scheduler._seals:
@@ -394,6 +399,13 @@ class Watch:
         if right < sound or sound == allowed:
             return (step.drafts, step.count) == (allowed, 1 + right)
         return step.count > right
+
+    def went_on(self, requests: dict) -> None:
+        """Other requests in the places of some, with nothing in flight."""
+        assert not self._dispatched
+        for known in (self.steps, self._made):
+            for before in [request for request in known if request in requests]:
+                known[requests[before]] = known.pop(before)
 
     def check_counts(self, request) -> None:
         """What a request is told of its drafts."""

@@ -12,10 +12,12 @@ import functools
 import itertools
 
 from gdnjax.config import EngineConfig
+from gdnjax.memory import HostSizes
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.detokenizer import Detokenizer
-from gdnjax.serving.plan import Plan, Seal, max_chunks, max_growth
+from gdnjax.serving.host_tier import HostTier
+from gdnjax.serving.plan import Moves, Plan, Seal, max_chunks, max_growth
 from gdnjax.serving.radix_tree import Node
 from gdnjax.serving.request import Request, Status
 from gdnjax.serving.scheduler import Scheduler
@@ -49,12 +51,15 @@ LETTERS = Tokenizer(Letters())
 
 
 def make_scheduler(
-    *, seqs=3, tokens=128, blocks=40, rows=1, checkpoints=4, block_size=16, needs_state=True, **config
+    *, seqs=3, tokens=128, blocks=40, rows=1, checkpoints=4, block_size=16, needs_state=True, host=0, **config
 ) -> Scheduler:
-    """A scheduler over pools of these sizes, with the prefix cache on."""
+    """A scheduler over pools of these sizes, with the prefix cache on, and a host tier for so many blocks, of which a
+    state takes three.
+    """
     config = EngineConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, block_size=block_size, **config)
     slots = seqs + (checkpoints if needs_state else 0)
-    return Scheduler(config, Allocator(slots, blocks, rows, seqs), needs_state)
+    sizes = HostSizes(capacity_bytes=host, block_bytes=1, state_bytes=3 * needs_state, staging_bytes=0)
+    return Scheduler(config, Allocator(slots, blocks, rows, seqs), needs_state, HostTier(sizes) if host else None)
 
 
 def make_request(
@@ -163,23 +168,52 @@ class Paper:
         self.keys: dict[int, list[int]] = collections.defaultdict(lambda: [JUNK] * self.block_size)
         self.head_keys: dict[int, list[int]] = collections.defaultdict(lambda: [JUNK] * self.block_size)
         self.rows: dict[int, Row] = {}
+        # Bundles, each a list of states, or of (keys, head keys).
+        self.host: dict[int, list] = {}
         self.seen: collections.Counter[str] = collections.Counter()
 
     def execute(self, plan: Plan) -> tuple[list, list]:
         """(tokens, done) of every piece and of every decoding row."""
         assert self.needs_state or not (plan.seals or plan.marks), "there is no state to seal"
-        for seal in plan.seals:
+        if plan.moves is not None:
+            self.move(plan.moves)
+        self._seal(plan.seals)
+        self._admit(plan)
+        prefill = self._prefill(plan) if plan.pieces else []
+        assert len(plan.bounds) == len(plan.decoding)
+        decode = [self._decode(row, request, plan) for row, request in enumerate(plan.decoding)]
+        return prefill, decode
+
+    def move(self, moves: Moves) -> None:
+        """Bundles are dropped, states sealed, rows spilled, bundles restored."""
+        for bundle in moves.dropped:
+            del self.host[bundle]
+        self._seal(moves.seals)
+        for spill in moves.spills:
+            assert spill.bundle not in self.host
+            if spill.is_state:
+                (slot,) = spill.rows
+                assert not self.states[slot].pending, "what leaves is sealed"
+                self.host[spill.bundle] = [self.states[slot]]
+            else:
+                self.host[spill.bundle] = [(list(self.keys[b]), list(self.head_keys[b])) for b in spill.rows]
+            self.seen["spilled"] += len(spill.rows)
+        for restore in moves.restores:
+            for row, kept in zip(restore.rows, self.host[restore.bundle], strict=True):
+                if row and restore.is_state:
+                    self.states[row] = kept
+                elif row:
+                    self.keys[row], self.head_keys[row] = map(list, kept)
+                self.seen["restored"] += bool(row)
+
+    def _seal(self, seals) -> None:
+        for seal in seals:
             state, in_place = self.states[seal.read_slot], seal.read_slot == seal.write_slot
             written = seal_state(self.states, seal)
             assert written or not in_place, "no request ends with a state that cannot be sealed"
             self.seen["sealed at the end"] += in_place and bool(state.pending)
             self.seen["cut by a seal"] += in_place and seal.position < state.num_fed
             self.seen["marked within a run"] += not in_place and state.length < seal.position < state.num_fed
-        self._admit(plan)
-        prefill = self._prefill(plan) if plan.pieces else []
-        assert len(plan.bounds) == len(plan.decoding)
-        decode = [self._decode(row, request, plan) for row, request in enumerate(plan.decoding)]
-        return prefill, decode
 
     def _admit(self, plan: Plan) -> None:
         for pool in (self.keys, self.head_keys):
@@ -304,7 +338,7 @@ class Paper:
 
     def check_cache(self, root: Node, queued: list[Seal]) -> None:
         """The cache holds nothing but the truth: every block and every state is that of the tokens before it, once the
-        `queued` seals are executed, which comes before anything can read them.
+        `queued` seals are executed, which comes before anything can read them. Nothing is on its way from the host.
         """
         states = dict(self.states)
         for seal in queued:
@@ -399,6 +433,11 @@ class Loop:
         self.scheduler.check_integrity()
         for request in self.scheduler.running:
             self.device.check_request(request)
+        host = self.scheduler.cache.host
+        if host is not None:
+            assert host._bundles.keys() | set(host._dropped) == self.device.host.keys()
+            if host._returning:
+                return
         self.device.check_cache(self.scheduler.cache.root, self.scheduler._seals)
 
 

@@ -9,6 +9,7 @@ prefix cache owns.
 import collections
 import dataclasses
 import functools
+import tempfile
 
 import hypothesis.strategies as st
 import pytest
@@ -19,6 +20,7 @@ from gdnjax.serving.request import Status
 from tests.serving.ledgers import (
     ALONE,
     DRAWN,
+    HOST,
     INVARIANT,
     KV,
     KV_DRAFTS,
@@ -128,6 +130,8 @@ class LedgerMachine(stateful.RuleBasedStateMachine):
         self.preempted_before = self.scheduler.num_preemptions
         self.drills = 0
         self.before = dataclasses.replace(self.llm.engine.scheduler.cache.counters)
+        host = self.llm.engine.scheduler.cache.host
+        self.host_before = dataclasses.asdict(host.counters) if host else {}
         self.watch = Watch(self.llm)
         self.watch.__enter__()
         self.read_before = None
@@ -297,6 +301,8 @@ class LedgerMachine(stateful.RuleBasedStateMachine):
         counters = self.scheduler.cache.counters
         for name in ("evicted_states", "evicted_blocks", "orphaned_states", "lost_tokens"):
             SEEN[name] += getattr(counters, name) - getattr(self.before, name)
+        for name, before in self.host_before.items():
+            SEEN[f"host: {name}"] += getattr(self.scheduler.cache.host.counters, name) - before
         SEEN["preempted for want of room"] += self.scheduler.num_preemptions - self.preempted_before - self.drills
         SEEN["checkpoint inside a fold"] += self.watch.num_inside
         if self.llm.config.enable_prefix_caching:
@@ -318,6 +324,33 @@ class LedgerMachine(stateful.RuleBasedStateMachine):
             check_nothing_is_held(self.llm)
 
 
+class KilledMachine(LedgerMachine):
+    """The process may end at any moment at which it has just saved its state, and another one goes on."""
+
+    @stateful.rule(turns=st.integers(1, 12))
+    def kill(self, turns):
+        for _ in range(turns):
+            self.step()
+        engine, running = self.llm.engine, len(self.scheduler.running)
+        with tempfile.TemporaryDirectory() as directory:
+            self.llm.save_state(f"{directory}/state")
+            saved = list(self.scheduler.unfinished)
+            engine.abort(*saved)
+            engine.step()
+            engine.runner.start_over([])
+            self.scheduler.start_over()
+            groups = self.llm.restore(f"{directory}/state")
+        self.scheduler.check_integrity()
+        back = {(request.request_id, request.index): request for group in groups for request in group.requests}
+        went_on = {request: back[request.request_id, request.index] for request in saved}
+        self.asked = [(wanted, [went_on.get(r, r) for r in group]) for wanted, group in self.asked]
+        self.watch.went_on(went_on)
+        self.sealed = {slot: went_on.get(request, request) for slot, request in self.sealed.items()}
+        SEEN["killed while somebody ran"] += running > 0
+        SEEN["killed with pending rows"] += any(r.num_folded < r.num_settled for r in self.scheduler.running)
+        self.turns_allowed += 4
+
+
 def fresh_if_failed(llm: LLM) -> None:
     """Ends what a failed example has left, so that shrinking starts from an idle engine."""
     if llm.engine.has_work:
@@ -330,7 +363,7 @@ MOST_ROUNDS = 4
 """Rounds of examples in which everything must have happened."""
 
 
-def interleave(name: str, examples: int, *, draws: bool = True, sees: tuple[str, ...]) -> None:
+def interleave(name: str, examples: int, *, draws: bool = True, kills: bool = False, sees: tuple[str, ...]) -> None:
     """Random interleavings on one engine; `sees` is what must have happened in them.
 
     What happens by chance may not: hypothesis draws otherwise where other modules are loaded. Then they go on, by
@@ -344,7 +377,8 @@ def interleave(name: str, examples: int, *, draws: bool = True, sees: tuple[str,
     )  # fmt: skip
     missing: list[str] = []
     for number in range(MOST_ROUNDS):
-        machine = type("Machine", (LedgerMachine,), {"geometry": name, "draws": draws})
+        kind = KilledMachine if kills else LedgerMachine
+        machine = type("Machine", (kind,), {"geometry": name, "draws": draws})
         stateful.run_state_machine_as_test(seed(number)(machine), settings=how)
         print(number, dict(SEEN))
         check_nothing_is_held(llm)
@@ -409,8 +443,18 @@ def test_random_interleavings_in_a_mixed_pool_with_drafts_equal_solo_runs():
 
 
 @unchecked
+def test_random_interleavings_with_a_host_tier_and_kills_equal_solo_runs():
+    """Small as the device's pools are, and smaller; and whoever is killed goes on from what he has saved."""
+    rest = ("host: states_in", "host: blocks_in", "host: dropped_blocks", "host: dropped_states", "fork of a tail")
+    rest += ("killed while somebody ran", "killed with pending rows")
+    interleave(HOST, 12, draws=False, kills=True, sees=CACHED + SCARCE + DRAFTS + STATES + rest)
+
+
+@unchecked
 def test_random_interleavings_on_two_ranks_equal_solo_runs():
-    interleave(TWO_RANKS, 20, draws=False, sees=("hit", "resumed", "drafts accepted", "drafts rejected"))
+    """With a host tier for whatever they evict."""
+    sees = ("hit", "resumed", "drafts accepted", "drafts rejected", "host: states_out", "host: states_in")
+    interleave(TWO_RANKS, 20, draws=False, sees=sees)
 
 
 @unchecked
@@ -445,7 +489,7 @@ def test_random_interleavings_without_a_state_equal_solo_runs():
 
 @unchecked
 def test_random_interleavings_without_a_state_with_drafts_equal_solo_runs():
-    interleave(PAGES_DRAFTS, 25, sees=PAGED + DRAFTS)
+    interleave(PAGES_DRAFTS, 25, sees=(*PAGED, *DRAFTS, "host: blocks_in"))
     assert not any(SEEN[event] for event in KEPT)
 
 

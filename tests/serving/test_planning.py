@@ -97,6 +97,13 @@ def test_want_of_memory_says_what_is_in_use(memory_of):
     assert "in use" not in str(error.value)
 
 
+def test_more_of_the_host_than_there_is_is_refused(memory_of):
+    mesh = make_mesh(1)
+    memory_of(mesh, {"bytes_limit": GIB, "bytes_in_use": 0})
+    with pytest.raises(ValueError, match=r"host_cache_gib=1e\+06 exceeds the memory of this host; allowed: less than"):
+        planned(mesh, config=dataclasses.replace(CONFIG, host_cache_gib=1e6))
+
+
 @pytest.mark.parametrize("expert_parallel", [False, True])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_weights_of_a_rank_are_what_it_holds(tp, expert_parallel):
