@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = choose_sizes(arguments)
     config = read_config(arguments)
     names = sections.choose(arguments.sections, experts=MlpKind.MOE in config.mlp_kinds)
-    engines = choose_engines(arguments, sizes, names)
+    engines = choose_engines(arguments, config, sizes, names)
     longest = max(engine.max_model_len or 0 for engine in engines.values())
     if longest > config.max_position_embeddings:
         raise ValueError(
@@ -167,8 +167,12 @@ def read_config(arguments: argparse.Namespace) -> Any:
     return config.with_expert_parallel() if arguments.enable_expert_parallel else config
 
 
-def choose_engines(arguments: argparse.Namespace, sizes: Any, names: list[str]) -> dict[int, Any]:
-    """The engines' settings by their drafts. Raises ValueError for settings that cannot be."""
+def choose_engines(arguments: argparse.Namespace, config: Any, sizes: Any, names: list[str]) -> dict[int, Any]:
+    """The engines' settings by their drafts, their blocks no more than kernels can number. Raises ValueError for
+    settings that cannot be.
+    """
+    from gdnjax.memory import StateGeometry, numbered_blocks
+
     own = {"kernels": arguments.kernels, "kv_cache_dtype": arguments.kv_cache_dtype, **devices(arguments)}
     if arguments.quantize_activations:
         if arguments.quantization != "fp8_per_channel":
@@ -182,7 +186,21 @@ def choose_engines(arguments: argparse.Namespace, sizes: Any, names: list[str]) 
         if drafts < 1:
             raise ValueError(f"--num-speculative-tokens must be at least 1, got {drafts}")
         engines[drafts] = sizes.engine(drafts, arguments.acceptance_length)
-    return {drafts: dataclasses.replace(engine, **own) for drafts, engine in engines.items()}
+
+    def whole(engine: Any) -> Any:
+        engine = dataclasses.replace(engine, **own)
+        geometry = StateGeometry.of(
+            config,
+            tp=engine.tensor_parallel_size,
+            block_size=engine.block_size,
+            dtype=config.dtype,
+            ssm_dtype=engine.ssm_dtype,
+            kv_cache_dtype=engine.kv_cache_dtype,
+            speculation=engine,
+        )
+        return dataclasses.replace(engine, num_kv_blocks=numbered_blocks(geometry.cache, engine.num_kv_blocks))
+
+    return {drafts: whole(engine) for drafts, engine in engines.items()}
 
 
 def measure(

@@ -418,7 +418,7 @@ def plan(
     if geometry.block_bytes and blocks > least + left // geometry.block_bytes:
         blocks = max(least, _coarse(least + left // geometry.block_bytes))
     if engine.num_kv_blocks is None:
-        blocks = max(least, min([blocks, *_most_numbered(geometry.cache, blocks)]))
+        blocks = max(least, numbered_blocks(geometry.cache, blocks))
     _check_paged_pools(geometry.cache, blocks)
     return MemoryPlan.of_counts(
         geometry,
@@ -448,13 +448,10 @@ def _below_unnumbered(of_block: int) -> int:
     return (UNNUMBERED.start - 1) // of_block - 1
 
 
-def _most_numbered(cache: CacheSpec, num_blocks: int) -> list[int]:
-    """Of each pool that kernels could not number with so many blocks, how many they can."""
-    return [
-        _below_unnumbered(of_block)
-        for _, of_block in _one_byte_pools(cache)
-        if (num_blocks + 1) * of_block in UNNUMBERED
-    ]
+def numbered_blocks(cache: CacheSpec, num_blocks: int) -> int:
+    """So many blocks, or fewer where 8-bit pools of them are of a size in UNNUMBERED."""
+    pools = [of_block for _, of_block in _one_byte_pools(cache) if (num_blocks + 1) * of_block in UNNUMBERED]
+    return min([num_blocks, *map(_below_unnumbered, pools)])
 
 
 def _check_paged_pools(cache: CacheSpec, num_blocks: int) -> None:

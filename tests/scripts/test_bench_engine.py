@@ -169,7 +169,7 @@ def test_flags_of_devices_reach_the_engines(tmp_path):
     arguments = script.build_parser().parse_args(flags)
     config = script.read_config(arguments)
     assert config.expert_parallel
-    for engine in script.choose_engines(arguments, Sizes(), ["speculation"]).values():
+    for engine in script.choose_engines(arguments, script.read_config(arguments), Sizes(), ["speculation"]).values():
         assert (engine.tensor_parallel_size, engine.enable_expert_parallel) == (4, True)
 
 
@@ -223,3 +223,14 @@ def test_record_replaces_its_file_in_one_go(tmp_path):
     assert content["device"] == "one"
     assert content["load_seconds"] == 2.0
     assert content["sections"] == {"decode": {"1": {"seconds": 1.0}}}
+
+
+def test_8_bit_pools_have_blocks_that_kernels_can_number():
+    """128 requests of 9B would take 2.2e9 numbers of keys: more blocks, but fewer than these, are refused."""
+    arguments = script.build_parser().parse_args(["--kv-cache-dtype", "fp8"])
+    config = script.read_config(arguments)
+    (engine,) = script.choose_engines(arguments, config, Sizes(), ["decode"]).values()
+    assert engine.num_kv_blocks == 16382 < Sizes().engine(0, None).num_kv_blocks
+    arguments = script.build_parser().parse_args([])
+    (engine,) = script.choose_engines(arguments, config, Sizes(), ["decode"]).values()
+    assert engine.num_kv_blocks == Sizes().engine(0, None).num_kv_blocks
