@@ -46,6 +46,9 @@ MEETING = "gdnjax/meeting"
 OVER = "gdnjax/over"
 """A key with what has become of process 0, for those who wait to be met: "" where it has ended well."""
 
+ENGINE = "gdnjax/engine"
+"""A key that is there while process 0 has an engine."""
+
 MEETING_S = 300
 """Seconds that process 0 waits for the others."""
 
@@ -141,7 +144,7 @@ class Followers:
     def __init__(self, peers: Peers):
         self._peers, self._writer = peers, Writer()
         # A program that ends without closing its engine has not failed.
-        weakref.finalize(self, peers.close)
+        self._goodbye = weakref.finalize(self, _end, peers)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gdnjax-dispatch")
 
     def compare(self, facts: Mapping[str, Any]) -> None:
@@ -200,11 +203,12 @@ class Followers:
     def fail(self, error: BaseException) -> None:
         """Ends the others with the reason why this process cannot go on."""
         self._peers.close(Kind.FAILED, _describe(error).encode())
+        self._goodbye()
 
     def close(self) -> None:
         """Has the others end, and waits for it a little."""
         self._thread.shutdown(wait=self._peers.error is None)
-        self._peers.close()
+        self._goodbye()
 
     def _in_order(self, work: Callable[[], T]) -> T:
         def checked() -> T:
@@ -304,7 +308,8 @@ def lead(config: EngineConfig, max_model_len: int | None = None) -> Followers | 
     """Meets the other processes, for an engine of this config; None where there are none. A model in memory has a
     context of `max_model_len`.
 
-    Raises RuntimeError in another process than process 0, and where others do not come or are of another version.
+    Raises RuntimeError in another process than process 0, where there is an engine already, and where others do not
+    come or are of another version.
     """
     if alone():
         return None
@@ -313,11 +318,22 @@ def lead(config: EngineConfig, max_model_len: int | None = None) -> Followers | 
             f"this is process {jax.process_index()} of {jax.process_count()}, and process 0 has the engine; allowed "
             "here: gdnjax.follow(model), which takes part in it until it is closed"
         )
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _store().key_value_try_get(ENGINE)
+        raise RuntimeError("several processes have one engine at a time; close() this one before another is made")
     peers = Peers(_meet())
+    _store().key_value_set(ENGINE, "")
     # Who follows asks for the next engine when this one is closed.
     atexit.register(_say_over, "")
     _tell(peers, {"config": dataclasses.asdict(config), "max_model_len": max_model_len})
     return Followers(peers)
+
+
+def _end(peers: Peers) -> None:
+    peers.close()
+    # Of a program that has lost its runtime, nothing more will come.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _store().key_value_delete(ENGINE)
 
 
 def find_leader() -> Leader | None:
