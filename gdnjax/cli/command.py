@@ -78,8 +78,11 @@ def exit_status(
             raise
         if verbose:
             traceback.print_exc()
+        if isinstance(error, ProcessLostError):
+            # It has been logged.
+            return LOST
         print(f"{script}: error: {in_one_line(error)}", file=sys.stderr)
-        return LOST if isinstance(error, ProcessLostError) else 2
+        return 2
 
 
 def _told(number: signal.Signals) -> int:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gdnjax.cli.command import (
-    add_device_flags,
     add_host_cache_flag,
     PROCESSES_HELP,
+    add_device_flags,
     add_process_flags,
     add_speculation_flags,
     check_writable,

@@ -8,6 +8,7 @@ by itself, and then the process is ended.
 
 import contextlib
 import enum
+import logging
 import os
 import queue
 import selectors
@@ -20,6 +21,8 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from gdnjax.distributed import LOST, ProcessLostError
+
+log = logging.getLogger("gdnjax")
 
 BEAT_S = 2.0
 """Seconds between two signs of life."""
@@ -129,7 +132,6 @@ class Peers:
         }
         self._lost = threading.Event()
         self._closed = False
-        self._raised = False
         self._thread = threading.Thread(target=self._watch, name="gdnjax-processes", daemon=True)
         self._thread.start()
 
@@ -156,7 +158,6 @@ class Peers:
     def check(self, patience_s: float = 0.0) -> None:
         """Raises ProcessLostError where a process is lost, or is found to be within so many seconds."""
         if self._lost.wait(patience_s) if patience_s else self._lost.is_set():
-            self._raised = True
             assert self.error is not None
             raise self.error
 
@@ -194,7 +195,7 @@ class Peers:
         selector.close()
         if self.error is not None:
             time.sleep(GRACE_S)
-            end_process("" if self._raised else f"gdnjax: error: {self.error}\n")
+            end_process()
 
     def _look_after(self, connections: list[Connection], now: float, beats: bool) -> None:
         """Signs of life, to these and of these."""
@@ -232,7 +233,7 @@ class Peers:
     def _lose(self, said: str, connection: Connection) -> None:
         if self.error is not None or self._closed:
             return
-        self.error = ProcessLostError(said)
+        self.error = lost(said)
         self._lost.set()
         for inbox in self._inbox.values():
             inbox.put(None)
@@ -241,10 +242,16 @@ class Peers:
                 other.send_last(Kind.LOST, said.encode())
 
 
-def end_process(words: str) -> NoReturn:
-    """Says so, and ends the process without waiting for any of its threads."""
+def lost(said: str) -> ProcessLostError:
+    """The error, which is logged at once: the runtime may end this process before anybody raises it."""
+    log.error("%s", said)
+    return ProcessLostError(said)
+
+
+def end_process() -> NoReturn:
+    """Ends the process without waiting for any of its threads."""
     try:
-        os.write(2, words.encode())
         sys.stdout.flush()
+        sys.stderr.flush()
     finally:
         os._exit(LOST)

@@ -32,7 +32,7 @@ import numpy as np
 from gdnjax import batch as batches
 from gdnjax.config import EngineConfig
 from gdnjax.distributed import ProcessLostError
-from gdnjax.serving.channel import Connection, Kind, Peers
+from gdnjax.serving.channel import Connection, Kind, Peers, lost
 from gdnjax.step import StepOptions
 from gdnjax.version import __version__
 
@@ -227,8 +227,8 @@ class Followers:
         """Raises ProcessLostError where another process is behind an error; else there is no going on with them."""
         try:
             self._peers.check(DEVICE_ERROR_S)
-        except ProcessLostError as lost:
-            raise lost from error
+        except ProcessLostError as gone:
+            raise gone from error
         self.fail(error)
 
 
@@ -442,13 +442,13 @@ def _wait_for_meeting() -> dict[str, Any] | None:
             return json.loads(store.blocking_key_value_get(MEETING, 500))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise ProcessLostError(f"process 0 is gone: {error}") from error
+                raise lost(f"process 0 is gone: {error}") from error
         try:
             why = store.key_value_try_get(OVER)
         except jax.errors.JaxRuntimeError:
             continue
         if why:
-            raise ProcessLostError(f"process 0 failed: {why}")
+            raise lost(f"process 0 failed: {why}")
         return None
 
 
