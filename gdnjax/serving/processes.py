@@ -173,7 +173,7 @@ class Followers:
         return self._in_order(both)
 
     def compile(self, calls: Sequence[Call]) -> None:
-        """Has the others compile steps, as this process is about to."""
+        """Has the others compile steps, as this process is about to. They say when they are ready."""
 
         def send() -> None:
             messages = [self._writer.message(call, self._peers.send) for call in calls]
@@ -269,6 +269,7 @@ class Leader:
                     runner.follow(self._reader.call(content))
                 case Kind.COMPILE:
                     runner.compile(self._calls(content))
+                    self.ready()
                 case Kind.START_OVER:
                     runner.start_over(())
                 case Kind.END:

@@ -376,6 +376,11 @@ class Runner:
             for name, call in calls.items():
                 progress.note(f"tracing {name}")
                 compiled[name] = compilers.submit(self._lower(call).compile)
+            if self._followers is not None:
+                # Whoever runs a step waits for the others, and sums over devices wait for half a minute at most.
+                progress.note("all, in all processes")
+                concurrent.futures.wait(compiled.values())
+                self._followers.ready()
             for name, call in calls.items():
                 progress.note(name)
                 while not concurrent.futures.wait([compiled[name]], timeout=1.0).done:

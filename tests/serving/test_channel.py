@@ -1,7 +1,9 @@
 """Connections between processes: messages come whole and in order, and whoever is gone is missed and named."""
 
 import socket
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,12 +13,16 @@ from gdnjax.serving.channel import Connection, Kind, Peers
 
 
 @pytest.fixture
-def ended(monkeypatch) -> list[float]:
-    """When this process would have been ended."""
+def ended(monkeypatch) -> Iterator[list[float]]:
+    """When this process would have been ended. What watches in a test is through when this is."""
     times: list[float] = []
     monkeypatch.setattr(channel, "end_process", lambda: times.append(time.monotonic()))
     monkeypatch.setattr(channel, "GRACE_S", 0.2)
-    return times
+    yield times
+    for thread in threading.enumerate():
+        if thread.name == "gdnjax-processes":
+            thread.join(timeout=10)
+            assert not thread.is_alive()
 
 
 @pytest.fixture
