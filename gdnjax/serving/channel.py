@@ -136,7 +136,9 @@ class Peers:
         self._thread.start()
 
     def send(self, kind: Kind, content: bytes = b"") -> None:
-        """Sends to all. Raises ProcessLostError where one of them is lost."""
+        """Sends to all. Raises ProcessLostError where one of them is lost, RuntimeError after `close`."""
+        if self._closed:
+            raise RuntimeError("the other processes of this program have been ended, and nothing runs without them")
         for connection in self.connections.values():
             try:
                 self.check()

@@ -379,9 +379,9 @@ def leading() -> Iterator[None]:
 
 def _say_over(why: str) -> None:
     if _store() is not None:
-        # At the end of a program another process may be gone, and this one is told of it elsewhere.
+        # It may have been said, and why; and at the end of a program another process may be gone.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _store().key_value_set(OVER, why, allow_overwrite=True)
+            _store().key_value_set(OVER, why)
 
 
 def _meet() -> dict[int, Connection]:

@@ -64,6 +64,8 @@ def test_messages_come_whole_and_in_order(far, ended):
         other.send_last(Kind.END, b"")
     peers.close()
     assert [everything(other) for other in others] == [[*sent, (Kind.END, b"")]] * 2
+    with pytest.raises(RuntimeError, match="have been ended"):
+        peers.send(Kind.STEP)
     assert not ended
 
 
