@@ -127,9 +127,7 @@ def _batches(text: str) -> tuple[int, ...]:
 def run(arguments: argparse.Namespace) -> int:
     """Everything between the arguments and the exit status."""
     prepare_environment(arguments.memory_fraction)
-    return over_processes(
-        arguments, lambda: run_here(arguments), lambda: run_here(arguments, leads=False), lambda: None
-    )
+    return over_processes(arguments, lambda: run_here(arguments), lambda: run_here(arguments, leads=False))
 
 
 def run_here(arguments: argparse.Namespace, *, leads: bool = True) -> int:

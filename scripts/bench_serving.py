@@ -248,7 +248,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Everything between the arguments and the exit status."""
     check_arguments(arguments)
     prepare_environment(arguments.memory_fraction, host_cache_gib=arguments.host_cache_gib, verbose=arguments.verbose)
-    return over_processes(arguments, lambda: run_here(arguments), lambda: follow(arguments), lambda: None)
+    return over_processes(arguments, lambda: run_here(arguments), lambda: follow(arguments))
 
 
 def follow(arguments: argparse.Namespace) -> None:

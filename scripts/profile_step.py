@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments) -> int:
     check_writable("--output", arguments.output)
     prepare_environment(arguments.memory_fraction)
-    return over_processes(arguments, lambda: profile(arguments), lambda: profile(arguments, leads=False), lambda: None)
+    return over_processes(arguments, lambda: profile(arguments), lambda: profile(arguments, leads=False))
 
 
 def profile(arguments, *, leads: bool = True) -> int:

@@ -281,13 +281,11 @@ def add_process_flags(add: Callable[..., Any]) -> None:
     add("--process-id", type=int, metavar="I", help="which of them this is, from 0 (default: the launcher's)")
 
 
-def over_processes(
-    arguments: argparse.Namespace, run: Callable[[], int], follow: Callable[[], object], prepare: Callable[[], None]
-) -> int:
+def over_processes(arguments: argparse.Namespace, run: Callable[[], int], follow: Callable[[], object]) -> int:
     """`run` where this process is the only one, or process 0 of several, and its status. In the others `follow`, and 0.
 
-    With several processes `prepare`, which settles the environment, comes first, and then they join. Raises ValueError
-    for flags that say which process this is, without --distributed, and for values that are none.
+    The environment is prepared. Raises ValueError for flags that say which process this is, without --distributed, and
+    for values that are none.
     """
     named = {name: getattr(arguments, name) for name in ("coordinator_address", "num_processes", "process_id")}
     if not arguments.distributed:
@@ -299,7 +297,6 @@ def over_processes(
             if not value.isdigit():
                 raise ValueError(f"the environment has JAX_{name.upper()}={value!r}; allowed: a number")
             named[name] = int(value)
-    prepare()
     from gdnjax import distributed
 
     process = distributed.initialize(**named)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gdnjax.cli.command import (
-    add_host_cache_flag,
     PROCESSES_HELP,
     add_device_flags,
+    add_host_cache_flag,
     add_process_flags,
     add_speculation_flags,
     check_writable,
@@ -270,12 +270,8 @@ def run(arguments: argparse.Namespace) -> int:
         # Which engine it is, process 0 has found out from its prompts.
         following.follow(directory)
 
-    return over_processes(
-        arguments,
-        lambda: complete_all(arguments, directory),
-        follow,
-        lambda: prepare_environment(arguments.memory_fraction, verbose=arguments.verbose),
-    )
+    prepare_environment(arguments.memory_fraction, host_cache_gib=arguments.host_cache_gib, verbose=arguments.verbose)
+    return over_processes(arguments, lambda: complete_all(arguments, directory), follow)
 
 
 def complete_all(arguments: argparse.Namespace, directory: pathlib.Path) -> int:
@@ -293,7 +289,6 @@ def complete_all(arguments: argparse.Namespace, directory: pathlib.Path) -> int:
     prompts = read_prompts(arguments)
     speculation(arguments)
     clock = Start()
-    prepare_environment(arguments.memory_fraction, host_cache_gib=arguments.host_cache_gib, verbose=arguments.verbose)
     llm, prompts = start(arguments, directory, prompts, clock)
     with llm:
         params = llm.default_sampling_params(**given)

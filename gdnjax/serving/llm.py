@@ -22,7 +22,7 @@ from gdnjax.serving.engine import Engine
 from gdnjax.serving.frontend import Frontend, Prompt, as_list
 from gdnjax.serving.opening import Opened, check_model, open_checkpoint, open_model
 from gdnjax.serving.outputs import RequestOutput
-from gdnjax.serving.processes import lead, telling
+from gdnjax.serving.processes import alone, lead, telling
 from gdnjax.serving.request import Request
 from gdnjax.serving.submission import Submission, urgencies
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, ends_of_sequence, load_generation_defaults
@@ -264,9 +264,11 @@ class LLM:
         """Writes the pools, the prefix cache and every request that has not ended to a directory that it makes, and
         goes on. What is on the host (`host_cache_gib`) is left out.
 
-        Waits for the turn that is under way. Raises FileExistsError where `path` is there already.
+        Waits for the turn that is under way. Raises FileExistsError where `path` is there already, and RuntimeError in
+        one of several processes.
         """
         self._check_open()
+        self._check_alone("save_state")
 
         def write(record, state):
             content = {
@@ -307,9 +309,11 @@ class LLM:
         The requests are returned in the order in which they came, those of `generate` and of streams among them.
         `step()` moves them on, and so does every other call. This LLM must have no requests (RuntimeError), and be of
         the same model, settings and sizes of pools: what differs is named in a ValueError, before anything changes.
-        What it had cached itself is forgotten. Raises FileNotFoundError where nothing was saved.
+        What it had cached itself is forgotten. Raises FileNotFoundError where nothing was saved, and RuntimeError in
+        one of several processes.
         """
         self._check_open()
+        self._check_alone("restore")
         content = saved_state.read(path, self._identity())
         requests = self.engine.restore(content["scheduler"], saved_state.loader(path))
         self.frontend.go_on_from(content["num_requests"])
@@ -317,6 +321,10 @@ class LLM:
         groups = [records.submission_of(record, requests, self.tokenizer, now) for record in content["submissions"]]
         self._remember(groups)
         return sorted(groups, key=lambda group: int(group.request_id))
+
+    def _check_alone(self, what: str) -> None:
+        if not alone():
+            raise RuntimeError(f"{what} is for engines of one process; the devices of this one are of several")
 
     def _identity(self) -> dict[str, dict[str, Any]]:
         return saved_state.identity(

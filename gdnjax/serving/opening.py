@@ -149,9 +149,7 @@ def _plan(
     if others is None:
         return plan_memory(model, config, mesh, max_model_len, params)
     if config.host_cache_gib:
-        raise ValueError(
-            f"host_cache_gib={config.host_cache_gib:g} is of engines of one process; allowed with several: 0"
-        )
+        raise ValueError(f"host_cache_gib={config.host_cache_gib:g} is of one process alone; allowed with several: 0")
     plan = plan_memory(model, config, mesh, max_model_len, params, others.agree)
     others.compare({"memory plan": dataclasses.asdict(plan)})
     return plan

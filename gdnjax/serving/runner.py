@@ -57,8 +57,8 @@ class InFlight:
 class Runner:
     """One model and its pools. `metrics` counts what is dispatched and read; the engine puts its own there.
 
-    `host_sizes` is the host tier that the scheduler is to plan for; None: there is none. `followers` are other processes
-    that have a part of the mesh, and do whatever this one does.
+    `host_sizes` is the host tier that the scheduler is to plan for; None: there is none. `followers` are other
+    processes that have a part of the mesh, and do whatever this one does.
     """
 
     host_sizes: HostSizes | None = None

@@ -162,7 +162,7 @@ def test_place_of_a_result_is_checked(tmp_path):
 def over_processes(*argv: str, follow=lambda: None) -> int:
     parser = argparse.ArgumentParser()
     command.add_process_flags(parser.add_argument)
-    return command.over_processes(parser.parse_args(argv), lambda: 7, follow, lambda: None)
+    return command.over_processes(parser.parse_args(argv), lambda: 7, follow)
 
 
 def test_one_process_joins_nobody(monkeypatch):

@@ -74,10 +74,11 @@ def serve() -> None:
             say(calls)
         runner._run = whole
         say(generate(llm))
-        try:
-            engine()
-        except RuntimeError as error:
-            say(str(error))
+        for refused in (engine, lambda: llm.save_state("nowhere"), lambda: llm.restore("nowhere")):
+            try:
+                refused()
+            except RuntimeError as error:
+                say(str(error))
     with engine() as llm:
         llm.generate(PROMPTS, SAMPLING, use_tqdm=False)
         run_on(llm)
