@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gdnjax.loading import load_model
     from gdnjax.models import abstract_params, build_model, random_params
     from gdnjax.sampling_params import SamplingParams
+    from gdnjax.serving.following import follow, follow_model
     from gdnjax.serving.llm import LLM, StreamOutput
     from gdnjax.serving.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 
@@ -35,6 +36,8 @@ _HOMES = {
     "batch_generate": "gdnjax.generation",
     "build_model": "gdnjax.models",
     "draft_logits": "gdnjax.generation",
+    "follow": "gdnjax.serving.following",
+    "follow_model": "gdnjax.serving.following",
     "full_logits": "gdnjax.generation",
     "load_model": "gdnjax.loading",
     "random_params": "gdnjax.models",
@@ -74,6 +77,8 @@ __all__ = [
     "batch_generate",
     "build_model",
     "draft_logits",
+    "follow",
+    "follow_model",
     "full_logits",
     "load_model",
     "random_params",

@@ -24,7 +24,8 @@ P = PartitionSpec
 
 
 def make_mesh(tp: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `tp` devices along the axis "tp". Raises ValueError where there are fewer.
+    """A mesh of `tp` devices along the axis "tp". Raises ValueError where there are fewer, or where a process of
+    several has none among them.
 
     Ranks on a CPU share XLA's pool of one thread a core, and wait for one another in every collective: more ranks than
     threads can wait for ever, so that is logged as a warning.
@@ -41,6 +42,12 @@ def make_mesh(tp: int, devices: Sequence[Any] | None = None) -> Mesh:
             tp,
             os.cpu_count(),
             2 * tp,
+        )
+    if idle := {each.process_index for each in devices} - {each.process_index for each in devices[:tp]}:
+        needed = 1 + next(i for i, each in enumerate(devices) if each.process_index == max(idle))
+        raise ValueError(
+            f"tensor_parallel_size={tp} leaves process {min(idle)} without a rank; allowed with the devices of these "
+            f"processes: {needed} to {len(devices)}"
         )
     return Mesh(np.asarray(devices[:tp]), (AXIS,))
 

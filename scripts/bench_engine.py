@@ -12,10 +12,13 @@ import time
 from typing import Any
 
 from gdnjax.cli.command import (
+    PROCESSES_HELP,
     add_device_flags,
+    add_process_flags,
     devices,
     exit_status,
     in_one_line,
+    over_processes,
     prepare_environment,
     run_as_process,
 )
@@ -49,7 +52,8 @@ examples:
       --enable-expert-parallel
   python scripts/bench_engine.py --config tiny --scale 0.03                  a look on a CPU
 
-Exit status: 0 done, 2 an error, or a section that failed; 130 interrupted.
+{processes}
+Exit status: 0 done, 2 an error, or a section that failed, 3 another process is gone; 130 interrupted.
 """
 
 LENGTHS = {"batches": "batches", "padded": "padded", "input_len": "input_len", "output_len": "output_len",
@@ -70,7 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     from gdnjax.config import KERNELS, KV_CACHE_DTYPES, STATE_LAYOUTS
 
     parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=DESCRIPTION,
+        epilog=EXAMPLES.replace("{processes}", PROCESSES_HELP),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     default = Sizes()
@@ -101,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--quantize-activations", action="store_true", help="W8A8 in prefill; for fp8_per_channel")
     add_device_flags(add)
+    add_process_flags(add)
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values (default: the model's)")
     add("--state-layout", choices=STATE_LAYOUTS, help="of the recurrent state (default: the engine's)")
@@ -120,6 +127,11 @@ def _batches(text: str) -> tuple[int, ...]:
 def run(arguments: argparse.Namespace) -> int:
     """Everything between the arguments and the exit status."""
     prepare_environment(arguments.memory_fraction)
+    return over_processes(arguments, lambda: run_here(arguments), lambda: run_here(arguments, leads=False))
+
+
+def run_here(arguments: argparse.Namespace, *, leads: bool = True) -> int:
+    """What this process does: it measures, or takes part in what the one that `leads` measures."""
     from engine_bench import sections
     from engine_bench.record import Record
 
@@ -127,7 +139,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     sizes = choose_sizes(arguments)
     config = read_config(arguments)
-    names = sections.choose(arguments.sections, experts=MlpKind.MOE in config.mlp_kinds)
+    if arguments.distributed and "balance" in arguments.sections:
+        raise ValueError("balance computes in one process alone; leave it or --distributed out")
+    experts = MlpKind.MOE in config.mlp_kinds and not arguments.distributed
+    names = sections.choose(arguments.sections, experts=experts)
     engines = choose_engines(arguments, config, sizes, names)
     longest = max(engine.max_model_len or 0 for engine in engines.values())
     if longest > config.max_position_embeddings:
@@ -137,6 +152,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if any(engines):
         config.require_mtp()
+    if not leads:
+        from serving_bench.engines import follow
+
+        follow(load(arguments, config, engines))
+        return 0
     record = Record(arguments.output)
     return measure(names, arguments, config, sizes, engines, record)
 
@@ -203,6 +223,14 @@ def choose_engines(arguments: argparse.Namespace, config: Any, sizes: Any, names
     return {drafts: whole(engine) for drafts, engine in engines.items()}
 
 
+def load(arguments: argparse.Namespace, config: Any, engines: dict[int, Any]) -> Any:
+    """The random weights of all engines."""
+    from serving_bench.engines import load_random
+
+    own = {**devices(arguments), "dtype": "auto"}
+    return load_random(config, own, arguments.seed, mtp=any(engines), quantization=arguments.quantization)
+
+
 def measure(
     names: list[str], arguments: argparse.Namespace, config: Any, sizes: Any, engines: dict[int, Any], record: Any
 ) -> int:
@@ -210,7 +238,7 @@ def measure(
     import jax
     from engine_bench.engines import Bench, DoesNotFit, device_memory, saying_what_does_not_fit
     from engine_bench.sections import SECTIONS
-    from serving_bench.engines import check_size_on_cpu, load_random
+    from serving_bench.engines import check_size_on_cpu
 
     import gdnjax
     from gdnjax import backend
@@ -232,13 +260,7 @@ def measure(
     )
     begin = time.perf_counter()
     with saying_what_does_not_fit():
-        loaded = load_random(
-            config,
-            {**devices(arguments), "dtype": "auto"},
-            arguments.seed,
-            mtp=any(engines),
-            quantization=arguments.quantization,
-        )
+        loaded = load(arguments, config, engines)
         jax.block_until_ready(loaded.params)
     seconds = time.perf_counter() - begin
     what = f"{arguments.config}, {config.num_layers} layers, random weights in {seconds:.1f} s"

@@ -23,11 +23,14 @@ from serving_bench.workloads import Conversation, Spec
 
 from gdnjax.assets import EMBEDDED_MODEL, config_file, model_directory
 from gdnjax.cli.command import (
+    PROCESSES_HELP,
     add_device_flags,
     add_host_cache_flag,
+    add_process_flags,
     add_speculation_flags,
     devices,
     exit_status,
+    over_processes,
     prepare_environment,
     run_as_process,
     speculation,
@@ -87,7 +90,9 @@ examples:
   python scripts/bench_serving.py --workload requests.jsonl --model Qwen3.5-4B
   python scripts/bench_serving.py --random-weights qwen3.5-9b --dtype bfloat16   a geometry without its weights
 
-Exit status: 0 done, 2 a bad argument, file or checkpoint (the reason is on stderr), 130 interrupted.
+{processes}
+Exit status: 0 done, 2 a bad argument, file or checkpoint (the reason is on stderr), 3 another process is gone, 130
+interrupted.
 """
 
 GIB = 1 << 30
@@ -127,7 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
     from gdnjax.config import DTYPES, KERNELS, KV_CACHE_DTYPES, STATE_LAYOUTS
 
     parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=DESCRIPTION,
+        epilog=EXAMPLES.replace("{processes}", PROCESSES_HELP),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="DIR", default=EMBEDDED_MODEL, help="checkpoint directory (default: the embedded model)")
@@ -149,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_device_flags(add)
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
+    add_process_flags(parser.add_argument_group("processes").add_argument)
     add = parser.add_argument_group("workload").add_argument
     add("--workload", metavar="KIND|FILE", help="random, shared-prefix, multi-turn or a file (default: random)")
     add(
@@ -240,6 +248,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Everything between the arguments and the exit status."""
     check_arguments(arguments)
     prepare_environment(arguments.memory_fraction, host_cache_gib=arguments.host_cache_gib, verbose=arguments.verbose)
+    return over_processes(arguments, lambda: run_here(arguments), lambda: follow(arguments))
+
+
+def follow(arguments: argparse.Namespace) -> None:
+    """What another process than process 0 does: it takes part in what is measured there."""
+    config, directory = read_model(arguments)
+    mtp = any(arm.num_drafts for arm in choose_arms(arguments))
+    engines.follow(load(arguments, config, directory, mtp=mtp))
+
+
+def run_here(arguments: argparse.Namespace) -> int:
+    """Everything between the arguments and the result."""
     config, directory = read_model(arguments)
     conversations = make_workload(arguments, config, directory)
     arms = choose_arms(arguments)
@@ -290,6 +310,10 @@ def _check_least(arguments: argparse.Namespace, name: str, least: int) -> None:
 def _check_settings(arguments: argparse.Namespace) -> None:
     """What is measured: flags that exclude one another."""
     compare = arguments.compare
+    if compare and arguments.distributed:
+        raise ValueError(
+            f"--compare {compare} has several engines at a time, and --distributed one; run each by itself"
+        )
     if arguments.overhead and (compare or arguments.plot or arguments.repeat > 1):
         raise ValueError("--overhead is a measurement of its own; leave --compare, --plot and --repeat out")
     if compare and arguments.accounting:

@@ -14,10 +14,13 @@ import tempfile
 import time
 
 from gdnjax.cli.command import (
+    PROCESSES_HELP,
     add_device_flags,
+    add_process_flags,
     check_writable,
     devices,
     exit_status,
+    over_processes,
     prepare_environment,
     run_as_process,
 )
@@ -32,14 +35,17 @@ examples:
   python scripts/profile_step.py --config qwen3.5-9b --requests 128 --input-len 1024
   python scripts/profile_step.py --config qwen3.5-9b --requests 1 --num-speculative-tokens 3 --output profile.json
 
-Exit status: 0 done, 2 an error.
+{processes}
+Exit status: 0 done, 2 an error, 3 another process is gone.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=DESCRIPTION,
+        epilog=EXAMPLES.replace("{processes}", PROCESSES_HELP),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", default="qwen3.5-9b", help="a preset, or a config.json (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="of the model; fewer than it has for a quick look")
@@ -58,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kv-cache-dtype", default="auto", help="see EngineConfig (default: %(default)s)")
     parser.add_argument("--ssm-dtype", default="float32", help="see EngineConfig (default: %(default)s)")
     add_device_flags(parser.add_argument)
+    add_process_flags(parser.add_argument)
     parser.add_argument("--kernels", default="auto", help="see EngineConfig (default: %(default)s)")
     parser.add_argument("--state-layout", default=None, help="see EngineConfig")
     parser.add_argument("--memory-fraction", type=float, help="of the device's memory")
@@ -77,11 +84,16 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments) -> int:
     check_writable("--output", arguments.output)
     prepare_environment(arguments.memory_fraction)
+    return over_processes(arguments, lambda: profile(arguments), lambda: profile(arguments, leads=False))
+
+
+def profile(arguments, *, leads: bool = True) -> int:
+    """The tables, of the process that `leads`; others take part in it."""
     import dataclasses
 
     import jax
     import numpy as np
-    from serving_bench.engines import check_size_on_cpu, load_random
+    from serving_bench.engines import check_size_on_cpu, follow, load_random
 
     from gdnjax import LLM, EngineConfig, ModelConfig, SamplingParams
     from gdnjax.assets import config_file
@@ -119,6 +131,9 @@ def run(arguments) -> int:
     check_size_on_cpu(config, "auto", prompts, "--config tiny --requests 8 --input-len 64 --max-num-batched-tokens 512")
     own = {"tensor_parallel_size": arguments.tensor_parallel_size, "dtype": "auto"}
     loaded = load_random(config, own, 0, mtp=drafts > 0, quantization=arguments.quantization)
+    if not leads:
+        follow(loaded)
+        return 0
     begin = time.perf_counter()
     with LLM.from_model(loaded.model, loaded.params, engine, max_model_len=length) as llm:
         print(f"ready after {time.perf_counter() - begin:.1f} s", flush=True)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "gdnjax"
 
 LAYERS = (
     ("cache_kinds",),
-    ("version", "config", "sampling_params", "shapes", "assets", "progress"),
+    ("version", "config", "sampling_params", "shapes", "assets", "progress", "distributed"),
     ("memory", "backend", "sharding", "quantized"),
     ("cache",),
     ("state", "batch"),
@@ -41,6 +41,7 @@ ONLY = {
     "shapes": set(),
     "version": set(),
     "progress": set(),
+    "distributed": set(),
     "assets": set(),
     "memory": {"cache_kinds", "config", "assets"},
     "backend": set(),
@@ -55,7 +56,8 @@ ONLY = {
 }
 """Where the design allows less than the layers do: these and nothing else of the package."""
 
-HOST_ONLY = ("assets", "cache_kinds", "config", "sampling_params", "memory", "version", "progress", "serving.outputs")
+HOST_ONLY = ("assets", "cache_kinds", "config", "sampling_params", "memory", "version", "progress", "distributed")
+HOST_ONLY += ("serving.outputs", "serving.channel")
 HOST_ONLY += ("serving.tokenizer", "serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler")
 HOST_ONLY += ("serving.plan", "serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
 HOST_ONLY += ("serving.radix_tree", "serving.host_tier", "serving.records", "serving.chat", "serving.frontend")

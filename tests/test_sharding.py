@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import numpy as np
@@ -91,6 +92,12 @@ def test_unknown_name_raises(name):
 def test_too_few_devices_raise():
     with pytest.raises(ValueError, match="needs 64 devices"):
         make_mesh(64)
+
+
+def test_process_without_a_rank_raises():
+    devices = [types.SimpleNamespace(platform="gpu", process_index=process) for process in (0, 0, 1, 1)]
+    with pytest.raises(ValueError, match=r"=2 leaves process 1 without a rank; .* 3 to 4$"):
+        make_mesh(2, devices)
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -507,7 +507,11 @@ def _make_codes(
     """
     codes, scale, error = coded.make_codes(read, tuple(leaf.shape))
     scale = np.broadcast_to(scale, leaf.scale.shape)
-    placed = jax.device_put((codes, np.ascontiguousarray(scale)), placement)
+    # Not by device_put: where several processes share the mesh, it compares what they bring, in a step of the devices.
+    placed = [
+        jax.make_array_from_callback(values.shape, placement, values.__getitem__)
+        for values in (codes, np.ascontiguousarray(scale))
+    ]
     jax.block_until_ready(placed)
     return dataclasses.replace(leaf, codes=placed[0], scale=placed[1]), error
 

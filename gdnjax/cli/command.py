@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from gdnjax.cli.interrupt import STATUSES, WORDS, end_now, leave_at_once
+from gdnjax.distributed import LOST, ProcessLostError
 
 CLOSED_PIPE = 141
 
@@ -38,9 +39,11 @@ class TerminatedError(KeyboardInterrupt):
 
 
 def run_as_process(main: Callable[[], int]) -> NoReturn:
-    """Runs a command and ends the process with its status. After a signal at once; see `leave_at_once`."""
+    """Runs a command and ends the process with its status. After a signal at once, and when another process is gone,
+    for which the runtime would wait; see `leave_at_once`.
+    """
     status = main()
-    if status in STATUSES.values():
+    if status in (LOST, *STATUSES.values()):
         leave_at_once(status)
     sys.exit(status)
 
@@ -75,6 +78,9 @@ def exit_status(
             raise
         if verbose:
             traceback.print_exc()
+        if isinstance(error, ProcessLostError):
+            # It has been logged.
+            return LOST
         print(f"{script}: error: {in_one_line(error)}", file=sys.stderr)
         return 2
 
@@ -255,6 +261,52 @@ def add_host_cache_flag(add: Callable[..., Any]) -> None:
         f"(default: 0). Where it may exceed the {PINNED_GIB} GiB that XLA pins for a GPU, "
         "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set, unless it is",
     )
+
+
+PROCESSES_HELP = """\
+Several processes, on one host or many, run one model together: start the same command in each, by any launcher, with
+--distributed. Slurm, Open MPI and Kubernetes jobs say themselves which process is which; else --coordinator-address,
+--num-processes and --process-id do, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. The devices that
+a process of Slurm or Open MPI has, beyond one, JAX_LOCAL_DEVICE_IDS names (0,1,2,3). Process 0 does what the command
+line says and has all output; the others take part in it. --tensor-parallel-size counts the devices of all. Where a
+process is lost, the others end with status 3, and say which.
+"""
+
+
+def add_process_flags(add: Callable[..., Any]) -> None:
+    """The flags that `over_processes` reads. `add` is an argparse group's add_argument."""
+    add("--distributed", action="store_true", help="this is one of several processes that run the model together")
+    add("--coordinator-address", metavar="HOST:PORT", help="of process 0, any free port (default: the launcher's)")
+    add("--num-processes", type=int, metavar="N", help="how many there are (default: the launcher's)")
+    add("--process-id", type=int, metavar="I", help="which of them this is, from 0 (default: the launcher's)")
+
+
+def over_processes(arguments: argparse.Namespace, run: Callable[[], int], follow: Callable[[], object]) -> int:
+    """`run` where this process is the only one, or process 0 of several, and its status. In the others `follow`, and 0.
+
+    The environment is prepared. Raises ValueError for flags that say which process this is, without --distributed, and
+    for values that are none.
+    """
+    named = {name: getattr(arguments, name) for name in ("coordinator_address", "num_processes", "process_id")}
+    if not arguments.distributed:
+        if given := [f"--{name.replace('_', '-')}" for name, value in named.items() if value is not None]:
+            raise ValueError(f"{given[0]} is of one of several processes; it needs --distributed")
+        return run()
+    for name in ("num_processes", "process_id"):
+        if named[name] is None and (value := os.environ.get(f"JAX_{name.upper()}")) is not None:
+            if not value.isdigit():
+                raise ValueError(f"the environment has JAX_{name.upper()}={value!r}; allowed: a number")
+            named[name] = int(value)
+    from gdnjax import distributed
+
+    process = distributed.initialize(**named)
+    from gdnjax.serving.processes import leading
+
+    if process == 0:
+        with leading():
+            return run()
+    follow()
+    return 0
 
 
 def add_speculation_flags(add: Callable[..., Any]) -> None:

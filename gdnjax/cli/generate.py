@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gdnjax.cli.command import (
+    PROCESSES_HELP,
     add_device_flags,
     add_host_cache_flag,
+    add_process_flags,
     add_speculation_flags,
     check_writable,
     devices,
     exit_status,
+    over_processes,
     prepare_environment,
     speculation,
     write_json,
@@ -51,6 +54,7 @@ examples:
   {command} --model Qwen3.5-4B -p "a" -p "b" --temp 0            greedy, two prompts in one batch
   {command} -n 3 "Once upon a time"                              three stories
   {command} --dtype float32 --num-speculative-tokens 3           the same story in fewer steps
+  srun {command} --distributed --model Qwen3.5-397B-A17B-FP8 --tensor-parallel-size 8 "Once upon a time"
 
 Without --model a small trained model answers that is a part of gdnjax: it solves simple word problems and tells short
 stories, and continues "Once upon a time" where there is no prompt either.
@@ -63,7 +67,9 @@ On a GPU, JAX takes a fixed share of the memory when it starts: --memory-fractio
 XLA_PYTHON_CLIENT_MEM_FRACTION unless that variable is set. Compiled steps are kept in ~/.cache/gdnjax (or where
 JAX_COMPILATION_CACHE_DIR points): the first run with a model compiles, later ones start faster.
 
-Exit status: 0 done, 2 a bad argument, prompt or checkpoint (the reason is on stderr), 130 interrupted, 143 terminated.
+{processes}
+Exit status: 0 done, 2 a bad argument, prompt or checkpoint (the reason is on stderr), 3 another process is gone, 130
+interrupted, 143 terminated.
 """
 
 DEMO_PROMPT = "Once upon a time"
@@ -182,7 +188,7 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
         # Without an interpreter before it.
         prog=command.removeprefix("python "),
         description=DESCRIPTION,
-        epilog=EXAMPLES.replace("{command}", command),
+        epilog=EXAMPLES.replace("{command}", command).replace("{processes}", PROCESSES_HELP),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("model").add_argument
@@ -207,6 +213,7 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
     add("--max-model-len", type=int, metavar="N", help="longest prompt with its output (default: what is needed)")
     add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
     add_host_cache_flag(add)
+    add_process_flags(parser.add_argument_group("processes").add_argument)
     add = parser.add_argument_group("prompts").add_argument
     add("text", nargs="*", metavar="PROMPT", help="a prompt, as with -p; several come before those of -p")
     add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable; - reads stdin")
@@ -252,10 +259,25 @@ def main(argv: list[str] | None = None, command: str = "gdnjax generate") -> int
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Everything between the arguments and the closing line."""
-    from gdnjax.assets import EMBEDDED_MODEL, model_directory
+    """Everything between the arguments and the exit status."""
+    from gdnjax.assets import model_directory
 
     directory = model_directory(arguments.model)
+
+    def follow() -> None:
+        from gdnjax.serving import following
+
+        # Which engine it is, process 0 has found out from its prompts.
+        following.follow(directory)
+
+    prepare_environment(arguments.memory_fraction, host_cache_gib=arguments.host_cache_gib, verbose=arguments.verbose)
+    return over_processes(arguments, lambda: complete_all(arguments, directory), follow)
+
+
+def complete_all(arguments: argparse.Namespace, directory: pathlib.Path) -> int:
+    """From the prompts to the closing line."""
+    from gdnjax.assets import EMBEDDED_MODEL
+
     given = given_sampling(arguments)
     if sys.stdout is None:
         raise ValueError("standard output is closed")
@@ -267,7 +289,6 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = read_prompts(arguments)
     speculation(arguments)
     clock = Start()
-    prepare_environment(arguments.memory_fraction, host_cache_gib=arguments.host_cache_gib, verbose=arguments.verbose)
     llm, prompts = start(arguments, directory, prompts, clock)
     with llm:
         params = llm.default_sampling_params(**given)

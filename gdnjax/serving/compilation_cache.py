@@ -31,15 +31,20 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 def configure(config: EngineConfig) -> None:
     """Switches JAX's persistent cache on, in the place that the config or JAX's own settings name; "" switches it off.
 
-    These are settings of the process, as the cache is.
+    These are settings of the process, as the cache is. On GPUs of several processes it is on only where a place is
+    named, which must be one for all of them: they share the search for the fastest kernels as they compile, and where
+    one finds a step in its cache, another that does not would wait for it.
     """
     # Any: jax makes the attributes of its configuration at run time, and a type checker knows none of them.
     settings: Any = jax.config
     if config.compilation_cache_dir == "":
         jax.config.update("jax_compilation_cache_dir", None)
         return
-    default = settings.jax_compilation_cache_dir or pathlib.Path.home() / ".cache" / "gdnjax"
-    place = str(config.compilation_cache_dir or default)
+    named = config.compilation_cache_dir or settings.jax_compilation_cache_dir
+    if named is None and jax.distributed.is_initialized() and jax.default_backend() != "cpu":
+        log.info("compilation cache off: several processes on GPUs need compilation_cache_dir, a place that all share")
+        return
+    place = str(named or pathlib.Path.home() / ".cache" / "gdnjax")
     if "://" not in place:
         remove_damaged(pathlib.Path(place))
     jax.config.update("jax_compilation_cache_dir", place)

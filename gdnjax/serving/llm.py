@@ -10,24 +10,20 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
-
-from gdnjax import backend, checkpoint, sharding
-from gdnjax.assets import model_directory
-from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, ModelConfig
-from gdnjax.models import Model, abstract_params, build_model, partition
+from gdnjax import checkpoint
+from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig
+from gdnjax.models import Model
 from gdnjax.progress import Progress
 from gdnjax.sampling_params import SamplingParams
-from gdnjax.serving import compilation_cache, records, saved_state
+from gdnjax.serving import records, saved_state
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.chat import render_chats, template_options
 from gdnjax.serving.engine import Engine
 from gdnjax.serving.frontend import Frontend, Prompt, as_list
+from gdnjax.serving.opening import Opened, check_model, open_checkpoint, open_model
 from gdnjax.serving.outputs import RequestOutput
-from gdnjax.serving.planning import plan_memory
+from gdnjax.serving.processes import alone, lead, telling
 from gdnjax.serving.request import Request
-from gdnjax.serving.runner import Runner
 from gdnjax.serving.submission import Submission, urgencies
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, ends_of_sequence, load_generation_defaults
 from gdnjax.shapes import Params
@@ -63,6 +59,8 @@ class LLM:
     ids and texts are empty. `eos_token_ids` are all that generation_config.json, config.json and the tokenizer name:
     any of them ends an output.
 
+    Of several processes (`gdnjax.distributed`) process 0 makes an LLM, and the others call `gdnjax.follow`.
+
     Raises FileNotFoundError, ValueError or MemoryError, before any weight is read, for what cannot work.
     `load_report` says what became of the checkpoint's tensors, and how fast; None where nothing was read.
     """
@@ -79,37 +77,21 @@ class LLM:
         **kwargs: Any,
     ):
         config = _engine_config(config, kwargs)
-        directory = model_directory(model)
-        compilation_cache.configure(config)
-        model_config = ModelConfig.from_hf(directory)
-        if config.enable_expert_parallel:
-            model_config = model_config.with_expert_parallel()
-        mesh = sharding.make_mesh(config.tensor_parallel_size)
-        implementation = _implementation(config, mesh)
-        dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-        mtp = config.num_speculative_tokens > 0
-        if mtp:
-            model_config.require_mtp()
-        hybrid = build_model(model_config, dtype, config.tensor_parallel_size, mtp=mtp, backend=implementation)
-        tp = config.tensor_parallel_size
-        abstract = abstract_params(model_config, tp, dtype, mtp=mtp)
-        with checkpoint.opened(directory, model_config, abstract, mesh) as stored:
-            coded = checkpoint.coded_formats(stored, config.quantization)
-            abstract = abstract_params(model_config, tp, dtype, mtp=mtp, coded=coded)
-            max_model_len = config.length_within(model_config.max_position_embeddings)
-            plan = plan_memory(hybrid, config, mesh, max_model_len, abstract)
+        followers = lead(config)
+        with telling(followers), open_checkpoint(model, config, followers) as opened:
+            directory = opened.directory
             reader = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer, directory)
             defaults = load_generation_defaults(directory)
             eos = ends_of_sequence(
                 {
                     f"{directory / 'generation_config.json'}: eos_token_id": defaults.eos_token_ids,
-                    f"{directory / 'config.json'}: eos_token_id": model_config.eos_token_ids,
+                    f"{directory / 'config.json'}: eos_token_id": opened.model_config.eos_token_ids,
                     "the tokenizer's eos_token": reader.eos_token_ids if reader else (),
                 },
-                model_config.vocab_size,
+                opened.model_config.vocab_size,
             )
-            params, self.load_report = checkpoint.load_params(stored, abstract, progress=use_tqdm)
-        self._start(hybrid, params, mesh, config, plan, max_model_len, reader, defaults, eos)
+            params, self.load_report = opened.load(progress=use_tqdm)
+            self._start(opened, params, reader, defaults, eos)
 
     @classmethod
     def from_model(
@@ -125,53 +107,33 @@ class LLM:
     ) -> "LLM":
         """An LLM of a model and parameters (global arrays) that are already in memory."""
         config = _engine_config(config, kwargs)
-        if config.quantization != "auto":
-            raise ValueError(
-                f"quantization={config.quantization!r} is of checkpoints that are loaded; parameters are taken as they "
-                'are; allowed: "auto"'
-            )
-        if model.tp != config.tensor_parallel_size:
-            raise ValueError(
-                f"the model was built for {model.tp} ranks, tensor_parallel_size is {config.tensor_parallel_size}"
-            )
-        if model.expert_parallel != config.enable_expert_parallel:
-            raise ValueError(
-                f"enable_expert_parallel is {config.enable_expert_parallel}, and the model was built with "
-                f"expert_parallel={model.expert_parallel}: build_model(config.with_expert_parallel(), ...) and the "
-                "setting go together"
-            )
-        if config.num_speculative_tokens and not model.mtp:
-            raise ValueError(
-                f"num_speculative_tokens={config.num_speculative_tokens} needs a model with its MTP head: "
-                "build_model(..., mtp=True)"
-            )
+        check_model(model, config)
         eos = ends_of_sequence({"eos_token_ids": eos_token_ids}, model.vocab_size)
-        compilation_cache.configure(config)
-        mesh = sharding.make_mesh(config.tensor_parallel_size)
-        model = model.on(_implementation(config, mesh))
-        length = config.length_within(max_model_len)
-        plan = plan_memory(model, config, mesh, length, params)
-        llm = cls.__new__(cls)
-        placed = jax.device_put(params, partition.shardings_of(params, mesh, expert_parallel=model.expert_parallel))
-        llm._start(model, placed, mesh, config, plan, length, tokenizer, GenerationDefaults(), eos)
+        followers = lead(config, max_model_len)
+        with telling(followers):
+            opened, placed = open_model(model, params, config, max_model_len, followers)
+            llm = cls.__new__(cls)
+            llm._start(opened, placed, tokenizer, GenerationDefaults(), eos)
         return llm
 
-    def _start(self, model, params, mesh, config, plan, max_model_len, tokenizer, defaults, eos_token_ids) -> None:
+    def _start(self, opened: Opened, params, tokenizer, defaults, eos_token_ids) -> None:
+        plan = opened.plan
         log.info("memory of one rank:\n%s", plan)
-        self.model, self.config, self.mesh = model, config, mesh
-        self.memory_plan, self.max_model_len = plan, max_model_len
+        # A HybridModel, unless from_model was given another one.
+        self.model: Any = opened.model
+        self.config, self.mesh = opened.config, opened.mesh
+        self.memory_plan, self.max_model_len = plan, opened.max_model_len
         self.frontend = Frontend(
-            config,
-            max_model_len=max_model_len,
-            vocab_size=model.vocab_size,
+            opened.config,
+            max_model_len=opened.max_model_len,
+            vocab_size=opened.model.vocab_size,
             num_blocks=plan.num_blocks,
             tokenizer=tokenizer,
             defaults=defaults,
             eos_token_ids=tuple(eos_token_ids),
         )
-        runner = Runner(model, params, mesh, config, plan, max_model_len)
         allocator = Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows, plan.num_count_rows)
-        self.engine = Engine(runner, allocator, tokenizer)
+        self.engine = Engine(opened.runner(params), allocator, tokenizer)
         # What was asked for and is still to be had by somebody: a saved state has their samples that have ended, too.
         self._submissions: weakref.WeakSet[Submission] = weakref.WeakSet()
         self._submissions_lock = threading.Lock()
@@ -302,9 +264,11 @@ class LLM:
         """Writes the pools, the prefix cache and every request that has not ended to a directory that it makes, and
         goes on. What is on the host (`host_cache_gib`) is left out.
 
-        Waits for the turn that is under way. Raises FileExistsError where `path` is there already.
+        Waits for the turn that is under way. Raises FileExistsError where `path` is there already, and RuntimeError in
+        one of several processes.
         """
         self._check_open()
+        self._check_alone("save_state")
 
         def write(record, state):
             content = {
@@ -345,9 +309,11 @@ class LLM:
         The requests are returned in the order in which they came, those of `generate` and of streams among them.
         `step()` moves them on, and so does every other call. This LLM must have no requests (RuntimeError), and be of
         the same model, settings and sizes of pools: what differs is named in a ValueError, before anything changes.
-        What it had cached itself is forgotten. Raises FileNotFoundError where nothing was saved.
+        What it had cached itself is forgotten. Raises FileNotFoundError where nothing was saved, and RuntimeError in
+        one of several processes.
         """
         self._check_open()
+        self._check_alone("restore")
         content = saved_state.read(path, self._identity())
         requests = self.engine.restore(content["scheduler"], saved_state.loader(path))
         self.frontend.go_on_from(content["num_requests"])
@@ -355,6 +321,10 @@ class LLM:
         groups = [records.submission_of(record, requests, self.tokenizer, now) for record in content["submissions"]]
         self._remember(groups)
         return sorted(groups, key=lambda group: int(group.request_id))
+
+    def _check_alone(self, what: str) -> None:
+        if not alone():
+            raise RuntimeError(f"{what} is for engines of one process; the devices of this one are of several")
 
     def _identity(self) -> dict[str, dict[str, Any]]:
         return saved_state.identity(
@@ -479,12 +449,6 @@ def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> Engin
     if unknown:
         raise ValueError(f"unknown engine options: {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     return EngineConfig(**kwargs)
-
-
-def _implementation(config: EngineConfig, mesh: Mesh) -> backend.Backend:
-    """What runs the model's ops."""
-    found = backend.of_device(config.kernels, mesh.devices.flat[0])
-    return dataclasses.replace(found, quantize_activations=config.quantize_activations)
 
 
 def _read_tokenizer(named: str | pathlib.Path | None, directory: pathlib.Path) -> Tokenizer | None:

@@ -5,7 +5,7 @@ weights on one rank, and the workspace of the largest of its steps.
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,15 +22,26 @@ from gdnjax.serving.plan import max_growth
 from gdnjax.state import empty_state, shardings_of
 from gdnjax.step import StepOptions, build_steps
 
+Left = tuple[int, int | None]
+"""What `bytes_left` returns."""
 
-def plan_memory(model: Model, config: EngineConfig, mesh: Mesh, max_model_len: int, params: Any) -> MemoryPlan:
-    """Divides what is left of the memory of one rank. `params` are the parameters or their shapes.
+
+def plan_memory(
+    model: Model,
+    config: EngineConfig,
+    mesh: Mesh,
+    max_model_len: int,
+    params: Any,
+    agree: Callable[[Left], Left] = lambda left: left,
+) -> MemoryPlan:
+    """Divides what is left of the memory of one rank. `params` are the parameters or their shapes. With several
+    processes `agree` gives what the one with the least has.
 
     Raises MemoryError as `memory.plan` does, which says, too, how much of a device is taken, and ValueError for a
     host_cache_gib that the host does not have.
     """
     _check_host_memory(config)
-    left, limit = bytes_left(mesh, params, expert_parallel=model.expert_parallel)
+    left, limit = agree(bytes_left(mesh, params, expert_parallel=model.expert_parallel))
     workspace = 0
     # A CPU has no limit to stay under, only memory that happens to be free, so its workspace is not counted. Nor is it
     # where blocks are given and nothing is to be compiled before it is used.
@@ -64,13 +75,14 @@ def _check_host_memory(config: EngineConfig) -> None:
         )
 
 
-def bytes_left(mesh: Mesh, params: Any, *, expert_parallel: bool = False) -> tuple[int, int | None]:
+def bytes_left(mesh: Mesh, params: Any, *, expert_parallel: bool = False) -> Left:
     """Bytes that each device of the mesh has for weights, pools and workspace, and the limit of the one with the least;
-    None where devices have no limit. Parameters that are in their places are not taken for those of somebody else.
+    None where devices have no limit. Of several processes each sees its own devices. Parameters that are in their
+    places are not taken for those of somebody else.
     """
     own = _placed_bytes(mesh, params, partition.shardings_of(params, mesh, expert_parallel=expert_parallel))
     left = []
-    for device in mesh.devices.flat:
+    for device in mesh.local_devices:
         stats = _memory_stats(device)
         if "bytes_limit" in stats:
             limit = stats["bytes_limit"]

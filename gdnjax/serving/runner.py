@@ -3,7 +3,9 @@
 The only place that reads the device is `Runner.read`.
 """
 
+import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -27,6 +29,7 @@ from gdnjax.serving import packing, planning
 from gdnjax.serving.host_store import HostStore
 from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.plan import Admission, Growth, Moves, Piece, Plan, Seal, max_growth
+from gdnjax.serving.processes import Call, Followers
 from gdnjax.serving.request import Request
 from gdnjax.shapes import Params
 from gdnjax.state import ServeState, empty_state, shardings_of
@@ -34,6 +37,12 @@ from gdnjax.step import StepOptions, Steps, build_steps
 from gdnjax.transfer import build_transfers
 
 log = logging.getLogger("gdnjax")
+
+MODEL_STEPS = ("prefill", "decode", "seal")
+"""Steps that take parameters."""
+
+AHEAD = 8
+"""Steps that a follower dispatches before it looks whether the first of them has failed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +54,11 @@ class InFlight:
     decode: Emitted | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A jitted step, and what it is called with beside the state."""
-
-    step: Any
-    batch: Any
-    arguments: tuple[Any, ...] = ()
-
-
 class Runner:
     """One model and its pools. `metrics` counts what is dispatched and read; the engine puts its own there.
 
-    `host_sizes` is the host tier that the scheduler is to plan for; None: there is none.
+    `host_sizes` is the host tier that the scheduler is to plan for; None: there is none. `followers` are other
+    processes that have a part of the mesh, and do whatever this one does.
     """
 
     host_sizes: HostSizes | None = None
@@ -71,8 +72,11 @@ class Runner:
         config: EngineConfig,
         plan: MemoryPlan,
         max_model_len: int,
+        followers: Followers | None = None,
     ):
         self.model, self.params, self.mesh, self.config = model, params, mesh, config
+        self._followers = followers
+        self._followed: collections.deque[Any] = collections.deque()
         self.metrics = Metrics()
         # Of requests that had to wait for it: what is compiled before they come is not among it.
         self.compile_seconds = 0.0
@@ -126,12 +130,20 @@ class Runner:
     def read(self, turn: InFlight) -> tuple[Emitted | None, Emitted | None]:
         """What a turn emitted. The one place where the host waits for the device."""
         self.counters.num_device_reads += 1
-        with self.metrics.timed("read"):
+        blaming = contextlib.nullcontext() if self._followers is None else self._followers.blaming()
+        with self.metrics.timed("read"), blaming:
             return jax.device_get((turn.prefill, turn.decode))
 
     def start_over(self, unread: Iterable[InFlight]) -> None:
         """Empty pools in the place of whatever is left of the old ones; `unread` turns are given up."""
         self.give_up(unread)
+        if self._followers is None:
+            self._empty_state()
+        else:
+            self._followers.start_over(self._empty_state)
+
+    def _empty_state(self) -> None:
+        self._followed.clear()
         self._forget_host()
         self._delete_state()
         self.state = self._empty()
@@ -153,7 +165,9 @@ class Runner:
                 log.exception("a turn that is given up has failed on the device")
 
     def close(self) -> None:
-        """Frees the pools and parameters."""
+        """Frees the pools and parameters, in all processes."""
+        if self._followers is not None:
+            self._followers.close()
         self._forget_host()
         self._delete_state()
         self.params = {}
@@ -184,10 +198,29 @@ class Runner:
     def _run(self, call: Call) -> Any:
         traces, began = self.num_compilations, time.monotonic()
         with self.metrics.timed("dispatch"):
-            result = call.step(*call.arguments, self.state, call.batch)
+            result = self._call(call) if self._followers is None else self._followers.run(call, self._call)
         if self.num_compilations != traces:
             self.compile_seconds += time.monotonic() - began
         return result
+
+    def _call(self, call: Call) -> Any:
+        step, arguments = self._step(call)
+        return step(*arguments, self.state, call.batch)
+
+    def _step(self, call: Call) -> tuple[Any, tuple[Any, ...]]:
+        """The jitted step, and what it takes before the state."""
+        step = getattr(self.steps, call.step)
+        step = step if call.options is None else step(call.options)
+        return step, (self.params,) if call.step in MODEL_STEPS else ()
+
+    def follow(self, call: Call) -> None:
+        """Does what process 0 has sent, and reads nothing. Raises what steps before it have raised on the device."""
+        result = self._call(call)
+        self.state = result if isinstance(result, ServeState) else result[0]
+        if not isinstance(result, ServeState):
+            self._followed.append(result[1].count)
+        if len(self._followed) > AHEAD:
+            jax.block_until_ready(self._followed.popleft())
 
     def _admit(self, admissions: list[Admission]) -> None:
         if not admissions:
@@ -204,7 +237,7 @@ class Runner:
             batch = packing.pack_admissions(
                 admissions, rows=self.config.prefill_rows, table_width=self._table_width, tails=self._keeps_states
             )
-        return Call(self.steps.admit, batch)
+        return Call("admit", batch)
 
     @property
     def _table_width(self) -> int:
@@ -214,13 +247,13 @@ class Runner:
         """What fills the count rows of those that have one."""
         with self.metrics.timed("pack"):
             batches = packing.pack_counts(requests, self.model.vocab_size, rows=self.config.prefill_rows)
-        return [Call(self.steps.fill_counts, batch) for batch in batches]
+        return [Call("fill_counts", batch) for batch in batches]
 
     def _logit_row_call(self, request: Request | None) -> Call:
         width = self.state.logit_rows.bias.shape[1]
         with self.metrics.timed("pack"):
             batch = packing.pack_logit_row(request, self.model.vocab_size, width)
-        return Call(self.steps.fill_logit_row, batch)
+        return Call("fill_logit_row", batch)
 
     def _prefill(self, pieces: list[Piece]) -> Emitted:
         # A prefill step draws a few rows only, so it has no variant with the plain sampler.
@@ -242,7 +275,7 @@ class Runner:
                 table_width=self._table_width,
                 checkpoints=self._keeps_states,
             )
-        return Call(self.steps.prefill(options), batch, (self.params,))
+        return Call("prefill", batch, options)
 
     def _prefill_buckets(self, options: StepOptions) -> tuple[int, ...]:
         """Log-probabilities of prompts are rare and slow to compile: they get the largest bucket alone."""
@@ -277,7 +310,7 @@ class Runner:
                 grown_width=max_growth(drafts, self.config.block_size),
                 drafts=drafts > 0,
             )
-        return Call(self.steps.decode(options), batch, (self.params,))
+        return Call("decode", batch, options)
 
     def _seal(self, seals: Sequence[Seal]) -> None:
         rows = self.config.prefill_rows
@@ -287,12 +320,12 @@ class Runner:
     def _seal_call(self, seals: Sequence[Seal]) -> Call:
         with self.metrics.timed("pack"):
             batch = packing.pack_seals(seals, rows=self.config.prefill_rows)
-        return Call(self.steps.seal, batch, (self.params,))
+        return Call("seal", batch)
 
     def warm_up(self) -> None:
         """Compiles every step, side by side, and runs each on padding, which changes nothing but what is null."""
         calls = {"admit": self._admit_call([]), "logit row": self._logit_row_call(None)}
-        calls["counts"] = Call(self.steps.fill_counts, packing.count_batch([], [], rows=self.config.prefill_rows))
+        calls["counts"] = Call("fill_counts", packing.count_batch([], [], rows=self.config.prefill_rows))
         if self._keeps_states:
             calls["seal"] = self._seal_call([])
         for options in (self._full, self._with_prompt):
@@ -316,7 +349,7 @@ class Runner:
         if any(each.needs_logit_row for each in params):
             calls["logit row"] = self._logit_row_call(None)
         if any(each.needs_counts for each in params):
-            calls["counts"] = Call(self.steps.fill_counts, packing.count_batch([], [], rows=self.config.prefill_rows))
+            calls["counts"] = Call("fill_counts", packing.count_batch([], [], rows=self.config.prefill_rows))
         if self._keeps_states:
             calls["seal"] = self._seal_call([])
         for tokens in self.config.prefill_buckets:
@@ -332,6 +365,8 @@ class Runner:
 
     def _compile(self, calls: dict[str, Call]) -> None:
         """Compiles steps side by side, and runs each."""
+        if self._followers is not None:
+            self._followers.compile(list(calls.values()))
         began = time.monotonic()
         progress = Progress("compiling steps", len(calls), "step")
         # Tracing holds Python's lock; the compiler does not, and what it has made is there when the step is called.
@@ -340,8 +375,12 @@ class Runner:
             compiled = {}
             for name, call in calls.items():
                 progress.note(f"tracing {name}")
-                lowered = call.step.lower(*call.arguments, self.state, call.batch)
-                compiled[name] = compilers.submit(lowered.compile)
+                compiled[name] = compilers.submit(self._lower(call).compile)
+            if self._followers is not None:
+                # Whoever runs a step waits for the others, and sums over devices wait for half a minute at most.
+                progress.note("all, in all processes")
+                concurrent.futures.wait(compiled.values())
+                self._followers.ready()
             for name, call in calls.items():
                 progress.note(name)
                 while not concurrent.futures.wait([compiled[name]], timeout=1.0).done:
@@ -359,6 +398,16 @@ class Runner:
             progress.close()
         jax.block_until_ready(self.state)
         log.info("compiled %d steps in %.1f s", len(calls), time.monotonic() - began)
+
+    def _lower(self, call: Call) -> Any:
+        step, arguments = self._step(call)
+        return step.lower(*arguments, self.state, call.batch)
+
+    def compile(self, calls: Iterable[Call]) -> None:
+        """Compiles steps side by side, and runs none of them."""
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as compilers:
+            for future in [compilers.submit(self._lower(call).compile) for call in calls]:
+                future.result()
 
     def _decode_options(self) -> list[StepOptions]:
         """What decode steps are compiled with."""

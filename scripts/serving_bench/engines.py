@@ -184,10 +184,14 @@ class Loaded:
     tokenizer: Any = None
 
     def for_arm(self, arm: Arm) -> "Loaded":
+        """The same, as an arm has it."""
+        return self.for_drafts(arm.num_drafts)
+
+    def for_drafts(self, drafts: int) -> "Loaded":
         """The same, without its MTP head where nothing is drafted: the head's layer would have KV in every block."""
         from gdnjax import build_model
 
-        if arm.num_drafts or not self.model.mtp:
+        if drafts or not self.model.mtp:
             return self
         model = build_model(self.model.config, self.model.dtype, self.model.tp)
         return Loaded(model, {name: part for name, part in self.params.items() if name != "mtp"}, self.tokenizer)
@@ -195,21 +199,39 @@ class Loaded:
 
 def load(directory: pathlib.Path, options: dict[str, Any], *, mtp: bool, progress: bool) -> Loaded:
     """A checkpoint, with its MTP head if `mtp`. `options` are fields of EngineConfig."""
-    from gdnjax import LLM
+    from gdnjax import EngineConfig
+    from gdnjax.serving.opening import open_checkpoint
+    from gdnjax.serving.tokenizer import Tokenizer
 
-    # In an engine of the smallest pools, since it is the engine that reads checkpoints onto several devices.
-    with LLM(
-        directory,
+    # As an engine of the smallest pools would have it.
+    config = EngineConfig(
         max_num_seqs=1,
         max_num_batched_tokens=64,
         max_model_len=64,
         enable_prefix_caching=False,
         num_speculative_tokens=int(mtp),
         warmup=False,
-        use_tqdm=progress,
         **options,
-    ) as llm:
-        return Loaded(llm.model, llm.params, llm.tokenizer)
+    )
+    with open_checkpoint(directory, config) as opened:
+        params, _ = opened.load(progress=progress)
+    try:
+        tokenizer = Tokenizer.from_directory(directory)
+    except FileNotFoundError:
+        tokenizer = None
+    return Loaded(opened.model, params, tokenizer)
+
+
+def follow(loaded: Loaded) -> None:
+    """In another process than process 0: takes part in all engines that process 0 makes of its own `loaded`."""
+    from gdnjax import follow_model
+
+    def model_for(config: "EngineConfig") -> tuple[Any, Any]:
+        own = loaded.for_drafts(config.num_speculative_tokens)
+        return own.model, own.params
+
+    while follow_model(model_for):
+        pass
 
 
 CPU_WEIGHTS, CPU_TOKENS = 1 << 30, 1 << 15

@@ -1,5 +1,6 @@
 """What all commands share, in processes of their own: signals at any moment, one line, and their status."""
 
+import argparse
 import os
 import pathlib
 import signal
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from gdnjax import distributed
 from gdnjax.cli import command
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -155,3 +157,36 @@ def test_place_of_a_result_is_checked(tmp_path):
         command.check_writable("--output", str(tmp_path / "none" / "x.json"))
     with pytest.raises(ValueError, match="is a directory"):
         command.check_writable("--output", str(tmp_path))
+
+
+def over_processes(*argv: str, follow=lambda: None) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_process_flags(parser.add_argument)
+    return command.over_processes(parser.parse_args(argv), lambda: 7, follow)
+
+
+def test_one_process_joins_nobody(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    assert over_processes() == 7
+
+
+@pytest.mark.parametrize("flag", [("--process-id", "1"), ("--num-processes", "2"), ("--coordinator-address", "a:1")])
+def test_flags_of_several_processes_need_to_be_asked_for(flag):
+    with pytest.raises(ValueError, match=f"{flag[0]} is of one of several processes; it needs --distributed"):
+        over_processes(*flag)
+
+
+def test_number_in_the_environment_that_is_none_raises(monkeypatch):
+    monkeypatch.setenv("JAX_PROCESS_ID", "first")
+    with pytest.raises(ValueError, match="the environment has JAX_PROCESS_ID='first'; allowed: a number"):
+        over_processes("--distributed")
+
+
+def test_environment_says_which_process_this_is_and_flags_say_it_louder(monkeypatch):
+    for name, value in {"NUM_PROCESSES": "3", "PROCESS_ID": "2"}.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    joined, followed = [], []
+    monkeypatch.setattr(distributed, "initialize", lambda **named: joined.append(named) or named["process_id"])
+    assert over_processes("--distributed", "--process-id", "1", follow=lambda: followed.append(True)) == 0
+    assert joined == [{"coordinator_address": None, "num_processes": 3, "process_id": 1}]
+    assert followed
