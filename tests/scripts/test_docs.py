@@ -1,5 +1,6 @@
 """What README.md, WORKSPACE.md and the helps say is there: commands, flags, options, files, tests; examples run."""
 
+import ast
 import dataclasses
 import importlib
 import pathlib
@@ -102,6 +103,17 @@ def test_ci_runs_what_the_readme_says():
     assert script.rstrip().endswith(test)
     for hook in re.findall(r"entry: (.*)", (ROOT / ".pre-commit-config.yaml").read_text()):
         assert re.search(rf"^{re.escape(hook)}( \.)?$", script, re.MULTILINE), hook
+
+
+def test_python_fragments_of_the_readme_import_what_there_is():
+    """Those that need a model or processes of the reader's."""
+    blocks = _blocks(README, "python fragment")
+    assert blocks
+    for block in blocks:
+        tree = ast.parse(block)
+        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert imports
+        exec(compile(ast.Module(imports, []), "README.md", "exec"), {})
 
 
 def test_python_examples_of_the_readme_run(capsys):
