@@ -71,7 +71,7 @@ def _project(program, *refs, blocks, grids, splits, columns, depth, form):
 
         def make(first=first, operand=operand, out_ref=out_ref):
             block = (product - first) * columns
-            (out,) = _products(rows, [operand], block, columns, depth, form, split, splits)
+            (out,) = _products(rows, out_ref.shape[1], [operand], block, columns, depth, form, split, splits)
             _store(out_ref, (split,), out, block)
 
         pl.when((product >= first) & (product < first + size))(make)
@@ -101,7 +101,7 @@ def _swiglu(program, *refs, grids, columns, depth, form):
     rows, refs = _row_refs(refs, grids, form)
     operands, (out_ref,) = Operand.taken(refs, grids)
     block = program * columns
-    gate, up = _products(rows, operands, block, columns, depth, form, 0, 1)
+    gate, up = _products(rows, out_ref.shape[0], operands, block, columns, depth, form, 0, 1)
     _store(out_ref, (), gate * sigmoid(gate) * up, block)
 
 
@@ -112,12 +112,18 @@ def _row_refs(refs: Sequence, grids: Sequence, form: str) -> tuple[dict[str, Any
 
 
 def _products(
-    row_refs: dict[str, Any], operands: Sequence[Operand], block, columns: int, depth: int, form: str, split, splits
+    row_refs: dict[str, Any],
+    rows: int,
+    operands: Sequence[Operand],
+    block,
+    columns: int,
+    depth: int,
+    form: str,
+    split,
+    splits,
 ) -> tuple[Array, ...]:
     """[columns, rows] of each matrix from row `block` on, over one of `splits` parts of the inputs."""
-    parts = row_forms.PARTS[form]
-    rows, inputs = row_refs["wide"].shape if "wide" in row_refs else row_refs["formed"].shape
-    rows = rows if "wide" in row_refs else rows // parts
+    parts, inputs = row_forms.PARTS[form], operands[0].shape[1]
     # Numbers meet rows as they are.
     formed = ["formed" in row_refs and operand.grid is not None for operand in operands]
     places = {
