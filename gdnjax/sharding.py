@@ -65,6 +65,12 @@ def path_name(path: KeyPath) -> str:
     return ".".join(parts)
 
 
+def table_of(tree: Any) -> str:
+    """A line for each array of a tree: its name, shape and dtype."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return "\n".join(f"{path_name(path)} {leaf.shape} {leaf.dtype}" for path, leaf in leaves)
+
+
 def shard_step(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """Wraps a whole step: `function` then sees one rank's part of every argument. The identity for one rank.
 

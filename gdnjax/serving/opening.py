@@ -157,8 +157,6 @@ def _plan(
 
 def _facts(model: Model, params: Any, mesh: Mesh) -> dict[str, Any]:
     """What steps are made of, in words that other processes can compare."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    table = [f"{sharding.path_name(path)} {leaf.shape} {leaf.dtype}" for path, leaf in leaves]
     settings: Any = jax.config
     facts = {
         "device": mesh.local_devices[0].device_kind,
@@ -166,7 +164,7 @@ def _facts(model: Model, params: Any, mesh: Mesh) -> dict[str, Any]:
         "jax_enable_x64": settings.jax_enable_x64,
         "jax_default_matmul_precision": settings.jax_default_matmul_precision,
         "model": type(model).__name__,
-        "parameters": hashlib.sha256("\n".join(table).encode()).hexdigest(),
+        "parameters": hashlib.sha256(sharding.table_of(params).encode()).hexdigest(),
     }
     described = getattr(model, "config", None)
     if dataclasses.is_dataclass(described):

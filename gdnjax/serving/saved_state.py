@@ -19,7 +19,7 @@ from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import Model, engine_geometry
 from gdnjax.shapes import Params
-from gdnjax.sharding import path_name
+from gdnjax.sharding import path_name, table_of
 from gdnjax.state import ServeState
 from gdnjax.version import __version__
 
@@ -60,22 +60,17 @@ def identity(
 
 def weights_digest(params: Params) -> str:
     """Names, shapes and dtypes of all parameters, and some numbers of a few that are spread over them."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    names = [f"{path_name(path)} {leaf.shape} {leaf.dtype}" for path, leaf in leaves]
-    digest = hashlib.blake2b("\n".join(names).encode(), digest_size=16)
-    for _, leaf in leaves[:: max(1, len(leaves) // SAMPLED_LEAVES)]:
+    leaves = jax.tree.leaves(params)
+    digest = hashlib.blake2b(table_of(params).encode(), digest_size=16)
+    for leaf in leaves[:: max(1, len(leaves) // SAMPLED_LEAVES)]:
         some = tuple(slice(None, None, max(1, size // SAMPLED_PLACES)) for size in leaf.shape)
         digest.update(np.ascontiguousarray(jax.device_get(leaf[some])).tobytes())
     return digest.hexdigest()
 
 
 def write(directory: str | pathlib.Path, content: dict[str, Any], state: ServeState) -> None:
-    """Makes the directory. Raises FileExistsError where there is something, and RuntimeError in one of several
-    processes; what was begun and cut off is removed.
-    """
+    """Makes the directory. Raises FileExistsError where there is something; what was begun and cut off is removed."""
     directory = pathlib.Path(directory).resolve()
-    if jax.process_count() > 1:
-        raise RuntimeError(f"save_state is for engines of one process; this one is one of {jax.process_count()}")
     if directory.exists():
         raise FileExistsError(f"{directory}: is there already; save_state makes a directory of its own")
     directory.mkdir(parents=True)
