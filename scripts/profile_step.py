@@ -116,6 +116,8 @@ def profile(arguments, *, leads: bool = True) -> int:
         ssm_dtype=arguments.ssm_dtype,
         quantize_activations=arguments.quantize_activations,
         max_num_seqs=arguments.requests,
+        # Else it would be cut to what engines take where nobody says.
+        max_model_len=length,
         decode_buckets=(arguments.requests,),
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         prefill_buckets=(arguments.max_num_batched_tokens,),

@@ -130,3 +130,24 @@ def test_settings_that_cannot_be_are_errors_before_a_model_is_made(flags, said, 
     assert out == ""
     assert err.startswith("profile_step.py: error: ")
     assert said in err
+
+
+def test_engines_take_prompts_as_long_as_was_asked_for(monkeypatch):
+    """And longer than engines take where nobody says."""
+    import serving_bench.engines
+
+    import gdnjax
+
+    class Stop(Exception):
+        pass
+
+    def engine(model, params, config, *, max_model_len):
+        raise Stop(config.length_within(max_model_len))
+
+    monkeypatch.setattr(serving_bench.engines, "load_random", lambda *_, **__: serving_bench.engines.Loaded(None, {}))
+    monkeypatch.setattr(gdnjax.LLM, "from_model", engine)
+    monkeypatch.setattr(script, "exit_status", lambda _, run: run())
+    with pytest.raises(Stop) as stopped:
+        script.main(["--config", "tiny", "--requests", "1", "--input-len", "9000"])
+    (length,) = stopped.value.args
+    assert length > 9000
