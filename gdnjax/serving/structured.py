@@ -22,6 +22,9 @@ THINK, END_OF_THINKING = "<think>", "</think>"
 PROMPT_END = 8
 """Tokens at the end of a prompt among which a generation prompt has one that is special."""
 
+BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
+"""What may stand between the parts of JSON. Without a bound a model may never come to the next one."""
+
 MAX_GRAMMARS = 256
 """Compiled grammars that are kept for requests to come."""
 
@@ -117,10 +120,10 @@ def _grammar_of(llguidance: Any, structure: StructuredOutputsParams) -> str:
     match structure.kind:
         case "json" | "json_object":
             schema = structure.json or '{"type": "object"}'
-            blanks = {"whitespace_flexible": False} if structure.disable_any_whitespace else {}
+            options: dict[str, Any] = {"whitespace_pattern": BLANKS}
             if structure.disable_any_whitespace:
-                blanks |= {"item_separator": ", ", "key_separator": ": "}
-            return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=blanks)
+                options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
         case "choice":
             return llguidance.grammar_from("choice", json.dumps(structure.choice))
         case kind:

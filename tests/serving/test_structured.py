@@ -10,42 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from gdnjax import LLM, EngineConfig, SamplingParams, StructuredOutputsParams, full_logits
 from gdnjax.serving.structured import END_OF_THINKING, THINK, Grammars, masks_of
-from gdnjax.serving.tokenizer import Tokenizer
 from tests.draws import IMPOSSIBLE, fit, softmax
 from tests.micro import MICRO, micro_model, micro_params
+from tests.serving.structures import EOS, SPECIAL, tokenizer_of
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
-TEXT = "no nothing north south 0123456789 10 12 yes yesterday [a, b] é {} \n ab abc cab"
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-EOS = 2
-
-
-@functools.cache
-def tokenizer_of(tags: bool = True) -> Tokenizer:
-    """Of fewer tokens than MICRO's vocabulary, bytes of a few letters and merges of them; with the tags or without."""
-    hf = tokenizers.Tokenizer(models.BPE())
-    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    hf.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=90,
-        min_frequency=1,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=list("<>/think"),
-        show_progress=False,
-    )
-    hf.train_from_iterator([TEXT], trainer)
-    if tags:
-        hf.add_tokens([THINK, END_OF_THINKING])
-    found = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=hf, eos_token=SPECIAL[EOS]))
-    assert 60 < found.vocab_size < MICRO.vocab_size
-    return found
 
 
 def ids(text: str, tags: bool = True) -> list[int]:
@@ -442,7 +414,7 @@ def test_grammar_without_a_tokenizer_is_refused_by_name():
 def test_draws_are_the_models_own_among_what_is_allowed(llm):
     """Chi-square; the model's own distribution, and one that leaves out a token, must not fit."""
     prompt, regex = PROMPTS[1], "(no|yes|10|\\[|s)[a-z0-9]*"
-    (samples,) = outputs_of(llm, [prompt], asking(regex, max_tokens=1, n=600))
+    (samples,) = outputs_of(llm, [prompt], asking(regex, max_tokens=1, n=400))
     tokens = [sample.token_ids[0] for sample in samples]
     params = jax.tree.map(jnp.asarray, micro_params())
     logits = np.asarray(full_logits(micro_model(), params, jnp.array(prompt)), np.float64)[-1]
