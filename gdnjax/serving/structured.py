@@ -73,9 +73,9 @@ class _Library:
         try:
             found = self.module.LLMatcher(self.tokenizer, _grammar_of(self.module, structure), log_level=0)
         except Exception as error:
-            raise ValueError(f"structured_outputs.{structure.kind} is no grammar: {error}") from error
+            raise ValueError(_no_grammar(structure, str(error))) from error
         if found.is_error():
-            raise ValueError(f"structured_outputs.{structure.kind} is no grammar: {found.get_error()}")
+            raise ValueError(_no_grammar(structure, found.get_error()))
         return found
 
 
@@ -113,6 +113,11 @@ class Grammars:
             why = matcher.error or "no token may come first"
             raise ValueError(f"structured_outputs.{structure.kind} cannot be satisfied: {why}")
         return matcher
+
+
+def _no_grammar(structure: StructuredOutputsParams, why: str) -> str:
+    """In one line, whatever the library draws beneath it."""
+    return f"structured_outputs.{structure.kind} is no grammar: {' '.join(why.split())}"
 
 
 def _grammar_of(llguidance: Any, structure: StructuredOutputsParams) -> str:
