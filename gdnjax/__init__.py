@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gdnjax.generation import BatchOutput, batch_generate, draft_logits, full_logits
     from gdnjax.loading import load_model
     from gdnjax.models import abstract_params, build_model, random_params
-    from gdnjax.sampling_params import SamplingParams
+    from gdnjax.sampling_params import SamplingParams, StructuredOutputsParams
     from gdnjax.serving.following import follow, follow_model
     from gdnjax.serving.llm import LLM, StreamOutput
     from gdnjax.serving.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -31,6 +31,7 @@ _HOMES = {
     "RequestMetrics": "gdnjax.serving.outputs",
     "RequestOutput": "gdnjax.serving.outputs",
     "SamplingParams": "gdnjax.sampling_params",
+    "StructuredOutputsParams": "gdnjax.sampling_params",
     "StreamOutput": "gdnjax.serving.llm",
     "abstract_params": "gdnjax.models",
     "batch_generate": "gdnjax.generation",
@@ -72,6 +73,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StreamOutput",
+    "StructuredOutputsParams",
     "__version__",
     "abstract_params",
     "batch_generate",
