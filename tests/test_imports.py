@@ -61,6 +61,7 @@ HOST_ONLY += ("serving.outputs", "serving.channel")
 HOST_ONLY += ("serving.tokenizer", "serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler")
 HOST_ONLY += ("serving.plan", "serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
 HOST_ONLY += ("serving.radix_tree", "serving.host_tier", "serving.records", "serving.chat", "serving.frontend")
+HOST_ONLY += ("serving.structured",)
 HOST_ONLY += ("cli.command", "cli.generate", "cli.convert", "cli.main")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
@@ -74,6 +75,7 @@ PLANNERS = (
     "serving.radix_tree",
     "serving.host_tier",
     "serving.records",
+    "serving.structured",
 )
 PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
 PLANNERS_SEE |= {"serving.outputs", "serving.submission"}
@@ -223,7 +225,7 @@ def test_slow_libraries_are_imported_at_first_use():
     wrong = [
         f"{found.importer} imports {found.imported}"
         for found in IMPORTS
-        if part_of(found.imported) in ("transformers", "jinja2", "torch") and not found.lazy
+        if part_of(found.imported) in ("transformers", "jinja2", "torch", "llguidance") and not found.lazy
     ]
     assert not wrong
     assert not [found for found in IMPORTS if part_of(found.imported) == "torch"]
@@ -256,7 +258,7 @@ def test_host_modules_import_no_jax(modules):
     """In an interpreter of its own: what is loaded afterwards is what the imports loaded."""
     program = (
         f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
-        "print(*sorted({'jax', 'jaxlib', 'flax', 'transformers', 'torch'} & set(sys.modules)))"
+        "print(*sorted({'jax', 'jaxlib', 'flax', 'transformers', 'torch', 'llguidance'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == []

@@ -8,7 +8,6 @@ from gdnjax.batch import AdmitBatch, CountBatch, DecodeBatch, LogitRowBatch, Mas
 from gdnjax.sampling_params import MASK_BITS, MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS
 from gdnjax.serving.plan import Admission, Growth, Piece, Seal, max_chunks
 from gdnjax.serving.request import Request
-from gdnjax.serving.structured import masks_of
 from gdnjax.state import ALL_ALLOWED, IN_PROMPT, MOST_COUNTED, NO_TOKEN
 
 COUNT_ENTRIES = 2048
@@ -136,19 +135,17 @@ def pack_logit_row(request: Request | None, vocab_size: int, padded_vocab_size: 
     )
 
 
-def pack_masks(requests: Sequence[Request], *, rows: int, vocab_size: int, ranks: int) -> MaskBatch:
-    """What requests with a structure may draw next, in `rows` rows in their order; the others allow all. Each of
-    `ranks` has the words of its part of the vocabulary, which begin with it.
+def pack_masks(masks: np.ndarray, *, rows: int, vocab_size: int, ranks: int) -> MaskBatch:
+    """Masks [n, words] uint32 of up to `rows` requests; the other rows allow all. Each of `ranks` has words of its own
+    for its part of the vocabulary.
     """
     width = -(-vocab_size // ranks)
-    each = -(-width // MASK_BITS)
-    words = np.full((rows, ranks * each), ALL_ALLOWED)
-    if requests:
-        masks = masks_of([request.matcher for request in requests if request.matcher is not None])
-        if width % MASK_BITS:
-            masks = _cut_anew(masks, width, ranks)
-        words[: len(requests)] = 0
-        words[: len(requests), : masks.shape[1]] = masks
+    words = np.full((rows, ranks * -(-width // MASK_BITS)), ALL_ALLOWED)
+    if len(masks):
+        # Parts that end with a word stand in the masks as they are.
+        masks = masks if width % MASK_BITS == 0 or ranks == 1 else _cut_anew(masks, width, ranks)
+        words[: len(masks)] = 0
+        words[: len(masks), : masks.shape[1]] = masks
     return MaskBatch(words)
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 import psutil
 from jax.sharding import Mesh
 
@@ -197,7 +198,8 @@ def largest_steps(model, config: EngineConfig, mesh, params, state) -> Iterator[
         (state, packing.pack_admissions([], rows=rows, table_width=width, tails=config.keeps_states(state.cache.spec))),
     )
     yield "fill counts", steps.fill_counts, (state, packing.count_batch([], [], rows=rows))
-    masks = packing.pack_masks([], rows=config.max_num_seqs, vocab_size=model.vocab_size, ranks=model.tp)
+    none = np.zeros((0, 0), np.uint32)
+    masks = packing.pack_masks(none, rows=config.max_num_seqs, vocab_size=model.vocab_size, ranks=model.tp)
     yield "fill masks", steps.fill_masks, (state, masks)
 
 

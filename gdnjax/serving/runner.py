@@ -31,6 +31,7 @@ from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.plan import Admission, Growth, Moves, Piece, Plan, Seal, max_growth
 from gdnjax.serving.processes import Call, Followers
 from gdnjax.serving.request import Request
+from gdnjax.serving.structured import masks_of
 from gdnjax.shapes import Params
 from gdnjax.state import ServeState, empty_state, shardings_of
 from gdnjax.step import StepOptions, Steps, build_steps
@@ -263,7 +264,8 @@ class Runner:
 
     def _mask_call(self, masked: Sequence[Request], rows: int) -> Call:
         with self.metrics.timed("pack"):
-            batch = packing.pack_masks(masked, rows=rows, vocab_size=self.model.vocab_size, ranks=self.model.tp)
+            masks = masks_of([request.matcher for request in masked if request.matcher is not None])
+            batch = packing.pack_masks(masks, rows=rows, vocab_size=self.model.vocab_size, ranks=self.model.tp)
         return Call("fill_masks", batch)
 
     def _prefill(self, plan: Plan) -> Emitted:

@@ -254,6 +254,8 @@ def masks_of(matchers: Sequence[Matcher]) -> np.ndarray:
 
     Where a grammar has come to one of its limits nothing is allowed, and `error` says why.
     """
+    if not matchers:
+        return np.zeros((0, 0), np.uint32)
     library, vocab_size = matchers[0]._library, matchers[0]._vocab_size
     found = np.zeros((len(matchers), library.num_words), np.int32)
     asked = [(each._matcher, row) for row, each in enumerate(matchers) if not each._is_thinking]
