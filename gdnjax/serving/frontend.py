@@ -8,13 +8,14 @@ import dataclasses
 import numbers
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gdnjax.config import EngineConfig
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams, check_unicode
+from gdnjax.serving.chat import render_chats
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.plan import check_fits
 from gdnjax.serving.request import Request
@@ -97,6 +98,12 @@ class Frontend:
         given: dict[str, Any] = self._defaults.sampling | overrides
         return SamplingParams(**given)
 
+    @property
+    def default_max_tokens(self) -> int | None:
+        """The checkpoint's own limit of an output (max_new_tokens); None where it names none."""
+        found = self._defaults.sampling.get("max_tokens")
+        return None if found is None else int(found)
+
     def params_for(
         self, count: int, params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[SamplingParams]:
@@ -131,6 +138,42 @@ class Frontend:
             self._num_requests += len(checked)
         return [self._make_requests(each, first + index) for index, each in enumerate(checked)]
 
+    def prepare_chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        urgencies: Callable[[int], Sequence[Urgency]] | None = None,
+        *,
+        options: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[Submission]:
+        """The requests of a conversation, or of each of several, through the chat template, to which `options` go.
+
+        `urgencies` is told how many conversations there are. The states that other chats and the next turn of this one
+        go on from are asked for. Raises ValueError as `prepare` does, and for what `Tokenizer.render_chat` refuses,
+        with the index of the conversation where there are several.
+        """
+        several = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], list | tuple)
+        tokenizer, options = self.require_tokenizer("chat"), options or {}
+        chats = messages if several else [messages]
+        texts = render_chats(tokenizer, chats, options, add_generation_prompt, several=several)
+        prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        groups = self.prepare(prompts, sampling_params, None if urgencies is None else urgencies(len(prompts)))
+        groups = [dataclasses.replace(group, prompt=text) for group, text in zip(groups, texts, strict=True)]
+        if self.config.enable_prefix_caching:
+            starts = [0] * len(groups)
+            if add_generation_prompt:
+                # The next turn renders the answer anew, so it parts from this one at the generation prompt.
+                turns = render_chats(tokenizer, chats, options, False, several=several)
+                encoded = [tokenizer.encode(turn, add_special_tokens=False) for turn in turns]
+                starts = [_common_length(turn, group.token_ids) for turn, group in zip(encoded, groups, strict=True)]
+            for chat, turn_start, group in zip(chats, starts, groups, strict=True):
+                # Other chats part from this one at their first question.
+                system_end = _common_length(tokenizer.with_another_question(chat, **options), group.token_ids)
+                for request in group.requests:
+                    request.system_end, request.turn_start = system_end, turn_start
+        return groups
+
     def token_ids(self, prompt: Any, where: str) -> list[int]:
         """The tokens of a text or of token ids, at least one. Raises ValueError that begins with `where`."""
         if isinstance(prompt, str):
@@ -140,7 +183,7 @@ class Frontend:
             token_ids = _integers(prompt, where)
         if not token_ids:
             raise ValueError(f"{where} is empty; a prompt needs at least one token")
-        self._check_token_ids(where, token_ids)
+        self.check_token_ids(where, token_ids)
         return token_ids
 
     def _check(self, prompt: Any, params: SamplingParams, where: str, urgency: Urgency) -> _Checked:
@@ -223,7 +266,8 @@ class Frontend:
         words = np.random.SeedSequence([self.config.seed, number + 1]).generate_state(2, np.uint32)
         return int(words[0]) | int(words[1]) << 32
 
-    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+    def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        """Raises ValueError that begins with `name` for an id outside the vocabulary."""
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             return
         token = next(token for token in token_ids if not 0 <= token < self.vocab_size)
@@ -235,9 +279,9 @@ class Frontend:
             asked = getattr(params, name)
             if asked is not None and asked > self.config.max_logprobs:
                 raise ValueError(f"{name}={asked} exceeds max_logprobs={self.config.max_logprobs}")
-        self._check_token_ids("stop_token_ids", params.stop_token_ids or ())
-        self._check_token_ids("logit_bias", tuple(params.logit_bias or ()))
-        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self.check_token_ids("stop_token_ids", params.stop_token_ids or ())
+        self.check_token_ids("logit_bias", tuple(params.logit_bias or ()))
+        self.check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
         eos = () if params.ignore_eos else self.eos_token_ids
         stop_token_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()))))
         if len(stop_token_ids) > MAX_STOP_TOKENS:
@@ -245,6 +289,12 @@ class Frontend:
                 f"EOS and stop_token_ids together are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKENS}"
             )
         return stop_token_ids
+
+
+def _common_length(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two sequences have in common before they part."""
+    most = min(len(tokens), len(others))
+    return next((i for i in range(most) if tokens[i] != others[i]), most)
 
 
 def _check_something_is_allowed(
