@@ -5,7 +5,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from gdnjax.sampling_params import SamplingParams
@@ -545,7 +545,7 @@ ANY = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate, Phase.shrink])
 @given(data=st.data(), reasoning=st.text("ab <\n", max_size=6), content=st.text("ab <\n", max_size=6))
 def test_chat_that_a_template_writes_is_read_back(data, reasoning, content, tagged):
     """By Qwen3.5's way of writing, and by the embedded model's, in JSON."""
@@ -621,7 +621,7 @@ WORDS += [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, phases=[Phase.explicit, Phase.generate, Phase.shrink])
 @given(
     parts=st.lists(st.sampled_from(WORDS + [Tag(word) for word in WORDS[:4]] * 3), max_size=25),
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8),
