@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from gdnjax.generation import BatchOutput, batch_generate, draft_logits, full_logits
     from gdnjax.loading import load_model
     from gdnjax.models import abstract_params, build_model, random_params
-    from gdnjax.sampling_params import SamplingParams
+    from gdnjax.sampling_params import SamplingParams, StructuredOutputsParams
+    from gdnjax.serving.async_llm import AsyncLLM
     from gdnjax.serving.following import follow, follow_model
-    from gdnjax.serving.llm import LLM, StreamOutput
-    from gdnjax.serving.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from gdnjax.serving.llm import LLM
+    from gdnjax.serving.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamOutput
 
 _HOMES = {
+    "AsyncLLM": "gdnjax.serving.async_llm",
     "BatchOutput": "gdnjax.generation",
     "CompletionOutput": "gdnjax.serving.outputs",
     "EngineConfig": "gdnjax.config",
@@ -31,7 +33,8 @@ _HOMES = {
     "RequestMetrics": "gdnjax.serving.outputs",
     "RequestOutput": "gdnjax.serving.outputs",
     "SamplingParams": "gdnjax.sampling_params",
-    "StreamOutput": "gdnjax.serving.llm",
+    "StreamOutput": "gdnjax.serving.outputs",
+    "StructuredOutputsParams": "gdnjax.sampling_params",
     "abstract_params": "gdnjax.models",
     "batch_generate": "gdnjax.generation",
     "build_model": "gdnjax.models",
@@ -62,6 +65,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BatchOutput",
     "CompletionOutput",
     "EngineConfig",
@@ -72,6 +76,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StreamOutput",
+    "StructuredOutputsParams",
     "__version__",
     "abstract_params",
     "batch_generate",

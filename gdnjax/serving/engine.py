@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from gdnjax.serving.request import Request, Status
 from gdnjax.serving.runner import InFlight, Runner, wait_for
 from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.speculation import DraftController
+from gdnjax.serving.structured import Matcher
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.state import NO_TOKEN, ServeState
 
@@ -65,6 +66,8 @@ class Engine:
         self._moved: list[Request] = []
         self._aborted: collections.deque[Request] = collections.deque()
         self._half_done = self._closed = False
+        # Told of everybody who moved on or ended, whoever took the turn, within it: see `listen`.
+        self._listener: Callable[[list[Request]], None] | None = None
         # Of single tokens, for log-probabilities: decoding twenty a row anew would take longer than the step.
         self._texts: dict[int, str] = {}
         # Of a thread, so that one that is interrupted on its way out does not lock itself out.
@@ -205,7 +208,18 @@ class Engine:
         told = list(dict.fromkeys([*self._moved, *ended]))
         self._moved.clear()
         ended.clear()
+        if self._listener is not None and told:
+            self._listener(told)
         return told
+
+    def listen(self, listener: Callable[[list[Request]], None] | None) -> None:
+        """From now on `listener` is given what `step` returns, whoever calls it, while nobody else takes a turn. It may
+        not raise. None: nobody listens any more. Raises RuntimeError where somebody else does.
+        """
+        with self._lock:
+            if listener is not None and self._listener is not None:
+                raise RuntimeError("somebody listens to this engine already: an LLM has one AsyncLLM")
+            self._listener = listener
 
     def _choose_drafts(self) -> int:
         """Drafts of the next decode step."""
@@ -389,7 +403,12 @@ class Engine:
                 record = self.scheduler.record(self._now())
             write(record, self.runner.state)
 
-    def restore(self, record: dict[str, Any], load: Callable[[ServeState], ServeState]) -> list[Request]:
+    def restore(
+        self,
+        record: dict[str, Any],
+        load: Callable[[ServeState], ServeState],
+        matchers: Sequence[Matcher | None] | None = None,
+    ) -> list[Request]:
         """The opposite of `save`, in an engine without requests: RuntimeError where there are any. Returns those that
         go on. Should `load` raise, the engine has forgotten what it had cached, and nothing else.
         """
@@ -403,7 +422,7 @@ class Engine:
             with self._whole():
                 self._last_harvest = None
                 self.runner.replace_state(load)
-                return self.scheduler.restore(record, self.tokenizer, self._now())
+                return self.scheduler.restore(record, self.tokenizer, self._now(), matchers)
 
     def _now(self) -> float:
         """The clock of deadlines, which stands while steps compile."""

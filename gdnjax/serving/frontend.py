@@ -8,16 +8,18 @@ import dataclasses
 import numbers
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gdnjax.config import EngineConfig
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams, check_unicode
+from gdnjax.serving.chat import render_chats
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.plan import check_fits
 from gdnjax.serving.request import Request
+from gdnjax.serving.structured import Grammars, Matcher
 from gdnjax.serving.submission import Submission, Urgency
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer
 
@@ -43,6 +45,7 @@ class _Checked:
     stop_token_ids: tuple[int, ...]
     bad_words: list[list[int]]
     detokenizers: list[Detokenizer]
+    matchers: list[Matcher | None]
     urgency: Urgency
 
 
@@ -70,6 +73,7 @@ class Frontend:
         self.max_model_len, self.vocab_size, self.num_blocks = max_model_len, vocab_size, num_blocks
         self.tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
         self._defaults = defaults or GenerationDefaults()
+        self._grammars = Grammars(tokenizer, vocab_size) if tokenizer is not None else None
         self._lock = threading.Lock()
         self._num_requests = 0
 
@@ -93,6 +97,12 @@ class Frontend:
         """The sampling parameters of the checkpoint's generation_config.json, with `overrides` in their place."""
         given: dict[str, Any] = self._defaults.sampling | overrides
         return SamplingParams(**given)
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """The checkpoint's own limit of an output (max_new_tokens); None where it names none."""
+        found = self._defaults.sampling.get("max_tokens")
+        return None if found is None else int(found)
 
     def params_for(
         self, count: int, params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -128,6 +138,42 @@ class Frontend:
             self._num_requests += len(checked)
         return [self._make_requests(each, first + index) for index, each in enumerate(checked)]
 
+    def prepare_chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        urgencies: Callable[[int], Sequence[Urgency]] | None = None,
+        *,
+        options: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[Submission]:
+        """The requests of a conversation, or of each of several, through the chat template, to which `options` go.
+
+        `urgencies` is told how many conversations there are. The states that other chats and the next turn of this one
+        go on from are asked for. Raises ValueError as `prepare` does, and for what `Tokenizer.render_chat` refuses,
+        with the index of the conversation where there are several.
+        """
+        several = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], list | tuple)
+        tokenizer, options = self.require_tokenizer("chat"), options or {}
+        chats = messages if several else [messages]
+        texts = render_chats(tokenizer, chats, options, add_generation_prompt, several=several)
+        prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        groups = self.prepare(prompts, sampling_params, None if urgencies is None else urgencies(len(prompts)))
+        groups = [dataclasses.replace(group, prompt=text) for group, text in zip(groups, texts, strict=True)]
+        if self.config.enable_prefix_caching:
+            starts = [0] * len(groups)
+            if add_generation_prompt:
+                # The next turn renders the answer anew, so it parts from this one at the generation prompt.
+                turns = render_chats(tokenizer, chats, options, False, several=several)
+                encoded = [tokenizer.encode(turn, add_special_tokens=False) for turn in turns]
+                starts = [_common_length(turn, group.token_ids) for turn, group in zip(encoded, groups, strict=True)]
+            for chat, turn_start, group in zip(chats, starts, groups, strict=True):
+                # Other chats part from this one at their first question.
+                system_end = _common_length(tokenizer.with_another_question(chat, **options), group.token_ids)
+                for request in group.requests:
+                    request.system_end, request.turn_start = system_end, turn_start
+        return groups
+
     def token_ids(self, prompt: Any, where: str) -> list[int]:
         """The tokens of a text or of token ids, at least one. Raises ValueError that begins with `where`."""
         if isinstance(prompt, str):
@@ -137,7 +183,7 @@ class Frontend:
             token_ids = _integers(prompt, where)
         if not token_ids:
             raise ValueError(f"{where} is empty; a prompt needs at least one token")
-        self._check_token_ids(where, token_ids)
+        self.check_token_ids(where, token_ids)
         return token_ids
 
     def _check(self, prompt: Any, params: SamplingParams, where: str, urgency: Urgency) -> _Checked:
@@ -167,10 +213,28 @@ class Frontend:
                 stop_token_ids=stop_token_ids,
                 bad_words=bad_words,
                 detokenizers=[Detokenizer(self.tokenizer, params) for _ in range(params.n)],
+                matchers=self._matchers(params, token_ids, stop_token_ids),
                 urgency=urgency,
             )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+
+    def _matchers(
+        self, params: SamplingParams, token_ids: list[int], stop_token_ids: tuple[int, ...]
+    ) -> list[Matcher | None]:
+        """Of each sample. Raises ValueError for a structure that is none, and where there can be none."""
+        matcher = self.matcher_for(params, token_ids, stop_token_ids)
+        return [None if matcher is None else matcher.fresh() for _ in range(params.n)]
+
+    def matcher_for(
+        self, params: SamplingParams, token_ids: Sequence[int], stop_token_ids: Sequence[int]
+    ) -> Matcher | None:
+        """Where a request with a structure begins; None for one without. Raises ValueError where it cannot be had."""
+        if params.structured_outputs is None:
+            return None
+        self.require_tokenizer("structured_outputs")
+        assert self._grammars is not None
+        return self._grammars.matcher(params, token_ids, stop_token_ids)
 
     def _make_requests(self, checked: _Checked, number: int) -> Submission:
         params, urgency = checked.params, checked.urgency
@@ -187,11 +251,12 @@ class Frontend:
                 detokenizer=detokenizer,
                 bad_words=checked.bad_words,
                 index=sample,
+                matcher=matcher,
                 arrival_time=time.monotonic(),
                 priority=urgency.priority,
                 deadline=urgency.deadline,
             )
-            for sample, detokenizer in enumerate(checked.detokenizers)
+            for sample, (detokenizer, matcher) in enumerate(zip(checked.detokenizers, checked.matchers, strict=True))
         ]
         forced = self.config.spec_acceptance_length is not None
         return Submission(str(number), checked.text, checked.token_ids, requests, forced_acceptance=forced)
@@ -201,7 +266,8 @@ class Frontend:
         words = np.random.SeedSequence([self.config.seed, number + 1]).generate_state(2, np.uint32)
         return int(words[0]) | int(words[1]) << 32
 
-    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+    def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        """Raises ValueError that begins with `name` for an id outside the vocabulary."""
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             return
         token = next(token for token in token_ids if not 0 <= token < self.vocab_size)
@@ -213,9 +279,9 @@ class Frontend:
             asked = getattr(params, name)
             if asked is not None and asked > self.config.max_logprobs:
                 raise ValueError(f"{name}={asked} exceeds max_logprobs={self.config.max_logprobs}")
-        self._check_token_ids("stop_token_ids", params.stop_token_ids or ())
-        self._check_token_ids("logit_bias", tuple(params.logit_bias or ()))
-        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self.check_token_ids("stop_token_ids", params.stop_token_ids or ())
+        self.check_token_ids("logit_bias", tuple(params.logit_bias or ()))
+        self.check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
         eos = () if params.ignore_eos else self.eos_token_ids
         stop_token_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()))))
         if len(stop_token_ids) > MAX_STOP_TOKENS:
@@ -223,6 +289,12 @@ class Frontend:
                 f"EOS and stop_token_ids together are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKENS}"
             )
         return stop_token_ids
+
+
+def _common_length(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two sequences have in common before they part."""
+    most = min(len(tokens), len(others))
+    return next((i for i in range(most) if tokens[i] != others[i]), most)
 
 
 def _check_something_is_allowed(

@@ -2,10 +2,12 @@
 
 import dataclasses
 import enum
+from typing import Any
 
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.radix_tree import Node
+from gdnjax.serving.structured import Matcher
 
 
 class Status(enum.Enum):
@@ -24,6 +26,7 @@ class Request:
     priority        places in the queue, in steps of `scheduler.PLACES_PER_PRIORITY`; lower comes first.
     deadline        `time.monotonic()` at which it is aborted; None: never.
     turn_start      prompt tokens before a chat's generation prompt, where the next turn of the chat parts; 0: no chat.
+    matcher         where it stands in the grammar of its structured_outputs; None: it has none.
     system_end      prompt tokens that other chats with the same system messages and tools begin with, too; 0: no chat.
     order           its place in the queue, (place, arrival): what comes first is admitted first and preempted last.
 
@@ -63,6 +66,7 @@ class Request:
     deadline: float | None = None
     turn_start: int = 0
     system_end: int = 0
+    matcher: Matcher | None = None
     order: tuple[int, int] = (0, 0)
 
     status: Status = Status.WAITING
@@ -133,6 +137,11 @@ class Request:
         return self.prefill_length <= self.num_settled and self.num_settled + self.num_steps < self.max_length - 1
 
     @property
+    def is_known(self) -> bool:
+        """Of a running request that is filled: whether the host knows every token that was drawn for it."""
+        return not self.num_steps and self.num_settled < self.num_tokens
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of its prompt are still to be computed: they need every position, cached or not."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length - 1
@@ -142,6 +151,10 @@ class Request:
         """Sum over the output tokens, as far as their log-probabilities were asked for."""
         pairs = zip(self.output_token_ids, self.output_logprobs, strict=False)
         return sum(entries[token].logprob for token, entries in pairs)
+
+    def logprobs_since(self, start: int) -> list[dict[int, Any]] | None:
+        """Log-probabilities of the output tokens from `start` on; None unless they were asked for."""
+        return None if self.params.logprobs is None else self.output_logprobs[start:]
 
     def let_go(self) -> None:
         """As it was before it was admitted: it holds nothing, and nothing of it is computed."""
@@ -160,6 +173,8 @@ class Request:
             del self.output_token_ids[self.num_committed :]
             self._block_keys.clear()
             self.detokenizer.append(self.output_token_ids)
+            if self.matcher is not None:
+                self.matcher.follow(self.output_token_ids)
         del self.output_logprobs[self.num_committed :]
         self.half_done = False
 
