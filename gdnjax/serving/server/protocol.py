@@ -6,9 +6,9 @@ dictionaries: their types here are what the OpenAPI document says of them.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gdnjax.serving.server.errors import ApiError
+from gdnjax.serving.server.errors import ApiError, from_validation
 
 LARGEST = (1 << 31) - 1
 
@@ -120,6 +120,14 @@ class ChatCompletionRequest(GenerationBody):
         None, description="required, or one by its name: the output is a call, of the form of the tool's schema"
     )
     parallel_tool_calls: bool | None = Field(None, description="false: calls after the first are left out")
+
+
+def chat_request(asked: dict[str, Any]) -> ChatCompletionRequest:
+    """What a request of another API asks of chat completions. Raises ApiError that names the field."""
+    try:
+        return ChatCompletionRequest.model_validate(asked)
+    except ValidationError as error:
+        raise from_validation(error.errors()) from error
 
 
 TEXT_ONLY = "this server gives text only"
@@ -306,6 +314,10 @@ class TokenizeAnswer(Answer):
 
 class DetokenizeAnswer(Answer):
     prompt: str
+
+
+class CountedTokens(Answer):
+    input_tokens: int
 
 
 class RenderedPrompt(Answer):
