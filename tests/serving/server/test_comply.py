@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.serving.server.conftest import serving
+
 KNOWN = {
     "openai-chat": {
         "chat-image-input": "text only",
@@ -17,14 +19,47 @@ KNOWN = {
 """What it wants and does not get -> why."""
 
 
+SEED = 1
+
+
+class Seeded:
+    """An application whose requests all have a seed, so that a model as small as this one says the same each time."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        content, more = b"", True
+        while more:
+            message = await receive()
+            content, more = content + message.get("body", b""), message.get("more_body", False)
+        content = json.dumps({**json.loads(content), "seed": SEED}).encode()
+        headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+        given = [{"type": "http.request", "body": content, "more_body": False}]
+
+        async def again():
+            return given.pop() if given else await receive()
+
+        await self.app({**scope, "headers": headers}, again, send)
+
+
+@pytest.fixture(scope="module")
+def seeded(app):
+    with serving(Seeded(app)) as url:
+        yield url
+
+
 @pytest.mark.parametrize("form", KNOWN)
-def test_llm_comply_finds_what_is_known(form, url):
+def test_llm_comply_finds_what_is_known(form, seeded):
     command = [
         sys.executable,
         "-m",
         "llm_comply.cli",
         "--base-url",
-        f"{url}/v1",
+        f"{seeded}/v1",
         "--api-key",
         "none",
         "--model",
