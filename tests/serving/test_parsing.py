@@ -1,8 +1,9 @@
 """The parser of thinking and tool calls: whatever models get wrong, and however the output is cut."""
 
+import collections
 import dataclasses
 import json
-import time
+import sys
 
 import jaxtyping
 import pytest
@@ -515,7 +516,7 @@ ARGUMENTS = st.fixed_dictionaries(
                     "</function>",
                     "</tool_call>",
                     "<tool_call>",
-                    "<function=write>",
+                    "<function=f>",
                     "\n\n",
                     "{",
                 ]
@@ -581,6 +582,9 @@ def test_chat_that_a_template_writes_is_read_back(data, reasoning, content, tagg
         assert [json.loads(call.arguments) for call in found.tool_calls] == calls
 
 
+HEADS = ("<function=write>", '{"name"')
+
+
 def spelled_ids(tokenizer, turn, thinks):
     """The ids of a turn in which only the tags that the template wrote are tokens."""
     parts = []
@@ -589,10 +593,9 @@ def spelled_ids(tokenizer, turn, thinks):
         parts += [thought, THOUGHT]
     lines = turn.split("\n")
     for number, line in enumerate(lines):
-        begins = line == "<tool_call>" and lines[number + 1].startswith(("<function=write>", '{"name"'))
-        ends = line == "</tool_call>" and (
-            number + 1 == len(lines) or (lines[number + 1] == "<tool_call>" and lines[number + 2].startswith('{"name"'))
-        )
+        begins = line == "<tool_call>" and lines[number + 1].startswith(HEADS)
+        another = lines[number + 1 : number + 2] == ["<tool_call>"] and lines[number + 2].startswith(HEADS)
+        ends = line == "</tool_call>" and (number + 1 == len(lines) or another)
         newline = [] if number + 1 == len(lines) else ["\n"]
         parts += [Tag(line) if begins or ends else line, *newline]
     return encoded(tokenizer, parts)
@@ -663,7 +666,7 @@ def test_any_output_says_the_same_however_it_is_cut(parts, lengths, lag, thinkin
         assert dataclasses.replace(read(parser, cut), num_reasoning_tokens=0) == once
         assert dataclasses.replace(read(parser, zip(*late, strict=True)), num_reasoning_tokens=0) == once
         if choice == "none" and thinking is None:
-            assert once == ParsedOutput(whole[1] and None, whole[1] or None)
+            assert once == ParsedOutput(None, whole[1] or None)
 
 
 STREAMS = {
@@ -682,22 +685,27 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_output_of_any_length_costs_its_length(name):
-    """12,000 steps of a value in 0.15 s of a CPU: none of them copies or reads again what has come before."""
+def test_step_costs_its_length_however_long_the_output_is(name):
+    """As many calls at the end of a long output as at its beginning, and no long text at hand that they could read."""
     head, word = STREAMS[name]
     tiny = Tokenizer.named("tiny")
     parser = OutputParser(tiny, tools=TOOLS)
     pieces = [(ids, tiny.decode(ids)) for ids in (encoded(tiny, parts_of(text)) for text in [*head, word])]
-    seconds = []
-    for count in (1_500, 12_000):
-        start = time.process_time()
-        state = parser.initial
-        for ids, text in [*pieces[:-1], *pieces[-1:] * count]:
-            state, _ = parser.step(state, ids, text)
-        parser.finish(state)
-        seconds.append(time.process_time() - start)
-    # Eight times the length; a square of it would be 64.
-    assert seconds[1] < 24 * seconds[0]
+    state = parser.initial
+    for ids, text in pieces:
+        state, _ = parser.step(state, ids, text)
+    counts = []
+    for steps in (200, 8_000, 200):
+        calls = collections.Counter()
+        sys.setprofile(lambda frame, event, argument, calls=calls: calls.update((event,)))
+        for _ in range(steps):
+            state, _ = parser.step(state, *pieces[-1])
+        sys.setprofile(None)
+        counts.append(sum(calls.values()))
+        texts = [value for value in vars(state).values() if isinstance(value, str | tuple)]
+        # A list of pairs has two members, whatever it holds.
+        assert max(map(len, texts)) < 400
+    assert counts[2] <= 1.1 * counts[0]
 
 
 @pytest.mark.parametrize(
