@@ -125,6 +125,13 @@ def _answers(model: Any, description: str = "the answer", *, streams: bool = Fal
     return {**(GENERATION_ERRORS if streams else ERRORS), 200: found}
 
 
+def _as_messages(found: dict[int | str, dict[str, Any]]) -> dict[int | str, dict[str, Any]]:
+    """The same where errors have Anthropic's form."""
+    return {
+        status: entry if status == 200 else {**entry, "model": protocol.MessageError} for status, entry in found.items()
+    }
+
+
 @router.post("/v1/chat/completions", responses=_answers(protocol.ChatAnswer, streams=True))
 async def create_chat_completion(body: protocol.ChatCompletionRequest, request: Request) -> Response:
     """Answers a conversation."""
@@ -137,14 +144,14 @@ async def create_completion(body: protocol.CompletionRequest, request: Request) 
     return await answer(request, completions.create(service_of(request), body, given_id(request)))
 
 
-@router.post("/v1/messages", responses=_answers(protocol.Answer, streams=True))
+@router.post("/v1/messages", responses=_as_messages(_answers(protocol.Message, streams=True)))
 async def create_message(body: dict[str, Any], request: Request) -> Response:
     """Anthropic's way of asking for the answer to a conversation."""
     asked = messages.to_chat(body, chat.template_text(service_of(request)))
     return await translated(request, asked, messages.from_chat, messages.stream)
 
 
-@router.post("/v1/messages/count_tokens", responses=_answers(protocol.CountedTokens))
+@router.post("/v1/messages/count_tokens", responses=_as_messages(_answers(protocol.CountedTokens)))
 async def count_message_tokens(body: dict[str, Any], request: Request) -> Response:
     """How many tokens a conversation of Anthropic's form is."""
     service = service_of(request)
@@ -153,7 +160,7 @@ async def count_message_tokens(body: dict[str, Any], request: Request) -> Respon
     return json_response({"input_tokens": len(rendered["token_ids"])})
 
 
-@router.post("/v1/responses", responses=_answers(protocol.Answer, streams=True))
+@router.post("/v1/responses", responses=_answers(protocol.Response, streams=True))
 async def create_response(body: dict[str, Any], request: Request) -> Response:
     """OpenAI's other way of asking for the answer to a conversation. Nothing is kept."""
     asked = responses.to_chat(body)
@@ -161,7 +168,7 @@ async def create_response(body: dict[str, Any], request: Request) -> Response:
     return await translated(request, asked, whole, functools.partial(responses.stream, body=body))
 
 
-@router.api_route("/v1/responses/{name:path}", methods=["GET", "POST", "DELETE"], responses=ERRORS)
+@router.api_route("/v1/responses/{name:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
 async def refuse_response(name: Annotated[str, Path()], request: Request) -> Response:
     """What is asked of stored responses, cancelling among it: there are none."""
     message = f"{request.url.path}: {responses.KEEPS_NOTHING}"

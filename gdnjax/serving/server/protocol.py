@@ -316,8 +316,40 @@ class DetokenizeAnswer(Answer):
     prompt: str
 
 
+class Message(Answer):
+    """Anthropic's."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: dict[str, Any]
+
+
+class MessageError(Answer):
+    """Anthropic's."""
+
+    type: Literal["error"]
+    error: dict[str, Any]
+
+
 class CountedTokens(Answer):
     input_tokens: int
+
+
+class Response(Answer):
+    """OpenAI's, of the Responses API."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete", "failed", "in_progress"]
+    output: list[dict[str, Any]]
+    usage: dict[str, Any] | None
 
 
 class RenderedPrompt(Answer):
