@@ -82,7 +82,7 @@ PLANNERS = (
     "serving.structured",
 )
 PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
-PLANNERS_SEE |= {"serving.outputs", "serving.submission"}
+PLANNERS_SEE |= {"serving.outputs", "serving.submission", "serving.parsing"}
 
 
 @dataclasses.dataclass(frozen=True)
