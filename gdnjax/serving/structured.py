@@ -153,7 +153,8 @@ def _thinking_of(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> _Thin
     # A prompt that closes thinking at its end wants none; one that is no chat's is a text to go on with; and a model
     # whose chats know no thinking has no use for the tag, but would draw it now and then, and never close it.
     may_open = closing not in end and not tokenizer.special_token_ids.isdisjoint(end)
-    may_open = may_open and THINK in str(tokenizer.hf.chat_template)
+    template = tokenizer.hf.chat_template
+    may_open = may_open and (not template or THINK in str(template))
     return _Thinking(opened_by=opening if may_open else None, closed_by=closing)
 
 
