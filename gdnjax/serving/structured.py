@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gdnjax.sampling_params import MASK_BITS, SamplingParams, StructuredOutputsParams
+from gdnjax.serving.parsing import begins_thinking
 from gdnjax.serving.tokenizer import Tokenizer
 
 THINK, END_OF_THINKING = "<think>", "</think>"
@@ -150,16 +151,18 @@ class _Thinking:
 
 
 def _thinking_of(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> _Thinking:
+    begun = begins_thinking(tokenizer, prompt_token_ids)
     opening, closing = tokenizer.token_of(THINK), tokenizer.token_of(END_OF_THINKING)
     if opening is None or closing is None:
-        text = tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
-        return _Thinking(begun=text.rfind(THINK) > text.rfind(END_OF_THINKING))
-    last = next((token for token in reversed(prompt_token_ids) if token in (opening, closing)), None)
-    if last == opening:
+        return _Thinking(begun=begun)
+    if begun:
         return _Thinking(begun=True, closed_by=closing)
     end = prompt_token_ids[-PROMPT_END:]
-    # A prompt that closes thinking at its end wants none; one that is no chat's is a text to go on with.
+    # A prompt that closes thinking at its end wants none; one that is no chat's is a text to go on with; and a model
+    # whose chats know no thinking has no use for the tag, but would draw it now and then, and never close it.
     may_open = closing not in end and not tokenizer.special_token_ids.isdisjoint(end)
+    template = tokenizer.hf.chat_template
+    may_open = may_open and (not template or THINK in str(template))
     return _Thinking(opened_by=opening if may_open else None, closed_by=closing)
 
 
