@@ -131,6 +131,28 @@ class Engine:
                 if request.status is Status.RUNNING:
                     self.scheduler.preempt(request)
 
+    def park(self, *requests: Request) -> None:
+        """Takes requests that have not ended, running ones too, out of the queue until `unpark`. What they have
+        produced, their places and their deadlines stay.
+        """
+        for request in requests:
+            self.preempt(request)
+        with self._alone(), self._whole():
+            for request in requests:
+                if not request.finished:
+                    self.scheduler.park(request)
+
+    def unpark(self, *requests: Request) -> None:
+        """Lets parked requests go on. Nothing happens to others."""
+        with self._alone(), self._whole():
+            for request in requests:
+                self.scheduler.unpark(request)
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """Ends a request that cannot go on with finish_reason "error"."""
+        with self._alone(), self._whole():
+            self.scheduler.fail(request, error)
+
     def step(self) -> list[Request]:
         """One turn: dispatches the next plan, then reads the turn before it.
 
@@ -433,7 +455,7 @@ class Engine:
         counters = cache.counters
         return {
             "num_running": len(scheduler.running),
-            "num_waiting": len(scheduler.waiting),
+            "num_waiting": len(scheduler.waiting) + len(scheduler.parked),
             "num_preemptions": scheduler.num_preemptions,
             "num_compilations": self.num_compilations,
             "slots_used": allocator.slots.num_used - cache.num_states,

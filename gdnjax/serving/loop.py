@@ -11,17 +11,22 @@ import dataclasses
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from gdnjax.serving.engine import Engine
 from gdnjax.serving.request import Request
 from gdnjax.serving.submission import Submission
+from gdnjax.serving.trials import Trials
 
 log = logging.getLogger("gdnjax")
 
 ATTEMPTS = 3
-"""How often in a row something may fail that the engine recovers from by itself."""
+"""How often the engine tries to start over before its thread gives up."""
+
+PAUSE = 0.1
+"""Seconds before it tries again, twice as many the next time."""
 
 SETTLING = 2
 """Turns that are taken when nobody is left: the last one in flight is read, and who was aborted is counted."""
@@ -96,6 +101,9 @@ class EngineLoop:
         # A finaliser may post in the middle of a post.
         self._lock = threading.RLock()
         self._stopped: str | None = None
+        # What the thread is at, to be refused where it fails there.
+        self._undone: _Command | None = None
+        self._trials = Trials(engine)
         engine.listen(self._hear)
         self._thread = threading.Thread(target=self._run, name="gdnjax-engine", daemon=True)
         self._thread.start()
@@ -126,7 +134,7 @@ class EngineLoop:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                future.set_result(self._engine.between_turns(function))
+                future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
 
@@ -170,18 +178,28 @@ class EngineLoop:
                 if self._samples or settling:
                     self._turn()
         except BaseException as error:
-            log.exception("the engine's thread ends")
-            self._failure = error
-            with self._lock:
-                self._stopped = f"the engine's thread has failed: {type(error).__name__}: {error}"
+            self._die(error)
         self._end()
+
+    def _die(self, error: BaseException) -> None:
+        with self._lock:
+            if self._engine.closed:
+                self._stopped = self._stopped or "this LLM is closed"
+                return
+            self._failure = error
+            self._stopped = f"the engine's thread has failed: {type(error).__name__}: {error}"
+        log.error("the engine's thread ends", exc_info=error)
 
     def _obey(self, wait: bool) -> bool:
         """Does what was posted, and waits for it if there is nothing else to do. False: the thread is to end."""
         try:
             command = self._commands.get() if wait else self._commands.get_nowait()
             while command is not None:
-                command.do()
+                self._undone = command
+                # Another thread's turn may have been cut off.
+                self._recover()
+                self._engine.between_turns(command.do)
+                self._undone = None
                 command = self._commands.get_nowait()
         except queue.Empty:
             return True
@@ -195,24 +213,65 @@ class EngineLoop:
         self._samples.clear()
         for reader in readers:
             self._fail(reader, self._refusal())
-        # Nothing is posted any more: it was said that the thread has stopped.
+        # Nothing is posted any more that could be refused: it was said that the thread has stopped.
+        commands = [self._undone]
         while not self._commands.empty():
-            command = self._commands.get()
+            commands.append(self._commands.get())
+        for command in commands:
             if command is not None:
                 command.refuse(self._refusal())
-        self._engine.abort(*requests)
+        try:
+            self._engine.abort(*requests)
+        except Exception:
+            log.exception("%d requests stay in an engine that cannot start over", len(requests))
 
     def _turn(self) -> None:
-        self._engine.take_turn()
+        """A turn, after which the engine is whole, whatever happened in it. Raises where it cannot be made so."""
+        try:
+            error = self._engine.between_turns(self._attempt)
+            if error is None:
+                self._trials.passed()
+                return
+            log.warning("a turn was cut off and is tried again", exc_info=error)
+            self._recover()
+            self._trials.failed(error)
+        except Exception:
+            if self._engine.closed:
+                raise
+            log.exception("what follows a turn was cut off, too, and is tried again")
+            self._recover()
+
+    def _attempt(self) -> Exception | None:
+        try:
+            self._engine.step()
+        except Exception as error:
+            if self._engine.closed:
+                raise
+            self._trials.suspect()
+            return error
+        return None
+
+    def _recover(self) -> None:
+        """Makes an engine whole whose turn was cut off, and is patient with a device that has no memory for it now."""
+        for attempt in range(ATTEMPTS):
+            try:
+                self._engine.between_turns(lambda: None)
+                return
+            except Exception:
+                if self._engine.closed or attempt == ATTEMPTS - 1:
+                    raise
+                log.exception("the engine cannot start over, and tries again")
+                time.sleep(PAUSE * 2**attempt)
 
     def _add(self, reader: Reader, submission: Submission) -> None:
-        for request in submission.requests:
-            self._samples[request] = _Sample(reader)
+        self._samples |= {request: _Sample(reader) for request in submission.requests}
         for request in submission.requests:
             self._engine.add(request)
+        if self._trials.under_way:
+            self._trials.hold(*submission.requests)
 
     def _drop(self, requests: Iterable[Request]) -> None:
-        self._engine.between_turns(lambda: self._let_go(requests))
+        self._let_go(requests)
         self._engine.abort(*requests)
 
     def _let_go(self, requests: Iterable[Request]) -> None:
