@@ -71,6 +71,9 @@ class Stream:
     `break`, an error, cancellation or `aclose()`, aborts the request; so does dropping the object.
     """
 
+    # Of one whose construction failed.
+    _closed = True
+
     def __init__(self, owner: "AsyncLLM", request_id: str | None, prepare: Callable[[float], Submission]):
         self._owner, self._prepare = owner, prepare
         self._box = _Mailbox(owner, request_id)
