@@ -151,11 +151,10 @@ class Stream:
         """The next piece, and as one with it those of the same sample that have come right behind it."""
         pieces = self._box.pieces
         index, text, token_ids, logprobs, finish_reason, stop_reason = pieces.popleft()
-        while pieces and pieces[0].index == index:
-            more = pieces.popleft()
-            text, token_ids = text + more.text, token_ids + more.token_ids
-            logprobs = None if logprobs is None or more.logprobs is None else logprobs + more.logprobs
-            finish_reason, stop_reason = more.finish_reason, more.stop_reason
+        while pieces and pieces[0][0] == index:
+            _, more, further, entries, finish_reason, stop_reason = pieces.popleft()
+            text, token_ids = text + more, token_ids + further
+            logprobs = None if logprobs is None or entries is None else logprobs + entries
         output = None
         if finish_reason is not None:
             self._num_left -= 1

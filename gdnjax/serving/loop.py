@@ -39,15 +39,10 @@ class EngineStoppedError(RuntimeError):
     """The engine takes no more requests: it is closed, or it drains, or its thread has failed."""
 
 
-class Piece(NamedTuple):
-    """What has come of a sample since its last piece: the fields of a StreamOutput but its output."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[Any] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
+Piece = tuple[int, str, list[int], list[Any] | None, str | None, int | str | None]
+"""What has come of a sample since its last piece: its index, text, token ids, their log-probabilities, finish_reason
+and stop_reason, as of a StreamOutput.
+"""
 
 
 class Reader(abc.ABC):
@@ -289,24 +284,29 @@ class EngineLoop:
         """Hands on what has come of requests: in one call of each event loop."""
         told: dict[asyncio.AbstractEventLoop, list[tuple[Reader, Piece]]] = {}
         closed: list[Reader] = []
+        samples = self._samples
+        # What is done here the device may have to wait for, with every request of a turn: no call that can be spared.
         for request in moved:
-            sample = self._samples.get(request)
+            sample = samples.get(request)
             if sample is None:
                 continue
-            text = request.detokenizer.text_since(sample.num_characters)
-            token_ids = request.output_token_ids[sample.num_tokens :]
-            if not (token_ids or request.finished):
+            start, finish_reason = sample.num_tokens, request.finish_reason
+            token_ids = request.output_token_ids[start:]
+            if not token_ids and finish_reason is None:
                 continue
-            logprobs = request.logprobs_since(sample.num_tokens)
+            text = request.detokenizer.text_since(sample.num_characters)
+            sample.num_tokens = start + len(token_ids)
             sample.num_characters += len(text)
-            sample.num_tokens += len(token_ids)
-            reasons = (None, None)
-            if request.finished:
-                reasons = (request.finish_reason, request.stop_reason)
-                del self._samples[request]
-                closed.append(sample.reader)
-            piece = Piece(request.index, text, token_ids, logprobs, *reasons)
-            told.setdefault(sample.reader.event_loop, []).append((sample.reader, piece))
+            reader = sample.reader
+            logprobs = None if request.params.logprobs is None else request.logprobs_since(start)
+            piece = (request.index, text, token_ids, logprobs, finish_reason, request.stop_reason)
+            if finish_reason is not None:
+                del samples[request]
+                closed.append(reader)
+            batch = told.get(reader.event_loop)
+            if batch is None:
+                batch = told[reader.event_loop] = []
+            batch.append((reader, piece))
         for event_loop, pieces in told.items():
             try:
                 event_loop.call_soon_threadsafe(_deliver, pieces)
