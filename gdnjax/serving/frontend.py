@@ -19,6 +19,7 @@ from gdnjax.serving.chat import render_chats
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.plan import check_fits
 from gdnjax.serving.request import Request
+from gdnjax.serving.structured import Grammars, Matcher
 from gdnjax.serving.submission import Submission, Urgency
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer
 
@@ -44,6 +45,7 @@ class _Checked:
     stop_token_ids: tuple[int, ...]
     bad_words: list[list[int]]
     detokenizers: list[Detokenizer]
+    matchers: list[Matcher | None]
     urgency: Urgency
 
 
@@ -71,6 +73,7 @@ class Frontend:
         self.max_model_len, self.vocab_size, self.num_blocks = max_model_len, vocab_size, num_blocks
         self.tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
         self._defaults = defaults or GenerationDefaults()
+        self._grammars = Grammars(tokenizer, vocab_size) if tokenizer is not None else None
         self._lock = threading.Lock()
         self._num_requests = 0
 
@@ -94,6 +97,12 @@ class Frontend:
         """The sampling parameters of the checkpoint's generation_config.json, with `overrides` in their place."""
         given: dict[str, Any] = self._defaults.sampling | overrides
         return SamplingParams(**given)
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """The checkpoint's own limit of an output (max_new_tokens); None where it names none."""
+        found = self._defaults.sampling.get("max_tokens")
+        return None if found is None else int(found)
 
     def params_for(
         self, count: int, params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -174,7 +183,7 @@ class Frontend:
             token_ids = _integers(prompt, where)
         if not token_ids:
             raise ValueError(f"{where} is empty; a prompt needs at least one token")
-        self._check_token_ids(where, token_ids)
+        self.check_token_ids(where, token_ids)
         return token_ids
 
     def _check(self, prompt: Any, params: SamplingParams, where: str, urgency: Urgency) -> _Checked:
@@ -204,10 +213,28 @@ class Frontend:
                 stop_token_ids=stop_token_ids,
                 bad_words=bad_words,
                 detokenizers=[Detokenizer(self.tokenizer, params) for _ in range(params.n)],
+                matchers=self._matchers(params, token_ids, stop_token_ids),
                 urgency=urgency,
             )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+
+    def _matchers(
+        self, params: SamplingParams, token_ids: list[int], stop_token_ids: tuple[int, ...]
+    ) -> list[Matcher | None]:
+        """Of each sample. Raises ValueError for a structure that is none, and where there can be none."""
+        matcher = self.matcher_for(params, token_ids, stop_token_ids)
+        return [None if matcher is None else matcher.fresh() for _ in range(params.n)]
+
+    def matcher_for(
+        self, params: SamplingParams, token_ids: Sequence[int], stop_token_ids: Sequence[int]
+    ) -> Matcher | None:
+        """Where a request with a structure begins; None for one without. Raises ValueError where it cannot be had."""
+        if params.structured_outputs is None:
+            return None
+        self.require_tokenizer("structured_outputs")
+        assert self._grammars is not None
+        return self._grammars.matcher(params, token_ids, stop_token_ids)
 
     def _make_requests(self, checked: _Checked, number: int) -> Submission:
         params, urgency = checked.params, checked.urgency
@@ -224,11 +251,12 @@ class Frontend:
                 detokenizer=detokenizer,
                 bad_words=checked.bad_words,
                 index=sample,
+                matcher=matcher,
                 arrival_time=time.monotonic(),
                 priority=urgency.priority,
                 deadline=urgency.deadline,
             )
-            for sample, detokenizer in enumerate(checked.detokenizers)
+            for sample, (detokenizer, matcher) in enumerate(zip(checked.detokenizers, checked.matchers, strict=True))
         ]
         forced = self.config.spec_acceptance_length is not None
         return Submission(str(number), checked.text, checked.token_ids, requests, forced_acceptance=forced)
@@ -238,7 +266,8 @@ class Frontend:
         words = np.random.SeedSequence([self.config.seed, number + 1]).generate_state(2, np.uint32)
         return int(words[0]) | int(words[1]) << 32
 
-    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+    def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        """Raises ValueError that begins with `name` for an id outside the vocabulary."""
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             return
         token = next(token for token in token_ids if not 0 <= token < self.vocab_size)
@@ -250,9 +279,9 @@ class Frontend:
             asked = getattr(params, name)
             if asked is not None and asked > self.config.max_logprobs:
                 raise ValueError(f"{name}={asked} exceeds max_logprobs={self.config.max_logprobs}")
-        self._check_token_ids("stop_token_ids", params.stop_token_ids or ())
-        self._check_token_ids("logit_bias", tuple(params.logit_bias or ()))
-        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self.check_token_ids("stop_token_ids", params.stop_token_ids or ())
+        self.check_token_ids("logit_bias", tuple(params.logit_bias or ()))
+        self.check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
         eos = () if params.ignore_eos else self.eos_token_ids
         stop_token_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()))))
         if len(stop_token_ids) > MAX_STOP_TOKENS:

@@ -53,6 +53,7 @@ class Tokenizer:
 
     vocab_size         ids that it knows, added tokens included. A model's vocabulary may be larger (padding).
     special_token_ids  ids that decoding leaves out with skip_special_tokens.
+    added_token_ids    ids of tokens that stand for one text as a whole, by that text: <tool_call>, special ones, ...
     eos_token_ids      its own end-of-sequence id; generation_config.json may name more.
     """
 
@@ -62,6 +63,7 @@ class Tokenizer:
         self.special_token_ids = frozenset(
             token_id for token_id, token in hf.added_tokens_decoder.items() if token.special
         )
+        self.added_token_ids = {token.content: token_id for token_id, token in hf.added_tokens_decoder.items()}
         self.eos_token_ids = as_id_tuple(hf.eos_token_id)
 
     @classmethod
@@ -104,6 +106,10 @@ class Tokenizer:
         return self.hf.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
+
+    def token_of(self, text: str) -> int | None:
+        """The one token that was added to stand for a text, a tag say; None where there is none."""
+        return self.hf.get_added_vocab().get(text)
 
     def apply_chat_template(self, messages: Any, add_generation_prompt: bool = True, **kwargs: Any) -> list[int]:
         """Token ids of `render_chat`, with its arguments and errors."""
