@@ -218,6 +218,7 @@ class Engine:
             len(self.scheduler.running),
         )
         self._last_harvest = None
+        self.counters.num_start_overs += 1
         self.runner.start_over(self._in_flight)
         self._in_flight.clear()
         self.scheduler.start_over()
@@ -269,7 +270,7 @@ class Engine:
         with self._whole():
             self._in_flight.popleft()
             self._observe(turn, decode)
-            spent = self.scheduler.detokenise_seconds
+            spent, produced = self.scheduler.detokenise_seconds, self.counters.num_output_tokens
             with self.metrics.timed("commit"):
                 if prefill is not None:
                     self._collect_prompt_logprobs(turn.plan.pieces, prefill)
@@ -281,6 +282,9 @@ class Engine:
                     rows = zip(itertools.count(), turn.plan.decoding, turn.plan.bounds, strict=False)
                     self._commit(rows, decode)
                     self._account(turn.plan, decode)
+            prefilled = sum(piece.length for piece in turn.plan.pieces)
+            produced = self.counters.num_output_tokens - produced
+            self.metrics.histograms["turn_tokens"].observe(prefilled + produced)
             spent = self.scheduler.detokenise_seconds - spent
             self.metrics.seconds.commit -= spent
             self.metrics.seconds.detokenise += spent

@@ -75,6 +75,8 @@ class _Sample:
     reader: Reader
     num_characters: int = 0
     num_tokens: int = 0
+    # When it was last told of something.
+    told: float = 0.0
 
 
 class _Command(NamedTuple):
@@ -99,6 +101,8 @@ class EngineLoop:
         # What the thread is at, to be refused where it fails there.
         self._undone: _Command | None = None
         self._trials = Trials(engine)
+        # Turns in a row that failed for nobody.
+        self._in_vain = 0
         engine.listen(self._hear)
         self._thread = threading.Thread(target=self._run, name="gdnjax-engine", daemon=True)
         self._thread.start()
@@ -222,11 +226,15 @@ class EngineLoop:
 
     def _turn(self) -> None:
         """A turn, after which the engine is whole, whatever happened in it. Raises where it cannot be made so."""
+        error = None
         try:
             error = self._engine.between_turns(self._attempt)
             if error is None:
+                self._in_vain = 0
                 self._trials.passed()
                 return
+            if not self._trials.has_suspects:
+                self._in_vain += 1
             log.warning("a turn was cut off and is tried again", exc_info=error)
             self._recover()
             self._trials.failed(error)
@@ -235,6 +243,8 @@ class EngineLoop:
                 raise
             log.exception("what follows a turn was cut off, too, and is tried again")
             self._recover()
+        if self._in_vain == ATTEMPTS:
+            raise RuntimeError("turns fail, and there is no request that it could be for") from error
 
     def _attempt(self) -> Exception | None:
         try:
@@ -284,7 +294,8 @@ class EngineLoop:
         """Hands on what has come of requests: in one call of each event loop."""
         told: dict[asyncio.AbstractEventLoop, list[tuple[Reader, Piece]]] = {}
         closed: list[Reader] = []
-        samples = self._samples
+        samples, now = self._samples, time.monotonic()
+        observe = self._engine.metrics.histograms["inter_token_latency"].observe
         # What is done here the device may have to wait for, with every request of a turn: no call that can be spared.
         for request in moved:
             sample = samples.get(request)
@@ -296,6 +307,9 @@ class EngineLoop:
                 continue
             text = request.detokenizer.text_since(sample.num_characters)
             sample.num_tokens = start + len(token_ids)
+            if start:
+                observe(now - sample.told)
+            sample.told = now
             sample.num_characters += len(text)
             reader = sample.reader
             logprobs = None if request.params.logprobs is None else request.logprobs_since(start)

@@ -60,6 +60,11 @@ class Trials:
         # Where nobody runs yet, it is for those that wait that the turn could not be planned.
         self._suspects = (not self._wide and [request for request in going if request.slot]) or going
 
+    @property
+    def has_suspects(self) -> bool:
+        """Whether anybody had a part in the turn that was cut off last."""
+        return bool(self._suspects)
+
     def failed(self, error: Exception) -> None:
         """The engine has started over behind a turn that was cut off by `error`."""
         if self._moving:

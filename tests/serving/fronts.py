@@ -27,7 +27,9 @@ def paper_llm(*, blocks=60, block_size=4, seqs=4, tokens=64, tokenizer=LETTERS, 
         tokenizer=tokenizer,
         eos_token_ids=(EOS,),
     )
-    llm.engine = Engine(PaperRunner(scheduler.config), scheduler.allocator, tokenizer)
+    runner = PaperRunner(scheduler.config)
+    runner.host_sizes = scheduler.cache.host.sizes if scheduler.cache.host is not None else None
+    llm.engine = Engine(runner, scheduler.allocator, tokenizer)
     llm._submissions, llm._submissions_lock = weakref.WeakSet(), threading.Lock()
     return llm
 

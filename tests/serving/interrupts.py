@@ -37,6 +37,7 @@ class PaperRunner(Runner):
 
     def dispatch(self, plan) -> InFlight:
         self.counters.num_turns += 1
+        self.counters.num_prompt_tokens += sum(piece.length for piece in plan.pieces)
         prefill, decode = self.device.execute(plan)
         return InFlight(plan, *(_emitted(rows, self.config) if rows else None for rows in (prefill, decode)))
 

@@ -263,6 +263,24 @@ def test_engine_that_cannot_start_over_fails_everybody(monkeypatch):
     asyncio.run(asyncio.wait_for(whole(), 60))
 
 
+def test_turns_that_fail_for_nobody_end_the_thread(monkeypatch):
+    """What fails is the engine itself, and would for ever."""
+
+    async def whole():
+        with front() as llm:
+
+            def fails(_):
+                raise LookupError("no such counter")
+
+            monkeypatch.setattr(llm.llm.engine.metrics, "finished", fails)
+            with pytest.raises(EngineStoppedError, match="there is no request that it could be for"):
+                await read(llm.generate([1], PARAMS))
+            assert isinstance(llm.failure.__cause__, LookupError)
+            monkeypatch.undo()
+
+    asyncio.run(asyncio.wait_for(whole(), 60))
+
+
 def test_turn_of_another_thread_that_fails_costs_streams_nothing(monkeypatch):
     async def whole():
         with front() as llm:
