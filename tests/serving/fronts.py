@@ -18,7 +18,7 @@ def paper_llm(*, blocks=60, block_size=4, seqs=4, tokens=64, tokenizer=LETTERS, 
     """An LLM whose tokens are hashes of those before them; prompts are token ids below 26."""
     scheduler = make_scheduler(seqs=seqs, tokens=tokens, blocks=blocks, block_size=block_size, warmup=False, **sizes)
     llm = LLM.__new__(LLM)
-    llm.config = scheduler.config
+    llm.config, llm.max_model_len = scheduler.config, MAX_MODEL_LEN
     llm.frontend = Frontend(
         scheduler.config,
         max_model_len=MAX_MODEL_LEN,
