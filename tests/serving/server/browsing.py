@@ -8,7 +8,6 @@ import time
 
 import uvicorn
 from selenium import webdriver
-from selenium.webdriver.support.ui import WebDriverWait
 
 FLAGS = (
     "--headless",
@@ -101,9 +100,11 @@ class Page:
 
     def until(self, condition, what, seconds=20):
         """Waits until `condition()` is true and gives its value."""
-        return WebDriverWait(self.driver, seconds, poll_frequency=0.02).until(
-            lambda _: condition(), f"waited for {what}; the page says: {self.one('body').text!r}"
-        )
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < deadline, f"waited for {what}; the page says: {self.text('body')!r}"
+            time.sleep(0.02)
+        return found
 
     def say(self, text):
         """Types a message and sends it as most people do; does not wait for the answer."""

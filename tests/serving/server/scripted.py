@@ -43,6 +43,68 @@ CALLS = [
     {"index": 1, "id": "call-2", "type": "function", "function": {"name": "clock", "arguments": "{}"}},
 ]
 
+STATS = {
+    "num_running": 3,
+    "num_waiting": 5,
+    "num_preemptions": 1,
+    "num_compilations": 12,
+    "slots_used": 3,
+    "slots_total": 12,
+    "blocks_used": 40,
+    "blocks_total": 384,
+    "uptime": 3725.0,
+    "output_tokens_per_second": 250.0,
+    "padding_waste": 0.39,
+    "num_requests": 31,
+    "num_ended": {"stop": 20, "length": 3},
+    "num_turns": 800,
+    "num_prompt_tokens": 3200,
+    "num_output_tokens": 18000,
+    "num_padded_tokens": 9000,
+    "num_device_reads": 790,
+    "num_decode_rows": 600,
+    "num_draft_tokens": 1100,
+    "num_accepted_draft_tokens": 880,
+    "drafted_at": [600, 500],
+    "accepted_at": [540, 340],
+    "prefix_cache": {
+        "queried_tokens": 6400,
+        "hit_tokens": 4000,
+        "lost_tokens": 10,
+        "evicted_blocks": 7,
+        "evicted_states": 2,
+        "orphaned_states": 1,
+        "kept_states": 30,
+        "skipped_states": 0,
+        "hit_rate": 0.625,
+        "cached_blocks": 120,
+        "evictable_blocks": 100,
+        "cached_states": 6,
+    },
+    "host_cache": {"num_blocks": 64, "num_states": 4, "bytes_used": 3 << 20, "bytes_total": 1 << 30},
+    "speculation": {
+        "num_speculative_tokens": 2,
+        "forced_acceptance": False,
+        "num_draft_tokens": 1100,
+        "num_accepted_draft_tokens": 880,
+        "draft_acceptance_rate": 0.8,
+        "acceptance_per_position": [0.9, 0.68],
+        "mean_acceptance_length": 2.47,
+    },
+    "seconds": {
+        "plan": 0.5,
+        "move": 0.0,
+        "pack": 0.25,
+        "dispatch": 3.0,
+        "read": 60.0,
+        "commit": 0.5,
+        "detokenise": 0.5,
+    },
+    "time_to_first_token": {"p50": 0.0312, "p90": 0.25, "p99": 1.5},
+    "time_per_output_token": {"p50": 0.0041, "p90": 0.006, "p99": 0.009},
+}
+"""In the form of `LLM.stats()`; test_pages.py compares the names with an engine's."""
+
 
 def pieces_of(text, size=7):
     return [{"content": text[i : i + size]} for i in range(0, len(text), size)]
@@ -108,7 +170,7 @@ class Scripted:
             yield chunk([{"index": 0, "delta": {}, "finish_reason": reason}])
             yield chunk([])
             yield "data: [DONE]\n\n"
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             self.left += 1
             raise
 

@@ -1,4 +1,4 @@
-"""The page at `/`, a chat with the model and a view of the engine as plain files; and `/stats`, which the view reads."""
+"""The page at `/`, a chat and a view of the engine as plain files, and `/stats`, which the view reads."""
 
 import hashlib
 import importlib.resources

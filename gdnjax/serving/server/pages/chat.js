@@ -287,7 +287,8 @@ class Turn {
       this.thought.textContent = this.reasoning.trim();
       const seconds = ((this.thoughtUntil ?? this.lastAt) - this.firstAt) / 1000;
       const isThinking = this.thoughtUntil === null && !this.isOver;
-      this.thinkingLabel.textContent = isThinking ? "Thinking…" : `Thought for ${seconds.toFixed(1)} s`;
+      const thought = seconds < 0.05 ? "Thought" : `Thought for ${seconds.toFixed(1)} s`;
+      this.thinkingLabel.textContent = isThinking ? "Thinking…" : thought;
     }
     this.prose.show(this.content.trim());
     if (!this.resultsAreAsked) this.callsElement.replaceChildren(...this.calls.map((call) => callFigure(call)));
@@ -332,7 +333,7 @@ class Turn {
       });
       this.giveResults(results);
     };
-    const button = h("button", { type: "button", class: "primary", onclick: give }, "Send the result");
+    const button = h("button", { type: "button", class: "primary", onclick: give }, `Send the ${fields.length > 1 ? "results" : "result"}`);
     this.callsElement.replaceChildren(...figures, button);
   }
 }

@@ -116,8 +116,8 @@ export class EngineView {
       card(
         "Prefix cache",
         percent(ratio(cache.hit_tokens, cache.queried_tokens)),
-        "of prompt tokens found",
-        hits === null ? "no prompt in the last two minutes" : `${percent(hits)} in the last two minutes`,
+        "of prompts found",
+        hits === null ? "no prompt in two minutes" : `${percent(hits)} in two minutes`,
         curve("hitRate"),
       ),
       drafts.num_speculative_tokens > 0 &&
@@ -230,7 +230,7 @@ function memoryPanel(stats) {
       "Slots, a recurrent state each",
       `${whole(slots + states)} of ${whole(allSlots)}`,
       slotPicture,
-      ["", `${whole(slots)} of requests`],
+      ["", `${whole(slots)} held by requests`],
       ["c", `${whole(states)} checkpoints`],
       ["rest", `${whole(allSlots - slots - states)} free`],
     ),
@@ -238,7 +238,7 @@ function memoryPanel(stats) {
       "Blocks of keys and values",
       `${whole(blocks + kept)} of ${whole(allBlocks)}`,
       strip([["", ratio(blocks, allBlocks) ?? 0], ["c", ratio(kept, allBlocks) ?? 0]]),
-      ["", `${whole(blocks)} of requests`],
+      ["", `${whole(blocks)} held by requests`],
       ["c", `${whole(kept)} kept by the prefix cache`],
       ["rest", `${whole(allBlocks - blocks - kept)} free`],
     ),
@@ -255,14 +255,14 @@ function memoryPanel(stats) {
 function latencyPanel(stats) {
   const row = (name, times) =>
     h("tr", {}, h("th", { scope: "row" }, name), ...["p50", "p90", "p99"].map((p) => h("td", {}, seconds(times[p]))));
-  const head = ["", "half", "90%", "99%"].map((text) => h("th", text ? { scope: "col" } : {}, text));
+  const head = ["", "half within", "90% within", "99% within"].map((text) => h("th", text ? { scope: "col" } : {}, text));
   const table = h(
     "table",
     {},
     h("thead", {}, h("tr", {}, ...head)),
     h("tbody", {}, row("First token", stats.time_to_first_token), row("Each further token", stats.time_per_output_token)),
   );
-  return panel("Latency, of requests that ended last: so many had it within", table);
+  return panel("Latency of the requests that ended last", table);
 }
 
 function draftPanel(stats) {
