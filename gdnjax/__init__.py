@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from gdnjax.loading import load_model
     from gdnjax.models import abstract_params, build_model, random_params
     from gdnjax.sampling_params import SamplingParams
+    from gdnjax.serving.async_llm import AsyncLLM
     from gdnjax.serving.following import follow, follow_model
-    from gdnjax.serving.llm import LLM, StreamOutput
-    from gdnjax.serving.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from gdnjax.serving.llm import LLM
+    from gdnjax.serving.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamOutput
 
 _HOMES = {
+    "AsyncLLM": "gdnjax.serving.async_llm",
     "BatchOutput": "gdnjax.generation",
     "CompletionOutput": "gdnjax.serving.outputs",
     "EngineConfig": "gdnjax.config",
@@ -31,7 +33,7 @@ _HOMES = {
     "RequestMetrics": "gdnjax.serving.outputs",
     "RequestOutput": "gdnjax.serving.outputs",
     "SamplingParams": "gdnjax.sampling_params",
-    "StreamOutput": "gdnjax.serving.llm",
+    "StreamOutput": "gdnjax.serving.outputs",
     "abstract_params": "gdnjax.models",
     "batch_generate": "gdnjax.generation",
     "build_model": "gdnjax.models",
@@ -62,6 +64,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BatchOutput",
     "CompletionOutput",
     "EngineConfig",

@@ -65,6 +65,8 @@ class Engine:
         self._moved: list[Request] = []
         self._aborted: collections.deque[Request] = collections.deque()
         self._half_done = self._closed = False
+        # Told of everybody who moved on or ended, whoever took the turn, within it: see `listen`.
+        self._listener: Callable[[list[Request]], None] | None = None
         # Of single tokens, for log-probabilities: decoding twenty a row anew would take longer than the step.
         self._texts: dict[int, str] = {}
         # Of a thread, so that one that is interrupted on its way out does not lock itself out.
@@ -205,7 +207,18 @@ class Engine:
         told = list(dict.fromkeys([*self._moved, *ended]))
         self._moved.clear()
         ended.clear()
+        if self._listener is not None and told:
+            self._listener(told)
         return told
+
+    def listen(self, listener: Callable[[list[Request]], None] | None) -> None:
+        """From now on `listener` is given what `step` returns, whoever calls it, while nobody else takes a turn. It may
+        not raise. None: nobody listens any more. Raises RuntimeError where somebody else does.
+        """
+        with self._lock:
+            if listener is not None and self._listener is not None:
+                raise RuntimeError("somebody listens to this engine already: an LLM has one AsyncLLM")
+            self._listener = listener
 
     def _choose_drafts(self) -> int:
         """Drafts of the next decode step."""

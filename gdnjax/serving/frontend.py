@@ -8,13 +8,14 @@ import dataclasses
 import numbers
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gdnjax.config import EngineConfig
 from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams, check_unicode
+from gdnjax.serving.chat import render_chats
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.plan import check_fits
 from gdnjax.serving.request import Request
@@ -128,6 +129,42 @@ class Frontend:
             self._num_requests += len(checked)
         return [self._make_requests(each, first + index) for index, each in enumerate(checked)]
 
+    def prepare_chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        urgencies: Callable[[int], Sequence[Urgency]] | None = None,
+        *,
+        options: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[Submission]:
+        """The requests of a conversation, or of each of several, through the chat template, to which `options` go.
+
+        `urgencies` is told how many conversations there are. The states that other chats and the next turn of this one
+        go on from are asked for. Raises ValueError as `prepare` does, and for what `Tokenizer.render_chat` refuses,
+        with the index of the conversation where there are several.
+        """
+        several = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], list | tuple)
+        tokenizer, options = self.require_tokenizer("chat"), options or {}
+        chats = messages if several else [messages]
+        texts = render_chats(tokenizer, chats, options, add_generation_prompt, several=several)
+        prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        groups = self.prepare(prompts, sampling_params, None if urgencies is None else urgencies(len(prompts)))
+        groups = [dataclasses.replace(group, prompt=text) for group, text in zip(groups, texts, strict=True)]
+        if self.config.enable_prefix_caching:
+            starts = [0] * len(groups)
+            if add_generation_prompt:
+                # The next turn renders the answer anew, so it parts from this one at the generation prompt.
+                turns = render_chats(tokenizer, chats, options, False, several=several)
+                encoded = [tokenizer.encode(turn, add_special_tokens=False) for turn in turns]
+                starts = [_common_length(turn, group.token_ids) for turn, group in zip(encoded, groups, strict=True)]
+            for chat, turn_start, group in zip(chats, starts, groups, strict=True):
+                # Other chats part from this one at their first question.
+                system_end = _common_length(tokenizer.with_another_question(chat, **options), group.token_ids)
+                for request in group.requests:
+                    request.system_end, request.turn_start = system_end, turn_start
+        return groups
+
     def token_ids(self, prompt: Any, where: str) -> list[int]:
         """The tokens of a text or of token ids, at least one. Raises ValueError that begins with `where`."""
         if isinstance(prompt, str):
@@ -223,6 +260,12 @@ class Frontend:
                 f"EOS and stop_token_ids together are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKENS}"
             )
         return stop_token_ids
+
+
+def _common_length(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two sequences have in common before they part."""
+    most = min(len(tokens), len(others))
+    return next((i for i in range(most) if tokens[i] != others[i]), most)
 
 
 def _check_something_is_allowed(

@@ -17,11 +17,11 @@ from gdnjax.progress import Progress
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving import records, saved_state
 from gdnjax.serving.allocator import Allocator
-from gdnjax.serving.chat import render_chats, template_options
+from gdnjax.serving.chat import template_options
 from gdnjax.serving.engine import Engine
 from gdnjax.serving.frontend import Frontend, Prompt, as_list
 from gdnjax.serving.opening import Opened, check_model, open_checkpoint, open_model
-from gdnjax.serving.outputs import RequestOutput
+from gdnjax.serving.outputs import RequestOutput, StreamOutput
 from gdnjax.serving.processes import alone, lead, telling
 from gdnjax.serving.request import Request
 from gdnjax.serving.submission import Submission, urgencies
@@ -29,25 +29,6 @@ from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, ends_of_sequ
 from gdnjax.shapes import Params
 
 log = logging.getLogger("gdnjax")
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamOutput:
-    """What one turn added to a stream. `str()` of it is its text.
-
-    text           newly released text, possibly empty.
-    token_ids      the tokens that came with this turn.
-    finish_reason  as of CompletionOutput, on the last piece; None before.
-    output         on the last piece, the whole RequestOutput.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None = None
-    output: RequestOutput | None = None
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class LLM:
@@ -202,26 +183,13 @@ class LLM:
         conversation where there are several.
         """
         self._check_open()
-        several = isinstance(messages, Sequence) and messages and isinstance(messages[0], list | tuple)
-        tokenizer = self.frontend.require_tokenizer("chat")
-        chats = messages if several else [messages]
-        options = template_options(chat_template_kwargs, template_kwargs)
-        texts = render_chats(tokenizer, chats, options, add_generation_prompt, several=bool(several))
-        prompts: list[Prompt] = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        groups = self.frontend.prepare(prompts, sampling_params, urgencies(len(prompts), priority, timeout))
-        groups = [dataclasses.replace(group, prompt=text) for group, text in zip(groups, texts, strict=True)]
-        if self.config.enable_prefix_caching:
-            starts = [0] * len(groups)
-            if add_generation_prompt:
-                # The next turn renders the answer anew, so it parts from this one at the generation prompt.
-                turns = render_chats(tokenizer, chats, options, False, several=bool(several))
-                encoded = [tokenizer.encode(turn, add_special_tokens=False) for turn in turns]
-                starts = [_common_length(turn, group.token_ids) for turn, group in zip(encoded, groups, strict=True)]
-            for chat, turn_start, group in zip(chats, starts, groups, strict=True):
-                # Other chats part from this one at their first question.
-                system_end = _common_length(tokenizer.with_another_question(chat, **options), group.token_ids)
-                for request in group.requests:
-                    request.system_end, request.turn_start = system_end, turn_start
+        groups = self.frontend.prepare_chat(
+            messages,
+            sampling_params,
+            lambda count: urgencies(count, priority, timeout),
+            options=template_options(chat_template_kwargs, template_kwargs),
+            add_generation_prompt=add_generation_prompt,
+        )
         return self._run([request for group in groups for request in group.requests], groups, use_tqdm)
 
     def submit(
@@ -238,7 +206,7 @@ class LLM:
         """
         self._check_open()
         (group,) = self.frontend.prepare([prompt], sampling_params, urgencies(1, priority, timeout))
-        self._remember([group])
+        self.remember([group])
         for request in group.requests:
             self.engine.add(request)
         return group
@@ -299,7 +267,8 @@ class LLM:
             found.append(records.of_submission(group, unfinished, time.monotonic()))
         return found
 
-    def _remember(self, groups: Iterable[Submission]) -> None:
+    def remember(self, groups: Iterable[Submission]) -> None:
+        """Notes what was asked for and is about to be queued: a saved state has it as long as somebody holds it."""
         with self._submissions_lock:
             self._submissions.update(groups)
 
@@ -319,7 +288,7 @@ class LLM:
         self.frontend.go_on_from(content["num_requests"])
         now = time.monotonic()
         groups = [records.submission_of(record, requests, self.tokenizer, now) for record in content["submissions"]]
-        self._remember(groups)
+        self.remember(groups)
         return sorted(groups, key=lambda group: int(group.request_id))
 
     def _check_alone(self, what: str) -> None:
@@ -345,7 +314,7 @@ class LLM:
 
     def _stream(self, group: Submission) -> Iterator[StreamOutput]:
         (request,) = group.requests
-        self._remember([group])
+        self.remember([group])
         shown_text, shown_tokens, finished = 0, 0, False
         self.engine.add(request)
         try:
@@ -371,6 +340,8 @@ class LLM:
             token_ids=tuple(request.output_token_ids[shown_tokens:]),
             finish_reason=request.finish_reason if request.finished else None,
             output=group.output() if request.finished else None,
+            logprobs=request.logprobs_since(shown_tokens),
+            stop_reason=request.stop_reason if request.finished else None,
         )
 
     def stats(self) -> dict[str, Any]:
@@ -415,7 +386,7 @@ class LLM:
             raise RuntimeError("this LLM is closed")
 
     def _run(self, requests: list[Request], groups: list[Submission], use_tqdm: bool) -> list[RequestOutput]:
-        self._remember(groups)
+        self.remember(groups)
         progress = Progress("generating", len(requests), "sequence", enabled=use_tqdm)
         try:
             mine, told = set(requests), 0
@@ -432,12 +403,6 @@ class LLM:
         finally:
             progress.close()
         return self.engine.between_turns(lambda: [group.output() for group in groups])
-
-
-def _common_length(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two sequences have in common before they part."""
-    most = min(len(tokens), len(others))
-    return next((i for i in range(most) if tokens[i] != others[i]), most)
 
 
 def _engine_config(config: EngineConfig | None, kwargs: dict[str, Any]) -> EngineConfig:
@@ -463,4 +428,4 @@ def _read_tokenizer(named: str | pathlib.Path | None, directory: pathlib.Path) -
         return None
 
 
-__all__ = ["LLM", "Prompt", "StreamOutput"]
+__all__ = ["LLM", "Prompt"]

@@ -150,3 +150,28 @@ class RequestOutput:
     num_cached_tokens: int = 0
     cache_miss_reason: str | None = None
     forced_acceptance: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamOutput:
+    """What has come of a stream since its last piece. `str()` of it is its text.
+
+    text           newly released text, possibly empty.
+    token_ids      the tokens that came with it.
+    finish_reason  as of CompletionOutput, on a sample's last piece; None before.
+    output         on the last piece of the last sample, the whole RequestOutput.
+    index          which of the n samples it is of.
+    logprobs       of `token_ids`, one dictionary each as in CompletionOutput; None unless asked for.
+    stop_reason    as of CompletionOutput, on a sample's last piece.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    output: RequestOutput | None = None
+    index: int = 0
+    logprobs: list[dict[int, Logprob]] | None = None
+    stop_reason: int | str | None = None
+
+    def __str__(self) -> str:
+        return self.text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from typing import Any
 
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
@@ -142,6 +143,10 @@ class Request:
         """Sum over the output tokens, as far as their log-probabilities were asked for."""
         pairs = zip(self.output_token_ids, self.output_logprobs, strict=False)
         return sum(entries[token].logprob for token, entries in pairs)
+
+    def logprobs_since(self, start: int) -> list[dict[int, Any]] | None:
+        """Log-probabilities of the output tokens from `start` on; None unless they were asked for."""
+        return None if self.params.logprobs is None else self.output_logprobs[start:]
 
     def let_go(self) -> None:
         """As it was before it was admitted: it holds nothing, and nothing of it is computed."""

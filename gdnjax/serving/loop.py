@@ -1,0 +1,274 @@
+"""One thread that owns an engine: requests go in by a queue, and what comes of them goes out to event loops.
+
+Nobody else needs to wait for the device. Whoever takes a turn beside it, as `LLM.generate` does in a thread of its own,
+serves the readers here, too: they are told by the engine (`Engine.listen`), not by the turn.
+"""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+from gdnjax.serving.engine import Engine
+from gdnjax.serving.request import Request
+from gdnjax.serving.submission import Submission
+
+log = logging.getLogger("gdnjax")
+
+ATTEMPTS = 3
+"""How often in a row something may fail that the engine recovers from by itself."""
+
+SETTLING = 2
+"""Turns that are taken when nobody is left: the last one in flight is read, and who was aborted is counted."""
+
+PATIENCE = 10.0
+"""Seconds that the end of the program waits for the turn that is under way."""
+
+
+class EngineStoppedError(RuntimeError):
+    """The engine takes no more requests: it is closed, or it drains, or its thread has failed."""
+
+
+class Piece(NamedTuple):
+    """What has come of a sample since its last piece: the fields of a StreamOutput but its output."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[Any] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+class Reader(Protocol):
+    """Who reads a submission.
+
+    event_loop  where `receive` and `fail` are called.
+    num_open    samples that have not ended; the loop's to count.
+    """
+
+    event_loop: asyncio.AbstractEventLoop
+    num_open: int
+
+    def receive(self, piece: Piece) -> None:
+        """The next piece."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """There will be no more pieces, and not for an end of the request."""
+        ...
+
+    def ended(self) -> None:
+        """Nothing of it is in the engine any more. Called by any thread; it may neither wait nor raise."""
+        ...
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Sample:
+    """How far a reader has been told of a request."""
+
+    reader: Reader
+    num_characters: int = 0
+    num_tokens: int = 0
+
+
+class _Command(NamedTuple):
+    """What the thread is to do, and what is to be done in its place where the thread has ended."""
+
+    do: Callable[[], None]
+    refuse: Callable[[EngineStoppedError], None]
+
+
+class EngineLoop:
+    """The thread, which begins with the object and ends with `stop()`, or by a failure."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        # Of requests that have not ended. Looked at and changed between turns only, whoever takes them.
+        self._samples: dict[Request, _Sample] = {}
+        self._failure: BaseException | None = None
+        # A finaliser may post in the middle of a post.
+        self._lock = threading.RLock()
+        self._stopped: str | None = None
+        engine.listen(self._hear)
+        self._thread = threading.Thread(target=self._run, name="gdnjax-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the thread, if it was not `stop()`."""
+        return self._failure
+
+    def add(self, reader: Reader, submission: Submission) -> None:
+        """Queues requests whose pieces go to `reader`. Raises EngineStoppedError where nobody would take them."""
+        reader.num_open = len(submission.requests)
+        self._post(lambda: self._add(reader, submission), lambda error: self._fail(reader, error))
+
+    def abort(self, submission: Submission) -> None:
+        """Ends requests wherever they are; their reader is told. May be called from anywhere, finalisers included."""
+        self._commands.put(_Command(lambda: self._engine.abort(*submission.requests), lambda error: None))
+
+    def drop(self, submission: Submission) -> None:
+        """The same where nobody reads any more."""
+        self._commands.put(_Command(lambda: self._drop(submission.requests), lambda error: None))
+
+    def call(self, function: Callable[[], Any]) -> concurrent.futures.Future:
+        """`function()` by the thread, between turns. Raises EngineStoppedError where nobody would call it."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+
+        def answer() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(self._engine.between_turns(function))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._post(answer, future.set_exception)
+        return future
+
+    def stop(self, reason: str) -> None:
+        """Ends the thread behind the turn that is under way, and waits for it. Readers fail with
+        EngineStoppedError(reason).
+        """
+        self.stop_soon(reason)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def stop_soon(self, reason: str, patience: float = 0.0) -> None:
+        """The same, waiting for `patience` seconds at most."""
+        with self._lock:
+            self._stopped = self._stopped or reason
+        self._commands.put(None)
+        if patience and threading.current_thread() is not self._thread:
+            self._thread.join(patience)
+
+    def _post(self, do: Callable[[], None], refuse: Callable[[EngineStoppedError], None]) -> None:
+        with self._lock:
+            if self._stopped is not None:
+                raise self._refusal()
+            self._commands.put(_Command(do, refuse))
+
+    def _refusal(self) -> EngineStoppedError:
+        error = EngineStoppedError(self._stopped)
+        error.__cause__ = self._failure
+        return error
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            settling = 0
+            while self._obey(wait=not (self._samples or settling)):
+                settling = SETTLING if self._samples else max(0, settling - 1)
+                if self._samples or settling:
+                    self._turn()
+        except BaseException as error:
+            log.exception("the engine's thread ends")
+            self._failure = error
+            with self._lock:
+                self._stopped = f"the engine's thread has failed: {type(error).__name__}: {error}"
+        self._end()
+
+    def _obey(self, wait: bool) -> bool:
+        """Does what was posted, and waits for it if there is nothing else to do. False: the thread is to end."""
+        try:
+            command = self._commands.get() if wait else self._commands.get_nowait()
+            while command is not None:
+                command.do()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return True
+        return False
+
+    def _end(self) -> None:
+        """Nobody is to wait for what will not come."""
+        self._engine.listen(None)
+        readers = dict.fromkeys(sample.reader for sample in self._samples.values())
+        requests = list(self._samples)
+        self._samples.clear()
+        for reader in readers:
+            self._fail(reader, self._refusal())
+        # Nothing is posted any more: it was said that the thread has stopped.
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None:
+                command.refuse(self._refusal())
+        self._engine.abort(*requests)
+
+    def _turn(self) -> None:
+        self._engine.take_turn()
+
+    def _add(self, reader: Reader, submission: Submission) -> None:
+        for request in submission.requests:
+            self._samples[request] = _Sample(reader)
+        for request in submission.requests:
+            self._engine.add(request)
+
+    def _drop(self, requests: Iterable[Request]) -> None:
+        self._engine.between_turns(lambda: self._let_go(requests))
+        self._engine.abort(*requests)
+
+    def _let_go(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            sample = self._samples.pop(request, None)
+            if sample is not None:
+                self._close_one(sample.reader)
+
+    def _close_one(self, reader: Reader) -> None:
+        reader.num_open -= 1
+        if not reader.num_open:
+            reader.ended()
+
+    def _hear(self, moved: list[Request]) -> None:
+        """Hands on what has come of requests: in one call of each event loop."""
+        told: dict[asyncio.AbstractEventLoop, list[tuple[Reader, Piece]]] = {}
+        closed: list[Reader] = []
+        for request in moved:
+            sample = self._samples.get(request)
+            if sample is None:
+                continue
+            text = request.detokenizer.text_since(sample.num_characters)
+            token_ids = request.output_token_ids[sample.num_tokens :]
+            if not (token_ids or request.finished):
+                continue
+            logprobs = request.logprobs_since(sample.num_tokens)
+            sample.num_characters += len(text)
+            sample.num_tokens += len(token_ids)
+            reasons = (None, None)
+            if request.finished:
+                reasons = (request.finish_reason, request.stop_reason)
+                del self._samples[request]
+                closed.append(sample.reader)
+            piece = Piece(request.index, text, token_ids, logprobs, *reasons)
+            told.setdefault(sample.reader.event_loop, []).append((sample.reader, piece))
+        for event_loop, pieces in told.items():
+            try:
+                event_loop.call_soon_threadsafe(_deliver, pieces)
+            except RuntimeError:
+                self._lose(event_loop)
+        for reader in closed:
+            self._close_one(reader)
+
+    def _lose(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        """An event loop was closed with streams in it: nobody reads them any more."""
+        lost = [request for request, sample in self._samples.items() if sample.reader.event_loop is event_loop]
+        log.info("an event loop was closed with %d unfinished requests in it, which end", len(lost))
+        self._commands.put(_Command(lambda: self._drop(lost), lambda error: None))
+
+    def _fail(self, reader: Reader, error: BaseException) -> None:
+        try:
+            reader.event_loop.call_soon_threadsafe(reader.fail, error)
+        except RuntimeError:
+            log.info("a stream whose event loop is closed is not told: %s", error)
+        reader.ended()
+
+
+def _deliver(pieces: list[tuple[Reader, Piece]]) -> None:
+    for reader, piece in pieces:
+        reader.receive(piece)

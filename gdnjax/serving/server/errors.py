@@ -1,0 +1,157 @@
+"""What goes wrong, in the form in which OpenAI's clients expect it."""
+
+import json
+import logging
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+log = logging.getLogger("gdnjax.server")
+
+TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    413: "RequestTooLargeError",
+    422: "UnprocessableEntityError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+    504: "TimeoutError",
+}
+"""HTTP status -> what the error is called."""
+
+UNSERVED = {
+    "/v1/embeddings": "embeddings",
+    "/v1/audio": "audio",
+    "/v1/images": "images",
+    "/v1/videos": "videos",
+    "/v1/files": "files",
+    "/v1/uploads": "uploads",
+    "/v1/batches": "batches",
+    "/v1/moderations": "moderations",
+    "/v1/fine_tuning": "fine-tuning",
+    "/v1/assistants": "assistants",
+    "/v1/threads": "threads",
+    "/v1/vector_stores": "vector stores",
+    "/v1/evals": "evals",
+    "/v1/realtime": "realtime sessions",
+    "/v1/conversations": "stored conversations",
+    "/v1/containers": "containers",
+    "/v1/rerank": "reranking",
+    "/v2/rerank": "reranking",
+    "/rerank": "reranking",
+    "/v1/score": "scoring of pairs",
+    "/score": "scoring of pairs",
+    "/pooling": "pooling",
+    "/classify": "classification",
+    "/v1/load_lora_adapter": "LoRA adapters",
+    "/v1/unload_lora_adapter": "LoRA adapters",
+}
+"""Where other servers have what this one has not -> what that is."""
+
+
+class ApiError(Exception):
+    """An answer that is an error: `status` is HTTP's, `param` the field that is to blame, `headers` go with it."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.headers = status, message, param, dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """`{"error": {"message", "type", "param", "code"}}`; `code` is the status."""
+        kind = TYPES.get(self.status, "BadRequestError" if self.status < 500 else "InternalServerError")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+
+    def response(self) -> Response:
+        return json_response(self.body, self.status, self.headers)
+
+
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """In ASCII: what a client sent may hold half characters, which UTF-8 has no bytes for."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    return Response(text, status, headers, media_type="application/json")
+
+
+def bad_request(error: ValueError, fields: Collection[str] = ()) -> ApiError:
+    """What a check says about a request, with the field of `fields` that it begins with, if it does."""
+    message = str(error)
+    begin = re.match(r"every id in (\w+)|(\w+)", message)
+    name = begin.group(begin.lastindex or 0) if begin else None
+    return ApiError(400, message, param=name if name in fields else None)
+
+
+def from_validation(errors: Sequence[Any]) -> ApiError:
+    """All that pydantic finds wrong with a body, in one line; the first decides the field.
+
+    Of a field that may have several forms it finds something wrong with each.
+    """
+    found, param = [], None
+    for error in errors:
+        # ("body", field, index, form, ...); JSON that cannot be read has a character's place.
+        place = [part for part in error["loc"] if part not in ("body", "query", "path", "header")]
+        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+        if error["type"] == "json_invalid":
+            found.append(f"the body is not JSON: {error.get('ctx', {}).get('error', error['msg'])}")
+            continue
+        if param is None and place and isinstance(place[0], str):
+            param = place[0]
+        line = f"{name}: {error['msg']}" if name else error["msg"]
+        if error["type"] not in ("missing", "value_error") and name:
+            line += f", got {_short(error.get('input'))}"
+        found.append(line)
+    return ApiError(400, "; ".join(dict.fromkeys(found)), param=param)
+
+
+def _short(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def install(app: FastAPI) -> None:
+    """Has `app` answer every error in OpenAI's form."""
+
+    @app.exception_handler(ApiError)
+    async def _api_error(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(request: Request, error: RequestValidationError) -> Response:
+        return from_validation(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        return _of_http(request, error).response()
+
+    @app.exception_handler(Exception)
+    async def _other(request: Request, error: Exception) -> Response:
+        # Starlette logs it with its traceback, which is for who runs the server and not for its clients.
+        return unexpected(error).response()
+
+
+def _of_http(request: Request, error: HTTPException) -> ApiError:
+    path, message = request.url.path, str(error.detail)
+    if error.status_code == 404:
+        message = f"there is nothing at {path}; what there is stands in /openapi.json"
+        for prefix, what in UNSERVED.items():
+            if path == prefix or path.startswith(prefix + "/"):
+                message = f"{path}: {what} are not served; this server generates text: /v1/chat/completions, "
+                message += "/v1/completions"
+    elif error.status_code == 405:
+        message = f"{path} does not take {request.method}; allowed: {(error.headers or {}).get('Allow', 'others')}"
+    return ApiError(error.status_code, message, headers=error.headers)
+
+
+def unexpected(error: BaseException) -> ApiError:
+    """An error that is the server's own."""
+    return ApiError(500, f"the server failed: {type(error).__name__}: {error}")

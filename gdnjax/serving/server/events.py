@@ -1,0 +1,127 @@
+"""Answers to clients that may leave: streams of server-sent events, and work that ends with its client."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from gdnjax.serving.server.errors import ApiError, unexpected
+
+log = logging.getLogger("gdnjax.server")
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+SILENCE = b": keep-alive\n\n"
+"""A comment, which clients skip."""
+
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+class ClientGoneError(Exception):
+    """The client has left before its answer was there."""
+
+
+def frame(content: dict[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + encode(content).encode() + b"\n\n"
+
+
+async def frames(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """A stream in OpenAI's form: its chunks, an error as a chunk where there is one, and [DONE]."""
+    try:
+        async for chunk in chunks:
+            yield frame(chunk)
+    except ApiError as error:
+        yield frame(error.body)
+    except Exception as error:
+        log.exception("a stream failed")
+        yield frame(unexpected(error).body)
+    yield DONE
+
+
+class EventStream(Response):
+    """Sends `events` as they come and closes `source` in the end, however it ends: also when the client leaves.
+
+    `source` is what the events are made of; its aclose() gives back whatever they hold. After `keep_alive` seconds of
+    silence there is a comment.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        source: Any,
+        *,
+        keep_alive: float,
+        headers: Mapping[str, str] | None = None,
+    ):
+        self._events, self._source, self._keep_alive = events, source, keep_alive
+        self.status_code, self.background = 200, None
+        self._sent = time.monotonic()
+        # Proxies that buffer would hold tokens back.
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tasks = [asyncio.ensure_future(work) for work in (self._write(send), gone(receive), self._beat(send))]
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _end(tasks)
+            await self._source.aclose()
+        if not tasks[0].cancelled() and (error := tasks[0].exception()) and not isinstance(error, OSError):
+            raise error
+
+    async def _write(self, send: Send) -> None:
+        async for event in self._events:
+            self._sent = time.monotonic()
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _beat(self, send: Send) -> None:
+        while True:
+            wait = self._sent + self._keep_alive - time.monotonic()
+            if wait <= 0:
+                self._sent = time.monotonic()
+                await send({"type": "http.response.body", "body": SILENCE, "more_body": True})
+            await asyncio.sleep(max(wait, 0.01))
+
+
+async def gone(receive: Receive) -> None:
+    """Returns when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What `work` gives. Where the client leaves before that, ends it and raises ClientGoneError."""
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(gone(request.receive))
+    try:
+        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        result, task = task.result(), None
+        return result
+    finally:
+        if task is not None:
+            await _end([task])
+            if not task.cancelled() and task.exception() is None and hasattr(task.result(), "aclose"):
+                # A stream that came when nobody took it any more.
+                await task.result().aclose()
+        await _end([left])
+
+
+async def _end(tasks: list[asyncio.Future]) -> None:
+    for task in tasks:
+        task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,86 @@
+"""What stands before the routes: keys, and how much of a body is taken, and for how long."""
+
+import asyncio
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gdnjax.serving.server.errors import ApiError
+from gdnjax.serving.server.settings import ServerConfig
+
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/live", "/version", "/load", "/metrics", "/openapi.json"})
+"""What is told without a key: probes, metrics, and what the server is. Nobody's texts are there."""
+
+OPEN_PREFIX = "/pages/"
+"""Of the plain files of the page."""
+
+
+class _GoneError(Exception):
+    """The client has left before its request was there."""
+
+
+class Guard:
+    """Lets requests with a key in, each with its whole body; answers the others itself."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig):
+        self._app, self._config = app, config
+        self._keys = [key.encode() for key in config.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_key(scope)
+            body = await self._body(scope, receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        except _GoneError:
+            return
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, replay, send)
+
+    def _check_key(self, scope: Scope) -> None:
+        path = scope["path"]
+        if not self._keys or path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
+            return
+        headers = dict(scope["headers"])
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        # Anthropic's clients have a header of their own.
+        given = given.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        # All of them, and each to its end: how long it takes tells nothing.
+        if not any([hmac.compare_digest(given, key) for key in self._keys]):
+            raise ApiError(
+                401,
+                "this server wants an API key: Authorization: Bearer KEY",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        most = self._config.max_body_bytes
+        too_large = ApiError(413, f"the request is too large; allowed: {most} bytes", headers={"Connection": "close"})
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > most:
+            raise too_large
+        found, size, more = [], 0, True
+        try:
+            async with asyncio.timeout(self._config.body_timeout):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _GoneError
+                    found.append(message.get("body", b""))
+                    size += len(found[-1])
+                    if size > most:
+                        raise too_large
+                    more = message.get("more_body", False)
+        except TimeoutError as error:
+            raise ApiError(
+                408, f"the request did not arrive within {self._config.body_timeout:g} s", headers={"Connection": "close"}
+            ) from error
+        return b"".join(found)
