@@ -79,7 +79,7 @@ class Page:
 
     def open(self, address, view=""):
         """A fresh page: nothing remembered, and no complaint of an earlier one."""
-        self.driver.get(f"{address}/page/icon.svg")
+        self.driver.get(f"{address}/pages/icon.svg")
         self.run("localStorage.clear(); sessionStorage.clear()")
         self.complaints()
         self.driver.get(f"{address}/{view}")

@@ -106,6 +106,16 @@ STATS = {
 """In the form of `LLM.stats()`; test_pages.py compares the names with an engine's."""
 
 
+INFORMATION = {
+    "version": "1.2.3",
+    "models": ["scripted"],
+    "max_model_len": 4096,
+    "engine_config": {"max_num_seqs": 8, "dtype": "float32", "num_kv_blocks": None, "decode_buckets": [1, 8]},
+    "server_config": {"max_queue": 1024, "api_keys": 0},
+}
+"""In the form of GET /server_info; what the page looks at, and some of the rest."""
+
+
 def pieces_of(text, size=7):
     return [{"content": text[i : i + size]} for i in range(0, len(text), size)]
 
@@ -115,26 +125,30 @@ class Scripted:
 
     def __init__(self, key=None, stats=None):
         self.key = key
+        self.is_ready = True
         self.requests = []
         self.left = 0
         self.stats = stats or {}
         self.app = FastAPI()
-        self.app.include_router(pages.make_router(self._stats))
+        self.app.include_router(pages.router)
         self.app.middleware("http")(self._guard)
         self.app.get("/v1/models")(self._models)
+        self.app.get("/server_info")(self._information)
         self.app.post("/v1/chat/completions")(self._chat)
 
-    async def _stats(self):
-        return self.stats
+    async def _information(self):
+        return {**INFORMATION, "stats": self.stats}
 
     async def _guard(self, request: Request, call_next):
         path = request.url.path
-        is_open = self.key is None or path == "/" or path.startswith("/page/")
+        is_open = self.key is None or path == "/" or path.startswith("/pages/")
         if is_open or request.headers.get("authorization") == f"Bearer {self.key}":
             return await call_next(request)
         return JSONResponse({"error": {"message": "a key is wanted", "type": "AuthenticationError", "code": 401}}, 401)
 
     async def _models(self):
+        if not self.is_ready:
+            return JSONResponse({"error": {"message": "the server is starting", "code": 503}}, 503)
         return {"object": "list", "data": [{"id": "scripted", "object": "model", "max_model_len": 4096}]}
 
     async def _chat(self, request: Request):

@@ -118,7 +118,7 @@ def test_markdown_takes_time_by_its_length(chat):
     seconds = chat.driver.execute_async_script(
         """
         const done = arguments[arguments.length - 1];
-        import("./page/markdown.js").then(({ Prose }) => {
+        import("./pages/markdown.js").then(({ Prose }) => {
           const found = {};
           const marks = ["*", "**", "_", "`", "[", "\\\\", "* a ", "[a]("];
           const kinds = [...marks, "> ", "- ", "  - a\\n", "| ", "|-", "# ", "~~~", "```x"];
@@ -142,7 +142,7 @@ def test_what_has_not_changed_stays_the_same_node(chat):
     assert chat.driver.execute_async_script(
         """
         const done = arguments[arguments.length - 1];
-        import("./page/markdown.js").then(({ Prose }) => {
+        import("./pages/markdown.js").then(({ Prose }) => {
           const prose = new Prose();
           prose.show("one\\n\\n- two\\n\\nthr");
           const nodes = [...prose.element.childNodes];
@@ -422,6 +422,9 @@ def test_engine_is_shown_and_followed(chat, server):
         "wait for the device\n60.0 s",
     ):
         assert figure in text
+    assert "Requests at once, at most 8" in text
+    chat.one("#panels summary").click()
+    assert "decode_buckets 1, 8" in chat.text("#panels details")
     assert chat.one("#engine .cells").find_elements("css selector", "i.a, i.c") != []
     before = dict(STATS)
     try:
@@ -429,6 +432,8 @@ def test_engine_is_shown_and_followed(chat, server):
         server.stats.update(later)
         chat.until(lambda: "250 tokens/s" in chat.text("#cards"), "the rate of output")
         assert "1 running, 5 waiting" in chat.text("#cards")
+        # What was unfolded stays so.
+        assert "decode_buckets 1, 8" in chat.text("#panels details")
     finally:
         server.stats.update(before)
 
@@ -440,17 +445,28 @@ def test_engine_is_asked_only_while_looked_at(page):
     with serving(scripted.app) as address:
         page.open(address)
         page.until(lambda: page.text("#model-name") == "scripted", "the model's name")
-        assert "/stats" not in asked
+        assert "/server_info" not in asked
         page.one("#to-engine").click()
-        page.until(lambda: asked.count("/stats") >= 2, "figures twice")
+        page.until(lambda: asked.count("/server_info") >= 2, "figures twice")
         page.one("#to-chat").click()
         asked.clear()
         time.sleep(1.5)
-        assert "/stats" not in asked
+        assert "/server_info" not in asked
     page.one("#to-engine").click()
     page.until(lambda: page.one("#engine-wrong").is_displayed(), "the complaint")
     assert page.text("#engine-wrong").startswith("The server does not answer. What is shown is of ")
     assert all("ERR_CONNECTION_REFUSED" in complaint for complaint in page.complaints())
+
+
+def test_server_that_starts_is_waited_for(page):
+    scripted = Scripted()
+    scripted.is_ready = False
+    with serving(scripted.app) as address:
+        page.open(address)
+        page.until(lambda: page.text("#model-name") == "the server is starting", "what the server says")
+        scripted.is_ready = True
+        page.until(lambda: page.text("#model-name") == "scripted", "the model's name")
+        assert all("503 (Service Unavailable)" in complaint for complaint in page.complaints())
 
 
 def test_key_is_asked_for_used_and_not_kept(page):

@@ -1,12 +1,13 @@
-"""The page at `/`, a chat and a view of the engine as plain files, and `/stats`, which the view reads."""
+"""The page at `/`: a chat with the model, and a view of the engine, which reads `/server_info`. Plain files."""
 
+import functools
 import hashlib
 import importlib.resources
 import pathlib
-from collections.abc import Awaitable, Callable
-from typing import Any
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, Request, Response
+
+from gdnjax.serving.server.errors import ApiError
 
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -37,34 +38,26 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-
-def make_router(stats: Callable[[], Awaitable[dict[str, Any]]]) -> APIRouter:
-    """Routes of the page and its files, which are read once, and of `/stats`: what `stats` gives, as JSON.
-
-    Files are named one by one; no path of a request reaches the disk.
-    """
-    router = APIRouter()
-    files = _files()
-
-    @router.get("/", include_in_schema=False)
-    async def index(request: Request) -> Response:
-        return _answer(request, *files["index.html"])
-
-    @router.get("/page/{name}", include_in_schema=False)
-    async def file(name: str, request: Request) -> Response:
-        if name not in files:
-            raise HTTPException(404, f"the page has no file {name!r}")
-        return _answer(request, *files[name])
-
-    @router.get("/stats", summary="What the engine has done and holds: LLM.stats()")
-    async def engine_stats() -> dict[str, Any]:
-        return await stats()
-
-    return router
+router = APIRouter(include_in_schema=False)
 
 
-def _files() -> dict[str, tuple[bytes, str]]:
-    """Content and media type of each file of the page, by name."""
+@router.get("/")
+async def index(request: Request) -> Response:
+    """The page."""
+    return _answer(request, *files()["index.html"])
+
+
+@router.get("/pages/{name}")
+async def file(name: str, request: Request) -> Response:
+    """One of its files."""
+    if name not in files():
+        raise ApiError(404, f"the page has no file {name!r}")
+    return _answer(request, *files()[name])
+
+
+@functools.cache
+def files() -> dict[str, tuple[bytes, str]]:
+    """Content and media type of each file of the page, by name. Read once: no request's path reaches the disk."""
     found = {}
     for file in importlib.resources.files(__name__).iterdir():
         media_type = MEDIA_TYPES.get(pathlib.PurePath(file.name).suffix)

@@ -1,4 +1,4 @@
-// The engine, as GET /stats tells of it, once a second while it is looked at.
+// The engine, as GET /server_info tells of it, once a second while it is looked at.
 
 import { getJson } from "./api.js";
 import { h, s } from "./dom.js";
@@ -64,10 +64,10 @@ export class EngineView {
   // `turn`: an answer to somebody who has stopped meanwhile is dropped.
   async poll(turn) {
     try {
-      const stats = await getJson("stats");
+      const information = await getJson("server_info");
       if (!this.isOn || turn !== this.turn) return;
       $("engine-wrong").hidden = true;
-      this.take(stats);
+      this.take(information);
     } catch (error) {
       if (!this.isOn || turn !== this.turn) return;
       if (error.status === 401) {
@@ -83,11 +83,14 @@ export class EngineView {
     this.timer = setTimeout(() => this.poll(turn), EVERY_MS);
   }
 
-  take(stats) {
+  take({ stats, ...settings }) {
     const before = this.samples.at(-1);
     const uptime = stats.uptime;
     // Another engine: its counters begin anew.
     if (before && uptime < before.stats.uptime) this.samples = [];
+    // Made anew only for another server: it may be unfolded.
+    const known = JSON.stringify(settings);
+    if (known !== this.known) [this.known, this.settings] = [known, settingsPanel(settings)];
     this.samples.push(sampleOf(stats, this.samples.at(-1)));
     while (this.samples[0].stats.uptime < uptime - SHOWN_S) this.samples.shift();
     this.draw();
@@ -131,7 +134,11 @@ export class EngineView {
     ];
     $("cards").replaceChildren(...cards.filter(Boolean));
     const panels = [memoryPanel(stats), latencyPanel(stats), draftPanel(stats), endPanel(stats), hostPanel(stats)];
-    $("panels").replaceChildren(...panels.filter(Boolean));
+    // A node that is moved is not the same to who reads it: what was there stays.
+    if (this.settings.parentNode) {
+      while (this.settings.previousSibling) this.settings.previousSibling.remove();
+      this.settings.before(...panels.filter(Boolean));
+    } else $("panels").replaceChildren(...panels.filter(Boolean), this.settings);
   }
 }
 
@@ -292,6 +299,20 @@ function endPanel(stats) {
     row("Cached tokens without a state", whole(lost)),
   ];
   return panel("Since the start", h("table", {}, h("tbody", {}, ...rows)));
+}
+
+function settingsPanel({ version, models, max_model_len: length, engine_config: engine, server_config: server }) {
+  const row = (name, value) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, value));
+  const shown = (value) => (Array.isArray(value) ? value.join(", ") : String(value ?? "–"));
+  const own = [
+    row("gdnjax", version),
+    row("Model", shown(models)),
+    row("Tokens of a request, at most", whole(length)),
+    row("Requests at once, at most", whole(engine.max_num_seqs)),
+  ];
+  const all = Object.entries({ ...engine, ...server }).map(([name, value]) => row(name, shown(value)));
+  const fold = h("details", {}, h("summary", {}, "All settings"), h("table", { class: "code" }, h("tbody", {}, ...all)));
+  return panel("Server", h("table", {}, h("tbody", {}, ...own)), fold);
 }
 
 const HOST_PARTS = {

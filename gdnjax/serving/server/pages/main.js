@@ -28,6 +28,9 @@ $("key-form").addEventListener("submit", async (event) => {
   }
 });
 
+// How soon a server that is not ready, or not there, is asked again.
+const RETRY_MS = 2000;
+
 // True where the server let us in.
 async function findModels() {
   try {
@@ -39,7 +42,10 @@ async function findModels() {
     return true;
   } catch (error) {
     if (error.status === 401) askForKey(keyWasGiven);
-    else $("model-name").textContent = error.message;
+    else {
+      $("model-name").textContent = error.message;
+      if (error.status === 503 || error.status === 0) setTimeout(findModels, RETRY_MS);
+    }
     return false;
   }
 }
