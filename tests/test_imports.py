@@ -34,6 +34,9 @@ LAYERS = (
 )
 """Modules and packages, lowest first. A module imports from layers below its own, and from its own package."""
 
+PROGRAMS = ("serving.server.__main__",)
+"""Programs within a package: they stand above everything, and nobody imports them."""
+
 ONLY = {
     "cache_kinds": set(),
     "config": {"cache_kinds"},
@@ -61,6 +64,7 @@ HOST_ONLY += ("serving.outputs", "serving.channel")
 HOST_ONLY += ("serving.tokenizer", "serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler")
 HOST_ONLY += ("serving.plan", "serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
 HOST_ONLY += ("serving.radix_tree", "serving.host_tier", "serving.records", "serving.chat", "serving.frontend")
+HOST_ONLY += ("serving.server.settings", "cli.serve")
 HOST_ONLY += ("cli.command", "cli.generate", "cli.convert", "cli.main")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
@@ -134,6 +138,8 @@ def part_of(name):
 
 
 def rank_of(name):
+    if name in PROGRAMS:
+        name = "__main__"
     for rank, layer in enumerate(LAYERS):
         if part_of(name) in layer:
             return rank

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "generate": "complete prompts with a checkpoint, or with the embedded model",
+    "serve": "answer over HTTP, with OpenAI's endpoints",
     "memory": "what of a model fits in a device's memory",
     "convert": "rewrite a checkpoint: Hugging Face's files as Orbax, or back",
     "doctor": "what this machine offers and lacks",
@@ -29,6 +30,7 @@ commands:
 examples:
   gdnjax generate "Once upon a time"
   gdnjax generate --model path/to/Qwen3.5-4B --chat "Why is the sky blue?"
+  gdnjax serve path/to/Qwen3.5-4B
 """
 
 
@@ -56,6 +58,10 @@ def _run(name: str, rest: list[str]) -> int:
         from gdnjax.cli import generate
 
         return generate.main(rest)
+    if name == "serve":
+        from gdnjax.cli import serve
+
+        return serve.main(rest)
     if name == "convert":
         from gdnjax.cli import convert
 

@@ -17,7 +17,7 @@ from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.chat import template_options
 from gdnjax.serving.frontend import Prompt
 from gdnjax.serving.llm import LLM
-from gdnjax.serving.loop import EngineLoop, EngineStoppedError, Piece
+from gdnjax.serving.loop import EngineLoop, EngineStoppedError, Piece, Reader
 from gdnjax.serving.outputs import StreamOutput
 from gdnjax.serving.submission import Submission, Urgency, urgencies
 from gdnjax.serving.tokenizer import Tokenizer
@@ -32,10 +32,8 @@ POLL = 0.01
 """Seconds between two looks whether everything has ended."""
 
 
-class _Mailbox:
+class _Mailbox(Reader):
     """What a stream gets. The loop holds it, and not the stream, which can so be seen to be dropped."""
-
-    event_loop: asyncio.AbstractEventLoop
 
     def __init__(self, owner: "AsyncLLM", name: str | None):
         self.name = name

@@ -95,6 +95,12 @@ class Frontend:
         given: dict[str, Any] = self._defaults.sampling | overrides
         return SamplingParams(**given)
 
+    @property
+    def default_max_tokens(self) -> int | None:
+        """The checkpoint's own limit of an output (max_new_tokens); None where it names none."""
+        found = self._defaults.sampling.get("max_tokens")
+        return None if found is None else int(found)
+
     def params_for(
         self, count: int, params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[SamplingParams]:
@@ -174,7 +180,7 @@ class Frontend:
             token_ids = _integers(prompt, where)
         if not token_ids:
             raise ValueError(f"{where} is empty; a prompt needs at least one token")
-        self._check_token_ids(where, token_ids)
+        self.check_token_ids(where, token_ids)
         return token_ids
 
     def _check(self, prompt: Any, params: SamplingParams, where: str, urgency: Urgency) -> _Checked:
@@ -238,7 +244,8 @@ class Frontend:
         words = np.random.SeedSequence([self.config.seed, number + 1]).generate_state(2, np.uint32)
         return int(words[0]) | int(words[1]) << 32
 
-    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+    def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        """Raises ValueError that begins with `name` for an id outside the vocabulary."""
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             return
         token = next(token for token in token_ids if not 0 <= token < self.vocab_size)
@@ -250,9 +257,9 @@ class Frontend:
             asked = getattr(params, name)
             if asked is not None and asked > self.config.max_logprobs:
                 raise ValueError(f"{name}={asked} exceeds max_logprobs={self.config.max_logprobs}")
-        self._check_token_ids("stop_token_ids", params.stop_token_ids or ())
-        self._check_token_ids("logit_bias", tuple(params.logit_bias or ()))
-        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self.check_token_ids("stop_token_ids", params.stop_token_ids or ())
+        self.check_token_ids("logit_bias", tuple(params.logit_bias or ()))
+        self.check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
         eos = () if params.ignore_eos else self.eos_token_ids
         stop_token_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()))))
         if len(stop_token_ids) > MAX_STOP_TOKENS:

@@ -4,6 +4,7 @@ Nobody else needs to wait for the device. Whoever takes a turn beside it, as `LL
 serves the readers here, too: they are told by the engine (`Engine.listen`), not by the turn.
 """
 
+import abc
 import asyncio
 import concurrent.futures
 import dataclasses
@@ -11,7 +12,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from gdnjax.serving.engine import Engine
 from gdnjax.serving.request import Request
@@ -44,7 +45,7 @@ class Piece(NamedTuple):
     stop_reason: int | str | None
 
 
-class Reader(Protocol):
+class Reader(abc.ABC):
     """Who reads a submission.
 
     event_loop  where `receive` and `fail` are called.
@@ -54,17 +55,17 @@ class Reader(Protocol):
     event_loop: asyncio.AbstractEventLoop
     num_open: int
 
+    @abc.abstractmethod
     def receive(self, piece: Piece) -> None:
         """The next piece."""
-        ...
 
+    @abc.abstractmethod
     def fail(self, error: BaseException) -> None:
         """There will be no more pieces, and not for an end of the request."""
-        ...
 
+    @abc.abstractmethod
     def ended(self) -> None:
         """Nothing of it is in the engine any more. Called by any thread; it may neither wait nor raise."""
-        ...
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -908,7 +908,7 @@ def test_next_turn_of_a_chat_goes_on_from_the_last(llm):
     chat += [{"role": "assistant", "content": "Fine."}, {"role": "user", "content": "And now?"}]
     (second,) = llm.chat(chat, GREEDY, use_tqdm=False)
     # What was answered is not what the next turn says was answered, so they part at the generation prompt.
-    common = llm_module._common_length(first.prompt_token_ids, second.prompt_token_ids)
+    common = frontend_module._common_length(first.prompt_token_ids, second.prompt_token_ids)
     assert second.num_cached_tokens == common // 16 * 16 > 0
 
 
@@ -917,7 +917,7 @@ def test_second_chat_goes_on_from_the_end_of_the_system_prompt(llm):
     system = {"role": "system", "content": "The state forgets. " * 4}
     chats = [[system, {"role": "user", "content": question}] for question in ("How?", "When?", "0 or 1?")]
     outputs = [llm.chat(chat, GREEDY, use_tqdm=False, add_generation_prompt=i < 2)[0] for i, chat in enumerate(chats)]
-    common = llm_module._common_length(outputs[0].prompt_token_ids, outputs[1].prompt_token_ids)
+    common = frontend_module._common_length(outputs[0].prompt_token_ids, outputs[1].prompt_token_ids)
     assert [output.num_cached_tokens for output in outputs] == [0, *[common // 16 * 16] * 2]
     assert common // 16 * 16 > 32
 

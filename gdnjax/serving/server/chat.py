@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from gdnjax.sampling_params import SamplingParams
@@ -162,7 +162,7 @@ class _Writer:
             as_ids=bool(self.body.return_tokens_as_token_ids),
         )
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         asks_usage, every = self.body.asks_usage()
         meter = answers.Meter(len(self.submission.token_ids), every=every)
         head = answers.head(self.run, KIND + ".chunk", self.model)

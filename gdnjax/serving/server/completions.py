@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from gdnjax.sampling_params import SamplingParams
@@ -32,7 +32,7 @@ async def create(service: Service, body: CompletionRequest, request_id: str | No
     async with service.admit("cmpl", body.request_id or request_id, len(prompts) * params.n) as run:
         submissions = await run.prepare(
             [
-                functools.partial(_begin, service, body, params, await _given(service, body, prompt))
+                functools.partial(_begin, service, body, params, await given(service, body, prompt))
                 for prompt in prompts
             ],
             fields_of(body),
@@ -50,7 +50,7 @@ async def create(service: Service, body: CompletionRequest, request_id: str | No
 
 def prompts_of(body: CompletionRequest) -> list[Prompt]:
     """One prompt or several, as a list. Raises ApiError where there is none."""
-    given = body.prompt
+    given: Any = body.prompt
     if isinstance(given, str):
         return [given]
     if not given:
@@ -80,7 +80,7 @@ def _shows_prompt_alone(body: CompletionRequest) -> bool:
     return bool(body.echo and body.max_tokens == 0)
 
 
-async def _given(service: Service, body: CompletionRequest, prompt: Prompt) -> Prompt:
+async def given(service: Service, body: CompletionRequest, prompt: Prompt) -> Prompt:
     """What the engine is given: the prompt, or its tokens where the text is to be taken without special ones."""
     if body.add_special_tokens or not isinstance(prompt, str):
         return prompt
@@ -173,7 +173,7 @@ class _Writer:
             as_ids=bool(self.body.return_tokens_as_token_ids),
         )
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         asks_usage, every = self.body.asks_usage()
         meter = answers.Meter(sum(len(each.token_ids) for each in self.submissions), every=every)
         head = answers.head(self.run, KIND, self.model)
@@ -224,6 +224,4 @@ class _Writer:
 
 
 def _without_tokens(sample: CompletionOutput) -> CompletionOutput:
-    return dataclasses.replace(
-        sample, text="", token_ids=(), logprobs=None, finish_reason="length", stop_reason=None
-    )
+    return dataclasses.replace(sample, text="", token_ids=(), logprobs=None, finish_reason="length", stop_reason=None)

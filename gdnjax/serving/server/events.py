@@ -5,7 +5,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -114,13 +114,15 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         if task is not None:
             await _end([task])
-            if not task.cancelled() and task.exception() is None and hasattr(task.result(), "aclose"):
+            if not task.cancelled() and task.exception() is None:
                 # A stream that came when nobody took it any more.
-                await task.result().aclose()
+                close = getattr(task.result(), "aclose", None)
+                if close is not None:
+                    await close()
         await _end([left])
 
 
-async def _end(tasks: list[asyncio.Future]) -> None:
+async def _end(tasks: Sequence[asyncio.Future]) -> None:
     for task in tasks:
         task.cancel()
     with contextlib.suppress(asyncio.CancelledError):

@@ -53,8 +53,8 @@ class Guard:
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         # Anthropic's clients have a header of their own.
         given = given.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        # All of them, and each to its end: how long it takes tells nothing.
-        if not any([hmac.compare_digest(given, key) for key in self._keys]):
+        # Each to its end: how long it takes tells nothing of a key.
+        if not any(hmac.compare_digest(given, key) for key in self._keys):
             raise ApiError(
                 401,
                 "this server wants an API key: Authorization: Bearer KEY",
@@ -81,6 +81,8 @@ class Guard:
                     more = message.get("more_body", False)
         except TimeoutError as error:
             raise ApiError(
-                408, f"the request did not arrive within {self._config.body_timeout:g} s", headers={"Connection": "close"}
+                408,
+                f"the request did not arrive within {self._config.body_timeout:g} s",
+                headers={"Connection": "close"},
             ) from error
         return b"".join(found)

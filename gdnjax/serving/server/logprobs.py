@@ -113,7 +113,7 @@ def of_prompt(logprobs: TokenLogprobs) -> list[dict[str, dict[str, Any]] | None]
 
 
 def _by_rank(entries: Mapping[int, Logprob]) -> list[tuple[int, Logprob]]:
-    return sorted(entries.items(), key=lambda item: (item[1].rank if item[1].rank is not None else math.inf))
+    return sorted(entries.items(), key=lambda item: item[1].rank if item[1].rank is not None else math.inf)
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

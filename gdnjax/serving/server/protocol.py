@@ -168,7 +168,9 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = Field(None, min_length=1)
-    add_special_tokens: bool | None = Field(None, description="of a prompt (default: true); a chat's are its template's")
+    add_special_tokens: bool | None = Field(
+        None, description="of a prompt (default: true); a chat's are its template's"
+    )
     return_token_strs: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False

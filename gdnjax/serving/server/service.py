@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from gdnjax.serving.async_llm import AsyncLLM, Stream
@@ -19,6 +19,8 @@ from gdnjax.serving.server.logprobs import TokenTexts
 from gdnjax.serving.server.settings import ServerConfig
 
 log = logging.getLogger("gdnjax.server")
+
+RETRY_SOON = {"Retry-After": "5"}
 
 POLL_S = 0.02
 """How often a server that is to end looks whether everybody has his answer."""
@@ -36,6 +38,7 @@ class Service:
         self._texts: TokenTexts | None = None
         self._runs: dict[Run, None] = {}
         self._ending: ApiError | None = None
+        self._hurried = False
         self._serials = itertools.count()
         # Seconds of an answer, newer ones counting more: for those that are told to come back.
         self._seconds = 1.0
@@ -75,7 +78,7 @@ class Service:
         if self._ending is not None:
             raise self._ending
         if self._llm is None:
-            raise ApiError(503, "the server is starting: the model is loaded and compiled", headers={"Retry-After": "5"})
+            raise ApiError(503, "the server is starting: the model is loaded and compiled", headers=RETRY_SOON)
         if self.failure is not None:
             raise ApiError(503, f"the engine has failed: {self.failure}")
 
@@ -104,13 +107,18 @@ class Service:
                 f"the queue is full: {self.load} samples are on their way, and there is room for {room}",
                 headers={"Retry-After": str(wait)},
             )
-        run = Run(self, f"{kind}-{request_id or uuid.uuid4().hex}", request_id, num_samples)
+        run = Run(self, self.answer_id(kind, request_id), request_id, num_samples)
         self._runs[run] = None
         try:
             yield run
         except BaseException:
             await run.close()
             raise
+
+    @staticmethod
+    def answer_id(kind: str, request_id: str | None) -> str:
+        """What an answer is called: `kind`, and the client's name for its request or a new one."""
+        return f"{kind}-{request_id or uuid.uuid4().hex}"
 
     async def abort_in_engine(self, name: str) -> None:
         assert self._llm is not None
@@ -133,6 +141,10 @@ class Service:
             await run.abort()
         return [run.answer_id for run in runs]
 
+    def hurry(self) -> None:
+        """Has `end` wait no longer. May be called by a signal's handler."""
+        self._hurried = True
+
     async def end(self) -> bool:
         """Lets in nobody any more, and waits for those who wait for answers, for as long as the configuration says.
 
@@ -140,7 +152,7 @@ class Service:
         """
         self._ending = ApiError(503, "the server is shutting down", headers={"Connection": "close"})
         deadline = time.monotonic() + self.config.shutdown_timeout
-        while self._runs and time.monotonic() < deadline:
+        while self._runs and time.monotonic() < deadline and not self._hurried:
             await asyncio.sleep(POLL_S)
         left = list(self._runs)
         if left:
@@ -184,7 +196,7 @@ class Run:
                 raise found
         return prepared
 
-    async def pieces(self) -> AsyncIterator[tuple[int, StreamOutput]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, StreamOutput], None]:
         """What comes of the prompts, each with its prompt's index. Raises ApiError for what goes wrong."""
         try:
             if len(self._streams) == 1:
@@ -241,11 +253,14 @@ class Run:
 class Chunks:
     """A stream of chunks that holds a run. Whoever is given one iterates over it and closes it."""
 
-    chunks: Any
+    chunks: AsyncGenerator[dict[str, Any], None]
     run: Run
 
-    def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
-        return self.chunks
+    def __aiter__(self) -> "Chunks":
+        return self
+
+    def __anext__(self) -> Awaitable[dict[str, Any]]:
+        return self.chunks.__anext__()
 
     async def aclose(self) -> None:
         # One that has not begun would not run its own finally.
@@ -253,7 +268,7 @@ class Chunks:
         await self.run.close()
 
 
-async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, StreamOutput]]:
+async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, StreamOutput], None]:
     """What comes of several streams, as it comes."""
     arrived: asyncio.Queue[tuple[int, StreamOutput | BaseException | None]] = asyncio.Queue()
 

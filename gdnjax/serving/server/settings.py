@@ -70,5 +70,6 @@ def _integer(name: str, value: Any, least: int) -> None:
 def _seconds(name: str, value: Any, least: float | None = None) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or (value <= 0 if least is None else value < least):
-        raise ValueError(f"{name} must be a number of seconds {'above 0' if least is None else 'from 0 on'}, "
-                         f"got {value!r}")
+        raise ValueError(
+            f"{name} must be a number of seconds {'above 0' if least is None else 'from 0 on'}, got {value!r}"
+        )

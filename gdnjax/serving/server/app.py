@@ -1,0 +1,187 @@
+"""`make_app`: the routes of the server over an AsyncLLM."""
+
+from collections.abc import Awaitable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Path, Request, Response
+from starlette.middleware.cors import CORSMiddleware
+
+from gdnjax.serving.async_llm import AsyncLLM
+from gdnjax.serving.server import chat, completions, errors, protocol, status, tokens
+from gdnjax.serving.server.errors import ApiError, json_response
+from gdnjax.serving.server.events import ClientGoneError, EventStream, frames, unless_gone
+from gdnjax.serving.server.guards import Guard
+from gdnjax.serving.server.service import Chunks, Service
+from gdnjax.serving.server.settings import ServerConfig
+from gdnjax.version import __version__
+
+CLIENT_CLOSED_REQUEST = 499
+"""For logs: nobody gets it."""
+
+MAX_ID = 256
+
+ERROR = {"model": protocol.ErrorAnswer}
+ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 503), ERROR)
+GENERATION_ERRORS = ERRORS | dict.fromkeys((429, 500, 504), ERROR)
+
+DESCRIPTION = """\
+Text generation with OpenAI's endpoints and vLLM's further fields. Fields that nobody knows are ignored; fields of the
+published interfaces that are not served are an error that names them. A stream is server-sent events, `data: [DONE]`
+the last; an error after it has begun is an event with `error`.
+"""
+
+router = APIRouter()
+
+
+def make_app(llm: AsyncLLM | None, config: ServerConfig) -> FastAPI:
+    """The application. Without `llm` it is alive and not ready, until `app.state.service.begin(llm)` is called.
+
+    Whoever ends it calls `await app.state.service.end()`, and closes `llm`.
+    """
+    # The pages that FastAPI has for its documents load what they are made of from another host.
+    app = FastAPI(title="gdnjax", version=__version__, description=DESCRIPTION, docs_url=None, redoc_url=None)
+    app.state.service = Service(llm, config)
+    errors.install(app)
+    app.include_router(router)
+    app.add_middleware(Guard, config=config)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return app
+
+
+def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+def given_id(request: Request) -> str | None:
+    """The client's name for its request, of header x-request-id. Raises ApiError for what cannot be one."""
+    name = request.headers.get("x-request-id")
+    if name is not None and not (0 < len(name) <= MAX_ID and all("!" <= character <= "~" for character in name)):
+        raise ApiError(
+            400, f"x-request-id must be 1 to {MAX_ID} printable ASCII characters without spaces", param="x-request-id"
+        )
+    return name or None
+
+
+async def answer(request: Request, work: Awaitable[dict[str, Any] | Chunks]) -> Response:
+    """The response of what is created: a stream, or one object. Ends the work when the client leaves."""
+    try:
+        made = await unless_gone(request, work)
+    except ClientGoneError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if isinstance(made, Chunks):
+        keep_alive = service_of(request).config.keep_alive_interval
+        return EventStream(frames(made), made, keep_alive=keep_alive, headers={"x-request-id": made.run.answer_id})
+    return json_response(made, headers={"x-request-id": made["id"]})
+
+
+def _answers(model: Any, description: str = "the answer", *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of a route that generates."""
+    found: dict[str, Any] = {"model": model, "description": description}
+    if streams:
+        found["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {**(GENERATION_ERRORS if streams else ERRORS), 200: found}
+
+
+@router.post("/v1/chat/completions", responses=_answers(protocol.ChatAnswer, streams=True))
+async def create_chat_completion(body: protocol.ChatCompletionRequest, request: Request) -> Response:
+    """Answers a conversation."""
+    return await answer(request, chat.create(service_of(request), body, given_id(request)))
+
+
+@router.post("/v1/completions", responses=_answers(protocol.CompletionAnswer, streams=True))
+async def create_completion(body: protocol.CompletionRequest, request: Request) -> Response:
+    """Continues one prompt or several."""
+    return await answer(request, completions.create(service_of(request), body, given_id(request)))
+
+
+@router.post("/v1/chat/completions/render", responses=_answers(protocol.RenderedPrompt))
+async def render_chat_completion(body: protocol.ChatCompletionRequest, request: Request) -> Response:
+    """The tokens of a conversation, without an answer."""
+    return json_response(await tokens.render_chat(service_of(request), body, given_id(request)))
+
+
+@router.post("/v1/completions/render", responses=_answers(list[protocol.RenderedPrompt]))
+async def render_completion(body: protocol.CompletionRequest, request: Request) -> Response:
+    """The tokens of each prompt, without a completion."""
+    return json_response(await tokens.render_completion(service_of(request), body, given_id(request)))
+
+
+@router.post("/tokenize", responses=_answers(protocol.TokenizeAnswer))
+async def tokenize(body: protocol.TokenizeRequest, request: Request) -> Response:
+    """The tokens of a text or of a conversation."""
+    return json_response(await tokens.tokenize(service_of(request), body))
+
+
+@router.post("/detokenize", responses=_answers(protocol.DetokenizeAnswer))
+async def detokenize(body: protocol.DetokenizeRequest, request: Request) -> Response:
+    """The text of tokens."""
+    return json_response(await tokens.detokenize(service_of(request), body))
+
+
+@router.get("/v1/models", responses=_answers(protocol.ModelList))
+async def models(request: Request) -> Response:
+    """The names of the model, and how long its requests may be."""
+    return json_response(status.models(service_of(request)))
+
+
+@router.get("/v1/models/{name:path}", responses=_answers(protocol.Model))
+async def model(name: Annotated[str, Path()], request: Request) -> Response:
+    """One of them."""
+    return json_response(status.model(service_of(request), name))
+
+
+@router.get("/health", responses={200: {"description": "ready"}, 503: ERROR})
+@router.get("/ping", responses={200: {"description": "ready"}, 503: ERROR})
+async def health(request: Request) -> Response:
+    """Whether requests are served: 503 while the model is loaded and compiled, when the server is to end, and when the
+    engine has failed.
+    """
+    service_of(request).check_ready()
+    return Response()
+
+
+@router.get("/live", responses={200: {"description": "alive"}, 503: ERROR})
+async def live(request: Request) -> Response:
+    """Whether the server is worth waiting for: 503 when the engine has failed, which only a new process mends."""
+    if (failure := service_of(request).failure) is not None:
+        raise ApiError(503, f"the engine has failed: {failure}")
+    return Response()
+
+
+@router.get("/version", responses={200: {"model": protocol.VersionAnswer}})
+async def version() -> Response:
+    """Which gdnjax this is."""
+    return json_response({"version": __version__})
+
+
+@router.get("/load", responses={200: {"model": protocol.LoadAnswer}})
+async def load(request: Request) -> Response:
+    """How many samples clients wait for."""
+    return json_response({"server_load": service_of(request).load})
+
+
+@router.get("/server_info", responses=ERRORS)
+async def server_info(request: Request) -> Response:
+    """Version, settings, and what the engine holds and has done."""
+    return json_response(await status.information(service_of(request)))
+
+
+@router.post("/reset_prefix_cache", responses=_answers(protocol.ResetAnswer))
+async def reset_prefix_cache(request: Request) -> Response:
+    """Forgets every cached prefix."""
+    return json_response({"reset": await service_of(request).llm.reset_prefix_cache()})
+
+
+@router.post("/abort_requests", responses=_answers(protocol.AbortAnswer))
+async def abort_requests(request: Request, body: protocol.AbortRequest | None = None) -> Response:
+    """Ends answers by their ids, or all of them: they end with finish_reason "abort"."""
+    service = service_of(request)
+    service.check_ready()
+    return json_response({"aborted": await service.abort(body.request_ids if body else None)})

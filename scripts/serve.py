@@ -1,0 +1,18 @@
+"""Serves a model over HTTP: `gdnjax serve`, from a clone."""
+
+if __name__ == "__main__":
+    from gdnjax.cli import interrupt
+
+    interrupt.expected()
+
+from gdnjax.cli import serve
+from gdnjax.cli.command import run_as_process
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    return serve.main(argv, "python scripts/serve.py")
+
+
+if __name__ == "__main__":
+    run_as_process(main)
