@@ -7,7 +7,7 @@ from fastapi import APIRouter, FastAPI, Path, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from gdnjax.serving.async_llm import AsyncLLM
-from gdnjax.serving.server import chat, completions, errors, protocol, status, tokens
+from gdnjax.serving.server import chat, completions, errors, pages, protocol, status, tokens
 from gdnjax.serving.server.errors import ApiError, json_response
 from gdnjax.serving.server.events import ClientGoneError, EventStream, frames, unless_gone
 from gdnjax.serving.server.guards import Guard
@@ -43,6 +43,7 @@ def make_app(llm: AsyncLLM | None, config: ServerConfig) -> FastAPI:
     app.state.service = Service(llm, config)
     errors.install(app)
     app.include_router(router)
+    app.include_router(pages.router)
     app.add_middleware(Guard, config=config)
     if config.cors_origins:
         app.add_middleware(
