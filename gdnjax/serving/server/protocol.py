@@ -81,7 +81,7 @@ class GenerationBody(Body):
 
 
 class CompletionRequest(GenerationBody):
-    prompt: str | list[str] | TokenIds | list[TokenIds] = Field(
+    prompt: str | TokenIds | list[str | TokenIds] = Field(
         description="a text, token ids, or a list of either; each is continued as it stands"
     )
     echo: bool | None = Field(None, description="the prompt stands before its completion; with max_tokens 0 alone")
