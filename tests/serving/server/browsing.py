@@ -1,12 +1,10 @@
-"""What the tests of the page share: a server on a port of its own, and a real browser."""
+"""What the tests of the page share: a real browser, and the page in it."""
 
 import contextlib
 import shutil
 import tempfile
-import threading
 import time
 
-import uvicorn
 from selenium import webdriver
 
 FLAGS = (
@@ -24,25 +22,6 @@ FLAGS = (
 
 PHONE = (390, 844)
 DESK = (1280, 860)
-
-
-@contextlib.contextmanager
-def serving(app):
-    """`app` behind uvicorn on a free port of loopback, in a thread; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, name="server of a test")
-    thread.start()
-    try:
-        deadline = time.monotonic() + 20
-        while not server.started:
-            assert thread.is_alive(), "the server ended at its start"
-            assert time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive(), "the server did not end"
 
 
 @contextlib.contextmanager
@@ -116,11 +95,13 @@ class Page:
         self.say(text)
         return self.answer(turns + 1)
 
-    def answer(self, turns):
+    def answer(self, turns, seconds=20):
         """The answer of that number, once it is whole."""
-        self.until(
-            lambda: len(self.all(".assistant")) == turns and not self.all(".assistant[aria-busy]"), f"answer {turns}"
-        )
+
+        def is_whole():
+            return len(self.all(".assistant")) == turns and not self.all(".assistant[aria-busy]")
+
+        self.until(is_whole, f"answer {turns}", seconds)
         return self.all(".assistant")[-1]
 
     def resize(self, size):

@@ -5,8 +5,9 @@ import time
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from tests.serving.server.browsing import DESK, PHONE, browsing, serving
+from tests.serving.server.browsing import DESK, PHONE, browsing
 from tests.serving.server.scripted import CALLS, KEY, SCRIPT, STATS, Scripted
+from tests.serving.server.sockets import serving
 
 pytestmark = pytest.mark.browser
 

@@ -57,7 +57,9 @@ export class Chat {
   }
 
   setModels(models) {
-    this.settings.setModels(models.map((model) => model.id));
+    // Of several names of one model the first.
+    const roots = models.map((model) => model.root ?? model.id);
+    this.settings.setModels(models.filter((_, index) => roots.indexOf(roots[index]) === index).map((model) => model.id));
     const [first] = models;
     const length = first?.max_model_len;
     const room = length ? `, up to ${length.toLocaleString("en")} tokens of conversation` : "";
