@@ -51,17 +51,17 @@ def test_conversation_is_that_of_the_engine(page, llm):
 
 
 def test_stop_reaches_the_engine(page, llm, monkeypatch):
-    step = llm.engine.step
+    take_turn = llm.engine.take_turn
 
-    def slow_step():
+    def slow_turn(*arguments):
         time.sleep(0.05)
-        return step()
+        return take_turn(*arguments)
 
     page.one("#new-chat").click()
     aborted = llm.stats()["num_ended"].get("abort", 0)
     with monkeypatch.context() as patched:
         # An answer would be over before somebody can stop it.
-        patched.setattr(llm.engine, "step", slow_step)
+        patched.setattr(llm.engine, "take_turn", slow_turn)
         page.say("Tell me a story.")
         page.until(lambda: page.text(".assistant .prose"), "the first words", seconds=300)
         page.one("#stop").click()
