@@ -73,11 +73,9 @@ def test_scores_are_those_of_the_engines_answers(url, llm, problems, kind):
 
 def test_loglikelihoods_are_those_of_the_logits(url, llm):
     client = client_of("local-completions", url, "/v1/completions")
-    asked = [
-        ("A box has 3", " apples. 4 more are put in."),
-        ("What is 31", " + 46?"),
-        ("What is 2 + 2?\n2 + 2 =", " 4"),
-    ]
+    (best,) = llm.generate(["Once upon a time"], SamplingParams(temperature=0.0, max_tokens=6), use_tqdm=False)
+    asked = [("A box has 3", " apples. 4 more are put in."), ("What is 31", " + 46?")]
+    asked += [("Once upon a time", best.outputs[0].text)]
     requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(asked)]
     greedy = []
     for (context, continuation), (value, is_greedy) in zip(asked, client.loglikelihood(requests), strict=True):
