@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gdnjax.generation import BatchOutput, batch_generate, draft_logits, full_logits
     from gdnjax.loading import load_model
     from gdnjax.models import abstract_params, build_model, random_params
-    from gdnjax.sampling_params import SamplingParams
+    from gdnjax.sampling_params import SamplingParams, StructuredOutputsParams
     from gdnjax.serving.async_llm import AsyncLLM
     from gdnjax.serving.following import follow, follow_model
     from gdnjax.serving.llm import LLM
@@ -34,6 +34,7 @@ _HOMES = {
     "RequestOutput": "gdnjax.serving.outputs",
     "SamplingParams": "gdnjax.sampling_params",
     "StreamOutput": "gdnjax.serving.outputs",
+    "StructuredOutputsParams": "gdnjax.sampling_params",
     "abstract_params": "gdnjax.models",
     "batch_generate": "gdnjax.generation",
     "build_model": "gdnjax.models",
@@ -75,6 +76,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StreamOutput",
+    "StructuredOutputsParams",
     "__version__",
     "abstract_params",
     "batch_generate",

@@ -67,6 +67,14 @@ class CountBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class MaskBatch:
+    """What requests with a structure may draw in the steps of this turn: rows 1 and on of ServeState.masks."""
+
+    words: Leaf  # [m, W] uint32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PrefillBatch:
     """Pieces of prompts, packed one after another, with the chunk table.
 
@@ -89,6 +97,7 @@ class PrefillBatch:
     block_table: Leaf = None  # [r, m] int32: the rows' blocks; None leaves the tables as they are
     kv_start: Leaf = None  # [r] int32: position before which keys and values are cached and not stored; None: 0
     chunk_checkpoint: Leaf = None  # [c] int32: slot that keeps what stands after the chunk, 0 = none; None: never
+    mask_row: Leaf = None  # [r] int32: row of ServeState.masks, 0 = none; None: nobody has one
 
 
 @jax.tree_util.register_dataclass
@@ -104,6 +113,7 @@ class DecodeBatch:
     grown_index: Leaf = None  # [n, j] int32; None: nobody grows
     grown_block: Leaf = None  # [n, j] int32
     max_drafts: Leaf = None  # [n] int32: drafts of the row that may be verified in this step; None: all there are
+    mask_row: Leaf = None  # [n] int32: row of ServeState.masks, 0 = none; None: nobody has one
 
 
 @jax.tree_util.register_dataclass

@@ -19,7 +19,7 @@ from gdnjax.backend import REFERENCE, Backend
 from gdnjax.batch import CountBatch, Logprobs
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel, gumbel_argmax
 from gdnjax.shapes import Array, Float, Float32, Int32, Leaf, UInt16, UInt32
-from gdnjax.state import IN_PROMPT, MOST_COUNTED, NO_TOKEN, LogitRows, SlotTable
+from gdnjax.state import IN_PROMPT, MASK_BITS, MOST_COUNTED, NO_TOKEN, LogitRows, SlotTable
 
 RADIX_BITS = 4
 """Bits of a threshold found in one pass over the logits: 8 passes of 15 candidates find all 32."""
@@ -273,6 +273,14 @@ def adjust(
     logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
     logits = logits - change.frequency[:, None] * counts
     return logits - change.presence[:, None] * (counts > 0)
+
+
+def allowed(
+    logits: Float32[Array, "n V"], masks: UInt32[Array, "c W"], row: Int32[Array, "n"]
+) -> Float32[Array, "n V"]:
+    """The logits of what each row's mask allows; -inf for the others. Row 0 changes nothing."""
+    bits = masks[row][:, :, None] >> jnp.arange(MASK_BITS, dtype=jnp.uint32) & 1
+    return jnp.where(bits.reshape(row.shape[0], -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
 
 
 def _local(token: Array, width: int, vocab: Vocab) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,9 @@ MAX_SAMPLES = 1024
 NO_TOKEN = -1
 """Where a token id might stand: none."""
 
+MASK_BITS = 32
+"""Tokens in a word of a mask; the first is the lowest bit."""
+
 LARGEST = 1e30
 """Magnitude that a number may have, and its inverse for one that is not 0: the device computes in float32, where
 products and quotients with a logit must stay finite and a small number must not become 0."""
@@ -50,12 +54,67 @@ def _names_its_fields(cls: type[T]) -> type[T]:
 
 @_names_its_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the text of an output has to be: exactly one of these. A bad value raises a ValueError that names it.
+
+    json         a JSON schema, as a dictionary or as its text, which is what is kept.
+    regex        a regular expression that the whole text matches.
+    choice       texts, of which it is one.
+    grammar      a context-free grammar, in Lark's form or in GBNF.
+    json_object  True: any JSON object.
+
+    disable_any_whitespace   with json and json_object: only the blanks behind commas and colons.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+
+    def __post_init__(self):
+        given = [name for name in STRUCTURES if getattr(self, name) is not None and getattr(self, name) is not False]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs must have exactly one of {', '.join(STRUCTURES)}, got {', '.join(given) or 'none'}"
+            )
+        for name in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.disable_any_whitespace and not (self.json is not None or self.json_object):
+            raise ValueError(f"disable_any_whitespace is for json and json_object, got {given[0]}")
+        for name in ("regex", "grammar"):
+            if getattr(self, name) is not None:
+                _strings(name, [getattr(self, name)])
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _strings("choice", self.choice))
+            if not self.choice:
+                raise ValueError("choice is empty: no text could be produced")
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+
+    @property
+    def kind(self) -> str:
+        """Which of them it is."""
+        return next(name for name in STRUCTURES if getattr(self, name))
+
+
+STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
+"""Fields of StructuredOutputsParams of which one is given."""
+
+
+@_names_its_fields
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are drawn, and when it ends. A bad value raises a ValueError that names it.
 
     Drawing, applied in this order
       logit_bias           {token id: added to its logit}.
       allowed_token_ids    only these may be drawn.
+      structured_outputs   a StructuredOutputsParams: only tokens that its grammar allows next may be drawn; from behind
+                           "</think>" on, where prompt or model begin with thinking. The output ends where nothing can
+                           follow, whatever min_tokens says, and before that only where the grammar may end.
       bad_words            texts that may not be produced.
       repetition_penalty   > 0; logits of tokens in prompt or output are divided (positive) or multiplied by it.
       frequency_penalty    subtracted from a token's logit once per occurrence in the output; in [-2, 2].
@@ -102,6 +161,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     speculate: bool = True
 
     def __post_init__(self):
@@ -135,6 +195,9 @@ class SamplingParams:
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "speculate"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        structured = self.structured_outputs
+        if structured is not None and not isinstance(structured, StructuredOutputsParams):
+            raise ValueError(f"structured_outputs must be a StructuredOutputsParams, got {structured!r}")
         self._freeze_sequences()
 
     def __hash__(self) -> int:
@@ -185,6 +248,7 @@ class SamplingParams:
             or self.min_tokens
             or (self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0))
             or self.logprobs is not None
+            or self.structured_outputs is not None
         )
 
 
@@ -227,6 +291,25 @@ def _strings(name: str, values: Any) -> tuple[str, ...]:
             raise ValueError(f"{name} must hold non-empty strings, got {value!r}")
         check_unicode(f"{value!r} in {name}", value)
     return tuple(values)
+
+
+def _schema_text(schema: Any) -> str:
+    """A JSON schema as text, its properties in their order."""
+    if isinstance(schema, Mapping):
+        try:
+            schema = json.dumps(dict(schema))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"json must be a schema that JSON holds: {error}") from error
+    if not isinstance(schema, str):
+        raise ValueError(f"json must be a JSON schema, a dictionary or its text, got {schema!r}")
+    try:
+        content = json.loads(schema)
+    except ValueError as error:
+        raise ValueError(f"json is no JSON text: {error}, got {schema[:80]!r}") from error
+    if not isinstance(content, dict | bool):
+        raise ValueError(f"json must be a JSON schema, an object, got {schema[:80]!r}")
+    check_unicode("json", schema)
+    return schema
 
 
 def _token_ids(name: str, values: Any) -> tuple[int, ...]:

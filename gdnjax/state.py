@@ -10,12 +10,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gdnjax.cache import Cache, check_cache, empty_cache, partition_specs
 from gdnjax.config import EngineConfig
 from gdnjax.memory import MemoryPlan, StateGeometry
-from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS, NO_TOKEN
+from gdnjax.sampling_params import MASK_BITS, MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS, NO_TOKEN
 from gdnjax.shapes import Leaf
 from gdnjax.sharding import AXIS, P
 
@@ -27,6 +28,9 @@ IN_PROMPT = 1 << 15
 
 MOST_COUNTED = IN_PROMPT - 1
 """Where a count stops: the other bits of the entry. Occurrences beyond that many change no penalty any more."""
+
+ALL_ALLOWED = np.uint32(0xFFFFFFFF)
+"""A word of a mask that forbids nothing."""
 
 
 @jax.tree_util.register_dataclass
@@ -85,12 +89,16 @@ class ServeState:
 
     `token_counts` is what penalties ask for, a row for each running request that has any, so that nobody waits for one:
     the bit IN_PROMPT, and how often the token occurs in the output, up to MOST_COUNTED. Row 0 is null.
+
+    `masks` say which tokens may be drawn in the steps of one turn, 32 of them a word, those of one rank in words of
+    their own. Row 0 allows all.
     """
 
     cache: Cache
     slots: SlotTable
     logit_rows: LogitRows
     token_counts: Leaf  # [c, V] uint16
+    masks: Leaf  # [c, W] uint32: W is V / 32, rounded up
 
 
 def empty_state(geometry: StateGeometry, plan: MemoryPlan, engine: EngineConfig, max_model_len: int) -> ServeState:
@@ -106,6 +114,7 @@ def empty_state(geometry: StateGeometry, plan: MemoryPlan, engine: EngineConfig,
         slots=_empty_slots(g, slots, table_width),
         logit_rows=_empty_logit_rows(rows, g.vocab_size * tp),
         token_counts=jnp.zeros((plan.num_count_rows + 1, g.vocab_size * tp), jnp.uint16),
+        masks=jnp.full((plan.num_count_rows + 1, -(-g.vocab_size // MASK_BITS) * tp), ALL_ALLOWED),
     )
 
 
@@ -176,6 +185,11 @@ def check_state(state: ServeState) -> None:
             f"ServeState.token_counts has shape {state.token_counts.shape}, LogitRows.bias has "
             f"{state.logit_rows.bias.shape}"
         )
+    if state.masks.shape[0] != state.token_counts.shape[0]:
+        raise ValueError(
+            f"ServeState.masks has shape {state.masks.shape}, expected {state.token_counts.shape[0]} rows, as many as "
+            "token_counts has"
+        )
     check_cache(state.cache, slots)
 
 
@@ -187,6 +201,7 @@ def specs_of(state: ServeState) -> ServeState:
         cache=partition_specs(state.cache.spec),
         logit_rows=dataclasses.replace(whole.logit_rows, bias=P(None, AXIS)),
         token_counts=P(None, AXIS),
+        masks=P(None, AXIS),
     )
 
 

@@ -1,5 +1,5 @@
-"""The steps: admit, fill token counts, fill a logit row, prefill, decode, seal. Pure: `(params, ServeState, batch) ->
-(ServeState, Emitted)`, those without a model without params, those that draw nothing without Emitted.
+"""The steps: admit, fill token counts, fill a logit row, fill masks, prefill, decode, seal. Pure: `(params, ServeState,
+batch) -> (ServeState, Emitted)`, those without a model without params, those that draw nothing without Emitted.
 
 A decode step that speculates verifies the drafts of the step before and makes the next ones, so that nothing is read
 back in between. Where the model has states, what it accepts is pending: the next step folds it (see SlotTable).
@@ -20,7 +20,17 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from gdnjax import sampling, sharding, speculative
-from gdnjax.batch import AdmitBatch, CountBatch, DecodeBatch, Emitted, LogitRowBatch, Logprobs, PrefillBatch, SealBatch
+from gdnjax.batch import (
+    AdmitBatch,
+    CountBatch,
+    DecodeBatch,
+    Emitted,
+    LogitRowBatch,
+    Logprobs,
+    MaskBatch,
+    PrefillBatch,
+    SealBatch,
+)
 from gdnjax.cache import LAYOUT, LAYOUT_KV, LAYOUT_VK, copy_row, layout_of
 from gdnjax.models import Model, partition
 from gdnjax.models.context import Pools, decode_context, fold_context, prefill_context
@@ -37,7 +47,7 @@ PROMPT_LOGPROB_ROWS = 64
 class StepOptions:
     """What is compiled into a step.
 
-    full             top-k, top-p, logit rows and log-probabilities; the plain step has none of them.
+    full             top-k, top-p, logit rows, masks and log-probabilities; the plain step has none of them.
     prompt_logprobs  prefill only: log-probabilities of the prompt's own tokens.
     max_logprobs     alternatives reported with each log-probability.
     state_layout     "kv", "vk" or "mixed"; see EngineConfig.
@@ -92,6 +102,11 @@ def fill_counts(state: ServeState, batch: CountBatch, vocab: Vocab) -> ServeStat
     return dataclasses.replace(state, token_counts=sampling.fill_counts(state.token_counts, batch, vocab))
 
 
+def fill_masks(state: ServeState, batch: MaskBatch) -> ServeState:
+    """Says what requests with a structure may draw. `words` are this rank's part of the vocabulary."""
+    return dataclasses.replace(state, masks=state.masks.at[1 : 1 + batch.words.shape[0]].set(batch.words))
+
+
 def prefill(
     model: Model, options: StepOptions, params: Params, state: ServeState, batch: PrefillBatch
 ) -> tuple[ServeState, Emitted]:
@@ -115,7 +130,7 @@ def prefill(
     last = hidden[jnp.maximum(batch.start + batch.length - 1, 0)]
     length = state.slots.length[batch.slot] + batch.length
     active = batch.is_last & (batch.slot != NULL_SLOT)
-    drawn = _draw(model, options, params, state, batch.slot, length, last[:, None], active[:, None], None)
+    drawn = _draw(model, options, params, state, batch, length, last[:, None], active[:, None], None)
     prompt = _prompt_logprobs(model, options, params, hidden, batch.target) if options.prompt_logprobs else None
     layout = layout_of(options.state_layout, LAYOUT_KV)
     # A row without tokens has no hidden state in this step: what it had stays.
@@ -146,7 +161,7 @@ def decode(
     context = decode_context(pools_of(state, options), slot, before, valid)
     hidden, cache = model.forward(params, tokens.reshape(-1), context, state.cache)
     hidden = hidden.reshape(*tokens.shape, -1)
-    drawn = _draw(model, options, params, state, slot, before + 1, hidden, valid, drafts)
+    drawn = _draw(model, options, params, state, batch, before + 1, hidden, valid, drafts)
     state = dataclasses.replace(state, cache=cache)
     state = _accepted(state, options, context, hidden, drawn.count)
     state, emitted = _commit(state, drawn, slot, before + drawn.count, active, None)
@@ -260,17 +275,19 @@ class _Drawn:
     token_counts: Array
 
 
-def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> _Drawn:
+def _draw(model, options, params, state, batch, first, hidden, valid, drafts) -> _Drawn:
     """Draws behind each of T tokens of a row, whose hidden states [n, T, d] these are; the first token drawn has the
-    absolute position `first` [n]. Behind drafts [n, T - 1] those count that are behind right ones.
+    absolute position `first` [n]. Behind drafts [n, T - 1] those count that are behind right ones. A row with a mask
+    has no drafts that count: it says what the first token may be.
     """
     count, rows = valid.shape
-    sampler = _Sampler.of(model, options, state, slot, first, rows)
+    slot, mask_row = batch.slot, batch.mask_row
+    sampler = _Sampler.of(model, options, state, slot, first, rows, mask_row)
     logits = model.logits(params, hidden.reshape(count * rows, -1))
     produced = _produced(drafts) if rows > 1 else None
     num_drafts = jnp.sum(valid[:, 1:], axis=1, dtype=jnp.int32)
     if rows > 1 and options.acceptance == "rejection" and options.forced_length is None:
-        tokens, accepted = _reject(model, options, params, state, slot, first, logits, drafts, num_drafts)
+        tokens, accepted = _reject(model, options, params, state, batch, first, logits, drafts, num_drafts)
     else:
         tokens, accepted = sampler.tokens(logits, produced).reshape(count, rows), jnp.zeros((count,), jnp.int32)
         if rows > 1 and options.forced_length is not None:
@@ -302,24 +319,24 @@ def _draw(model, options, params, state, slot, first, hidden, valid, drafts) -> 
     )
 
 
-def _reject(model, options, params, state, slot, first, logits, drafts, valid) -> tuple[Array, Array]:
+def _reject(model, options, params, state, batch, first, logits, drafts, valid) -> tuple[Array, Array]:
     """Tokens [n, T], and how many drafts are kept, by rejection, some requests at a time. Beside the target's `logits`
     [n * T, V] it holds those of the drafts, made again from the head's hidden states, which are small.
     """
     count, k = drafts.shape
-    hidden = read_rows(state.slots.draft_hidden, slot, slice(k)).reshape(count * k, -1)
+    hidden = read_rows(state.slots.draft_hidden, batch.slot, slice(k)).reshape(count * k, -1)
     vocab = _vocab_of(model)
 
     def some_requests(group):
-        slot, first, logits, proposed, drafts, valid = group
-        target = _Sampler.of(model, options, state, slot, first, 1 + k)
+        slot, mask_row, first, logits, proposed, drafts, valid = group
+        target = _Sampler.of(model, options, state, slot, first, 1 + k, mask_row)
         drafter = _Sampler.of(model, options, state, slot, first, k)
         p = target.scores(logits, _produced(drafts))
         q = drafter.scores(proposed, _produced(drafts[:, :-1]) if k > 1 else None)
         p, q = (scores.reshape(slot.shape[0], -1, scores.shape[1]) for scores in (p, q))
         return speculative.accept_rejection(p, q, drafts, valid, target.draw, vocab)
 
-    requests = (slot, first, logits, model.logits(params, hidden), drafts, valid)
+    requests = (batch.slot, batch.mask_row, first, logits, model.logits(params, hidden), drafts, valid)
     return in_groups(some_requests, requests, count, max(1, vocab.group_of(logits.shape[0]) // (1 + k)))
 
 
@@ -364,20 +381,24 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
 
 @dataclasses.dataclass(frozen=True)
 class _Sampler:
-    """How the tokens at `position` [t] are drawn, each for the request of its `slot` [t]."""
+    """How the tokens at `position` [t] are drawn, each for the request of its `slot` [t], by its `mask_row` [t] if any
+    has one.
+    """
 
     options: StepOptions
     state: ServeState
     vocab: Vocab
     slot: Array
     position: Array
+    mask_row: Array | None = None
 
     @classmethod
-    def of(cls, model, options, state, slot, first, rows) -> "_Sampler":
+    def of(cls, model, options, state, slot, first, rows, mask_row=None) -> "_Sampler":
         """`rows` tokens of each slot, from position `first` on."""
         position = (first[:, None] + jnp.arange(rows, dtype=jnp.int32)).reshape(-1)
         vocab = _vocab_of(model)
-        return cls(options, state, vocab, jnp.repeat(slot, rows), position)
+        mask_row = None if mask_row is None else jnp.repeat(mask_row, rows)
+        return cls(options, state, vocab, jnp.repeat(slot, rows), position, mask_row)
 
     @property
     def draw(self) -> Draw:
@@ -393,6 +414,8 @@ class _Sampler:
         banned = jnp.where(early[:, None], slots.stop_tokens[self.slot], NO_TOKEN)
         change = Change.of_slots(slots, self.slot, banned, produced)
         logits = sampling.adjust(logits, state.logit_rows, state.token_counts, change, self.vocab)
+        if self.mask_row is not None:
+            logits = sampling.allowed(logits, state.masks, self.mask_row)
         return sampling.scores(logits, self.draw, self.vocab, full=True)
 
     def tokens(self, logits: Array, produced: Array | None = None, stream: int = 0) -> Array:
@@ -402,11 +425,11 @@ class _Sampler:
             return sampling.draw_plain(logits, self.draw, self.vocab, stream)
 
         def some_rows(rows):
-            logits, slot, position, produced = rows
-            some = dataclasses.replace(self, slot=slot, position=position)
+            logits, slot, position, mask_row, produced = rows
+            some = dataclasses.replace(self, slot=slot, position=position, mask_row=mask_row)
             return sampling.choose(some.scores(logits, produced), some.draw, self.vocab, stream)
 
-        rows = (logits, self.slot, self.position, produced)
+        rows = (logits, self.slot, self.position, self.mask_row, produced)
         return in_groups(some_rows, rows, logits.shape[0], self.vocab.group_of(logits.shape[0]))
 
 
@@ -465,6 +488,7 @@ class Steps:
     admit: Callable[[ServeState, AdmitBatch], ServeState]
     fill_counts: Callable[[ServeState, CountBatch], ServeState]
     fill_logit_row: Callable[[ServeState, LogitRowBatch], ServeState]
+    fill_masks: Callable[[ServeState, MaskBatch], ServeState]
     prefill: Callable[[StepOptions], Any]  # jitted (params, state, PrefillBatch) -> (state, Emitted)
     decode: Callable[[StepOptions], Any]  # jitted (params, state, DecodeBatch) -> (state, Emitted)
     seal: Any  # jitted (params, state, SealBatch) -> state
@@ -516,6 +540,7 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
         admit=over_state(functools.partial(admit, options=options), replicated),
         fill_counts=over_state(functools.partial(fill_counts, vocab=vocab), replicated),
         fill_logit_row=over_state(fill_logit_row, row_specs),
+        fill_masks=over_state(fill_masks, MaskBatch(words=sharding.P(None, sharding.AXIS))),
         prefill=functools.partial(over_model, prefill),
         decode=functools.partial(over_model, decode),
         seal=over_model(seal, options, emits=False),

@@ -65,6 +65,7 @@ HOST_ONLY += ("serving.tokenizer", "serving.detokenizer", "serving.request", "se
 HOST_ONLY += ("serving.plan", "serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
 HOST_ONLY += ("serving.radix_tree", "serving.host_tier", "serving.records", "serving.chat", "serving.frontend")
 HOST_ONLY += ("serving.server.settings", "cli.serve")
+HOST_ONLY += ("serving.structured",)
 HOST_ONLY += ("cli.command", "cli.generate", "cli.convert", "cli.main")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
@@ -78,6 +79,7 @@ PLANNERS = (
     "serving.radix_tree",
     "serving.host_tier",
     "serving.records",
+    "serving.structured",
 )
 PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
 PLANNERS_SEE |= {"serving.outputs", "serving.submission"}
@@ -233,7 +235,7 @@ def test_slow_libraries_are_imported_at_first_use():
     wrong = [
         f"{found.importer} imports {found.imported}"
         for found in IMPORTS
-        if part_of(found.imported) in ("transformers", "jinja2", "torch") and not found.lazy
+        if part_of(found.imported) in ("transformers", "jinja2", "torch", "llguidance") and not found.lazy
     ]
     assert not wrong
     assert not [found for found in IMPORTS if part_of(found.imported) == "torch"]
@@ -266,7 +268,7 @@ def test_host_modules_import_no_jax(modules):
     """In an interpreter of its own: what is loaded afterwards is what the imports loaded."""
     program = (
         f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
-        "print(*sorted({'jax', 'jaxlib', 'flax', 'transformers', 'torch'} & set(sys.modules)))"
+        "print(*sorted({'jax', 'jaxlib', 'flax', 'transformers', 'torch', 'llguidance'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == []

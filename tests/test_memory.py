@@ -92,6 +92,7 @@ def test_small_geometry_is_exact():
     assert SMALL.block_bytes == 2 * 2 * 16 * 2 * 32 * 2
     assert SMALL.logit_row_bytes == 401 * 4
     assert SMALL.count_row_bytes == 401 * 2
+    assert SMALL.mask_row_bytes == 13 * 4
     assert SMALL.hidden_bytes == 40 * 2
 
 
@@ -121,7 +122,7 @@ def test_plan_divides_a_budget_by_what_speculating_slots_take(num_drafts):
     config = uncached(num_speculative_tokens=num_drafts, draft_acceptance="rejection")
     geometry = small_geometry(speculation=config)
     slot = geometry.slot_bytes + geometry.hidden_bytes
-    rows = 5 * (SMALL.logit_row_bytes + SMALL.count_row_bytes)
+    rows = 5 * (SMALL.logit_row_bytes + SMALL.count_row_bytes + SMALL.mask_row_bytes)
     budget = 5 * slot + rows + (16 + 1) * SMALL.block_bytes
     plan = memory.plan(geometry, config, max_model_len=250, budget_bytes=budget)
     assert (plan.num_slots, plan.num_blocks, plan.total_bytes) == (4, 16, budget)
@@ -153,7 +154,8 @@ def uncached(**overrides):
 
 def floor_bytes(config, weights=0, workspace=0):
     slots = (config.max_num_seqs + 1) * SLOT
-    rows = (config.num_logit_rows + 1) * SMALL.logit_row_bytes + (config.max_num_seqs + 1) * SMALL.count_row_bytes
+    rows = (config.num_logit_rows + 1) * SMALL.logit_row_bytes
+    rows += (config.max_num_seqs + 1) * (SMALL.count_row_bytes + SMALL.mask_row_bytes)
     return slots + rows + weights + workspace
 
 
@@ -169,6 +171,7 @@ def test_plan_reserves_state_first_and_gives_the_rest_to_blocks():
     assert plan.kv_bytes == 21 * SMALL.block_bytes
     assert plan.logit_row_bytes == 5 * SMALL.logit_row_bytes
     assert plan.count_row_bytes == 5 * SMALL.count_row_bytes
+    assert plan.mask_row_bytes == 5 * SMALL.mask_row_bytes
     assert plan.total_bytes == budget - (SMALL.block_bytes - 1)
 
 
@@ -264,6 +267,7 @@ def test_shortfall_names_every_part_and_every_remedy():
         f"9 checkpoint slots {9 * SLOT:,}",
         f"5 logit rows {5 * SMALL.logit_row_bytes:,}",
         f"5 rows of token counts {5 * SMALL.count_row_bytes:,}",
+        f"5 rows of masks {5 * SMALL.mask_row_bytes:,}",
         f"17 KV blocks {17 * SMALL.block_bytes:,}",
         "budget of 12,345 bytes",
         "max_num_seqs (now 4)",
@@ -349,6 +353,7 @@ def test_printed_plan_adds_up():
     )
     text = str(plan)
     assert "4 rows, for penalties" in text
+    assert "4 rows, for structured output" in text
     assert f"6 slots of {SMALL.slot_bytes:,} B: 4 live, 2 checkpoints" in text
     assert f"20 blocks of {SMALL.block_bytes:,} B" in text
     assert f"a slot is worth {SMALL.equivalent_blocks} blocks" in text

@@ -13,7 +13,8 @@ from gdnjax import sampling, sharding
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel, reference, uniform
 from gdnjax.sampling import Change, Draw, Vocab
 from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS
-from gdnjax.state import IN_PROMPT, MOST_COUNTED, NO_TOKEN, LogitRows
+from gdnjax.serving import packing
+from gdnjax.state import ALL_ALLOWED, IN_PROMPT, MOST_COUNTED, NO_TOKEN, LogitRows
 from gdnjax.step import PROMPT_LOGPROB_ROWS
 from tests.draws import (
     IMPOSSIBLE,
@@ -593,6 +594,26 @@ def test_row_zero_changes_nothing_bit_for_bit():
     logits[1, 4] = -np.inf
     actual = adjust(logits, random_rows(rng), [0, 0, 0], np.full((3, 2), NO_TOKEN, np.int32))
     np.testing.assert_array_equal(actual, logits)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("size", [SIZE, 64, 128, 31])
+def test_mask_forbids_what_its_bits_do_not_allow_however_the_vocabulary_is_cut(size, tp):
+    """Row 0 changes nothing bit for bit; whoever has no mask in the batch has that row."""
+    rng = np.random.default_rng(size)
+    allowed = rng.random((2, size)) < 0.4
+    logits = rng.standard_normal((4, size)).astype(np.float32)
+    bits = np.pad(allowed, ((0, 0), (0, -size % 32)))
+    words = np.packbits(bits, axis=1, bitorder="little").view("<u4").astype(np.uint32)
+    batch = packing.pack_masks(words, rows=3, vocab_size=size, ranks=tp)
+    masks = np.concatenate([np.full((1, batch.words.shape[1]), ALL_ALLOWED), batch.words])
+    split, row = sharding.P(None, sharding.AXIS), jnp.array([2, 0, 1, 3], jnp.int32)
+    specs = (split, split, sharding.P())
+    parts = over_ranks(tp, sampling.allowed, padded(logits, tp, 0.0), jnp.asarray(masks), row, specs=specs)
+    actual = np.concatenate(parts, axis=1)[:, :size]
+    expected = logits.copy()
+    expected[0][~allowed[1]], expected[2][~allowed[0]] = -np.inf, -np.inf
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_banned_tokens_cannot_be_drawn_and_others_are_untouched():

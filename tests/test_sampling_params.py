@@ -1,11 +1,12 @@
 """Sampling parameters are checked at construction: a bad value is named, with what is allowed."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 
-from gdnjax import SamplingParams
+from gdnjax import SamplingParams, StructuredOutputsParams
 from gdnjax.sampling_params import MAX_BAD_WORDS
 
 BAD = [
@@ -61,6 +62,7 @@ BAD = [
     ({"logit_bias": {3: math.inf}}, r"logit_bias\[3\] must be a number of at most 1e\+30"),
     ({"logit_bias": {3: math.nan}}, r"logit_bias\[3\] must be a number"),
     ({"logit_bias": {3: "much"}}, r"logit_bias\[3\] must be a number"),
+    ({"structured_outputs": {"regex": "a"}}, "structured_outputs must be a StructuredOutputsParams, got"),
     ({"speculate": 1}, "speculate must be True or False, got 1"),
     ({"speculate": None}, "speculate must be True or False, got None"),
 ]
@@ -130,6 +132,7 @@ def test_defaults_are_those_users_know():
         "logit_bias": None,
         "bad_words": None,
         "allowed_token_ids": None,
+        "structured_outputs": None,
         "speculate": True,
     }
 
@@ -175,6 +178,7 @@ def test_parameters_cannot_be_changed():
         ({"min_tokens": 1}, False, False, True),
         ({"stop": ["x"], "stop_token_ids": [4], "seed": 5, "n": 3}, False, False, False),
         ({"speculate": False}, False, False, False),
+        ({"structured_outputs": StructuredOutputsParams(regex="a")}, False, False, True),
     ],
 )
 def test_only_those_who_need_a_row_or_the_full_sampler_pay_for_it(values, row, counts, full):
@@ -188,3 +192,46 @@ def test_params_are_hashable_and_equal_by_value():
     assert one == same
     assert hash(one) == hash(same)
     assert one != SamplingParams(logit_bias={1: -2.0}, stop=["a"])
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "exactly one of json, regex, choice, grammar, json_object, got none"),
+        ({"json_object": False}, "exactly one of json, regex, choice, grammar, json_object, got none"),
+        ({"regex": "a", "choice": ["b"]}, "exactly one of .*, got regex, choice"),
+        ({"regex": ""}, "regex must hold non-empty strings"),
+        ({"grammar": 3}, "grammar must hold non-empty strings, got 3"),
+        ({"choice": []}, "choice is empty"),
+        ({"choice": "yes"}, "choice must be a list of strings, got 'yes'"),
+        ({"choice": [""]}, "choice must hold non-empty strings"),
+        ({"choice": ["\ud800"]}, "lone surrogate"),
+        ({"json": "{"}, "json is no JSON text: .*, got '{'"),
+        ({"json": "[]"}, r"json must be a JSON schema, an object, got '\[\]'"),
+        ({"json": {"a": {1, 2}}}, "json must be a schema that JSON holds"),
+        ({"json": 3}, "json must be a JSON schema, a dictionary or its text, got 3"),
+        ({"json_object": "yes"}, "json_object must be True or False, got 'yes'"),
+        ({"regex": "a", "disable_any_whitespace": True}, "disable_any_whitespace is for json and json_object, got reg"),
+        ({"json": {}, "disable_any_whitespace": 1}, "disable_any_whitespace must be True or False, got 1"),
+    ],
+    ids=str,
+)
+def test_structure_that_is_none_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        StructuredOutputsParams(**values)
+
+
+def test_structure_has_the_names_that_users_know_and_tells_them():
+    with pytest.raises(TypeError, match=r"StructuredOutputsParams has no guided_json; allowed: json, regex, choice"):
+        StructuredOutputsParams(guided_json={})
+
+
+def test_schema_is_the_same_as_an_object_and_as_its_text():
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    one, same = StructuredOutputsParams(json=schema), StructuredOutputsParams(json=json.dumps(schema))
+    assert one == same
+    assert hash(SamplingParams(structured_outputs=one)) == hash(SamplingParams(structured_outputs=same))
+    # The order of its properties is that of the output.
+    assert list(json.loads(one.json)["properties"]) == ["b", "a"]
+    assert StructuredOutputsParams(json={}).kind == "json"

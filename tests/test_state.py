@@ -30,7 +30,7 @@ def size_of(tree):
 
 
 def sizes_of(state):
-    """Bytes of (state and windows, hidden states, keys and values, bias, counts), with speculation."""
+    """Bytes of (state and windows, hidden states, keys and values, bias, counts, masks), with speculation."""
     slots, rows = state.slots, state.logit_rows
     return (
         size_of([pool for name, pool in state.cache.slots[DELTA].items() if name != LAYOUT]),
@@ -38,6 +38,7 @@ def sizes_of(state):
         size_of(state.cache.pages[ATTENTION]),
         size_of(rows.bias),
         size_of(state.token_counts),
+        size_of(state.masks),
     )
 
 
@@ -63,6 +64,7 @@ def test_pools_take_exactly_the_planned_bytes(speculation, ssm_dtype, kv_cache_d
         tp * plan.kv_bytes,
         tp * plan.logit_row_bytes,
         tp * plan.count_row_bytes,
+        tp * plan.mask_row_bytes,
     )
 
 
@@ -173,3 +175,8 @@ def test_check_refuses_counts_of_another_vocabulary():
         ValueError, match=r"ServeState\.token_counts has shape \(5, 100\), LogitRows\.bias has \(3, 101\)"
     ):
         check_state(dataclasses.replace(empty(), token_counts=jnp.zeros((5, 100), jnp.uint16)))
+
+
+def test_masks_have_as_many_rows_as_counts():
+    with pytest.raises(ValueError, match=r"ServeState\.masks has shape \(4, 4\), expected 5 rows"):
+        check_state(dataclasses.replace(empty(), masks=jnp.zeros((4, 4), jnp.uint32)))

@@ -38,6 +38,7 @@ STEPS = {
     "admit": ("admit", PLAIN),
     "fill a logit row": ("fill_logit_row", PLAIN),
     "fill counts": ("fill_counts", PLAIN),
+    "fill masks": ("fill_masks", PLAIN),
     "seal": ("seal", PLAIN),
     "decode, plain": ("decode", PLAIN),
     "decode, full": ("decode", FULL),
@@ -103,14 +104,18 @@ def batch_of(name: str, state, rows: int = 4):
             return packing.pack_logit_row(None, MICRO.vocab_size, state.logit_rows.bias.shape[1])
         case "fill_counts":
             return packing.count_batch([], [], rows=CONFIG.prefill_rows)
+        case "fill_masks":
+            return packing.pack_masks(np.zeros((0, 0), np.uint32), rows=rows, vocab_size=MICRO.vocab_size, ranks=1)
         case "seal":
             return packing.pack_seals([], rows=rows)
         case "decode":
             drafts = options.num_drafts
             grown = {"grown_width": max_growth(drafts, CONFIG.block_size), "drafts": drafts > 0}
-            return packing.pack_decode([], {}, [], **sizes, **grown)
+            masks = {"mask_rows": {}} if options.full else {}
+            return packing.pack_decode([], {}, [], **sizes, **grown, **masks)
         case "prefill":
-            return packing.pack_prefill([], tokens=128, **sizes, checkpoints=name != "prefill, no checkpoints")
+            checkpoints = name != "prefill, no checkpoints"
+            return packing.pack_prefill([], tokens=128, **sizes, checkpoints=checkpoints, mask_rows={})
 
 
 def jitted(name: str, state, dtype: str = "float32", rows: int = 4):
@@ -268,6 +273,7 @@ def test_state_takes_the_bytes_of_the_memory_plan(options):
     assert num_bytes(state.cache.pages[ATTENTION]) == plan.kv_bytes
     assert num_bytes(rows.bias) == plan.logit_row_bytes
     assert num_bytes(state.token_counts) == plan.count_row_bytes
+    assert num_bytes(state.masks) == plan.mask_row_bytes
     others = num_bytes(state) - plan.total_bytes
     assert others < 4096 * (plan.num_slots + 1 + plan.num_logit_rows + 1)
 
@@ -413,6 +419,7 @@ def sealed(warm, monkeypatch) -> LLM:
         admit=through(steps.admit),
         fill_logit_row=through(steps.fill_logit_row),
         fill_counts=through(steps.fill_counts),
+        fill_masks=through(steps.fill_masks),
         seal=through(steps.seal),
         prefill=lambda options: through(steps.prefill(options)),
         decode=lambda options: through(steps.decode(options)),

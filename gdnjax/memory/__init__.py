@@ -146,6 +146,11 @@ class StateGeometry:
         return self.vocab_size * 2
 
     @property
+    def mask_row_bytes(self) -> int:
+        """What one request with a structure may draw next: a bit a token, in words of 32."""
+        return -(-self.vocab_size // 32) * 4
+
+    @property
     def packed_block_bytes(self) -> int:
         """A block of the old layout, which holds a whole recurrent state beside its KV: the field's baseline."""
         return self.slot_bytes + self.block_bytes
@@ -194,7 +199,7 @@ class HostSizes:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """How the bytes of one rank are divided. Counts leave out slot 0, block 0, and row 0 of logit and count rows; bytes
-    include them.
+    include them. There are as many rows of masks as count rows.
 
     `num_slots` counts all other slots; `num_checkpoint_slots` of them are there for the prefix cache. `host` is what
     that may keep in the host's memory, which is no part of the total but for its staging; None: nothing.
@@ -213,6 +218,7 @@ class MemoryPlan:
     kv_bytes: int
     logit_row_bytes: int
     count_row_bytes: int
+    mask_row_bytes: int
     workspace_bytes: int
     equivalent_blocks: int
     host: HostSizes | None = None
@@ -246,6 +252,7 @@ class MemoryPlan:
             kv_bytes=(num_blocks + 1) * geometry.block_bytes,
             logit_row_bytes=(num_logit_rows + 1) * geometry.logit_row_bytes,
             count_row_bytes=(num_count_rows + 1) * geometry.count_row_bytes,
+            mask_row_bytes=(num_count_rows + 1) * geometry.mask_row_bytes,
             workspace_bytes=workspace_bytes,
             equivalent_blocks=geometry.equivalent_blocks,
             host=host,
@@ -257,7 +264,7 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        rows = self.logit_row_bytes + self.count_row_bytes
+        rows = self.logit_row_bytes + self.count_row_bytes + self.mask_row_bytes
         pools = self.state_bytes + self.hidden_bytes + self.kv_bytes + rows
         return self.weight_bytes + pools + self.workspace_bytes + self.staging_bytes
 
@@ -272,6 +279,7 @@ class MemoryPlan:
             ("KV cache", self.kv_bytes, f"{self.num_blocks} blocks of {self.block_bytes:,} B"),
             ("logit rows", self.logit_row_bytes, f"{self.num_logit_rows} rows of bias and bans"),
             ("token counts", self.count_row_bytes, f"{self.num_count_rows} rows, for penalties"),
+            ("masks", self.mask_row_bytes, f"{self.num_count_rows} rows, for structured output"),
             ("workspace", self.workspace_bytes, ""),
             ("total", self.total_bytes, f"a slot is worth {self.equivalent_blocks} blocks"),
         ]
@@ -376,14 +384,14 @@ def plan(
             "request; allowed: None or 0"
         )
     live, logit_rows = engine.max_num_seqs + 1, engine.num_logit_rows + 1
-    # Everybody who runs may have penalties.
+    # Everybody who runs may have penalties, and a structure.
     count_rows = live
     slot_bytes = geometry.slot_bytes + geometry.hidden_bytes
     row_bytes = logit_rows * geometry.logit_row_bytes
-    count_bytes = count_rows * geometry.count_row_bytes
+    count_bytes, mask_bytes = count_rows * geometry.count_row_bytes, count_rows * geometry.mask_row_bytes
     host = HostSizes.of(geometry, engine.host_cache_bytes) if engine.host_cache_gib else None
     staging = host.staging_bytes if host else 0
-    floor = weight_bytes + workspace_bytes + live * slot_bytes + row_bytes + count_bytes + staging
+    floor = weight_bytes + workspace_bytes + live * slot_bytes + row_bytes + count_bytes + mask_bytes + staging
     per_request = _blocks_of(max_model_len, engine.block_size)
     least = engine.num_kv_blocks or per_request
     # What is left beside the floor and the least blocks; below 0 where not even those fit.
@@ -402,6 +410,7 @@ def plan(
                 f"{checkpoints} checkpoint slots": checkpoints * slot_bytes,
                 f"{logit_rows} logit rows": row_bytes,
                 f"{count_rows} rows of token counts": count_bytes,
+                f"{count_rows} rows of masks": mask_bytes,
                 f"{least + 1} KV blocks": (least + 1) * geometry.block_bytes,
             },
             settings={

@@ -227,7 +227,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         names = ("slot_bytes", "block_bytes", "packed_block_bytes", "equivalent_blocks", "hidden_bytes")
-        names += ("logit_row_bytes", "count_row_bytes")
+        names += ("logit_row_bytes", "count_row_bytes", "mask_row_bytes")
         data["bytes"] = {name: getattr(self.geometry, name) for name in names}
         # Of one layer: one slot's row, or one entry of a block.
         data["row_bytes"] = {f"{kind.name}.{leaf.name}": leaf.row_bytes for kind, leaf in self.geometry.cache.leaves()}

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from gdnjax.serving.request import Request, Status
 from gdnjax.serving.runner import InFlight, Runner, wait_for
 from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.speculation import DraftController
+from gdnjax.serving.structured import Matcher
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.state import NO_TOKEN, ServeState
 
@@ -402,7 +403,12 @@ class Engine:
                 record = self.scheduler.record(self._now())
             write(record, self.runner.state)
 
-    def restore(self, record: dict[str, Any], load: Callable[[ServeState], ServeState]) -> list[Request]:
+    def restore(
+        self,
+        record: dict[str, Any],
+        load: Callable[[ServeState], ServeState],
+        matchers: Sequence[Matcher | None] | None = None,
+    ) -> list[Request]:
         """The opposite of `save`, in an engine without requests: RuntimeError where there are any. Returns those that
         go on. Should `load` raise, the engine has forgotten what it had cached, and nothing else.
         """
@@ -416,7 +422,7 @@ class Engine:
             with self._whole():
                 self._last_harvest = None
                 self.runner.replace_state(load)
-                return self.scheduler.restore(record, self.tokenizer, self._now())
+                return self.scheduler.restore(record, self.tokenizer, self._now(), matchers)
 
     def _now(self) -> float:
         """The clock of deadlines, which stands while steps compile."""

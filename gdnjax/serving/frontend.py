@@ -19,6 +19,7 @@ from gdnjax.serving.chat import render_chats
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.plan import check_fits
 from gdnjax.serving.request import Request
+from gdnjax.serving.structured import Grammars, Matcher
 from gdnjax.serving.submission import Submission, Urgency
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer
 
@@ -44,6 +45,7 @@ class _Checked:
     stop_token_ids: tuple[int, ...]
     bad_words: list[list[int]]
     detokenizers: list[Detokenizer]
+    matchers: list[Matcher | None]
     urgency: Urgency
 
 
@@ -71,6 +73,7 @@ class Frontend:
         self.max_model_len, self.vocab_size, self.num_blocks = max_model_len, vocab_size, num_blocks
         self.tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
         self._defaults = defaults or GenerationDefaults()
+        self._grammars = Grammars(tokenizer, vocab_size) if tokenizer is not None else None
         self._lock = threading.Lock()
         self._num_requests = 0
 
@@ -210,10 +213,28 @@ class Frontend:
                 stop_token_ids=stop_token_ids,
                 bad_words=bad_words,
                 detokenizers=[Detokenizer(self.tokenizer, params) for _ in range(params.n)],
+                matchers=self._matchers(params, token_ids, stop_token_ids),
                 urgency=urgency,
             )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+
+    def _matchers(
+        self, params: SamplingParams, token_ids: list[int], stop_token_ids: tuple[int, ...]
+    ) -> list[Matcher | None]:
+        """Of each sample. Raises ValueError for a structure that is none, and where there can be none."""
+        matcher = self.matcher_for(params, token_ids, stop_token_ids)
+        return [None if matcher is None else matcher.fresh() for _ in range(params.n)]
+
+    def matcher_for(
+        self, params: SamplingParams, token_ids: Sequence[int], stop_token_ids: Sequence[int]
+    ) -> Matcher | None:
+        """Where a request with a structure begins; None for one without. Raises ValueError where it cannot be had."""
+        if params.structured_outputs is None:
+            return None
+        self.require_tokenizer("structured_outputs")
+        assert self._grammars is not None
+        return self._grammars.matcher(params, token_ids, stop_token_ids)
 
     def _make_requests(self, checked: _Checked, number: int) -> Submission:
         params, urgency = checked.params, checked.urgency
@@ -230,11 +251,12 @@ class Frontend:
                 detokenizer=detokenizer,
                 bad_words=checked.bad_words,
                 index=sample,
+                matcher=matcher,
                 arrival_time=time.monotonic(),
                 priority=urgency.priority,
                 deadline=urgency.deadline,
             )
-            for sample, detokenizer in enumerate(checked.detokenizers)
+            for sample, (detokenizer, matcher) in enumerate(zip(checked.detokenizers, checked.matchers, strict=True))
         ]
         forced = self.config.spec_acceptance_length is not None
         return Submission(str(number), checked.text, checked.token_ids, requests, forced_acceptance=forced)

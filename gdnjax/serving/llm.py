@@ -284,7 +284,8 @@ class LLM:
         self._check_open()
         self._check_alone("restore")
         content = saved_state.read(path, self._identity())
-        requests = self.engine.restore(content["scheduler"], saved_state.loader(path))
+        matchers = records.matchers_of(content["scheduler"]["requests"], self.frontend.matcher_for)
+        requests = self.engine.restore(content["scheduler"], saved_state.loader(path), matchers)
         self.frontend.go_on_from(content["num_requests"])
         now = time.monotonic()
         groups = [records.submission_of(record, requests, self.tokenizer, now) for record in content["submissions"]]

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from gdnjax.batch import AdmitBatch, CountBatch, DecodeBatch, LogitRowBatch, PrefillBatch, SealBatch
-from gdnjax.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS
+from gdnjax.batch import AdmitBatch, CountBatch, DecodeBatch, LogitRowBatch, MaskBatch, PrefillBatch, SealBatch
+from gdnjax.sampling_params import MASK_BITS, MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS
 from gdnjax.serving.plan import Admission, Growth, Piece, Seal, max_chunks
 from gdnjax.serving.request import Request
-from gdnjax.state import IN_PROMPT, MOST_COUNTED, NO_TOKEN
+from gdnjax.state import ALL_ALLOWED, IN_PROMPT, MOST_COUNTED, NO_TOKEN
 
 COUNT_ENTRIES = 2048
 """Token counts that one step fills in: the distinct tokens of most prompts."""
@@ -135,12 +135,41 @@ def pack_logit_row(request: Request | None, vocab_size: int, padded_vocab_size: 
     )
 
 
+def pack_masks(masks: np.ndarray, *, rows: int, vocab_size: int, ranks: int) -> MaskBatch:
+    """Masks [n, words] uint32 of up to `rows` requests; the other rows allow all. Each of `ranks` has words of its own
+    for its part of the vocabulary.
+    """
+    width = -(-vocab_size // ranks)
+    words = np.full((rows, ranks * -(-width // MASK_BITS)), ALL_ALLOWED)
+    if len(masks):
+        # Parts that end with a word stand in the masks as they are.
+        masks = masks if width % MASK_BITS == 0 or ranks == 1 else _cut_anew(masks, width, ranks)
+        words[: len(masks)] = 0
+        words[: len(masks), : masks.shape[1]] = masks
+    return MaskBatch(words)
+
+
+def _cut_anew(masks: np.ndarray, width: int, ranks: int) -> np.ndarray:
+    """Masks whose words begin anew at each multiple of `width` tokens."""
+    bits = np.unpackbits(masks.astype("<u4").view(np.uint8), axis=1, bitorder="little")[:, : width * ranks]
+    bits = np.pad(bits, ((0, 0), (0, width * ranks - bits.shape[1]))).reshape(len(masks), ranks, width)
+    bits = np.pad(bits, ((0, 0), (0, 0), (0, -width % MASK_BITS)))
+    return np.packbits(bits, axis=2, bitorder="little").reshape(len(masks), -1).view("<u4").astype(np.uint32)
+
+
 def pack_prefill(
-    pieces: Sequence[Piece], *, tokens: int, rows: int, table_width: int, checkpoints: bool = True
+    pieces: Sequence[Piece],
+    *,
+    tokens: int,
+    rows: int,
+    table_width: int,
+    checkpoints: bool = True,
+    mask_rows: Mapping[Request, int] | None = None,
 ) -> PrefillBatch:
     """Pieces one after another in `tokens` places, with the chunk table and the rows' block tables.
 
-    Without `checkpoints` no piece may want one, and the step has no code for them.
+    Without `checkpoints` no piece may want one, and the step has no code for them; nor for masks without `mask_rows`,
+    which are those of the requests that have one.
     """
     num_chunks = max_chunks(tokens, rows)
     batch = PrefillBatch(
@@ -159,6 +188,7 @@ def pack_prefill(
         block_table=np.zeros((rows, table_width), np.int32),
         kv_start=np.zeros((rows,), np.int32),
         chunk_checkpoint=np.zeros((num_chunks,), np.int32) if checkpoints else None,
+        mask_row=_mask_column([piece.request for piece in pieces], mask_rows, rows),
     )
     place = chunk = 0
     for row, piece in enumerate(pieces):
@@ -184,6 +214,15 @@ def pack_prefill(
     return batch
 
 
+def _mask_column(requests: Sequence[Request], mask_rows: Mapping[Request, int] | None, rows: int) -> np.ndarray | None:
+    if mask_rows is None:
+        return None
+    column = np.zeros((rows,), np.int32)
+    if mask_rows:
+        column[: len(requests)] = [mask_rows.get(request, 0) for request in requests]
+    return column
+
+
 def pack_decode(
     requests: Sequence[Request],
     growth: Mapping[int, Sequence[Growth]],
@@ -193,10 +232,12 @@ def pack_decode(
     table_width: int,
     grown_width: int,
     drafts: bool,
+    mask_rows: Mapping[Request, int] | None = None,
 ) -> DecodeBatch:
     """Rows of decoding requests with their `bounds`; `growth`, up to `grown_width` blocks each, is by row.
 
-    An index past the table is one that nobody has. Without `drafts` the step has no code for them.
+    An index past the table is one that nobody has. Without `drafts` the step has no code for them, nor for masks
+    without `mask_rows`.
     """
     slot = np.zeros((rows,), np.int32)
     slot[: len(requests)] = [request.slot for request in requests]
@@ -210,7 +251,13 @@ def pack_decode(
         max_drafts = np.zeros((rows,), np.int32)
         max_drafts[: len(bounds)] = bounds
         max_drafts[: len(bounds)] -= 1
-    return DecodeBatch(slot=slot, grown_index=index, grown_block=block, max_drafts=max_drafts)
+    return DecodeBatch(
+        slot=slot,
+        grown_index=index,
+        grown_block=block,
+        max_drafts=max_drafts,
+        mask_row=_mask_column(requests, mask_rows, rows),
+    )
 
 
 def pack_seals(seals: Sequence[Seal], *, rows: int) -> SealBatch:

@@ -111,6 +111,7 @@ class Plan:
     marks       checkpoints that are among the seals, to be confirmed before what the decode step emits is committed.
     num_drafts  drafts that the decode step has room for in a row.
     moves       between device and host; None: none.
+    masked      requests with a structure for which a token is drawn: the i-th has row i + 1 of the masks.
     """
 
     admitted: list[Admission]
@@ -122,6 +123,11 @@ class Plan:
     marks: list[Mark]
     num_drafts: int
     moves: Moves | None = None
+    masked: tuple[Request, ...] = ()
+
+    @property
+    def mask_rows(self) -> dict[Request, int]:
+        return {request: row for row, request in enumerate(self.masked, start=1)}
 
 
 def max_growth(num_drafts: int, block_size: int) -> int:

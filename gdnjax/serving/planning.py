@@ -3,6 +3,7 @@ weights on one rank, and the workspace of the largest of its steps.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 import psutil
 from jax.sharding import Mesh
 
@@ -171,10 +173,12 @@ def largest_steps(model, config: EngineConfig, mesh, params, state) -> Iterator[
         rows=config.prefill_rows_of(config.max_num_batched_tokens),
         table_width=width,
         checkpoints=config.keeps_states(state.cache.spec),
+        mask_rows={},
     )
     with_prompt = dataclasses.replace(full, prompt_logprobs=True)
     yield "prefill", steps.prefill(with_prompt), (params, state, prefill)
-    decode = packing.pack_decode(
+    pack_decode = functools.partial(
+        packing.pack_decode,
         [],
         {},
         [],
@@ -183,9 +187,9 @@ def largest_steps(model, config: EngineConfig, mesh, params, state) -> Iterator[
         grown_width=max_growth(drafts, config.block_size),
         drafts=drafts > 0,
     )
-    yield "decode, full sampler", steps.decode(full), (params, state, decode)
+    yield "decode, full sampler", steps.decode(full), (params, state, pack_decode(mask_rows={}))
     if not config.batch_invariant:
-        yield "decode, plain sampler", steps.decode(plain), (params, state, decode)
+        yield "decode, plain sampler", steps.decode(plain), (params, state, pack_decode())
     if config.keeps_states(state.cache.spec):
         yield "seal", steps.seal, (params, state, packing.pack_seals([], rows=rows))
     yield (
@@ -194,6 +198,9 @@ def largest_steps(model, config: EngineConfig, mesh, params, state) -> Iterator[
         (state, packing.pack_admissions([], rows=rows, table_width=width, tails=config.keeps_states(state.cache.spec))),
     )
     yield "fill counts", steps.fill_counts, (state, packing.count_batch([], [], rows=rows))
+    none = np.zeros((0, 0), np.uint32)
+    masks = packing.pack_masks(none, rows=config.max_num_seqs, vocab_size=model.vocab_size, ranks=model.tp)
+    yield "fill masks", steps.fill_masks, (state, masks)
 
 
 def plain_options(config: EngineConfig) -> StepOptions:

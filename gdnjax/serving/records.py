@@ -4,14 +4,15 @@ Times are noted as their distance from a moment, since the clock that they were 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gdnjax.sampling_params import SamplingParams
+from gdnjax.sampling_params import SamplingParams, StructuredOutputsParams
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.outputs import Logprob
 from gdnjax.serving.radix_tree import Node
 from gdnjax.serving.request import Request, Status
+from gdnjax.serving.structured import Matcher
 from gdnjax.serving.submission import Submission
 from gdnjax.serving.tokenizer import Tokenizer
 
@@ -19,7 +20,7 @@ TIMES = ("arrival_time", "deadline", "first_scheduled_time", "first_token_time",
 LOGPROBS = ("output_logprobs", "prompt_logprobs")
 PAIRS = ("unpublished", "marks")
 TUPLES = ("stop_token_ids", "wanted", "order")
-MADE_ANEW = ("params", "status", "node", "detokenizer", "_block_keys")
+MADE_ANEW = ("params", "status", "node", "detokenizer", "matcher", "_block_keys")
 
 _PLAIN = tuple(
     field.name
@@ -45,7 +46,26 @@ def of_request(request: Request, nodes: Mapping[Node, int], now: float) -> dict[
     return record
 
 
-def request_of(record: Mapping[str, Any], nodes: Sequence[Node], tokenizer: Tokenizer | None, now: float) -> Request:
+def matchers_of(
+    requests: Sequence[Mapping[str, Any]], make: Callable[[SamplingParams, list[int], list[int]], Matcher | None]
+) -> list[Matcher | None]:
+    """Where each request of these records stands in its grammar. `make` takes parameters, prompt and what ends it."""
+    matchers = []
+    for record in requests:
+        matcher = make(_params_of(record["params"]), record["prompt_token_ids"], record["stop_token_ids"])
+        if matcher is not None:
+            matcher.follow(record["output_token_ids"])
+        matchers.append(matcher)
+    return matchers
+
+
+def request_of(
+    record: Mapping[str, Any],
+    nodes: Sequence[Node],
+    tokenizer: Tokenizer | None,
+    now: float,
+    matcher: Matcher | None = None,
+) -> Request:
     """The request of a record. Its text is made anew from its tokens, that of one that has ended is what it was."""
     params = _params_of(record["params"])
     fields = {name: record[name] for name in _PLAIN}
@@ -64,6 +84,7 @@ def request_of(record: Mapping[str, Any], nodes: Sequence[Node], tokenizer: Toke
         status=Status(record["status"]),
         node=None if record["node"] is None else nodes[record["node"]],
         detokenizer=detokenizer,
+        matcher=matcher,
         **fields,
     )
 
@@ -96,9 +117,15 @@ def _of_params(params: SamplingParams) -> dict[str, Any]:
     record = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
     # Keys of JSON are strings.
     record["logit_bias"] = None if params.logit_bias is None else list(params.logit_bias.items())
+    structured = params.structured_outputs
+    record["structured_outputs"] = None if structured is None else dataclasses.asdict(structured)
     return record
 
 
 def _params_of(record: Mapping[str, Any]) -> SamplingParams:
-    bias = record["logit_bias"]
-    return SamplingParams(**{**record, "logit_bias": None if bias is None else dict(bias)})
+    bias, structured = record["logit_bias"], record["structured_outputs"]
+    made = {
+        "logit_bias": None if bias is None else dict(bias),
+        "structured_outputs": None if structured is None else StructuredOutputsParams(**structured),
+    }
+    return SamplingParams(**{**record, **made})

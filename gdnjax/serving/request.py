@@ -7,6 +7,7 @@ from typing import Any
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.radix_tree import Node
+from gdnjax.serving.structured import Matcher
 
 
 class Status(enum.Enum):
@@ -25,6 +26,7 @@ class Request:
     priority        places in the queue, in steps of `scheduler.PLACES_PER_PRIORITY`; lower comes first.
     deadline        `time.monotonic()` at which it is aborted; None: never.
     turn_start      prompt tokens before a chat's generation prompt, where the next turn of the chat parts; 0: no chat.
+    matcher         where it stands in the grammar of its structured_outputs; None: it has none.
     system_end      prompt tokens that other chats with the same system messages and tools begin with, too; 0: no chat.
     order           its place in the queue, (place, arrival): what comes first is admitted first and preempted last.
 
@@ -64,6 +66,7 @@ class Request:
     deadline: float | None = None
     turn_start: int = 0
     system_end: int = 0
+    matcher: Matcher | None = None
     order: tuple[int, int] = (0, 0)
 
     status: Status = Status.WAITING
@@ -134,6 +137,11 @@ class Request:
         return self.prefill_length <= self.num_settled and self.num_settled + self.num_steps < self.max_length - 1
 
     @property
+    def is_known(self) -> bool:
+        """Of a running request that is filled: whether the host knows every token that was drawn for it."""
+        return not self.num_steps and self.num_settled < self.num_tokens
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of its prompt are still to be computed: they need every position, cached or not."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length - 1
@@ -165,6 +173,8 @@ class Request:
             del self.output_token_ids[self.num_committed :]
             self._block_keys.clear()
             self.detokenizer.append(self.output_token_ids)
+            if self.matcher is not None:
+                self.matcher.follow(self.output_token_ids)
         del self.output_logprobs[self.num_committed :]
         self.half_done = False
 

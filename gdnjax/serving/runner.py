@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,6 +31,7 @@ from gdnjax.serving.metrics import Counters, Metrics
 from gdnjax.serving.plan import Admission, Growth, Moves, Piece, Plan, Seal, max_growth
 from gdnjax.serving.processes import Call, Followers
 from gdnjax.serving.request import Request
+from gdnjax.serving.structured import masks_of
 from gdnjax.shapes import Params
 from gdnjax.state import ServeState, empty_state, shardings_of
 from gdnjax.step import StepOptions, Steps, build_steps
@@ -121,7 +122,8 @@ class Runner:
             self.move(plan.moves)
         self._seal(plan.seals)
         self._admit(plan.admitted)
-        prefill = self._prefill(plan.pieces) if plan.pieces else None
+        self._fill_masks(plan.masked)
+        prefill = self._prefill(plan) if plan.pieces else None
         decode = self._decode(plan) if plan.decoding else None
         turn = InFlight(plan, prefill, decode)
         self._start_copies(turn)
@@ -255,7 +257,19 @@ class Runner:
             batch = packing.pack_logit_row(request, self.model.vocab_size, width)
         return Call("fill_logit_row", batch)
 
-    def _prefill(self, pieces: list[Piece]) -> Emitted:
+    def _fill_masks(self, masked: Sequence[Request]) -> None:
+        if masked:
+            rows = packing.bucket_for(len(masked), self.config.decode_buckets)
+            self.state = self._run(self._mask_call(masked, rows))
+
+    def _mask_call(self, masked: Sequence[Request], rows: int) -> Call:
+        with self.metrics.timed("pack"):
+            masks = masks_of([request.matcher for request in masked if request.matcher is not None])
+            batch = packing.pack_masks(masks, rows=rows, vocab_size=self.model.vocab_size, ranks=self.model.tp)
+        return Call("fill_masks", batch)
+
+    def _prefill(self, plan: Plan) -> Emitted:
+        pieces = plan.pieces
         # A prefill step draws a few rows only, so it has no variant with the plain sampler.
         wants_prompt = any(piece.request.wants_prompt_logprobs for piece in pieces)
         options = self._with_prompt if wants_prompt else self._full
@@ -263,10 +277,12 @@ class Runner:
         tokens = packing.prefill_bucket(pieces, self._prefill_buckets(options), self.config.prefill_rows_of)
         self.counters.num_prompt_tokens += length
         self.counters.num_padded_tokens += tokens - length
-        self.state, emitted = self._run(self._prefill_call(options, pieces, tokens))
+        self.state, emitted = self._run(self._prefill_call(options, pieces, tokens, plan.mask_rows))
         return emitted
 
-    def _prefill_call(self, options: StepOptions, pieces: list[Piece], tokens: int) -> Call:
+    def _prefill_call(
+        self, options: StepOptions, pieces: list[Piece], tokens: int, mask_rows: Mapping[Request, int] | None = None
+    ) -> Call:
         with self.metrics.timed("pack"):
             batch = packing.pack_prefill(
                 pieces,
@@ -274,6 +290,7 @@ class Runner:
                 rows=self.config.prefill_rows_of(tokens),
                 table_width=self._table_width,
                 checkpoints=self._keeps_states,
+                mask_rows=mask_rows or {},
             )
         return Call("prefill", batch, options)
 
@@ -288,7 +305,8 @@ class Runner:
         options = dataclasses.replace(self._full if full else self._plain, num_drafts=plan.num_drafts)
         rows = packing.bucket_for(len(requests), self.config.decode_buckets)
         self.counters.num_padded_tokens += rows - len(requests)
-        self.state, emitted = self._run(self._decode_call(options, requests, plan.growth, plan.bounds, rows))
+        call = self._decode_call(options, requests, plan.growth, plan.bounds, rows, plan.mask_rows)
+        self.state, emitted = self._run(call)
         return emitted
 
     def _decode_call(
@@ -298,6 +316,7 @@ class Runner:
         growth: dict[int, list[Growth]],
         bounds: list[int],
         rows: int,
+        mask_rows: Mapping[Request, int] | None = None,
     ) -> Call:
         drafts = self.config.num_speculative_tokens
         with self.metrics.timed("pack"):
@@ -309,6 +328,7 @@ class Runner:
                 table_width=self._table_width,
                 grown_width=max_growth(drafts, self.config.block_size),
                 drafts=drafts > 0,
+                mask_rows=mask_rows or {} if options.full else None,
             )
         return Call("decode", batch, options)
 
@@ -328,6 +348,7 @@ class Runner:
         calls["counts"] = Call("fill_counts", packing.count_batch([], [], rows=self.config.prefill_rows))
         if self._keeps_states:
             calls["seal"] = self._seal_call([])
+        calls |= {f"masks {rows}": self._mask_call([], rows) for rows in self.config.decode_buckets}
         for options in (self._full, self._with_prompt):
             for tokens in self._prefill_buckets(options):
                 kind = "prompt log-probabilities" if options.prompt_logprobs else "prefill"
@@ -352,10 +373,12 @@ class Runner:
             calls["counts"] = Call("fill_counts", packing.count_batch([], [], rows=self.config.prefill_rows))
         if self._keeps_states:
             calls["seal"] = self._seal_call([])
+        sizes = sorted({packing.bucket_for(count, self.config.decode_buckets) for count in rows})
+        if any(each.structured_outputs is not None for each in params):
+            calls |= {f"masks {size}": self._mask_call([], size) for size in sizes}
         for tokens in self.config.prefill_buckets:
             calls[f"prefill {tokens}"] = self._prefill_call(self._full, [], tokens)
         wanted = {self.config.batch_invariant or each.needs_full_sampler for each in params}
-        sizes = sorted({packing.bucket_for(count, self.config.decode_buckets) for count in rows})
         for options in self._decode_options():
             if options.full in wanted:
                 for size in sizes:

@@ -23,7 +23,7 @@ from gdnjax.sharding import path_name, table_of
 from gdnjax.state import ServeState
 from gdnjax.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """Of what is written. Another number is refused."""
 
 POOLS, STATE = "pools", "state.json"

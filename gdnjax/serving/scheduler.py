@@ -7,6 +7,9 @@ that the prefix cache could do without, the request that came last is preempted:
 what it has computed goes to the prefix cache, and it resumes from what is left of that. Drafts are verified as far as
 there are blocks for them that nobody else is about to need: they never cost anybody its place.
 
+A request with a structure decodes only when the host knows its last token, on which it depends what the next may be: in
+every other turn beside others, which go on as if it were not there. Its drafts are never verified.
+
 Nobody starves. Once the first in order runs it is never preempted, and every plan made with nothing in flight moves it
 on by a chunk or a token. While it waits, such plans fill prompts of those that run, or preempt one of them, with at
 most two exceptions in a row. A priority is worth a fixed number of places, so boundedly many later requests come first.
@@ -26,6 +29,7 @@ import heapq
 import itertools
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from gdnjax.config import CHUNK, EngineConfig
@@ -47,6 +51,7 @@ from gdnjax.serving.plan import (
 )
 from gdnjax.serving.prefix_cache import Match, PrefixCache
 from gdnjax.serving.request import Request, Status
+from gdnjax.serving.structured import Matcher
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.serving.waiting import WaitingQueue
 
@@ -146,9 +151,13 @@ class Scheduler:
         if not self._yield_to_urgent(in_flight) or not self._grow_all(in_flight):
             return None
         decoding, filling = [], []
+        # What a structure allows next follows from its last token. All that have one go in step, so that none is alone
+        # in every other turn.
+        waits = any(request.matcher is not None and request.num_steps for request in self.running)
         for request in self.running:
             if request.may_decode:
-                decoding.append(request)
+                if request.matcher is None or (request.is_known and not waits):
+                    decoding.append(request)
             elif not request.filled:
                 filling.append(request)
         room = _Room(
@@ -175,7 +184,10 @@ class Scheduler:
         seals = {seal.write_slot: seal for seal in self._seals}
         seals |= {mark.slot: Seal(mark.request.slot, mark.slot, mark.position) for mark in marks}
         self._seals.clear()
-        return Plan(admitted, pieces, decoding, growth, bounds, list(seals.values()), marks, num_drafts, moves)
+        drawing = (*(piece.request for piece in pieces if piece.is_last), *decoding)
+        masked = tuple(request for request in drawing if request.matcher is not None)
+        seals = list(seals.values())
+        return Plan(admitted, pieces, decoding, growth, bounds, seals, marks, num_drafts, moves, masked)
 
     def take_moves(self) -> Moves | None:
         """What has to be copied between device and host. The seals that wait come first: they may be of states that
@@ -272,7 +284,8 @@ class Scheduler:
         num_growing = sum(len(r.blocks) < self.num_blocks_for(r.max_length) for r in self.running) if num_drafts else 0
         bounds = []
         for request in decoding:
-            drafts = num_drafts if request.params.speculate else 0
+            # What may come behind a draft, no mask says.
+            drafts = num_drafts if request.params.speculate and request.matcher is None else 0
             most = self.num_blocks_for(request.max_length)
             # Nothing is fed past the length that its last block is for, whatever is in flight.
             if drafts and len(request.blocks) < most:
@@ -747,12 +760,17 @@ class Scheduler:
             self.fail(request, error)
             return
         self.detokenise_seconds += time.perf_counter() - began
+        matcher = request.matcher
+        if matcher is not None and not (stopped or exhausted):
+            matcher.follow(request.output_token_ids)
         if request.detokenizer.stop_reason is not None:
             kept = request.detokenizer.num_tokens_kept
             del request.output_token_ids[kept:], request.output_logprobs[kept:]
             self.finish(request, "stop", request.detokenizer.stop_reason, ended=ended)
+        elif matcher is not None and not stopped and (matcher.is_complete or (exhausted and matcher.may_end)):
+            self.finish(request, "stop", ended=ended)
         elif exhausted:
-            self.finish(request, "error", NOTHING_ALLOWED, ended=True)
+            self.finish(request, "error", (matcher and matcher.error) or NOTHING_ALLOWED, ended=True)
         elif stopped:
             explicit = token_ids[-1] in (request.params.stop_token_ids or ())
             self.finish(request, "stop", token_ids[-1] if explicit else None, ended=True)
@@ -854,13 +872,23 @@ class Scheduler:
             "arrivals": next(copy.copy(self._arrivals)),
         }
 
-    def restore(self, record: dict[str, Any], tokenizer: Tokenizer | None, now: float) -> list[Request]:
-        """Makes a scheduler without requests what another was, with an empty host tier. Returns the requests."""
+    def restore(
+        self,
+        record: dict[str, Any],
+        tokenizer: Tokenizer | None,
+        now: float,
+        matchers: Sequence[Matcher | None] | None = None,
+    ) -> list[Request]:
+        """Makes a scheduler without requests what another was, with an empty host tier. Returns the requests, with
+        these `matchers`; None: nobody has one.
+        """
         self.start_over()
         for name, pool in self.allocator.pools.items():
             pool.restore(record["free"][name])
         nodes = self.cache.restore(record["cache"])
-        requests = [records.request_of(entry, nodes, tokenizer, now) for entry in record["requests"]]
+        entries = record["requests"]
+        pairs = zip(entries, [None] * len(entries) if matchers is None else matchers, strict=True)
+        requests = [records.request_of(entry, nodes, tokenizer, now, matcher) for entry, matcher in pairs]
         self.unfinished = dict.fromkeys(requests)
         self.running = sorted((r for r in requests if r.status is Status.RUNNING), key=_order)
         self.waiting = WaitingQueue(r for r in requests if r.status is Status.WAITING)

@@ -105,6 +105,10 @@ class Tokenizer:
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
 
+    def token_of(self, text: str) -> int | None:
+        """The one token that was added to stand for a text, a tag say; None where there is none."""
+        return self.hf.get_added_vocab().get(text)
+
     def apply_chat_template(self, messages: Any, add_generation_prompt: bool = True, **kwargs: Any) -> list[int]:
         """Token ids of `render_chat`, with its arguments and errors."""
         return self.encode(self.render_chat(messages, add_generation_prompt, **kwargs), add_special_tokens=False)

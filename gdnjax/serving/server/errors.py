@@ -84,11 +84,13 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 
 
 def bad_request(error: ValueError, fields: Collection[str] = ()) -> ApiError:
-    """What a check says about a request, with the field of `fields` that it begins with, if it does."""
+    """What a check says about a request, with the field of `fields` that it begins with, or that it quotes a value or a
+    place of.
+    """
     message = str(error)
-    begin = re.match(r"every id in (\w+)|(\w+)", message)
-    name = begin.group(begin.lastindex or 0) if begin else None
-    return ApiError(400, message, param=name if name in fields else None)
+    named = re.findall(r"^every id in \w+|^\w+|\w+(?=[=\[])", message)
+    names = (each.removeprefix("every id in ") for each in named)
+    return ApiError(400, message, param=next((name for name in names if name in fields), None))
 
 
 def from_validation(errors: Sequence[Any]) -> ApiError:

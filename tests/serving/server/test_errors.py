@@ -1,0 +1,315 @@
+"""Whatever is wrong is an error in OpenAI's form, with the field that is to blame."""
+
+import asyncio
+import json
+import typing
+
+import httpx
+import openai.types.chat.completion_create_params as chat_params
+import openai.types.completion_create_params as completion_params
+import pytest
+
+from gdnjax.serving.server.app import make_app
+from gdnjax.serving.server.errors import UNSERVED
+from gdnjax.serving.server.protocol import UNSERVED_FIELDS, ChatCompletionRequest, CompletionRequest
+from gdnjax.serving.server.settings import ServerConfig
+from tests.serving.server.asking import CHAT, answer, error, events
+from tests.serving.server.conftest import CONFIG
+
+COMPLETION = {"prompt": "Hello", "max_tokens": 1}
+
+BAD = {
+    "n": [0, -1, 1.5, "2", True, 5000],
+    "temperature": [-1, "hot", 1e400, [1]],
+    "top_p": [0, 1.1, -1],
+    "top_k": [-2, 1.5, 1 << 40],
+    "min_p": [-0.1, 2],
+    "presence_penalty": [3],
+    "frequency_penalty": [-3],
+    "repetition_penalty": [0],
+    "seed": [-1, 1 << 64, 1.5],
+    "stop": [5, [""], ["a", 1]],
+    "stop_token_ids": [[-1], [5000], "7"],
+    "max_tokens": [0, -5, 1 << 31, "many"],
+    "min_tokens": [-1, 2],
+    "logit_bias": [{"a": 1}, {"5000": 1}, {"7": "x"}, [1]],
+    "bad_words": ["word", [1]],
+    "allowed_token_ids": [[], [5000]],
+    "logprobs": [-1, 6, "yes"],
+    "prompt_logprobs": [-1, 6],
+    "priority": ["high", 1.5, 1 << 40],
+    "request_id": ["", "with space", "\u00e4", 5],
+    "stream": ["yes", 1],
+    "stream_options": ["usage", {"include_usage": "yes"}, {"include_obfuscation": True}],
+    "model": [5],
+    "prompt": [None, 5, [], [5000], [[-1]], ["\ud800"], [1.5], {"text": "Hello"}],
+    "best_of": [2],
+    "echo": ["yes"],
+    "ignore_eos": ["yes"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_bad_values_are_named(name, value, client):
+    body = json.dumps({**COMPLETION, name: value})
+    response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    found = error(response, 400)
+    assert found["type"] == "BadRequestError"
+    assert found["param"] == name or name in found["message"], found
+
+
+CHAT_BAD = {
+    "messages": [None, [], "Hello", ["Hello"], [{}], [{"role": "user"}], [{"role": 5, "content": "x"}]],
+    "top_logprobs": [1, -1],
+    "logprobs": [2],
+    "max_completion_tokens": [0],
+    "max_tokens": [0],
+    "chat_template_kwargs": ["thinking", {"messages": []}],
+    "add_generation_prompt": ["yes"],
+    "continue_final_message": [True],
+    "documents": ["text"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in CHAT_BAD.items() for value in values])
+def test_bad_values_of_a_chat_are_named(name, value, client):
+    found = error(client.post("/v1/chat/completions", json={**CHAT, name: value}), 400)
+    assert found["param"] or found["message"]
+
+
+def test_images_are_refused_and_not_dropped(client):
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    found = error(client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": [part]}]}), 400)
+    assert "messages[0]['content'][0]" in found["message"]
+    assert found["param"] == "messages"
+
+
+def test_two_limits_are_one_too_many(client):
+    body = {**CHAT, "max_tokens": 3, "max_completion_tokens": 4}
+    assert error(client.post("/v1/chat/completions", json=body), 400)["param"] == "max_tokens"
+
+
+def test_unknown_fields_are_ignored(client):
+    assert answer(client, "/v1/completions", {**COMPLETION, "nobody_knows": {"this": 1}, "user": "me", "metadata": {}})
+
+
+@pytest.mark.parametrize(
+    ("params", "model"),
+    [
+        (chat_params.CompletionCreateParamsBase, ChatCompletionRequest),
+        (chat_params.CompletionCreateParamsStreaming, ChatCompletionRequest),
+        (completion_params.CompletionCreateParamsBase, CompletionRequest),
+        (completion_params.CompletionCreateParamsStreaming, CompletionRequest),
+    ],
+)
+def test_every_published_field_is_served_or_refused(params, model):
+    published = set(typing.get_type_hints(params))
+    assert "model" in published
+    assert published <= set(model.model_fields) | set(UNSERVED_FIELDS)
+
+
+@pytest.mark.parametrize("name", UNSERVED_FIELDS)
+def test_fields_that_are_not_served_are_named(name, client):
+    allowed, _ = UNSERVED_FIELDS[name]
+    found = error(client.post("/v1/completions", json={**COMPLETION, name: {"something": "else"}}), 400)
+    assert (found["param"], found["message"].startswith(f"{name} is not served: ")) == (name, True)
+    for value in (None, *allowed):
+        answer(client, "/v1/completions", {**COMPLETION, name: value})
+
+
+@pytest.mark.parametrize("path", UNSERVED)
+def test_endpoints_that_are_not_served_are_named(path, client):
+    found = error(client.post(path, json={"input": "x"}), 404)
+    assert UNSERVED[path] in found["message"]
+    assert found["type"] == "NotFoundError"
+
+
+def test_other_places_and_methods_are_told(client):
+    assert "/nowhere" in error(client.get("/nowhere"), 404)["message"]
+    assert "GET" in error(client.get("/v1/completions"), 405)["message"]
+
+
+def test_models_that_do_not_exist_are_not_found(client):
+    for response in (
+        client.post("/v1/completions", json={**COMPLETION, "model": "gpt"}),
+        client.post("/v1/chat/completions", json={**CHAT, "model": "gp\ud800t"}.copy() | {"model": "gpt"}),
+        client.post("/tokenize", json={"prompt": "x", "model": "gpt"}),
+        client.get("/v1/models/gpt"),
+    ):
+        found = error(response, 404)
+        assert found["param"] == "model"
+        assert "tiny, embedded" in found["message"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"nothing", b'"x"', b"\xff", b"[" * 100_000, b'{"prompt": NaN}'])
+def test_bodies_that_are_no_object_are_told(content, client):
+    response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    error(response, 400)
+
+
+def test_half_characters_come_back_in_errors(client):
+    """UTF-8 has no bytes for them: an error that quotes one must not fail itself."""
+    body = '{"prompt": "x", "model": "\\ud800"}'
+    response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert "\\ud800" in error(response, 404)["message"]
+
+
+def test_prompts_that_are_too_long_are_told(client):
+    found = error(client.post("/v1/completions", json={"prompt": [42] * 256}), 400)
+    assert (found["param"], "max_model_len=256" in found["message"]) == ("prompt", True)
+
+
+def test_a_bad_prompt_of_many_stops_all(client, async_llm):
+    found = error(client.post("/v1/completions", json={"prompt": ["Hello", [5000]]}), 400)
+    assert "5000" in found["message"]
+    assert answer_load(client) == 0
+
+
+def answer_load(client):
+    return client.get("/load").json()["server_load"]
+
+
+def test_request_ids_are_checked(client):
+    for name in ("x" * 257, "with space"):
+        response = client.post("/v1/completions", json=COMPLETION, headers={"x-request-id": name})
+        assert error(response, 400)["param"] == "x-request-id"
+
+
+def test_prompt_logprobs_do_not_stream(client):
+    for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
+        found = error(client.post(path, json={**body, "prompt_logprobs": 1, "stream": True}), 400)
+        assert found["param"] == "prompt_logprobs"
+
+
+def asked(app, method, path, **options):
+    """The response of an application without a socket."""
+
+    async def ask():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(ask())
+
+
+def config(**changes):
+    return ServerConfig(served_model_names=CONFIG.served_model_names, **changes)
+
+
+def test_keys_are_wanted_but_for_probes(async_llm):
+    app = make_app(async_llm, config(api_keys=("first", "second")))
+    for headers in ({}, {"authorization": "Bearer third"}, {"authorization": "Basic first"}, {"x-api-key": "no"}):
+        found = error(asked(app, "GET", "/v1/models", headers=headers), 401)
+        assert found["type"] == "AuthenticationError"
+        assert "first" not in found["message"]
+    for path in ("/health", "/ping", "/live", "/version", "/load"):
+        assert asked(app, "GET", path).status_code == 200
+    for headers in ({"authorization": "Bearer first"}, {"authorization": "bearer second"}, {"x-api-key": "second"}):
+        assert asked(app, "GET", "/v1/models", headers=headers).status_code == 200
+    info = asked(app, "GET", "/server_info", headers={"x-api-key": "first"}).json()
+    assert info["server_config"]["api_keys"] == 2
+
+
+def test_bodies_that_are_too_large_are_refused(async_llm):
+    app = make_app(async_llm, config(max_body_bytes=100))
+    large = json.dumps({"prompt": "x" * 100}).encode()
+
+    async def pieces():
+        for start in range(0, len(large), 10):
+            yield large[start : start + 10]
+
+    for content in (large, pieces()):
+        found = error(asked(app, "POST", "/v1/completions", content=content), 413)
+        assert "allowed: 100 bytes" in found["message"]
+
+
+def test_bodies_that_do_not_arrive_are_given_up(async_llm):
+    app = make_app(async_llm, config(body_timeout=0.05))
+
+    async def slow():
+        yield b"{"
+        await asyncio.sleep(5)
+
+    assert "within 0.05 s" in error(asked(app, "POST", "/v1/completions", content=slow()), 408)["message"]
+
+
+def test_answers_that_take_too_long_are_given_up(async_llm):
+    app = make_app(async_llm, config(request_timeout=0.001))
+    body = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True}
+    found = error(asked(app, "POST", "/v1/completions", json=body), 504)
+    assert found["type"] == "TimeoutError"
+    *_, last = events(asked(app, "POST", "/v1/completions", json={**body, "stream": True}).text)
+    assert last["error"]["code"] == 504
+
+
+def test_origins_may_be_allowed(async_llm):
+    headers = {"origin": "http://page", "access-control-request-method": "POST"}
+    closed, opened = make_app(async_llm, config()), make_app(async_llm, config(cors_origins=("http://page",)))
+    assert "access-control-allow-origin" not in asked(closed, "OPTIONS", "/v1/completions", headers=headers).headers
+    found = asked(opened, "OPTIONS", "/v1/completions", headers=headers)
+    assert (found.status_code, found.headers["access-control-allow-origin"]) == (200, "http://page")
+
+
+def test_server_without_its_engine_is_alive_and_not_ready(async_llm):
+    app = make_app(None, config())
+    assert asked(app, "GET", "/live").status_code == 200
+    for method, path in (("GET", "/health"), ("GET", "/ping"), ("GET", "/v1/models"), ("POST", "/reset_prefix_cache")):
+        found = asked(app, method, path)
+        assert error(found, 503)["type"] == "ServiceUnavailableError"
+        assert int(found.headers["retry-after"]) > 0
+    error(asked(app, "POST", "/v1/chat/completions", json=CHAT), 503)
+    app.state.service.begin(async_llm)
+    assert asked(app, "GET", "/health").status_code == 200
+
+
+def test_failed_engine_is_not_alive(async_llm, monkeypatch):
+    app = make_app(async_llm, config())
+    monkeypatch.setattr(type(async_llm), "failure", property(lambda self: RuntimeError("device lost")))
+    for path in ("/live", "/health"):
+        assert "device lost" in error(asked(app, "GET", path), 503)["message"]
+
+
+def test_mistakes_of_the_server_are_told_without_a_traceback(async_llm, monkeypatch):
+    app = make_app(async_llm, config())
+
+    def fail(service):
+        raise KeyError("mistake")
+
+    monkeypatch.setattr("gdnjax.serving.server.status.models", fail)
+    found = error(asked(app, "GET", "/v1/models"), 500)
+    assert found["type"] == "InternalServerError"
+    assert "Traceback" not in found["message"]
+
+
+def test_errors_within_a_stream_are_chunks(async_llm, monkeypatch):
+    app = make_app(async_llm, config())
+
+    async def fail(self):
+        raise RuntimeError("mistake")
+        yield
+
+    monkeypatch.setattr("gdnjax.serving.server.service.Run.pieces", fail)
+    (chunk,) = events(asked(app, "POST", "/v1/completions", json={**COMPLETION, "stream": True}).text)
+    assert chunk["error"]["code"] == 500
+    assert "mistake" in chunk["error"]["message"]
+    assert app.state.service.load == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"served_model_names": ()}, "served_model_names is empty"),
+        ({"served_model_names": ("",)}, "served_model_names must be a tuple of non-empty texts"),
+        ({"api_keys": ("a b",)}, "an API key must be of printable ASCII"),
+        ({"max_queue": -1}, "max_queue must be an integer of at least 0, got -1"),
+        ({"max_body_bytes": 0}, "max_body_bytes must be an integer of at least 1"),
+        ({"port": 70000}, "port must be at most 65535, got 70000"),
+        ({"request_timeout": 0}, "request_timeout must be a number of seconds above 0, got 0"),
+        ({"shutdown_timeout": -1.0}, "shutdown_timeout must be a number of seconds from 0 on, got -1.0"),
+        ({"body_timeout": float("nan")}, "body_timeout must be a number of seconds above 0"),
+        ({"host": ""}, "host is empty"),
+    ],
+)
+def test_bad_settings_are_named(changes, message, without_type_checks):
+    with pytest.raises(ValueError, match=message):
+        ServerConfig(**{"served_model_names": ("tiny",), **changes})
