@@ -406,7 +406,7 @@ def test_engine_is_shown_and_followed(chat, server):
     chat.until(lambda: chat.all(".card"), "the engine's figures")
     text = chat.text("#engine")
     for figure in (
-        "63% of prompts found",
+        "63% of prompts",
         "80% accepted",
         "2.47 tokens a step",
         "9 of 12",

@@ -11,7 +11,14 @@ const MOST_CELLS = 256;
 
 const $ = (id) => document.getElementById(id);
 const whole = (number) => Math.round(number).toLocaleString("en");
-const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(share > 0 && share < 0.0995 ? 1 : 0)}%`);
+
+// 99.7% is not 100%, nor 0.3% none.
+function percent(share) {
+  if (share === null) return "–";
+  const isExtreme = (share > 0 && share < 0.0995) || (share >= 0.9895 && share < 1);
+  return `${(100 * share).toFixed(isExtreme ? 1 : 0)}%`;
+}
+
 const ratio = (part, all) => (all > 0 ? part / all : null);
 
 function rate(number) {
@@ -119,7 +126,7 @@ export class EngineView {
       card(
         "Prefix cache",
         percent(ratio(cache.hit_tokens, cache.queried_tokens)),
-        "of prompts found",
+        "of prompts",
         hits === null ? "no prompt in two minutes" : `${percent(hits)} in two minutes`,
         curve("hitRate"),
       ),
