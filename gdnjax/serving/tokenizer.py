@@ -53,6 +53,7 @@ class Tokenizer:
 
     vocab_size         ids that it knows, added tokens included. A model's vocabulary may be larger (padding).
     special_token_ids  ids that decoding leaves out with skip_special_tokens.
+    added_token_ids    ids of tokens that stand for one text as a whole, by that text: <tool_call>, special ones, ...
     eos_token_ids      its own end-of-sequence id; generation_config.json may name more.
     """
 
@@ -62,6 +63,7 @@ class Tokenizer:
         self.special_token_ids = frozenset(
             token_id for token_id, token in hf.added_tokens_decoder.items() if token.special
         )
+        self.added_token_ids = {token.content: token_id for token_id, token in hf.added_tokens_decoder.items()}
         self.eos_token_ids = as_id_tuple(hf.eos_token_id)
 
     @classmethod

@@ -1,6 +1,7 @@
 """`make_app`: the routes of the server over an AsyncLLM."""
 
-from collections.abc import Awaitable
+import functools
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Path, Request, Response
@@ -44,6 +45,7 @@ def make_app(llm: AsyncLLM | None, config: ServerConfig) -> FastAPI:
     errors.install(app)
     app.include_router(router)
     app.include_router(pages.router)
+    app.openapi = functools.partial(_document, app, app.openapi)
     app.add_middleware(Guard, config=config)
     if config.cors_origins:
         app.add_middleware(
@@ -54,6 +56,19 @@ def make_app(llm: AsyncLLM | None, config: ServerConfig) -> FastAPI:
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
+
+
+def _document(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The OpenAPI document, without what FastAPI says of errors that it would answer itself."""
+    if app.openapi_schema is None:
+        found = make()
+        for operations in found["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            found["components"]["schemas"].pop(name, None)
+        app.openapi_schema = found
+    return app.openapi_schema
 
 
 def service_of(request: Request) -> Service:

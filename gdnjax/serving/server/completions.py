@@ -14,6 +14,7 @@ from gdnjax.serving.server.errors import ApiError
 from gdnjax.serving.server.protocol import CompletionRequest, refuse_unserved
 from gdnjax.serving.server.sampling import fields_of, sampling_params
 from gdnjax.serving.server.service import Chunks, Run, Service
+from gdnjax.serving.server.structures import structured_outputs
 from gdnjax.serving.submission import Submission
 
 KIND = "text_completion"
@@ -67,7 +68,7 @@ def parameters(service: Service, body: CompletionRequest) -> SamplingParams:
         raise ApiError(400, f"best_of must be n={n} or left out, got {body.best_of}", param="best_of")
     if body.stream and body.prompt_logprobs is not None:
         raise ApiError(400, "prompt_logprobs do not come in a stream; use echo and logprobs", param="prompt_logprobs")
-    given: dict[str, Any] = {"logprobs": body.logprobs}
+    given: dict[str, Any] = {"logprobs": body.logprobs, "structured_outputs": structured_outputs(body)}
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         given["prompt_logprobs"] = body.logprobs
     if _shows_prompt_alone(body):

@@ -63,6 +63,11 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     prompt_logprobs: Integer | None = Field(None, description="log-probabilities of the prompt; not with stream")
 
+    response_format: dict[str, Any] | None = Field(None, description="type text, json_object or json_schema")
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="one of json, regex, choice, grammar and json_object; begins after thinking"
+    )
+
     priority: Integer = Field(0, description="lower comes first, by 64 places in the queue for each step")
     request_id: Name | None = Field(None, description="the answer's id is made of it; so does header x-request-id")
     return_token_ids: bool | None = Field(None, description="token_ids of choices, and prompt_token_ids")
@@ -102,6 +107,19 @@ class ChatCompletionRequest(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="keywords of the model's template")
     documents: list[dict[str, Any]] | None = Field(None, description="a keyword of some templates")
     enable_thinking: bool | None = Field(None, description="a keyword of some templates")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None,
+        description="a keyword of some templates; where one knows enable_thinking alone, none switches thinking off",
+    )
+    thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST)] | None = Field(
+        None, description="tokens after which thinking is ended"
+    )
+    include_reasoning: bool = Field(True, description="false: thinking is not shown")
+    tools: list[dict[str, Any]] | None = Field(None, description="functions that may be called")
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(
+        None, description="required, or one by its name: the output is a call, of the form of the tool's schema"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: calls after the first are left out")
 
 
 TEXT_ONLY = "this server gives text only"

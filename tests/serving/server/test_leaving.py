@@ -89,7 +89,9 @@ def test_full_queue_is_told_and_empties(async_llm):
     body = {"prompt": "Hello", "max_tokens": 240, "ignore_eos": True}
     with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
         with client.stream("POST", "/v1/completions", json={**body, "n": 4, "stream": True}) as response:
-            next(response.iter_lines())
+            # Held: dropping it would close the stream.
+            lines = response.iter_lines()
+            next(lines)
             assert client.get("/load").json() == {"server_load": 4}
             refused = client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 1})
             assert error(refused, 429)["type"] == "RateLimitError"
