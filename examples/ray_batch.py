@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-import ray
+import ray  # pyright: ignore[reportMissingImports]
 
 DESCRIPTION = """\
 Reads JSON Lines of {"prompt": ...}, has each batch answered by one of several engines, each an actor with a device of

@@ -4,9 +4,7 @@ import json
 import os
 
 import pytest
-import ray
 
-from examples import ray_batch
 from gdnjax import LLM, SamplingParams
 from gdnjax.assets import model_directory
 
@@ -23,9 +21,12 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    # A socket's path has room for 107 characters.
+def cluster():
+    """One of this machine alone. Ray is imported here, as other test runs do without it."""
+    import ray
+
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # More than the two actors take: files are read and written by tasks.
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="warning")
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
@@ -36,6 +37,8 @@ def test_answers_of_two_actors_are_those_of_one_engine(cluster, prompts, tmp_pat
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     arguments = [str(tmp_path / "prompts.jsonl"), str(tmp_path / "answers"), "--actors", "2"]
     arguments += ["--batch-size", "3", "--max-num-seqs", "3", "--max-tokens", str(MAX_TOKENS)]
+    from examples import ray_batch
+
     assert ray_batch.main(arguments) == 0
     rows = [json.loads(line) for file in (tmp_path / "answers").iterdir() for line in file.read_text().splitlines()]
     with LLM("tiny", max_num_seqs=3, warmup=False, use_tqdm=False) as llm:

@@ -1,4 +1,7 @@
-"""lm-eval's own clients of a server: what they are told is what the engine says."""
+"""lm-eval's own clients of a server: what they are told is what the engine says.
+
+Skipped where lm-eval is not installed (pip install -e ".[eval]").
+"""
 
 import json
 
@@ -6,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model
-from lm_eval.tasks import TaskManager
 
 from gdnjax import SamplingParams, full_logits
 from gdnjax.assets import model_directory
 from scripts import lm_eval_gdnjax as script
+
+lm_eval = pytest.importorskip("lm_eval")
 
 NUM_PROBLEMS = 6
 MAX_TOKENS = 96
@@ -31,6 +32,8 @@ def problems(tmp_path_factory):
 
 
 def client_of(name, url, path, **options):
+    from lm_eval.api.registry import get_model
+
     return get_model(name).create_from_arg_obj(
         {
             "model": "tiny",
@@ -45,12 +48,14 @@ def client_of(name, url, path, **options):
 
 @pytest.mark.parametrize("kind", ["local-completions", "local-chat-completions"])
 def test_scores_are_those_of_the_engines_answers(url, llm, problems, kind):
+    from lm_eval.tasks import TaskManager
+
     items, file = problems
     is_chat = kind == "local-chat-completions"
     path = "/v1/chat/completions" if is_chat else "/v1/completions"
     client = client_of(kind, url, path, max_gen_toks=MAX_TOKENS)
     manager = TaskManager(include_path=str(script.TASKS), metadata={"data": str(file), "shots": str(file)})
-    found = simple_evaluate(
+    found = lm_eval.simple_evaluate(
         client, tasks=["gsm8k_local_plain"], task_manager=manager, log_samples=True, apply_chat_template=is_chat
     )
     samples = {sample["doc_id"]: sample for sample in found["samples"]["gsm8k_local_plain"]}
@@ -72,6 +77,8 @@ def test_scores_are_those_of_the_engines_answers(url, llm, problems, kind):
 
 
 def test_loglikelihoods_are_those_of_the_logits(url, llm):
+    from lm_eval.api.instance import Instance
+
     client = client_of("local-completions", url, "/v1/completions")
     (best,) = llm.generate(["Once upon a time"], SamplingParams(temperature=0.0, max_tokens=6), use_tqdm=False)
     asked = [("A box has 3", " apples. 4 more are put in."), ("What is 31", " + 46?")]
