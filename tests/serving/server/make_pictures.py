@@ -33,10 +33,10 @@ OPTIONS = {
     # Room that is left, to be seen.
     "num_kv_blocks": 3072,
     "num_checkpoint_slots": 60,
-    # One size of each step, compiled by the first answers.
+    # One size of each step.
+    "max_num_batched_tokens": 128,
     "prefill_buckets": (128,),
     "decode_buckets": (4,),
-    "warmup": False,
     "use_tqdm": False,
 }
 
@@ -74,7 +74,7 @@ def main() -> None:
         page.run("document.querySelector('#message').focus()")
         for question in QUESTIONS:
             page.say(question)
-            page.answer(QUESTIONS.index(question) + 1, seconds=600)
+            page.answer(QUESTIONS.index(question) + 1)
         page.driver.save_screenshot(str(DOCS / "server-chat.png"))
         ended = threading.Event()
         clients = threading.Thread(target=lambda: asyncio.run(work(url, ended)))
