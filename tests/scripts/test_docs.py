@@ -31,6 +31,7 @@ SCRIPTS = (
     "measure_workspace",
     "profile_step",
     "rocm_gate",
+    "serve",
     "train_tiny",
 )
 

@@ -153,8 +153,8 @@ async def model(name: Annotated[str, Path()], request: Request) -> Response:
     return json_response(status.model(service_of(request), name))
 
 
-@router.get("/health", responses={200: {"description": "ready"}, 503: ERROR})
-@router.get("/ping", responses={200: {"description": "ready"}, 503: ERROR})
+@router.get("/health", response_class=Response, responses={200: {"description": "ready"}, 503: ERROR})
+@router.get("/ping", response_class=Response, responses={200: {"description": "ready"}, 503: ERROR})
 async def health(request: Request) -> Response:
     """Whether requests are served: 503 while the model is loaded and compiled, when the server is to end, and when the
     engine has failed.
@@ -163,7 +163,7 @@ async def health(request: Request) -> Response:
     return Response()
 
 
-@router.get("/live", responses={200: {"description": "alive"}, 503: ERROR})
+@router.get("/live", response_class=Response, responses={200: {"description": "alive"}, 503: ERROR})
 async def live(request: Request) -> Response:
     """Whether the server is worth waiting for: 503 when the engine has failed, which only a new process mends."""
     if (failure := service_of(request).failure) is not None:

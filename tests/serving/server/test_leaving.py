@@ -38,21 +38,24 @@ def test_a_hundred_clients_that_leave_at_random_moments_leave_nothing(url, llm, 
     ends = []
 
     async def leave(session, index):
-        path = draw.choice(PATHS)
-        body = {"max_tokens": 200, "ignore_eos": True, "stream": draw.random() < 0.7, "n": draw.choice((1, 1, 2))}
+        path, streams = draw.choice(PATHS), draw.random() < 0.7
+        body = {"max_tokens": 200, "ignore_eos": True, "stream": streams, "n": draw.choice((1, 1, 2))}
         body |= {"prompt": "Hello " * draw.randint(1, 30)} if path == PATHS[0] else CHAT
-        patience = draw.choice((0.0, 0.01, 0.1, 0.5)) * draw.random()
-        begun = time.monotonic()
+        # Some leave after a while, whatever there is by then, and others after so many reads of their stream.
+        reads = draw.randint(1, 8) if streams and draw.random() < 0.5 else None
+        patience = None if reads else draw.choice((0.01, 0.1, 1.0)) * draw.random()
 
         async def read():
             async with session.stream("POST", path, json=body) as response:
+                count = 0
                 async for _ in response.aiter_bytes():
-                    if time.monotonic() - begun > patience:
+                    count += 1
+                    if count == reads:
                         return "left a stream"
             return "was served"
 
         try:
-            ends.append(await asyncio.wait_for(read(), 0.05 + 4 * patience))
+            ends.append(await asyncio.wait_for(read(), patience))
         except TimeoutError:
             ends.append("left waiting")
 

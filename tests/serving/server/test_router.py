@@ -33,7 +33,7 @@ def servers(llm, url):
 def router(servers, tmp_path):
     """Gives a function that starts one of some policy, and its address."""
     program = shutil.which("vllm-router")
-    assert program, 'vllm-router not found: pip install -e ".[test]"'
+    assert program, 'vllm-router not found: pip install -e ".[test-server]"'
     running = []
 
     def start(policy, *flags):
