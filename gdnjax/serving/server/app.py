@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Path, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from gdnjax.serving.async_llm import AsyncLLM
-from gdnjax.serving.server import chat, completions, errors, messages, protocol, responses, status, tokens
+from gdnjax.serving.server import chat, completions, errors, messages, pages, protocol, responses, status, tokens
 from gdnjax.serving.server.errors import ApiError, json_response
 from gdnjax.serving.server.events import ClientGoneError, EventStream, frames, named_frames, unless_gone
 from gdnjax.serving.server.guards import Guard
@@ -44,6 +44,7 @@ def make_app(llm: AsyncLLM | None, config: ServerConfig) -> FastAPI:
     app.state.service = Service(llm, config)
     errors.install(app)
     app.include_router(router)
+    app.include_router(pages.router)
     app.openapi = functools.partial(_document, app, app.openapi)
     app.add_middleware(Guard, config=config)
     if config.cors_origins:
