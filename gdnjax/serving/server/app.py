@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Path, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from gdnjax.serving.async_llm import AsyncLLM
@@ -243,6 +244,12 @@ async def version() -> Response:
 async def load(request: Request) -> Response:
     """How many samples clients wait for."""
     return json_response({"server_load": service_of(request).load})
+
+
+@router.get("/metrics", responses={**ERRORS, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+def metrics(request: Request) -> Response:
+    """What the engine holds and has done, for Prometheus; also while it drains, and after it has failed."""
+    return Response(service_of(request).metrics(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/server_info", responses=ERRORS)

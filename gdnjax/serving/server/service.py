@@ -11,12 +11,15 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
+from prometheus_client import CollectorRegistry, generate_latest
+
 from gdnjax.serving.async_llm import AsyncLLM, Stream
 from gdnjax.serving.loop import EngineStoppedError
 from gdnjax.serving.outputs import RequestOutput, StreamOutput
 from gdnjax.serving.server.budget import BudgetedStream
 from gdnjax.serving.server.errors import ApiError, bad_request
 from gdnjax.serving.server.logprobs import TokenTexts
+from gdnjax.serving.server.metrics import make_registry
 from gdnjax.serving.server.settings import ServerConfig
 
 log = logging.getLogger("gdnjax.server")
@@ -37,6 +40,7 @@ class Service:
         self.config = config
         self._llm: AsyncLLM | None = None
         self._texts: TokenTexts | None = None
+        self._registry: CollectorRegistry | None = None
         self._runs: dict[Run, None] = {}
         self._ending: ApiError | None = None
         self._hurried = False
@@ -49,6 +53,7 @@ class Service:
 
     def begin(self, llm: AsyncLLM) -> None:
         """The engine is there: from now on the server is ready."""
+        self._registry = make_registry(llm, self.config.served_model_names[0])
         self._llm = llm
         self._texts = TokenTexts(llm.llm.tokenizer)
 
@@ -68,6 +73,13 @@ class Service:
     def failure(self) -> BaseException | None:
         """What ended the engine's thread, which no request comes back from."""
         return self._llm.failure if self._llm is not None else None
+
+    def metrics(self) -> bytes:
+        """What Prometheus is told. Raises ApiError before there is an engine. May be called by any thread."""
+        if self._llm is None:
+            self.check_ready()
+        assert self._registry is not None
+        return generate_latest(self._registry)
 
     @property
     def load(self) -> int:

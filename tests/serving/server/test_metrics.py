@@ -4,14 +4,18 @@ import asyncio
 import math
 import time
 
+import httpx
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from gdnjax.serving.server.app import make_app
 from gdnjax.serving.server.metrics import HISTOGRAMS, make_registry
+from gdnjax.serving.server.settings import ServerConfig
 from tests.serving.fronts import PARAMS, front, held, read, settled
 from tests.serving.paper import distinct
+from tests.serving.server.conftest import serving
 
 VLLM = [
     "num_requests_running",
@@ -180,3 +184,15 @@ def test_scrape_waits_for_no_turn():
         await read(stream)
 
     play(scene)
+
+
+def test_route_tells_a_scraper_whoever_it_is():
+    """Without a key, and with 503 until there is an engine."""
+    config = ServerConfig(served_model_names=("a model", "another"), api_keys=("secret",))
+    with serving(make_app(None, config)) as url:
+        assert httpx.get(f"{url}/metrics").status_code == 503
+    with front() as llm, serving(make_app(llm, config)) as url:
+        answer = httpx.get(f"{url}/metrics")
+        assert (answer.status_code, answer.headers["content-type"]) == (200, CONTENT_TYPE_LATEST)
+        families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+        assert value(families, "vllm:num_requests_running", model_name="a model") == 0
