@@ -10,7 +10,7 @@ from tests.serving.server.test_errors import config
 
 PATH = "/v1/chat/completions"
 TEMPLATE = "{{- '<|im_start|>user\\n' + messages[0].content + '<|im_end|>\\n<|im_start|>assistant\\n<think>\\n' -}}"
-EFFORTS = TEMPLATE + "{%- if enable_thinking is false -%}{{- '\\n</think>\\n\\n' -}}{%- endif -%}"
+EFFORTS = TEMPLATE + "{%- if enable_thinking is false -%}{{- '</think>\\n\\n' -}}{%- endif -%}"
 BODY = {
     "messages": [{"role": "user", "content": QUESTION}],
     "chat_template": TEMPLATE,
