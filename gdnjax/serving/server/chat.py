@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from gdnjax.sampling_params import SamplingParams
+from gdnjax.serving.async_llm import Stream
 from gdnjax.serving.outputs import CompletionOutput, Logprob, RequestOutput, StreamOutput
 from gdnjax.serving.parsing import (
     Content,
@@ -17,7 +18,8 @@ from gdnjax.serving.parsing import (
     ToolCallStart,
     begins_thinking,
 )
-from gdnjax.serving.server import answers, logprobs
+from gdnjax.serving.server import answers, budget, logprobs
+from gdnjax.serving.server.budget import BudgetedStream
 from gdnjax.serving.server.errors import ApiError, bad_request
 from gdnjax.serving.server.protocol import ChatCompletionRequest, refuse_unserved
 from gdnjax.serving.server.sampling import fields_of, sampling_params
@@ -50,7 +52,7 @@ async def create(
             timeout=service.config.request_timeout,
             **options,
         )
-        (submission,) = await run.prepare([lambda name: begin(request_id=name)], fields_of(body))
+        (submission,) = await run.prepare([_beginning(service, body, run, params, begin)], fields_of(body))
         tokenizer = service.llm.llm.frontend.require_tokenizer("chat")
         parser = make_parser(begins_thinking=begins_thinking(tokenizer, submission.token_ids))
         writer = _Writer(service, body, run, model, submission, parser)
@@ -59,6 +61,32 @@ async def create(
         (output,) = await run.outputs()
     await run.close()
     return writer.whole(output)
+
+
+def _beginning(
+    service: Service, body: ChatCompletionRequest, run: Run, params: SamplingParams, begin: Callable[..., Stream]
+) -> Callable[[str], Stream | BudgetedStream]:
+    """What begins the stream of a name in the engine. Raises ApiError for a budget that cannot be had."""
+    count = body.thinking_token_budget
+    if count is None:
+        return lambda name: begin(request_id=name)
+    llm = service.llm
+    tokenizer = llm.llm.frontend.require_tokenizer("thinking_token_budget")
+    try:
+        budget.check(params, tokenizer)
+    except ValueError as error:
+        raise bad_request(error, fields_of(body)) from error
+
+    def go_on(prompt: list[int], params: SamplingParams) -> Stream:
+        return llm.generate(
+            prompt,
+            params,
+            priority=body.priority,
+            timeout=service.config.request_timeout,
+            request_id=run.new_engine_id(),
+        )
+
+    return lambda name: BudgetedStream(begin(request_id=name), go_on, params, tokenizer, count, llm.llm.max_model_len)
 
 
 def choice_of(body: ChatCompletionRequest) -> str | Mapping[str, Any]:
@@ -128,11 +156,8 @@ def template_arguments(service: Service, body: ChatCompletionRequest) -> dict[st
             param="chat_template",
         )
     keywords = dict(body.chat_template_kwargs or {})
-    for name, value in {
-        **_effort(body, str(body.chat_template or _template(service))),
-        "enable_thinking": body.enable_thinking,
-        "documents": body.documents,
-    }.items():
+    given = {"enable_thinking": body.enable_thinking, "documents": body.documents}
+    for name, value in (given | _effort(body, str(body.chat_template or _template(service)))).items():
         if value is None:
             continue
         if name in keywords:

@@ -14,6 +14,7 @@ from typing import Any
 from gdnjax.serving.async_llm import AsyncLLM, Stream
 from gdnjax.serving.loop import EngineStoppedError
 from gdnjax.serving.outputs import RequestOutput, StreamOutput
+from gdnjax.serving.server.budget import BudgetedStream
 from gdnjax.serving.server.errors import ApiError, bad_request
 from gdnjax.serving.server.logprobs import TokenTexts
 from gdnjax.serving.server.settings import ServerConfig
@@ -175,17 +176,18 @@ class Run:
         self.began = time.monotonic()
         self.created = int(time.time())
         self._service = service
-        self._streams: list[Stream] = []
+        self._streams: list[Stream | BudgetedStream] = []
         self._engine_ids: list[str] = []
         self._cut: ApiError | None = None
 
-    async def prepare(self, make: Sequence[Callable[[str], Stream]], fields: Iterable[str]) -> list[Any]:
+    async def prepare(
+        self, make: Sequence[Callable[[str], Stream | BudgetedStream]], fields: Iterable[str]
+    ) -> list[Any]:
         """Has the engine check and queue the prompts: a stream for each function of `make`, which is given its name.
 
         Returns their submissions. Raises ApiError, with the field of `fields` that is to blame.
         """
-        self._engine_ids = [self._service.new_id() for _ in make]
-        self._streams = [each(name) for each, name in zip(make, self._engine_ids, strict=True)]
+        self._streams = [each(self.new_engine_id()) for each in make]
         prepared = await asyncio.gather(*(stream.prepared() for stream in self._streams), return_exceptions=True)
         for found in prepared:
             if isinstance(found, ValueError):
@@ -195,6 +197,11 @@ class Run:
             if isinstance(found, BaseException):
                 raise found
         return prepared
+
+    def new_engine_id(self) -> str:
+        """A name in the engine for one more of its prompts."""
+        self._engine_ids.append(self._service.new_id())
+        return self._engine_ids[-1]
 
     async def pieces(self) -> AsyncGenerator[tuple[int, StreamOutput], None]:
         """What comes of the prompts, each with its prompt's index. Raises ApiError for what goes wrong."""
@@ -240,6 +247,9 @@ class Run:
     async def abort(self, why: ApiError | None = None) -> None:
         """Ends it in the engine. Whoever waits for it gets what there is, or `why`."""
         self._cut = why
+        for stream in self._streams:
+            if isinstance(stream, BudgetedStream):
+                stream.aborted = True
         for name in self._engine_ids:
             await self._service.abort_in_engine(name)
 
@@ -268,11 +278,11 @@ class Chunks:
         await self.run.close()
 
 
-async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, StreamOutput], None]:
+async def _merged(streams: Sequence[Stream | BudgetedStream]) -> AsyncGenerator[tuple[int, StreamOutput], None]:
     """What comes of several streams, as it comes."""
     arrived: asyncio.Queue[tuple[int, StreamOutput | BaseException | None]] = asyncio.Queue()
 
-    async def pump(index: int, stream: Stream) -> None:
+    async def pump(index: int, stream: Stream | BudgetedStream) -> None:
         try:
             async for piece in stream:
                 arrived.put_nowait((index, piece))
