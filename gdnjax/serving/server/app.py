@@ -123,7 +123,8 @@ def _answers(model: Any, description: str = "the answer", *, streams: bool = Fal
     """What OpenAPI says of a route that generates."""
     found: dict[str, Any] = {"model": model, "description": description}
     if streams:
-        found["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        # Without a schema: an event is a chunk, an error or a mark of the end.
+        found["content"] = {"text/event-stream": {}}
     return {**(GENERATION_ERRORS if streams else ERRORS), 200: found}
 
 
