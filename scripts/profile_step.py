@@ -27,7 +27,8 @@ from gdnjax.cli.command import (
 
 DESCRIPTION = """\
 Serves requests with a model of random weights, and reads the profiler: the time of every kernel on the device, summed
-by kind, for prefill and for decode, beside the wall clock of a decode step and the time in which no kernel ran.
+by kind, for prefill and for decode, beside the wall clock of a decode step, the time in which no kernel ran, and what
+the host did meanwhile.
 """
 
 EXAMPLES = """\
@@ -162,11 +163,13 @@ def profile(arguments, *, leads: bool = True) -> int:
         for _ in range(8):
             llm.step()
         jax.block_until_ready(llm.engine.runner.state)
-        begin = time.perf_counter()
+        before, begin = llm.stats()["seconds"], time.perf_counter()
         for _ in range(arguments.steps // 2):
             llm.step()
         jax.block_until_ready(llm.engine.runner.state)
         wall = (time.perf_counter() - begin) / (arguments.steps // 2)
+        after = llm.stats()["seconds"]
+        host = {part: (after[part] - before[part]) / (arguments.steps // 2) for part in after}
         with tempfile.TemporaryDirectory() as scratch:
             with jax.profiler.trace(scratch):
                 for _ in range(arguments.steps // 2):
@@ -177,6 +180,8 @@ def profile(arguments, *, leads: bool = True) -> int:
     print(table("decode", decode, arguments.steps // 2))
     busy = sum(seconds for _, seconds in decode.values()) / (arguments.steps // 2) if decode else None
     print(f"a decode step: {wall * 1e3:.2f} ms by the clock" + (f", kernels {busy * 1e3:.2f} ms" if busy else ""))
+    # Waiting for the device is in "read": a step of which little is left there is bound by the host.
+    print("the host in it: " + ", ".join(f"{part} {seconds * 1e3:.2f} ms" for part, seconds in host.items()))
     if arguments.output:
         figures = {
             "device": jax.devices()[0].device_kind,
@@ -184,6 +189,7 @@ def profile(arguments, *, leads: bool = True) -> int:
             "quantization": arguments.quantization,
             "wall": wall,
             "busy": busy,
+            "host": host,
             "prefill": prefill,
             "decode": decode,
         }

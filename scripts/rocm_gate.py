@@ -34,7 +34,8 @@ Two kernels must be refused, or the gate itself is broken: one that spills, one 
 
 With --emulate the machine code of every kernel is executed, in an emulator on the CPU: small cases of all orders and
 types with poison around what may be read, pools of more than 4 GiB, and mutants of the code, of which enough must be
-noticed. What is known to be wrong must be found wrong. That says nothing of speed, and it is no run on hardware.
+noticed; they try the cases, which are the same for both chips, so each chip has every other kernel's. What is known to
+be wrong must be found wrong. That says nothing of speed, and it is no run on hardware.
 
 It needs an environment of its own with the compiler's wheels (160 MB, no ROCm and no GPU), readelf and gcc:
 
@@ -47,7 +48,7 @@ examples:
   python scripts/rocm_gate.py --arch gfx942 'gdn-*'  some, for one
   python scripts/rocm_gate.py --write-readme         and put the table of resources into README.md
   python scripts/rocm_gate.py --emulate              execute instead of compile alone
-  python scripts/rocm_gate.py --emulate 'mutants*' '*-without-bounds'
+  python scripts/rocm_gate.py --emulate 'mutants*' '*-without-bounds'    all of these, for both
 
 Exit status: 0 all passed, 1 something was refused or wrong, 2 an error.
 """
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write-readme", action="store_true", help="replace the table of resources in README.md")
     parser.add_argument("--emulate", action="store_true", help="execute cases, large pools and mutants in an emulator")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.emulate and arguments.write_readme:
         parser.error("--write-readme writes what is compiled, not what is executed")
@@ -102,7 +104,10 @@ def in_processes(arguments, say: Callable[[dict], str]) -> list[dict]:
     plugin_libraries()
     architectures = arguments.arch or ARCHITECTURES
     with tempfile.TemporaryDirectory() as shared, ThreadPoolExecutor(len(architectures)) as pool:
-        by_architecture = pool.map(lambda arch: in_process(arch, arguments, say, shared), architectures)
+        shares = [(index, len(architectures)) for index in range(len(architectures))]
+        by_architecture = pool.map(
+            lambda arch, share: in_process(arch, arguments, say, shared, share), architectures, shares
+        )
         results = [result for results in by_architecture for result in results]
     # Controls are not what a pattern is for: a misspelled one would have passed by them alone.
     found = [result["name"] for result in results if arguments.emulate or not result["fails"]]
@@ -114,10 +119,11 @@ def in_processes(arguments, say: Callable[[dict], str]) -> list[dict]:
     return results
 
 
-def in_process(arch: str, arguments, say: Callable[[dict], str], shared: str) -> list[dict]:
+def in_process(arch: str, arguments, say: Callable[[dict], str], shared: str, share: tuple[int, int]) -> list[dict]:
     """The results of a worker, which are said as they come. What it compiles for the CPU it leaves in `shared`."""
     results = []
     command = [sys.executable, __file__, *arguments.names, "--worker", arch, *["--emulate"] * arguments.emulate]
+    command += ["--share", *map(str, share)]
     environment = os.environ | ({"JAX_COMPILATION_CACHE_DIR": shared} if arguments.emulate else {})
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
@@ -155,7 +161,7 @@ def emulate_one(arguments) -> int:
 
         backwards = arguments.worker != ARCHITECTURES[0]
         machine = emulation.Compiler(arguments.worker, cache)
-        for result in executing.results(machine, arguments.names, backwards=backwards):
+        for result in executing.results(machine, arguments.names, backwards=backwards, share=tuple(arguments.share)):
             print(json.dumps(result), flush=True)
     return 0
 

@@ -1,4 +1,5 @@
-"""What only an accelerator can show. Run with `python -m pytest -m gpu` on a machine with one GPU.
+"""What only an accelerator can show. Run with `python -m pytest -m gpu` on a machine with one GPU, or with several for
+what is said of ranks.
 
 Nearly all of the time is compiling, so models have one round of the layers' pattern, engines one bucket of each kind,
 and what can be is compiled side by side.
@@ -26,7 +27,8 @@ from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, Mode
 from gdnjax.models import partition
 from scripts import bench_kernels
 from tests.micro import MICRO
-from tests.serving.exactness import ALL, GREEDY, Run, distance, finish, num_same, prompt_of, queue
+from tests.serving import ledgers
+from tests.serving.exactness import ALL, CACHED, GREEDY, Run, build, distance, finish, num_same, prompt_of, queue
 
 pytestmark = pytest.mark.gpu
 
@@ -209,6 +211,76 @@ def errors(exact: list[Run], found: list[Run]) -> np.ndarray:
         for one, other in zip(exact, found, strict=True)
     ]
     return np.sqrt(np.mean(np.concatenate(differences) ** 2, axis=1))
+
+
+# Several ranks.
+
+LENGTHS = (3, 64, 150, 129)
+
+
+def need_devices(count: int) -> None:
+    if len(jax.devices()) < count:
+        pytest.skip(f"{count} ranks need as many GPUs; JAX sees {len(jax.devices())}")
+
+
+def rank_runs(tp: int, expert_parallel: bool) -> list[Run]:
+    """Prompts side by side with the cache, scarce blocks and two drafts, then what goes on from the cache.
+
+    What is compiled in the first round is all, and no step leaves a second copy of the pools on any rank.
+    """
+    options = {"tensor_parallel_size": tp, "enable_expert_parallel": expert_parallel, "kernels": "auto"}
+    with (
+        jax.default_matmul_precision("highest"),
+        build(num_speculative_tokens=2, state_layout="mixed", **options, **CACHED) as llm,
+    ):
+        runs = finish(llm, *[queue(llm, prompt_of(0, length), GREEDY) for length in LENGTHS])
+        compiled = llm.engine.num_compilations
+        addresses = addresses_of_pools(llm)
+        runs += finish(llm, queue(llm, prompt_of(0, 150), GREEDY))
+        again = queue(llm, [*prompt_of(0, 150), *prompt_of(1, 9)], GREEDY)
+        runs += finish(llm, again)
+        assert again.num_cached_tokens > 0
+        assert llm.engine.num_compilations == compiled
+        assert addresses_of_pools(llm) == addresses
+    return runs
+
+
+def addresses_of_pools(llm: LLM) -> list[int]:
+    """Of every pool's buffer on every rank: a step that is given them takes them over, and makes no others."""
+    leaves = jax.tree.leaves(llm.engine.runner.state.cache)
+    return [shard.data.unsafe_buffer_pointer() for leaf in leaves for shard in leaf.addressable_shards]
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> list[Run]:
+    return rank_runs(1, False)
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_ranks_give_the_tokens_of_one(one_rank, tp, expert_parallel):
+    """Sums over ranks have another order, so log-probabilities differ by rounding, and near ties may part two runs."""
+    need_devices(tp)
+    parted = 0
+    for one, other in zip(one_rank, rank_runs(tp, expert_parallel), strict=True):
+        until = num_same(one, other) + 1
+        assert distance(one.logprobs[:until], other.logprobs[:until]) <= 2e-5
+        parted += until <= len(one.tokens)
+    assert parted <= 1
+
+
+def test_ledger_of_two_ranks_is_exact():
+    """Integers, so that any sum and any order of it is the same: hits, forks, preemptions, a host tier and drafts."""
+    need_devices(2)
+    llm = ledgers.fresh(ledgers.TWO_RANKS)
+    for seed in range(12):
+        request, _ = ledgers.go_on_from_decode(llm, seed)
+        ledgers.check_greedy(llm, request)
+    requests = [ledgers.start(llm, ledgers.prompt_of(seed, 40), 24) for seed in range(3)]
+    llm.engine.preempt(requests[0])
+    ledgers.drain(llm)
+    for request in requests:
+        ledgers.check_greedy(llm, request)
 
 
 def test_kernels_are_right_at_the_sizes_of_published_models(capsys):

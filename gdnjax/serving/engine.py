@@ -480,6 +480,7 @@ class Engine:
                 **dataclasses.asdict(counters),
                 "hit_rate": counters.hit_tokens / max(1, counters.queried_tokens),
                 "cached_blocks": cache.num_blocks,
+                "evictable_blocks": cache.num_evictable_blocks,
                 "cached_states": cache.num_states,
             },
             "host_cache": self._host_stats(),

@@ -354,9 +354,10 @@ class LLM:
         slots_used and blocks_used (by running requests) of slots_total and blocks_total;
         output_tokens_per_second over the last ten seconds; padding_waste, the share of all steps' places that held
         nothing; prefix_cache, a dictionary of its counters (gdnjax.serving.prefix_cache.CacheCounters), hit_rate,
-        cached_blocks and cached_states; host_cache, None without one, else a dictionary of its counters
-        (gdnjax.serving.host_tier.HostCounters), num_blocks, num_states, bytes_used and bytes_total, bytes being those
-        of one rank; speculation, a dictionary of num_speculative_tokens, num_draft_tokens, num_accepted_draft_tokens,
+        cached_blocks, evictable_blocks (those of them that no running request shares) and cached_states; host_cache,
+        None without one, else a dictionary of its counters (gdnjax.serving.host_tier.HostCounters), num_blocks,
+        num_states, bytes_used and bytes_total, bytes being those of one rank; speculation, a dictionary of
+        num_speculative_tokens, num_draft_tokens, num_accepted_draft_tokens,
         draft_acceptance_rate, acceptance_per_position, mean_acceptance_length (tokens a request and decode step,
         drafting or not) and forced_acceptance; seconds, the host's time by what it did
         (gdnjax.serving.metrics.Seconds);

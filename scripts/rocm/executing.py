@@ -29,13 +29,16 @@ class Task:
     fails: bool = False
 
 
-def tasks(compiler: Compiler, names: list[str]) -> list[Task]:
-    """Those whose names fit a pattern. Of the controls without bounds a few stand for all, unless they are named."""
+def tasks(compiler: Compiler, names: list[str], share: tuple[int, int] = (0, 1)) -> list[Task]:
+    """Those whose names fit a pattern. Unless they are named, a few of the controls without bounds stand for all, and
+    of the mutants those of every n-th group, from the i-th on, with (i, n) as `share`: others do the rest.
+    """
+    index, count = share if names == ALL else (0, 1)
     found = [Task(CASE, case.name, lambda case=case: small(case, compiler)) for case in cases()]
     found += [Task(LARGE, large.name, lambda large=large: in_large_pools(large, compiler)) for large in large_cases()]
     found += [
         Task(MUTANTS, f"mutants of {group.name}", lambda group=group: mutated(group, compiler))
-        for group in mutants.groups()
+        for group in mutants.groups()[index::count]
     ]
     found.append(Task(CONTROL, race().name, lambda: small(race(), compiler), fails=True))
     unbounded = standing_controls() if names == ALL else [large for large in large_cases() if large.wrong_unbounded]
@@ -46,13 +49,15 @@ def tasks(compiler: Compiler, names: list[str]) -> list[Task]:
     return [task for task in found if any(fnmatch.fnmatchcase(task.name, pattern) for pattern in names)]
 
 
-def results(compiler: Compiler, names: list[str], *, backwards: bool) -> Iterator[dict[str, Any]]:
-    """A result for each task.
+def results(
+    compiler: Compiler, names: list[str], *, backwards: bool, share: tuple[int, int] = (0, 1)
+) -> Iterator[dict[str, Any]]:
+    """A result for each of `tasks`.
 
     `backwards` begins with the last: what another process meanwhile computes from the first on, the definitions, it
     then finds in the compilation cache of both.
     """
-    todo = tasks(compiler, names)
+    todo = tasks(compiler, names, share)
     for task in reversed(todo) if backwards else todo:
         begin = time.perf_counter()
         error = ""

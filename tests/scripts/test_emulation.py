@@ -251,6 +251,19 @@ def test_tasks_are_chosen_by_name():
     assert [task.name for task in executing.tasks(machine, [race().name])] == [race().name]
 
 
+def test_chips_share_the_mutants_and_nothing_else():
+    machine = mock.Mock(arch="gfx942")
+    every = [task.name for task in executing.tasks(machine, executing.ALL)]
+    shares = [[task.name for task in executing.tasks(machine, executing.ALL, (i, 2))] for i in range(2)]
+    mutants = [[name for name in share if name.startswith("mutants of")] for share in shares]
+    assert all(mutants)
+    assert set(mutants[0]).isdisjoint(mutants[1])
+    assert set(every) == set(shares[0]) | set(shares[1])
+    assert all(set(every) - set(share) == set(other) for share, other in zip(shares, reversed(mutants), strict=True))
+    named = [task.name for task in executing.tasks(machine, ["mutants*"], (1, 2))]
+    assert named == [name for name in every if name.startswith("mutants of")]
+
+
 def test_what_is_found_wrong_passes_only_where_it_has_to_be(monkeypatch):
     found = {"fine": [], "bad": ["o: norm 1, at most 0.1"], "broken": None}
 

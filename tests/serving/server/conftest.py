@@ -1,18 +1,14 @@
 """One engine of the embedded model and one server over it, on a socket of this machine, for all tests here."""
 
-import contextlib
-import threading
-import time
-
 import httpx
 import pytest
-import uvicorn
 
 from gdnjax import LLM
 from gdnjax.serving.async_llm import AsyncLLM
 from gdnjax.serving.server.app import make_app
 from gdnjax.serving.server.settings import ServerConfig
 from tests.conftest import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
+from tests.serving.server.sockets import serving
 
 OPTIONS = {
     "dtype": "float32",
@@ -43,23 +39,6 @@ def async_llm(llm):
     made = AsyncLLM.from_llm(llm)
     yield made
     made.close()
-
-
-@contextlib.contextmanager
-def serving(app):
-    """The URL at which an application answers, by a thread of its own."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")
