@@ -1,4 +1,5 @@
-"""Measures serving without a server: throughput and latencies of a workload, and what a setting changes."""
+"""Measures serving, without a server or through one: throughput and latencies of a workload, and what a setting
+changes."""
 
 if __name__ == "__main__":
     from gdnjax.cli import interrupt
@@ -73,6 +74,11 @@ a pool would have, admits and preempts by them alone, and has a state for every 
 width. Memory traffic and kernels are those of the decoupled pool, so the ratio is of capacity, not of layout. Blocks
 that no request could use are left out of either pool.
 
+--url asks a server for the workload in place of an engine of its own, over HTTP, by POST /v1/completions with token
+ids: gdnjax's, vLLM's, or another that takes ignore_eos and return_token_ids. --model is then where the vocabulary, and
+the tokenizer of a file's texts, are read from; engine and speculation are the server's own. --goodput counts the
+requests a second that keep all of its goals.
+
 --overhead prints what plan, pack and commit, the host's own work in a step, take while 256 requests decode, and
 detokenising, dispatching and reading apart. Where the device is the CPU itself, its threads interrupt the host's: then
 the median says what the work takes.
@@ -86,6 +92,8 @@ examples:
   python scripts/bench_serving.py --compare prefix-cache --repeat 3
   python scripts/bench_serving.py --compare prefix-cache --workload multi-turn
   python scripts/bench_serving.py --compare speculation --num-speculative-tokens 3 --workload requests.jsonl
+  python scripts/bench_serving.py --url http://127.0.0.1:8000 --request-rate 8 --goodput ttft:500 tpot:50
+  python scripts/bench_serving.py --url http://127.0.0.1:8000 --workload multi-turn --prefix-len 512 --turn-growth 1.5
   python scripts/bench_serving.py --overhead                                 the host's work with 256 running requests
   python scripts/bench_serving.py --workload requests.jsonl --model Qwen3.5-4B
   python scripts/bench_serving.py --random-weights qwen3.5-9b --dtype bfloat16   a geometry without its weights
@@ -108,15 +116,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 OPTIONAL = {
     "random": {"range_ratio": 0.0},
     "shared-prefix": {"range_ratio": 0.0},
-    "multi-turn": {"range_ratio": 0.0, "prefix_len": 0, "num_prefixes": 1},
+    "multi-turn": {"range_ratio": 0.0, "prefix_len": 0, "num_prefixes": 1, "turn_growth": 1.0},
     "overhead": {},
 }
 """Flags that apply to a workload, too, and change nothing where they are not given."""
 
 FILE_DEFAULTS = {"output_len": 64}
 
-SHAPE = ("num_requests", "input_len", "output_len", "range_ratio", "prefix_len", "num_prefixes", "turns")
+SHAPE = ("num_requests", "input_len", "output_len", "range_ratio", "prefix_len", "num_prefixes", "turns", "turn_growth")
 """All flags that describe a workload."""
+
+GOALS = ("ttft", "tpot", "e2el")
+"""Latencies that --goodput has goals for."""
+
+SERVER_FLAGS = ("served_model_name", "api_key", "goodput")
+
+REACHES_A_SERVER = ("url", *SERVER_FLAGS, *SHAPE, "model", "random_weights", "enable_expert_parallel", "workload")
+REACHES_A_SERVER += ("request_rate", "temperature", "seed", "repeat", "output", "plot", "verbose")
+"""Flags that mean something with --url; the others are the server's to decide."""
 
 MOST_ROWS = 128
 
@@ -188,9 +205,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--num-prefixes", type=int, metavar="N", help=f"different prefixes ({by_workload('num_prefixes')})")
     add("--turns", type=int, metavar="N", help=f"requests of a conversation ({by_workload('turns')})")
+    add("--turn-growth", type=float, metavar="G", help="tokens of a turn over those of the turn before (default: 1)")
     add("--request-rate", type=float, metavar="R", help="Poisson arrivals a second (default: all at once)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     add("--seed", type=int, default=0, metavar="N", help="of workload and random weights (default: 0)")
+    add = parser.add_argument_group("server").add_argument
+    add("--url", metavar="URL", help="ask the server there, in place of an engine of its own")
+    add("--served-model-name", metavar="NAME", help="what it calls the model (default: the first of /v1/models)")
+    add("--api-key", metavar="KEY", help="that it wants")
+    add("--goodput", nargs="+", metavar="NAME:MS", help=f"goals of a request: {', '.join(GOALS)} and milliseconds")
     add = parser.add_argument_group("engine").add_argument
     add("--max-num-seqs", type=int, metavar="N", help=f"requests at once (default: all, at most {MOST_ROWS})")
     add("--max-num-batched-tokens", type=int, default=1024, metavar="N", help="prompt tokens of a step (default: 1024)")
@@ -247,8 +270,85 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Everything between the arguments and the exit status."""
     check_arguments(arguments)
+    if arguments.url:
+        return run_on_server(arguments)
     prepare_environment(arguments.memory_fraction, host_cache_gib=arguments.host_cache_gib, verbose=arguments.verbose)
     return over_processes(arguments, lambda: run_here(arguments), lambda: follow(arguments))
+
+
+def run_on_server(arguments: argparse.Namespace) -> int:
+    """The workload on a server. Needs no jax."""
+    import asyncio
+
+    from serving_bench import figures, over_http, report
+
+    config, directory = read_model(arguments)
+    conversations = make_workload(arguments, config, directory)
+    goals = figures.Goals(**goals_of(arguments.goodput or []))
+    server = over_http.Server(
+        arguments.url, arguments.served_model_name or "", arguments.temperature, arguments.api_key
+    )
+
+    async def measure() -> list[Any]:
+        own = server
+        if not own.model:
+            own = dataclasses.replace(server, model=(await server.models())[0])
+        # What runs for the first time is slow.
+        first = dataclasses.replace(conversations[0].turns[0], max_tokens=2)
+        await over_http.run(own, [Conversation([first])])
+        names = [f"run {i + 1} of {arguments.repeat}" for i in range(arguments.repeat)]
+        return [await over_http.run(own, conversations, description=name, progress=True) for name in names]
+
+    try:
+        logs = asyncio.run(measure())
+    except* (OSError, over_http.ServerError) as errors:
+        first = errors.exceptions[0]
+        raise OSError(f"--url {arguments.url}: {first}") from first
+    requests = sum(len(item.turns) for item in conversations)
+    print(report.server_table(logs, goals, f"{arguments.url}: {arguments.workload}, {requests} requests"))
+    if arguments.output:
+        leave = ("output", "plot", "verbose", "api_key")
+        chosen = {name: getattr(arguments, name) for name in REACHES_A_SERVER if name not in leave}
+        content = {"settings": chosen, **report.server_json(logs, goals)}
+        pathlib.Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if arguments.plot:
+        from serving_bench import pictures
+
+        pictures.draw({"the server": logs}, pathlib.Path(arguments.plot))
+        print(f"wrote {arguments.plot}", file=sys.stderr)
+    return 0
+
+
+def goals_of(given: Sequence[str]) -> dict[str, float]:
+    """The goals of --goodput by their fields. Raises ValueError for what is none."""
+    found = {}
+    for item in given:
+        name, _, value = item.partition(":")
+        try:
+            milliseconds = float(value)
+        except ValueError:
+            milliseconds = math.nan
+        if name not in GOALS or not 0 < milliseconds < math.inf:
+            raise ValueError(f"--goodput {item}: a goal is NAME:MILLISECONDS, of {', '.join(GOALS)}")
+        found[f"{name}_ms"] = milliseconds
+    return found
+
+
+def check_server(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for flags that say nothing to a server, and for a server's flags without one."""
+    if arguments.url is None:
+        given = [name for name in SERVER_FLAGS if getattr(arguments, name) is not None]
+        if given:
+            raise ValueError(f"{flag(given[0])} is about a server; give --url, too")
+        return
+    from serving_bench.over_http import Server
+
+    _ = Server(arguments.url, "").parts
+    goals_of(arguments.goodput or [])
+    usual = vars(build_parser().parse_args([]))
+    others = [name for name in usual if name not in REACHES_A_SERVER and getattr(arguments, name) != usual[name]]
+    if others:
+        raise ValueError(f"{flag(others[0])} is the server's to decide; leave it or --url out")
 
 
 def follow(arguments: argparse.Namespace) -> None:
@@ -283,6 +383,7 @@ def run_here(arguments: argparse.Namespace) -> int:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises ValueError for values that cannot work, and fills in the defaults that depend on others."""
+    check_server(arguments)
     for name in ("num_requests", "input_len", "output_len", "num_prefixes", "turns", "max_num_seqs", "pool_requests"):
         _check_least(arguments, name, 1)
     _check_least(arguments, "repeat", 1)
@@ -290,7 +391,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         _check_least(arguments, name, 0)
     if arguments.range_ratio is not None and not 0 <= arguments.range_ratio <= 1:
         raise ValueError(f"--range-ratio must be in [0, 1], got {arguments.range_ratio:g}")
-    for name in ("request_rate", "pool_gib"):
+    for name in ("request_rate", "pool_gib", "turn_growth"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{flag(name)} must be a number above 0, got {value:g}")

@@ -64,7 +64,7 @@ HOST_ONLY += ("serving.outputs", "serving.channel")
 HOST_ONLY += ("serving.tokenizer", "serving.detokenizer", "serving.request", "serving.allocator", "serving.scheduler")
 HOST_ONLY += ("serving.plan", "serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
 HOST_ONLY += ("serving.radix_tree", "serving.host_tier", "serving.records", "serving.chat", "serving.frontend")
-HOST_ONLY += ("serving.server.settings", "cli.serve")
+HOST_ONLY += ("serving.server.settings", "cli.serve", "serving.parsing", "serving.tool_calls")
 HOST_ONLY += ("serving.structured",)
 HOST_ONLY += ("cli.command", "cli.generate", "cli.convert", "cli.main")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
@@ -82,7 +82,7 @@ PLANNERS = (
     "serving.structured",
 )
 PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
-PLANNERS_SEE |= {"serving.outputs", "serving.submission"}
+PLANNERS_SEE |= {"serving.outputs", "serving.submission", "serving.parsing"}
 
 
 @dataclasses.dataclass(frozen=True)

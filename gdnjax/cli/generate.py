@@ -28,7 +28,7 @@ from gdnjax.cli.compile_stages import CompileStages
 
 if TYPE_CHECKING:
     from gdnjax.config import EngineConfig
-    from gdnjax.sampling_params import SamplingParams
+    from gdnjax.sampling_params import SamplingParams, StructuredOutputsParams
     from gdnjax.serving.llm import LLM
     from gdnjax.serving.outputs import RequestOutput
     from gdnjax.serving.tokenizer import Tokenizer
@@ -53,6 +53,7 @@ examples:
   {command} --model Qwen3.5-4B --prompts-file prompts.jsonl --jsonl    one batch in and out
   {command} --model Qwen3.5-4B -p "a" -p "b" --temp 0            greedy, two prompts in one batch
   {command} -n 3 "Once upon a time"                              three stories
+  {command} "Is 7 more than 5?" --choice yes --choice no          one of these texts
   {command} --dtype float32 --num-speculative-tokens 3           the same story in fewer steps
   srun {command} --distributed --model Qwen3.5-397B-A17B-FP8 --tensor-parallel-size 8 "Once upon a time"
 
@@ -242,6 +243,10 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
     add("--frequency-penalty", type=float, metavar="F", help="the same for each time that they occur, -2 to 2")
     add("--repetition-penalty", type=float, metavar="F", help="divides logits of earlier tokens; 1 is none")
     add("--stop", action="append", metavar="TEXT", help="end the output before this text; repeatable")
+    add = parser.add_argument_group("structured output (pip install 'gdnjax[structured]')").add_argument
+    add("--json-schema", metavar="FILE", help="the output is JSON that this schema allows")
+    add("--regex", metavar="PATTERN", help="the output matches this as a whole")
+    add("--choice", action="append", metavar="TEXT", help="the output is one of these; repeatable")
     add_speculation_flags(parser.add_argument_group("speculation").add_argument)
     add = parser.add_argument_group("output").add_argument
     add("--jsonl", action="store_true", help="a JSON object a line for each completion on stdout, in place of text")
@@ -417,8 +422,30 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
     given = {name: getattr(arguments, name) for name in SAMPLING_FLAGS if getattr(arguments, name) is not None}
     given["max_tokens"] = MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
+    given["structured_outputs"] = given_structure(arguments)
     SamplingParams(**given)
     return given
+
+
+def given_structure(arguments: argparse.Namespace) -> "StructuredOutputsParams | None":
+    """What the output has to be. Raises ValueError for more than one, and for a schema that is none."""
+    from gdnjax.sampling_params import StructuredOutputsParams
+
+    flags = {"--json-schema": arguments.json_schema, "--regex": arguments.regex, "--choice": arguments.choice}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} contradict one another; leave all but one of them out")
+    for text in (arguments.regex, *(arguments.choice or ())):
+        check_text(given[0] if given else "", text)
+    if arguments.json_schema is not None:
+        file = pathlib.Path(arguments.json_schema)
+        try:
+            return StructuredOutputsParams(json=file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    if arguments.regex is not None:
+        return StructuredOutputsParams(regex=arguments.regex)
+    return StructuredOutputsParams(choice=arguments.choice) if arguments.choice else None
 
 
 def start(

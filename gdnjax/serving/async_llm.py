@@ -49,16 +49,17 @@ class _Mailbox(Reader):
 
     def receive(self, piece: Piece) -> None:
         self.pieces.append(piece)
-        self._wake()
+        self.wake()
 
     def fail(self, error: BaseException) -> None:
         self.error = error
-        self._wake()
+        self.wake()
 
     def ended(self) -> None:
         self._owner._forget(self)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Whoever waits looks again. Called in the event loop."""
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
@@ -69,6 +70,9 @@ class Stream:
     The request is checked and queued by the first `await`, which raises what is wrong with it. Leaving the loop, by
     `break`, an error, cancellation or `aclose()`, aborts the request; so does dropping the object.
     """
+
+    # Of one whose construction failed.
+    _closed = True
 
     def __init__(self, owner: "AsyncLLM", request_id: str | None, prepare: Callable[[float], Submission]):
         self._owner, self._prepare = owner, prepare
@@ -122,37 +126,35 @@ class Stream:
         if self._closed:
             raise StopAsyncIteration
         box = self._box
+        if box.waiter is not None:
+            raise RuntimeError("a stream is for one task, and another one waits for its next piece")
         try:
             if box.submission is None:
                 await self.prepared()
             while not box.pieces:
                 if box.error is not None:
                     raise box.error
-                await self._wait()
+                box.waiter = box.event_loop.create_future()
+                try:
+                    await box.waiter
+                finally:
+                    box.waiter = None
+                if self._closed:
+                    # By another task.
+                    raise StopAsyncIteration
         except BaseException:
             self._leave()
             raise
         return self._next()
 
-    async def _wait(self) -> None:
-        box = self._box
-        if box.waiter is not None:
-            raise RuntimeError("a stream is for one task, and another one waits for its next piece")
-        box.waiter = box.event_loop.create_future()
-        try:
-            await box.waiter
-        finally:
-            box.waiter = None
-
     def _next(self) -> StreamOutput:
         """The next piece, and as one with it those of the same sample that have come right behind it."""
         pieces = self._box.pieces
         index, text, token_ids, logprobs, finish_reason, stop_reason = pieces.popleft()
-        while pieces and pieces[0].index == index:
-            more = pieces.popleft()
-            text, token_ids = text + more.text, token_ids + more.token_ids
-            logprobs = None if logprobs is None or more.logprobs is None else logprobs + more.logprobs
-            finish_reason, stop_reason = more.finish_reason, more.stop_reason
+        while pieces and pieces[0][0] == index:
+            _, more, further, entries, finish_reason, stop_reason = pieces.popleft()
+            text, token_ids = text + more, token_ids + further
+            logprobs = None if logprobs is None or entries is None else logprobs + entries
         output = None
         if finish_reason is not None:
             self._num_left -= 1
@@ -170,6 +172,7 @@ class Stream:
         if not self._closed:
             self._closed = True
             self._owner._drop(self._box)
+            self._box.wake()
 
     async def __aenter__(self) -> "Stream":
         return self

@@ -71,7 +71,12 @@ class Detokenizer:
         """
         if start < 0:
             raise ValueError(f"start must be at least 0, got {start}")
-        missing, pieces = self._num_characters - start, []
+        missing = self._num_characters - start
+        if missing <= 0:
+            return ""
+        if missing <= len(self._pieces[-1]):
+            return self._pieces[-1][-missing:]
+        pieces = []
         for piece in reversed(self._pieces):
             if missing <= 0:
                 break

@@ -132,6 +132,28 @@ class Engine:
                 if request.status is Status.RUNNING:
                     self.scheduler.preempt(request)
 
+    def park(self, *requests: Request) -> None:
+        """Takes requests that have not ended, running ones too, out of the queue until `unpark`. What they have
+        produced, their places and their deadlines stay.
+        """
+        for request in requests:
+            self.preempt(request)
+        with self._alone(), self._whole():
+            for request in requests:
+                if not request.finished:
+                    self.scheduler.park(request)
+
+    def unpark(self, *requests: Request) -> None:
+        """Lets parked requests go on. Nothing happens to others."""
+        with self._alone(), self._whole():
+            for request in requests:
+                self.scheduler.unpark(request)
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """Ends a request that cannot go on with finish_reason "error"."""
+        with self._alone(), self._whole():
+            self.scheduler.fail(request, error)
+
     def step(self) -> list[Request]:
         """One turn: dispatches the next plan, then reads the turn before it.
 
@@ -196,6 +218,7 @@ class Engine:
             len(self.scheduler.running),
         )
         self._last_harvest = None
+        self.counters.num_start_overs += 1
         self.runner.start_over(self._in_flight)
         self._in_flight.clear()
         self.scheduler.start_over()
@@ -247,7 +270,7 @@ class Engine:
         with self._whole():
             self._in_flight.popleft()
             self._observe(turn, decode)
-            spent = self.scheduler.detokenise_seconds
+            spent, produced = self.scheduler.detokenise_seconds, self.counters.num_output_tokens
             with self.metrics.timed("commit"):
                 if prefill is not None:
                     self._collect_prompt_logprobs(turn.plan.pieces, prefill)
@@ -259,6 +282,9 @@ class Engine:
                     rows = zip(itertools.count(), turn.plan.decoding, turn.plan.bounds, strict=False)
                     self._commit(rows, decode)
                     self._account(turn.plan, decode)
+            prefilled = sum(piece.length for piece in turn.plan.pieces)
+            produced = self.counters.num_output_tokens - produced
+            self.metrics.histograms["turn_tokens"].observe(prefilled + produced)
             spent = self.scheduler.detokenise_seconds - spent
             self.metrics.seconds.commit -= spent
             self.metrics.seconds.detokenise += spent
@@ -439,7 +465,7 @@ class Engine:
         counters = cache.counters
         return {
             "num_running": len(scheduler.running),
-            "num_waiting": len(scheduler.waiting),
+            "num_waiting": len(scheduler.waiting) + len(scheduler.parked),
             "num_preemptions": scheduler.num_preemptions,
             "num_compilations": self.num_compilations,
             "slots_used": allocator.slots.num_used - cache.num_states,

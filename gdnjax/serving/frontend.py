@@ -155,6 +155,11 @@ class Frontend:
         """
         several = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], list | tuple)
         tokenizer, options = self.require_tokenizer("chat"), options or {}
+        if options.get("continue_final_message") and add_generation_prompt:
+            raise ValueError(
+                "continue_final_message goes on with the last message, and add_generation_prompt begins another; give "
+                "add_generation_prompt=False, too"
+            )
         chats = messages if several else [messages]
         texts = render_chats(tokenizer, chats, options, add_generation_prompt, several=several)
         prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]

@@ -350,7 +350,8 @@ class LLM:
 
         num_running, num_waiting, num_preemptions, num_requests, num_ended (by finish_reason, or "timeout"), num_turns,
         num_prompt_tokens (computed, so without cached ones), num_output_tokens, num_compilations, num_device_reads,
-        uptime in seconds; slots_used and blocks_used (by running requests) of slots_total and blocks_total;
+        num_start_overs (of everybody who ran, since a turn was cut off), uptime in seconds;
+        slots_used and blocks_used (by running requests) of slots_total and blocks_total;
         output_tokens_per_second over the last ten seconds; padding_waste, the share of all steps' places that held
         nothing; prefix_cache, a dictionary of its counters (gdnjax.serving.prefix_cache.CacheCounters), hit_rate,
         cached_blocks, evictable_blocks (those of them that no running request shares) and cached_states; host_cache,

@@ -11,17 +11,22 @@ import dataclasses
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from gdnjax.serving.engine import Engine
 from gdnjax.serving.request import Request
 from gdnjax.serving.submission import Submission
+from gdnjax.serving.trials import Trials
 
 log = logging.getLogger("gdnjax")
 
 ATTEMPTS = 3
-"""How often in a row something may fail that the engine recovers from by itself."""
+"""How often the engine tries to start over before its thread gives up."""
+
+PAUSE = 0.1
+"""Seconds before it tries again, twice as many the next time."""
 
 SETTLING = 2
 """Turns that are taken when nobody is left: the last one in flight is read, and who was aborted is counted."""
@@ -34,15 +39,10 @@ class EngineStoppedError(RuntimeError):
     """The engine takes no more requests: it is closed, or it drains, or its thread has failed."""
 
 
-class Piece(NamedTuple):
-    """What has come of a sample since its last piece: the fields of a StreamOutput but its output."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[Any] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
+Piece = tuple[int, str, list[int], list[Any] | None, str | None, int | str | None]
+"""What has come of a sample since its last piece: its index, text, token ids, their log-probabilities, finish_reason
+and stop_reason, as of a StreamOutput.
+"""
 
 
 class Reader(abc.ABC):
@@ -75,6 +75,8 @@ class _Sample:
     reader: Reader
     num_characters: int = 0
     num_tokens: int = 0
+    # When it was last told of something.
+    told: float = 0.0
 
 
 class _Command(NamedTuple):
@@ -96,6 +98,11 @@ class EngineLoop:
         # A finaliser may post in the middle of a post.
         self._lock = threading.RLock()
         self._stopped: str | None = None
+        # What the thread is at, to be refused where it fails there.
+        self._undone: _Command | None = None
+        self._trials = Trials(engine)
+        # Turns in a row that failed for nobody.
+        self._in_vain = 0
         engine.listen(self._hear)
         self._thread = threading.Thread(target=self._run, name="gdnjax-engine", daemon=True)
         self._thread.start()
@@ -126,7 +133,7 @@ class EngineLoop:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                future.set_result(self._engine.between_turns(function))
+                future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
 
@@ -170,18 +177,28 @@ class EngineLoop:
                 if self._samples or settling:
                     self._turn()
         except BaseException as error:
-            log.exception("the engine's thread ends")
-            self._failure = error
-            with self._lock:
-                self._stopped = f"the engine's thread has failed: {type(error).__name__}: {error}"
+            self._die(error)
         self._end()
+
+    def _die(self, error: BaseException) -> None:
+        with self._lock:
+            if self._engine.closed:
+                self._stopped = self._stopped or "this LLM is closed"
+                return
+            self._failure = error
+            self._stopped = f"the engine's thread has failed: {type(error).__name__}: {error}"
+        log.error("the engine's thread ends", exc_info=error)
 
     def _obey(self, wait: bool) -> bool:
         """Does what was posted, and waits for it if there is nothing else to do. False: the thread is to end."""
         try:
             command = self._commands.get() if wait else self._commands.get_nowait()
             while command is not None:
-                command.do()
+                self._undone = command
+                # Another thread's turn may have been cut off.
+                self._recover()
+                self._engine.between_turns(command.do)
+                self._undone = None
                 command = self._commands.get_nowait()
         except queue.Empty:
             return True
@@ -195,24 +212,71 @@ class EngineLoop:
         self._samples.clear()
         for reader in readers:
             self._fail(reader, self._refusal())
-        # Nothing is posted any more: it was said that the thread has stopped.
+        # Nothing is posted any more that could be refused: it was said that the thread has stopped.
+        commands = [self._undone]
         while not self._commands.empty():
-            command = self._commands.get()
+            commands.append(self._commands.get())
+        for command in commands:
             if command is not None:
                 command.refuse(self._refusal())
-        self._engine.abort(*requests)
+        try:
+            self._engine.abort(*requests)
+        except Exception:
+            log.exception("%d requests stay in an engine that cannot start over", len(requests))
 
     def _turn(self) -> None:
-        self._engine.take_turn()
+        """A turn, after which the engine is whole, whatever happened in it. Raises where it cannot be made so."""
+        error = None
+        try:
+            error = self._engine.between_turns(self._attempt)
+            if error is None:
+                self._in_vain = 0
+                self._trials.passed()
+                return
+            if not self._trials.has_suspects:
+                self._in_vain += 1
+            log.warning("a turn was cut off and is tried again", exc_info=error)
+            self._recover()
+            self._trials.failed(error)
+        except Exception:
+            if self._engine.closed:
+                raise
+            log.exception("what follows a turn was cut off, too, and is tried again")
+            self._recover()
+        if self._in_vain == ATTEMPTS:
+            raise RuntimeError("turns fail, and there is no request that it could be for") from error
+
+    def _attempt(self) -> Exception | None:
+        try:
+            self._engine.step()
+        except Exception as error:
+            if self._engine.closed:
+                raise
+            self._trials.suspect()
+            return error
+        return None
+
+    def _recover(self) -> None:
+        """Makes an engine whole whose turn was cut off, and is patient with a device that has no memory for it now."""
+        for attempt in range(ATTEMPTS):
+            try:
+                self._engine.between_turns(lambda: None)
+                return
+            except Exception:
+                if self._engine.closed or attempt == ATTEMPTS - 1:
+                    raise
+                log.exception("the engine cannot start over, and tries again")
+                time.sleep(PAUSE * 2**attempt)
 
     def _add(self, reader: Reader, submission: Submission) -> None:
-        for request in submission.requests:
-            self._samples[request] = _Sample(reader)
+        self._samples |= {request: _Sample(reader) for request in submission.requests}
         for request in submission.requests:
             self._engine.add(request)
+        if self._trials.under_way:
+            self._trials.hold(*submission.requests)
 
     def _drop(self, requests: Iterable[Request]) -> None:
-        self._engine.between_turns(lambda: self._let_go(requests))
+        self._let_go(requests)
         self._engine.abort(*requests)
 
     def _let_go(self, requests: Iterable[Request]) -> None:
@@ -230,24 +294,33 @@ class EngineLoop:
         """Hands on what has come of requests: in one call of each event loop."""
         told: dict[asyncio.AbstractEventLoop, list[tuple[Reader, Piece]]] = {}
         closed: list[Reader] = []
+        samples, now = self._samples, time.monotonic()
+        observe = self._engine.metrics.histograms["inter_token_latency"].observe
+        # What is done here the device may have to wait for, with every request of a turn: no call that can be spared.
         for request in moved:
-            sample = self._samples.get(request)
+            sample = samples.get(request)
             if sample is None:
                 continue
-            text = request.detokenizer.text_since(sample.num_characters)
-            token_ids = request.output_token_ids[sample.num_tokens :]
-            if not (token_ids or request.finished):
+            start, finish_reason = sample.num_tokens, request.finish_reason
+            token_ids = request.output_token_ids[start:]
+            if not token_ids and finish_reason is None:
                 continue
-            logprobs = request.logprobs_since(sample.num_tokens)
+            text = request.detokenizer.text_since(sample.num_characters)
+            sample.num_tokens = start + len(token_ids)
+            if start:
+                observe(now - sample.told)
+            sample.told = now
             sample.num_characters += len(text)
-            sample.num_tokens += len(token_ids)
-            reasons = (None, None)
-            if request.finished:
-                reasons = (request.finish_reason, request.stop_reason)
-                del self._samples[request]
-                closed.append(sample.reader)
-            piece = Piece(request.index, text, token_ids, logprobs, *reasons)
-            told.setdefault(sample.reader.event_loop, []).append((sample.reader, piece))
+            reader = sample.reader
+            logprobs = None if request.params.logprobs is None else request.logprobs_since(start)
+            piece = (request.index, text, token_ids, logprobs, finish_reason, request.stop_reason)
+            if finish_reason is not None:
+                del samples[request]
+                closed.append(reader)
+            batch = told.get(reader.event_loop)
+            if batch is None:
+                batch = told[reader.event_loop] = []
+            batch.append((reader, piece))
         for event_loop, pieces in told.items():
             try:
                 event_loop.call_soon_threadsafe(_deliver, pieces)

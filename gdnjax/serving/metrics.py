@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,11 +22,77 @@ RECENT = 1024
 PERCENTILES = (50, 90, 99)
 
 
+TOKEN_TIMES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5)
+TOKEN_TIMES += (10.0, 20.0, 40.0, 80.0)
+FIRST_TIMES = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
+FIRST_TIMES += (80.0, 160.0, 640.0, 2560.0)
+REQUEST_TIMES = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)
+REQUEST_TIMES += (120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+LENGTHS = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 2, 5))
+TURN_SIZES = tuple(float(1 << power) for power in range(15))
+SAMPLES = (1.0, 2.0, 5.0, 10.0, 20.0)
+"""Upper bounds of the buckets of histograms: seconds, tokens, samples. Mostly vLLM's, and smaller times beside them."""
+
+HISTOGRAMS = {
+    "time_to_first_token": FIRST_TIMES,
+    "inter_token_latency": TOKEN_TIMES,
+    "time_per_output_token": TOKEN_TIMES,
+    "latency": REQUEST_TIMES,
+    "queue_time": REQUEST_TIMES,
+    "prefill_time": REQUEST_TIMES,
+    "decode_time": REQUEST_TIMES,
+    "inference_time": REQUEST_TIMES,
+    "num_prompt_tokens": LENGTHS,
+    "num_output_tokens": LENGTHS,
+    "max_tokens": LENGTHS,
+    "num_samples": SAMPLES,
+    "turn_tokens": TURN_SIZES,
+}
+"""What is observed: of requests when they end, each sample for itself (num_samples once a prompt); of streams
+inter_token_latency, between two turns that brought them something; of turns turn_tokens, those that they computed.
+"""
+
+UNSORTED = 4096
+"""Values that a histogram keeps before it puts them into its buckets."""
+
+
+class Histogram:
+    """How many values came to lie in which bucket: above the bound before it, and at most its own."""
+
+    def __init__(self, bounds: Sequence[float]):
+        self.bounds = tuple(bounds)
+        self.total = 0.0
+        self._counts = np.zeros(len(bounds) + 1, np.int64)
+        self._unsorted: list[int | float] = []
+        self._lock = threading.Lock()
+
+    def observe(self, value: int | float) -> None:
+        """Adds a value; it costs next to nothing, now and then sorting the last ones."""
+        self._unsorted.append(value)
+        if len(self._unsorted) >= UNSORTED:
+            self.counts()
+
+    def counts(self) -> list[int]:
+        """How many values each bucket has, the last of them those above all bounds. May be asked for by another thread
+        than the one that observes.
+        """
+        with self._lock:
+            # What comes meanwhile stays for the next time.
+            values = self._unsorted[: len(self._unsorted)]
+            del self._unsorted[: len(values)]
+            if values:
+                places = np.searchsorted(self.bounds, values)
+                self._counts += np.bincount(places, minlength=len(self._counts))
+                self.total += sum(values)
+            return self._counts.tolist()
+
+
 @dataclasses.dataclass
 class Counters:
     """What the engine has done since it was built. Padded tokens are places of steps that held nothing.
 
-    num_ended  requests that have ended, by finish_reason; those that a deadline ended by "timeout".
+    num_ended        requests that have ended, by finish_reason; those that a deadline ended by "timeout".
+    num_start_overs  times that everybody who ran was computed anew, since a turn was cut off.
 
     Counted where the engine speculates, else 0 and empty:
     num_decode_rows            rows of decode steps that emitted something, each a forward pass for one request.
@@ -41,6 +108,7 @@ class Counters:
     num_output_tokens: int = 0
     num_padded_tokens: int = 0
     num_device_reads: int = 0
+    num_start_overs: int = 0
     num_decode_rows: int = 0
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
@@ -81,6 +149,7 @@ class Metrics:
         self._produced: collections.deque[tuple[float, int]] = collections.deque()
         self._first_token: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._per_token: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self.histograms = {name: Histogram(bounds) for name, bounds in HISTOGRAMS.items()}
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -147,12 +216,36 @@ class Metrics:
         timed_out = request.finish_reason == "abort" and request.stop_reason == "timeout"
         reason, ended = "timeout" if timed_out else str(request.finish_reason), self.counters.num_ended
         ended[reason] = ended.get(reason, 0) + 1
+        self._observe(request)
         if request.first_token_time is None or request.finished_time is None:
             return
         self._first_token.append(request.first_token_time - request.arrival_time)
         later = len(request.output_token_ids) - 1
         if later > 0:
             self._per_token.append((request.finished_time - request.first_token_time) / later)
+
+    def _observe(self, request: Request) -> None:
+        """Puts a request that has ended into the histograms, as far as it has come."""
+        arrival, scheduled = request.arrival_time, request.first_scheduled_time
+        first, end = request.first_token_time, request.finished_time
+        later = len(request.output_token_ids) - 1
+        between = _between(first, end)
+        found = {
+            "time_to_first_token": _between(arrival, first),
+            "time_per_output_token": between / later if between is not None and later > 0 else None,
+            "latency": _between(arrival, end),
+            "queue_time": _between(arrival, scheduled),
+            "prefill_time": _between(scheduled, first),
+            "decode_time": between,
+            "inference_time": _between(scheduled, end),
+            "num_prompt_tokens": request.prompt_length,
+            "num_output_tokens": later + 1,
+            "max_tokens": request.max_length - request.prompt_length,
+            "num_samples": None if request.index else request.params.n,
+        }
+        for name, value in found.items():
+            if value is not None:
+                self.histograms[name].observe(value)
 
     def _forget(self, now: float) -> None:
         while self._produced and self._produced[0][0] < now - WINDOW:
@@ -185,6 +278,10 @@ class Metrics:
             return False
         self._last_line = now
         return True
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
 
 
 def _add_by_position(totals: list[int], numbers: np.ndarray) -> None:

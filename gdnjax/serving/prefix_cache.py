@@ -133,6 +133,11 @@ class PrefixCache:
         return len(self._untried) + len(self._proven)
 
     @property
+    def num_tombstones(self) -> int:
+        """Runs of cached blocks without the state behind them, where such a state is needed."""
+        return len(self._nodes) - self.num_states if self.needs_state else 0
+
+    @property
     def num_busy_states(self) -> int:
         """Checkpoints that the turn being planned reads or writes."""
         return len(self._busy)

@@ -104,6 +104,8 @@ class Scheduler:
         self.unfinished: dict[Request, None] = {}
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
+        # Those that nobody is to admit for now, though they have not ended.
+        self.parked: dict[Request, None] = {}
         # Those that have ended and whose end nobody has taken note of. The engine empties it.
         self.ended: list[Request] = []
         self.num_preemptions = 0
@@ -206,7 +208,7 @@ class Scheduler:
 
     def _drop_deadlines(self) -> None:
         """Forgets finished requests, or they would stay in memory until their deadlines."""
-        if len(self._deadlines) > 2 * (len(self.waiting) + len(self.running)):
+        if len(self._deadlines) > 2 * len(self.unfinished):
             self._deadlines = [entry for entry in self._deadlines if not entry[-1].finished]
             heapq.heapify(self._deadlines)
 
@@ -695,6 +697,16 @@ class Scheduler:
         request.status = Status.WAITING
         self.waiting.add(request)
 
+    def park(self, request: Request) -> None:
+        """Takes a request that waits out of the queue until `unpark`. Its deadline and its place stay."""
+        self.waiting.discard(request)
+        self.parked[request] = None
+
+    def unpark(self, request: Request) -> None:
+        """Puts a request that was parked, and has not ended, into its place again."""
+        if self.parked.pop(request, self) is None:
+            self.waiting.add(request)
+
     def _leave(self, request: Request) -> None:
         """Takes a request from those that run, if it is one of them."""
         place = bisect.bisect_left(self.running, request.order, key=_order)
@@ -806,6 +818,7 @@ class Scheduler:
             self._retire(request, *self._reach_of(request, ended))
         else:
             self.waiting.discard(request)
+            self.parked.pop(request, None)
         try:
             request.detokenizer.finish()
         except Exception as error:
@@ -819,8 +832,8 @@ class Scheduler:
         self._drop_deadlines()
 
     def fail(self, request: Request, error: Exception) -> None:
-        """Ends a request whose text cannot be made, with the finish_reason "error". Others go on."""
-        log.error("request %s ends: its text cannot be made", request.request_id, exc_info=error)
+        """Ends a request that cannot go on, its text say cannot be made, with finish_reason "error". Others go on."""
+        log.error("request %s ends by an error", request.request_id, exc_info=error)
         self.finish(request, "error", _words(error))
 
     def start_over(self) -> None:
@@ -850,7 +863,8 @@ class Scheduler:
             except Exception as error:
                 faults.append((request, error))
         self.running, self._num_kept_back, self._refusal = [], 0, None
-        self.waiting = WaitingQueue(waiting)
+        self.parked = {request: None for request in waiting if request in self.parked}
+        self.waiting = WaitingQueue(request for request in waiting if request not in self.parked)
         self.unfinished = dict.fromkeys(waiting)
         self._deadlines = [(r.deadline, r.order[1], r) for r in waiting if r.deadline is not None]
         heapq.heapify(self._deadlines)
@@ -915,12 +929,13 @@ class Scheduler:
             )
             blocks += request.blocks[request.num_shared :]
             slots += [request.slot, *(slot for _, slot in (*request.unpublished, *request.marks))]
-        for request in self.waiting:
+        for request in (*self.waiting, *self.parked):
             assert request.status is Status.WAITING
             assert not request.slot
             assert not request.blocks
             assert not request.marks
-        assert self.unfinished.keys() == {*self.running, *self.waiting}
+        assert self.unfinished.keys() == {*self.running, *self.waiting, *self.parked}
+        assert not any(request in self.waiting for request in self.parked)
         assert not any(request.half_done for request in self.unfinished)
         self.allocator.blocks.check_integrity(blocks)
         self.allocator.slots.check_integrity(slots)
@@ -931,7 +946,7 @@ class Scheduler:
         assert orders == sorted(orders), "a queue is out of order"
         kept_back = sum(len(r.marks) + (len(r.unpublished) if r.detached else 0) for r in self.running)
         assert self._num_kept_back == kept_back, "checkpoints that running requests keep back are miscounted"
-        live = {*self.waiting, *self.running}
+        live = {*self.waiting, *self.running, *self.parked}
         overdue = [request for *_, request in self._deadlines]
         assert live.issuperset(request for request in overdue if not request.finished)
         assert len(overdue) <= 2 * len(live), "finished requests stay alive"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gdnjax.sampling_params import MASK_BITS, SamplingParams, StructuredOutputsParams
+from gdnjax.serving.parsing import begins_thinking
 from gdnjax.serving.tokenizer import Tokenizer
 
 THINK, END_OF_THINKING = "<think>", "</think>"
@@ -21,6 +22,9 @@ THINK, END_OF_THINKING = "<think>", "</think>"
 
 PROMPT_END = 8
 """Tokens at the end of a prompt among which a generation prompt has one that is special."""
+
+BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
+"""What may stand between the parts of JSON. Without a bound a model may never come to the next one."""
 
 MAX_GRAMMARS = 256
 """Compiled grammars that are kept for requests to come."""
@@ -70,9 +74,9 @@ class _Library:
         try:
             found = self.module.LLMatcher(self.tokenizer, _grammar_of(self.module, structure), log_level=0)
         except Exception as error:
-            raise ValueError(f"structured_outputs.{structure.kind} is no grammar: {error}") from error
+            raise ValueError(_no_grammar(structure, str(error))) from error
         if found.is_error():
-            raise ValueError(f"structured_outputs.{structure.kind} is no grammar: {found.get_error()}")
+            raise ValueError(_no_grammar(structure, found.get_error()))
         return found
 
 
@@ -112,15 +116,20 @@ class Grammars:
         return matcher
 
 
+def _no_grammar(structure: StructuredOutputsParams, why: str) -> str:
+    """In one line, whatever the library draws beneath it."""
+    return f"structured_outputs.{structure.kind} is no grammar: {' '.join(why.split())}"
+
+
 def _grammar_of(llguidance: Any, structure: StructuredOutputsParams) -> str:
     """In llguidance's form."""
     match structure.kind:
         case "json" | "json_object":
             schema = structure.json or '{"type": "object"}'
-            blanks = {"whitespace_flexible": False} if structure.disable_any_whitespace else {}
+            options: dict[str, Any] = {"whitespace_pattern": BLANKS}
             if structure.disable_any_whitespace:
-                blanks |= {"item_separator": ", ", "key_separator": ": "}
-            return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=blanks)
+                options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
         case "choice":
             return llguidance.grammar_from("choice", json.dumps(structure.choice))
         case kind:
@@ -142,16 +151,18 @@ class _Thinking:
 
 
 def _thinking_of(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> _Thinking:
+    begun = begins_thinking(tokenizer, prompt_token_ids)
     opening, closing = tokenizer.token_of(THINK), tokenizer.token_of(END_OF_THINKING)
     if opening is None or closing is None:
-        text = tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
-        return _Thinking(begun=text.rfind(THINK) > text.rfind(END_OF_THINKING))
-    last = next((token for token in reversed(prompt_token_ids) if token in (opening, closing)), None)
-    if last == opening:
+        return _Thinking(begun=begun)
+    if begun:
         return _Thinking(begun=True, closed_by=closing)
     end = prompt_token_ids[-PROMPT_END:]
-    # A prompt that closes thinking at its end wants none; one that is no chat's is a text to go on with.
+    # A prompt that closes thinking at its end wants none; one that is no chat's is a text to go on with; and a model
+    # whose chats know no thinking has no use for the tag, but would draw it now and then, and never close it.
     may_open = closing not in end and not tokenizer.special_token_ids.isdisjoint(end)
+    template = tokenizer.hf.chat_template
+    may_open = may_open and (not template or THINK in str(template))
     return _Thinking(opened_by=opening if may_open else None, closed_by=closing)
 
 

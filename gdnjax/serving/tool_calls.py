@@ -187,14 +187,14 @@ def strict_json(text: str) -> Any:
     """The value of a JSON text, by the standard: no NaN, no Infinity. Raises ValueError for what is not JSON, and for
     JSON that is nested deeper than this interpreter can read.
     """
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
-
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=_refuse)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def value_json(text: str, types: frozenset[str]) -> str:

@@ -48,8 +48,34 @@ def latencies(traces: Sequence[Trace]) -> dict[str, list[float]]:
     }
 
 
-def of_log(log: Log) -> Figures:
-    """All figures of a run."""
+@dataclasses.dataclass(frozen=True)
+class Goals:
+    """What a request must keep to be a good one: milliseconds at most; None: anything."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2el_ms: float | None = None
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in dataclasses.astuple(self))
+
+    def are_met(self, trace: Trace) -> bool:
+        """Whether a request keeps them all. One of a single token has no TPOT to keep."""
+        found = {
+            "ttft_ms": time_to_first_token(trace),
+            "tpot_ms": time_per_output_token(trace),
+            "e2el_ms": trace.times[-1] - trace.arrival,
+        }
+        limits = dataclasses.asdict(self)
+        return all(
+            limits[name] is None or value is None or value * 1e3 <= limits[name] for name, value in found.items()
+        )
+
+
+def of_requests(log: Log, goals: Goals | None = None) -> Figures:
+    """The figures of a run that its requests tell alone, whoever served them. `goodput` is the rate of those that keep
+    the `goals`.
+    """
     inputs = sum(trace.prompt_tokens for trace in log.traces)
     outputs = sum(trace.output_tokens for trace in log.traces)
     found: Figures = {
@@ -62,17 +88,27 @@ def of_log(log: Log) -> Figures:
         "output_throughput": outputs / log.seconds,
         "total_token_throughput": (inputs + outputs) / log.seconds,
     }
+    if goals:
+        found["goodput"] = sum(map(goals.are_met, log.traces)) / log.seconds
     for kind, seconds in latencies(log.traces).items():
         found |= {f"{name}_{kind}_ms": value for name, value in spread(seconds).items()}
     running = [sample.running for sample in log.samples]
     # A sample holds from the one before it on.
     spans = np.diff([0.0, *(sample.time for sample in log.samples)])
-    found |= {
+    cached = sum(trace.cached_tokens for trace in log.traces)
+    return found | {
         "mean_running": float(np.average(running, weights=spans)),
         "max_running": max(running),
-        "preemptions": log.stats["num_preemptions"],
-        "cached_tokens": sum(trace.cached_tokens for trace in log.traces),
+        "cached_tokens": cached,
+        "cached_share": cached / max(1, inputs),
     }
+
+
+def of_log(log: Log) -> Figures:
+    """All figures of a run on an engine."""
+    found = of_requests(log)
+    del found["cached_share"]
+    found["preemptions"] = log.stats["num_preemptions"]
     cache, steps = log.stats["prefix_cache"], log.stats["num_turns"]
     for name in ("hit", "lost"):
         found[f"{name}_rate"] = cache[f"{name}_tokens"] / max(1, cache["queried_tokens"])

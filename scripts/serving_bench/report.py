@@ -19,6 +19,7 @@ GIB = 1 << 30
 
 LINES = {
     "request_throughput": "request throughput (req/s)",
+    "goodput": "goodput: requests that keep the goals (req/s)",
     "input_throughput": "input throughput (tok/s)",
     "output_throughput": "output throughput (tok/s)",
     "total_token_throughput": "total throughput (tok/s)",
@@ -31,6 +32,7 @@ LINES = {
     "max_running": "requests running, most",
     "preemptions": "preemptions",
     "hit_rate": "prompt tokens from the cache",
+    "cached_share": "prompt tokens from the server's cache",
     "lost_rate": "cached KV without a state",
     "draft_acceptance": "drafts accepted",
     "tokens_per_step": "tokens of a row and decode step",
@@ -92,11 +94,29 @@ def table(arms: Sequence[ArmReport], title: str) -> str:
     compared = ratios(arms)
     rows = []
     for name, label in LINES.items():
-        values = [found[name] for found in medians]
+        values = [found.get(name) for found in medians]
         if any(value is not None for value in values):
             rows.append([label, *map(number, values), *([str(compared.get(name, ""))] if len(arms) == 2 else [])])
     columns = ["", *(arm.arm.name for arm in arms), *(["ratio"] if len(arms) == 2 else [])]
     return Table(title, columns, rows).text()
+
+
+def server_table(logs: Sequence[Log], goals: figures.Goals, title: str) -> str:
+    """Medians over runs on a server."""
+    medians = figures.medians([figures.of_requests(log, goals) for log in logs])
+    rows = [[label, number(medians[name])] for name, label in LINES.items() if medians.get(name) is not None]
+    return Table(title, ["", "the server"], rows).text()
+
+
+def server_json(logs: Sequence[Log], goals: figures.Goals) -> dict[str, Any]:
+    """The same, and every run with its requests."""
+    found = [figures.of_requests(log, goals) for log in logs]
+    return {
+        "median": figures.medians(found),
+        "runs": [
+            {**one, "requests": [_request(trace) for trace in log.traces]} for one, log in zip(found, logs, strict=True)
+        ],
+    }
 
 
 def speculation_rows(arms: Sequence[ArmReport]) -> list[dict[str, Any]]:

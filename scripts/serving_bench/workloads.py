@@ -58,6 +58,7 @@ class Spec:
     prefix_len    tokens that requests share at their beginning.
     num_prefixes  different prefixes; every one is used equally often, in random order.
     turns         requests of a conversation.
+    turn_growth   each turn of a conversation adds so many times the tokens of the one before it, on average.
     request_rate  arrivals a second, with exponential gaps between them; None: all at once.
     """
 
@@ -69,6 +70,7 @@ class Spec:
     prefix_len: int = 0
     num_prefixes: int = 1
     turns: int = 1
+    turn_growth: float = 1.0
     request_rate: float | None = None
     seed: int = 0
 
@@ -103,7 +105,8 @@ def draw(spec: Spec, vocab_size: int) -> list[Conversation]:
         turns = []
         for j in range(spec.turns):
             prefix = prefixes[chosen[i]] if j == 0 else []
-            turns.append(Turn(prefix + ids(inputs[i, j]), int(outputs[i, j])))
+            length = max(1, round(int(inputs[i, j]) * spec.turn_growth**j))
+            turns.append(Turn(prefix + ids(length), int(outputs[i, j])))
         conversations.append(Conversation(turns, float(arrival)))
     return conversations
 

@@ -32,6 +32,7 @@ SCRIPTS = (
     "profile_step",
     "rocm_gate",
     "serve",
+    "soak_server",
     "train_tiny",
 )
 

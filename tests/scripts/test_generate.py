@@ -87,6 +87,11 @@ def test_unknown_flag_ends_with_status_2(capsys):
         ),
         (["--model", "{model}", "x", "--stop", "\udcff"], "is no valid text"),
         (["--model", "{model}", "x", "--presence-penalty", "3"], "presence_penalty must be a finite number in [-2, 2]"),
+        (["--model", "{model}", "x", "--regex", "a", "--choice", "b"], "--regex and --choice contradict one another"),
+        (["--model", "{model}", "x", "--regex", "[a"], "structured_outputs.regex is no grammar: "),
+        (["--model", "{model}", "x", "--regex", "\udcff"], "--regex is not UTF-8 text (at character 1)"),
+        (["--model", "{model}", "x", "--json-schema", "{tmp}/none.json"], "none.json: No such file or directory"),
+        (["--model", "{model}", "x", "--json-schema", "{ids}"], "ids.jsonl: json is no JSON text"),
         (["--model", "{model}", "-n", "2000", "x"], "n must be at most 1024"),
         (["--model", "{model}", "x", "--no-thinking", "--ignore-chat-template"], "contradicts --chat"),
         (["--model", "{model}", "--prompts-file", "{ids}"], "ids.jsonl: line 2 has token id 99999, outside the vocab"),
@@ -117,6 +122,18 @@ def test_without_flags_the_embedded_model_tells_a_story(capsys):
     assert out.rstrip().endswith((".", "!", '"'))
     # The note and the closing line.
     assert note.count("\n") == 2
+
+
+def test_output_is_what_the_flags_ask_for(capsys, tmp_path):
+    out, _ = _run(capsys, "Is 7 more than 5?", "--choice", "yes", "--choice", "no")
+    assert out in ("yes\n", "no\n")
+    out, _ = _run(capsys, "Is 7 more than 5?", "--regex", "[0-9]{3}")
+    assert len(out) == 4
+    assert out.strip().isdecimal()
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"pens": {"type": "integer"}}, "required": ["pens"]}')
+    out, _ = _run(capsys, "How many pens?", "--json-schema", str(schema), "--temp", "0", "--jsonl")
+    assert isinstance(json.loads(json.loads(out)["text"])["pens"], int)
 
 
 def test_embedded_model_counts_apples(capsys):

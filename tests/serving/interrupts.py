@@ -28,6 +28,7 @@ class PaperRunner(Runner):
     """The paper device in the runner's place, with states that a hit needs, and a host tier for a few blocks."""
 
     needs_state = True
+    num_compilations = 0
     host_sizes = HostSizes(capacity_bytes=20, block_bytes=1, state_bytes=3, staging_bytes=0)
 
     def __init__(self, config):
@@ -35,6 +36,8 @@ class PaperRunner(Runner):
         self.device = Paper(config)
 
     def dispatch(self, plan) -> InFlight:
+        self.counters.num_turns += 1
+        self.counters.num_prompt_tokens += sum(piece.length for piece in plan.pieces)
         prefill, decode = self.device.execute(plan)
         return InFlight(plan, *(_emitted(rows, self.config) if rows else None for rows in (prefill, decode)))
 
@@ -46,6 +49,9 @@ class PaperRunner(Runner):
 
     def give_up(self, turns) -> None:
         """Nothing runs that could be waited for."""
+
+    def close(self) -> None:
+        """It has no device to free."""
 
 
 def _emitted(rows, config) -> Emitted:

@@ -21,6 +21,7 @@ from gdnjax.serving.plan import Moves, Plan, Seal, max_chunks, max_growth
 from gdnjax.serving.radix_tree import Node
 from gdnjax.serving.request import Request, Status
 from gdnjax.serving.scheduler import Scheduler
+from gdnjax.serving.structured import Matcher
 from gdnjax.serving.tokenizer import Tokenizer
 
 MAX_MODEL_LEN = 400
@@ -62,10 +63,33 @@ def make_scheduler(
     return Scheduler(config, Allocator(slots, blocks, rows, seqs), needs_state, HostTier(sizes) if host else None)
 
 
+class AnyText(Matcher):
+    """Stands for a structure, which everything satisfies so far. It has followed what it was told last."""
+
+    is_complete, may_end, error = False, False, None
+
+    def __init__(self):
+        self.followed = []
+
+    def follow(self, output_token_ids):
+        self.followed = list(output_token_ids)
+
+
 def make_request(
-    prompt, *, name="r", priority=0, deadline=None, turn_start=0, system_end=0, longest=MAX_MODEL_LEN, **params
+    prompt,
+    *,
+    name="r",
+    priority=0,
+    deadline=None,
+    turn_start=0,
+    system_end=0,
+    longest=MAX_MODEL_LEN,
+    structured=False,
+    **params,
 ) -> Request:
-    """A request for token ids, or for that many tokens that no other length begins with."""
+    """A request for token ids, or for that many tokens that no other length begins with; `structured`: with a structure
+    of its output.
+    """
     if isinstance(prompt, int):
         prompt = [(prompt * 31 + i * i) % 26 for i in range(prompt)]
     params = SamplingParams(**({"max_tokens": 8} | params))
@@ -81,6 +105,7 @@ def make_request(
         deadline=deadline,
         turn_start=turn_start,
         system_end=system_end,
+        matcher=AnyText() if structured else None,
     )
 
 
@@ -179,6 +204,7 @@ class Paper:
             self.move(plan.moves)
         self._seal(plan.seals)
         self._admit(plan)
+        self._check_masks(plan)
         prefill = self._prefill(plan) if plan.pieces else []
         assert len(plan.bounds) == len(plan.decoding)
         decode = [self._decode(row, request, plan) for row, request in enumerate(plan.decoding)]
@@ -214,6 +240,23 @@ class Paper:
             self.seen["sealed at the end"] += in_place and bool(state.pending)
             self.seen["cut by a seal"] += in_place and seal.position < state.num_fed
             self.seen["marked within a run"] += not in_place and state.length < seal.position < state.num_fed
+
+    def _check_masks(self, plan: Plan) -> None:
+        """Whoever has a structure and draws a token has a mask, which is that of all tokens that the device has drawn,
+        and of none behind them.
+        """
+        drawing = [*(piece.request for piece in plan.pieces if piece.is_last), *plan.decoding]
+        structured = [request for request in drawing if request.matcher is not None]
+        assert list(plan.masked) == structured
+        assert plan.mask_rows == {request: row for row, request in enumerate(structured, start=1)}
+        assert all(request.matcher.followed == request.output_token_ids for request in structured)
+        for request, bound in zip(plan.decoding, plan.bounds, strict=True):
+            if request.matcher is not None:
+                row = self.rows[request.slot]
+                assert (bound, row.length + 1) == (1, request.num_tokens)
+                assert row.last_token == request.output_token_ids[-1]
+        self.seen["masked"] += len(structured)
+        self.seen["masked in company"] += bool(structured) and len(structured) < len(drawing)
 
     def _admit(self, plan: Plan) -> None:
         for pool in (self.keys, self.head_keys):
@@ -282,7 +325,9 @@ class Paper:
         self.seen["kept"] += len(fed) - 1
         self.seen["refused"] += 1 + drafts - len(fed)
         self.seen["grown by several"] += len(plan.growth.get(index, [])) > 1
-        self.seen["short of blocks"] += bool(plan.num_drafts and request.params.speculate and bound <= plan.num_drafts)
+        self.seen["short of blocks"] += bool(
+            plan.num_drafts and request.params.speculate and not request.matcher and bound <= plan.num_drafts
+        )
         return self._emit(row, fed, plan.num_drafts)
 
     def _verify(self, row: Row, chain: int, drafts: int) -> list[int]:

@@ -8,10 +8,21 @@ import sys
 import jax
 import numpy as np
 
-from gdnjax import LLM, EngineConfig, SamplingParams, abstract_params, build_model, distributed, follow_model, sharding
+from gdnjax import (
+    LLM,
+    EngineConfig,
+    SamplingParams,
+    StructuredOutputsParams,
+    abstract_params,
+    build_model,
+    distributed,
+    follow_model,
+    sharding,
+)
 from gdnjax.config import MlpKind
 from gdnjax.models import partition
 from tests.micro import MICRO, A, D
+from tests.serving.structures import tokenizer_of
 
 DEVICES, PROCESSES = 4, 2
 
@@ -24,7 +35,14 @@ PROMPTS = [np.random.default_rng(i).integers(0, MICRO.vocab_size, 30 + i).tolist
 SAMPLING = [
     SamplingParams(temperature=0.0, max_tokens=8, logprobs=2),
     SamplingParams(temperature=0.8, top_k=9, seed=3, max_tokens=8, logit_bias={5: 2.0}),
-    SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=4, max_tokens=8, logprobs=1),
+    SamplingParams(
+        temperature=1.0,
+        repetition_penalty=1.2,
+        seed=4,
+        max_tokens=8,
+        logprobs=1,
+        structured_outputs=StructuredOutputsParams(regex="[0-9]{2,}"),
+    ),
 ]
 
 
@@ -48,7 +66,7 @@ def generate(llm: LLM) -> list[list[int]]:
 
 
 def engine() -> LLM:
-    return LLM.from_model(*model_and_params(), CONFIG, max_model_len=256)
+    return LLM.from_model(*model_and_params(), CONFIG, max_model_len=256, tokenizer=tokenizer_of())
 
 
 def serve() -> None:

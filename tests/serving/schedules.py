@@ -8,6 +8,7 @@ from gdnjax.serving.plan import num_blocks_for
 from gdnjax.serving.request import Request
 from tests.serving.paper import (
     LETTERS,
+    AnyText,
     Loop,
     check_nothing_is_held,
     check_output,
@@ -21,7 +22,7 @@ def schedule(seed: int, *, kills: bool = False) -> collections.Counter:
     """Arrivals that share beginnings, chats, aborts, preemptions, resets, turns that fail, over random pools; and
     processes that end and go on from what they have saved. Returns what happened.
     """
-    draw = random.Random(seed)
+    draw, draw_structured = random.Random(seed), random.Random(-seed - 1)
     options = {
         "seqs": draw.choice((1, 2, 3)),
         "tokens": draw.choice((64, 128)),
@@ -37,7 +38,10 @@ def schedule(seed: int, *, kills: bool = False) -> collections.Counter:
         scheduler = loop.scheduler
         if draw.random() < 0.5:
             request = make_request(
-                _prompt(draw, asked), max_tokens=draw.choice((1, 3, 10, 40)), ignore_eos=draw.random() < 0.7
+                _prompt(draw, asked),
+                max_tokens=draw.choice((1, 3, 10, 40)),
+                ignore_eos=draw.random() < 0.7,
+                structured=draw_structured.random() < 0.3,
             )
             if num_blocks_for(request.max_length, 16) <= scheduler.allocator.blocks.size:
                 asked.append(request)
@@ -92,7 +96,11 @@ def _killed(loop: Loop, options: dict, asked: list[Request]) -> list[Request]:
     before = list(loop.scheduler.unfinished)
     record = json.loads(json.dumps(loop.scheduler.record(loop.now)))
     loop.scheduler = make_scheduler(**options)
-    after = loop.scheduler.restore(record, LETTERS, loop.now)
+    matchers = [AnyText() if request.matcher is not None else None for request in before]
+    for matcher, request in zip(matchers, before, strict=True):
+        if matcher is not None:
+            matcher.follow(request.output_token_ids)
+    after = loop.scheduler.restore(record, LETTERS, loop.now, matchers)
     loop.check()
     went_on = dict(zip(before, after, strict=True))
     return [went_on.get(request, request) for request in asked]

@@ -267,4 +267,5 @@ def test_random_schedules_with_a_host_tier_equal_solo_runs(without_type_checks):
     happened = sum((schedule(seed) for seed in range(40)), collections.Counter())
     print(dict(happened))
     wanted = ("hits", "blocks_in", "states_in", "dropped_blocks", "dropped_states", "sealed at the end", "refused")
+    wanted += ("masked", "masked in company")
     assert all(happened[name] > 20 for name in wanted)

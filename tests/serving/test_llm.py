@@ -1,5 +1,6 @@
 """The public API: what users call, what they get, and what happens to whatever is wrong."""
 
+import asyncio
 import copy
 import dataclasses
 import functools
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gdnjax import LLM, EngineConfig, RequestOutput, SamplingParams, StreamOutput, full_logits
+from gdnjax import LLM, AsyncLLM, EngineConfig, RequestOutput, SamplingParams, StreamOutput, full_logits
 from gdnjax.serving import engine as engine_module
 from gdnjax.serving import frontend as frontend_module
 from gdnjax.serving import llm as llm_module
@@ -920,6 +921,61 @@ def test_second_chat_goes_on_from_the_end_of_the_system_prompt(llm):
     common = frontend_module._common_length(outputs[0].prompt_token_ids, outputs[1].prompt_token_ids)
     assert [output.num_cached_tokens for output in outputs] == [0, *[common // 16 * 16] * 2]
     assert common // 16 * 16 > 32
+
+
+# Streams of asyncio over the same engine.
+
+
+def test_chats_and_texts_of_streams_are_those_of_the_llm(llm):
+    """Prompts, answers, and the states that the next turn and other chats go on from."""
+    system = {"role": "system", "content": "The state forgets. " * 4}
+    chats = [[system, {"role": "user", "content": question}] for question in ("How?", "When?")]
+    template = "{% for m in messages %}{{ m.content }}{% if not loop.last %};{% endif %}{% endfor %}{{ tools }}"
+    kept = dataclasses.replace(GREEDY, logprobs=2)
+    expected = llm.chat(chats, kept, use_tqdm=False)
+    (text,) = run(llm, TEXT, kept)
+
+    async def read(stream):
+        return await stream.prepared(), [piece async for piece in stream]
+
+    async def scene(front):
+        for chat, output in zip(chats, expected, strict=True):
+            submission, pieces = await read(front.chat(chat, kept))
+            assert submission.prompt == output.prompt
+            # Behind the generation prompt's "assistant" the next turn parts from this one, and others at the question.
+            (request,) = submission.requests
+            assert 0 < request.system_end < request.turn_start < len(submission.token_ids)
+            (sample,) = pieces[-1].output.outputs
+            assert sample == output.outputs[0]
+            assert [entry for piece in pieces for entry in piece.logprobs] == sample.logprobs
+        _, pieces = await read(front.generate(TEXT, kept))
+        assert pieces[-1].output.outputs == text.outputs
+        going_on = front.chat(
+            [*chats[0], {"role": "assistant", "content": "It"}],
+            GREEDY,
+            add_generation_prompt=False,
+            continue_final_message=True,
+        )
+        assert (await going_on.prepared()).prompt.endswith("assistant\nIt")
+        await going_on.aclose()
+        tooled = front.chat(chats[0], GREEDY, chat_template=template, tools=[{"type": "function"}])
+        assert (await tooled.prepared()).prompt.endswith("How?[{'type': 'function'}]")
+        await tooled.aclose()
+        for options, error in [
+            ({"tools": [{"type": "function"}]}, "neither the chat template nor chat knows 'tools'"),
+            ({"chat_template_kwargs": {"thinking": True}}, "neither the chat template nor chat knows 'thinking'"),
+            ({"continue_final_message": True}, "give add_generation_prompt=False, too"),
+            ({"chat_template": "{% if %}"}, "the chat template cannot be read"),
+        ]:
+            with pytest.raises(ValueError, match=error):
+                await front.chat(chats[0], GREEDY, **options).prepared()
+
+    front = AsyncLLM.from_llm(llm)
+    try:
+        asyncio.run(asyncio.wait_for(scene(front), 300))
+    finally:
+        # The LLM goes on.
+        front._loop.stop("the test is over")
 
 
 # Order, deadlines, and loops of one's own.

@@ -1,9 +1,11 @@
 """What an engine counts, and what it says of it."""
 
+import threading
+
 import numpy as np
 import pytest
 
-from gdnjax.serving.metrics import Counters, Metrics
+from gdnjax.serving.metrics import UNSORTED, Counters, Histogram, Metrics
 
 
 def test_nothing_is_said_before_anything_was_drafted():
@@ -81,3 +83,33 @@ def test_line_of_the_log_is_short():
     metrics = Metrics()
     metrics.speculated([2] * 100, [3] * 60 + [2] * 22 + [1] * 18)
     assert metrics.speculation_line() == "drafts accepted 71%, 2.4 tokens a step"
+
+
+def test_histogram_counts_up_to_and_with_each_bound():
+    histogram = Histogram((1.0, 2.0, 5.0))
+    for value in (0.5, 1.0, 1.5, 5.0, 5.1, 100.0):
+        histogram.observe(value)
+    assert histogram.counts() == [2, 1, 1, 2]
+    assert histogram.counts() == [2, 1, 1, 2]
+    assert histogram.total == pytest.approx(113.1)
+
+
+def test_histogram_keeps_few_values_and_loses_none():
+    """Threads that look do not disturb the one that observes."""
+    histogram, over = Histogram((10.0,)), threading.Event()
+
+    def look():
+        while not over.is_set():
+            assert sum(histogram.counts()) <= 20_000
+
+    looking = [threading.Thread(target=look) for _ in range(2)]
+    for thread in looking:
+        thread.start()
+    for value in range(20_000):
+        histogram.observe(float(value))
+        assert len(histogram._unsorted) < UNSORTED
+    over.set()
+    for thread in looking:
+        thread.join()
+    assert histogram.counts() == [11, 19_989]
+    assert histogram.total == sum(range(20_000))

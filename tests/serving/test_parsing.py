@@ -1,11 +1,13 @@
 """The parser of thinking and tool calls: whatever models get wrong, and however the output is cut."""
 
+import collections
 import dataclasses
 import json
-import time
+import sys
 
+import jaxtyping
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from gdnjax.sampling_params import SamplingParams
@@ -336,6 +338,14 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    """Without the checks of types, which take ten times what they check: the server's tests have them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["tags are text", "tags are special"])
 def tagged(request, tmp_path_factory):
     return tagged_tokenizer(tmp_path_factory.mktemp("tagged"), special=request.param)
@@ -506,7 +516,7 @@ ARGUMENTS = st.fixed_dictionaries(
                     "</function>",
                     "</tool_call>",
                     "<tool_call>",
-                    "<function=write>",
+                    "<function=f>",
                     "\n\n",
                     "{",
                 ]
@@ -545,7 +555,7 @@ ANY = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate, Phase.shrink])
 @given(data=st.data(), reasoning=st.text("ab <\n", max_size=6), content=st.text("ab <\n", max_size=6))
 def test_chat_that_a_template_writes_is_read_back(data, reasoning, content, tagged):
     """By Qwen3.5's way of writing, and by the embedded model's, in JSON."""
@@ -572,6 +582,9 @@ def test_chat_that_a_template_writes_is_read_back(data, reasoning, content, tagg
         assert [json.loads(call.arguments) for call in found.tool_calls] == calls
 
 
+HEADS = ("<function=write>", '{"name"')
+
+
 def spelled_ids(tokenizer, turn, thinks):
     """The ids of a turn in which only the tags that the template wrote are tokens."""
     parts = []
@@ -580,10 +593,9 @@ def spelled_ids(tokenizer, turn, thinks):
         parts += [thought, THOUGHT]
     lines = turn.split("\n")
     for number, line in enumerate(lines):
-        begins = line == "<tool_call>" and lines[number + 1].startswith(("<function=write>", '{"name"'))
-        ends = line == "</tool_call>" and (
-            number + 1 == len(lines) or (lines[number + 1] == "<tool_call>" and lines[number + 2].startswith('{"name"'))
-        )
+        begins = line == "<tool_call>" and lines[number + 1].startswith(HEADS)
+        another = lines[number + 1 : number + 2] == ["<tool_call>"] and lines[number + 2].startswith(HEADS)
+        ends = line == "</tool_call>" and (number + 1 == len(lines) or another)
         newline = [] if number + 1 == len(lines) else ["\n"]
         parts += [Tag(line) if begins or ends else line, *newline]
     return encoded(tokenizer, parts)
@@ -621,7 +633,7 @@ WORDS += [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, phases=[Phase.explicit, Phase.generate, Phase.shrink])
 @given(
     parts=st.lists(st.sampled_from(WORDS + [Tag(word) for word in WORDS[:4]] * 3), max_size=25),
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8),
@@ -642,7 +654,7 @@ def test_any_output_says_the_same_however_it_is_cut(parts, lengths, lag, thinkin
     ids = encoded(tagged, parts)
     for tokenizer, pieces in ((tagged, pieces_of(tagged, ids)), (None, [([], c) for c in text_of(parts)])):
         parser = OutputParser(tokenizer, **options)
-        [whole] = grouped(pieces, len(pieces)) or [([], "")]
+        [whole] = grouped(pieces, len(pieces) or 1) or [([], "")]
         cut, start = [], 0
         while start < len(pieces):
             length = lengths[len(cut) % len(lengths)]
@@ -654,7 +666,7 @@ def test_any_output_says_the_same_however_it_is_cut(parts, lengths, lag, thinkin
         assert dataclasses.replace(read(parser, cut), num_reasoning_tokens=0) == once
         assert dataclasses.replace(read(parser, zip(*late, strict=True)), num_reasoning_tokens=0) == once
         if choice == "none" and thinking is None:
-            assert once == ParsedOutput(whole[1] and None, whole[1] or None)
+            assert once == ParsedOutput(None, whole[1] or None)
 
 
 STREAMS = {
@@ -673,21 +685,27 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_output_of_any_length_costs_its_length(name, tagged):
-    """40,000 steps take 8 s of a CPU where each of them copies what has come before, and 0.5 s where none does."""
+def test_step_costs_its_length_however_long_the_output_is(name):
+    """As many calls at the end of a long output as at its beginning, and no long text at hand that they could read."""
     head, word = STREAMS[name]
-    parser = OutputParser(tagged, tools=TOOLS)
-    pieces = [(ids, tagged.decode(ids)) for ids in (encoded(tagged, parts_of(text)) for text in [*head, word])]
-    seconds = []
-    for count in (5_000, 40_000):
-        start = time.process_time()
-        state = parser.initial
-        for ids, text in [*pieces[:-1], *pieces[-1:] * count]:
-            state, _ = parser.step(state, ids, text)
-        parser.finish(state)
-        seconds.append(time.process_time() - start)
-    # Eight times the length; a square of it would be 64.
-    assert seconds[1] < 24 * seconds[0]
+    tiny = Tokenizer.named("tiny")
+    parser = OutputParser(tiny, tools=TOOLS)
+    pieces = [(ids, tiny.decode(ids)) for ids in (encoded(tiny, parts_of(text)) for text in [*head, word])]
+    state = parser.initial
+    for ids, text in pieces:
+        state, _ = parser.step(state, ids, text)
+    counts = []
+    for steps in (200, 8_000, 200):
+        calls = collections.Counter()
+        sys.setprofile(lambda frame, event, argument, calls=calls: calls.update((event,)))
+        for _ in range(steps):
+            state, _ = parser.step(state, *pieces[-1])
+        sys.setprofile(None)
+        counts.append(sum(calls.values()))
+        texts = [value for value in vars(state).values() if isinstance(value, str | tuple)]
+        # A list of pairs has two members, whatever it holds.
+        assert max(map(len, texts)) < 400
+    assert counts[2] <= 1.1 * counts[0]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from gdnjax.sampling_params import SamplingParams
+from gdnjax.sampling_params import SamplingParams, StructuredOutputsParams
 from gdnjax.serving import records
 from gdnjax.serving.outputs import Logprob
 from gdnjax.serving.submission import Submission
@@ -21,6 +21,7 @@ def test_random_schedules_with_kills_equal_solo_runs(without_type_checks):
     happened = sum((schedule(seed, kills=True) for seed in range(1000, 1030)), collections.Counter())
     print(dict(happened))
     wanted = ("killed while somebody ran", "hits", "blocks_in", "states_in", "sealed at the end", "refused")
+    wanted += ("masked", "masked in company")
     assert all(happened[name] > 20 for name in wanted)
 
 
@@ -35,6 +36,8 @@ def test_random_schedules_with_kills_equal_solo_runs(without_type_checks):
             "n": 3,
             "seed": (1 << 64) - 1,
         },
+        {"structured_outputs": StructuredOutputsParams(json={"type": "object"}, disable_any_whitespace=True)},
+        {"structured_outputs": StructuredOutputsParams(choice=["a", "b"])},
         {"allowed_token_ids": (1, 2, 3), "bad_words": ["x"], "temperature": 0.3, "top_k": 5, "logprobs": 2},
     ],
 )

@@ -9,7 +9,7 @@ from gdnjax.serving.server.service import Run
 
 def head(run: Run, kind: str, model: str) -> dict[str, Any]:
     """The first fields of an answer, or of each of its chunks."""
-    return {"id": run.answer_id, "object": kind, "created": run.created, "model": model, "system_fingerprint": None}
+    return {"id": run.answer_id, "object": kind, "created": run.created, "model": model}
 
 
 def usage(

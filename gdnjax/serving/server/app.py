@@ -1,16 +1,16 @@
 """`make_app`: the routes of the server over an AsyncLLM."""
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Path, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from gdnjax.serving.async_llm import AsyncLLM
-from gdnjax.serving.server import chat, completions, errors, pages, protocol, status, tokens
+from gdnjax.serving.server import chat, completions, errors, messages, pages, protocol, responses, status, tokens
 from gdnjax.serving.server.errors import ApiError, json_response
-from gdnjax.serving.server.events import ClientGoneError, EventStream, frames, unless_gone
+from gdnjax.serving.server.events import ClientGoneError, EventStream, frames, named_frames, unless_gone
 from gdnjax.serving.server.guards import Guard
 from gdnjax.serving.server.service import Chunks, Service
 from gdnjax.serving.server.settings import ServerConfig
@@ -97,12 +97,40 @@ async def answer(request: Request, work: Awaitable[dict[str, Any] | Chunks]) -> 
     return json_response(made, headers={"x-request-id": made["id"]})
 
 
+async def translated(
+    request: Request,
+    asked: dict[str, Any],
+    whole: Callable[[dict[str, Any]], dict[str, Any]],
+    stream: Callable[[Chunks], AsyncIterator[dict[str, Any]]],
+) -> Response:
+    """The response to a request of another API, which asks for `asked` of chat completions: what is made of the answer
+    by `whole`, or of its chunks by `stream`.
+    """
+    service = service_of(request)
+    try:
+        made = await unless_gone(request, chat.create(service, protocol.chat_request(asked), given_id(request)))
+    except ClientGoneError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if isinstance(made, Chunks):
+        keep_alive = service.config.keep_alive_interval
+        headers = {"x-request-id": made.run.answer_id}
+        return EventStream(named_frames(stream(made)), made, keep_alive=keep_alive, headers=headers)
+    return json_response(whole(made), headers={"x-request-id": made["id"]})
+
+
 def _answers(model: Any, description: str = "the answer", *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of a route that generates."""
     found: dict[str, Any] = {"model": model, "description": description}
     if streams:
         found["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     return {**(GENERATION_ERRORS if streams else ERRORS), 200: found}
+
+
+def _as_messages(found: dict[int | str, dict[str, Any]]) -> dict[int | str, dict[str, Any]]:
+    """The same where errors have Anthropic's form."""
+    return {
+        status: entry if status == 200 else {**entry, "model": protocol.MessageError} for status, entry in found.items()
+    }
 
 
 @router.post("/v1/chat/completions", responses=_answers(protocol.ChatAnswer, streams=True))
@@ -115,6 +143,40 @@ async def create_chat_completion(body: protocol.ChatCompletionRequest, request: 
 async def create_completion(body: protocol.CompletionRequest, request: Request) -> Response:
     """Continues one prompt or several."""
     return await answer(request, completions.create(service_of(request), body, given_id(request)))
+
+
+@router.post("/v1/messages", responses=_as_messages(_answers(protocol.Message, streams=True)))
+async def create_message(body: dict[str, Any], request: Request) -> Response:
+    """Anthropic's way of asking for the answer to a conversation."""
+    asked = messages.to_chat(body, chat.template_text(service_of(request)))
+    return await translated(request, asked, messages.from_chat, messages.stream)
+
+
+@router.post("/v1/messages/count_tokens", responses=_as_messages(_answers(protocol.CountedTokens)))
+async def count_message_tokens(body: dict[str, Any], request: Request) -> Response:
+    """How many tokens a conversation of Anthropic's form is."""
+    service = service_of(request)
+    asked = protocol.chat_request(messages.to_chat(body, chat.template_text(service), counts=True))
+    rendered = await tokens.render_chat(service, asked)
+    return json_response({"input_tokens": len(rendered["token_ids"])})
+
+
+@router.post("/v1/responses", responses=_answers(protocol.Response, streams=True))
+async def create_response(body: dict[str, Any], request: Request) -> Response:
+    """OpenAI's other way of asking for the answer to a conversation. Nothing is kept."""
+    asked = responses.to_chat(body)
+    whole = functools.partial(responses.from_chat, body=body)
+    return await translated(request, asked, whole, functools.partial(responses.stream, body=body))
+
+
+@router.api_route("/v1/responses/{name:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
+async def refuse_response(name: Annotated[str, Path()], request: Request) -> Response:
+    """What is asked of stored responses, cancelling among it: there are none."""
+    message = f"{request.url.path}: {responses.KEEPS_NOTHING}"
+    if name.endswith("/cancel"):
+        message = f"{request.url.path}: no response runs in the background here; one that is streamed ends when its "
+        message += "connection is closed"
+    raise ApiError(404, message)
 
 
 @router.post("/v1/chat/completions/render", responses=_answers(protocol.RenderedPrompt))

@@ -157,7 +157,7 @@ def template_arguments(service: Service, body: ChatCompletionRequest) -> dict[st
         )
     keywords = dict(body.chat_template_kwargs or {})
     given = {"enable_thinking": body.enable_thinking, "documents": body.documents}
-    for name, value in (given | _effort(body, str(body.chat_template or _template(service)))).items():
+    for name, value in (given | _effort(body, str(body.chat_template or template_text(service)))).items():
         if value is None:
             continue
         if name in keywords:
@@ -187,9 +187,10 @@ def _effort(body: ChatCompletionRequest, template: str) -> dict[str, Any]:
     return found
 
 
-def _template(service: Service) -> Any:
+def template_text(service: Service) -> str:
+    """The model's chat template, empty where it has none."""
     tokenizer = service.llm.llm.tokenizer
-    return tokenizer.hf.chat_template if tokenizer is not None else None
+    return str(tokenizer.hf.chat_template or "") if tokenizer is not None else ""
 
 
 def history(service: Service, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -198,7 +199,7 @@ def history(service: Service, messages: Sequence[dict[str, Any]]) -> list[dict[s
     Reasoning of earlier answers may be called `reasoning`; what newer clients call a developer is a system to a
     template that does not know one.
     """
-    knows_developer = "developer" in str(_template(service))
+    knows_developer = "developer" in template_text(service)
     found = []
     for message in messages:
         message = dict(message)

@@ -28,6 +28,20 @@ TYPES = {
 }
 """HTTP status -> what the error is called."""
 
+MESSAGES = "/v1/messages"
+"""Where errors have Anthropic's form."""
+
+MESSAGE_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""HTTP status -> what the error is called there."""
+
 UNSERVED = {
     "/v1/embeddings": "embeddings",
     "/v1/audio": "audio",
@@ -73,8 +87,16 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "BadRequestError" if self.status < 500 else "InternalServerError")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
 
-    def response(self) -> Response:
-        return json_response(self.body, self.status, self.headers)
+    @property
+    def message_body(self) -> dict[str, Any]:
+        """`{"type": "error", "error": {"type", "message"}}`, as Anthropic's clients expect it."""
+        kind = MESSAGE_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": None}
+
+    def response(self, path: str) -> Response:
+        """The response to a request for a path."""
+        is_message = path == MESSAGES or path.startswith(MESSAGES + "/")
+        return json_response(self.message_body if is_message else self.body, self.status, self.headers)
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -125,20 +147,20 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> Response:
-        return error.response()
+        return error.response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> Response:
-        return from_validation(error.errors()).response()
+        return from_validation(error.errors()).response(request.url.path)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
-        return _of_http(request, error).response()
+        return _of_http(request, error).response(request.url.path)
 
     @app.exception_handler(Exception)
     async def _other(request: Request, error: Exception) -> Response:
         # Starlette logs it with its traceback, which is for who runs the server and not for its clients.
-        return unexpected(error).response()
+        return unexpected(error).response(request.url.path)
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:

@@ -46,6 +46,12 @@ async def frames(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     yield DONE
 
 
+async def named_frames(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """A stream whose events have names, each its `type`; errors are events already."""
+    async for event in events:
+        yield b"event: " + event["type"].encode() + b"\n" + frame(event)
+
+
 class EventStream(Response):
     """Sends `events` as they come and closes `source` in the end, however it ends: also when the client leaves.
 

@@ -34,7 +34,7 @@ class Guard:
             self._check_key(scope)
             body = await self._body(scope, receive)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         except _GoneError:
             return

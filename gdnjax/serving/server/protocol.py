@@ -6,9 +6,9 @@ dictionaries: their types here are what the OpenAPI document says of them.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gdnjax.serving.server.errors import ApiError
+from gdnjax.serving.server.errors import ApiError, from_validation
 
 LARGEST = (1 << 31) - 1
 
@@ -120,6 +120,14 @@ class ChatCompletionRequest(GenerationBody):
         None, description="required, or one by its name: the output is a call, of the form of the tool's schema"
     )
     parallel_tool_calls: bool | None = Field(None, description="false: calls after the first are left out")
+
+
+def chat_request(asked: dict[str, Any]) -> ChatCompletionRequest:
+    """What a request of another API asks of chat completions. Raises ApiError that names the field."""
+    try:
+        return ChatCompletionRequest.model_validate(asked)
+    except ValidationError as error:
+        raise from_validation(error.errors()) from error
 
 
 TEXT_ONLY = "this server gives text only"
@@ -306,6 +314,42 @@ class TokenizeAnswer(Answer):
 
 class DetokenizeAnswer(Answer):
     prompt: str
+
+
+class Message(Answer):
+    """Anthropic's."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: dict[str, Any]
+
+
+class MessageError(Answer):
+    """Anthropic's."""
+
+    type: Literal["error"]
+    error: dict[str, Any]
+
+
+class CountedTokens(Answer):
+    input_tokens: int
+
+
+class Response(Answer):
+    """OpenAI's, of the Responses API."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete", "failed", "in_progress"]
+    output: list[dict[str, Any]]
+    usage: dict[str, Any] | None
 
 
 class RenderedPrompt(Answer):
