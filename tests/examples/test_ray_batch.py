@@ -26,6 +26,8 @@ def cluster():
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Workers are otherwise of low priority, and stand still where others have the cores.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     # More than the two actors take: files are read and written by tasks.
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="warning")
     ray.data.DataContext.get_current().enable_progress_bars = False

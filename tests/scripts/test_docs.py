@@ -122,7 +122,7 @@ def test_python_examples_of_the_readme_run(capsys):
     """One after another, in one namespace."""
     namespace: dict = {}
     blocks = _blocks(README, "python")
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     namespace["llm"].close()
