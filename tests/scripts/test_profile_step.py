@@ -83,7 +83,9 @@ def test_run_without_kernels_says_so_and_reports_the_clock(capsys, tmp_path):
     for what in ("prefill", "decode"):
         assert f"{what}: the profile has no kernels of a device" in out
     assert "us" not in out.split()
-    assert out.splitlines()[-1].endswith("ms by the clock")
+    clock, host = out.splitlines()[-2:]
+    assert clock.endswith("ms by the clock")
+    assert host.startswith("the host in it: plan ")
     figures = json.loads(target.read_text())
     assert figures["decode"] == figures["prefill"] == {}
     assert figures["busy"] is None
