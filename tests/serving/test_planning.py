@@ -159,6 +159,7 @@ def test_workspace_is_of_every_step_that_the_engine_warms_up(monkeypatch, option
     kinds = {
         "admit": "admit",
         "counts": "fill counts",
+        "masks": "fill masks",
         "seal": "seal",
         "prefill": "prefill",
         "prompt log-probabilities": "prefill",

@@ -210,7 +210,7 @@ def test_what_is_no_saved_state_is_refused(saved, tmp_path):
             json.dumps(content | {"identity": content["identity"] | {"tokenizer": {"is there": True}}}),
             "saved with a tokenizer: texts would not go on",
         ),
-        (json.dumps(content | {"format": 2}), f"format 2, by gdnjax .*; this one reads {saved_state.FORMAT}"),
+        (json.dumps(content | {"format": 1}), f"format 1, by gdnjax .*; this one reads {saved_state.FORMAT}"),
     ):
         (tmp_path / saved_state.STATE).write_text(text)
         with pytest.raises(ValueError, match=message):
