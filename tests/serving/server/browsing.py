@@ -34,7 +34,7 @@ def browsing():
     missing = [name for name, path in programs.items() if path is None]
     assert not missing, (
         f"{' and '.join(missing)} not found: `apt-get install chromium chromium-driver`, "
-        "or leave the tests of the page out with `-m 'not browser'`"
+        "or run the tests without `-m browser`"
     )
     options = webdriver.ChromeOptions()
     options.binary_location = programs["chromium"]

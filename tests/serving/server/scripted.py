@@ -47,6 +47,7 @@ STATS = {
     "num_running": 3,
     "num_waiting": 5,
     "num_preemptions": 1,
+    "num_start_overs": 0,
     "num_compilations": 12,
     "slots_used": 3,
     "slots_total": 12,

@@ -23,6 +23,7 @@ export class Chat {
     this.messages = [];
     this.running = null;
     this.follows = true;
+    this.placed = 0;
 
     $("composer").addEventListener("submit", (event) => {
       event.preventDefault();
@@ -154,15 +155,18 @@ export class Chat {
   toEnd() {
     this.follows = true;
     $("log").scrollTop = $("log").scrollHeight;
+    this.placed = $("log").scrollTop;
     $("down").hidden = true;
   }
 
   grown() {
-    if (this.follows) this.toEnd();
+    // Who has just scrolled up is further up than we left him, before the event that tells of it.
+    if (this.follows && $("log").scrollTop >= this.placed - 1) this.toEnd();
   }
 
   scrolled() {
     const log = $("log");
+    this.placed = log.scrollTop;
     this.follows = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_PX;
     $("down").hidden = this.follows;
   }

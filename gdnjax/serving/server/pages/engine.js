@@ -300,6 +300,7 @@ function endPanel(stats) {
     row("Requests", whole(stats.num_requests)),
     ...ended,
     row("Preemptions", whole(stats.num_preemptions)),
+    row("Starts over, after failures", whole(stats.num_start_overs)),
     row("Compilations", whole(stats.num_compilations)),
     row("Padding, of all places in steps", percent(stats.padding_waste)),
     row("Evicted blocks; checkpoints", `${whole(blocks)}; ${whole(states)}`),
