@@ -218,8 +218,10 @@ def _steps(
         most_temporary_bytes=min(map(_bytes, pools)) // ranks - 1,
         waves=WAVES,
     )
-    prefill = packing.pack_prefill([], tokens=2048, rows=8, table_width=width)
-    decode = packing.pack_decode([], {}, [], rows=32, table_width=width, grown_width=1 + drafts, drafts=drafts > 0)
+    # As engines have them: whoever has a structure is drawn for by the full sampler, and so is a prompt's end.
+    prefill = packing.pack_prefill([], tokens=2048, rows=8, table_width=width, mask_rows={})
+    shape = {"rows": 32, "table_width": width, "grown_width": 1 + drafts, "drafts": drafts > 0}
+    decode = {mask: packing.pack_decode([], {}, [], **shape, mask_rows={} if mask else None) for mask in (False, True)}
     name = f"{preset}, {LAYERS} layers, {ranks} rank{'s' * (ranks > 1)}, {drafts} drafts"
     name += ", pools over 4 GiB" * large + ", whole experts in FP8 blocks" * whole_experts_in_fp8
     yield Function(f"prefill of {name}", lambda: built.prefill(full).lower(params, state, prefill), demands)
@@ -228,7 +230,7 @@ def _steps(
     for sampler, chosen in samplers.items():
         yield Function(
             f"decode, {sampler} sampler, of {name}",
-            lambda chosen=chosen: built.decode(chosen).lower(params, state, decode),
+            lambda chosen=chosen: built.decode(chosen).lower(params, state, decode[chosen.full]),
             demands,
         )
     if drafts:
