@@ -422,7 +422,9 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
     given = {name: getattr(arguments, name) for name in SAMPLING_FLAGS if getattr(arguments, name) is not None}
     given["max_tokens"] = MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
-    given["structured_outputs"] = given_structure(arguments)
+    structure = given_structure(arguments)
+    if structure is not None:
+        given["structured_outputs"] = structure
     SamplingParams(**given)
     return given
 
