@@ -108,6 +108,8 @@ def profile(arguments, *, leads: bool = True) -> int:
     drafts = arguments.num_speculative_tokens
     # Enough that every request decodes through all profiled steps and those before them.
     tokens = (arguments.steps + 24) * (1 + drafts)
+    # As many are timed as are profiled.
+    steps = arguments.steps // 2
     length = arguments.input_len + tokens + 64
     options = {} if arguments.state_layout is None else {"state_layout": arguments.state_layout}
     engine = EngineConfig(
@@ -164,21 +166,21 @@ def profile(arguments, *, leads: bool = True) -> int:
             llm.step()
         jax.block_until_ready(llm.engine.runner.state)
         before, begin = llm.stats()["seconds"], time.perf_counter()
-        for _ in range(arguments.steps // 2):
+        for _ in range(steps):
             llm.step()
         jax.block_until_ready(llm.engine.runner.state)
-        wall = (time.perf_counter() - begin) / (arguments.steps // 2)
+        wall = (time.perf_counter() - begin) / steps
         after = llm.stats()["seconds"]
-        host = {part: (after[part] - before[part]) / (arguments.steps // 2) for part in after}
+        host = {part: (after[part] - before[part]) / steps for part in after}
         with tempfile.TemporaryDirectory() as scratch:
             with jax.profiler.trace(scratch):
-                for _ in range(arguments.steps // 2):
+                for _ in range(steps):
                     llm.step()
                 jax.block_until_ready(llm.engine.runner.state)
             decode = kernels_of(scratch)
     print(table("prefill", prefill, 1))
-    print(table("decode", decode, arguments.steps // 2))
-    busy = sum(seconds for _, seconds in decode.values()) / (arguments.steps // 2) if decode else None
+    print(table("decode", decode, steps))
+    busy = sum(seconds for _, seconds in decode.values()) / steps if decode else None
     print(f"a decode step: {wall * 1e3:.2f} ms by the clock" + (f", kernels {busy * 1e3:.2f} ms" if busy else ""))
     # Waiting for the device is in "read": a step of which little is left there is bound by the host.
     print("the host in it: " + ", ".join(f"{part} {seconds * 1e3:.2f} ms" for part, seconds in host.items()))

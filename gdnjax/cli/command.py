@@ -235,6 +235,22 @@ def prepare_environment(
     logging.getLogger("gdnjax.progress").setLevel(logging.INFO)
 
 
+def add_number_flags(add: Callable[..., Any]) -> None:
+    """The tokenizer, and what a model's numbers are, which `EngineConfig` has fields for."""
+    from gdnjax.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS
+
+    add("--tokenizer", metavar="DIR", help="directory of the tokenizer, or tiny (default: the model's)")
+    add("--dtype", choices=DTYPES, default="auto", help="of weights and activations; auto: the checkpoint's")
+    add(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        default="auto",
+        help="weights in eight bits; auto: those that the checkpoint has so; fp8_per_channel: all projections, made as "
+        "they are loaded; dequantized: none (default: auto)",
+    )
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values; auto: as --dtype")
+
+
 def add_device_flags(add: Callable[..., Any]) -> None:
     """The flags that `devices` reads. `add` is an argparse group's add_argument."""
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")

@@ -14,6 +14,7 @@ from gdnjax.cli.command import (
     PROCESSES_HELP,
     add_device_flags,
     add_host_cache_flag,
+    add_number_flags,
     add_process_flags,
     add_speculation_flags,
     check_writable,
@@ -183,7 +184,7 @@ class Stats:
 def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
     """The command line, for who calls it `command`. Imports no jax: --help and mistakes answer at once."""
     from gdnjax.assets import EMBEDDED_MODEL
-    from gdnjax.config import DTYPES, KERNELS, KV_CACHE_DTYPES, QUANTIZATIONS
+    from gdnjax.config import KERNELS
 
     parser = argparse.ArgumentParser(
         # Without an interpreter before it.
@@ -199,16 +200,7 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
         default=EMBEDDED_MODEL,
         help="checkpoint directory: Hugging Face's, or one of `gdnjax convert` (default: the embedded model)",
     )
-    add("--tokenizer", metavar="DIR", help="directory of the tokenizer, or tiny (default: the model's)")
-    add("--dtype", choices=DTYPES, default="auto", help="of weights and activations; auto: the checkpoint's")
-    add(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        default="auto",
-        help="weights in eight bits; auto: those that the checkpoint has so; fp8_per_channel: all projections, made as "
-        "they are loaded; dequantized: none (default: auto)",
-    )
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values; auto: as --dtype")
+    add_number_flags(add)
     add_device_flags(add)
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--max-model-len", type=int, metavar="N", help="longest prompt with its output (default: what is needed)")

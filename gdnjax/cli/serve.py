@@ -1,15 +1,18 @@
 """Serves a model over HTTP, with OpenAI's endpoints."""
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import signal
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gdnjax.cli.command import (
     PROCESSES_HELP,
     add_device_flags,
     add_host_cache_flag,
+    add_number_flags,
     add_process_flags,
     add_speculation_flags,
     devices,
@@ -87,7 +90,7 @@ ENGINE_FLAGS = (
 def build_parser(command: str = "gdnjax serve") -> argparse.ArgumentParser:
     """The command line, for who calls it `command`. Imports no jax: --help and mistakes answer at once."""
     from gdnjax.assets import EMBEDDED_MODEL
-    from gdnjax.config import DTYPES, KERNELS, KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig
+    from gdnjax.config import KERNELS, EngineConfig
     from gdnjax.config.engine import SSM_DTYPES, SSM_ROUNDINGS, STATE_LAYOUTS
 
     default = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
@@ -107,17 +110,8 @@ def build_parser(command: str = "gdnjax serve") -> argparse.ArgumentParser:
         default=EMBEDDED_MODEL,
         help="checkpoint directory: Hugging Face's, or one of `gdnjax convert` (default: the embedded model)",
     )
-    add("--tokenizer", metavar="DIR", help="directory of the tokenizer, or tiny (default: the model's)")
-    add("--dtype", choices=DTYPES, default="auto", help="of weights and activations; auto: the checkpoint's")
-    add(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        default="auto",
-        help="weights in eight bits; auto: those that the checkpoint has so; fp8_per_channel: all projections, made as "
-        "they are loaded; dequantized: none (default: auto)",
-    )
+    add_number_flags(add)
     add("--quantize-activations", action="store_true", help="round what goes into such projections, too, in prompts")
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values; auto: as --dtype")
     add("--ssm-dtype", choices=SSM_DTYPES, default="float32", help="of the recurrent state (default: float32)")
     add("--ssm-rounding", choices=SSM_ROUNDINGS, default="nearest", help="of states in bfloat16 (default: nearest)")
     add("--state-layout", choices=STATE_LAYOUTS, default=default["state_layout"], help="of the recurrent state")
@@ -208,12 +202,19 @@ def run(arguments: argparse.Namespace) -> int:
     return over_processes(arguments, lambda: serve(arguments, directory, server, engine), follow)
 
 
-def server_config(arguments: argparse.Namespace) -> "ServerConfig":
-    """What the flags say of the server. Raises ValueError."""
+@contextlib.contextmanager
+def _from_the_extra() -> Iterator[None]:
+    """Around imports of the server. Raises ImportError that says how what is missing is installed."""
     try:
-        from gdnjax.serving.server.settings import ServerConfig
+        yield
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is missing, which `pip install gdnjax[serve]` brings") from error
+
+
+def server_config(arguments: argparse.Namespace) -> "ServerConfig":
+    """What the flags say of the server. Raises ValueError."""
+    with _from_the_extra():
+        from gdnjax.serving.server.settings import ServerConfig
     return ServerConfig(
         served_model_names=tuple(arguments.served_model_name) or (arguments.model,),
         api_keys=tuple(arguments.api_key),
@@ -242,10 +243,8 @@ def serve(
     """From the socket to the exit status."""
     import sys
 
-    try:
+    with _from_the_extra():
         from gdnjax.serving.server.hosting import host
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is missing, which `pip install gdnjax[serve]` brings") from error
 
     def make_llm() -> Any:
         from gdnjax.serving.async_llm import AsyncLLM

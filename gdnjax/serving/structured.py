@@ -14,11 +14,8 @@ from typing import Any
 import numpy as np
 
 from gdnjax.sampling_params import MASK_BITS, SamplingParams, StructuredOutputsParams
-from gdnjax.serving.parsing import begins_thinking
+from gdnjax.serving.parsing import THINK_CLOSE, THINK_OPEN, begins_thinking
 from gdnjax.serving.tokenizer import Tokenizer
-
-THINK, END_OF_THINKING = "<think>", "</think>"
-"""What a model's thinking stands between. A grammar begins behind it."""
 
 PROMPT_END = 8
 """Tokens at the end of a prompt among which a generation prompt has one that is special."""
@@ -152,7 +149,7 @@ class _Thinking:
 
 def _thinking_of(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> _Thinking:
     begun = begins_thinking(tokenizer, prompt_token_ids)
-    opening, closing = tokenizer.token_of(THINK), tokenizer.token_of(END_OF_THINKING)
+    opening, closing = tokenizer.token_of(THINK_OPEN), tokenizer.token_of(THINK_CLOSE)
     if opening is None or closing is None:
         return _Thinking(begun=begun)
     if begun:
@@ -162,7 +159,7 @@ def _thinking_of(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> _Thin
     # whose chats know no thinking has no use for the tag, but would draw it now and then, and never close it.
     may_open = closing not in end and not tokenizer.special_token_ids.isdisjoint(end)
     template = tokenizer.hf.chat_template
-    may_open = may_open and (not template or THINK in str(template))
+    may_open = may_open and (not template or THINK_OPEN in str(template))
     return _Thinking(opened_by=opening if may_open else None, closed_by=closing)
 
 
@@ -193,7 +190,7 @@ class Matcher:
     def _rewind(self) -> None:
         self._matcher = self._start.deep_copy()
         self._is_thinking, self._is_first = self._thinking.begun, True
-        self._recent: collections.deque[int] = collections.deque(maxlen=len(END_OF_THINKING))
+        self._recent: collections.deque[int] = collections.deque(maxlen=len(THINK_CLOSE))
         # Tokens that were followed; None while that is going on, so that nobody goes on where it was cut off.
         self._num_followed: int | None = 0
 
@@ -220,7 +217,7 @@ class Matcher:
             return token == self._thinking.closed_by
         # No tag has more tokens than letters.
         self._recent.append(token)
-        return END_OF_THINKING in self._tokenizer.decode(list(self._recent), skip_special_tokens=False)
+        return THINK_CLOSE in self._tokenizer.decode(list(self._recent), skip_special_tokens=False)
 
     @property
     def error(self) -> str | None:

@@ -6,7 +6,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gdnjax.serving.structured import END_OF_THINKING, THINK
+from gdnjax.serving.parsing import THINK_CLOSE, THINK_OPEN
 from gdnjax.serving.tokenizer import Tokenizer
 from tests.micro import MICRO
 
@@ -30,7 +30,7 @@ def tokenizer_of(tags: bool = True) -> Tokenizer:
     )
     hf.train_from_iterator([TEXT], trainer)
     if tags:
-        hf.add_tokens([THINK, END_OF_THINKING])
+        hf.add_tokens([THINK_OPEN, THINK_CLOSE])
     found = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=hf, eos_token=SPECIAL[EOS]))
     assert 60 < found.vocab_size < MICRO.vocab_size
     return found

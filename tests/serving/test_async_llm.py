@@ -248,16 +248,22 @@ def test_request_ids_name_requests_until_they_end():
     run(scene)
 
 
+def slow_preparation(llm, monkeypatch):
+    """(set when a prompt begins to be prepared, to be set for it to go on)"""
+    begun, go_on, prepare = threading.Event(), threading.Event(), llm.llm.frontend.prepare
+
+    def slow(*given):
+        begun.set()
+        go_on.wait(10)
+        return prepare(*given)
+
+    monkeypatch.setattr(llm.llm.frontend, "prepare", slow)
+    return begun, go_on
+
+
 def test_abort_of_a_request_that_is_being_prepared_ends_it(monkeypatch):
     async def scene(llm):
-        begun, go_on, prepare = threading.Event(), threading.Event(), llm.llm.frontend.prepare
-
-        def slow(*given):
-            begun.set()
-            go_on.wait(10)
-            return prepare(*given)
-
-        monkeypatch.setattr(llm.llm.frontend, "prepare", slow)
+        begun, go_on = slow_preparation(llm, monkeypatch)
         reading = asyncio.create_task(read(llm.generate([1], LONG, request_id="mine")))
         await asyncio.to_thread(begun.wait)
         assert await llm.abort("mine")
@@ -269,14 +275,7 @@ def test_abort_of_a_request_that_is_being_prepared_ends_it(monkeypatch):
 
 def test_cancellation_while_a_prompt_is_prepared_queues_nothing(monkeypatch):
     async def scene(llm):
-        begun, go_on, prepare = threading.Event(), threading.Event(), llm.llm.frontend.prepare
-
-        def slow(*given):
-            begun.set()
-            go_on.wait(10)
-            return prepare(*given)
-
-        monkeypatch.setattr(llm.llm.frontend, "prepare", slow)
+        begun, go_on = slow_preparation(llm, monkeypatch)
         reading = asyncio.create_task(read(llm.generate([1], LONG)))
         await asyncio.to_thread(begun.wait)
         reading.cancel()

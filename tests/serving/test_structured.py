@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from gdnjax import LLM, EngineConfig, SamplingParams, StructuredOutputsParams, full_logits
-from gdnjax.serving.structured import END_OF_THINKING, THINK, Grammars, masks_of
+from gdnjax.serving.parsing import THINK_CLOSE, THINK_OPEN
+from gdnjax.serving.structured import Grammars, masks_of
 from tests.draws import IMPOSSIBLE, fit, softmax
 from tests.micro import MICRO, micro_model, micro_params
 from tests.serving.structures import EOS, SPECIAL, tokenizer_of
@@ -94,7 +95,7 @@ def test_masks_of_several_are_those_of_each():
     matchers = [
         matcher_of(choice=TEXTS),
         matcher_of(regex="[0-9]+"),
-        matcher_of(prompt=THINK, regex="a"),
+        matcher_of(prompt=THINK_OPEN, regex="a"),
         matcher_of(regex="(?:)"),
     ]
     for mask, matcher in zip(masks_of(matchers), matchers, strict=True):
@@ -130,15 +131,15 @@ def test_state_is_a_function_of_the_tokens_that_were_followed():
     np.testing.assert_array_equal(other.mask(), fresh[0].mask())
 
 
-OPEN, CLOSE = (tokenizer_of().token_of(tag) for tag in (THINK, END_OF_THINKING))
+OPEN, CLOSE = (tokenizer_of().token_of(tag) for tag in (THINK_OPEN, THINK_CLOSE))
 
 
 @pytest.mark.parametrize("tags", [True, False], ids=["tags are tokens", "tags are text"])
 def test_grammar_begins_behind_thinking(tags):
     """That of the prompt: anything but an end may be drawn until the tag that closes it."""
-    prompt, plain = f"<|im_start|>no\n{THINK}\n", matcher_of(regex="[0-9]+", tags=tags)
+    prompt, plain = f"<|im_start|>no\n{THINK_OPEN}\n", matcher_of(regex="[0-9]+", tags=tags)
     matcher = matcher_of(prompt, tags=tags, regex="[0-9]+")
-    way = ids(f"yes no 10 < /think {END_OF_THINKING}", tags)
+    way = ids(f"yes no 10 < /think {THINK_CLOSE}", tags)
     for count in range(len(way)):
         matcher.follow(way[:count])
         assert tokens_in(matcher.mask()) == set(range(MICRO.vocab_size)) - {EOS}
@@ -160,9 +161,9 @@ def test_grammar_begins_behind_thinking(tags):
     [
         ("<|im_start|>no\n", True),
         # It has been closed already, or this is no chat.
-        (f"<|im_start|>no\n{THINK}\n\n{END_OF_THINKING}\n\n", False),
+        (f"<|im_start|>no\n{THINK_OPEN}\n\n{THINK_CLOSE}\n\n", False),
         ("no north", False),
-        (f"<|im_start|>no\n{THINK}yes{END_OF_THINKING}no<|im_end|><|im_start|>yes\n<|im_end|><|im_start|>no\n", True),
+        (f"<|im_start|>no\n{THINK_OPEN}yes{THINK_CLOSE}no<|im_end|><|im_start|>yes\n<|im_end|><|im_start|>no\n", True),
     ],
 )
 def test_model_may_begin_with_thinking_where_a_chat_leaves_it_to_it(prompt, may_open):
@@ -429,12 +430,12 @@ def test_draws_are_the_models_own_among_what_is_allowed(llm):
 
 def test_engine_thinks_first_where_the_prompt_says_so(llm):
     """Closed at once, or later: what is behind the tag matches."""
-    prompt = ids(f"<|im_start|>no\n{THINK}\n")
+    prompt = ids(f"<|im_start|>no\n{THINK_OPEN}\n")
     lengths = collections.Counter()
     for bias in (100.0, 4.0):
         params = asking("[0-9]{3}", logit_bias={CLOSE: bias}, n=3, max_tokens=100)
         for sample in outputs_of(llm, [prompt], params)[0]:
-            thoughts, answer = sample.text.split(END_OF_THINKING)
+            thoughts, answer = sample.text.split(THINK_CLOSE)
             assert sample.finish_reason == "stop"
             assert re.fullmatch("[0-9]{3}", answer)
             lengths[bool(thoughts)] += 1
