@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jax.tree_util import DictKey, GetAttrKey, KeyPath
+from jax.tree_util import DictKey, GetAttrKey, KeyPath, tree_leaves_with_path
 
 log = logging.getLogger("gdnjax")
 
@@ -67,8 +67,26 @@ def path_name(path: KeyPath) -> str:
 
 def table_of(tree: Any) -> str:
     """A line for each array of a tree: its name, shape and dtype."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = tree_leaves_with_path(tree)
     return "\n".join(f"{path_name(path)} {leaf.shape} {leaf.dtype}" for path, leaf in leaves)
+
+
+def placed_like(tree: Any, there: Any) -> Any:
+    """`tree`, each array where the one of the same name in `there` is. Raises ValueError, before anything is placed,
+    for the first names that are missing or not known, and for the first array of another shape or dtype.
+    """
+    arrays, wanted = ({path_name(path): x for path, x in tree_leaves_with_path(t)} for t in (tree, there))
+    for what, names in (("lacks", wanted.keys() - arrays.keys()), ("has unknown", arrays.keys() - wanted.keys())):
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            raise ValueError(f"the tree {what} {some}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+    for name, x in arrays.items():
+        found, needed = (f"{np.dtype(y.dtype).name}{list(y.shape)}" for y in (x, wanted[name]))
+        if found != needed:
+            raise ValueError(f"{name} is {found}; allowed: {needed}")
+    if jax.tree.structure(tree) != jax.tree.structure(there):
+        raise ValueError("the tree has the arrays that it should, held in another way")
+    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), tree, there)
 
 
 def shard_step(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:

@@ -21,6 +21,7 @@ from gdnjax.serving.loop import EngineLoop, EngineStoppedError, Piece, Reader
 from gdnjax.serving.outputs import StreamOutput
 from gdnjax.serving.submission import Submission, Urgency, urgencies
 from gdnjax.serving.tokenizer import Tokenizer
+from gdnjax.shapes import Params
 
 PREPARERS = 4
 """Threads that check and tokenise prompts."""
@@ -302,6 +303,10 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> bool:
         """As LLM.reset_prefix_cache, between turns."""
         return await asyncio.wrap_future(self._loop.call(self.llm.reset_prefix_cache))
+
+    async def update_weights(self, params: Params) -> None:
+        """As LLM.update_weights, between turns: streams go on."""
+        await asyncio.wrap_future(self._loop.call(lambda: self.llm.update_weights(params)))
 
     async def stats(self) -> dict[str, Any]:
         """As LLM.stats, between turns."""

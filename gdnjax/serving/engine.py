@@ -32,6 +32,7 @@ from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.speculation import DraftController
 from gdnjax.serving.structured import Matcher
 from gdnjax.serving.tokenizer import Tokenizer
+from gdnjax.shapes import Params
 from gdnjax.state import NO_TOKEN, ServeState
 
 log = logging.getLogger("gdnjax")
@@ -413,6 +414,20 @@ class Engine:
         """Forgets every cached block and state. Requests that run keep what they have."""
         with self._alone(), self._whole():
             self.scheduler.cache.reset()
+
+    def update_params(self, params: Params) -> None:
+        """Goes on with other parameters, which lie as the present ones do. What was computed with the present ones is
+        forgotten, and whoever has not ended is computed anew from his tokens.
+        """
+        with self._alone():
+            self._catch_up()
+            while self._in_flight:
+                self._harvest(self._in_flight[0])
+            with self._whole():
+                self._last_harvest = None
+                self.runner.params = params
+                self.runner.start_over([])
+                self.scheduler.start_over()
 
     def save(self, write: Callable[[dict[str, Any], ServeState], None]) -> None:
         """Calls `write` with the scheduler's record and the pools when nothing is in flight, and goes on as before,

@@ -27,6 +27,7 @@ from gdnjax.serving.request import Request
 from gdnjax.serving.submission import Submission, urgencies
 from gdnjax.serving.tokenizer import GenerationDefaults, Tokenizer, ends_of_sequence, load_generation_defaults
 from gdnjax.shapes import Params
+from gdnjax.sharding import placed_like
 
 log = logging.getLogger("gdnjax")
 
@@ -227,6 +228,19 @@ class LLM:
         self._check_open()
         self.engine.reset_prefix_cache()
         return True
+
+    def update_weights(self, params: Params) -> None:
+        """Goes on with other parameters: a tree like `llm.params`, of the same names, shapes and dtypes, on devices or
+        in numpy.
+
+        Waits for the turn that is under way. What was cached is forgotten. Whoever has not ended keeps his tokens; what
+        comes behind them is the new parameters' of all that stands before. Arrays that lie where the old ones do are
+        used as they are: do not donate them. The old ones are held until the new ones are placed. Raises ValueError
+        that names what does not fit, before anything changes, and RuntimeError in one of several processes.
+        """
+        self._check_open()
+        self._check_alone("update_weights")
+        self.engine.update_params(placed_like(params, self.params))
 
     def save_state(self, path: str | pathlib.Path) -> None:
         """Writes the pools, the prefix cache and every request that has not ended to a directory that it makes, and
