@@ -1,6 +1,7 @@
 """Completes prompts from the command line, streaming to the terminal."""
 
 import argparse
+import collections
 import dataclasses
 import json
 import pathlib
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gdnjax.cli.batch_output import BatchOutput, opened, settings_of
 from gdnjax.cli.command import (
     PROCESSES_HELP,
     add_device_flags,
@@ -26,12 +28,14 @@ from gdnjax.cli.command import (
     write_json,
 )
 from gdnjax.cli.compile_stages import CompileStages
+from gdnjax.progress import Progress
 
 if TYPE_CHECKING:
     from gdnjax.config import EngineConfig
     from gdnjax.sampling_params import SamplingParams, StructuredOutputsParams
     from gdnjax.serving.llm import LLM
-    from gdnjax.serving.outputs import RequestOutput
+    from gdnjax.serving.outputs import CompletionOutput, RequestOutput
+    from gdnjax.serving.submission import Submission
     from gdnjax.serving.tokenizer import Tokenizer
 
 DESCRIPTION = """\
@@ -52,6 +56,7 @@ examples:
   {command} --model Qwen3.5-4B --system-prompt "Answer in French." -p "Good morning"
   git diff | {command} --model Qwen3.5-4B --chat -p -            the prompt is what stdin says
   {command} --model Qwen3.5-4B --prompts-file prompts.jsonl --jsonl    one batch in and out
+  {command} --model Qwen3.5-4B --input-file in.jsonl --output-file out.jsonl   the same; run again, it goes on
   {command} --model Qwen3.5-4B -p "a" -p "b" --temp 0            greedy, two prompts in one batch
   {command} -n 3 "Once upon a time"                              three stories
   {command} "Is 7 more than 5?" --choice yes --choice no          one of these texts
@@ -85,6 +90,10 @@ MAX_TOKENS = 256
 
 # The grids are coarse, so that most runs with a model find their steps in the compilation cache.
 ROW_GRID = (1, 8)
+MANY_ROWS = 64
+"""For so many completions or more."""
+QUEUED = 4
+"""Prompts of an --output-file that are with the engine, for each of its rows."""
 PREFILL_GRID = (64, 256, 1024)
 SMALLEST_LENGTH = 512
 
@@ -204,6 +213,7 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
     add_device_flags(add)
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--max-model-len", type=int, metavar="N", help="longest prompt with its output (default: what is needed)")
+    add("--max-num-seqs", type=int, metavar="N", help="completions at a time (default: 1, 8 or 64, by their number)")
     add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
     add_host_cache_flag(add)
     add_process_flags(parser.add_argument_group("processes").add_argument)
@@ -212,6 +222,7 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
     add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable; - reads stdin")
     add(
         "--prompts-file",
+        "--input-file",
         metavar="FILE",
         help='one prompt a line, or a .jsonl file of {"prompt": "..."} or {"prompt_token_ids": [...]}',
     )
@@ -242,6 +253,11 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
     add_speculation_flags(parser.add_argument_group("speculation").add_argument)
     add = parser.add_argument_group("output").add_argument
     add("--jsonl", action="store_true", help="a JSON object a line for each completion on stdout, in place of text")
+    add(
+        "--output-file",
+        metavar="FILE",
+        help="the same objects there, in the order of the prompts; prompts whose completions it has are skipped",
+    )
     add("--stats-json", metavar="FILE", help="also write the numbers of the closing line there")
     add("--verbose", action="store_true", help="log what the engine does, and show where an error came from")
     return parser
@@ -285,6 +301,38 @@ def complete_all(arguments: argparse.Namespace, directory: pathlib.Path) -> int:
         arguments.prompt = [DEMO_PROMPT]
     prompts = read_prompts(arguments)
     speculation(arguments)
+    if arguments.output_file is None:
+        return complete_prompts(arguments, directory, prompts, given)
+    if arguments.jsonl:
+        raise ValueError("--output-file contradicts --jsonl, which has the lines on stdout; leave one of them out")
+    lines = [as_given(prompt) for prompt in prompts]
+    with opened(arguments.output_file, lines, arguments.n or 1, settings(arguments, directory, given)) as output:
+        if output.num_done == len(prompts):
+            print(f"{arguments.output_file}: all of {len(prompts)} prompts are done", file=sys.stderr)
+            return 0
+        if output.num_done:
+            print(f"{arguments.output_file}: goes on behind {output.num_done} prompts", file=sys.stderr)
+        return complete_prompts(arguments, directory, prompts, given, output)
+
+
+def settings(arguments: argparse.Namespace, directory: pathlib.Path, given: dict[str, Any]) -> str:
+    """What completions depend on beside their prompts, but for the roundings of another engine."""
+    names = ("chat", "system_prompt", "thinking", "dtype", "quantization", "kv_cache_dtype", "max_model_len")
+    return settings_of(
+        model=(directory / "config.json").read_text(encoding="utf-8"),
+        sampling=given,
+        flags={name: getattr(arguments, name) for name in names},
+    )
+
+
+def complete_prompts(
+    arguments: argparse.Namespace,
+    directory: pathlib.Path,
+    prompts: list[Prompt],
+    given: dict[str, Any],
+    output: BatchOutput | None = None,
+) -> int:
+    """From checked prompts to the closing line: to stdout, or what `output` lacks of them there."""
     clock = Start()
     llm, prompts = start(arguments, directory, prompts, clock)
     with llm:
@@ -296,7 +344,9 @@ def complete_all(arguments: argparse.Namespace, directory: pathlib.Path) -> int:
         # So that what is measured after it is not compilation.
         llm.engine.prepare([min(len(prompts) * params.n, llm.config.max_num_seqs)], [params])
         compiled = clock.finished("rehearsal")
-        if arguments.jsonl:
+        if output is not None:
+            outputs = write_rest(llm, prompts, params, output)
+        elif arguments.jsonl:
             outputs = as_json_lines(llm, prompts, params)
         elif len(prompts) * params.n == 1:
             outputs = stream(llm, prompts[0], params)
@@ -497,7 +547,7 @@ def fit_engine(arguments: argparse.Namespace, lengths: Sequence[int], context: i
     from gdnjax.config import EngineConfig
 
     requests = len(lengths) * (arguments.n or 1)
-    rows = round_up(requests, ROW_GRID)
+    rows = arguments.max_num_seqs or (MANY_ROWS if requests >= MANY_ROWS else round_up(requests, ROW_GRID))
     max_model_len = arguments.max_model_len
     if max_model_len is None:
         max_model_len = SMALLEST_LENGTH
@@ -564,21 +614,52 @@ def batch(llm: "LLM", prompts: Sequence[Prompt], params: "SamplingParams") -> li
     return outputs
 
 
+def write_rest(
+    llm: "LLM", prompts: Sequence[Prompt], params: "SamplingParams", output: BatchOutput
+) -> list["RequestOutput"]:
+    """Completes the prompts that `output` lacks. Each is written as soon as those before it are."""
+    first = output.num_done
+    # Their noise is that of a run that was not cut off: it is made of the prompts' numbers.
+    llm.frontend.go_on_from(first)
+    rest, outputs = collections.deque(prompts[first:]), []
+    submitted: collections.deque[Submission] = collections.deque()
+    progress = Progress("generating", len(rest), "prompt")
+    try:
+        while rest or submitted:
+            unfinished = sum(not each.finished for each in submitted)
+            for _ in range(min(QUEUED * llm.config.max_num_seqs - unfinished, len(rest))):
+                submitted.append(llm.submit({"prompt_token_ids": rest.popleft().token_ids}, params))
+            llm.step()
+            while submitted and submitted[0].finished:
+                outputs.append(submitted.popleft().output())
+                output.add([as_line(outputs[-1], sample) for sample in outputs[-1].outputs])
+                progress.update(1)
+    finally:
+        progress.close()
+    return outputs
+
+
+def as_given(prompt: Prompt) -> dict[str, Any]:
+    """The prompt, as a line of JSON has it."""
+    return {"prompt_token_ids": prompt.token_ids} if prompt.text is None else {"prompt": prompt.text}
+
+
+def as_line(output: "RequestOutput", sample: "CompletionOutput") -> dict[str, Any]:
+    """What came of one sample, as a line of JSON has it."""
+    return {
+        "text": sample.text,
+        "finish_reason": sample.finish_reason,
+        "num_prompt_tokens": len(output.prompt_token_ids),
+        "num_output_tokens": len(sample.token_ids),
+    }
+
+
 def as_json_lines(llm: "LLM", prompts: Sequence[Prompt], params: "SamplingParams") -> list["RequestOutput"]:
     """Prints a JSON object a line for each completion, in order."""
     outputs = complete(llm, prompts, params)
     for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         for sample in output.outputs:
-            given = {"prompt_token_ids": prompt.token_ids} if prompt.text is None else {"prompt": prompt.text}
-            line = {
-                "index": index,
-                "sample": sample.index,
-                **given,
-                "text": sample.text,
-                "finish_reason": sample.finish_reason,
-                "num_prompt_tokens": len(output.prompt_token_ids),
-                "num_output_tokens": len(sample.token_ids),
-            }
+            line = {"index": index, "sample": sample.index, **as_given(prompt), **as_line(output, sample)}
             print(json.dumps(line, ensure_ascii=False), flush=True)
     return outputs
 

@@ -411,3 +411,75 @@ def test_closed_pipe_ends_without_a_word(random_model):
         said = process.stderr.read().splitlines()
         assert [line for line in said if not line.startswith(b"compiling steps: ")] == []
     assert process.returncode == 141
+
+
+def _prompts_in(file: pathlib.Path, count: int = 5) -> pathlib.Path:
+    lines = [json.dumps({"prompt_token_ids": list(range(4, 8 + index))}) for index in range(count)]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def test_output_file_goes_on_where_it_was_cut_off(capsys, random_model, tmp_path):
+    """Drawn samples, so that noise which is not the whole run's would show."""
+    prompts, file = _prompts_in(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    flags = ["--model", str(random_model), "--input-file", str(prompts), "--output-file", str(file)]
+    flags += ["--max-tokens", "6", "-n", "2", "--temp", "1"]
+    out, _ = _run(capsys, *flags)
+    whole = file.read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert not out
+    assert [(line["index"], line["sample"]) for line in lines] == [(i, j) for i in range(5) for j in range(2)]
+    assert len({line["text"] for line in lines}) > 5
+    # Cut off in the middle of the second sample of the third prompt: that prompt is done anew.
+    file.write_bytes(b"\n".join(whole.split(b"\n")[:5]) + b'\n{"index": 2, "sam')
+    _, err = _run(capsys, *flags)
+    assert "goes on behind 2 prompts" in err
+    assert file.read_bytes() == whole
+    _, err = _run(capsys, *flags)
+    assert "all of 5 prompts are done" in err
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda flags, prompts: [*flags, "--temp", "0.5"], "'settings' differs"),
+        (lambda flags, prompts: [*flags, "-n", "2"], "'settings' differs"),
+        (lambda flags, prompts: _prompts_in(prompts, 2).write_text('{"prompt": "x"}\n') and flags, "'prompt' differs"),
+        (lambda flags, prompts: [*flags, "--jsonl"], "--output-file contradicts --jsonl"),
+    ],
+    ids=["sampling", "samples", "prompts", "two outputs"],
+)
+def test_output_file_of_another_run_is_left_as_it_is(change, message, capsys, random_model, tmp_path):
+    prompts, file = _prompts_in(tmp_path / "in.jsonl", 2), tmp_path / "out.jsonl"
+    flags = [
+        "--model",
+        str(random_model),
+        "--input-file",
+        str(prompts),
+        "--output-file",
+        str(file),
+        "--max-tokens",
+        "2",
+    ]
+    lines = [{"prompt_token_ids": list(range(4, 8 + index))} for index in range(2)]
+    given = generate.given_sampling(_arguments(*flags))
+    settings = generate.settings(_arguments(*flags), random_model, given)
+    with generate.opened(file, lines, 1, settings) as output:
+        for _ in lines:
+            output.add([{"text": ""}])
+    before = file.read_bytes()
+    assert script.main(change(flags, prompts)) == 2
+    assert message in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+def test_output_file_has_one_writer(tmp_path):
+    file = tmp_path / "out.jsonl"
+    with generate.opened(file, [], 1, ""), pytest.raises(ValueError, match="another process"):
+        generate.opened(file, [], 1, "").__enter__()
+
+
+@pytest.mark.parametrize(("count", "flags", "rows"), [(63, (), 8), (64, (), 64), (9, ("--max-num-seqs", "32"), 32)])
+def test_rows_are_by_the_number_of_completions(count, flags, rows):
+    assert generate.fit_engine(_arguments(*flags), [5] * count, 4096).max_num_seqs == rows
