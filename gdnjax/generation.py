@@ -143,7 +143,8 @@ def batch_generate(
 def full_logits(
     model: Model, params: Params, tokens: Int32[Array, "t"], length: int | Int32[Array, ""] | None = None
 ) -> Float32[Array, "t V"]:
-    """The logits at every position of one sequence, by one prefill. Traceable; one rank only.
+    """The logits at every position of one sequence, by one prefill. Traceable; one rank only. Differentiable where the
+    model runs no kernels.
 
     `length` (default: all) says how many tokens count, so that one compilation serves every length up to t; the
     logits past it mean nothing. Raises ValueError for tokens that are no one sequence of integers.
@@ -154,6 +155,8 @@ def full_logits(
     state = start(model, whole + 1, count + 1)
     batch = pack_prompts(tokens[None], whole)
     context = prefill_context(step.pools_of(state, StepOptions()), batch)
+    # A number that is known when this is traced: the loop over keys has no derivative else.
+    context = dataclasses.replace(context, tiles=dataclasses.replace(context.tiles, longest=count))
     hidden, _ = model.forward(params, batch.tokens, context, state.cache)
     return model.logits(params, hidden)[:count]
 

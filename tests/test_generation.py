@@ -285,3 +285,28 @@ def test_full_logits_of_a_shorter_sequence_are_a_prefix():
     whole = logits_of(token_ids)
     for length in (1, 2, 63, 64, 65):
         np.testing.assert_array_equal(logits_of(token_ids[:length]), whole[:length])
+
+
+def test_full_logits_have_a_derivative():
+    """That of the log-likelihood along a random direction is the slope between two points of it, and padding has no
+    part in it.
+    """
+    tokens = jnp.asarray(prompts()[1], jnp.int32)
+
+    def log_likelihood(params, tokens):
+        scores = jax.nn.log_softmax(full_logits(MODEL, params, tokens, 66)[:65])
+        return jnp.sum(jnp.take_along_axis(scores, tokens[1:66, None], axis=-1))
+
+    leaves, structure = jax.tree.flatten(PARAMS)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    direction = [x * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
+    value_and_grad = jax.jit(jax.value_and_grad(log_likelihood))
+
+    def at(step):
+        moved = structure.unflatten([x + step * d for x, d in zip(leaves, direction, strict=True)])
+        return value_and_grad(moved, tokens)
+
+    step = 1e-3
+    _, grads = at(0.0)
+    slope = sum(jnp.vdot(d, g) for d, g in zip(direction, jax.tree.leaves(grads), strict=True))
+    np.testing.assert_allclose((at(step)[0] - at(-step)[0]) / (2 * step), slope, rtol=1e-2)
