@@ -274,6 +274,16 @@ def test_host_modules_import_no_jax(modules):
     assert result.stdout.split() == []
 
 
+def test_type_checkers_see_every_public_name():
+    """The file is pyright's, in strict mode: see pyproject.toml."""
+    import gdnjax
+
+    text = (pathlib.Path(__file__).parent / "public_types.py").read_text()
+    assert text.startswith("# pyright: strict\n")
+    used = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    assert set(gdnjax.__all__) - {"__version__"} <= used
+
+
 def test_every_public_name_can_be_imported():
     import gdnjax
 
