@@ -128,7 +128,8 @@ class SamplingParams:
     Ending
       max_tokens           most tokens to produce; None: to the end of the context.
       min_tokens           EOS and stop token ids are not drawn, and stop strings not looked for, before this many.
-      stop                 strings that end the output; cut off unless include_stop_str_in_output.
+      stop                 strings that end the output, and are cut off.
+      include_stop_str_in_output  the stop string that ends the output stays in its text.
       stop_token_ids       token ids that end the output.
       ignore_eos           go on after the model's end-of-sequence token.
     Speed

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from rocm import report
+from site_pages import markers
 
 from gdnjax.cli.command import exit_status, prepare_environment, run_as_process
 
@@ -46,15 +47,14 @@ EXAMPLES = """\
 examples:
   python scripts/rocm_gate.py                        gfx942 (MI300X) and gfx950 (MI355X)
   python scripts/rocm_gate.py --arch gfx942 'gdn-*'  some, for one
-  python scripts/rocm_gate.py --write-readme         and put the table of resources into README.md
+  python scripts/rocm_gate.py --write-docs           and put the table of resources into docs/amd.md
   python scripts/rocm_gate.py --emulate              execute instead of compile alone
   python scripts/rocm_gate.py --emulate 'mutants*' '*-without-bounds'    all of these, for both
 
 Exit status: 0 all passed, 1 something was refused or wrong, 2 an error.
 """
 
-README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
-MARKS = ("<!-- rocm gate: begin -->", "<!-- rocm gate: end -->")
+PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "amd.md"
 ARCHITECTURES = ("gfx942", "gfx950")
 
 
@@ -66,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", default=["*"], help="patterns of workloads and steps (default: all)")
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="architecture (default: both)")
     parser.add_argument("--output", metavar="FILE", help="also write all figures there, as JSON")
-    parser.add_argument("--write-readme", action="store_true", help="replace the table of resources in README.md")
+    parser.add_argument("--write-docs", action="store_true", help="replace the table of resources in docs/amd.md")
     parser.add_argument("--emulate", action="store_true", help="execute cases, large pools and mutants in an emulator")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.emulate and arguments.write_readme:
-        parser.error("--write-readme writes what is compiled, not what is executed")
+    if arguments.emulate and arguments.write_docs:
+        parser.error("--write-docs writes what is compiled, not what is executed")
     if arguments.worker:
         work = emulate_one if arguments.emulate else compile_one
         return exit_status("rocm_gate.py", lambda: work(arguments))
@@ -82,8 +82,8 @@ def main(argv: list[str] | None = None) -> int:
 def gate(arguments) -> int:
     """Compiles, and refuses."""
     results = in_processes(arguments, line)
-    if arguments.write_readme:
-        write_readme(results)
+    if arguments.write_docs:
+        write_docs(results)
     refused = [result for result in results if not result["passed"]]
     print(f"{len(results) - len(refused)} passed, {len(refused)} refused")
     return 1 if refused else 0
@@ -240,11 +240,8 @@ def line(result: dict) -> str:
     return text
 
 
-def write_readme(results: list[dict]) -> None:
-    text = README.read_text()
-    before, rest = text.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    README.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
+def write_docs(results: list[dict]) -> None:
+    PAGE.write_text(markers.replaced(PAGE.read_text(), "rocm gate", table(results)))
 
 
 def table(results: list[dict]) -> str:

@@ -93,8 +93,8 @@ class EngineConfig:
                               GPUs the memory is pinned.
       batch_invariant         the same tokens whatever the load, the cache and the neighbours: one prefill bucket, one
                               decode bucket, one sampler, states checkpointed on the grid of chunks only, and all blocks
-                              reserved at admission, so that nothing is preempted. Costs throughput; README.md has how
-                              much.
+                              reserved at admission, so that nothing is preempted. Costs throughput: see
+                              docs/benchmarks.md.
     Speculation, by the model's MTP head
       num_speculative_tokens  tokens drafted and verified in each decode step, 0 to 7; 0: no speculation.
       draft_acceptance        "shared_noise": drafts and target draw with the same noise, and a draft is kept if it is

@@ -262,11 +262,11 @@ def test_table_has_a_row_a_kernel_with_the_worst_of_its_workloads(tmp_path, monk
         kernel = dataclasses.asdict(dataclasses.replace(GOOD, vgpr=vgpr)) | {"waves": 512 // vgpr}
         return {"arch": arch, "name": "w", "passed": True, "fails": False, "kernels": [kernel]}
 
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{script.MARKS[0]}\nold\n{script.MARKS[1]}\nafter\n")
-    monkeypatch.setattr(script, "README", readme)
-    script.write_readme([result("gfx942", 128), result("gfx942", 256), result("gfx950", 64)])
-    text = readme.read_text()
+    page = tmp_path / "amd.md"
+    page.write_text("before\n<!-- rocm gate: begin -->\nold\n<!-- rocm gate: end -->\nafter\n")
+    monkeypatch.setattr(script, "PAGE", page)
+    script.write_docs([result("gfx942", 128), result("gfx942", 256), result("gfx950", 64)])
+    text = page.read_text()
     assert "| `k` | 256, 16, 2 | 64, 16, 8 | 0 |" in text
     assert "old" not in text
     assert re.match(r"before\n.*after\n$", text, re.DOTALL)
