@@ -10,9 +10,9 @@ import json
 import pathlib
 from typing import Any
 
-from gdnjax.cli.command import exit_status, run_as_process
-
 from site_pages import results
+
+from gdnjax.cli.command import exit_status, run_as_process
 
 DESCRIPTION = """\
 Adds a result to docs/results/DATE/NAME-COMMIT.json: figures, and the hardware, versions, commit and command without

@@ -1,4 +1,4 @@
-"""Measures the whole engine in one process, from few compilations: the figures that README.md quotes."""
+"""Measures the whole engine in one process, from few compilations: the figures that docs/benchmarks.md quotes."""
 
 if __name__ == "__main__":
     from gdnjax.cli import interrupt

@@ -8,9 +8,9 @@ if __name__ == "__main__":
 import argparse
 import pathlib
 
-from gdnjax.cli.command import exit_status, run_as_process
-
 from site_pages import configuration, dashboard, markers, recipes
+
+from gdnjax.cli.command import exit_status, run_as_process
 
 DESCRIPTION = """\
 Writes what of the site is made: docs/configuration.md from the docstrings of EngineConfig, SamplingParams and

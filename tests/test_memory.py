@@ -650,7 +650,7 @@ def test_command_says_whether_a_model_fits(capsys):
 
 
 def test_command_speaks_of_a_model_where_none_is_named(capsys):
-    """As README.md has it."""
+    """As docs/memory.md has it."""
     assert main(["--num-speculative-tokens", "3"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("qwen3.5-9b, one rank")

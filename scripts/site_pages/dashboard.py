@@ -28,7 +28,12 @@ def page(directory: pathlib.Path = results.DIRECTORY) -> str:
         if not trends:
             continue
         lines += [f"## {heading}", "", *_plots(trends), *_table(trends), ""]
-    lines += ["## Where they are from", "", "| Time | Commit | Hardware | Versions | Command | File |", "|---|---|---|---|---|---|"]
+    lines += [
+        "## Where they are from",
+        "",
+        "| Time | Commit | Hardware | Versions | Command | File |",
+        "|---|---|---|---|---|---|",
+    ]
     for path, result in reversed(found):
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         file = path.relative_to(directory.parent).as_posix()

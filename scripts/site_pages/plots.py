@@ -57,4 +57,4 @@ def trend(points: list[tuple[str, float]], label: str) -> str:
 
 def _seconds(time: str) -> float:
     moment = datetime.datetime.fromisoformat(time)
-    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()

@@ -39,7 +39,9 @@ def fewest(preset: str, gib: int) -> int | None:
     """GPUs of so many GiB that the model needs with the engine's defaults; None where RANKS are not enough."""
     for ranks in RANKS:
         try:
-            report = make_report(build_parser().parse_args(["--config", preset, "--gpu-memory", str(gib), "--tp", str(ranks)]))
+            report = make_report(
+                build_parser().parse_args(["--config", preset, "--gpu-memory", str(gib), "--tp", str(ranks)])
+            )
         except ValueError as error:
             # Heads or experts that so many ranks cannot share out: more cannot, either.
             if "does not divide" not in str(error):

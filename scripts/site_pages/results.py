@@ -52,7 +52,9 @@ def check(result: Any) -> None:
             value = figure.get("value") if isinstance(figure, dict) else None
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not isinstance(figure.get("unit"), str):
-                raise ValueError(f"figure {name!r} must be an object of a number 'value' and a text 'unit', got {figure!r}")
+                raise ValueError(
+                    f"figure {name!r} must be an object of a number 'value' and a text 'unit', got {figure!r}"
+                )
 
 
 def known_commit(commit: str) -> str:
@@ -116,7 +118,7 @@ def of_engine(record: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
             for batch, figure in measured.items():
                 add("speed", f"decode, {batch} request{'s' * (batch != '1')}", figure["ms_per_step"], "ms a step")
         if section == "prefill":
-            for name, figure in measured.items():
+            for figure in measured.values():
                 what = f"prefill, {figure['requests']} x {figure['tokens']:,}"
                 add("speed", what, figure["tokens_per_second"], "tokens/s")
     add("start", "weights loaded", record["load_seconds"], "s")

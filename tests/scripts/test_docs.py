@@ -1,19 +1,26 @@
-"""What README.md, WORKSPACE.md and the helps say is there: commands, flags, options, files, tests; examples run."""
+"""What README.md, WORKSPACE.md, the pages of docs/ and the helps say is there: commands, flags, options, files, tests,
+messages; examples run."""
 
 import ast
 import dataclasses
 import importlib
 import pathlib
 import re
+import shlex
 
 import pytest
 
+from gdnjax.cli import generate, serve
 from gdnjax.config import SUPPORTED_MODEL_TYPES, EngineConfig
+from gdnjax.memory import __main__ as memory
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 WORKSPACE = (ROOT / "WORKSPACE.md").read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
+TEXTS = {"README.md": README, "WORKSPACE.md": WORKSPACE, **PAGES}
 SCRIPTS = (
+    "add_result",
     "bench_engine",
     "bench_kernels",
     "bench_pools",
@@ -25,6 +32,7 @@ SCRIPTS = (
     "eval_forks",
     "generate",
     "lm_eval_gdnjax",
+    "make_docs",
     "make_random_checkpoint",
     "measure_state",
     "measure_tiny",
@@ -41,6 +49,12 @@ def _blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+def _python(text: str) -> tuple[list[str], list[str]]:
+    """Blocks that run, and those behind <!-- fragment -->, which need what a reader has."""
+    parts = re.findall(r"(<!-- fragment -->\n\n)?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [block for mark, block in parts if not mark], [block for mark, block in parts if mark]
+
+
 def _help(script: str, capsys) -> str:
     with pytest.raises(SystemExit):
         importlib.import_module(f"scripts.{script}").main(["--help"])
@@ -49,7 +63,21 @@ def _help(script: str, capsys) -> str:
 
 def _calls(text: str) -> list[tuple[str, str]]:
     """(script, its flags) of each call of a script, up to the end of the line or the next command."""
-    return re.findall(r"python scripts/(\w+)\.py([^\n`|]*?)(?:&&|\||`|$)", text, re.MULTILINE)
+    return re.findall(r"python scripts/(\w+)\.py([^\n`|]*?)(?:&&|\||`|$)", _joined(text), re.MULTILINE)
+
+
+def _joined(text: str) -> str:
+    """Lines that end in a backslash with the next."""
+    return re.sub(r"\\\n\s*", " ", text)
+
+
+def _commands(name: str) -> list[list[str]]:
+    """The arguments of each `gdnjax NAME` in the shell blocks of all texts."""
+    lines = [line for text in TEXTS.values() for block in _blocks(text, "sh") for line in _joined(block).split("\n")]
+    found = [re.search(rf"\bgdnjax {name}\b(?P<rest>[^|]*)", line) for line in lines]
+    split = [shlex.split(match["rest"], comments=True) for match in found if match]
+    # "..." stands for what a reader adds, "&" for the background.
+    return [[word for word in words if word not in ("...", "&")] for words in split]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -63,10 +91,25 @@ def test_every_script_is_listed_here():
     assert sorted(file.stem for file in (ROOT / "scripts").glob("*.py")) == sorted(SCRIPTS)
 
 
+def test_readme_is_read_in_five_minutes():
+    assert len(README.splitlines()) <= 150
+
+
+def test_readme_leads_to_every_page_and_so_does_the_navigation():
+    """By a link of its own, or by the first page of a folder."""
+    linked = set(re.findall(r"\]\((docs/[\w./-]+\.md)", README))
+    navigation = (ROOT / "zensical.toml").read_text()
+    for name in PAGES:
+        assert f'"{name.removeprefix("docs/")}"' in navigation, name
+        folder = pathlib.PurePath(name).parent.as_posix()
+        home = folder == "docs" and pathlib.PurePath(name).stem in ("index", "map", "kernels", "models", "notebook")
+        assert home or name in linked or f"{folder}/index.md" in linked, name
+
+
 def test_flags_of_documented_calls_exist(capsys):
     helps = {script: _help(script, capsys) for script in SCRIPTS}
-    calls = [call for text in (README, WORKSPACE, *helps.values()) for call in _calls(text)]
-    assert len(calls) > 10
+    calls = [call for text in (*TEXTS.values(), *helps.values()) for call in _calls(text)]
+    assert len(calls) > 40
     for script, arguments in calls:
         # What stands behind a bare -- is for another script.
         own, _, others = arguments.partition(" -- ")
@@ -75,26 +118,44 @@ def test_flags_of_documented_calls_exist(capsys):
                 assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps[where]), f"{where}.py has no {flag}"
 
 
+@pytest.mark.parametrize(("name", "module"), [("generate", generate), ("serve", serve), ("memory", memory)])
+def test_documented_commands_are_parsed(name, module):
+    commands = _commands(name)
+    assert commands
+    for words in commands:
+        module.build_parser().parse_args(words)
+
+
+def test_documented_memory_commands_run(capsys):
+    for words in _commands("memory"):
+        assert memory.main(words) in (0, 1), words
+        assert "weights" in capsys.readouterr().out
+
+
 def test_every_engine_option_and_model_type_is_documented():
     for field in dataclasses.fields(EngineConfig):
-        assert f"| `{field.name}`" in README, field.name
+        assert f"| `{field.name}`" in PAGES["docs/configuration.md"], field.name
     for model_type in SUPPORTED_MODEL_TYPES:
         assert f"`{model_type}`" in README, model_type
+        assert f"`{model_type}`" in PAGES["docs/models.md"], model_type
 
 
-@pytest.mark.parametrize("text", [README, WORKSPACE], ids=["README", "WORKSPACE"])
-def test_named_files_exist(text):
-    links = re.findall(r"\]\(([^)#:]+)\)", text)
-    named = re.findall(r"`((?:[\w.-]+/)+[\w.-]*\.(?:py|md|toml))`", text)
-    for name in {*links, *named}:
-        places = [ROOT / name, ROOT / "gdnjax" / name]
-        assert any(place.exists() for place in places), name
+@pytest.mark.parametrize("name", TEXTS)
+def test_named_files_exist(name):
+    """Links, and paths in backticks; the site's own test has the anchors."""
+    text = TEXTS[name]
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert ((ROOT / name).parent / link).exists(), link
+    for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]*\.(?:py|md|toml|ipynb|json|yaml))`", text):
+        places = [ROOT / path, ROOT / "gdnjax" / path, ROOT / "docs" / path]
+        assert any(place.exists() for place in places), path
 
 
 def test_named_tests_exist():
     sources = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
-    for name in re.findall(r"`(test_\w+)`", WORKSPACE):
-        assert f"def {name}(" in sources, name
+    for text in TEXTS.values():
+        for name in re.findall(r"`(test_\w+)`", text):
+            assert f"def {name}(" in sources, name
 
 
 def test_ci_runs_what_the_readme_says():
@@ -107,27 +168,50 @@ def test_ci_runs_what_the_readme_says():
         assert re.search(rf"^{re.escape(hook)}( \.)?$", script, re.MULTILINE), hook
 
 
-def test_python_fragments_of_the_readme_import_what_there_is():
+def _said(node: ast.AST) -> str | None:
+    """A text in the source as a user reads it, with … where a value stands; None of what is no text."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=values):
+            return "".join(value.value if isinstance(value, ast.Constant) else "…" for value in values)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return (_said(left) or "…") + (_said(right) or "…")
+    return None
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_source():
+    """Each whole, with … for its values: a message that is changed changes the page."""
+    quoted = re.findall(r"^- (`+)(.+)\1$", PAGES["docs/troubleshooting.md"], re.MULTILINE)
+    assert len(quoted) > 40
+    nodes = [node for file in (ROOT / "gdnjax").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    said = "\n".join(text for text in map(_said, nodes) if text)
+    for _, message in quoted:
+        assert len(message.replace("…", "").strip()) > 8, message
+        assert message in said, message
+
+
+def test_python_fragments_import_what_there_is():
     """Those that need a model or processes of the reader's."""
-    blocks = _blocks(README, "python fragment")
-    assert blocks
-    for block in blocks:
+    fragments = [(name, block) for name, text in TEXTS.items() for block in _python(text)[1]]
+    assert len(fragments) > 4
+    for name, block in fragments:
         tree = ast.parse(block)
         imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
         assert imports
-        exec(compile(ast.Module(imports, []), "README.md", "exec"), {})
+        exec(compile(ast.Module(imports, []), name, "exec"), {})
 
 
-def test_python_examples_of_the_readme_run(capsys):
-    """One after another, in one namespace."""
-    namespace: dict = {}
-    blocks = _blocks(README, "python")
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    namespace["llm"].close()
+def test_python_examples_run(capsys):
+    """A page's one after another, in one namespace."""
+    spaces: dict[str, dict] = {}
+    for name, text in TEXTS.items():
+        for block in _python(text)[0]:
+            exec(compile(block, name, "exec"), spaces.setdefault(name, {}))
+    assert set(spaces) == {"README.md", "docs/batches.md"}
+    spaces["docs/batches.md"]["llm"].close()
     out = capsys.readouterr().out
-    assert "Once upon a time ->" in out
+    assert out.count("Once upon a time ->") == 2
     assert "31 + 46 = 77" in out
-    assert namespace["output"].tokens.shape == (2, 24)
+    assert spaces["docs/batches.md"]["output"].tokens.shape == (2, 24)
     assert "5 + 6 = 11" in out

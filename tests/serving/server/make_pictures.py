@@ -1,4 +1,4 @@
-"""Takes the pictures of the page that README.md shows, of a server with the embedded model.
+"""Takes the pictures of the page that README.md and docs/server.md show, of a server with the embedded model.
 
 python -m tests.serving.server.make_pictures
 """
