@@ -36,9 +36,13 @@ def trend(points: list[tuple[str, float]], label: str) -> str:
 
     base = HEIGHT - BOTTOM
     parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">']
-    for mark in (min(values), max(values)) if min(values) != max(values) else (values[0],):
+    # Two marks that would cover one another become one: the newest.
+    marks = {min(values), max(values)}
+    if max(map(y, marks)) - min(map(y, marks)) < 14:
+        marks = {values[-1]}
+    for mark in sorted(marks):
         parts.append(f'<line class="axis" x1="{LEFT}" y1="{y(mark)}" x2="{WIDTH - RIGHT}" y2="{y(mark)}"/>')
-        parts.append(f'<text text-anchor="end" x="{LEFT - 5}" y="{y(mark) + 4}">{number(mark)}</text>')
+        parts.append(f'<text text-anchor="end" x="{LEFT - 5}" y="{y(mark) + 4:.1f}">{number(mark)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" y1="{base}" x2="{WIDTH - RIGHT}" y2="{base}"/>')
     days = [points[0][0][:10]] if points[0][0][:10] == points[-1][0][:10] else [points[0][0][:10], points[-1][0][:10]]
     if len(days) == 1:
