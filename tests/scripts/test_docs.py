@@ -3,10 +3,11 @@ messages; examples run."""
 
 import ast
 import dataclasses
-import importlib
+import importlib.util
 import pathlib
 import re
 import shlex
+import tomllib
 
 import pytest
 
@@ -149,6 +150,21 @@ def test_named_files_exist(name):
     for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]*\.(?:py|md|toml|ipynb|json|yaml))`", text):
         places = [ROOT / path, ROOT / "gdnjax" / path, ROOT / "docs" / path]
         assert any(place.exists() for place in places), path
+
+
+def test_named_extras_markers_and_modules_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = set(project["project"]["optional-dependencies"])
+    markers = {marker.partition(":")[0] for marker in project["tool"]["pytest"]["ini_options"]["markers"]}
+    for name, text in TEXTS.items():
+        for named in re.findall(r"(?:\.|gdnjax)\[([a-z-]+(?:,[a-z-]+)*)\]", text):
+            assert set(named.split(",")) <= extras, f"{name}: [{named}]"
+        for marker in re.findall(r"pytest -m (\w+)", text):
+            assert marker in markers, f"{name}: -m {marker}"
+        for module in re.findall(r"python -m ((?:gdnjax|tests)[\w.]*)", text):
+            assert importlib.util.find_spec(module), f"{name}: {module}"
+    for extra in extras:
+        assert f"`{extra}`" in PAGES["docs/install.md"] or extra in ("test-server",), extra
 
 
 def test_named_tests_exist():
