@@ -56,9 +56,9 @@ def _python(text: str) -> tuple[list[str], list[str]]:
     return [block for mark, block in parts if not mark], [block for mark, block in parts if mark]
 
 
-def _help(script: str, capsys) -> str:
+def _help(script: str, capsys, folder: str = "scripts") -> str:
     with pytest.raises(SystemExit):
-        importlib.import_module(f"scripts.{script}").main(["--help"])
+        importlib.import_module(f"{folder}.{script}").main(["--help"])
     return capsys.readouterr().out
 
 
@@ -117,6 +117,19 @@ def test_flags_of_documented_calls_exist(capsys):
         for where, flags in ((script, own), ("generate", others)):
             for flag in re.findall(r"(?<=\s)--?[a-z][a-z_-]*", flags):
                 assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps[where]), f"{where}.py has no {flag}"
+
+
+def test_documented_examples_are_there_and_have_their_flags(capsys):
+    calls = {
+        call
+        for text in TEXTS.values()
+        for call in re.findall(r"python examples/(\w+)\.py([^\n`]*)", _joined(text), re.MULTILINE)
+    }
+    assert {name for name, _ in calls} == {path.stem for path in (ROOT / "examples").glob("*.py")}
+    for name, arguments in sorted(calls):
+        text = _help(name, capsys, "examples")
+        for flag in re.findall(r"(?<=\s)--?[a-z][a-z-]*", arguments):
+            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", text), f"{name}.py has no {flag}"
 
 
 @pytest.mark.parametrize(("name", "module"), [("generate", generate), ("serve", serve), ("memory", memory)])
