@@ -16,6 +16,7 @@ KINDS = {
     "accuracy": "Accuracy",
     "start": "Start-up",
     "amd": "AMD: registers and emulation",
+    "kernels": "Kernels",
     "tests": "Tests",
 }
 """What a figure is about -> its heading on the page."""
