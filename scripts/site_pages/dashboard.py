@@ -27,24 +27,24 @@ def page(directory: pathlib.Path = results.DIRECTORY) -> str:
         trends = _trends(found, kind)
         if not trends:
             continue
-        lines += [f"## {heading}", "", *_plots(trends), *_table(trends), ""]
+        pictures = _plots(trends)
+        lines += [f"## {heading}", "", *pictures, *_table(trends, folded=bool(pictures)), ""]
     lines += [
         "## Where they are from",
         "",
-        "| Time | Commit | Hardware | Versions | Command | File |",
-        "|---|---|---|---|---|---|",
+        "| Commit | Hardware | Versions | Command | File |",
+        "|---|---|---|---|---|",
     ]
     for path, result in reversed(found):
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         file = path.relative_to(directory.parent).as_posix()
         note = f" {result['note']}" if result.get("note") else ""
         cells = [
-            result["time"][:10],
             f"`{result['commit'][:10]}`",
             result["hardware"],
             versions,
             f"`{result['command']}`{note}",
-            f"[{path.stem}]({file})",
+            f"[{path.parent.name}]({file})",
         ]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines).rstrip() + "\n"
@@ -73,10 +73,11 @@ def _plots(trends: dict[tuple[str, str, str], list[tuple]]) -> list[str]:
     return [*lines, "</div>", ""]
 
 
-def _table(trends: dict[tuple[str, str, str], list[tuple]]) -> list[str]:
-    """The newest of each, with its commit."""
-    lines = ["| Figure | Newest | Hardware | Commit |", "|---|---:|---|---|"]
+def _table(trends: dict[tuple[str, str, str], list[tuple]], folded: bool) -> list[str]:
+    """The newest of each, with its commit; folded behind plots, which say more."""
+    lines = [f'<details markdown="1"{"" if folded else " open"}>', "<summary>The newest of each</summary>", ""]
+    lines += ["| Figure | Newest | Hardware | Commit |", "|---|---:|---|---|"]
     for (name, unit, hardware), points in trends.items():
         time, value, commit = points[-1]
         lines.append(f"| {name} | {plots.number(value)} {unit} | {hardware} | {time[:10]} `{commit[:10]}` |")
-    return lines
+    return [*lines, "", "</details>"]
