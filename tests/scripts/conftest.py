@@ -1,6 +1,10 @@
-"""A random checkpoint for the scripts, and what they change in the process put back."""
+"""A random checkpoint for the scripts, what they change in the process put back, and the site."""
 
 import logging
+import pathlib
+import shutil
+import subprocess
+import sysconfig
 
 import pytest
 
@@ -26,3 +30,18 @@ def restored_process(monkeypatch):
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> pathlib.Path:
+    """The site, built as docs/install.md says, of a copy: nothing is left beside the sources."""
+    root = pathlib.Path(__file__).parents[2]
+    place = tmp_path_factory.mktemp("site")
+    shutil.copytree(root / "docs", place / "docs")
+    for name in ("zensical.toml", "WORKSPACE.md"):
+        shutil.copy(root / name, place)
+    zensical = pathlib.Path(sysconfig.get_path("scripts")) / "zensical"
+    built = subprocess.run([zensical, "build", "--strict"], cwd=place, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "arning" not in built.stdout + built.stderr
+    return place / "site"

@@ -2,28 +2,11 @@
 
 import html.parser
 import pathlib
-import shutil
-import subprocess
-import sysconfig
 import urllib.parse
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> pathlib.Path:
-    """Built as README.md's reader does, of a copy: nothing is left beside the sources."""
-    place = tmp_path_factory.mktemp("site")
-    shutil.copytree(ROOT / "docs", place / "docs")
-    for name in ("zensical.toml", "WORKSPACE.md"):
-        shutil.copy(ROOT / name, place)
-    zensical = pathlib.Path(sysconfig.get_path("scripts")) / "zensical"
-    built = subprocess.run([zensical, "build", "--strict"], cwd=place, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stdout + built.stderr
-    assert "arning" not in built.stdout + built.stderr
-    return place / "site"
 
 
 class _Page(html.parser.HTMLParser):
