@@ -65,6 +65,7 @@ class Tokenizer:
         )
         self.added_token_ids = {token.content: token_id for token_id, token in hf.added_tokens_decoder.items()}
         self.eos_token_ids = as_id_tuple(hf.eos_token_id)
+        self._backend = _plain_backend(hf)
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path) -> "Tokenizer":
@@ -103,6 +104,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; incomplete UTF-8 becomes U+FFFD, ids outside the vocabulary decode to nothing."""
+        if self._backend is not None:
+            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return self.hf.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -157,15 +160,9 @@ class Tokenizer:
             place = _failing_message(render, texts, error)
             raise ValueError(f"the chat template fails at messages[{place}]: {_of_error(error)}") from error
 
-    def _template_variables(self, kwargs: dict[str, Any]) -> set[str]:
+    def _template_variables(self, kwargs: dict[str, Any]) -> frozenset[str]:
         """Names that the template takes from outside, without those that every template is given."""
-        from jinja2 import meta
-        from transformers.utils import chat_template_utils
-
-        source = self.hf.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
-        environment = chat_template_utils._compile_jinja_template(source).environment
-        given = {"messages", "add_generation_prompt", *environment.globals}
-        return meta.find_undeclared_variables(environment.parse(source)) - given
+        return _variables_of(self.hf.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools")))
 
     def with_another_question(self, messages: Any, **kwargs: Any) -> list[int]:
         """Token ids of a chat with the same system messages, tools and other `kwargs`, whose first question is another.
@@ -202,6 +199,33 @@ class Tokenizer:
                 if sequence not in sequences:
                     sequences.append(sequence)
         return sequences
+
+
+def _plain_backend(hf: Any) -> Any:
+    """What decodes for a transformers tokenizer that adds nothing to it; None where there is no such thing. What
+    transformers does around it takes three times as long, for every token that is shown.
+    """
+    backend = getattr(hf, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(hf)
+    adds_nothing = kind.decode is PreTrainedTokenizerBase.decode and getattr(kind, "_decode", None) is getattr(
+        PreTrainedTokenizerFast, "_decode", kind
+    )
+    return backend if adds_nothing else None
+
+
+@functools.lru_cache(maxsize=16)
+def _variables_of(template: str) -> frozenset[str]:
+    """Names that a template takes from outside. Kept: finding them takes ten times as long as rendering a chat."""
+    from jinja2 import meta
+    from transformers.utils import chat_template_utils
+
+    environment = chat_template_utils._compile_jinja_template(template).environment
+    given = {"messages", "add_generation_prompt", *environment.globals}
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)) - given)
 
 
 def text_messages(messages: Any) -> list[dict[str, Any]]:
