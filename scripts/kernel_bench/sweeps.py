@@ -117,13 +117,16 @@ def _table(name: str):
         old = attention.TILES["cuda"]["decode"]
         sizes = itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4))
         tiles = [dataclasses.replace(old, keys=k, warps=w, stages=s) for k, w, s in sizes]
-        return attention.TILES, "decode", [*tiles, *(dataclasses.replace(old, programs=p) for p in (132, 528, 1056))]
-    if name.startswith(("kv-write", "latent-write")):
+        tiles += [dataclasses.replace(old, programs=p) for p in (132, 528, 1056)]
+        return attention.TILES, "decode", [*tiles, *(dataclasses.replace(old, part=p) for p in (0, 1024, 4096, 8192))]
+    if name.startswith(("kv-write", "kv-enter", "latent-write")):
         # A program is one token, whatever the chip.
         return attention.TILES, "decode", []
     if name.startswith("draw"):
         sizes = itertools.product((512, 1024, 2048, 4096), (4, 8), (528, 1056, 2112))
-        return draws.TILES, None, [draws.Tile(*size) for size in sizes]
+        tiles = [draws.Tile(*size) for size in sizes]
+        spared = itertools.product((128, 256, 512, 1024), (1, 2, 4), (1056, 2112), (True,))
+        return draws.TILES, None, [*tiles, *(draws.Tile(*size) for size in spared)]
     if name.startswith("normed"):
         return products.TILES, "bfloat16", []
     if name.startswith("matmul"):

@@ -10,7 +10,7 @@ batch: they point at null slots, null blocks and no query, and give zeros. Bytes
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, matmul, paged
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, Rounding, StateOrder
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
-from gdnjax.pallas_kernels.normed import Normed, numbers
+from gdnjax.pallas_kernels.normed import Gated, Normed, numbers
 from gdnjax.pallas_kernels.rows import Rows, make_chunks
 from gdnjax.quantized import CodeFormat
 from kernel_bench import exact
@@ -356,15 +356,20 @@ def attention(
     block_size: int = 16,
     int8: bool = False,
     real: int | None = None,
+    long: int = 0,
+    table: int = 0,
 ):
     """`queries` tokens of each request at the end of its context: 1 to 8 in decode, all of a chunk in prefill. Keys and
-    values are bfloat16, or int8 with scales.
+    values are bfloat16, or int8 with scales. `long`: one request more, with a context of so many keys. Tables have room
+    for so many, too, or for `table`.
     """
     real = requests if real is None else real
+    short, requests, real = requests, requests + (long > 0), real + (long > 0)
+    contexts = (*([long] if long else []), *[context] * short)
     per_tile = min(queries, CHUNK)
     tiles_of = queries // per_tile
     of_token = 2 * kv_heads * (width + 4 if int8 else 2 * width)
-    layers = max(1, min(4, (8 << 30) // (requests * context * of_token)))
+    layers = max(1, min(4, (8 << 30) // (sum(contexts) * of_token)))
 
     def stored(key, shape):
         return jax.random.randint(key, shape, -127, 128, jnp.int8) if int8 else _random(key, shape)
@@ -378,10 +383,10 @@ def attention(
 
     def inputs(key):
         keys = jax.random.split(key, 4)
-        shape = (layers, _blocks_of(requests, context, block_size), block_size, kv_heads, width)
+        shape = (layers, _blocks_of(contexts, block_size), block_size, kv_heads, width)
         arguments = {
             "q": _random(keys[0], (requests * tiles_of, per_tile, heads, width)),
-            **_contexts(keys[3], requests, context, queries, block_size, real),
+            **_contexts(keys[3], contexts, queries, block_size, real, table),
             "k": stored(keys[1], shape),
             "v": stored(keys[2], shape),
             "scales": scales_of(key, shape[:-1]) if int8 else None,
@@ -394,34 +399,43 @@ def attention(
         return o, pools
 
     return Workload(
-        name=_attending("attention", f"{heads}/{kv_heads}x{width}", requests, context, queries, real)
+        name=_attending("attention", f"{heads}/{kv_heads}x{width}", short, context, queries, real - (long > 0))
+        + (f"+1x{long}" if long else f"-of{table}" if table else "")
         + ("-int8" if int8 else ""),
         inputs=inputs,
         call=call,
         exact=exact.padded(exact.attention, real * tiles_of),
         written=lambda pools, x, layer: (),
         layers=layers,
-        bytes=real * (context * of_token + 2 * queries * heads * width * 2),
-        flops=real * _pairs(context, queries) * heads * width * 4,
+        bytes=sum(contexts[:real]) * of_token + real * 2 * queries * heads * width * 2,
+        flops=sum(_pairs(each, queries) for each in contexts[:real]) * heads * width * 4,
         limits=(6e-3, 0),
         chain="layer",
     )
 
 
-def _blocks_of(requests: int, context: int, block_size: int) -> int:
+def _blocks_of(contexts: Sequence[int], block_size: int) -> int:
     """Blocks of a pool, one of which is null."""
-    return requests * -(-context // block_size) + 1
+    return sum(-(-context // block_size) for context in contexts) + 1
 
 
-def _contexts(key, requests: int, context: int, queries: int, block_size: int, real: int) -> dict[str, jax.Array]:
-    """Positions and tables of tiles of at most a chunk, their queries at the end of each request's context."""
-    per_tile = min(queries, CHUNK)
-    count = _blocks_of(requests, context, block_size) - 1
-    blocks = 1 + jax.random.permutation(key, count).astype(jnp.int32).reshape(requests, -1)
-    position = context - queries + jnp.arange(queries, dtype=jnp.int32).reshape(1, -1, per_tile)
+def _contexts(
+    key, contexts: Sequence[int], queries: int, block_size: int, real: int, table: int = 0
+) -> dict[str, jax.Array]:
+    """Positions and tables of tiles of at most a chunk, their queries at the end of each request's context. Tables are
+    as wide as the longest, or as `table` keys are.
+    """
+    per_tile, requests = min(queries, CHUNK), len(contexts)
+    free = 1 + jax.random.permutation(key, _blocks_of(contexts, block_size) - 1).astype(jnp.int32)
+    blocks = np.array([-(-context // block_size) for context in contexts])
+    number = np.arange(max(*blocks, -(-table // block_size)))
+    # Entries behind a context's own name the null block.
+    place = np.where(number < blocks[:, None], (np.cumsum(blocks) - blocks)[:, None] + number, free.size)
+    position = np.array(contexts)[:, None, None] - queries + np.arange(queries).reshape(1, -1, per_tile)
+    position = np.where(np.arange(requests)[:, None, None] < real, position, -1)
     return {
-        "position": jnp.where(jnp.arange(requests)[:, None, None] < real, position, -1).reshape(-1, per_tile),
-        "table": jnp.repeat(blocks, queries // per_tile, axis=0),
+        "position": jnp.asarray(position.reshape(-1, per_tile), jnp.int32),
+        "table": jnp.repeat(jnp.append(free, 0)[place], queries // per_tile, axis=0),
     }
 
 
@@ -457,11 +471,11 @@ def latent(
 
     def inputs(key):
         keys = jax.random.split(key, 3)
-        shape = (layers, _blocks_of(requests, context, block_size), block_size, width)
+        shape = (layers, _blocks_of([context] * requests, block_size), block_size, width)
         arguments = {
             # Scores have a variance near 1.
             "q": _random(keys[0], (count, per_tile, heads, width), scale=1 / (scale * width**0.5)),
-            **_contexts(keys[2], requests, context, queries, block_size, real),
+            **_contexts(keys[2], [context] * requests, queries, block_size, real),
             "c": _random(keys[1], shape),
         }
         return arguments, ()
@@ -532,6 +546,43 @@ def kv_write(rows: int, kv_heads: int, width: int, *, int8: bool = False, real: 
         flops=0,
         # Half a step of 127 is 0.7% of values whose largest is three times the usual one.
         limits=(0, 1.5e-2 if int8 else 0),
+    )
+
+
+def enter(rows: int, heads: int, kv_heads: int, width: int, rotary: int):
+    """Queries, each with its gate behind it, and keys of so many tokens: norm, rotation, and the write to blocks."""
+    written = kv_write(rows, kv_heads, width)
+
+    def inputs(key):
+        arguments, pools = written.inputs(key)
+        keys = jax.random.split(jax.random.fold_in(key, 9), 4)
+        angle = jnp.tile(jax.random.uniform(keys[3], (rows, rotary // 2), jnp.float32, 0, 6), 2)
+        return arguments | {
+            "q": _random(keys[0], (rows, 2 * heads, width)),
+            "q_weight": _random(keys[1], (width,), scale=0.1),
+            "k_weight": _random(keys[2], (width,), scale=0.1),
+            "cos": jnp.cos(angle),
+            "sin": jnp.sin(angle),
+        }, pools
+
+    def call(x, pools, layer, backend):
+        angles = x["cos"], x["sin"]
+        turn = paged_attention.Turn(x["q_weight"], x["k_weight"], eps=1e-6, centre=1.0, angles=angles, gated=True)
+        (k, v), places = pools, (x["block"], x["offset"])
+        q, k_blocks, v_blocks, _ = paged_attention.enter(
+            k, v, None, layer, x["q"], x["k"], x["v"], turn, *places, backend=backend
+        )
+        return q, (k_blocks, v_blocks)
+
+    return dataclasses.replace(
+        written,
+        name=f"kv-enter-{heads}/{kv_heads}x{width}-{rows}",
+        inputs=inputs,
+        call=call,
+        exact=exact.enter,
+        bytes=rows * (2 * 2 * (heads + 2 * kv_heads) * width + 8 * rotary),
+        # The norm is rounded before it is turned.
+        limits=(6e-3, 6e-3),
     )
 
 
@@ -681,6 +732,36 @@ def normed(rows: int, width: int):
     )
 
 
+def gated(rows: int, heads: int, width: int):
+    """The gated norm in front of a product with codes, and the halves of its rows."""
+
+    def inputs(key):
+        keys = jax.random.split(key, 3)
+        shape = (rows, heads, width)
+        gate = _random(keys[1], (rows, heads * width))
+        return {"x": _random(keys[0], shape), "gate": gate, "weight": _random(keys[2], (width,))}, ()
+
+    def call(x, pools, layer, backend):
+        rows = Gated(x["x"], x["gate"], x["weight"], 1e-6, "silu")
+        if backend.is_reference:
+            return numbers(rows), pools
+        found, *_ = row_forms.rows_of(rows, row_forms.HALVES, backend, wide=True)
+        return found, pools
+
+    return Workload(
+        name=f"normed-gated-{heads}x{width}-{rows}",
+        inputs=inputs,
+        call=call,
+        exact=exact.gated,
+        written=lambda pools, x, layer: (),
+        layers=1,
+        bytes=2 * 4 * rows * heads * width,
+        flops=0,
+        limits=(4e-3, 0),
+        chain="x",
+    )
+
+
 def draws(rows: int, vocab: int, temperature: float):
     """Tokens of a decode step."""
 
@@ -763,11 +844,18 @@ WORKLOADS = {
         attention(128, 2048, 1, 32, 2, 256),
         attention(128, 2048, 1, 24, 4, 256, real=9),
         attention(1, 131072, 1, 24, 4, 256),
+        # A long context beside short ones, and what it costs them that one might be there.
+        attention(63, 1000, 1, 16, 4, 256, long=131072),
+        attention(64, 1000, 1, 16, 4, 256, table=131072),
+        attention(64, 1000, 1, 16, 4, 256),
+        attention(63, 1000, 4, 16, 4, 256, long=131072),
+        attention(63, 1000, 1, 16, 4, 256, long=131072, int8=True),
         attention(1, 8192, 8192, 24, 4, 256),
         attention(1, 8192, 2048, 24, 4, 256),
         kv_write(128, 4, 256),
         kv_write(128, 4, 256, int8=True),
         kv_write(128, 4, 256, real=9),
+        *(enter(rows, 16, 4, 256, 64) for rows in (1, 128, 512)),
         latent(128, 2048, 1, 32),
         latent(128, 2048, 1, 128),
         latent(1, 131072, 1, 128),
@@ -803,6 +891,7 @@ WORKLOADS = {
         products("out", 1, 6144, 5120, codes="float8_e4m3fn"),
         normed(1, 4096),
         normed(128, 5120),
+        gated(16, 32, 128),
         draws(128, 248320, 1.0),
         draws(128, 248320, 0.0),
         draws(1, 248320, 1.0),

@@ -43,11 +43,15 @@ def attend(
     tiles: Tiles,
     *,
     scales: Scales | None = None,
+    gate: Float[Array, "g q gates hd"] | None = None,
     backend: Backend = REFERENCE,
 ) -> Float[Array, "g q h hd"]:
     """Query head i reads kv head `i // (h / kh)`. Null blocks and keys past a query are selected away, and there are no
     keys behind the table: a query at or past its `m * p` tokens sees those alone. Sums are float32; the output is in
     the dtype of `q`.
+
+    `gate` [g, q, 2 h, hd] multiplies the output of head i by the sigmoid of its row 2 i + 1: what projections give that
+    make query and gate of each head side by side.
 
     Pools of int8 or float8_e4m3fn have `scales`: a key's multiplies its scores, a value's its probabilities. Raises
     ValueError for 8-bit pools without scales, scales of other pools, float8_e4m3fn on CUDA devices before sm_89, and,
@@ -55,8 +59,54 @@ def attend(
     """
     check(k_blocks, v_blocks, scales, backend)
     if backend.is_reference:
-        return reference.attend(q, k_blocks, v_blocks, layer, tiles, scales)
-    return kernels.attend(q, k_blocks, v_blocks, layer, tiles, scales, backend)
+        return reference.attend(q, k_blocks, v_blocks, layer, tiles, scales, gate)
+    return kernels.attend(q, k_blocks, v_blocks, layer, tiles, scales, gate, backend)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What becomes of queries and keys before they meet: a norm of each head, and a rotation of its first entries.
+
+    q_weight, k_weight  [hd] of the norms, (centre + weight) each; None: they have had one.
+    angles              cos and sin [t, rotary_dim] float32, of which both halves are equal; None: nothing is rotated.
+    gated               behind each head of the queries stands a gate, which is left where it is.
+    """
+
+    q_weight: Leaf
+    k_weight: Leaf
+    eps: float
+    centre: float
+    angles: tuple[Array, Array] | None
+    gated: bool
+
+
+def enter(
+    k_blocks: Shaped[Array, "L b p kh hd"],
+    v_blocks: Shaped[Array, "L b p kh hd"],
+    scales: Scales | None,
+    layer: int,
+    q: Float[Array, "t rows hd"],
+    k: Float[Array, "t kh hd"],
+    v: Float[Array, "t kh hd"],
+    turn: Turn,
+    block: Int32[Array, "t"],
+    offset: Int32[Array, "t"],
+    *,
+    backend: Backend = REFERENCE,
+) -> tuple[Float[Array, "t h hd"], Shaped[Array, "L b p kh hd"], Shaped[Array, "L b p kh hd"], Scales | None]:
+    """Queries and keys as `turn` says, the keys and values stored as by `write`, or with `scales` by `write_quantised`:
+    the queries [t, h, hd], and the pools, which are consumed.
+
+    Norms and rotations are computed in float32, each rounded to the dtype of what it is of. Of more tokens than those
+    of a decode step all but the writes are XLA's.
+    """
+    check(k_blocks, v_blocks, scales, backend)
+    if not backend.is_reference and q.shape[0] <= writes.most_entering(backend):
+        return writes.enter(k_blocks, v_blocks, scales, layer, q, k, v, turn, block, offset, backend)
+    q, k = reference.turned(q, k, turn)
+    if scales is None:
+        return q, *write(k_blocks, v_blocks, layer, k, v, block, offset, backend=backend), None
+    return q, *write_quantised(k_blocks, v_blocks, scales, layer, k, v, block, offset, backend=backend)
 
 
 def write(

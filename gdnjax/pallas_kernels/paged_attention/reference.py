@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from gdnjax.backend import FLOAT32_DOT
+from gdnjax.pallas_kernels.normed import rms_norm
 from gdnjax.pallas_kernels.pools import dtype_of, read_rows, write_rows
+from gdnjax.pallas_kernels.rotary import rotate
 from gdnjax.quantized import quantise
 from gdnjax.shapes import Array
 
@@ -14,7 +17,7 @@ PAGE = 256
 """Keys looked at in one turn of the loop."""
 
 
-def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles, scales=None) -> Array:
+def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles, scales=None, gate=None) -> Array:
     count, _, heads, width = q.shape
     block_size, kv_heads = k_blocks.shape[2], k_blocks.shape[3]
 
@@ -33,7 +36,10 @@ def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles, scales
         return k, v, None if scales is None else tuple(map(factor, scales))
 
     q = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, width)
-    return _over_pages(q, block_size, tiles, page_of, width=width, scale=width**-0.5)
+    o = _over_pages(q, block_size, tiles, page_of, width=width, scale=width**-0.5)
+    if gate is None:
+        return o
+    return (o.astype(jnp.float32) * jax.nn.sigmoid(gate[:, :, 1::2].astype(jnp.float32))).astype(o.dtype)
 
 
 def attend_latent(q: Array, pages: Array, layer: int, tiles, value_dim: int, scale: float) -> Array:
@@ -89,6 +95,14 @@ def _over_pages(q: Array, block_size: int, tiles, page_of: Callable, *, width: i
     # A query that sees no key has total 0. Divided by its weight of 0 it would be selected away, but not its gradient.
     o = total / jnp.where(weight > 0, weight, 1.0)[..., None]
     return o.transpose(0, 3, 1, 2, 4).reshape(count, queries, kv_heads * group, width).astype(dtype)
+
+
+def turned(q: Array, k: Array, turn) -> tuple[Array, Array]:
+    """Queries without their gates, and keys, after norm and rotation."""
+    q = q[:, ::2] if turn.gated else q
+    if turn.q_weight is not None:
+        q, k = (rms_norm(x, w, turn.eps, turn.centre) for x, w in ((q, turn.q_weight), (k, turn.k_weight)))
+    return rotate(q, turn.angles), rotate(k, turn.angles)
 
 
 def write(k_blocks: Array, v_blocks: Array, layer: int, k: Array, v: Array, block: Array, offset: Array):

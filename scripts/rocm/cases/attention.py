@@ -4,13 +4,18 @@ Blocks that no table names, places of a block that no query sees, their scales, 
 poison; so are queries that are none.
 """
 
+import contextlib
+import dataclasses
 import functools
+from collections.abc import Iterator
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
 from gdnjax.pallas_kernels import paged_attention
+from gdnjax.pallas_kernels.paged_attention import tiles as tables
 from rocm.cases.case import BFLOAT16, EXACT, FLOAT8, Bound, Case, Op, poison
 from rocm.cases.recurrent import LAYER, LAYERS, normal, random
 
@@ -23,6 +28,9 @@ QUANTISED = Bound(norm=5e-3, place=7e-2, flips=3e-3)
 
 SCALE = Bound(norm=2e-7, place=5e-7)
 """A maximum and a division."""
+
+TURNED = Bound(norm=4e-3, place=2**-5)
+"""Rounded to bfloat16 by the norm and by the rotation, where two numbers may cancel."""
 
 FLOAT32 = Bound(norm=1e-6, place=1e-5)
 """Float32 sums in another order; 2.5e-7 was seen."""
@@ -45,12 +53,31 @@ def values(r: np.random.Generator, shape, dtype) -> np.ndarray:
     return normal(r, shape, dtype)
 
 
+@contextlib.contextmanager
+def small_parts() -> Iterator[None]:
+    """Contexts of more than 256 keys are cut every 64 meanwhile; there are fewer programs than parts."""
+
+    def smaller(find):
+        return lambda *of: dataclasses.replace(find(*of), part=64, programs=8)
+
+    with (
+        mock.patch.object(tables, "of", smaller(tables.of)),
+        mock.patch.object(tables, "of_latents", smaller(tables.of_latents)),
+    ):
+        yield
+
+
 @functools.cache
-def attend_op(first: int) -> Op:
+def attend_op(first: int, *, parts: bool = False) -> Op:
     def call(x, layer, backend):
         tiles = paged_attention.Tiles(x["position"], x["table"], jnp.max(x["position"]) + 1, first)
-        scales = (x["k_scale"], x["v_scale"]) if "k_scale" in x else None
-        return {"o": paged_attention.attend(x["q"], x["k"], x["v"], layer, tiles, scales=scales, backend=backend)}
+        options = {
+            "scales": (x["k_scale"], x["v_scale"]) if "k_scale" in x else None,
+            "gate": x.get("gate"),
+            "backend": backend,
+        }
+        with small_parts() if parts else contextlib.nullcontext():
+            return {"o": paged_attention.attend(x["q"], x["k"], x["v"], layer, tiles, **options)}
 
     return call
 
@@ -66,15 +93,19 @@ def attention(
     kv: DTypeLike = BFLOAT16,
     first: int = 0,
     past: int = 0,
+    parts: bool = False,
+    gated: bool = False,
 ) -> Case:
     """Two tiles of queries over contexts of nearly all, and of less than half of `blocks` blocks of 16 keys; and a tile
     that is padding.
 
     Keys before `first` are masked. With `past` the last query of either context stands so far behind its table, which
-    then is full; what follows in memory, the padding's table or nothing, names no block of theirs.
+    then is full; what follows in memory, the padding's table or nothing, names no block of theirs. With `parts` they
+    are cut as `small_parts` says.
     """
     kv = np.dtype(kv)
     name = f"attention-{kind}-{heads}of{kv_heads}x{width}-{kv.name}" + _limits(first, past)
+    name += "-gated" * gated
     r = random(name)
     x, places = _contexts(r, queries, blocks, first, past)
     shape = (LAYERS, *_blocks_of(blocks), kv_heads, width)
@@ -87,7 +118,10 @@ def attention(
             largest = 3**0.5 / 127 if kv == np.int8 else 0.01
             scale[LAYER, block, seen] = largest * r.uniform(0.5, 1.5, (here, kv_heads))
     x["q"] = normal(r, (*x["position"].shape, heads, width))
-    return _attending(name, attend_op(first), x, pools | (scales if eight_bits(kv) else {}), ATTENTION)
+    if gated:
+        x["gate"] = normal(r, (*x["position"].shape, 2 * heads, width))
+        x["gate"][:, :, ::2] = np.nan
+    return _attending(name, attend_op(first, parts=parts), x, pools | (scales if eight_bits(kv) else {}), ATTENTION)
 
 
 SIZE, REQUESTS = 16, 3
@@ -138,14 +172,12 @@ def _attending(name: str, op: Op, x: dict[str, np.ndarray], pools: dict[str, np.
 
 
 @functools.cache
-def latent_op(value_dim: int, first: int) -> Op:
+def latent_op(value_dim: int, first: int, *, parts: bool = False) -> Op:
     def call(x, layer, backend):
         tiles = paged_attention.Tiles(x["position"], x["table"], jnp.max(x["position"]) + 1, first)
-        return {
-            "o": paged_attention.attend_latent(
-                x["q"], x["c"], layer, tiles, value_dim=value_dim, scale=x["q"].shape[-1] ** -0.5, backend=backend
-            )
-        }
+        options = {"value_dim": value_dim, "scale": x["q"].shape[-1] ** -0.5, "backend": backend}
+        with small_parts() if parts else contextlib.nullcontext():
+            return {"o": paged_attention.attend_latent(x["q"], x["c"], layer, tiles, **options)}
 
     return call
 
@@ -161,6 +193,7 @@ def latent(
     dtype: DTypeLike = BFLOAT16,
     first: int = 0,
     past: int = 0,
+    parts: bool = False,
 ) -> Case:
     """`attention`, but over latents of `value_dim` columns and `rest` more, which all heads share."""
     dtype = np.dtype(dtype)
@@ -172,7 +205,7 @@ def latent(
         pool[LAYER, block, seen] = normal(r, (max(0, seen.stop - seen.start), value_dim + rest), dtype)
     x["q"] = normal(r, (*x["position"].shape, heads, value_dim + rest), dtype)
     bound = ATTENTION if dtype == BFLOAT16 else FLOAT32
-    return _attending(name, latent_op(value_dim, first), x, {"c": pool}, bound)
+    return _attending(name, latent_op(value_dim, first, parts=parts), x, {"c": pool}, bound)
 
 
 @functools.cache
@@ -241,3 +274,58 @@ def latent_write(dtype: DTypeLike = BFLOAT16, *, width: int = 576) -> Case:
     tokens = {"c": normal(random(name), (5, width))}
     pools = {"c_blocks": poison((LAYERS, 5, 4, width), dtype)}
     return _writing(name, latent_write_op, tokens, pools, {"c_blocks": EXACT})
+
+
+@functools.cache
+def enter_op(*, gated: bool, normed: bool, rotated: bool) -> Op:
+    def call(x, layer, backend):
+        weights = (x["q_weight"], x["k_weight"]) if normed else (None, None)
+        angles = (x["cos"], x["sin"]) if rotated else None
+        turn = paged_attention.Turn(*weights, eps=1e-6, centre=1.0, angles=angles, gated=gated)
+        scales = (x["k_scales"], x["v_scales"]) if "k_scales" in x else None
+        places = x["block"], x["offset"]
+        q, k, v, scales = paged_attention.enter(
+            x["k_blocks"], x["v_blocks"], scales, layer, x["q"], x["k"], x["v"], turn, *places, backend=backend
+        )
+        written = {} if scales is None else {"k_scales": scales[0], "v_scales": scales[1]}
+        return {"q": q, "k_blocks": k, "v_blocks": v} | written
+
+    return call
+
+
+def enter(
+    kv: DTypeLike = BFLOAT16,
+    *,
+    heads: int = 6,
+    kv_heads: int = 2,
+    width: int = 128,
+    rotary: int = 32,
+    gated: bool = True,
+    normed: bool = True,
+) -> Case:
+    """Queries and keys of five tokens, of which one is padding, with norm and rotation, and keys and values written."""
+    kv = np.dtype(kv)
+    name = f"kv-enter-{kv.name}-{heads}of{kv_heads}x{width}-{rotary}" + "-gated" * gated + "-normed" * normed
+    written, r = kv_write(kv, kv_heads=kv_heads, width=width), random(name)
+    tokens = len(PLACES["block"])
+    x = {"q": normal(r, (tokens, heads * (1 + gated), width))}
+    if gated:
+        x["q"][:, 1::2] = np.nan
+    x |= {f"{part}_weight": normal(r, (width,)) for part in "qk"} if normed else {}
+    angle = r.uniform(0, 6, (tokens, rotary // 2)).astype(np.float32)
+    angle = np.concatenate([angle, angle], axis=1)
+    x |= {"cos": np.cos(angle), "sin": np.sin(angle)} if rotary else {}
+    pools = {name: x for name, x in written.arrays.items() if name.endswith(("blocks", "scales"))}
+    # Keys are rounded by the norm, by the rotation, and by the pool.
+    bounds = {"q": TURNED, "v_blocks": written.bounds["v_blocks"], "k_blocks": TURNED}
+    if eight_bits(kv):
+        bounds |= {"k_blocks": Bound(norm=1e-2, place=0.3), "k_scales": Bound(norm=5e-3, place=1e-2), "v_scales": SCALE}
+    return dataclasses.replace(
+        written,
+        name=name,
+        op=enter_op(gated=gated, normed=normed, rotated=rotary > 0),
+        arrays=written.arrays | x,
+        bounds=bounds,
+        # What else is rounded is so by the kernel as by the definition, of the numbers that it is given.
+        rounded=frozenset({*pools, "q", "k", "v"}),
+    )

@@ -1,7 +1,9 @@
 """Cases of the products and of the sampler, which own no pools."""
 
+import dataclasses
 import functools
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -9,10 +11,11 @@ from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import matmul
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
+from gdnjax.pallas_kernels.gumbel_argmax import tiles as draw_tiles
 from gdnjax.pallas_kernels.matmul import kernels as matmul_kernels
 from gdnjax.pallas_kernels.matmul import tiles as matmul_tiles
-from gdnjax.pallas_kernels.normed import Normed, numbers
-from gdnjax.pallas_kernels.row_forms import WIDE, rows_of
+from gdnjax.pallas_kernels.normed import Gated, Normed, numbers, summed
+from gdnjax.pallas_kernels.row_forms import HALVES, WIDE, prepared, rows_of
 from gdnjax.quantized import Quantized, Weight
 from rocm.cases.case import BFLOAT16, EXACT, FLOAT8, Arrays, Bound, Case, Op, poison
 from rocm.cases.recurrent import LAYER, normal, random
@@ -23,6 +26,9 @@ float32 error is more of it."""
 
 NORMED = Bound(norm=2.5e-3, place=2**-7, flips=1e-2)
 """Rounded to bfloat16 once."""
+
+SUM = Bound(norm=5e-3, place=2**-5)
+"""A term is rounded to bfloat16, and so is what comes of adding it: where the two cancel, the first is more of it."""
 
 NOISE = Bound(norm=1e-6, place=1e-6)
 """Two logarithms."""
@@ -191,16 +197,51 @@ def _product(name: str, kind: str, x: dict[str, np.ndarray], grids: tuple[Grid |
 
 def normed_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
     """The norm in front of a product, alone."""
-    rows = Normed(x["x"], x["weight"], 1e-6, 1.0)
-    return {"out": numbers(rows) if backend.is_reference else rows_of(rows, WIDE, backend, wide=True)[0]}
+    rows = Normed(x["x"], x["weight"], 1e-6, 1.0, x.get("added"))
+    if backend.is_reference:
+        return {"whole": summed(rows.x, rows.added), "out": numbers(rows)}
+    whole, made = prepared(rows, WIDE, backend, wide=True)
+    return {"whole": whole, "out": numbers(made)}
 
 
-def normed(width: int, dtype: Any = BFLOAT16) -> Case:
-    """Rows of several sizes."""
-    name = f"matmul-normed-3x{width}-{np.dtype(dtype).name}"
+def normed(width: int, dtype: Any = BFLOAT16, parts: int = 0) -> Case:
+    """Rows of several sizes, or of one, to which a term in so many parts is added before."""
+    name = f"matmul-normed-3x{width}-{np.dtype(dtype).name}" + f"-{parts}-parts" * (parts > 0)
     r = random(name)
-    x = {"x": normal(r, (3, width), dtype) * np.array([[1e-3], [1], [30]], dtype), "weight": normal(r, (width,), dtype)}
-    return Case(name, normed_op, x, LAYER, {"out": NORMED if dtype == BFLOAT16 else NOISE})
+    x = {"x": normal(r, (3, width), dtype), "weight": normal(r, (width,), dtype)}
+    if not parts:
+        x["x"] *= np.array([[1e-3], [1], [30]], dtype)
+        bounds = {"whole": EXACT, "out": NORMED if dtype == BFLOAT16 else NOISE}
+    else:
+        x["added"] = normal(r, (parts, 3, width), np.float32)
+        bound = SUM if dtype == BFLOAT16 else NOISE
+        bounds = {"whole": bound, "out": bound}
+    return Case(name, normed_op, x, LAYER, bounds)
+
+
+def gated_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
+    """The gated norm of rows that become halves."""
+    rows = Gated(x["x"], x["gate"], x["weight"], 1e-6, "silu")
+    if backend.is_reference:
+        return {"out": numbers(rows)}
+    wide, formed, factor = rows_of(rows, HALVES, backend, wide=True)
+    both = (formed.astype(np.float32) * factor[:, None]).reshape(wide.shape[0], 2, -1)
+    return {"out": wide, "formed": both.sum(1)}
+
+
+def gated(heads: int, width: int) -> Case:
+    """Three rows of heads; no chip of AMD's has a table that asks for it."""
+    name = f"matmul-gated-3x{heads}x{width}"
+    r = random(name)
+    x = {"x": normal(r, (3, heads, width)), "gate": normal(r, (3, heads * width)), "weight": normal(r, (width,))}
+
+    def by_hand(arrays: Arrays) -> dict[str, np.ndarray]:
+        o, z, weight = (arrays[part].astype(np.float64) for part in ("x", "gate", "weight"))
+        o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-6) * weight
+        out = o.reshape(z.shape) * z / (1 + np.exp(-z))
+        return {"out": out, "formed": out}
+
+    return Case(name, gated_op, x, LAYER, {"out": NORMED, "formed": Bound(NORMED.norm, NORMED.place)}, exact=by_hand)
 
 
 def _named(codes: Any, grid: Grid) -> str:
@@ -209,18 +250,20 @@ def _named(codes: Any, grid: Grid) -> str:
 
 
 @functools.cache
-def draw_op() -> Op:
+def draw_op(*, sparing: bool = False) -> Op:
     def call(x, layer, backend):
         draw = (x["logits"], x["temperature"], x.get("least"), x["seed"], x["position"])
-        token, value, top = gumbel_argmax(*draw, first=5, backend=backend)
+        tile = dataclasses.replace(draw_tiles.of(backend), sparing=sparing)
+        with mock.patch.object(draw_tiles, "of", return_value=tile):
+            token, value, top = gumbel_argmax(*draw, first=5, backend=backend)
         return {"token": token, "value": value, "top": top}
 
     return call
 
 
-def draw(*, bounded: bool = False, vocabulary: int = 3000) -> Case:
-    """A greedy row and two that are drawn; `bounded`: with least logits, the last row left out."""
-    name = f"draw-3x{vocabulary}" + "-bounded" * bounded
+def draw(*, bounded: bool = False, sparing: bool = False, vocabulary: int = 3000) -> Case:
+    """A greedy row and two that are drawn; `bounded`: with least logits, the last row left out. `sparing`: see Tile."""
+    name = f"draw-3x{vocabulary}" + "-bounded" * bounded + "-sparing" * sparing
     r = random(name)
     x = {
         "logits": normal(r, (3, vocabulary), np.float32, 2.0),
@@ -231,4 +274,7 @@ def draw(*, bounded: bool = False, vocabulary: int = 3000) -> Case:
     if bounded:
         x["least"] = np.array([0.5, 1.5, -np.inf], np.float32)
         x["logits"][2] = np.nan
-    return Case(name, draw_op(), x, LAYER, {"token": EXACT, "value": NOISE, "top": NOISE})
+    if sparing:
+        # Some stand out so far that of others no noise is made.
+        x["logits"][:, 5::700] += 30
+    return Case(name, draw_op(sparing=sparing), x, LAYER, {"token": EXACT, "value": NOISE, "top": NOISE})
