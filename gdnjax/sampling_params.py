@@ -13,6 +13,12 @@ T = TypeVar("T")
 MAX_STOP_TOKENS = 16
 """Token ids that end one request on the device: EOS ids and stop_token_ids together."""
 
+MAX_STOP_STRINGS = 64
+"""Texts that end one request: each is looked for at every token, while the device waits."""
+
+MAX_STRUCTURE = 1 << 17
+"""Characters of a structure: compiling one takes longer than in proportion, seconds for so many."""
+
 MAX_BAD_WORDS = 32
 """Texts that one request may forbid."""
 
@@ -93,6 +99,10 @@ class StructuredOutputsParams:
                 raise ValueError("choice is empty: no text could be produced")
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
+        value = getattr(self, self.kind)
+        size = sum(map(len, value)) if isinstance(value, tuple) else len(value) if isinstance(value, str) else 0
+        if size > MAX_STRUCTURE:
+            raise ValueError(f"{self.kind} has {size} characters; allowed: {MAX_STRUCTURE}")
 
     @property
     def kind(self) -> str:
@@ -211,6 +221,9 @@ class SamplingParams:
         """Turns sequences into tuples and checks their members."""
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _strings("stop", stop))
+        assert self.stop is not None
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"stop must be at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}")
         bad_words = _strings("bad_words", self.bad_words)
         object.__setattr__(self, "bad_words", bad_words)
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
@@ -299,13 +312,13 @@ def _schema_text(schema: Any) -> str:
     if isinstance(schema, Mapping):
         try:
             schema = json.dumps(dict(schema))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"json must be a schema that JSON holds: {error}") from error
     if not isinstance(schema, str):
         raise ValueError(f"json must be a JSON schema, a dictionary or its text, got {schema!r}")
     try:
         content = json.loads(schema)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"json is no JSON text: {error}, got {schema[:80]!r}") from error
     if not isinstance(content, dict | bool):
         raise ValueError(f"json must be a JSON schema, an object, got {schema[:80]!r}")

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from gdnjax import SamplingParams, StructuredOutputsParams
-from gdnjax.sampling_params import MAX_BAD_WORDS
+from gdnjax.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRINGS, MAX_STRUCTURE
 
 BAD = [
     ({"n": 0}, "n must be an integer of at least 1, got 0"),
@@ -48,6 +48,7 @@ BAD = [
     ({"stop": ""}, "stop must hold non-empty strings, got ''"),
     ({"stop": ["ok", ""]}, "stop must hold non-empty strings"),
     ({"stop": [1]}, "stop must hold non-empty strings, got 1"),
+    ({"stop": ["a"] * (MAX_STOP_STRINGS + 1)}, f"stop must be at most {MAX_STOP_STRINGS} strings"),
     ({"stop": 7}, "stop must be a list of strings, got 7"),
     ({"stop_token_ids": [-1]}, "every id in stop_token_ids must be an integer of at least 0, got -1"),
     ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, got 5"),
@@ -235,3 +236,28 @@ def test_schema_is_the_same_as_an_object_and_as_its_text():
     # The order of its properties is that of the output.
     assert list(json.loads(one.json)["properties"]) == ["b", "a"]
     assert StructuredOutputsParams(json={}).kind == "json"
+
+
+@pytest.mark.parametrize(
+    ("structure", "size"),
+    [
+        ({"regex": "a" * (MAX_STRUCTURE + 1)}, MAX_STRUCTURE + 1),
+        ({"choice": ["ab"] * MAX_STRUCTURE}, 2 * MAX_STRUCTURE),
+        ({"json": '{"title": "' + "a" * MAX_STRUCTURE + '"}'}, MAX_STRUCTURE + 13),
+        ({"grammar": "a" * (MAX_STRUCTURE + 1)}, MAX_STRUCTURE + 1),
+    ],
+    ids=["regex", "choice", "json", "grammar"],
+)
+def test_structures_that_would_take_long_to_compile_are_refused(structure, size):
+    with pytest.raises(ValueError, match=f"{next(iter(structure))} has {size} characters; allowed: {MAX_STRUCTURE}"):
+        StructuredOutputsParams(**structure)
+
+
+def test_schema_that_is_too_deep_is_told():
+    schema = {}
+    for _ in range(10_000):
+        schema = {"not": schema}
+    with pytest.raises(ValueError, match="json must be a schema that JSON holds"):
+        StructuredOutputsParams(json=schema)
+    with pytest.raises(ValueError, match="json is no JSON text"):
+        StructuredOutputsParams(json="[" * 100_000)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import pathlib
 import signal
 from collections.abc import Iterator
@@ -215,6 +216,8 @@ def server_config(arguments: argparse.Namespace) -> "ServerConfig":
     """What the flags say of the server. Raises ValueError."""
     with _from_the_extra():
         from gdnjax.serving.server.settings import ServerConfig
+    if not 0 < arguments.max_request_mib < math.inf:
+        raise ValueError(f"--max-request-mib must be a number above 0, got {arguments.max_request_mib:g}")
     return ServerConfig(
         served_model_names=tuple(arguments.served_model_name) or (arguments.model,),
         api_keys=tuple(arguments.api_key),

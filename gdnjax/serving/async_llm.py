@@ -26,6 +26,9 @@ from gdnjax.shapes import Params
 PREPARERS = 4
 """Threads that check and tokenise prompts."""
 
+COMPILERS = 2
+"""Threads that do so for requests with a structure, which may take seconds to compile: others do not wait for them."""
+
 PATIENCE = 10.0
 """Seconds that the end of the program waits for the turn that is under way."""
 
@@ -75,8 +78,14 @@ class Stream:
     # Of one whose construction failed.
     _closed = True
 
-    def __init__(self, owner: "AsyncLLM", request_id: str | None, prepare: Callable[[float], Submission]):
-        self._owner, self._prepare = owner, prepare
+    def __init__(
+        self,
+        owner: "AsyncLLM",
+        request_id: str | None,
+        prepare: Callable[[float], Submission],
+        executor: ThreadPoolExecutor,
+    ):
+        self._owner, self._prepare, self._executor = owner, prepare, executor
         self._box = _Mailbox(owner, request_id)
         self._begun = self._closed = False
         # Samples whose last piece was not given out.
@@ -112,7 +121,7 @@ class Stream:
         box.event_loop = asyncio.get_running_loop()
         try:
             owner._register(box)
-            submission = await box.event_loop.run_in_executor(owner._preparers, self._prepare, began)
+            submission = await box.event_loop.run_in_executor(self._executor, self._prepare, began)
             for request in submission.requests:
                 request.arrival_time = began
             self._num_left = len(submission.requests)
@@ -221,6 +230,7 @@ class AsyncLLM:
         # under it.
         weakref.finalize(self, self._loop.stop_soon, "this AsyncLLM is gone", PATIENCE)
         self._preparers = ThreadPoolExecutor(PREPARERS, thread_name_prefix="gdnjax-prepare")
+        self._compilers = ThreadPoolExecutor(COMPILERS, thread_name_prefix="gdnjax-compile")
         # A stream that is collected in the middle of this leaves it, too.
         self._lock = threading.RLock()
         self._boxes: dict[str, _Mailbox] = {}
@@ -247,7 +257,7 @@ class AsyncLLM:
             (group,) = self.llm.frontend.prepare([prompt], sampling_params, [urgency])
             return group
 
-        return Stream(self, request_id, prepare)
+        return Stream(self, request_id, prepare, self._executor_for(sampling_params))
 
     def chat(
         self,
@@ -287,7 +297,7 @@ class AsyncLLM:
             )
             return group
 
-        return Stream(self, request_id, prepare)
+        return Stream(self, request_id, prepare, self._executor_for(sampling_params))
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request by its name: its stream ends with finish_reason "abort". False where there is none."""
@@ -341,7 +351,8 @@ class AsyncLLM:
         with self._lock:
             self._refusal = "this AsyncLLM is closed"
         self._loop.stop("this AsyncLLM is closed")
-        self._preparers.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._preparers, self._compilers):
+            executor.shutdown(wait=False, cancel_futures=True)
         self.llm.close()
 
     def __enter__(self) -> "AsyncLLM":
@@ -361,6 +372,11 @@ class AsyncLLM:
         raise TypeError("an AsyncLLM cannot be copied or pickled; make another of an LLM of the same directory")
 
     # Of streams.
+
+    def _executor_for(self, params: SamplingParams | None) -> ThreadPoolExecutor:
+        """The threads that prepare a request."""
+        structured = isinstance(params, SamplingParams) and params.structured_outputs is not None
+        return self._compilers if structured else self._preparers
 
     def _register(self, box: _Mailbox) -> None:
         """Notes a stream that begins, under its name. Raises ValueError for a name that another one has."""

@@ -30,6 +30,9 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 LEAST_BIAS = float(np.finfo(np.float32).min)
 """A logit_bias below this is -inf on the device."""
 
+CHARACTERS = 16
+"""Of a token, more than there are on average: a text of no more for each token of the context is tokenised at once."""
+
 NO_LISTS = (bytes, bytearray, set, frozenset, Mapping)
 """What holds integers, or may, and is no list of token ids."""
 
@@ -162,7 +165,7 @@ class Frontend:
             )
         chats = messages if several else [messages]
         texts = render_chats(tokenizer, chats, options, add_generation_prompt, several=several)
-        prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        prompts = [self.encode(text, f"prompt {index}", add_special_tokens=False) for index, text in enumerate(texts)]
         groups = self.prepare(prompts, sampling_params, None if urgencies is None else urgencies(len(prompts)))
         groups = [dataclasses.replace(group, prompt=text) for group, text in zip(groups, texts, strict=True)]
         if self.config.enable_prefix_caching:
@@ -179,11 +182,28 @@ class Frontend:
                     request.system_end, request.turn_start = system_end, turn_start
         return groups
 
+    def encode(self, text: str, where: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text. Raises ValueError that begins with `where` for a text that is none, and for one that is
+        too long by far, of which only the beginning is looked at: there may be megabytes of it.
+        """
+        check_unicode(where, text)
+        tokenizer = self.require_tokenizer(f"{where}, a text,")
+        length = CHARACTERS * self.max_model_len
+        while length < len(text):
+            count = len(tokenizer.encode(text[:length], add_special_tokens=False))
+            # Where it is cut it may be other tokens than in one piece, but not twice as many.
+            if count > 2 * self.max_model_len:
+                raise ValueError(
+                    f"{where} has {len(text)} characters, of which the first {length} are {count} tokens, and "
+                    f"max_model_len={self.max_model_len}; allowed: at most {self.max_model_len - 1} tokens"
+                )
+            length *= 2
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
     def token_ids(self, prompt: Any, where: str) -> list[int]:
         """The tokens of a text or of token ids, at least one. Raises ValueError that begins with `where`."""
         if isinstance(prompt, str):
-            check_unicode(where, prompt)
-            token_ids = self.require_tokenizer(f"{where}, a text,").encode(prompt)
+            token_ids = self.encode(prompt, where)
         else:
             token_ids = _integers(prompt, where)
         if not token_ids:

@@ -99,8 +99,11 @@ class Grammars:
         with self._lock:
             library = self._library = self._library or _Library.over(self._tokenizer, self._vocab_size)
             compiled = self._compiled.get(structure)
-            if compiled is None:
-                compiled = self._compiled[structure] = library.compile(structure)
+        if compiled is None:
+            # It may take seconds, for which others do not wait.
+            compiled = library.compile(structure)
+        with self._lock:
+            compiled = self._compiled.setdefault(structure, compiled)
             self._compiled.move_to_end(structure)
             if len(self._compiled) > MAX_GRAMMARS:
                 self._compiled.popitem(last=False)

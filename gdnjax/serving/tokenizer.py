@@ -263,7 +263,7 @@ def _parsed_arguments(place: str, function: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}['arguments'] is not JSON: {error}, got {function['arguments']!r}") from error
     if arguments is not None and not isinstance(arguments, dict):
         raise ValueError(f"{place}['arguments'] must be an object, got {function['arguments']!r}")

@@ -10,7 +10,8 @@ import threading
 
 import pytest
 
-from gdnjax import AsyncLLM, SamplingParams
+from gdnjax import AsyncLLM, SamplingParams, StructuredOutputsParams
+from gdnjax.serving.async_llm import PREPARERS
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.loop import EngineStoppedError
 from tests.serving.fronts import PARAMS, check_stream, front, held, paper_llm, read, settled
@@ -269,6 +270,31 @@ def test_abort_of_a_request_that_is_being_prepared_ends_it(monkeypatch):
         assert await llm.abort("mine")
         go_on.set()
         assert (await reading)[-1].finish_reason == "abort"
+
+    run(scene)
+
+
+def test_others_do_not_wait_for_structures_that_are_compiled(monkeypatch):
+    async def scene(llm):
+        go_on, begun, prepare = threading.Event(), threading.Event(), llm.llm.frontend.prepare
+
+        def slow(prompts, params, *given):
+            if params.structured_outputs is not None:
+                begun.set()
+                go_on.wait(30)
+                raise ValueError("no grammar")
+            return prepare(prompts, params, *given)
+
+        monkeypatch.setattr(llm.llm.frontend, "prepare", slow)
+        asked = dataclasses.replace(PARAMS, structured_outputs=StructuredOutputsParams(regex="a"))
+        compiling = [asyncio.create_task(read(llm.generate([1], asked))) for _ in range(2 * PREPARERS)]
+        await asyncio.to_thread(begun.wait)
+        try:
+            stream = llm.generate([1, 2], PARAMS)
+            check_stream(stream, await asyncio.wait_for(read(stream), 30))
+        finally:
+            go_on.set()
+        assert all(isinstance(found, ValueError) for found in await asyncio.gather(*compiling, return_exceptions=True))
 
     run(scene)
 

@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -223,6 +225,28 @@ def test_grammars_are_compiled_once_and_dropped_when_they_are_many(monkeypatch):
     for regex in ("a", "b", "a", "c"):
         grammars.matcher(structured(regex=regex), [5], ())
     assert [structure.regex for structure in grammars._compiled] == ["a", "c"]
+
+
+def test_nobody_waits_for_the_grammar_of_another(monkeypatch):
+    grammars = Grammars(tokenizer_of(), MICRO.vocab_size)
+    grammars.matcher(structured(regex="a"), [5], ())
+    begun, go_on = threading.Event(), threading.Event()
+    compile_it = type(grammars._library).compile
+
+    def slow(library, structure):
+        begun.set()
+        assert go_on.wait(30)
+        return compile_it(library, structure)
+
+    monkeypatch.setattr(type(grammars._library), "compile", slow)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(grammars.matcher, structured(regex="b"), [5], ())
+        assert begun.wait(30)
+        try:
+            pool.submit(grammars.matcher, structured(regex="a"), [5], ()).result(timeout=30)
+        finally:
+            go_on.set()
+        assert not waiting.result().may_end
 
 
 # Engines.

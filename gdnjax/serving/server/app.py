@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from gdnjax.serving.async_llm import AsyncLLM
 from gdnjax.serving.server import chat, completions, errors, messages, pages, protocol, responses, status, tokens
+from gdnjax.serving.server.bodies import Route
 from gdnjax.serving.server.errors import ApiError, json_response
 from gdnjax.serving.server.events import ClientGoneError, EventStream, frames, named_frames, unless_gone
 from gdnjax.serving.server.guards import Guard
@@ -32,7 +33,7 @@ published interfaces that are not served are an error that names them. A stream 
 the last; an error after it has begun is an event with `error`.
 """
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 
 
 def make_app(llm: AsyncLLM | None, config: ServerConfig) -> FastAPI:

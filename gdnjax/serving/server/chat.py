@@ -29,6 +29,9 @@ from gdnjax.serving.submission import Submission
 
 KIND = "chat.completion"
 
+OWN_FIELDS = ("chat_template", "tools", "continue_final_message")
+"""Of a request, that LLM.chat would take among the keywords of the template, too."""
+
 
 async def create(
     service: Service, body: ChatCompletionRequest, request_id: str | None = None
@@ -156,6 +159,12 @@ def template_arguments(service: Service, body: ChatCompletionRequest) -> dict[st
             param="chat_template",
         )
     keywords = dict(body.chat_template_kwargs or {})
+    for name in OWN_FIELDS:
+        # What is checked of the field would not be of the keyword: who may bring a template, what a tool is.
+        if name in keywords:
+            raise ApiError(
+                400, f"chat_template_kwargs may not have {name}, a field of the request", param="chat_template_kwargs"
+            )
     given = {"enable_thinking": body.enable_thinking, "documents": body.documents}
     for name, value in (given | _effort(body, str(body.chat_template or template_text(service)))).items():
         if value is None:

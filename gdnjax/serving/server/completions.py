@@ -10,7 +10,7 @@ from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.frontend import Prompt
 from gdnjax.serving.outputs import CompletionOutput, Logprob, RequestOutput, StreamOutput
 from gdnjax.serving.server import answers, logprobs
-from gdnjax.serving.server.errors import ApiError
+from gdnjax.serving.server.errors import ApiError, bad_request
 from gdnjax.serving.server.protocol import CompletionRequest, refuse_unserved
 from gdnjax.serving.server.sampling import fields_of, sampling_params
 from gdnjax.serving.server.service import Chunks, Run, Service
@@ -85,8 +85,10 @@ async def given(service: Service, body: CompletionRequest, prompt: Prompt) -> Pr
     """What the engine is given: the prompt, or its tokens where the text is to be taken without special ones."""
     if body.add_special_tokens or not isinstance(prompt, str):
         return prompt
-    tokenizer = service.llm.llm.frontend.require_tokenizer("prompt, a text,")
-    return await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens=False)
+    try:
+        return await asyncio.to_thread(service.llm.llm.frontend.encode, prompt, "prompt", add_special_tokens=False)
+    except ValueError as error:
+        raise bad_request(error, fields_of(body)) from error
 
 
 def _begin(service: Service, body: CompletionRequest, params: SamplingParams, prompt: Prompt, name: str):

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ TYPES = {
     504: "TimeoutError",
 }
 """HTTP status -> what the error is called."""
+
+MAX_FOUND = 8
+"""Mistakes of one body that are told."""
 
 MESSAGES = "/v1/messages"
 """Where errors have Anthropic's form."""
@@ -110,7 +114,9 @@ def bad_request(error: ValueError, fields: Collection[str] = ()) -> ApiError:
     place of.
     """
     message = str(error)
-    named = re.findall(r"^every id in \w+|^\w+|\w+(?=[=\[])", message)
+    # Whose parameters they are is no field.
+    about = re.sub(r"^prompt \d+: ", "", message)
+    named = re.findall(r"^every id in \w+|^\w+|\w+(?=[=\[])", about)
     names = (each.removeprefix("every id in ") for each in named)
     return ApiError(400, message, param=next((name for name in names if name in fields), None))
 
@@ -118,10 +124,10 @@ def bad_request(error: ValueError, fields: Collection[str] = ()) -> ApiError:
 def from_validation(errors: Sequence[Any]) -> ApiError:
     """All that pydantic finds wrong with a body, in one line; the first decides the field.
 
-    Of a field that may have several forms it finds something wrong with each.
+    Of a field that may have several forms it finds something wrong with each. Beyond MAX_FOUND it is not told.
     """
     found, param = [], None
-    for error in errors:
+    for error in errors[:MAX_FOUND]:
         # ("body", field, index, form, ...); JSON that cannot be read has a character's place.
         place = [part for part in error["loc"] if part not in ("body", "query", "path", "header")]
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
@@ -130,6 +136,9 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
             continue
         if param is None and place and isinstance(place[0], str):
             param = place[0]
+        if isinstance(error.get("input"), bytes) and not place:
+            found.append("the body is taken for JSON with the header Content-Type: application/json alone")
+            continue
         line = f"{name}: {error['msg']}" if name else error["msg"]
         if error["type"] not in ("missing", "value_error") and name:
             line += f", got {_short(error.get('input'))}"
@@ -137,8 +146,14 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     return ApiError(400, "; ".join(dict.fromkeys(found)), param=param)
 
 
+_shortener = reprlib.Repr()
+_shortener.maxlist = _shortener.maxdict = 8
+_shortener.maxstring = _shortener.maxlong = _shortener.maxother = 80
+
+
 def _short(value: Any, most: int = 80) -> str:
-    text = repr(value)
+    # Without writing out the whole of it, which may be megabytes.
+    text = _shortener.repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -160,7 +175,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _other(request: Request, error: Exception) -> Response:
         # Starlette logs it with its traceback, which is for who runs the server and not for its clients.
-        return unexpected(error).response(request.url.path)
+        # It also has the connection closed: whoever sends the next request on it has to know.
+        found = unexpected(error)
+        found.headers["Connection"] = "close"
+        return found.response(request.url.path)
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:

@@ -15,6 +15,7 @@ import uvicorn
 
 from gdnjax.serving.async_llm import AsyncLLM
 from gdnjax.serving.server.app import make_app
+from gdnjax.serving.server.connections import Connection
 from gdnjax.serving.server.service import Service
 from gdnjax.serving.server.settings import ServerConfig
 
@@ -112,6 +113,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
                 lifespan="off",
                 log_config=None,
                 access_log=access_log,

@@ -6,7 +6,7 @@ dictionaries: their types here are what the OpenAPI document says of them.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from gdnjax.serving.server.errors import ApiError, from_validation
 
@@ -14,7 +14,14 @@ LARGEST = (1 << 31) - 1
 
 Integer = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 Name = Annotated[str, Field(pattern=r"^[!-~]{1,256}$")]
-TokenIds = list[Integer]
+Each = Field(fail_fast=True)
+"""Of a list: what is wrong with its first bad element is told. All of them may be a million."""
+
+TokenIds = Annotated[list[Integer], Each]
+Texts = Annotated[list[str], Each]
+Objects = Annotated[list[dict[str, Any]], Each]
+# What the values are SamplingParams checks, one by one.
+Bias = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}})]
 
 
 class Body(BaseModel):
@@ -51,14 +58,14 @@ class GenerationBody(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     max_tokens: Integer | None = None
     min_tokens: Integer | None = None
-    logit_bias: dict[str, float] | None = Field(None, description="token id, as text -> what its logit gets")
-    bad_words: list[str] | None = None
+    logit_bias: Bias | None = Field(None, description="token id, as text -> what its logit gets")
+    bad_words: Texts | None = None
     allowed_token_ids: TokenIds | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Integer | None = Field(None, description="log-probabilities of the prompt; not with stream")
@@ -86,7 +93,7 @@ class GenerationBody(Body):
 
 
 class CompletionRequest(GenerationBody):
-    prompt: str | TokenIds | list[str | TokenIds] = Field(
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], Each] = Field(
         description="a text, token ids, or a list of either; each is continued as it stands"
     )
     echo: bool | None = Field(None, description="the prompt stands before its completion; with max_tokens 0 alone")
@@ -96,7 +103,7 @@ class CompletionRequest(GenerationBody):
 
 
 class ChatCompletionRequest(GenerationBody):
-    messages: list[dict[str, Any]] = Field(min_length=1, description="text only; the last one is to be answered")
+    messages: Objects = Field(min_length=1, description="text only; the last one is to be answered")
     max_completion_tokens: Integer | None = Field(None, description="most tokens of the answer, thinking included")
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, description="so many of the most probable, with logprobs")
@@ -105,7 +112,7 @@ class ChatCompletionRequest(GenerationBody):
     continue_final_message: bool = Field(False, description="the last message is gone on with, and not answered")
     chat_template: str | None = Field(None, description="in place of the model's; only of a server that trusts it")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="keywords of the model's template")
-    documents: list[dict[str, Any]] | None = Field(None, description="a keyword of some templates")
+    documents: Objects | None = Field(None, description="a keyword of some templates")
     enable_thinking: bool | None = Field(None, description="a keyword of some templates")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         None,
@@ -115,7 +122,7 @@ class ChatCompletionRequest(GenerationBody):
         None, description="tokens after which thinking is ended"
     )
     include_reasoning: bool = Field(True, description="false: thinking is not shown")
-    tools: list[dict[str, Any]] | None = Field(None, description="functions that may be called")
+    tools: Objects | None = Field(None, description="functions that may be called")
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(
         None, description="required, or one by its name: the output is a call, of the form of the tool's schema"
     )
@@ -193,7 +200,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(None, min_length=1)
+    messages: Objects | None = Field(None, min_length=1)
     add_special_tokens: bool | None = Field(
         None, description="of a prompt (default: true); a chat's are its template's"
     )
@@ -202,7 +209,7 @@ class TokenizeRequest(Body):
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
 
 
 class DetokenizeRequest(Body):
@@ -211,7 +218,7 @@ class DetokenizeRequest(Body):
 
 
 class AbortRequest(Body):
-    request_ids: list[str] | None = Field(None, description="ids of answers, or request ids; left out: all")
+    request_ids: Texts | None = Field(None, description="ids of answers, or request ids; left out: all")
 
 
 class Error(Answer):

@@ -53,7 +53,7 @@ def fields_of(body: GenerationBody) -> Collection[str]:
     return type(body).model_fields
 
 
-def _by_token_id(bias: dict[str, float]) -> dict[int, float]:
+def _by_token_id(bias: dict[str, Any]) -> dict[int, Any]:
     for key in bias:
         if not (key.isascii() and key.isdigit()) or len(key) > 10:
             raise ApiError(400, f"logit_bias: {key!r} is no token id; allowed: a number, as text", param="logit_bias")

@@ -52,6 +52,7 @@ CHAT_FIELDS = (
     "continue_final_message",
     "chat_template",
     "chat_template_kwargs",
+    "tools",
 )
 
 

@@ -6,11 +6,15 @@ import time
 
 import uvicorn
 
+from gdnjax.serving.server.connections import Connection
+
 
 @contextlib.contextmanager
 def serving(app):
     """The URL at which an application answers, by a thread of its own."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, timeout_graceful_shutdown=5))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=Connection, port=0, lifespan="off", log_config=None, timeout_graceful_shutdown=5)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

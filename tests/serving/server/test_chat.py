@@ -58,6 +58,10 @@ def test_prompt_is_that_of_the_template(client, llm):
     rendered = answer(client, f"{PATH}/render", CHAT)["token_ids"]
     assert rendered == llm.tokenizer.apply_chat_template(CHAT["messages"])
     assert answer(client, "/tokenize", CHAT)["tokens"] == rendered
+    with_tools = {**CHAT, "tools": [{"type": "function", "function": {"name": "add"}}]}
+    rendered_with_tools = answer(client, f"{PATH}/render", with_tools)["token_ids"]
+    assert len(rendered_with_tools) > len(rendered)
+    assert answer(client, "/tokenize", with_tools)["tokens"] == rendered_with_tools
     assert answer(client, PATH, {**CHAT, "max_tokens": 1, "return_token_ids": True})["prompt_token_ids"] == rendered
 
 

@@ -28,11 +28,12 @@ BAD = {
     "frequency_penalty": [-3],
     "repetition_penalty": [0],
     "seed": [-1, 1 << 64, 1.5],
-    "stop": [5, [""], ["a", 1]],
+    "stop": [5, [""], ["a", 1], ["a"] * 65],
     "stop_token_ids": [[-1], [5000], "7"],
     "max_tokens": [0, -5, 1 << 31, "many"],
     "min_tokens": [-1, 2],
-    "logit_bias": [{"a": 1}, {"5000": 1}, {"7": "x"}, [1]],
+    "logit_bias": [{"a": 1}, {"5000": 1}, {"7": "x"}, {"7": True}, [1]],
+    "structured_outputs": [{"regex": "a" * 200_000}, {"choice": ["a" * 1000] * 200}, {"json": "[" * 100_000}],
     "bad_words": ["word", [1]],
     "allowed_token_ids": [[], [5000]],
     "logprobs": [-1, 6, "yes"],
@@ -51,7 +52,8 @@ BAD = {
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_bad_values_are_named(name, value, client):
-    body = json.dumps({**COMPLETION, name: value})
+    # Python writes it as Infinity, which is no JSON.
+    body = json.dumps({**COMPLETION, name: value}).replace("Infinity", "1e400")
     response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     found = error(response, 400)
     assert found["type"] == "BadRequestError"
@@ -147,6 +149,71 @@ def test_bodies_that_are_no_object_are_told(content, client):
     error(response, 400)
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'{"prompt": NaN}', "NaN is no JSON"),
+        (b'{"prompt": "\xff"}', "invalid start byte"),
+        (b'{"prompt": ', "Expecting value"),
+        (b'{"x": ' + b"[" * 100_000, "nested too deep"),
+        (b'{"prompt": "x", "x": ' + b"[" * 128 + b"]" * 128 + b"}", "nested too deep; allowed: 128 levels"),
+    ],
+)
+def test_bodies_that_are_no_json_are_told_why(content, why, client):
+    response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert why in error(response, 400)["message"]
+
+
+def test_bodies_as_deep_as_allowed_are_read(client):
+    """And brackets in texts are none."""
+    content = b'{"prompt": "' + b"[" * 200 + b'", "max_tokens": 1, "x": ' + b"[" * 127 + b"]" * 127 + b"}"
+    response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 200, response.text
+
+
+def test_bodies_of_another_type_are_told_which_is_wanted(client):
+    response = client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
+    assert "Content-Type: application/json" in error(response, 400)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [{}] * 50_000}),
+        ("/v1/completions", {"prompt": "x", "stop": [1] * 50_000}),
+        ("/v1/completions", {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(50_000)), "x")}),
+        ("/v1/chat/completions", {"messages": [1] * 50_000}),
+        ("/v1/chat/completions", {**CHAT, "tools": [1] * 50_000}),
+        ("/v1/messages", {**CHAT, "model": "tiny", "max_tokens": 1, "stop_sequences": [1] * 50_000}),
+    ],
+)
+def test_many_mistakes_are_told_in_few_words(path, body, client):
+    """Telling each would take the server's only thread for seconds, and megabytes of answer."""
+    response = client.post(path, json=body)
+    assert response.status_code == 400
+    assert len(response.content) < 2000
+
+
+@pytest.mark.parametrize(
+    "call", [{"function": {"name": "f", "arguments": '{"a":' * 100_000}}, {"arguments": '{"a":' * 100_000}]
+)
+def test_arguments_that_are_too_deep_are_no_json(call, client):
+    messages = [*CHAT["messages"], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    found = error(client.post("/v1/chat/completions", json={"messages": messages}), 400)
+    assert "is not JSON" in found["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/chat/completions/render", "/tokenize", "/v1/messages"])
+@pytest.mark.parametrize("name", ["chat_template", "tools", "continue_final_message"])
+def test_fields_do_not_come_as_keywords_of_the_template(path, name, client):
+    """A template is a program: who may bring one is asked of the field."""
+    value = {"chat_template": "{{ 7 * 7 }}", "tools": [], "continue_final_message": False}[name]
+    body = {**CHAT, "model": "tiny", "max_tokens": 1, "chat_template_kwargs": {name: value}}
+    response = client.post(path, json=body)
+    assert response.status_code == 400, response.text
+    assert f"chat_template_kwargs may not have {name}" in response.json()["error"]["message"]
+
+
 def test_half_characters_come_back_in_errors(client):
     """UTF-8 has no bytes for them: an error that quotes one must not fail itself."""
     body = '{"prompt": "x", "model": "\\ud800"}'
@@ -157,6 +224,51 @@ def test_half_characters_come_back_in_errors(client):
 def test_prompts_that_are_too_long_are_told(client):
     found = error(client.post("/v1/completions", json={"prompt": [42] * 256}), 400)
     assert (found["param"], "max_model_len=256" in found["message"]) == ("prompt", True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "Once " * 100_000}),
+        ("/v1/completions", {"prompt": "Once " * 100_000, "add_special_tokens": False}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Once " * 100_000}]}),
+    ],
+)
+def test_of_texts_that_are_far_too_long_the_beginning_is_tokenised(path, body, client, llm, monkeypatch):
+    sizes = []
+    encode = type(llm.tokenizer).encode
+
+    def noted(self, text, *args, **kwargs):
+        sizes.append(len(text))
+        return encode(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(type(llm.tokenizer), "encode", noted)
+    message = error(client.post(path, json=body), 400)["message"]
+    assert "characters, of which the first" in message
+    assert "max_model_len=256" in message
+    assert max(sizes) < 10_000
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_texts_without_a_meaning_are_told_however_they_are_tokenised(special, client):
+    body = {"prompt": "\ud800", "add_special_tokens": special}
+    content = json.dumps(body)
+    response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert "lone surrogate" in error(response, 400)["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logprobs", 6),
+        ("allowed_token_ids", [5000]),
+        ("structured_outputs", {"regex": "[a"}),
+        ("stop_token_ids", [5000]),
+    ],
+)
+def test_what_a_prompt_cannot_have_is_not_the_prompts_fault(name, value, client):
+    body = {**COMPLETION, name: value}
+    assert error(client.post("/v1/completions", json=body), 400)["param"] == name
 
 
 def test_a_bad_prompt_of_many_stops_all(client, async_llm):
@@ -279,6 +391,13 @@ def test_mistakes_of_the_server_are_told_without_a_traceback(async_llm, monkeypa
     found = error(asked(app, "GET", "/v1/models"), 500)
     assert found["type"] == "InternalServerError"
     assert "Traceback" not in found["message"]
+
+
+def test_connections_end_with_mistakes_of_the_server(async_llm, monkeypatch):
+    """uvicorn closes them, so clients have to be told: else they send the next request into the void."""
+    app = make_app(async_llm, config())
+    monkeypatch.setattr("gdnjax.serving.server.status.models", lambda service: 1 / 0)
+    assert asked(app, "GET", "/v1/models").headers["connection"] == "close"
 
 
 def test_errors_within_a_stream_are_chunks(async_llm, monkeypatch):

@@ -121,6 +121,12 @@ def test_flags_are_the_engine_s_own_defaults():
     assert serve.engine_config(arguments) == EngineConfig(max_num_seqs=serve.MAX_NUM_SEQS)
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_size_of_a_request_that_is_none_is_named(value, capsys):
+    assert serve.main([f"--max-request-mib={value}"]) == 2
+    assert "--max-request-mib must be a number above 0" in capsys.readouterr().err
+
+
 def test_flags_reach_the_engine_and_the_server():
     flags = ["--max-num-seqs=3", "--no-warmup", "--no-enable-prefix-caching", "--kv-cache-dtype=int8", "--seed=4"]
     arguments = serve.build_parser().parse_args([*flags, "--api-key=a", "--api-key=b", "--max-request-mib=0.5"])
