@@ -160,6 +160,8 @@ class Detokenizer:
 
     def _release(self, new: str) -> str:
         """Looks for stop strings that end in the new text, and returns the text that can no longer be part of one."""
+        if not self._stops:
+            return new
         include = self._params.include_stop_str_in_output
         text = self._begun_stop + new
         # Text that begins a stop string has been shown already where stop strings are shown.
@@ -177,6 +179,8 @@ class Detokenizer:
 
 def _whole_characters(text: str) -> int:
     """Length of the text without an incomplete character at its end."""
+    if not text.endswith("\ufffd"):
+        return len(text)
     num_open = len(text) - len(text.rstrip("\ufffd"))
     return len(text) - min(num_open, OPEN_CHARACTERS)
 

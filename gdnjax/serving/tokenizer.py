@@ -65,6 +65,7 @@ class Tokenizer:
         )
         self.added_token_ids = {token.content: token_id for token_id, token in hf.added_tokens_decoder.items()}
         self.eos_token_ids = as_id_tuple(hf.eos_token_id)
+        self._backend = _plain_backend(hf)
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path) -> "Tokenizer":
@@ -103,6 +104,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; incomplete UTF-8 becomes U+FFFD, ids outside the vocabulary decode to nothing."""
+        if self._backend is not None:
+            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return self.hf.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -196,6 +199,22 @@ class Tokenizer:
                 if sequence not in sequences:
                     sequences.append(sequence)
         return sequences
+
+
+def _plain_backend(hf: Any) -> Any:
+    """What decodes for a transformers tokenizer that adds nothing to it; None where there is no such thing. What
+    transformers does around it takes three times as long, for every token that is shown.
+    """
+    backend = getattr(hf, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(hf)
+    adds_nothing = kind.decode is PreTrainedTokenizerBase.decode and getattr(kind, "_decode", None) is getattr(
+        PreTrainedTokenizerFast, "_decode", kind
+    )
+    return backend if adds_nothing else None
 
 
 @functools.lru_cache(maxsize=16)
