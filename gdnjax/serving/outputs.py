@@ -1,6 +1,7 @@
 """What a request gives back: frozen, with vLLM's names. Imports no jax."""
 
 import dataclasses
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +153,10 @@ class RequestOutput:
     forced_acceptance: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class StreamOutput:
+class StreamOutput(NamedTuple):
     """What has come of a stream since its last piece. `str()` of it is its text.
+
+    A tuple, since one is made for every token of every stream.
 
     text           newly released text, possibly empty.
     token_ids      the tokens that came with it.

@@ -291,7 +291,10 @@ class OutputParser:
 
     def step(self, state: "State", token_ids: Sequence[int], text: str) -> "tuple[State, list[Part]]":
         """Takes the next tokens and the next text, which may lag behind them; returns what is now known to be said."""
+        plain = state.is_plain(token_ids, text)
         state = state.copy()
+        if plain:
+            return state, [state.take_plain(token_ids, text)]
         state.take(token_ids, text)
         parts, state.parts = state.parts, []
         return state, _merged(parts)
@@ -443,6 +446,29 @@ class State:
         state.__dict__.update(self.__dict__)
         state.parts = []
         return state
+
+    # Most tokens are text in the middle of a text: for them there is a short way to what `take` and `feed` come to.
+
+    def is_plain(self, token_ids: Sequence[int], text: str) -> bool:
+        """Whether all of a text goes on with the thinking or the answer, and nothing in it or before it may be else."""
+        parser, phase = self.parser, self.phase
+        return (
+            self.has_text
+            and not (self.held or self.newlines or self.tags)
+            and (phase is _Phase.CONTENT or (phase is _Phase.REASONING and parser.budget_end == ""))
+            and text != ""
+            and "<" not in text
+            and text[-1] != "\n"
+            and parser.tag_ids.keys().isdisjoint(token_ids)
+        )
+
+    def take_plain(self, token_ids: Sequence[int], text: str) -> Part:
+        """Takes them."""
+        if self.parser.tag_ids:
+            self.segment = (self.segment, tuple(token_ids))
+        self.num_tokens += len(token_ids)
+        self.read += len(text)
+        return Reasoning(text) if self.phase is _Phase.REASONING else Content(text)
 
     # Tokens to text.
 

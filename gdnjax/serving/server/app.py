@@ -95,7 +95,9 @@ async def answer(request: Request, work: Awaitable[dict[str, Any] | Chunks]) -> 
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if isinstance(made, Chunks):
         keep_alive = service_of(request).config.keep_alive_interval
-        return EventStream(frames(made), made, keep_alive=keep_alive, headers={"x-request-id": made.run.answer_id})
+        return EventStream(
+            frames(made.framed()), made, keep_alive=keep_alive, headers={"x-request-id": made.run.answer_id}
+        )
     return json_response(made, headers={"x-request-id": made["id"]})
 
 
@@ -103,7 +105,7 @@ async def translated(
     request: Request,
     asked: dict[str, Any],
     whole: Callable[[dict[str, Any]], dict[str, Any]],
-    stream: Callable[[Chunks], AsyncIterator[dict[str, Any]]],
+    stream: Callable[[AsyncIterator[dict[str, Any]]], AsyncIterator[dict[str, Any]]],
 ) -> Response:
     """The response to a request of another API, which asks for `asked` of chat completions: what is made of the answer
     by `whole`, or of its chunks by `stream`.
@@ -116,7 +118,7 @@ async def translated(
     if isinstance(made, Chunks):
         keep_alive = service.config.keep_alive_interval
         headers = {"x-request-id": made.run.answer_id}
-        return EventStream(named_frames(stream(made)), made, keep_alive=keep_alive, headers=headers)
+        return EventStream(named_frames(stream(aiter(made))), made, keep_alive=keep_alive, headers=headers)
     return json_response(whole(made), headers={"x-request-id": made["id"]})
 
 

@@ -120,7 +120,7 @@ class BudgetedStream:
         if reason is not None:
             self._ended = True
             output = self.submission.output()
-            piece = dataclasses.replace(piece, output=self._output(output, output, "", (), reason, None))
+            piece = piece._replace(output=self._output(output, output, "", (), reason, None))
         return piece
 
     def _begin_second(self) -> str | None:
@@ -148,7 +148,7 @@ class BudgetedStream:
             self.submission.output(), piece.output, sample.text, sample.token_ids, sample.finish_reason,
             sample.stop_reason,
         )  # fmt: skip
-        return dataclasses.replace(piece, output=output)
+        return piece._replace(output=output)
 
     def _output(
         self,

@@ -21,6 +21,7 @@ from gdnjax.serving.parsing import (
 from gdnjax.serving.server import answers, budget, logprobs
 from gdnjax.serving.server.budget import BudgetedStream
 from gdnjax.serving.server.errors import ApiError, bad_request
+from gdnjax.serving.server.events import Pattern
 from gdnjax.serving.server.protocol import ChatCompletionRequest, refuse_unserved
 from gdnjax.serving.server.sampling import fields_of, sampling_params
 from gdnjax.serving.server.service import Chunks, Run, Service
@@ -60,7 +61,7 @@ async def create(
         parser = make_parser(begins_thinking=begins_thinking(tokenizer, submission.token_ids))
         writer = _Writer(service, body, run, model, submission, parser)
         if body.stream:
-            return Chunks(writer.chunks(), run)
+            return Chunks(writer.chunks, run)
         (output,) = await run.outputs()
     await run.close()
     return writer.whole(output)
@@ -291,8 +292,11 @@ class _Writer:
             as_ids=bool(self.body.return_tokens_as_token_ids),
         )
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        asks_usage, every = self.body.asks_usage()
+    async def chunks(self, framed: bool) -> AsyncGenerator[dict[str, Any] | bytes, None]:
+        """The chunks of the answer; those that add nothing but text may come `framed`."""
+        body = self.body
+        asks_usage, every = body.asks_usage()
+        framed = framed and not (every or body.return_token_ids or body.logprobs)
         meter = answers.Meter(len(self.submission.token_ids), every=every)
         head = answers.head(self.run, KIND + ".chunk", self.model)
         samples: dict[int, _Sample] = {}
@@ -309,21 +313,30 @@ class _Writer:
             sample = samples.get(piece.index)
             if sample is None:
                 sample = samples[piece.index] = _Sample(self.parser.initial)
+                if framed:
+                    sample.patterns = {
+                        kind: Pattern(chunk(_choice(piece.index, delta)))
+                        for kind in (Content, Reasoning)
+                        if (delta := self._delta([kind(Pattern.HOLE)]))
+                    }
                 first = chunk(_choice(piece.index, {"role": "assistant", "content": self._echo()}))
-                if self.body.return_token_ids:
+                if body.return_token_ids:
                     first["prompt_token_ids"] = list(self.submission.token_ids)
                 yield first
             meter.num_output += len(piece.token_ids)
-            if (choice := self._piece(piece, sample)) is not None:
+            sample.state, parts = self.parser.step(sample.state, piece.token_ids, piece.text)
+            pattern = sample.patterns.get(type(parts[0])) if len(parts) == 1 else None
+            if pattern is not None and piece.finish_reason is None:
+                yield pattern.frame(parts[0].text)
+            elif (choice := self._piece(piece, sample, parts)) is not None:
                 yield chunk(choice)
         if asks_usage and output is not None:
             num_reasoning = sum(self.parser.num_reasoning_tokens(sample.state) for sample in samples.values())
             found = answers.whole_usage([output], meter.num_output, num_reasoning)
             yield {**head, "choices": [], "usage": found, "metrics": answers.times([output])}
 
-    def _piece(self, piece: StreamOutput, sample: "_Sample") -> dict[str, Any] | None:
-        """What a piece adds to its choice; None where that is nothing yet."""
-        sample.state, parts = self.parser.step(sample.state, piece.token_ids, piece.text)
+    def _piece(self, piece: StreamOutput, sample: "_Sample", parts: Sequence[Part]) -> dict[str, Any] | None:
+        """What a piece, which says `parts`, adds to its choice; None where that is nothing yet."""
         if piece.finish_reason:
             parts = [*parts, *self.parser.finish(sample.state)]
         delta = self._delta(parts)
@@ -364,10 +377,11 @@ class _Writer:
 
 @dataclasses.dataclass
 class _Sample:
-    """How far a stream is with one sample."""
+    """How far a stream is with one sample. `patterns`: of chunks that one part alone makes, by its kind."""
 
     state: State
     has_called: bool = False
+    patterns: dict[type[Part], Pattern] = dataclasses.field(default_factory=dict)
 
 
 def _finish_reason(reason: str | None, has_called: bool) -> str | None:

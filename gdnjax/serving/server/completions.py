@@ -11,6 +11,7 @@ from gdnjax.serving.frontend import Prompt
 from gdnjax.serving.outputs import CompletionOutput, Logprob, RequestOutput, StreamOutput
 from gdnjax.serving.server import answers, logprobs
 from gdnjax.serving.server.errors import ApiError, bad_request
+from gdnjax.serving.server.events import Pattern
 from gdnjax.serving.server.protocol import CompletionRequest, refuse_unserved
 from gdnjax.serving.server.sampling import fields_of, sampling_params
 from gdnjax.serving.server.service import Chunks, Run, Service
@@ -43,7 +44,7 @@ async def create(service: Service, body: CompletionRequest, request_id: str | No
             echoes = await asyncio.to_thread(_texts, service, prompts, submissions, params)
         writer = _Writer(service, body, run, model, params, submissions, echoes)
         if body.stream:
-            return Chunks(writer.chunks(), run)
+            return Chunks(writer.chunks, run)
         outputs = await run.outputs()
     await run.close()
     return writer.whole(outputs)
@@ -176,24 +177,37 @@ class _Writer:
             as_ids=bool(self.body.return_tokens_as_token_ids),
         )
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        asks_usage, every = self.body.asks_usage()
+    async def chunks(self, framed: bool) -> AsyncGenerator[dict[str, Any] | bytes, None]:
+        """The chunks of the answer; those that add nothing but text may come `framed`."""
+        body = self.body
+        asks_usage, every = body.asks_usage()
+        shows_output = not _shows_prompt_alone(body)
+        framed = framed and shows_output and not (every or body.return_token_ids or body.logprobs is not None)
+        patterns: dict[int, Pattern] = {}
         meter = answers.Meter(sum(len(each.token_ids) for each in self.submissions), every=every)
         head = answers.head(self.run, KIND, self.model)
         # Of each choice that has begun, where the next token stands in its text.
         offsets: dict[int, int] = {}
         outputs: dict[int, RequestOutput] = {}
+
+        def chunk(choice: dict[str, Any]) -> dict[str, Any]:
+            made = {**head, "choices": [choice]}
+            if asks_usage:
+                meter.note(made)
+            return made
+
         async for number, piece in self.run.pieces():
             if piece.output is not None:
                 outputs[number] = piece.output
-            choice = self._piece(number, piece, offsets)
-            meter.num_output += 0 if _shows_prompt_alone(self.body) else len(piece.token_ids)
-            if choice is None:
-                continue
-            chunk = {**head, "choices": [choice]}
-            if asks_usage:
-                meter.note(chunk)
-            yield chunk
+            meter.num_output += len(piece.token_ids) if shows_output else 0
+            index = number * self.params.n + piece.index
+            if index in patterns and piece.finish_reason is None:
+                if piece.text:
+                    yield patterns[index].frame(piece.text)
+            elif (choice := self._piece(number, piece, offsets)) is not None:
+                if framed:
+                    patterns[index] = Pattern(chunk(_choice(index, Pattern.HOLE)))
+                yield chunk(choice)
         if asks_usage:
             ordered = [outputs[number] for number in sorted(outputs)]
             found = answers.whole_usage(ordered, meter.num_output)
@@ -212,18 +226,17 @@ class _Writer:
         if not (text or wanted or piece.finish_reason):
             return None
         table, offsets[index] = self._logprobs(number, token_ids, found, offsets.get(index, 0), begins=begins)
-        choice: dict[str, Any] = {
-            "index": index,
-            "text": text,
-            "logprobs": table,
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-        }
+        choice = _choice(index, text)
+        choice |= {"logprobs": table, "finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
         if body.return_token_ids:
             if begins:
                 choice["prompt_token_ids"] = list(self.submissions[number].token_ids)
             choice["token_ids"] = list(token_ids)
         return choice
+
+
+def _choice(index: int, text: str) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
 
 def _without_tokens(sample: CompletionOutput) -> CompletionOutput:

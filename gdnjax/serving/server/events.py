@@ -33,11 +33,29 @@ def frame(content: dict[str, Any]) -> bytes:
     return b"data: " + encode(content).encode() + b"\n\n"
 
 
-async def frames(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """A stream in OpenAI's form: its chunks, an error as a chunk where there is one, and [DONE]."""
+class Pattern:
+    """Events that differ in a text alone, which stands wherever `HOLE` is the value of a key in `content`.
+
+    The rest is encoded once: encoding a chunk as a whole for every token takes longer than sending it.
+    """
+
+    HOLE = "\0text\0"
+
+    def __init__(self, content: dict[str, Any]):
+        self._parts = frame(content).split(encode(self.HOLE).encode())
+
+    def frame(self, text: str) -> bytes:
+        """The event with that text."""
+        return encode(text).encode().join(self._parts)
+
+
+async def frames(chunks: AsyncIterator[dict[str, Any] | bytes]) -> AsyncIterator[bytes]:
+    """A stream in OpenAI's form: its chunks, which may be events already, an error as a chunk where there is one, and
+    [DONE].
+    """
     try:
         async for chunk in chunks:
-            yield frame(chunk)
+            yield chunk if isinstance(chunk, bytes) else frame(chunk)
     except ApiError as error:
         yield frame(error.body)
     except Exception as error:

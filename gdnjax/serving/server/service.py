@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -273,20 +273,31 @@ class Run:
 
 @dataclasses.dataclass
 class Chunks:
-    """A stream of chunks that holds a run. Whoever is given one iterates over it and closes it."""
+    """A stream of chunks that holds a run. Whoever is given one iterates over it, one way or the other, and closes it.
 
-    chunks: AsyncGenerator[dict[str, Any], None]
+    make  begins the chunks; told True, it may give events in their place, which say the same.
+    """
+
+    make: Callable[[bool], AsyncGenerator[Any, None]]
     run: Run
+    _begun: AsyncGenerator[Any, None] | None = None
 
-    def __aiter__(self) -> "Chunks":
-        return self
+    def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        return self._begin(False)
 
-    def __anext__(self) -> Awaitable[dict[str, Any]]:
-        return self.chunks.__anext__()
+    def framed(self) -> AsyncIterator[dict[str, Any] | bytes]:
+        """Chunks, most of them as the events that they become."""
+        return self._begin(True)
+
+    def _begin(self, framed: bool) -> AsyncGenerator[Any, None]:
+        assert self._begun is None, "the chunks of a run come once"
+        self._begun = self.make(framed)
+        return self._begun
 
     async def aclose(self) -> None:
         # One that has not begun would not run its own finally.
-        await self.chunks.aclose()
+        if self._begun is not None:
+            await self._begun.aclose()
         await self.run.close()
 
 
