@@ -325,9 +325,9 @@ class _Writer:
                 yield first
             meter.num_output += len(piece.token_ids)
             sample.state, parts = self.parser.step(sample.state, piece.token_ids, piece.text)
-            pattern = sample.patterns.get(type(parts[0])) if len(parts) == 1 else None
-            if pattern is not None and piece.finish_reason is None:
-                yield pattern.frame(parts[0].text)
+            said = parts[0] if len(parts) == 1 and piece.finish_reason is None else None
+            if isinstance(said, Content | Reasoning) and type(said) in sample.patterns:
+                yield sample.patterns[type(said)].frame(said.text)
             elif (choice := self._piece(piece, sample, parts)) is not None:
                 yield chunk(choice)
         if asks_usage and output is not None:
