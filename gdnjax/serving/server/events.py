@@ -21,6 +21,11 @@ DONE = b"data: [DONE]\n\n"
 SILENCE = b": keep-alive\n\n"
 """A comment, which clients skip."""
 
+SHORT_SEND = "gdnjax.send"
+"""Where a scope may have a shorter way to the client, for what follows the beginning of a response: without the layers
+of the framework that watch whether there was one, and cost as much for each token as making its event.
+"""
+
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
@@ -95,7 +100,8 @@ class EventStream(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        tasks = [asyncio.ensure_future(work) for work in (self._write(send), gone(receive), self._beat(send))]
+        short = scope.get(SHORT_SEND, send)
+        tasks = [asyncio.ensure_future(work) for work in (self._write(short), gone(receive), self._beat(short))]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)

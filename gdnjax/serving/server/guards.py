@@ -6,6 +6,7 @@ import hmac
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gdnjax.serving.server.errors import ApiError
+from gdnjax.serving.server.events import SHORT_SEND
 from gdnjax.serving.server.settings import ServerConfig
 
 OPEN_PATHS = frozenset({"/", "/health", "/ping", "/live", "/version", "/load", "/metrics", "/openapi.json"})
@@ -43,6 +44,7 @@ class Guard:
         async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
+        scope[SHORT_SEND] = send
         await self._app(scope, replay, send)
 
     def _check_key(self, scope: Scope) -> None:
