@@ -26,6 +26,7 @@ SCRIPTS = (
     "bench_kernels",
     "bench_pools",
     "bench_scheduler",
+    "bench_server_overhead",
     "bench_serving",
     "bench_start",
     "convert",

@@ -57,6 +57,9 @@ def make_app(llm: AsyncLLM | None, config: ServerConfig) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
+    # FastAPI makes models and checks of all routes at the first request, which took a quarter of a second longer.
+    for route in app.routes:
+        route.matches({"type": "http", "method": "GET", "path": "/live", "root_path": "", "headers": []})
     return app
 
 

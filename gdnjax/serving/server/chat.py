@@ -325,8 +325,8 @@ class _Writer:
                 yield first
             meter.num_output += len(piece.token_ids)
             sample.state, parts = self.parser.step(sample.state, piece.token_ids, piece.text)
-            said = parts[0] if len(parts) == 1 and piece.finish_reason is None else None
-            if isinstance(said, Content | Reasoning) and type(said) in sample.patterns:
+            said: Any = parts[0] if len(parts) == 1 else None
+            if type(said) in sample.patterns and piece.finish_reason is None:
                 yield sample.patterns[type(said)].frame(said.text)
             elif (choice := self._piece(piece, sample, parts)) is not None:
                 yield chunk(choice)

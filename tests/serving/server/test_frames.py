@@ -17,8 +17,9 @@ from gdnjax.serving.submission import Submission
 
 TEXTS = [
     "", "A", " word", 'a "quote" and a \\', "two\nlines", "\n", "\n\n", "\u00e9\u4e16\U0001f34f", "\x00\x1f\u2028",
-    "\0text\0", "1 < 2 <", "b", "</think>", "\n\nBehind.", " More", "<tool_call>\n<function=weather>\n<parameter=city>\nOslo",
-    "\n</parameter>\n</function>\n</tool_call>", " the end", "",
+    "\0text\0", "1 < 2 <", "b", "</think>", "\n\nBehind.", " More",
+    "<tool_call>\n<function=weather>\n<parameter=city>\nOslo", "\n</parameter>\n</function>\n</tool_call>",
+    " the end", "",
 ]  # fmt: skip
 """What a sample's pieces say, one after another."""
 
