@@ -23,17 +23,18 @@ from gdnjax.cli.command import exit_status, run_as_process, write_json
 
 DESCRIPTION = """\
 Streams over HTTP from an engine whose device is a clock: a step takes --step-ms of waiting and gives every row a token.
-All else is real: scheduler, packing, detokenizer, streams, parser, application, sockets. So what turns fall short of
-the clock is what the host has lost. Each line is beside the same prompts by LLM.generate, without a server ("alone"):
+All else is real: scheduler, packing, detokenizer, streams, parser, application, sockets. So what the device idles is
+what the host has lost. Beside the server's lines there is one of the same prompts by LLM.generate ("alone"):
 
-  turns/s      decode turns with all rows, and their share of those alone
+  busy         the share of the time that the device has something to do while all streams run; alone it is 100%
   us a token   of the processor, by thread: the engine's, the event loop's, others (prompts are prepared there)
   events       of the streams; fewer than tokens where the loop lags and tells of several in one
   first token  milliseconds to it, of requests that come one by one while all streams run: the median as the client sees
                it, and how much of that is not in the engine's own figure
 
-Three processes' worth of work: with fewer than four cores to itself, or beside others, turns say little; the
-processor's times are steadier. The client counts events in a process of its own, and reads no JSON.
+Three threads have work at once: where others use the machine, too, the share says how long they wait for a core. Then
+compare the processor's times, or give it a core each (`chrt -f 1 python ...`, as root). The client counts events in a
+process of its own, and reads no JSON.
 """
 
 EXAMPLES = """\
@@ -55,7 +56,7 @@ QUESTION = "A box has 3 apples. 4 more are put in. How many apples are in the bo
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 WARM_S = 1.0
-"""Seconds from the first full turn on that are not counted, and before the first of the single requests."""
+"""Seconds from the first step of all rows on that are not counted, and before the first of the single requests."""
 
 PROBE_S = 0.1
 """Seconds between two of the requests that come one by one."""
@@ -78,8 +79,8 @@ class Clock:
         # When a turn is through, and how many tokens a request was given.
         self._ends: dict[int, float] = {}
         self._given: dict[Any, int] = {}
-        # When each step of all rows has begun.
-        self.full_steps: list[float] = []
+        # When each turn's steps have begun and ended, and whether all streams had a row in it.
+        self.turns: list[tuple[float, float, bool]] = []
 
     @property
     def counters(self) -> Any:
@@ -110,8 +111,7 @@ class Clock:
         time.sleep(self._dispatch_s / 2)
         begins = max(time.monotonic(), self._free_at)
         self._free_at = begins + self._step_s * ((prefill is not None) + (decode is not None))
-        if len(plan.decoding) >= self._full_rows and prefill is None:
-            self.full_steps.append(begins)
+        self.turns.append((begins, self._free_at, len(plan.decoding) >= self._full_rows))
         turn = InFlight(plan, prefill, decode)
         self._ends[id(turn)] = self._free_at
         return turn
@@ -175,11 +175,14 @@ def make_llm(arguments: argparse.Namespace) -> Any:
     return llm
 
 
-def turns_per_second(llm: Any) -> float | None:
-    """Of full turns, behind the warm part; None where there were too few to tell."""
-    steps = llm.engine.runner.full_steps
-    kept = [when for when in steps if when >= steps[0] + WARM_S]
-    return (len(kept) - 1) / (kept[-1] - kept[0]) if len(kept) > 10 else None
+def share_busy(llm: Any) -> float | None:
+    """Of the time from the warm part to the last turn of all streams; None where there were too few to tell."""
+    turns = llm.engine.runner.turns
+    full = [begun for begun, _, is_full in turns if is_full]
+    if len(full) < 2 or full[-1] - full[0] < 2 * WARM_S:
+        return None
+    kept = [(begun, ended) for begun, ended, _ in turns if full[0] + WARM_S <= begun < full[-1]]
+    return sum(ended - begun for begun, ended in kept) / (full[-1] - kept[0][0])
 
 
 @contextlib.contextmanager
@@ -207,9 +210,9 @@ def run_alone(arguments: argparse.Namespace) -> dict[str, Any]:
     params = SamplingParams(temperature=0.0, max_tokens=arguments.tokens, ignore_eos=True)
     with cpu_seconds() as seconds:
         llm.generate([QUESTION] * arguments.streams, params, use_tqdm=False)
-    tokens, turns = llm.engine.counters.num_output_tokens, turns_per_second(llm)
+    tokens, busy = llm.engine.counters.num_output_tokens, share_busy(llm)
     llm.close()
-    return {"what": "alone", "turns_per_second": turns, "engine_us": 1e6 * seconds["process"] / tokens}
+    return {"what": "alone", "busy": busy, "engine_us": 1e6 * seconds["process"] / tokens}
 
 
 class Client:
@@ -319,10 +322,10 @@ def run_served(arguments: argparse.Namespace, endpoint: str) -> dict[str, Any]:
         finally:
             server.should_exit = True
             thread.join()
-        tokens, turns = llm.engine.counters.num_output_tokens, turns_per_second(llm)
+        tokens, busy = llm.engine.counters.num_output_tokens, share_busy(llm)
     used = {"engine_us": seconds["gdnjax-engine"], "loop_us": seconds["http"]}
     used["others_us"] = seconds["process"] - sum(used.values())
-    found = {"what": endpoint, "turns_per_second": turns, "tokens": tokens, "events": events}
+    found: dict[str, Any] = {"what": endpoint, "busy": busy, "tokens": tokens, "events": events}
     found |= {name: 1e6 * value / tokens for name, value in used.items()}
     if firsts:
         found["first_token_ms"] = 1e3 * statistics.median(whole for whole, _ in firsts)
@@ -330,15 +333,11 @@ def run_served(arguments: argparse.Namespace, endpoint: str) -> dict[str, Any]:
     return found
 
 
-def line(row: dict[str, Any], alone: dict[str, Any]) -> str:
-    turns, before = row["turns_per_second"], alone["turns_per_second"]
-    pace = f"{turns:6.1f} turns/s" if turns else "too few full turns"
-    share = f" ({turns / before:4.0%})" if turns and before and row is not alone else ""
-    parts = [f"{row['what']:12}{pace}{share}", f"{row['engine_us']:.1f} us a token: engine"]
-    if row is not alone:
-        parts[-1] = (
-            f"us a token: engine {row['engine_us']:.1f}, loop {row['loop_us']:.1f}, others {row['others_us']:.1f}"
-        )
+def line(row: dict[str, Any]) -> str:
+    busy = "too short to tell" if row["busy"] is None else f"busy {row['busy']:.1%}"
+    names = [name for name in ("engine", "loop", "others") if f"{name}_us" in row]
+    parts = [f"{row['what']:12}{busy}", "us a token: " + ", ".join(f"{name} {row[name + '_us']:.1f}" for name in names)]
+    if "events" in row:
         parts.append(f"{row['events']:,} events of {row['tokens']:,} tokens")
     if "first_token_ms" in row:
         parts.append(f"first token {row['first_token_ms']:.1f} ms, {row['first_token_added_ms']:.1f} added")
@@ -364,11 +363,11 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(arguments, name)}")
     if arguments.profile is not None and len(arguments.endpoints) != 1:
         parser.error("--profile is of one endpoint; name it by --endpoints")
-    rows = [alone := run_alone(arguments)]
-    print(line(alone, alone), flush=True)
+    rows = [run_alone(arguments)]
+    print(line(rows[-1]), flush=True)
     for endpoint in arguments.endpoints:
         rows.append(run_served(arguments, endpoint))
-        print(line(rows[-1], alone), flush=True)
+        print(line(rows[-1]), flush=True)
     if arguments.json:
         write_json(arguments.json, {"rows": rows})
     return 0
