@@ -285,11 +285,10 @@ def run_served(arguments: argparse.Namespace, endpoint: str) -> dict[str, Any]:
 
     from gdnjax.serving.async_llm import AsyncLLM
     from gdnjax.serving.server.app import make_app
-    from gdnjax.serving.server.hosting import switching
     from gdnjax.serving.server.settings import ServerConfig
 
     llm = make_llm(arguments)
-    with AsyncLLM.from_llm(llm) as front, switching():
+    with AsyncLLM.from_llm(llm) as front:
         app = make_app(front, ServerConfig(served_model_names=("clock",), max_queue=arguments.streams))
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False))
         listening = socket.create_server(("127.0.0.1", 0), backlog=2048)

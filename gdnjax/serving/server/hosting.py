@@ -27,11 +27,6 @@ KEEP_ALIVE_S = 65
 
 BACKLOG = 2048
 
-SWITCH_S = 1e-3
-"""Seconds that a thread goes on with Python's lock while another waits for it. The engine's thread, the event loop and
-those that prepare prompts take turns at it, and Python's own 5 ms are half a step of a fast device.
-"""
-
 
 def host(make_llm: Callable[[], AsyncLLM], config: ServerConfig, *, access_log: bool = False) -> signal.Signals | None:
     """Serves until SIGTERM or Ctrl-C, and lets answers finish then. To be called by the main thread.
@@ -41,7 +36,7 @@ def host(make_llm: Callable[[], AsyncLLM], config: ServerConfig, *, access_log: 
     still at it, so that the process is to be ended at once. Raises what `make_llm` raises, and OSError where nothing
     can listen there.
     """
-    with _listen(config) as listening, switching():
+    with _listen(config) as listening:
         app = make_app(None, config)
         service: Service = app.state.service
         server = _Server(app, service, access_log=access_log)
@@ -69,17 +64,6 @@ def host(make_llm: Callable[[], AsyncLLM], config: ServerConfig, *, access_log: 
         return server.signal or signal.SIGTERM
     loading.llm.close()
     return None if server.all_finished else server.signal
-
-
-@contextlib.contextmanager
-def switching() -> Iterator[None]:
-    """Threads change over every SWITCH_S."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 def _say(what: str) -> None:

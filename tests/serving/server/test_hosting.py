@@ -13,7 +13,6 @@ import pytest
 
 from gdnjax.cli import serve
 from gdnjax.config import EngineConfig
-from gdnjax.serving.server import hosting
 from tests.serving.server.asking import events
 
 SMALL = [
@@ -135,11 +134,3 @@ def test_flags_reach_the_engine_and_the_server():
     assert (engine.max_num_seqs, engine.warmup, engine.enable_prefix_caching) == (3, False, False)
     assert (engine.kv_cache_dtype, engine.seed) == ("int8", 4)
     assert (server.api_keys, server.max_body_bytes, server.served_model_names) == (("a", "b"), 1 << 19, ("tiny",))
-
-
-def test_threads_change_over_quickly_while_it_serves_and_as_before_behind_it():
-    before = sys.getswitchinterval()
-    assert before > hosting.SWITCH_S
-    with hosting.switching():
-        assert sys.getswitchinterval() == pytest.approx(hosting.SWITCH_S)
-    assert sys.getswitchinterval() == before
