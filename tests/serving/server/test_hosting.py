@@ -1,5 +1,6 @@
 """`gdnjax serve` as a process: it listens, is ready, and ends as it is told to."""
 
+import gc
 import re
 import signal
 import socket
@@ -13,6 +14,7 @@ import pytest
 
 from gdnjax.cli import serve
 from gdnjax.config import EngineConfig
+from gdnjax.serving.server import hosting
 from tests.serving.server.asking import events
 
 SMALL = [
@@ -134,3 +136,14 @@ def test_flags_reach_the_engine_and_the_server():
     assert (engine.max_num_seqs, engine.warmup, engine.enable_prefix_caching) == (3, False, False)
     assert (engine.kv_cache_dtype, engine.seed) == ("int8", 4)
     assert (server.api_keys, server.max_body_bytes, server.served_model_names) == (("a", "b"), 1 << 19, ("tiny",))
+
+
+def test_garbage_collector_leaves_alone_what_was_there_before_serving():
+    before = [[] for _ in range(1000)]
+    try:
+        hosting.keep_what_there_is()
+        assert gc.get_freeze_count() > 1000
+        walked_over = {id(thing) for thing in gc.get_objects()}
+        assert walked_over.isdisjoint(map(id, before))
+    finally:
+        gc.unfreeze()
