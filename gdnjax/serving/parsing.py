@@ -6,8 +6,9 @@
         state, parts = parser.step(state, piece.token_ids, piece.text)
     parts = parser.finish(state)
 
-Pure: no state is changed, and the parts do not depend on how the output is cut into pieces. What a part says is never
-taken back. Text is held back only while it may still become something else: a begun tag, newlines before a call.
+Pure, but for `advance`: no state is changed, and the parts do not depend on how the output is cut into pieces. What a
+part says is never taken back. Text is held back only while it may still become something else: a begun tag, newlines
+before a call.
 
 Calls are read in both forms that Qwen's models were trained on, whichever comes:
 
@@ -291,13 +292,18 @@ class OutputParser:
 
     def step(self, state: "State", token_ids: Sequence[int], text: str) -> "tuple[State, list[Part]]":
         """Takes the next tokens and the next text, which may lag behind them; returns what is now known to be said."""
-        plain = state.is_plain(token_ids, text)
         state = state.copy()
-        if plain:
-            return state, [state.take_plain(token_ids, text)]
+        return state, self.advance(state, token_ids, text)
+
+    def advance(self, state: "State", token_ids: Sequence[int], text: str) -> list[Part]:
+        """As `step`, of a state that nobody else has (a copy of `initial`) and that this changes: copying one for every
+        token costs more than most steps do.
+        """
+        if state.is_plain(token_ids, text):
+            return [state.take_plain(token_ids, text)]
         state.take(token_ids, text)
         parts, state.parts = state.parts, []
-        return state, _merged(parts)
+        return _merged(parts)
 
     def finish(self, state: "State") -> list[Part]:
         """What is left to say where the output has ended."""

@@ -312,7 +312,7 @@ class _Writer:
             output = piece.output or output
             sample = samples.get(piece.index)
             if sample is None:
-                sample = samples[piece.index] = _Sample(self.parser.initial)
+                sample = samples[piece.index] = _Sample(self.parser.initial.copy())
                 if framed:
                     sample.patterns = {
                         kind: Pattern(chunk(_choice(piece.index, delta)))
@@ -324,7 +324,7 @@ class _Writer:
                     first["prompt_token_ids"] = list(self.submission.token_ids)
                 yield first
             meter.num_output += len(piece.token_ids)
-            sample.state, parts = self.parser.step(sample.state, piece.token_ids, piece.text)
+            parts = self.parser.advance(sample.state, piece.token_ids, piece.text)
             said: Any = parts[0] if len(parts) == 1 else None
             if type(said) in sample.patterns and piece.finish_reason is None:
                 yield sample.patterns[type(said)].frame(said.text)
