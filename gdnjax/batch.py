@@ -7,6 +7,7 @@ in `gdnjax.step`, before the layers.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from gdnjax.shapes import Leaf
 
@@ -148,14 +149,40 @@ class Logprobs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Emitted:
-    """What a step produced, row by row of its batch. T is 1 in a prefill step.
+    """What a step produced, row by row of its batch, in one array, since the host reads all of it. T is 1 in a prefill
+    step.
 
     A NO_TOKEN that counts, always the last that does, says that no token might be drawn there.
     """
 
-    tokens: Leaf  # [n, T] int32, NO_TOKEN past the last that counts
-    count: Leaf  # [n] int32: how many of them count
-    done: Leaf  # [n] bool: the request ended on the device (stop token, max_length, no token to draw)
-    drafted: Leaf  # [n] int32: drafts that were put to the test; the first `count` - 1 of them were kept
+    words: Leaf  # [n, 3 + T] int32: count, done, drafted and the tokens; see the properties
     logprobs: Leaf  # Logprobs of `tokens`, or None
     prompt_logprobs: Leaf  # Logprobs of the targets [t], or None
+
+    @classmethod
+    def of(
+        cls, *, tokens: Leaf, count: Leaf, done: Leaf, drafted: Leaf, logprobs: Leaf, prompt_logprobs: Leaf
+    ) -> "Emitted":
+        """Of arrays as the properties have them."""
+        columns = [jnp.stack([count, done.astype(jnp.int32), drafted], axis=1), tokens]
+        return cls(jnp.concatenate(columns, axis=1), logprobs, prompt_logprobs)
+
+    @property
+    def count(self) -> Leaf:
+        """[n] int32: how many of the tokens count."""
+        return self.words[:, 0]
+
+    @property
+    def done(self) -> Leaf:
+        """[n] bool: the request ended on the device (stop token, max_length, no token to draw)."""
+        return self.words[:, 1] != 0
+
+    @property
+    def drafted(self) -> Leaf:
+        """[n] int32: drafts that were put to the test; the first `count` - 1 of them were kept."""
+        return self.words[:, 2]
+
+    @property
+    def tokens(self) -> Leaf:
+        """[n, T] int32, NO_TOKEN past the last that counts."""
+        return self.words[:, 3:]

@@ -38,6 +38,7 @@ from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.sampling import Change, Draw, Vocab, in_groups
 from gdnjax.shapes import Array, Params
 from gdnjax.state import NO_TOKEN, NULL_SLOT, LogitRows, ServeState, specs_of
+from gdnjax.words import Form, WordStep
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once: [64, V] float32 instead of the whole prompt's."""
@@ -469,7 +470,7 @@ def _commit(state, drawn: _Drawn, slot, length, active, prompt_logprobs) -> tupl
         done=slots.done.at[slot].set(jnp.where(active, done, slots.done[slot])),
     )
     counts = jnp.arange(drawn.tokens.shape[1]) < drawn.count[:, None]
-    emitted = Emitted(
+    emitted = Emitted.of(
         tokens=jnp.where(counts, drawn.tokens, NO_TOKEN),
         count=drawn.count,
         done=done,
@@ -483,7 +484,7 @@ def _commit(state, drawn: _Drawn, slot, length, active, prompt_logprobs) -> tupl
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The jitted steps of one engine. Each donates the state it is given."""
+    """The jitted steps of one engine, or WordSteps. Each donates the state it is given."""
 
     admit: Callable[[ServeState, AdmitBatch], ServeState]
     fill_counts: Callable[[ServeState, CountBatch], ServeState]
@@ -500,7 +501,22 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
 
     The state is donated and leaves with the shardings it came with, so that its buffers stay where they are.
     """
+    return _built(model, mesh, options, params, state, lambda make: make(None))
+
+
+def build_word_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, state: Any) -> Steps:
+    """The same steps as engines call them: batches of numpy arrays, which go to the device as one, and parameters as
+    they are or as FlatParams; see `gdnjax.words`. What is split over ranks goes as it is.
+    """
+    return _built(model, mesh, options, params, state, WordStep)
+
+
+def _built(model: Model, mesh: Mesh, options: StepOptions, params: Any, state: Any, of_forms: Callable) -> Steps:
+    """`of_forms` makes a step of a function that jits it for a form of batches, or for None: for batches as they
+    are.
+    """
     param_specs = partition.specs_of(params, expert_parallel=model.expert_parallel)
+    flat_specs, tree = tuple(jax.tree.leaves(param_specs)), jax.tree.structure(params)
     state_specs = specs_of(state)
     replicated = sharding.P()
     state_out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs)
@@ -525,20 +541,31 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
         mapped = sharding.shard_step(counted(function), mesh, (state_specs, batch_specs), state_specs)
         return jax.jit(mapped, donate_argnums=0, out_shardings=state_out)
 
+    def over_state_and_words(function):
+        def make(form: Form | None):
+            return over_state(function if form is None else _of_words(function, form), replicated)
+
+        return of_forms(make)
+
     @functools.cache
     def over_model(function, options, *, emits=True):
+        function = functools.partial(function, model, options)
         out_specs, out = (state_specs, replicated), (state_out, whole)
-        mapped = sharding.shard_step(
-            counted(functools.partial(function, model, options)),
-            mesh,
-            (param_specs, state_specs, replicated),
-            out_specs if emits else out_specs[0],
-        )
-        return jax.jit(mapped, donate_argnums=1, out_shardings=out if emits else out[0])
+
+        def make(form: Form | None):
+            mapped = sharding.shard_step(
+                counted(function if form is None else _of_words(function, form, tree)),
+                mesh,
+                (param_specs if form is None else flat_specs, state_specs, replicated),
+                out_specs if emits else out_specs[0],
+            )
+            return jax.jit(mapped, donate_argnums=1, out_shardings=out if emits else out[0])
+
+        return of_forms(make)
 
     return Steps(
-        admit=over_state(functools.partial(admit, options=options), replicated),
-        fill_counts=over_state(functools.partial(fill_counts, vocab=vocab), replicated),
+        admit=over_state_and_words(functools.partial(admit, options=options)),
+        fill_counts=over_state_and_words(functools.partial(fill_counts, vocab=vocab)),
         fill_logit_row=over_state(fill_logit_row, row_specs),
         fill_masks=over_state(fill_masks, MaskBatch(words=sharding.P(None, sharding.AXIS))),
         prefill=functools.partial(over_model, prefill),
@@ -546,3 +573,10 @@ def build_steps(model: Model, mesh: Mesh, options: StepOptions, params: Any, sta
         seal=over_model(seal, options, emits=False),
         num_traces=lambda: len(traces),
     )
+
+
+def _of_words(function: Callable, form: Form, tree: Any = None) -> Callable:
+    """A step that takes words in the place of a batch, and flat parameters, of this tree, if it takes any."""
+    if tree is None:
+        return lambda state, words: function(state, form.unpack(words))
+    return lambda leaves, state, words: function(tree.unflatten(leaves), state, form.unpack(words))

@@ -162,7 +162,7 @@ def checkpoint_one_chunk_early(engine) -> None:
 
     def change(state, batch):
         same_row = (batch.chunk_row[1:] == batch.chunk_row[:-1]) & (batch.chunk_length[1:] > 0)
-        early = np.append(np.where(same_row, batch.chunk_checkpoint[1:], 0), 0)
+        early = np.append(np.where(same_row, batch.chunk_checkpoint[1:], 0), np.int32(0))
         return state, dataclasses.replace(batch, chunk_checkpoint=early)
 
     _before_prefill(engine, change)

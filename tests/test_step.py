@@ -21,7 +21,7 @@ from gdnjax.serving.planning import step_workspace
 from gdnjax.serving.tokenizer import Tokenizer
 from gdnjax.sharding import make_mesh
 from gdnjax.state import check_state, empty_state
-from gdnjax.step import StepOptions, build_steps
+from gdnjax.step import StepOptions, build_steps, build_word_steps
 from tests.ledger import LedgerModel
 from tests.make_tokenizer import write_tokenizer
 from tests.micro import MICRO
@@ -119,10 +119,10 @@ def batch_of(name: str, state, rows: int = 4):
 
 
 def jitted(name: str, state, dtype: str = "float32", rows: int = 4):
-    """A step and its arguments."""
+    """A step as engines have it, and its arguments."""
     kind, options = STEPS[name]
     params, batch = params_of(options, dtype), batch_of(name, state, rows)
-    steps = build_steps(model_of(options, dtype), make_mesh(1), options, params, state)
+    steps = build_word_steps(model_of(options, dtype), make_mesh(1), options, params, state)
     if kind in ("prefill", "decode"):
         return getattr(steps, kind)(options), (params, state, batch)
     return getattr(steps, kind), (params, state, batch) if kind == "seal" else (state, batch)
@@ -444,6 +444,21 @@ def test_engine_reads_the_device_in_one_place_once_a_turn(sealed):
         sealed.engine.step()
     assert all(result.finished for result in results)
     assert counters.num_turns - turns == counters.num_device_reads - reads > 20
+
+
+def test_log_probabilities_come_to_the_host_only_where_somebody_asked(warm, monkeypatch):
+    """The full sampler makes them for everybody."""
+    read, turns = warm.engine.runner.read, []
+    monkeypatch.setattr(warm.engine.runner, "read", lambda turn: turns.append(turn) or read(turn))
+    for asked, arrays in ((None, 1), (2, 5)):
+        turns.clear()
+        params = SamplingParams(max_tokens=3, temperature=0.8, top_k=5, logprobs=asked)
+        warm.generate([[1, 2, 3]], params, use_tqdm=False)
+        while warm.engine.has_work:
+            warm.engine.step()
+        emitted = [each for turn in turns for each in (turn.prefill, turn.decode) if each is not None]
+        assert len(emitted) >= 3
+        assert {len(jax.tree.leaves(each)) for each in emitted} == {arrays}
 
 
 def test_read_outside_its_place_is_seen(sealed):

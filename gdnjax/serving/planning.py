@@ -22,7 +22,7 @@ from gdnjax.models import Model, engine_geometry, partition
 from gdnjax.serving import packing
 from gdnjax.serving.plan import max_growth
 from gdnjax.state import empty_state, shardings_of
-from gdnjax.step import StepOptions, build_steps
+from gdnjax.step import StepOptions, build_word_steps
 
 Left = tuple[int, int | None]
 """What `bytes_left` returns."""
@@ -164,7 +164,7 @@ def _pools(model: Model, config: EngineConfig, max_model_len: int) -> MemoryPlan
 def largest_steps(model, config: EngineConfig, mesh, params, state) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Every kind of step with what it takes, in the largest bucket of each. Fewer drafts than the most need less."""
     plain, full = plain_options(config), full_options(model, config)
-    steps = build_steps(model, mesh, plain, params, state)
+    steps = build_word_steps(model, mesh, plain, params, state)
     rows, width, drafts = config.prefill_rows, state.slots.block_table.shape[1], config.num_speculative_tokens
     # The variant with prompt_logprobs holds logits of the prompt beside everything else.
     prefill = packing.pack_prefill(

@@ -2,8 +2,8 @@
 
 Every process has a Runner, its devices' part of the parameters and pools, and the same jitted steps over the mesh of
 all. Only process 0 has a scheduler, a tokenizer and a prefix cache. Whatever it does to its devices, it first sends:
-a number that stands for a step and its shapes, and the bytes of the arrays. The others do the same in the same order,
-and read nothing: what a step emits is the same on all devices.
+a number that stands for a step and its shapes, and the words of its batch (`gdnjax.words`). The others do the same in
+the same order, and read nothing: what a step emits is the same on all devices.
 
 The bytes go through a socket to each follower. A collective would be one more program on the devices for each step, and
 could not be waited for with a time limit; the key-value store of JAX's coordination service, over which the processes
@@ -35,6 +35,7 @@ from gdnjax.distributed import ProcessLostError
 from gdnjax.serving.channel import Connection, Kind, Peers, lost
 from gdnjax.step import StepOptions
 from gdnjax.version import __version__
+from gdnjax.words import WORD, Form
 
 log = logging.getLogger("gdnjax")
 
@@ -57,9 +58,6 @@ ANSWER_S = 10
 
 DEVICE_ERROR_S = 3.0
 """Seconds that an error of the devices waits for the news that another process is gone."""
-
-ALIGNMENT = 8
-"""Bytes at a multiple of which each array of a message begins."""
 
 NUMBER = struct.Struct("<I")
 
@@ -88,50 +86,40 @@ class Writer:
 
     def message(self, call: Call, send: Callable[[Kind, bytes], None]) -> bytes:
         """A call, after its form, if that is new, has been sent."""
-        fields = {field.name: getattr(call.batch, field.name) for field in dataclasses.fields(call.batch)}
-        arrays = {name: np.asarray(value) for name, value in fields.items() if value is not None}
-        layout = tuple((name, array.dtype.str, array.shape) for name, array in arrays.items())
-        key = (call.step, call.options, type(call.batch), layout)
+        form = Form.of(call.batch)
+        key = (call.step, call.options, form)
         number = self._forms.get(key)
         if number is None:
             number = self._forms[key] = len(self._forms)
-            form = {
+            content = {
                 "number": number,
                 "step": call.step,
-                "batch": type(call.batch).__name__,
+                "batch": form.kind.__name__,
                 "options": None if call.options is None else dataclasses.asdict(call.options),
-                "layout": layout,
+                "fields": form.fields,
             }
-            send(Kind.FORM, json.dumps(form).encode())
-        parts = [NUMBER.pack(number).ljust(ALIGNMENT, b"\0")]
-        for array in arrays.values():
-            parts.append(array.tobytes())
-            parts.append(b"\0" * (-array.nbytes % ALIGNMENT))
-        return b"".join(parts)
+            send(Kind.FORM, json.dumps(content).encode())
+        return b"".join([NUMBER.pack(number), form.pack(call.batch).data])
 
 
 class Reader:
     """Bytes to calls."""
 
     def __init__(self) -> None:
-        self._forms: dict[int, tuple[dict[str, Any], StepOptions | None]] = {}
+        self._forms: dict[int, tuple[str, Form, StepOptions | None]] = {}
 
     def learn(self, content: bytes) -> None:
         """Takes in a form."""
-        form = json.loads(content)
-        options = form["options"]
-        self._forms[form["number"]] = form, None if options is None else StepOptions(**options)
+        found = json.loads(content)
+        options = None if found["options"] is None else StepOptions(**found["options"])
+        fields = tuple((name, dtype, tuple(shape)) for name, dtype, shape in found["fields"])
+        self._forms[found["number"]] = found["step"], Form(getattr(batches, found["batch"]), fields), options
 
     def call(self, content: bytes) -> Call:
-        """The call of a message whose form is known. Its arrays are read-only views of the message."""
+        """The call of a message whose form is known."""
         (number,) = NUMBER.unpack_from(content)
-        form, options = self._forms[number]
-        place, fields = ALIGNMENT, {}
-        for name, dtype, shape in form["layout"]:
-            array = np.frombuffer(content, dtype, int(np.prod(shape)), place).reshape(shape)
-            fields[name] = array
-            place += array.nbytes + -array.nbytes % ALIGNMENT
-        return Call(form["step"], getattr(batches, form["batch"])(**fields), options)
+        step, form, options = self._forms[number]
+        return Call(step, form.views(np.frombuffer(content, WORD, offset=NUMBER.size)), options)
 
 
 class Followers:

@@ -34,8 +34,9 @@ from gdnjax.serving.request import Request
 from gdnjax.serving.structured import masks_of
 from gdnjax.shapes import Params
 from gdnjax.state import ServeState, empty_state, shardings_of
-from gdnjax.step import StepOptions, Steps, build_steps
+from gdnjax.step import StepOptions, Steps, build_word_steps
 from gdnjax.transfer import build_transfers
+from gdnjax.words import FlatParams
 
 log = logging.getLogger("gdnjax")
 
@@ -92,10 +93,19 @@ class Runner:
         # Kept, since pools that are made anew must not be compiled anew.
         self._empty = jax.jit(empty, out_shardings=shardings)
         self.state: ServeState = self._empty()
-        self.steps: Steps = build_steps(model, mesh, self._plain, params, self.state)
+        self.steps: Steps = build_word_steps(model, mesh, self._plain, params, self.state)
         self.host_sizes = plan.host
         if plan.host is not None:
             self._host = HostStore(build_transfers(mesh, self.state, backend.host_memory(mesh.devices.flat[0])))
+
+    @property
+    def params(self) -> Params:
+        """The parameters. Replaced as a whole, never changed in place."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        self._params, self._flat_params = params, FlatParams.of(params)
 
     @property
     def needs_state(self) -> bool:
@@ -125,7 +135,9 @@ class Runner:
         self._fill_masks(plan.masked)
         prefill = self._prefill(plan) if plan.pieces else None
         decode = self._decode(plan) if plan.decoding else None
-        turn = InFlight(plan, prefill, decode)
+        turn = InFlight(
+            plan, _wanted(prefill, [piece.request for piece in plan.pieces]), _wanted(decode, plan.decoding)
+        )
         self._start_copies(turn)
         return turn
 
@@ -213,14 +225,14 @@ class Runner:
         """The jitted step, and what it takes before the state."""
         step = getattr(self.steps, call.step)
         step = step if call.options is None else step(call.options)
-        return step, (self.params,) if call.step in MODEL_STEPS else ()
+        return step, (self._flat_params,) if call.step in MODEL_STEPS else ()
 
     def follow(self, call: Call) -> None:
         """Does what process 0 has sent, and reads nothing. Raises what steps before it have raised on the device."""
         result = self._call(call)
         self.state = result if isinstance(result, ServeState) else result[0]
         if not isinstance(result, ServeState):
-            self._followed.append(result[1].count)
+            self._followed.append(result[1].words)
         if len(self._followed) > AHEAD:
             jax.block_until_ready(self._followed.popleft())
 
@@ -441,6 +453,18 @@ class Runner:
             dataclasses.replace(options, num_drafts=drafts)
             for options, drafts in itertools.product(samplers, sorted(choices))
         ]
+
+
+def _wanted(emitted: Emitted | None, requests: Iterable[Request]) -> Emitted | None:
+    """What is to come to the host of what a step emitted: log-probabilities only where one of the requests has them."""
+    if emitted is None:
+        return None
+    params = [request.params for request in requests]
+    return dataclasses.replace(
+        emitted,
+        logprobs=emitted.logprobs if any(each.logprobs is not None for each in params) else None,
+        prompt_logprobs=emitted.prompt_logprobs if any(each.prompt_logprobs is not None for each in params) else None,
+    )
 
 
 def wait_for(turns: Iterable[InFlight]) -> None:

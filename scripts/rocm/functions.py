@@ -22,7 +22,7 @@ from gdnjax.models import abstract_params, build_model, engine_geometry, partiti
 from gdnjax.serving import packing
 from gdnjax.serving.planning import with_shardings
 from gdnjax.state import empty_state, shardings_of
-from gdnjax.step import StepOptions, build_steps
+from gdnjax.step import StepOptions, build_word_steps
 from rocm.compiling import Demands
 
 LAYERS = 4
@@ -209,7 +209,7 @@ def _steps(
     params = with_shardings(params, partition.shardings_of(params, mesh, expert_parallel=config.expert_parallel))
     options = StepOptions(state_layout=engine.state_layout, num_drafts=drafts)
     full = dataclasses.replace(options, full=True, max_logprobs=engine.max_logprobs)
-    built = build_steps(model, mesh, options, params, state)
+    built = build_word_steps(model, mesh, options, params, state)
     width = MAX_MODEL_LEN // engine.block_size
     # The pools are updated in place, and all temporaries together are smaller than any copy of states, keys or values.
     pools = (state.cache.slots[DELTA]["ssm"], *state.cache.pages[ATTENTION].values())

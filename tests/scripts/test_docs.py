@@ -22,6 +22,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(
 TEXTS = {"README.md": README, "WORKSPACE.md": WORKSPACE, **PAGES}
 SCRIPTS = (
     "add_result",
+    "bench_dispatch",
     "bench_engine",
     "bench_kernels",
     "bench_pools",
