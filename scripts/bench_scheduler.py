@@ -1,4 +1,4 @@
-"""Measures what the host's bookkeeping costs as requests, cached tokens and texts grow. No jax, no model."""
+"""Measures what the host's bookkeeping costs as requests, cached tokens and texts grow. No device, no model."""
 
 if __name__ == "__main__":
     from gdnjax.cli import interrupt
@@ -13,12 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from gdnjax.assets import config_file
 from gdnjax.cli.command import exit_status, run_as_process, write_json
-from gdnjax.config import EngineConfig
+from gdnjax.config import EngineConfig, ModelConfig
+from gdnjax.memory import StateGeometry
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.plan import Plan
+from gdnjax.serving.prefix_cache import Match, PrefixCache
 from gdnjax.serving.request import Request
 from gdnjax.serving.scheduler import Scheduler
 from gdnjax.serving.tokenizer import Tokenizer
@@ -28,6 +31,8 @@ Drives the scheduler and its prefix cache as the engine does, with made-up token
 each kind of work costs at several sizes:
 
   plan, commit     a turn in which everybody decodes, without drafts and with three
+  turn             the same by the engine's own loop, packing and text among it, and a token's share of all turns: texts
+                   that are streamed, and texts that are read at their end, by the embedded model's tokenizer
   interval         the slowest plan while all come to a checkpoint's interval at once, and somebody waits
   abort            one of many that wait, from the far end of the queue
   head             a turn while the first that waits has a long cached prompt and does not fit
@@ -35,6 +40,9 @@ each kind of work costs at several sizes:
   reset            forgetting everything in a cache of many blocks
   count            asking such a cache how many blocks it holds, as a line of the log does
   text             making and reading the text of one output, token by token, as a stream does
+  agents           prompt tokens found in the cache and the states that it holds, where 16 agents share system prompts,
+                   go on from their last turn and ask questions aside: by the places of checkpoints, with so many slots
+                   for them; GiB are Qwen3.5-9B's
   deadlines        finished requests that are still kept in memory, of so many served with a deadline far away
 
 Times are those of the processor, of this machine and what else it does: compare runs of one hour, and growth rather
@@ -43,7 +51,7 @@ than numbers. Python's garbage collector walks over everything now and then, whi
 
 EXAMPLES = """\
 examples:
-  python scripts/bench_scheduler.py                        every part, about a minute
+  python scripts/bench_scheduler.py                        every part, about two minutes
   python scripts/bench_scheduler.py --only plan interval   some of it
   python scripts/bench_scheduler.py --largest 1000 --json costs.json    small sizes alone, and the figures as JSON
 
@@ -51,6 +59,8 @@ Exit status: 0 done, 2 wrong arguments (the reason is on stderr).
 """
 
 BLOCK = 16
+
+STORY = "Once upon a time there was a little girl who lived near the forest. One day she found a small red ball. "
 
 Row = dict[str, Any]
 
@@ -289,6 +299,186 @@ def deadlines(count: int) -> list[Row]:
     return [figure("finished requests kept", sum(isinstance(o, Request) for o in gc.get_objects()), "")]
 
 
+def engine_turns(count: int) -> list[Row]:
+    """The engine's loop over a device that emits a token a row, and costs nothing."""
+    from gdnjax.serving.engine import Engine
+
+    rows = []
+    tokenizer = Tokenizer.from_directory(config_file("tiny").parent)
+    for what, defers in (("streamed", False), ("read at the end", True)):
+        config = WideConfig(max_num_seqs=count, max_num_batched_tokens=count * 64, block_size=BLOCK, warmup=False)
+        engine = Engine(no_device(config, tokenizer.encode(STORY)), Allocator(count, count * 16, 1, count), tokenizer)
+        for index in range(count):
+            request = make_request(random_tokens(20, index), 150)
+            request.detokenizer = Detokenizer(tokenizer, request.params)
+            if defers:
+                request.detokenizer.defer()
+            engine.add(request)
+        for _ in range(4):
+            engine.step()
+        gc.freeze()
+        times = [timed(engine.step) for _ in range(100)]
+        assert len(engine.scheduler.running) == count
+        rows.append(figure(f"a turn, texts {what}", 1e3 * statistics.median(times), "ms"))
+        while engine.has_work:
+            times.append(timed(engine.step))
+        rows.append(figure(f"a token to the end, texts {what}", 1e6 * sum(times) / count / 145, "us"))
+    return rows
+
+
+def no_device(config: EngineConfig, text: list[int]) -> Any:
+    """A runner that packs a turn's decode step, and has every row emit the next token of a text at once."""
+    import numpy as np
+
+    from gdnjax.batch import Emitted
+    from gdnjax.serving import packing
+    from gdnjax.serving.metrics import Metrics
+    from gdnjax.serving.runner import InFlight, Runner
+    from gdnjax.words import Form
+
+    class NoDevice(Runner):
+        needs_state = True
+        num_compilations = 0
+
+        def __init__(self) -> None:
+            self.config, self.metrics, self.compile_seconds = config, Metrics(), 0.0
+
+        def dispatch(self, plan: Plan) -> InFlight:
+            prefill = decode = None
+            if plan.pieces:
+                prefill = self._emitted([piece.request for piece in plan.pieces])
+            if plan.decoding:
+                with self.metrics.timed("pack"):
+                    batch = packing.pack_decode(
+                        plan.decoding,
+                        plan.growth,
+                        plan.bounds,
+                        rows=packing.bucket_for(len(plan.decoding), config.decode_buckets),
+                        table_width=64,
+                        grown_width=1,
+                        drafts=False,
+                    )
+                    Form.of(batch).pack(batch)
+                decode = self._emitted(plan.decoding)
+            return InFlight(plan, prefill, decode)
+
+        def _emitted(self, requests: list[Request]) -> Emitted:
+            words = np.zeros((len(requests), 4), np.int32)
+            words[:, 0] = 1
+            # Requests of this bench end by their lengths. The step in flight is not counted yet.
+            words[:, 1] = [request.num_tokens + 2 >= request.max_length for request in requests]
+            words[:, 3] = [text[request.num_tokens % len(text)] for request in requests]
+            return Emitted(words, None, None)
+
+        def read(self, turn: InFlight) -> tuple[Emitted | None, Emitted | None]:
+            return turn.prefill, turn.decode
+
+    return NoDevice()
+
+
+class Intervals(Scheduler):
+    """Leaves checkpoints of a prompt at every interval, and nowhere else."""
+
+    def _wanted_checkpoints(self, request: Request, match: Match) -> tuple[int, ...]:
+        interval = self.config.checkpoint_interval
+        return tuple(range((match.position // interval + 1) * interval, request.num_tokens, interval))[::-1]
+
+
+class Agent:
+    """A conversation over a system prompt. Every second turn is followed by a question aside, of which nothing stays.
+
+    thinks   the first half of a reply is left out of what the next turn goes on from, as chat templates do.
+    chat     the engine knows where the system prompt and the turn end.
+    """
+
+    TURNS = 8
+    OPENING, THOUGHT = [7, 7, 8], [7, 7, 9]
+
+    def __init__(self, number: int, system: list[int], *, thinks: bool, chat: bool):
+        self._rng, self._system, self._thinks, self._chat = random.Random(number), system, thinks, chat
+        self._history, self._turn, self._aside = list(system), 0, False
+
+    def next(self) -> Request | None:
+        """What it asks next; None: nothing more."""
+        self._aside = self._turn > 0 and not self._aside and self._rng.random() < 0.5
+        if self._aside:
+            prompt, count = self._history + self._tokens(30, 100), self._rng.randint(20, 60)
+        elif self._turn == self.TURNS:
+            return None
+        else:
+            self._turn += 1
+            self._history += self._tokens(50, 800)
+            prompt, count = self._history, self._rng.randint(100, 400)
+        request = make_request([*prompt, *self.OPENING], count)
+        if self._chat:
+            request.turn_start, request.system_end = len(prompt), len(self._system)
+        return request
+
+    def hear(self, request: Request) -> None:
+        """Takes the reply of what it asked."""
+        if not self._aside:
+            reply = request.output_token_ids
+            self._history += self.THOUGHT + reply[len(reply) // 2 :] if self._thinks else self.OPENING + reply
+
+    def _tokens(self, least: int, most: int) -> list[int]:
+        return self._rng.choices(range(10_000), k=self._rng.randint(least, most))
+
+
+PLACES = (
+    ("today's places", Scheduler, 1024),
+    ("today's, no interval", Scheduler, 1 << 20),
+    ("every 1,024", Intervals, 1024),
+    ("every 256", Intervals, 256),
+    ("every 64", Intervals, 64),
+)
+
+
+def agents(slots: int) -> list[Row]:
+    config = ModelConfig.from_hf(config_file("qwen3.5-9b"))
+    geometry = StateGeometry.of(
+        config, tp=1, block_size=BLOCK, dtype="bfloat16", ssm_dtype="float32", kv_cache_dtype="auto"
+    )
+    rows = []
+    for kind, thinks, chat in (("chats", False, True), ("chats that think", True, True), ("plain ids", False, False)):
+        for name, scheduler, interval in PLACES:
+            cache, most = run_agents(scheduler, slots, interval, thinks=thinks, chat=chat)
+            found = cache.counters
+            rows += [
+                figure(f"{kind}, {name}: hits", 100 * found.hit_tokens / found.queried_tokens, "%"),
+                figure(f"{kind}, {name}: states", most * geometry.slot_bytes / 2**30, "GiB"),
+            ]
+    return rows
+
+
+def run_agents(of: type[Scheduler], slots: int, interval: int, **kind: bool) -> tuple[PrefixCache, int]:
+    """The cache at the end, and the most states that it held."""
+    count, live, turns, most = 16, {}, 0, 0
+    config = EngineConfig(
+        max_num_seqs=count, max_num_batched_tokens=2048, block_size=BLOCK, state_checkpoint_interval=interval
+    )
+    scheduler = of(config, Allocator(count + slots, 60_000, 1, count))
+    systems = [random_tokens(3000, seed) for seed in (1, 2)]
+    coming = [Agent(number, systems[number % 2], **kind) for number in range(count)]
+
+    def ask(agent: Agent) -> None:
+        request = agent.next()
+        if request is not None:
+            scheduler.add(request)
+            live[request] = agent
+
+    while coming or live:
+        if coming and turns % 20 == 0:
+            ask(coming.pop())
+        turns += 1
+        turn(scheduler)
+        most = max(most, scheduler.cache.num_states)
+        for request in [request for request in live if request.finished]:
+            agent = live.pop(request)
+            agent.hear(request)
+            ask(agent)
+    return scheduler.cache, most
+
+
 class Part:
     """A measurement, and the sizes at which it is taken."""
 
@@ -298,6 +488,8 @@ class Part:
 
 PARTS = {
     "plan": Part(steady, 64, 256, 1024, 4096),
+    "turn": Part(engine_turns, 64, 256),
+    "agents": Part(agents, 32, 128, 4096),
     "interval": Part(interval, 256, 1024),
     "abort": Part(abort, 1000, 100_000),
     "head": Part(head, 10_000, 100_000, 250_000),

@@ -1,5 +1,6 @@
 """Token ids of a running request to text that is safe to show, as they come."""
 
+import itertools
 from collections.abc import Sequence
 
 from gdnjax.sampling_params import SamplingParams
@@ -11,6 +12,10 @@ or a word boundary (1 token)."""
 
 OPEN_CHARACTERS = 3
 """The most U+FFFD that an incomplete character may show as: decoders write one for each byte, or one for all."""
+
+
+RUN = 256
+"""Tokens that are decoded at once where nobody reads the text before its end."""
 
 
 class Detokenizer:
@@ -40,10 +45,21 @@ class Detokenizer:
         self._num_tokens = 0
         self._finished = False
         self._stop_reason: str | None = None
+        self._defers = False
+        # Tokens whose text is still to be made.
+        self._waiting: list[int] = []
+
+    def defer(self) -> None:
+        """Says that nobody reads the text before its end. So `append` makes none, and whoever reads or finishes has it
+        made then, many tokens at once. Where stop strings are looked for nothing changes.
+        """
+        self._defers = self._tokenizer is not None and not self._stops
 
     def fresh(self) -> "Detokenizer":
         """One for the same sample that has seen no token."""
-        return Detokenizer(self._tokenizer, self._params)
+        found = Detokenizer(self._tokenizer, self._params)
+        found._defers = self._defers
+        return found
 
     def closed(self, text: str) -> "Detokenizer":
         """One for the same sample whose text is all there."""
@@ -55,6 +71,7 @@ class Detokenizer:
     @property
     def text(self) -> str:
         """All the text released so far: what append and finish have returned, in one piece."""
+        self._make_waiting()
         if len(self._pieces) > 1:
             self._pieces = ["".join(self._pieces)]
         return self._pieces[0] if self._pieces else ""
@@ -62,6 +79,7 @@ class Detokenizer:
     @property
     def num_characters(self) -> int:
         """Length of the text released so far."""
+        self._make_waiting()
         return self._num_characters
 
     def text_since(self, start: int) -> str:
@@ -71,7 +89,7 @@ class Detokenizer:
         """
         if start < 0:
             raise ValueError(f"start must be at least 0, got {start}")
-        missing = self._num_characters - start
+        missing = self.num_characters - start
         if missing <= 0:
             return ""
         if missing <= len(self._pieces[-1]):
@@ -95,7 +113,8 @@ class Detokenizer:
         return self._num_tokens
 
     def append(self, token_ids: Sequence[int]) -> str:
-        """Takes the next output tokens and returns the text that is safe to show now, possibly empty.
+        """Takes the next output tokens and returns the text that is safe to show now, possibly empty; none after
+        `defer`.
 
         Leave out an EOS or stop token whose text is not wanted. Tokens after the one that completes a stop string are
         ignored. Where a token completes several stop strings, the one that ends first wins, and among those that end
@@ -105,6 +124,10 @@ class Detokenizer:
             raise RuntimeError("append() after finish(): the text of this sample is closed")
         if self._tokenizer is None:
             self._num_tokens += len(token_ids)
+            return ""
+        if self._defers:
+            self._num_tokens += len(token_ids)
+            self._waiting.extend(token_ids)
             return ""
         released = ""
         for token_id in token_ids:
@@ -119,6 +142,7 @@ class Detokenizer:
         """Closes the text and returns what was held back: an incomplete character as U+FFFD, a begun stop string."""
         if self._finished:
             return ""
+        self._make_waiting()
         released = ""
         if self._tokenizer is not None and self._stop_reason is None:
             released = self._release(self._window_text()[self._taken :])
@@ -132,6 +156,31 @@ class Detokenizer:
         if released:
             self._pieces.append(released)
             self._num_characters += len(released)
+
+    def _make_waiting(self) -> None:
+        """Makes the text of tokens that wait for it. Those that it fails for have none: whoever asks again gets what
+        there is.
+        """
+        waiting, self._waiting = self._waiting, []
+        for start in range(0, len(waiting), RUN):
+            self._keep(self._decode_run(waiting[start : start + RUN]))
+
+    def _decode_run(self, token_ids: Sequence[int]) -> str:
+        """The characters that these tokens complete, and a window as if they had come one by one."""
+        assert self._tokenizer is not None
+        tokens = [*self._window, *itertools.filterfalse(self._is_silent, token_ids)]
+        text = self._tokenizer.decode(tokens, self._params.skip_special_tokens)
+        if "\ufffd" in text:
+            # What of a broken character is shown depends on what has come when, so there it goes token by token.
+            if len(token_ids) <= WINDOW:
+                return "".join(map(self._decode, token_ids))
+            middle = len(token_ids) // 2
+            return self._decode_run(token_ids[:middle]) + self._decode_run(token_ids[middle:])
+        new = text[self._taken :]
+        length = len(tokens) if len(tokens) < 2 * WINDOW else WINDOW + len(tokens) % WINDOW
+        self._window = tokens[len(tokens) - length :]
+        self._taken = len(self._window_text())
+        return new
 
     def _decode(self, token_id: int) -> str:
         """The characters that this token completes."""

@@ -403,6 +403,8 @@ class LLM:
 
     def _run(self, requests: list[Request], groups: list[Submission], use_tqdm: bool) -> list[RequestOutput]:
         self.remember(groups)
+        for request in requests:
+            request.detokenizer.defer()
         progress = Progress("generating", len(requests), "sequence", enabled=use_tqdm)
         try:
             mine, told = set(requests), 0

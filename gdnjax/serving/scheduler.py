@@ -539,13 +539,14 @@ class Scheduler:
     def _wanted_checkpoints(self, request: Request, match: Match) -> tuple[int, ...]:
         """Positions at which later requests may want to go on, the most likely first: below the last token (at the end
         itself an identical prompt would miss), before a chat's generation prompt, behind its system messages, at a
-        branch, and every interval.
+        branch, and every interval of what is new. What was seen before had its states, and lost them for want of
+        slots: those at its intervals again would push out what others go on from.
         """
         if not self._keeps_states:
             return ()
         grid, interval, last = self.config.checkpoint_grid, self.config.checkpoint_interval, request.num_tokens - 1
         step = -(-interval // grid) * grid
-        every = range((match.position // step + 1) * step, last + 1, step)
+        every = range((max(match.position, match.seen) // step + 1) * step, last + 1, step)
         first = (position // grid * grid for position in (last, request.turn_start, request.system_end, match.seen))
         return tuple(dict.fromkeys(p for p in (*first, *reversed(every)) if match.position < p <= last))
 
@@ -819,11 +820,13 @@ class Scheduler:
         else:
             self.waiting.discard(request)
             self.parked.pop(request, None)
+        began = time.perf_counter()
         try:
             request.detokenizer.finish()
         except Exception as error:
             log.exception("the text of request %s cannot be ended", request.request_id)
             reason, stop_reason = "error", _words(error)
+        self.detokenise_seconds += time.perf_counter() - began
         request.finish_reason, request.stop_reason = reason, stop_reason
         request.finished_time = time.monotonic()
         self.ended.append(request)

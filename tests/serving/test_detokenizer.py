@@ -264,3 +264,57 @@ def test_without_tokenizer_there_is_no_text():
 def test_without_tokenizer_stop_strings_are_an_error():
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         Detokenizer(None, SamplingParams(stop="x"))
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(ids=TOKENS, more=TOKENS, sentences=st.integers(0, len(SENTENCES)), special=st.booleans())
+def test_deferred_text_equals_streamed_text(tokenizer, ids, more, sentences, special):
+    """Whatever the tokens, broken characters among them, and wherever somebody looks at it."""
+    params = SamplingParams(skip_special_tokens=special)
+    ids = [*ids, *tokenizer.encode("".join(SENTENCES[:sentences])), *more]
+    streamed, _ = stream(tokenizer, ids, params)
+    for look in (None, len(ids) // 3):
+        deferred = Detokenizer(tokenizer, params)
+        deferred.defer()
+        for count, token in enumerate(ids):
+            assert deferred.append([token]) == ""
+            if count == look:
+                assert streamed.text.startswith(deferred.text)
+        deferred.finish()
+        assert (deferred.text, deferred.num_tokens_kept) == (streamed.text, streamed.num_tokens_kept)
+
+
+def test_deferred_text_is_made_many_tokens_at_once(tokenizer, monkeypatch):
+    decode, calls = tokenizer.decode, []
+    monkeypatch.setattr(tokenizer, "decode", lambda *given: calls.append(None) or decode(*given))
+    deferred = Detokenizer(tokenizer, SamplingParams()).fresh()
+    deferred.defer()
+    ids = tokenizer.encode("".join(SENTENCES) * 5)
+    for token in ids:
+        deferred.append([token])
+    assert not calls
+    assert deferred.fresh().append(ids) == ""
+    deferred.finish()
+    assert deferred.text == "".join(SENTENCES) * 5
+    assert 0 < len(calls) < len(ids) / 10
+
+
+def test_stop_strings_are_found_as_they_come_though_text_is_deferred(tokenizer):
+    ids = tokenizer.encode(SENTENCES[0])
+    deferred = Detokenizer(tokenizer, SamplingParams(stop=[SENTENCES[0][3:6]]))
+    deferred.defer()
+    for token in ids:
+        deferred.append([token])
+    assert deferred.stop_reason == SENTENCES[0][3:6]
+
+
+def test_text_that_cannot_be_made_fails_once(tokenizer, monkeypatch):
+    """Who finishes it is told; who reads it then gets what there is, so that others' outputs are to be had."""
+    deferred = Detokenizer(tokenizer, SamplingParams())
+    deferred.defer()
+    deferred.append(tokenizer.encode(SENTENCES[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "decode", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            deferred.finish()
+    assert deferred.text == ""

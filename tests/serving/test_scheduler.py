@@ -1108,6 +1108,22 @@ def seen_at(scheduler):
     return sorted(node.end for node in scheduler.cache._nodes if node.slot)
 
 
+def test_prompt_that_lost_its_states_leaves_them_at_intervals_of_what_is_new_only():
+    """Or whoever computes a long prompt again would push out what others go on from, and lose it again himself."""
+    loop = Loop(make_scheduler(checkpoints=20, tokens=256, state_checkpoint_interval=16))
+    prompt = [number % 8 for number in range(100)]
+    loop.run(make_request(prompt, max_tokens=4))
+    assert set(range(16, 100, 16)) <= set(seen_at(loop.scheduler))
+    while loop.scheduler.cache._evict_state():
+        pass
+    assert seen_at(loop.scheduler) == []
+    again = make_request([*prompt, *[8] * 50], max_tokens=4)
+    loop.run(again)
+    check_output(again)
+    # Where the two part within the last whole block that was seen, and behind it.
+    assert seen_at(loop.scheduler)[:4] == [96, 112, 128, 144]
+
+
 @pytest.mark.parametrize("drafts", [0, 1, 3])
 def test_checkpoint_that_a_row_never_reached_is_given_back(drafts):
     """The device found the end first, while a step in flight was asked for a checkpoint behind it."""
