@@ -8,7 +8,7 @@ if __name__ == "__main__":
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gdnjax.cli.command import exit_status, prepare_environment, run_as_process, write_json
@@ -168,20 +168,22 @@ def copied(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
-def times(call: Callable, given: Any, calls: int, carry: int | None = None) -> list[float]:
+def times(call: Callable, given: tuple[Any, ...] | Iterator[Any], calls: int, carry: int | None = None) -> list[float]:
     """Seconds of this thread in each call. The first result is argument `carry` of the next one; an iterator gives one
     argument for each.
     """
     import jax
 
-    arguments, found = None if not isinstance(given, tuple) else list(given), []
-    for _ in range(calls + (0 if arguments is None else 3)):
-        now = [next(given)] if arguments is None else arguments
+    found = []
+    fixed = [] if isinstance(given, Iterator) else list(given)
+    # The first calls compile.
+    for _ in range(calls + (3 if fixed else 0)):
+        arguments = [next(given)] if isinstance(given, Iterator) else fixed
         began = time.thread_time()
-        result = call(*now)
+        result = call(*arguments)
         found.append(time.thread_time() - began)
-        if carry is not None and arguments is not None:
-            arguments[carry] = result[0]
+        if carry is not None:
+            fixed[carry] = result[0]
         jax.block_until_ready(result)
     return found[-calls:]
 

@@ -337,8 +337,9 @@ def no_device(config: EngineConfig, text: list[int]) -> Any:
     from gdnjax.words import Form
 
     class NoDevice(Runner):
-        needs_state = True
-        num_compilations = 0
+        # Properties of a runner that has steps.
+        needs_state = True  # pyright: ignore[reportAssignmentType]
+        num_compilations = 0  # pyright: ignore[reportAssignmentType]
 
         def __init__(self) -> None:
             self.config, self.metrics, self.compile_seconds = config, Metrics(), 0.0
