@@ -117,7 +117,8 @@ def _table(name: str):
         old = attention.TILES["cuda"]["decode"]
         sizes = itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4))
         tiles = [dataclasses.replace(old, keys=k, warps=w, stages=s) for k, w, s in sizes]
-        return attention.TILES, "decode", [*tiles, *(dataclasses.replace(old, programs=p) for p in (132, 528, 1056))]
+        tiles += [dataclasses.replace(old, programs=p) for p in (132, 528, 1056)]
+        return attention.TILES, "decode", [*tiles, *(dataclasses.replace(old, part=p) for p in (0, 1024, 4096, 8192))]
     if name.startswith(("kv-write", "latent-write")):
         # A program is one token, whatever the chip.
         return attention.TILES, "decode", []

@@ -10,7 +10,7 @@ batch: they point at null slots, null blocks and no query, and give zeros. Bytes
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -356,15 +356,20 @@ def attention(
     block_size: int = 16,
     int8: bool = False,
     real: int | None = None,
+    long: int = 0,
+    table: int = 0,
 ):
     """`queries` tokens of each request at the end of its context: 1 to 8 in decode, all of a chunk in prefill. Keys and
-    values are bfloat16, or int8 with scales.
+    values are bfloat16, or int8 with scales. `long`: one request more, with a context of so many keys. Tables have room
+    for so many, too, or for `table`.
     """
     real = requests if real is None else real
+    short, requests, real = requests, requests + (long > 0), real + (long > 0)
+    contexts = (*([long] if long else []), *[context] * short)
     per_tile = min(queries, CHUNK)
     tiles_of = queries // per_tile
     of_token = 2 * kv_heads * (width + 4 if int8 else 2 * width)
-    layers = max(1, min(4, (8 << 30) // (requests * context * of_token)))
+    layers = max(1, min(4, (8 << 30) // (sum(contexts) * of_token)))
 
     def stored(key, shape):
         return jax.random.randint(key, shape, -127, 128, jnp.int8) if int8 else _random(key, shape)
@@ -378,10 +383,10 @@ def attention(
 
     def inputs(key):
         keys = jax.random.split(key, 4)
-        shape = (layers, _blocks_of(requests, context, block_size), block_size, kv_heads, width)
+        shape = (layers, _blocks_of(contexts, block_size), block_size, kv_heads, width)
         arguments = {
             "q": _random(keys[0], (requests * tiles_of, per_tile, heads, width)),
-            **_contexts(keys[3], requests, context, queries, block_size, real),
+            **_contexts(keys[3], contexts, queries, block_size, real, table),
             "k": stored(keys[1], shape),
             "v": stored(keys[2], shape),
             "scales": scales_of(key, shape[:-1]) if int8 else None,
@@ -394,34 +399,43 @@ def attention(
         return o, pools
 
     return Workload(
-        name=_attending("attention", f"{heads}/{kv_heads}x{width}", requests, context, queries, real)
+        name=_attending("attention", f"{heads}/{kv_heads}x{width}", short, context, queries, real - (long > 0))
+        + (f"+1x{long}" if long else f"-of{table}" if table else "")
         + ("-int8" if int8 else ""),
         inputs=inputs,
         call=call,
         exact=exact.padded(exact.attention, real * tiles_of),
         written=lambda pools, x, layer: (),
         layers=layers,
-        bytes=real * (context * of_token + 2 * queries * heads * width * 2),
-        flops=real * _pairs(context, queries) * heads * width * 4,
+        bytes=sum(contexts[:real]) * of_token + real * 2 * queries * heads * width * 2,
+        flops=sum(_pairs(each, queries) for each in contexts[:real]) * heads * width * 4,
         limits=(6e-3, 0),
         chain="layer",
     )
 
 
-def _blocks_of(requests: int, context: int, block_size: int) -> int:
+def _blocks_of(contexts: Sequence[int], block_size: int) -> int:
     """Blocks of a pool, one of which is null."""
-    return requests * -(-context // block_size) + 1
+    return sum(-(-context // block_size) for context in contexts) + 1
 
 
-def _contexts(key, requests: int, context: int, queries: int, block_size: int, real: int) -> dict[str, jax.Array]:
-    """Positions and tables of tiles of at most a chunk, their queries at the end of each request's context."""
-    per_tile = min(queries, CHUNK)
-    count = _blocks_of(requests, context, block_size) - 1
-    blocks = 1 + jax.random.permutation(key, count).astype(jnp.int32).reshape(requests, -1)
-    position = context - queries + jnp.arange(queries, dtype=jnp.int32).reshape(1, -1, per_tile)
+def _contexts(
+    key, contexts: Sequence[int], queries: int, block_size: int, real: int, table: int = 0
+) -> dict[str, jax.Array]:
+    """Positions and tables of tiles of at most a chunk, their queries at the end of each request's context. Tables are
+    as wide as the longest, or as `table` keys are.
+    """
+    per_tile, requests = min(queries, CHUNK), len(contexts)
+    free = 1 + jax.random.permutation(key, _blocks_of(contexts, block_size) - 1).astype(jnp.int32)
+    blocks = np.array([-(-context // block_size) for context in contexts])
+    number = np.arange(max(*blocks, -(-table // block_size)))
+    # Entries behind a context's own name the null block.
+    place = np.where(number < blocks[:, None], (np.cumsum(blocks) - blocks)[:, None] + number, free.size)
+    position = np.array(contexts)[:, None, None] - queries + np.arange(queries).reshape(1, -1, per_tile)
+    position = np.where(np.arange(requests)[:, None, None] < real, position, -1)
     return {
-        "position": jnp.where(jnp.arange(requests)[:, None, None] < real, position, -1).reshape(-1, per_tile),
-        "table": jnp.repeat(blocks, queries // per_tile, axis=0),
+        "position": jnp.asarray(position.reshape(-1, per_tile), jnp.int32),
+        "table": jnp.repeat(jnp.append(free, 0)[place], queries // per_tile, axis=0),
     }
 
 
@@ -457,11 +471,11 @@ def latent(
 
     def inputs(key):
         keys = jax.random.split(key, 3)
-        shape = (layers, _blocks_of(requests, context, block_size), block_size, width)
+        shape = (layers, _blocks_of([context] * requests, block_size), block_size, width)
         arguments = {
             # Scores have a variance near 1.
             "q": _random(keys[0], (count, per_tile, heads, width), scale=1 / (scale * width**0.5)),
-            **_contexts(keys[2], requests, context, queries, block_size, real),
+            **_contexts(keys[2], [context] * requests, queries, block_size, real),
             "c": _random(keys[1], shape),
         }
         return arguments, ()
@@ -763,6 +777,12 @@ WORKLOADS = {
         attention(128, 2048, 1, 32, 2, 256),
         attention(128, 2048, 1, 24, 4, 256, real=9),
         attention(1, 131072, 1, 24, 4, 256),
+        # A long context beside short ones, and what it costs them that one might be there.
+        attention(63, 1000, 1, 16, 4, 256, long=131072),
+        attention(64, 1000, 1, 16, 4, 256, table=131072),
+        attention(64, 1000, 1, 16, 4, 256),
+        attention(63, 1000, 4, 16, 4, 256, long=131072),
+        attention(63, 1000, 1, 16, 4, 256, long=131072, int8=True),
         attention(1, 8192, 8192, 24, 4, 256),
         attention(1, 8192, 2048, 24, 4, 256),
         kv_write(128, 4, 256),

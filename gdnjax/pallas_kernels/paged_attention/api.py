@@ -43,11 +43,15 @@ def attend(
     tiles: Tiles,
     *,
     scales: Scales | None = None,
+    gate: Float[Array, "g q gates hd"] | None = None,
     backend: Backend = REFERENCE,
 ) -> Float[Array, "g q h hd"]:
     """Query head i reads kv head `i // (h / kh)`. Null blocks and keys past a query are selected away, and there are no
     keys behind the table: a query at or past its `m * p` tokens sees those alone. Sums are float32; the output is in
     the dtype of `q`.
+
+    `gate` [g, q, 2 h, hd] multiplies the output of head i by the sigmoid of its row 2 i + 1: what projections give that
+    make query and gate of each head side by side.
 
     Pools of int8 or float8_e4m3fn have `scales`: a key's multiplies its scores, a value's its probabilities. Raises
     ValueError for 8-bit pools without scales, scales of other pools, float8_e4m3fn on CUDA devices before sm_89, and,
@@ -55,8 +59,8 @@ def attend(
     """
     check(k_blocks, v_blocks, scales, backend)
     if backend.is_reference:
-        return reference.attend(q, k_blocks, v_blocks, layer, tiles, scales)
-    return kernels.attend(q, k_blocks, v_blocks, layer, tiles, scales, backend)
+        return reference.attend(q, k_blocks, v_blocks, layer, tiles, scales, gate)
+    return kernels.attend(q, k_blocks, v_blocks, layer, tiles, scales, gate, backend)
 
 
 def write(

@@ -13,7 +13,7 @@ from gdnjax.pallas_kernels.paged_attention import tiles as tables
 from gdnjax.shapes import Array
 
 
-def attend(q, k_blocks, v_blocks, layer: int, tiles, scales, backend: Backend) -> Array:
+def attend(q, k_blocks, v_blocks, layer: int, tiles, scales, gate, backend: Backend) -> Array:
     return softmax.attend(
         _attend,
         backend,
@@ -25,29 +25,32 @@ def attend(q, k_blocks, v_blocks, layer: int, tiles, scales, backend: Backend) -
         pools=(k_blocks, v_blocks, *(scales or ())),
         layer=layer,
         tiles=tiles,
+        gate=gate,
     )
 
 
-def _attend(program, layer_ref, position_ref, table_ref, q_ref, k_ref, v_ref, *rest, plan):
-    outputs = rest[-1:] if plan.splits == 1 else rest[-3:]
-    scale_refs = rest[: -len(outputs)]
+def _attend(program, layer_ref, position_ref, table_ref, *refs, plan):
+    ends_ref, gate_ref, (q_ref, k_ref, v_ref, *scale_refs), outputs = softmax.taken(refs, plan)
     heads, width = q_ref.shape[2:]
-    rows = softmax.rows_of(program, position_ref, heads, plan)
-    kv_head = rows.part * plan.together // (heads // k_ref.shape[3])
     lane, mask = softmax.columns(0, width)
-    q = rows.load(q_ref, lane, mask)
     layer = bounded(layer_ref[0], k_ref.shape[0])
 
-    def page_of(block, offset, there):
-        at = layer, block, offset, kv_head
+    def run(rows):
+        kv_head = rows.part * plan.together // (heads // k_ref.shape[3])
+        q = rows.load(q_ref, lane, mask)
 
-        def factor(ref):
-            return plgpu.load(ref.at[at], mask=there, other=None if there is None else 0)[None, :]
+        def page_of(block, offset, there):
+            at = layer, block, offset, kv_head
 
-        k, v = (softmax.load_keys(ref, at, lane, mask, there).astype(q.dtype) for ref in (k_ref, v_ref))
-        scores = dot(q, k, contract=(1, 1))
-        if not scale_refs:
-            return scores, lambda p: dot(p.astype(q.dtype), v)
-        return scores * factor(scale_refs[0]), lambda p: dot((p * factor(scale_refs[1])).astype(q.dtype), v)
+            def factor(ref):
+                return plgpu.load(ref.at[at], mask=there, other=None if there is None else 0)[None, :]
 
-    softmax.walk(rows, plan, table_ref, k_ref, outputs, page_of, lane=lane, mask=mask, scale=width**-0.5)
+            k, v = (softmax.load_keys(ref, at, lane, mask, there).astype(q.dtype) for ref in (k_ref, v_ref))
+            scores = dot(q, k, contract=(1, 1))
+            if not scale_refs:
+                return scores, lambda p: dot(p.astype(q.dtype), v)
+            return scores * factor(scale_refs[0]), lambda p: dot((p * factor(scale_refs[1])).astype(q.dtype), v)
+
+        softmax.walk(rows, plan, table_ref, k_ref, gate_ref, outputs, page_of, lane=lane, mask=mask, scale=width**-0.5)
+
+    softmax.for_parts(program, position_ref, ends_ref, heads, plan, run)

@@ -35,24 +35,28 @@ def attend(q, pages, layer: int, tiles, value_dim: int, scale: float, backend: B
     )
 
 
-def _attend(program, layer_ref, position_ref, table_ref, q_ref, pages_ref, *outputs, plan, value_dim, scale):
+def _attend(program, layer_ref, position_ref, table_ref, *refs, plan, value_dim, scale):
+    ends_ref, _, (q_ref, pages_ref), outputs = softmax.taken(refs, plan)
     heads, width = q_ref.shape[2:]
-    rows = softmax.rows_of(program, position_ref, heads, plan)
     # Blocks are powers of two: the value is one, and what is the key's alone another, if there is any.
     value = lane, mask = softmax.columns(0, value_dim)
-    parts = [value, softmax.columns(value_dim, width - value_dim)] if value_dim < width else [value]
-    queries = [rows.load(q_ref, *part) for part in parts]
+    columns = [value, softmax.columns(value_dim, width - value_dim)] if value_dim < width else [value]
     layer = bounded(layer_ref[0], pages_ref.shape[0])
 
-    def page_of(block, offset, there):
-        at = layer, block, offset
-        keys = [
-            softmax.load_keys(pages_ref, at, *part, there).astype(q.dtype)
-            for part, q in zip(parts, queries, strict=True)
-        ]
-        scores, *more = (dot(q, k, contract=(1, 1)) for q, k in zip(queries, keys, strict=True))
-        for part in more:
-            scores = scores + part
-        return scores, lambda p: dot(p.astype(q_ref.dtype), keys[0])
+    def run(rows):
+        queries = [rows.load(q_ref, *part) for part in columns]
 
-    softmax.walk(rows, plan, table_ref, pages_ref, outputs, page_of, lane=lane, mask=mask, scale=scale)
+        def page_of(block, offset, there):
+            at = layer, block, offset
+            keys = [
+                softmax.load_keys(pages_ref, at, *part, there).astype(q.dtype)
+                for part, q in zip(columns, queries, strict=True)
+            ]
+            scores, *more = (dot(q, k, contract=(1, 1)) for q, k in zip(queries, keys, strict=True))
+            for part in more:
+                scores = scores + part
+            return scores, lambda p: dot(p.astype(q_ref.dtype), keys[0])
+
+        softmax.walk(rows, plan, table_ref, pages_ref, None, outputs, page_of, lane=lane, mask=mask, scale=scale)
+
+    softmax.for_parts(program, position_ref, ends_ref, heads, plan, run)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -14,7 +15,7 @@ PAGE = 256
 """Keys looked at in one turn of the loop."""
 
 
-def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles, scales=None) -> Array:
+def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles, scales=None, gate=None) -> Array:
     count, _, heads, width = q.shape
     block_size, kv_heads = k_blocks.shape[2], k_blocks.shape[3]
 
@@ -33,7 +34,10 @@ def attend(q: Array, k_blocks: Array, v_blocks: Array, layer: int, tiles, scales
         return k, v, None if scales is None else tuple(map(factor, scales))
 
     q = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, width)
-    return _over_pages(q, block_size, tiles, page_of, width=width, scale=width**-0.5)
+    o = _over_pages(q, block_size, tiles, page_of, width=width, scale=width**-0.5)
+    if gate is None:
+        return o
+    return (o.astype(jnp.float32) * jax.nn.sigmoid(gate[:, :, 1::2].astype(jnp.float32))).astype(o.dtype)
 
 
 def attend_latent(q: Array, pages: Array, layer: int, tiles, value_dim: int, scale: float) -> Array:

@@ -1,14 +1,21 @@
-"""A softmax carried over pages of keys, in one kernel, split over long contexts where few programs would run.
+"""A softmax carried over pages of keys, cut into parts where contexts are long or few programs would run.
 
 What attention over keys and values and attention over latents share: a program holds some rows (a query of a tile by a
 head of those that read the same keys), walks over the keys that the tile can see, and keeps a softmax in float32. A
-kernel of the op takes its rows from `rows_of`, and says in `walk` what a page of keys gives them.
+kernel of the op says in `for_parts` what it does with the rows of a part, and in `walk` what a page of keys gives them.
+
+Where a context is cut depends on its own length, and on what a step is compiled for: its bits are the same whoever
+stands beside it. A context of one part is stored as it is; a second kernel, in which it costs nothing, merges the
+others. Where contexts may have more parts than programs were made for, each program takes the next of a list of all
+parts, as far as there are any: so many short contexts have the programs that they had, and the parts of a long one run
+beside them.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels.launch import LEAST, bounded, launch, layer_number, power_of_two
-from gdnjax.pallas_kernels.paged_attention.tiles import Attention
+from gdnjax.pallas_kernels.launch import LEAST, bounded, launch, layer_number, power_of_two, sigmoid
+from gdnjax.pallas_kernels.paged_attention.tiles import LONG, MOST_PARTS, Attention
 from gdnjax.shapes import Array
+
+AT_ONCE = 8
+"""Parts that the merging kernel holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +41,36 @@ class Plan:
       queries   of a tile in a program: all of them, or as many of one head as fit.
       rows      of a program, padded: its heads times its queries.
       page      keys of a turn.
-      splits    parts of the context.
+      fill      parts that a context is cut into so that there are enough programs.
+      longest   pages of a part, from which on there are more parts; None: there is no bound.
+      splits    parts that a context has at most.
+      listed    programs, where they take parts from a list; None: each has its part.
       first     keys at positions before it are masked.
+      gated     outputs are multiplied by the sigmoid of a gate.
     """
 
     together: int
     queries: int
     rows: int
     page: int
+    fill: int
+    longest: int | None
     splits: int
+    listed: int | None
     first: int
+    gated: bool
+
+    def pages_of(self, pages: Array) -> Array:
+        """Pages of a part of a context of so many: at least one."""
+        part = pl.cdiv(pages, self.fill)
+        if self.longest is not None:
+            part = jnp.maximum(jnp.minimum(part, self.longest), pl.cdiv(pages, self.splits))
+        return jnp.maximum(part, 1)
+
+    def parts_of(self, seen: Array) -> Array:
+        """Parts of a context of so many keys: none, if it has no keys."""
+        pages = pl.cdiv(seen, self.page)
+        return pl.cdiv(pages, self.pages_of(pages))
 
 
 def attend(
@@ -55,12 +85,14 @@ def attend(
     pools: Sequence[Array],
     layer: int,
     tiles,
+    gate: Array | None = None,
     **static,
 ) -> Array:
-    """Runs `kernel(program, layer_ref, position_ref, table_ref, q_ref, *pool_refs, *output_refs, plan, **static)`.
+    """Runs `kernel(program, layer_ref, position_ref, table_ref, *refs, plan, **static)`, the refs being those of
+    `taken`: of `gate` if there is one, of q, of the pools, and of the outputs.
 
     `group` heads read the same keys; `width` is that of a value, and of the output. Blocks of a pool are its axis 1,
-    and tokens of a block its axis 2.
+    and tokens of a block its axis 2. `gate` [g, q, 2 h, width] has that of head i in its row 2 i + 1.
     """
     count, queries, heads = q.shape[:3]
     # As many heads of a group as fit; each program reads the keys for all of them.
@@ -68,39 +100,165 @@ def attend(
     # And where not even one head's queries do, a part of them that makes equal programs.
     at_once = max(n for n in range(1, min(queries, tile.rows) + 1) if queries % n == 0)
     programs = count * (heads // together) * (queries // at_once)
-    splits = _splits(programs, tiles.block_table.shape[1] * pools[0].shape[2], tile)
+    length = tiles.block_table.shape[1] * pools[0].shape[2]
+    fill = _fill(programs, length, tile)
+    long = tile.part > 0 and length > LONG * tile.part
+    splits = max(fill, MOST_PARTS) if long else fill
+    assert splits == 1 or at_once == queries, "a tile of several programs has one part"
+    plan = Plan(
+        together=together,
+        queries=at_once,
+        rows=power_of_two(together * at_once, LEAST),
+        page=tile.keys,
+        fill=fill,
+        longest=tile.part // tile.keys if long else None,
+        splits=splits,
+        listed=programs * fill + tile.programs if splits > fill else None,
+        first=tiles.first,
+        gated=gate is not None,
+    )
     shape = (count, queries, heads)
     out = [jax.ShapeDtypeStruct((*shape, width), q.dtype)]
     if splits > 1:
         sizes = ((*shape, splits, width), (*shape, splits), (*shape, splits))
-        out = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
-    found = launch(
+        out += [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+    gates = () if gate is None else (gate,)
+    found, *parts = launch(
         kernel,
         backend,
         name=name if splits == 1 else f"{name}_split",
-        programs=programs * splits,
-        args=(layer_number(layer), tiles.position, tiles.block_table, q, *pools),
+        programs=plan.listed or programs * splits,
+        args=(
+            layer_number(layer),
+            tiles.position,
+            tiles.block_table,
+            *([_ends(plan, tiles.position, length)] if plan.listed else []),
+            *gates,
+            q,
+            *pools,
+        ),
         out=out,
         warps=tile.warps,
         stages=tile.stages,
-        plan=Plan(together, at_once, power_of_two(together * at_once, LEAST), tile.keys, splits, tiles.first),
+        plan=plan,
         **static,
     )
-    return found[0] if splits == 1 else _merge(*found).astype(q.dtype)
+    if splits == 1:
+        return found
+    (found,) = launch(
+        _merge,
+        backend,
+        name=f"{name}_merge",
+        programs=count * queries * heads,
+        args=(tiles.position, *gates, *parts, found),
+        out=out[:1],
+        warps=tile.merge_warps,
+        aliases={4 + len(gates): 0},
+        length=length,
+        plan=plan,
+    )
+    return found
 
 
-def _splits(programs: int, length: int, tile: Attention) -> int:
+def _fill(programs: int, length: int, tile: Attention) -> int:
     """Parts of the context that run beside each other: enough programs to fill the device, and no part too short."""
     return max(1, min(tile.programs // programs, length // tile.least_split))
 
 
-def _merge(total: Array, top: Array, weight: Array) -> Array:
-    """Softmaxes over parts to that over all: [..., splits, hd], [..., splits] twice -> [..., hd]. Few bytes: XLA's."""
-    most = jnp.max(top, axis=-1, keepdims=True)
-    share = jnp.where(weight > 0, jnp.exp2(top - jnp.where(jnp.isfinite(most), most, 0.0)), 0.0)
-    sums = jnp.sum(share * weight, axis=-1)
-    merged = jnp.sum(jnp.where(weight > 0, share, 0.0)[..., None] * total, axis=-2)
-    return merged / jnp.where(sums > 0, sums, 1.0)[..., None]
+def _seen(position: Array, length: int) -> Array:
+    """Keys that a tile with queries at `position` [..., q] sees, behind a table of `length` of them at most."""
+    return jnp.minimum(jnp.max(position, axis=-1) + 1, length)
+
+
+def _ends(plan: Plan, position: Array, length: int) -> Array:
+    """[g] int32: the parts of each tile and of those before it, at least one each. Layers have it in common."""
+    parts = jnp.maximum(plan.parts_of(_seen(position, length)), 1)
+    number = jnp.arange(parts.shape[0])
+    return jnp.sum(jnp.where(number[None, :] <= number[:, None], parts[None, :], 0), axis=1, dtype=jnp.int32)
+
+
+def taken(refs: Sequence, plan: Plan) -> tuple[Any, Any, list, list]:
+    """A kernel's refs behind that of the table: of the list's ends and of the gate, None where there are none, those of
+    q and of the pools, and those of the outputs.
+    """
+    refs = list(refs)
+    ends = refs.pop(0) if plan.listed else None
+    gate = refs.pop(0) if plan.gated else None
+    outputs = 1 if plan.splits == 1 else 4
+    return ends, gate, refs[:-outputs], refs[-outputs:]
+
+
+def for_parts(program: Array, position_ref, ends_ref, heads: int, plan: Plan, run: Callable[["Rows"], None]) -> None:
+    """Runs `run` with the rows of each part that is the program's."""
+    of_tile = heads // plan.together
+    if ends_ref is None:
+        split, part = program % plan.splits, program // plan.splits % of_tile
+        run(_rows_of(program // (plan.splits * of_tile), part, split, position_ref, plan))
+        return
+    count = ends_ref.shape[0]
+    number = jnp.arange(power_of_two(count), dtype=jnp.int32)
+    real = None if number.size == count else number < count
+    ends = plgpu.load(ends_ref.at[number], mask=real, other=None if real is None else jnp.iinfo(jnp.int32).max)
+
+    def one_part(i, carry):
+        item = program + i * plan.listed
+        place = item // of_tile
+        tile = bounded(jnp.sum((ends <= place).astype(jnp.int32)), count)
+        before = jnp.where(tile > 0, ends_ref[jnp.maximum(tile - 1, 0)], 0)
+        run(_rows_of(tile, item % of_tile, place - before, position_ref, plan))
+        return carry
+
+    mine = pl.cdiv(jnp.maximum(ends_ref[count - 1] * of_tile - program, 0), plan.listed)
+    lax.fori_loop(0, mine, one_part, 0)
+
+
+def _merge(program, position_ref, *refs, length, plan):
+    """Of one query and head: the softmax over all keys from those over parts, where there are several."""
+    gate_ref, (total_ref, top_ref, weight_ref, _, o_ref) = refs[0] if plan.gated else None, refs[plan.gated :]
+    queries, heads, _, width = total_ref.shape[1:]
+    head, query, tile = program % heads, program // heads % queries, program // (heads * queries)
+    number = jnp.arange(power_of_two(queries), dtype=jnp.int32)
+    position = plgpu.load(position_ref.at[tile, number], mask=number < queries, other=-1)
+    pages = pl.cdiv(_seen(position, length), plan.page)
+    # Nothing is divided by it, which would take a program of such a size longer than all else.
+    per_part = plan.pages_of(pages)
+    lane, mask = columns(0, width)
+
+    def run():
+        at = tile, query, head
+        everything = jnp.arange(power_of_two(plan.splits), dtype=jnp.int32)
+        tops = plgpu.load(top_ref.at[*at, everything], mask=everything * per_part < pages, other=-jnp.inf)
+        most = jnp.max(tops)
+        # No part has seen a key of a query that is none.
+        most = jnp.where(most == -jnp.inf, 0.0, most)
+
+        def some(i, carry):
+            total, weight = carry
+            split = i * AT_ONCE + jnp.arange(AT_ONCE, dtype=jnp.int32)
+            real = split * per_part < pages
+            share = jnp.exp2(plgpu.load(top_ref.at[*at, split], mask=real, other=-jnp.inf) - most)
+            weights = plgpu.load(weight_ref.at[*at, split], mask=real, other=0.0)
+            both = real[:, None] if mask is None else real[:, None] & mask[None, :]
+            totals = plgpu.load(total_ref.at[*at, split[:, None], lane[None, :]], mask=both, other=0.0)
+            return total + jnp.sum(share[:, None] * totals, axis=0), weight + jnp.sum(share * weights)
+
+        start = jnp.zeros((lane.size,), jnp.float32), jnp.float32(0.0)
+        total, weight = lax.fori_loop(0, pl.cdiv(plan.splits, AT_ONCE), some, start)
+        o = total / jnp.where(weight > 0, weight, 1.0)
+        _store(o_ref, gate_ref, at, o[None, :], lane, None if mask is None else mask[None, :])
+
+    pl.when(per_part < pages)(run)
+
+
+def _store(o_ref, gate_ref, at: tuple, o: Array, lane: Array, mask: Array | None) -> None:
+    """Outputs [rows, columns] at their places, times the sigmoid of their gates."""
+    tile, query, head = at
+    o = o.astype(o_ref.dtype)
+    if gate_ref is not None:
+        place = tile, query, 2 * head + 1, lane[None, :]
+        gate = plgpu.load(gate_ref.at[place], mask=mask, other=None if mask is None else 0)
+        o = (o.astype(jnp.float32) * sigmoid(gate.astype(jnp.float32))).astype(o_ref.dtype)
+    plgpu.store(o_ref.at[tile, query, head, lane[None, :]], o, mask=mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,14 +288,11 @@ class Rows:
         return plgpu.load(q_ref.at[at], mask=asked if mask is None else asked & mask[None, :], other=0)
 
 
-def rows_of(program: Array, position_ref, heads: int, plan: Plan) -> Rows:
-    queries, parts = position_ref.shape[1], heads // plan.together
-    split, part = program % plan.splits, program // plan.splits % parts
-    tile = program // (plan.splits * parts)
+def _rows_of(tile: Array, part: Array, split: Array, position_ref, plan: Plan) -> Rows:
     row = jnp.arange(plan.rows, dtype=jnp.int32)
     query, head = row // plan.together, part * plan.together + row % plan.together
     real = row < plan.queries * plan.together
-    cuts = queries // plan.queries
+    cuts = position_ref.shape[1] // plan.queries
     if cuts > 1:
         query, tile = tile % cuts * plan.queries + query, tile // cuts
     position = plgpu.load(position_ref.at[tile, query], mask=real, other=-1)
@@ -173,6 +328,7 @@ def walk(
     plan: Plan,
     table_ref,
     pool_ref,
+    gate_ref,
     outputs: Sequence,
     page_of: Page,
     *,
@@ -183,15 +339,15 @@ def walk(
     """Softmax over the keys of `scale` times their scores, and the values' sum by it, stored: of a value's columns
     `lane`, where `mask` is.
     """
-    page, first, splits = plan.page, plan.first, plan.splits
+    page, first = plan.page, plan.first
     block_size, position = pool_ref.shape[2], rows.position
     # What no query of the tile sees is not loaded: it may be anything. Nor is what stands behind the table: whatever it
     # is would be taken for the number of a block.
     seen = jnp.minimum(jnp.max(position) + 1, table_ref.shape[1] * block_size)
     pages = pl.cdiv(seen, page)
-    per_split = pl.cdiv(pages, splits)
-    begin = jnp.maximum(rows.split * per_split, first // page)
-    end = jnp.minimum((rows.split + 1) * per_split, pages)
+    per_part = pages if plan.splits == 1 else plan.pages_of(pages)
+    begin = jnp.maximum(rows.split * per_part, first // page)
+    end = jnp.minimum((rows.split + 1) * per_part, pages)
     scale = scale * math.log2(math.e)
 
     def one_page(i, carry, *, whole):
@@ -212,25 +368,31 @@ def walk(
         weight = weight * shrink + jnp.sum(p, axis=1)
         return new_top, weight, total * shrink[:, None] + summed(p)
 
-    start = (jnp.full((plan.rows,), -jnp.inf), jnp.zeros((plan.rows,)), jnp.zeros((plan.rows, lane.size)))
+    nothing = (jnp.full((plan.rows,), -jnp.inf), jnp.zeros((plan.rows,)), jnp.zeros((plan.rows, lane.size)))
     # Pages before the first whole one, whole ones, and those that the last queries see in part.
     head_end = jnp.maximum(begin, jnp.minimum(-(-first // page), end))
     least = jnp.minimum(jnp.min(jnp.where(rows.real, position, seen)) + 1, seen)
     whole_end = jnp.maximum(head_end, jnp.minimum(least // page, end))
     masked, whole = functools.partial(one_page, whole=False), functools.partial(one_page, whole=True)
-    carry = lax.fori_loop(begin, head_end, masked, start) if first else start
+    carry = lax.fori_loop(begin, head_end, masked, nothing) if first else nothing
     carry = lax.fori_loop(head_end, whole_end, whole, carry)
     top, weight, total = lax.fori_loop(whole_end, end, masked, carry)
 
     at = rows.tile, rows.query[:, None], rows.head[:, None]
     stored = rows.real[:, None] if mask is None else rows.real[:, None] & mask[None, :]
-    if splits == 1:
-        (o_ref,) = outputs
-        o = total / jnp.where(weight > 0, weight, 1.0)[:, None]
-        plgpu.store(o_ref.at[*at, lane[None, :]], o.astype(o_ref.dtype), mask=stored)
+
+    def store_whole():
+        _store(outputs[0], gate_ref, at, total / jnp.where(weight > 0, weight, 1.0)[:, None], lane, stored)
+
+    def store_part():
+        _, total_ref, top_ref, weight_ref = outputs
+        of_row = rows.tile, rows.query, rows.head, rows.split
+        plgpu.store(total_ref.at[*at, rows.split, lane[None, :]], total, mask=stored)
+        plgpu.store(top_ref.at[of_row], top * scale, mask=rows.real)
+        plgpu.store(weight_ref.at[of_row], weight, mask=rows.real)
+
+    if plan.splits == 1:
+        store_whole()
         return
-    total_ref, top_ref, weight_ref = outputs
-    of_row = rows.tile, rows.query, rows.head, rows.split
-    plgpu.store(total_ref.at[*at, rows.split, lane[None, :]], total, mask=stored)
-    plgpu.store(top_ref.at[of_row], top * scale, mask=rows.real)
-    plgpu.store(weight_ref.at[of_row], weight, mask=rows.real)
+    pl.when((pages <= per_part) & (rows.split == 0))(store_whole)
+    pl.when((pages > per_part) & (rows.split * per_part < pages))(store_part)

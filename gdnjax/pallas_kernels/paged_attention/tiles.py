@@ -11,11 +11,22 @@ FEW = 8
 """Query tokens of a tile up to which it is one of decode."""
 
 
+LONG = 4
+"""Parts from which on contexts are long: below, a second kernel would cost what the parts of a few of them gain."""
+
+MOST_PARTS = 32
+"""Of a long context. The sums of all parts take room in memory: with this many, of 128 requests of Qwen3.5-9B, half of
+what their logits take, which are not there yet.
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Attention:
     """`rows` that one program holds at most, `keys` that it looks at in a turn.
 
-    A context is split where fewer than `programs` would run, into parts of at least `least_split` keys.
+    A context is split where fewer than `programs` would run, into parts of at least `least_split` keys. And where
+    contexts may have more than LONG times `part` keys, into parts of at most that many, or MOST_PARTS larger ones; 0:
+    they are not. The kernel that merges parts has `merge_warps`.
     """
 
     rows: int
@@ -24,44 +35,49 @@ class Attention:
     stages: int
     programs: int = 0
     least_split: int = 256
+    part: int = 0
+    merge_warps: int = 2
 
 
 TILES = {
-    "cuda": {"decode": Attention(64, 32, 4, 3, programs=264), "prefill": Attention(128, 64, 8, 2)},
-    "rocm": {"decode": Attention(64, 32, 4, 1, programs=608), "prefill": Attention(64, 32, 4, 1)},
-    "interpret": {"decode": Attention(64, 32, 1, 1, programs=16, least_split=64), "prefill": Attention(64, 32, 1, 1)},
+    "cuda": {"decode": Attention(64, 32, 4, 3, programs=264, part=2048), "prefill": Attention(128, 64, 8, 2)},
+    "rocm": {"decode": Attention(64, 32, 4, 1, programs=608, part=2048), "prefill": Attention(64, 32, 4, 1)},
+    "interpret": {
+        "decode": Attention(64, 32, 1, 1, programs=16, least_split=64, part=64),
+        "prefill": Attention(64, 32, 1, 1),
+    },
 }
 """Of keys and values."""
 
 LATENT = {
     "sm_90": {
-        ("bfloat16", "narrow"): Attention(32, 64, 8, 5, programs=132),
-        ("bfloat16", "wide"): Attention(64, 64, 8, 3, programs=132),
+        ("bfloat16", "narrow"): Attention(32, 64, 8, 5, programs=132, part=2048),
+        ("bfloat16", "wide"): Attention(64, 64, 8, 3, programs=132, part=2048),
         ("bfloat16", "prefill"): Attention(64, 32, 8, 3),
-        ("float32", "narrow"): Attention(32, 16, 8, 1, programs=132),
-        ("float32", "wide"): Attention(32, 16, 8, 1, programs=132),
+        ("float32", "narrow"): Attention(32, 16, 8, 1, programs=132, part=2048),
+        ("float32", "wide"): Attention(32, 16, 8, 1, programs=132, part=2048),
         ("float32", "prefill"): Attention(32, 16, 8, 1),
     },
     "cuda": {
-        ("bfloat16", "narrow"): Attention(32, 32, 8, 3, programs=132),
-        ("bfloat16", "wide"): Attention(32, 32, 8, 3, programs=132),
+        ("bfloat16", "narrow"): Attention(32, 32, 8, 3, programs=132, part=2048),
+        ("bfloat16", "wide"): Attention(32, 32, 8, 3, programs=132, part=2048),
         ("bfloat16", "prefill"): Attention(32, 32, 8, 3),
-        ("float32", "narrow"): Attention(16, 16, 8, 1, programs=132),
-        ("float32", "wide"): Attention(16, 16, 8, 1, programs=132),
+        ("float32", "narrow"): Attention(16, 16, 8, 1, programs=132, part=2048),
+        ("float32", "wide"): Attention(16, 16, 8, 1, programs=132, part=2048),
         ("float32", "prefill"): Attention(16, 16, 8, 1),
     },
     "rocm": {
-        ("bfloat16", "narrow"): Attention(32, 16, 8, 1, programs=304),
-        ("bfloat16", "wide"): Attention(64, 16, 4, 1, programs=304),
+        ("bfloat16", "narrow"): Attention(32, 16, 8, 1, programs=304, part=2048),
+        ("bfloat16", "wide"): Attention(64, 16, 4, 1, programs=304, part=2048),
         ("bfloat16", "prefill"): Attention(64, 16, 4, 1),
-        ("float32", "narrow"): Attention(32, 16, 4, 1, programs=304),
-        ("float32", "wide"): Attention(32, 16, 4, 1, programs=304),
+        ("float32", "narrow"): Attention(32, 16, 4, 1, programs=304, part=2048),
+        ("float32", "wide"): Attention(32, 16, 4, 1, programs=304, part=2048),
         ("float32", "prefill"): Attention(32, 16, 4, 1),
     },
     "interpret": {
         **dict.fromkeys(
             itertools.product(("bfloat16", "float32"), ("narrow", "wide")),
-            Attention(32, 32, 1, 1, programs=16, least_split=64),
+            Attention(32, 32, 1, 1, programs=16, least_split=64, part=64),
         ),
         ("bfloat16", "prefill"): Attention(64, 32, 1, 1),
         # A half of a tile.

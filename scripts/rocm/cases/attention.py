@@ -4,13 +4,18 @@ Blocks that no table names, places of a block that no query sees, their scales, 
 poison; so are queries that are none.
 """
 
+import contextlib
+import dataclasses
 import functools
+from collections.abc import Iterator
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
 from gdnjax.pallas_kernels import paged_attention
+from gdnjax.pallas_kernels.paged_attention import tiles as tables
 from rocm.cases.case import BFLOAT16, EXACT, FLOAT8, Bound, Case, Op, poison
 from rocm.cases.recurrent import LAYER, LAYERS, normal, random
 
@@ -45,12 +50,31 @@ def values(r: np.random.Generator, shape, dtype) -> np.ndarray:
     return normal(r, shape, dtype)
 
 
+@contextlib.contextmanager
+def small_parts() -> Iterator[None]:
+    """Contexts of more than 256 keys are cut every 64 meanwhile; there are fewer programs than parts."""
+
+    def smaller(find):
+        return lambda *of: dataclasses.replace(find(*of), part=64, programs=8)
+
+    with (
+        mock.patch.object(tables, "of", smaller(tables.of)),
+        mock.patch.object(tables, "of_latents", smaller(tables.of_latents)),
+    ):
+        yield
+
+
 @functools.cache
-def attend_op(first: int) -> Op:
+def attend_op(first: int, *, parts: bool = False) -> Op:
     def call(x, layer, backend):
         tiles = paged_attention.Tiles(x["position"], x["table"], jnp.max(x["position"]) + 1, first)
-        scales = (x["k_scale"], x["v_scale"]) if "k_scale" in x else None
-        return {"o": paged_attention.attend(x["q"], x["k"], x["v"], layer, tiles, scales=scales, backend=backend)}
+        options = {
+            "scales": (x["k_scale"], x["v_scale"]) if "k_scale" in x else None,
+            "gate": x.get("gate"),
+            "backend": backend,
+        }
+        with small_parts() if parts else contextlib.nullcontext():
+            return {"o": paged_attention.attend(x["q"], x["k"], x["v"], layer, tiles, **options)}
 
     return call
 
@@ -66,15 +90,19 @@ def attention(
     kv: DTypeLike = BFLOAT16,
     first: int = 0,
     past: int = 0,
+    parts: bool = False,
+    gated: bool = False,
 ) -> Case:
     """Two tiles of queries over contexts of nearly all, and of less than half of `blocks` blocks of 16 keys; and a tile
     that is padding.
 
     Keys before `first` are masked. With `past` the last query of either context stands so far behind its table, which
-    then is full; what follows in memory, the padding's table or nothing, names no block of theirs.
+    then is full; what follows in memory, the padding's table or nothing, names no block of theirs. With `parts` they
+    are cut as `small_parts` says.
     """
     kv = np.dtype(kv)
     name = f"attention-{kind}-{heads}of{kv_heads}x{width}-{kv.name}" + _limits(first, past)
+    name += "-gated" * gated
     r = random(name)
     x, places = _contexts(r, queries, blocks, first, past)
     shape = (LAYERS, *_blocks_of(blocks), kv_heads, width)
@@ -87,7 +115,10 @@ def attention(
             largest = 3**0.5 / 127 if kv == np.int8 else 0.01
             scale[LAYER, block, seen] = largest * r.uniform(0.5, 1.5, (here, kv_heads))
     x["q"] = normal(r, (*x["position"].shape, heads, width))
-    return _attending(name, attend_op(first), x, pools | (scales if eight_bits(kv) else {}), ATTENTION)
+    if gated:
+        x["gate"] = normal(r, (*x["position"].shape, 2 * heads, width))
+        x["gate"][:, :, ::2] = np.nan
+    return _attending(name, attend_op(first, parts=parts), x, pools | (scales if eight_bits(kv) else {}), ATTENTION)
 
 
 SIZE, REQUESTS = 16, 3
@@ -138,14 +169,12 @@ def _attending(name: str, op: Op, x: dict[str, np.ndarray], pools: dict[str, np.
 
 
 @functools.cache
-def latent_op(value_dim: int, first: int) -> Op:
+def latent_op(value_dim: int, first: int, *, parts: bool = False) -> Op:
     def call(x, layer, backend):
         tiles = paged_attention.Tiles(x["position"], x["table"], jnp.max(x["position"]) + 1, first)
-        return {
-            "o": paged_attention.attend_latent(
-                x["q"], x["c"], layer, tiles, value_dim=value_dim, scale=x["q"].shape[-1] ** -0.5, backend=backend
-            )
-        }
+        options = {"value_dim": value_dim, "scale": x["q"].shape[-1] ** -0.5, "backend": backend}
+        with small_parts() if parts else contextlib.nullcontext():
+            return {"o": paged_attention.attend_latent(x["q"], x["c"], layer, tiles, **options)}
 
     return call
 
@@ -161,6 +190,7 @@ def latent(
     dtype: DTypeLike = BFLOAT16,
     first: int = 0,
     past: int = 0,
+    parts: bool = False,
 ) -> Case:
     """`attention`, but over latents of `value_dim` columns and `rest` more, which all heads share."""
     dtype = np.dtype(dtype)
@@ -172,7 +202,7 @@ def latent(
         pool[LAYER, block, seen] = normal(r, (max(0, seen.stop - seen.start), value_dim + rest), dtype)
     x["q"] = normal(r, (*x["position"].shape, heads, value_dim + rest), dtype)
     bound = ATTENTION if dtype == BFLOAT16 else FLOAT32
-    return _attending(name, latent_op(value_dim, first), x, {"c": pool}, bound)
+    return _attending(name, latent_op(value_dim, first, parts=parts), x, {"c": pool}, bound)
 
 
 @functools.cache
