@@ -84,6 +84,7 @@ def gate(arguments) -> int:
     results = in_processes(arguments, line)
     if arguments.write_docs:
         write_docs(results)
+    print(launches_table(results), end="")
     refused = [result for result in results if not result["passed"]]
     print(f"{len(results) - len(refused)} passed, {len(refused)} refused")
     return 1 if refused else 0
@@ -172,11 +173,16 @@ def compile_one(arguments) -> int:
 
     arch = arguments.worker
     with compiler() as cache:
-        from rocm import functions
+        from rocm import counts, functions
 
         (device,) = compiling.devices(arch)
         known: dict = {}
-        todo = [*functions.kernels(arch, device), *functions.steps(arch, lambda n: compiling.devices(arch, n))]
+        counted = [*functions.counted(arch, [device])]
+        if arguments.names == ["*"]:
+            first = arch == ARCHITECTURES[0]
+            counted = [f for f in counted if first and any(f", {name}," in f.name for name in counts.STANDING)]
+        steps = functions.steps(arch, lambda n: compiling.devices(arch, n))
+        todo = [*functions.kernels(arch, device), *steps, *counted]
         todo = [f for f in todo if any(fnmatch.fnmatchcase(f.name, wanted) for wanted in arguments.names)]
         for function in [*todo, *functions.controls(device)]:
             begin = time.perf_counter()
@@ -184,10 +190,11 @@ def compile_one(arguments) -> int:
                 compiled = compiling.compile_function(function.lower, cache, known)
             except Exception as failure:  # compilers and lowerings raise what they like: it is the answer
                 wrong, kernels, memory = [f"{type(failure).__name__}: {str(failure)[:300]}"], [], (0, 0)
+                sequence = []
             else:
                 wrong = compiling.judge(compiled, function.demands, arch)
                 kernels = [dataclasses.asdict(k) | {"waves": k.waves(arch)} for k in compiled.kernels]
-                memory = (compiled.alias_bytes, compiled.temporary_bytes)
+                memory, sequence = (compiled.alias_bytes, compiled.temporary_bytes), compiled.sequence
             wanted = function.refused_for
             as_meant = not wrong if wanted is None else any(wanted in fault for fault in wrong)
             result = {
@@ -199,6 +206,7 @@ def compile_one(arguments) -> int:
                 "kernels": kernels,
                 "alias_bytes": memory[0],
                 "temporary_bytes": memory[1],
+                "launches": sequence,
                 "seconds": round(time.perf_counter() - begin, 2),
             }
             print(json.dumps(result), flush=True)
@@ -264,6 +272,25 @@ def table(results: list[dict]) -> str:
         spills = sum(k["vgpr_spills"] for kernels in by_arch.values() for k in kernels)
         lines.append(f"| `{name}` | {cells[0]} | {cells[1]} | {spills} |")
     return "\n".join(lines)
+
+
+def launches_table(results: list[dict]) -> str:
+    """How many kernels a decode step launches, by what for: see `functions.COUNTED`. Empty where none was counted."""
+    from rocm.counts import COUNTED, COUNTED_LAYERS
+
+    found = {(result["arch"], result["name"]): len(result["launches"]) for result in results}
+    lines = []
+    for arch in ARCHITECTURES:
+        for what in COUNTED:
+            counts = [found.get((arch, what.of(kind)), 0) for kind in COUNTED_LAYERS]
+            if all(counts):
+                both, delta, attention = counts
+                of = delta - both, attention - both, 3 * both - delta - attention
+                lines.append(f"| {arch}, {what.name} | {of[0]} | {of[1]} | {of[2]} |")
+    if not lines:
+        return ""
+    head = ["| kernels a decode step launches | GDN layer | attention layer | all else |", "|---|---:|---:|---:|"]
+    return "\n".join([*head, *lines, ""])
 
 
 if __name__ == "__main__":

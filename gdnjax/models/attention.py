@@ -6,10 +6,9 @@ from flax import nnx
 from gdnjax.backend import Backend
 from gdnjax.cache import Cache, Leaves
 from gdnjax.config import ATTENTION, AttentionConfig, ModelConfig
-from gdnjax.models.context import DecodeContext, Places, PrefillContext
-from gdnjax.models.layers import Linear, RMSNorm, SplitRMSNorm, project, rotate
+from gdnjax.models.context import DecodeContext, PrefillContext
+from gdnjax.models.layers import Linear, RMSNorm, Rows, SplitRMSNorm, project, project_in_parts
 from gdnjax.pallas_kernels import paged_attention
-from gdnjax.pallas_kernels.normed import Normed
 from gdnjax.shapes import Array, Float
 
 
@@ -33,57 +32,66 @@ class Attention(nnx.Module):
         self.attention = attention
         self.backend = backend
 
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """What meets the rows first, side by side."""
+        return self.q_proj, self.k_proj, self.v_proj
+
     def __call__(
         self,
-        x: Float[Array, "t d"] | Normed,
+        x: Rows,
         context: PrefillContext | DecodeContext,
         angles: tuple[Array, Array] | None,
         cache: Cache,
         layer: int,
-    ) -> tuple[Float[Array, "t d"], Cache]:
+    ) -> tuple[Float[Array, "s t d"], Cache]:
         """`layer` is the row in the pools. Those of `cache` are consumed."""
         tokens, width = x.shape[0], self.attention.head_dim
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj, backend=self.backend)
+        q, k, v = project(x, *self.inputs, backend=self.backend)
         if self.attention.whole_norms:
             q, k = self.q_heads_norm(q), self.k_heads_norm(k)
         q, k, v = (part.reshape(tokens, -1, width) for part in (q, k, v))
-        gate = None
-        if self.attention.output_gate:
-            # q_proj gives [q | gate] for each head.
-            q, gate = q[:, ::2], q[:, 1::2]
-        if not self.attention.whole_norms:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, angles), rotate(k, angles)
-        pools = _written(cache.pages[ATTENTION], layer, k, v, context.places, self.backend)
+        # q_proj gives [q | gate] for each head.
+        both, gated = q, self.attention.output_gate
+        turn = self._turn(angles)
+        pools, places = cache.pages[ATTENTION], context.places
+        q, k_blocks, v_blocks, scales = paged_attention.enter(
+            pools["k"], pools["v"], _scales_of(pools), layer, q, k, v, turn, places.block, places.offset,
+            backend=self.backend,
+        )  # fmt: skip
+        pools = {"k": k_blocks, "v": v_blocks}
+        if scales is not None:
+            pools |= dict(zip(("k_scale", "v_scale"), scales, strict=True))
         match context:
             case PrefillContext(chunks=chunks):
                 o = chunks.scatter(self._attend(chunks.gather(q), pools, layer, context))
+                o = o * jax.nn.sigmoid(both[:, 1::2]) if gated else o
             case DecodeContext():
-                o = self._attend(q.reshape(-1, context.rows_per_slot, *q.shape[1:]), pools, layer, context)
-                o = o.reshape(tokens, *o.shape[2:])
-        o = o if gate is None else o * jax.nn.sigmoid(gate)
-        (out,) = project(o.reshape(tokens, -1), self.o_proj, backend=self.backend)
-        return out, cache.with_pages(ATTENTION, **pools)
+                q, both = (x.reshape(-1, context.rows_per_slot, *x.shape[1:]) for x in (q, both))
+                o = self._attend(q, pools, layer, context, both if gated else None)
+        return project_in_parts(o.reshape(tokens, -1), self.o_proj, self.backend), cache.with_pages(ATTENTION, **pools)
 
-    def _attend(self, q: Array, pools: Leaves, layer: int, context: PrefillContext | DecodeContext) -> Array:
+    def _turn(self, angles: tuple[Array, Array] | None) -> paged_attention.Turn:
+        """Norm and rotation of a head's queries and keys."""
+        weights, norm = (None, None), None
+        if not self.attention.whole_norms:
+            weights, norm = (self.q_norm.weight[...], self.k_norm.weight[...]), self.q_norm
+        return paged_attention.Turn(
+            *weights,
+            eps=norm.eps if norm else 0.0,
+            centre=norm.centre if norm else 0.0,
+            angles=angles,
+            gated=self.attention.output_gate,
+        )
+
+    def _attend(
+        self, q: Array, pools: Leaves, layer: int, context: PrefillContext | DecodeContext, gate: Array | None = None
+    ) -> Array:
         return paged_attention.attend(
-            q, pools["k"], pools["v"], layer, context.tiles, scales=_scales_of(pools), backend=self.backend
+            q, pools["k"], pools["v"], layer, context.tiles, scales=_scales_of(pools), gate=gate, backend=self.backend
         )
 
 
 def _scales_of(pools: Leaves) -> paged_attention.Scales | None:
     """Those of 8-bit pools."""
     return (pools["k_scale"], pools["v_scale"]) if "k_scale" in pools else None
-
-
-def _written(pools: Leaves, layer: int, k: Array, v: Array, places: Places, backend: Backend) -> Leaves:
-    """The pools, which are consumed, with each token's keys and values at its place."""
-    args = (layer, k, v, places.block, places.offset)
-    scales = _scales_of(pools)
-    if scales is None:
-        k_blocks, v_blocks = paged_attention.write(pools["k"], pools["v"], *args, backend=backend)
-        return {"k": k_blocks, "v": v_blocks}
-    k_blocks, v_blocks, (k_scale, v_scale) = paged_attention.write_quantised(
-        pools["k"], pools["v"], scales, *args, backend=backend
-    )
-    return {"k": k_blocks, "v": v_blocks, "k_scale": k_scale, "v_scale": v_scale}

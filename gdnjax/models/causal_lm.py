@@ -8,7 +8,7 @@ from gdnjax.cache import Cache
 from gdnjax.config import LayerKind, ModelConfig
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.decoder import DecoderLayer
-from gdnjax.models.layers import Embedding, Linear, linear, mask_padded_vocab, residual_norm, rotary_angles
+from gdnjax.models.layers import Embedding, Linear, Stream, linear, mask_padded_vocab, residual_norm, rotary_angles
 from gdnjax.models.moe import MoeMLP
 from gdnjax.models.mtp import MultiTokenPredictor
 from gdnjax.pallas_kernels.normed import numbers
@@ -30,28 +30,29 @@ class CausalLM(nnx.Module):
         assert config.attention is not None, "every configuration of these families has one"
         self.config, self.attention = config, config.attention
         self.tp = tp
+        self.backend = backend
 
     def __call__(
         self, tokens: Int32[Array, "t"], context: PrefillContext | DecodeContext, cache: Cache
     ) -> tuple[Float[Array, "t d"], Cache]:
         """Hidden states after the final norm. The pools are consumed."""
         angles = self._angles(context)
-        x = self.embed_tokens(tokens)
+        stream = Stream(self.embed_tokens(tokens))
         for layer in self.layers:
-            x, cache = layer(x, context, angles, cache)
-        return self.norm(x), cache
+            stream, cache = layer(stream, context, angles, cache)
+        return self.norm.of_stream(stream, self.backend), cache
 
     def expert_choices(
         self, tokens: Int32[Array, "t"], context: PrefillContext | DecodeContext, cache: Cache
     ) -> Int32[Array, "layers t top"]:
         """What the router of each layer with experts chooses; of padded tokens the number past the last expert."""
         angles = self._angles(context)
-        x, chosen = self.embed_tokens(tokens), []
+        stream, chosen = Stream(self.embed_tokens(tokens)), []
         for layer in self.layers:
-            x, cache = layer.mix(x, context, angles, cache)
+            stream, cache = layer.mix(stream, context, angles, cache)
             if isinstance(layer.mlp, MoeMLP):
-                chosen.append(layer.mlp.choices(numbers(layer.mlp_input(x)), context.valid)[1])
-            x = layer.feed(x, context)
+                chosen.append(layer.mlp.choices(numbers(layer.mlp_input(stream)[1]), context.valid)[1])
+            stream = layer.feed(stream, context)
         return jnp.stack(chosen)
 
     def fold(self, context: FoldContext, cache: Cache) -> Cache:

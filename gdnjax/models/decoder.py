@@ -19,9 +19,9 @@ from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.gated_deltanet import GatedDeltaNet
 from gdnjax.models.kimi_delta import KimiDeltaAttention
 from gdnjax.models.latent_attention import LatentAttention
-from gdnjax.models.layers import DenseMLP, residual_norm
+from gdnjax.models.layers import DenseMLP, RMSNorm, Rows, Stream, residual_norm
 from gdnjax.models.moe import MoeMLP
-from gdnjax.pallas_kernels.normed import Normed
+from gdnjax.pallas_kernels.normed import total
 from gdnjax.shapes import Array, Float
 
 
@@ -66,6 +66,7 @@ class DecoderLayer(nnx.Module):
         self.kind = kind
         self.pool_row = pool_row
         self.tp = tp
+        self.backend = backend
 
     @classmethod
     def of(cls, config: ModelConfig, layer: int, dtype: str, tp: int, backend: Backend) -> "DecoderLayer":
@@ -76,36 +77,51 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "t d"],
+        stream: Stream,
         context: PrefillContext | DecodeContext,
         angles: tuple[Array, Array] | None,
         cache: Cache,
-    ) -> tuple[Float[Array, "t d"], Cache]:
-        x, cache = self.mix(x, context, angles, cache)
-        return self.feed(x, context), cache
+    ) -> tuple[Stream, Cache]:
+        stream, cache = self.mix(stream, context, angles, cache)
+        return self.feed(stream, context), cache
 
     def mix(
         self,
-        x: Float[Array, "t d"],
+        stream: Stream,
         context: PrefillContext | DecodeContext,
         angles: tuple[Array, Array] | None,
         cache: Cache,
-    ) -> tuple[Float[Array, "t d"], Cache]:
+    ) -> tuple[Stream, Cache]:
         """The residual stream behind the token mixer."""
-        given = x if self.post_norms else self.input_layernorm.of(x)
+        mixer = self.linear_attn if self.kind is LayerKind.DELTA else self.self_attn
+        if self.post_norms:
+            x = given = stream.whole
+        else:
+            x, given = self.input_layernorm.prepare(stream, mixer.inputs, self.backend)
         match self.kind:
             case LayerKind.DELTA:
                 mixed, cache = self.linear_attn(given, context, cache, self.pool_row)
             case LayerKind.ATTENTION:
                 mixed, cache = self.self_attn(given, context, angles, cache, self.pool_row)
-        mixed = sharding.psum(mixed, self.tp)
-        return x + (self.post_attention_layernorm(mixed) if self.post_norms else mixed), cache
+        return self._behind(x, mixed, self.post_attention_layernorm if self.post_norms else None), cache
 
-    def mlp_input(self, x: Float[Array, "t d"]) -> Float[Array, "t d"] | Normed:
-        """What the MLP is given of the residual stream behind the token mixer."""
-        return x if self.post_norms else self.post_attention_layernorm.of(x)
+    def mlp_input(self, stream: Stream) -> tuple[Float[Array, "t d"], Rows]:
+        """The residual stream behind the token mixer, and what the MLP is given of it."""
+        if self.post_norms:
+            return stream.whole, stream.whole
+        return self.post_attention_layernorm.prepare(stream, self.mlp.inputs, self.backend, gated=True)
 
-    def feed(self, x: Float[Array, "t d"], context: PrefillContext | DecodeContext) -> Float[Array, "t d"]:
+    def feed(self, stream: Stream, context: PrefillContext | DecodeContext) -> Stream:
         """The residual stream behind the MLP."""
-        out = sharding.psum(self.mlp(self.mlp_input(x), context.valid), self.tp)
-        return x + (self.post_feedforward_layernorm(out) if self.post_norms else out)
+        x, given = self.mlp_input(stream)
+        norm = self.post_feedforward_layernorm if self.post_norms else None
+        return self._behind(x, self.mlp(given, context.valid), norm)
+
+    def _behind(self, x: Float[Array, "t d"], parts: Float[Array, "s t d"], post_norm: RMSNorm | None) -> Stream:
+        """The residual stream x with a term, of which this rank has a part, in parts of its own."""
+        if self.tp > 1:
+            parts = sharding.psum(total(parts, x.dtype), self.tp)[None]
+        if not self.post_norms:
+            return Stream(x, parts)
+        assert post_norm is not None, "made where norms are behind"
+        return Stream(x + post_norm(total(parts, x.dtype)))

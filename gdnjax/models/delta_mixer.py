@@ -13,10 +13,9 @@ from gdnjax.backend import Backend
 from gdnjax.cache import Cache, Leaves
 from gdnjax.config import DELTA
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
-from gdnjax.models.layers import GatedRMSNorm, Linear, project
+from gdnjax.models.layers import GatedRMSNorm, Linear, Rows, project_in_parts
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule
 from gdnjax.pallas_kernels.gated_delta_rule import Gates
-from gdnjax.pallas_kernels.normed import Normed
 from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.shapes import Array, Float
 
@@ -42,8 +41,13 @@ class DeltaMixer(nnx.Module):
     tp: int
     backend: Backend
 
+    @property
     @abc.abstractmethod
-    def _project(self, x: Float[Array, "t d"] | Normed) -> tuple[Array, Array, tuple[Array, ...]]:
+    def inputs(self) -> tuple[Linear, ...]:
+        """What meets the rows first, side by side."""
+
+    @abc.abstractmethod
+    def _project(self, x: Rows) -> tuple[Array, Array, tuple[Array, ...]]:
         """The convolution's input [t, x], the output's gate [t, hv * v], and what the rule's gates are made of."""
 
     @abc.abstractmethod
@@ -59,8 +63,8 @@ class DeltaMixer(nnx.Module):
         """What `_gates` takes, of what pools keep."""
 
     def __call__(
-        self, x: Float[Array, "t d"] | Normed, context: PrefillContext | DecodeContext, cache: Cache, layer: int
-    ) -> tuple[Float[Array, "t d"], Cache]:
+        self, x: Rows, context: PrefillContext | DecodeContext, cache: Cache, layer: int
+    ) -> tuple[Float[Array, "s t d"], Cache]:
         """`layer` is the row in the pools. Those of `cache` are consumed."""
         qkv, z, raw = self._project(x)
         match context:
@@ -70,9 +74,8 @@ class DeltaMixer(nnx.Module):
                 o, cache = self._decode(qkv, self._gates(*raw), context, cache, layer)
             case DecodeContext():
                 o, cache = self._verify(qkv, self._kept(*raw), context, cache, layer)
-        o = self.norm(o, z.reshape(o.shape))
-        (out,) = project(o.reshape(z.shape), self.out_proj, backend=self.backend)
-        return out, cache
+        o = self.norm.of(o.reshape(z.shape[0], -1, o.shape[-1]), z)
+        return project_in_parts(o, self.out_proj, self.backend), cache
 
     def fold(self, context: FoldContext, cache: Cache, layer: int) -> Cache:
         """State and window of `write_slot`: those of `read_slot` with pending rows folded in. Consumes the pools."""

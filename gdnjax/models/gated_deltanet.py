@@ -8,10 +8,9 @@ from flax import nnx
 from gdnjax.backend import Backend
 from gdnjax.config import DeltaConfig, ModelConfig
 from gdnjax.models.delta_mixer import Conv1d, DeltaMixer
-from gdnjax.models.layers import GatedRMSNorm, Linear, project
+from gdnjax.models.layers import GatedRMSNorm, Linear, Rows, project
 from gdnjax.pallas_kernels.gated_delta_rule import Gates
-from gdnjax.pallas_kernels.normed import Normed
-from gdnjax.shapes import Array, Float
+from gdnjax.shapes import Array
 
 
 class GatedDeltaNet(DeltaMixer):
@@ -34,9 +33,12 @@ class GatedDeltaNet(DeltaMixer):
         self.tp = tp
         self.backend = backend
 
-    def _project(self, x: Float[Array, "t d"] | Normed) -> tuple[Array, Array, tuple[Array, ...]]:
-        inputs = (self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b)
-        qkv, z, a, b = project(x, *inputs, backend=self.backend)
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        return self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b
+
+    def _project(self, x: Rows) -> tuple[Array, Array, tuple[Array, ...]]:
+        qkv, z, a, b = project(x, *self.inputs, backend=self.backend)
         return qkv, z, (a, b)
 
     def _gates(self, *raw: Array) -> Gates:

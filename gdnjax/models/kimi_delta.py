@@ -14,10 +14,9 @@ from flax import nnx
 from gdnjax.backend import Backend
 from gdnjax.config import KimiDeltaConfig, ModelConfig
 from gdnjax.models.delta_mixer import Conv1d, DeltaMixer
-from gdnjax.models.layers import GatedRMSNorm, Linear, project
+from gdnjax.models.layers import GatedRMSNorm, Linear, Rows, project
 from gdnjax.pallas_kernels.gated_delta_rule import Gates
-from gdnjax.pallas_kernels.normed import Normed
-from gdnjax.shapes import Array, Float
+from gdnjax.shapes import Array
 
 
 class ForgetGate(nnx.Module):
@@ -49,9 +48,12 @@ class KimiDeltaAttention(DeltaMixer):
         self.tp = tp
         self.backend = backend
 
-    def _project(self, x: Float[Array, "t d"] | Normed) -> tuple[Array, Array, tuple[Array, ...]]:
-        inputs = (self.in_proj_qkv, self.in_proj_b, self.forget_gate.f_a_proj, self.g_a_proj)
-        qkv, b, f, g = project(x, *inputs, backend=self.backend)
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        return self.in_proj_qkv, self.in_proj_b, self.forget_gate.f_a_proj, self.g_a_proj
+
+    def _project(self, x: Rows) -> tuple[Array, Array, tuple[Array, ...]]:
+        qkv, b, f, g = project(x, *self.inputs, backend=self.backend)
         (z,) = project(g, self.g_b_proj, backend=self.backend)
         return qkv, z, (f, b)
 

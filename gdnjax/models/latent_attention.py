@@ -14,9 +14,9 @@ from gdnjax.backend import Backend, dot_precision
 from gdnjax.cache import Cache
 from gdnjax.config import ATTENTION, LatentAttentionConfig, ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
-from gdnjax.models.layers import Linear, RMSNorm, project, rotate
+from gdnjax.models.layers import Linear, RMSNorm, Rows, project, project_in_parts
 from gdnjax.pallas_kernels import paged_attention
-from gdnjax.pallas_kernels.normed import Normed
+from gdnjax.pallas_kernels.rotary import rotate
 from gdnjax.shapes import Array, Float
 
 
@@ -42,14 +42,20 @@ class LatentAttention(nnx.Module):
         self.attention = attention
         self.backend = backend
 
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """What meets the rows first, side by side."""
+        queries = self.q_proj if self.attention.q_lora_rank is None else self.q_a_proj
+        return queries, self.kv_a_proj_with_mqa
+
     def __call__(
         self,
-        x: Float[Array, "t d"] | Normed,
+        x: Rows,
         context: PrefillContext | DecodeContext,
         angles: tuple[Array, Array] | None,
         cache: Cache,
         layer: int,
-    ) -> tuple[Float[Array, "t d"], Cache]:
+    ) -> tuple[Float[Array, "s t d"], Cache]:
         """`layer` is the row in the pools. Those of `cache` are consumed."""
         tokens, geometry = x.shape[0], self.attention
         q, latent, shared = self._project(x)
@@ -67,15 +73,14 @@ class LatentAttention(nnx.Module):
                 o = self._attend(q.reshape(-1, context.rows_per_slot, *q.shape[1:]), pages, layer, context)
                 o = o.reshape(tokens, *o.shape[2:])
         o = _by_head("thl,hvl->thv", o, self.v_b_proj)
-        (out,) = project(o.reshape(tokens, -1), self.o_proj, backend=self.backend)
-        return out, cache.with_pages(ATTENTION, latent=pages)
+        return project_in_parts(o.reshape(tokens, -1), self.o_proj, self.backend), cache.with_pages(
+            ATTENTION, latent=pages
+        )
 
-    def _project(self, x: Float[Array, "t d"] | Normed) -> tuple[Array, Array, Array]:
+    def _project(self, x: Rows) -> tuple[Array, Array, Array]:
         """Queries [t, h * hd], latents [t, kv_lora_rank] before their norm, and the shared part of the keys."""
-        if self.attention.q_lora_rank is None:
-            q, kv = project(x, self.q_proj, self.kv_a_proj_with_mqa, backend=self.backend)
-        else:
-            q, kv = project(x, self.q_a_proj, self.kv_a_proj_with_mqa, backend=self.backend)
+        q, kv = project(x, *self.inputs, backend=self.backend)
+        if self.attention.q_lora_rank is not None:
             (q,) = project(self.q_a_layernorm.of(q), self.q_b_proj, backend=self.backend)
         latent, shared = jnp.split(kv, [self.attention.kv_lora_rank], axis=-1)
         return q, latent, shared

@@ -3,9 +3,10 @@
 Weights are stored as in the checkpoint, [out, in]. Modules hold the parameters of one rank and nothing else.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,7 +16,7 @@ from gdnjax import sharding
 from gdnjax.backend import Backend, dot_precision
 from gdnjax.config import AttentionConfig, LatentAttentionConfig, ModelConfig, YarnConfig
 from gdnjax.pallas_kernels import matmul
-from gdnjax.pallas_kernels.normed import Normed, rms_norm, rms_normalise
+from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, gated_rms_norm, numbers, rms_norm, summed
 from gdnjax.quantized import Weight, dequantized
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
@@ -29,6 +30,18 @@ def linear(x: Float[Array, "... i"], weight: Weight, out_dtype=None) -> Float[Ar
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The residual stream: x, and a term in parts that is still to be added to it; whoever takes a norm of it does."""
+
+    x: Float[Array, "t d"]
+    added: Float[Array, "s t d"] | None = None
+
+    @property
+    def whole(self) -> Float[Array, "t d"]:
+        return summed(self.x, self.added)
+
+
 class Linear(nnx.Module):
     """A product without bias."""
 
@@ -39,9 +52,18 @@ class Linear(nnx.Module):
         return linear(x, self.weight[...])
 
 
-def project(x: Float[Array, "t i"] | Normed, *linears: Linear, backend: Backend) -> tuple[Float[Array, "t _"], ...]:
+Rows = Float[Array, "t _"] | Normed | Gated | Prepared
+"""Rows of a product: as they are, before their norm, or as `RMSNorm.prepare` gives them."""
+
+
+def project(x: Rows, *linears: Linear, backend: Backend) -> tuple[Float[Array, "t _"], ...]:
     """Several products of the same rows, side by side."""
     return matmul.project(x, *(linear.weight[...] for linear in linears), backend=backend)
+
+
+def project_in_parts(x: Rows, linear: Linear, backend: Backend) -> Float[Array, "s t _"]:
+    """A product that is added to the residual stream, as parts whose sum it is."""
+    return matmul.project_in_parts(x, linear.weight[...], backend=backend)
 
 
 class RMSNorm(nnx.Module):
@@ -55,9 +77,20 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         return rms_norm(x, self.weight[...], self.eps, self.centre)
 
-    def of(self, x: Float[Array, "t d"]) -> Normed:
-        """The same, to be taken by whoever multiplies the rows."""
-        return Normed(x, self.weight[...], self.eps, self.centre)
+    def of(self, x: Float[Array, "t d"], added: Float[Array, "s t d"] | None = None) -> Normed:
+        """The same of x + `added`, to be taken by whoever multiplies the rows."""
+        return Normed(x, self.weight[...], self.eps, self.centre, added)
+
+    def of_stream(self, stream: Stream, backend: Backend) -> Float[Array, "t d"]:
+        """The norm of the whole residual stream."""
+        return numbers(self.prepare(stream, (), backend)[1])
+
+    def prepare(
+        self, stream: Stream, linears: Sequence[Linear], backend: Backend, *, gated: bool = False
+    ) -> tuple[Float[Array, "t d"], Prepared]:
+        """The whole residual stream, and its norm as the rows of products by just these, of SwiGLU's if `gated`."""
+        weights = (linear.weight[...] for linear in linears)
+        return matmul.prepare(self.of(stream.x, stream.added), *weights, gated=gated, backend=backend)
 
 
 class SplitRMSNorm(nnx.Module):
@@ -88,11 +121,14 @@ class GatedRMSNorm(nnx.Module):
     def __init__(self, width: int, eps: float, dtype: str, *, activation: str = "silu"):
         self.weight = nnx.Param(jnp.zeros((width,), dtype))
         self.eps = eps
-        self.activation = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[activation]
+        self.activation = activation
 
     def __call__(self, x: Float[Array, "... v"], gate: Float[Array, "... v"]) -> Float[Array, "... v"]:
-        normal = rms_normalise(x, self.eps) * self.weight[...].astype(jnp.float32)
-        return (normal * self.activation(gate.astype(jnp.float32))).astype(gate.dtype)
+        return gated_rms_norm(x, gate, self.weight[...], self.eps, self.activation)
+
+    def of(self, x: Float[Array, "t h v"], gate: Float[Array, "t i"]) -> Gated:
+        """The same, to be taken by whoever multiplies the rows [t, h * v]."""
+        return Gated(x, gate, self.weight[...], self.eps, self.activation)
 
 
 def rotary_angles(
@@ -139,19 +175,6 @@ def yarn_frequencies(rotary_dim: int, theta: float, yarn: YarnConfig) -> np.ndar
     return (frequency * (1 - share) + frequency / yarn.factor * share).astype(np.float32)
 
 
-def rotate(x: Float[Array, "t h hd"], angles: tuple[Array, Array] | None) -> Float[Array, "t h hd"]:
-    """Rotates the first `rotary_dim` entries of each head, pairs (i, i + rotary_dim / 2); the rest pass, and all of
-    them without angles.
-    """
-    if angles is None:
-        return x
-    cos, sin = (a[:, None] for a in angles)
-    turned, rest = jnp.split(x, [cos.shape[-1]], axis=-1)
-    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
-    turned = turned * cos + jnp.concatenate([-second, first], axis=-1) * sin
-    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
-
-
 class Embedding(nnx.Module):
     """Token vectors and, where the head is tied, the head. The vocabulary is split over ranks."""
 
@@ -176,11 +199,15 @@ class DenseMLP(nnx.Module):
         self.down_proj = Linear(intermediate, width, dtype)
         self.backend = backend
 
-    def __call__(self, x: Float[Array, "t d"] | Normed, valid: Bool[Array, "t"]) -> Float[Array, "t d"]:
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """What meets the rows first: side by side, gated."""
+        return self.gate_proj, self.up_proj
+
+    def __call__(self, x: Rows, valid: Bool[Array, "t"]) -> Float[Array, "s t d"]:
         del valid  # padded rows are computed like any other and never read
         gate, up = self.gate_proj.weight[...], self.up_proj.weight[...]
-        (out,) = project(matmul.swiglu(x, gate, up, backend=self.backend), self.down_proj, backend=self.backend)
-        return out
+        return project_in_parts(matmul.swiglu(x, gate, up, backend=self.backend), self.down_proj, self.backend)
 
 
 def mask_padded_vocab(logits: Float32[Array, "n V"], config: ModelConfig, tp: int) -> Float32[Array, "n V"]:

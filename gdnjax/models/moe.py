@@ -8,9 +8,9 @@ from jax import lax
 from gdnjax import sharding
 from gdnjax.backend import Backend
 from gdnjax.config import ModelConfig, MoeConfig
-from gdnjax.models.layers import DenseMLP, Linear, linear
+from gdnjax.models.layers import DenseMLP, Linear, Rows, linear
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
-from gdnjax.pallas_kernels.normed import Normed, numbers
+from gdnjax.pallas_kernels.normed import numbers, total
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
 
@@ -124,14 +124,19 @@ class MoeMLP(nnx.Module):
             self.shared_experts = shared
         self.shared_gate = moe.shared_gate
 
-    def __call__(self, x: Float[Array, "t d"] | Normed, valid: Bool[Array, "t"]) -> Float[Array, "t d"]:
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """None: experts and router take the rows as they are."""
+        return ()
+
+    def __call__(self, x: Rows, valid: Bool[Array, "t"]) -> Float[Array, "s t d"]:
         x = numbers(x)
         weight, expert = self.choices(x, valid)
         if self.shared_gate:
-            shared = jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x, valid)
+            shared = jax.nn.sigmoid(self.shared_expert_gate(x)) * total(self.shared_expert(x, valid), x.dtype)
         else:
-            shared = self.shared_experts(x, valid)
-        return self.experts(x, expert, weight) + shared
+            shared = total(self.shared_experts(x, valid), x.dtype)
+        return (self.experts(x, expert, weight) + shared)[None]
 
     def choices(
         self, x: Float[Array, "t d"], valid: Bool[Array, "t"]

@@ -22,7 +22,7 @@ from gdnjax.cache import Cache
 from gdnjax.config import LayerKind, ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.decoder import DecoderLayer
-from gdnjax.models.layers import Linear, residual_norm
+from gdnjax.models.layers import Linear, Stream, residual_norm
 from gdnjax.shapes import Array, Float
 
 FIRST_INDEX = 1
@@ -43,6 +43,7 @@ class MultiTokenPredictor(nnx.Module):
         layer = DecoderLayer(config, LayerKind.ATTENTION, config.mlp_kinds[-1], pool_row, dtype, tp, backend)
         self.layers = nnx.List([layer])
         self.norm = residual_norm(config, dtype)
+        self.backend = backend
 
     def __call__(
         self,
@@ -55,7 +56,7 @@ class MultiTokenPredictor(nnx.Module):
         """`previous` holds the hidden state before each token; at index 0 anything. The pools are consumed."""
         context = dataclasses.replace(context, tiles=dataclasses.replace(context.tiles, first=FIRST_INDEX))
         both = [self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(previous)]
-        x = self.fc(jnp.concatenate(both, axis=-1))
+        stream = Stream(self.fc(jnp.concatenate(both, axis=-1)))
         for layer in self.layers:
-            x, cache = layer(x, context, angles, cache)
-        return self.norm(x), cache
+            stream, cache = layer(stream, context, angles, cache)
+        return self.norm.of_stream(stream, self.backend), cache

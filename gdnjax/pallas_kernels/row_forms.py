@@ -1,4 +1,5 @@
-"""The rows of a product in the form in which weights meet them; a norm that they are still to have is taken on the way.
+"""The rows of a product in the form in which weights meet them; what is still to be added to them, and a norm that they
+are still to have, come on the way.
 
   wide      numbers as they are
   float16   of bfloat16: with a power of two taken out of each row
@@ -7,8 +8,8 @@
             2^-21 of that largest at most of others
 
 What a form is for is said in `gdnjax.pallas_kernels.codes`. A program of the kernel makes one row: of 4096 numbers it
-takes as long as a launch does, where XLA needs a kernel each for the norm's sum, the largest, the halves, and the
-factors.
+takes as long as a launch does, where XLA needs a kernel each for what is added, the norm's sum, the largest, the
+halves, and the factors.
 """
 
 import jax
@@ -17,8 +18,8 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels.launch import LEAST, launch, power_of_two
-from gdnjax.pallas_kernels.normed import Normed
+from gdnjax.pallas_kernels.launch import LEAST, launch, power_of_two, sigmoid
+from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, numbers
 from gdnjax.shapes import Array, Float, Float32
 
 WIDE, FLOAT16, HALVES = "wide", "float16", "halves"
@@ -30,18 +31,66 @@ LOW = 16.0
 """What the low halves are multiplied by."""
 
 
-def rows_of(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:
+def rows_of(x: Array | Normed | Gated | Prepared, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:
     """The operands of a launch that rows [t, i] are: themselves, if `wide` or where that is the form; and but for that
     form [PARTS * t, i] in it, and [PARTS * t] float32, what each of these is to be multiplied by.
     """
+    if isinstance(x, Prepared):
+        assert (x.form, x.wide is not None) == (form, wide or form == WIDE), "rows were prepared for other weights"
+        return x.args
+    if isinstance(x, Gated):
+        # A kernel for the gated norm alone is no better than XLA's; with the form it is one in place of two.
+        return (numbers(x),) if form == WIDE else _gated(x, form, backend, wide=wide)
+    return prepared(x, form, backend, wide=wide)[1].args
+
+
+def _gated(x: Gated, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:
+    _, heads, width = x.x.shape
+    return tuple(
+        launch(
+            _make,
+            backend,
+            name="matmul_rows_gated",
+            programs=x.shape[0],
+            args=(x.x.reshape(x.shape), x.gate, x.weight),
+            out=_out(x, form, wide=wide),
+            warps=_warps(heads * width),
+            form=form,
+            norm=(x.eps, 0.0),
+            wide=wide,
+            added=False,
+            gated=(heads, x.activation),
+        )
+    )
+
+
+def _out(x: Array | Normed | Gated, form: str, *, wide: bool) -> list[jax.ShapeDtypeStruct]:
+    """Rows as they are, if `wide`, in their form, and their factors."""
+    (rows, width), parts = x.shape, PARTS[form]
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype)] if wide else []
+    if form == WIDE:
+        return out
+    dtype = jnp.float16 if form == FLOAT16 else jnp.float8_e4m3fn
+    out.append(jax.ShapeDtypeStruct((parts * rows, width), dtype))
+    return [*out, jax.ShapeDtypeStruct((parts * rows,), jnp.float32)]
+
+
+def _warps(width: int) -> int:
+    return min(16, max(4, power_of_two(width) // 1024))
+
+
+def prepared(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> tuple[Array, Prepared]:
+    """Rows [t, i] with all that was added to them, before a norm; and with it, in their form, and as they are, too, if
+    `wide`.
+    """
     (rows, width), formed = x.shape, form != WIDE
-    args, norm = ([x.x, x.weight], (x.eps, x.centre)) if isinstance(x, Normed) else ([x], None)
     wide = wide or not formed
-    out = [jax.ShapeDtypeStruct(x.shape, x.dtype)] if norm is not None and wide else []
-    if formed:
-        dtype = jnp.float16 if form == FLOAT16 else jnp.float8_e4m3fn
-        out.append(jax.ShapeDtypeStruct((PARTS[form] * rows, width), dtype))
-        out.append(jax.ShapeDtypeStruct((PARTS[form] * rows,), jnp.float32))
+    if isinstance(x, Normed):
+        whole, norm, added = x.x, (x.eps, x.centre), x.added is not None
+        args = [x.x, *([] if x.added is None else [x.added]), x.weight]
+    else:
+        whole, norm, added, args = x, None, False, [x]
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype)] * added + _out(x, form, wide=norm is not None and wide)
     made = []
     if out:
         made = launch(
@@ -51,25 +100,55 @@ def rows_of(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> tu
             programs=rows,
             args=args,
             out=out,
-            warps=min(16, max(4, power_of_two(width) // 1024)),
+            warps=_warps(width),
             form=form,
             norm=norm,
             wide=norm is not None and wide,
+            added=added,
         )
-    return (args[0], *made) if norm is None and wide else tuple(made)
+    if added:
+        whole, *made = made
+    as_they_are = (made.pop(0) if norm is not None else whole) if wide else None
+    in_form = made if formed else (None, None)
+    return whole, Prepared(form, as_they_are, *in_form, shape=(rows, width), dtype=x.dtype)
 
 
-def _make(program, x_ref, *refs, form, norm, wide):
+def _make(program, x_ref, *refs, form, norm, wide, added, gated=None):
     width = x_ref.shape[1]
-    lane = jnp.arange(power_of_two(width), dtype=jnp.int32)
-    real = None if lane.size == width else lane < width
+    gate_ref, refs = (refs[0], refs[1:]) if gated else (None, refs)
+    heads = gated[0] if gated else 1
+    of_head = width // heads
+    column = jnp.arange(power_of_two(of_head), dtype=jnp.int32)
+    real = None if column.size == of_head else column < of_head
+    lane = column
+    if gated:
+        # Heads are rows of a block, so that each has its own norm.
+        head = jnp.arange(power_of_two(heads), dtype=jnp.int32)[:, None]
+        lane = head * of_head + column[None, :]
+        if (head.size, column.size) != (heads, of_head):
+            real = (head < heads) & (column < of_head)[None, :]
 
     def load(ref, *at):
         return plgpu.load(ref.at[(*at, lane)], mask=real, other=None if real is None else 0)
 
     x = load(x_ref, program)
-    if norm is not None:
-        (weight_ref, *refs), (eps, centre) = refs, norm
+    parts_ref, refs = (refs[0], refs[1:]) if added else (None, refs)
+    weight_ref, refs = (refs[0], refs[1:]) if norm is not None else (None, refs)
+    if parts_ref is not None:
+        (whole_ref, *refs), term = refs, load(parts_ref, 0, program).astype(jnp.float32)
+        for part in range(1, parts_ref.shape[0]):
+            term = term + load(parts_ref, part, program)
+        # Rounded as one term, as where it is added by others.
+        x = (x.astype(jnp.float32) + term.astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
+        plgpu.store(whole_ref.at[program, lane], x, mask=real)
+    if gated:
+        weight = plgpu.load(weight_ref.at[column], mask=column < of_head, other=0).astype(jnp.float32)
+        gate, row = load(gate_ref, program), x.astype(jnp.float32)
+        row = row * lax.rsqrt(jnp.sum(row * row, axis=1) / of_head + norm[0])[:, None] * weight[None, :]
+        open = sigmoid(gate.astype(jnp.float32))
+        x = (row * (gate.astype(jnp.float32) * open if gated[1] == "silu" else open)).astype(gate.dtype)
+    elif norm is not None:
+        eps, centre = norm
         row = x.astype(jnp.float32)
         row = row * lax.rsqrt(jnp.sum(row * row) / width + eps) * (centre + load(weight_ref).astype(jnp.float32))
         x = row.astype(x.dtype)

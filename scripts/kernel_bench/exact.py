@@ -175,6 +175,18 @@ def kv_write(x, pools, layer):
     return (), (_double(x["k"]), _double(x["v"]))
 
 
+def enter(x, pools, layer):
+    def turned(heads, weight):
+        wide = _double(heads)
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6) * (1 + _double(weight))
+        half = x["cos"].shape[1] // 2
+        cos, sin = (_double(part)[:, None, :half] for part in (x["cos"], x["sin"]))
+        first, second, rest = jnp.split(wide, [half, 2 * half], axis=-1)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+    return turned(x["q"][:, ::2], x["q_weight"]), (turned(x["k"], x["k_weight"]), _double(x["v"]))
+
+
 def latent_write(x, pools, layer):
     return (), _double(x["c"])
 

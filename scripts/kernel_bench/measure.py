@@ -212,7 +212,7 @@ def _peers_in_jax(work: Workload) -> dict[str, Any]:
     from kernel_bench import jax_peers
 
     return jax_peers.of(work) | (
-        {"XLA": _call(work, REFERENCE)} if work.name.startswith(("matmul", "normed", "draw", "kv-write")) else {}
+        {"XLA": _call(work, REFERENCE)} if work.name.startswith(("matmul", "normed", "draw", "kv-")) else {}
     )
 
 

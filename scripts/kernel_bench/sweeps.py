@@ -119,7 +119,7 @@ def _table(name: str):
         tiles = [dataclasses.replace(old, keys=k, warps=w, stages=s) for k, w, s in sizes]
         tiles += [dataclasses.replace(old, programs=p) for p in (132, 528, 1056)]
         return attention.TILES, "decode", [*tiles, *(dataclasses.replace(old, part=p) for p in (0, 1024, 4096, 8192))]
-    if name.startswith(("kv-write", "latent-write")):
+    if name.startswith(("kv-write", "kv-enter", "latent-write")):
         # A program is one token, whatever the chip.
         return attention.TILES, "decode", []
     if name.startswith("draw"):

@@ -549,6 +549,43 @@ def kv_write(rows: int, kv_heads: int, width: int, *, int8: bool = False, real: 
     )
 
 
+def enter(rows: int, heads: int, kv_heads: int, width: int, rotary: int):
+    """Queries, each with its gate behind it, and keys of so many tokens: norm, rotation, and the write to blocks."""
+    written = kv_write(rows, kv_heads, width)
+
+    def inputs(key):
+        arguments, pools = written.inputs(key)
+        keys = jax.random.split(jax.random.fold_in(key, 9), 4)
+        angle = jnp.tile(jax.random.uniform(keys[3], (rows, rotary // 2), jnp.float32, 0, 6), 2)
+        return arguments | {
+            "q": _random(keys[0], (rows, 2 * heads, width)),
+            "q_weight": _random(keys[1], (width,), scale=0.1),
+            "k_weight": _random(keys[2], (width,), scale=0.1),
+            "cos": jnp.cos(angle),
+            "sin": jnp.sin(angle),
+        }, pools
+
+    def call(x, pools, layer, backend):
+        angles = x["cos"], x["sin"]
+        turn = paged_attention.Turn(x["q_weight"], x["k_weight"], eps=1e-6, centre=1.0, angles=angles, gated=True)
+        tokens = (x[name] for name in ("q", "k", "v"))
+        q, k_blocks, v_blocks, _ = paged_attention.enter(
+            *pools, None, layer, *tokens, turn, x["block"], x["offset"], backend=backend
+        )
+        return q, (k_blocks, v_blocks)
+
+    return dataclasses.replace(
+        written,
+        name=f"kv-enter-{heads}/{kv_heads}x{width}-{rows}",
+        inputs=inputs,
+        call=call,
+        exact=exact.enter,
+        bytes=rows * (2 * 2 * (heads + 2 * kv_heads) * width + 8 * rotary),
+        # The norm is rounded before it is turned.
+        limits=(6e-3, 6e-3),
+    )
+
+
 def latent_write(rows: int, *, value_dim: int = 512, rest: int = 64, real: int | None = None):
     """Latents of so many tokens to blocks of their own."""
     real = rows if real is None else real
@@ -788,6 +825,7 @@ WORKLOADS = {
         kv_write(128, 4, 256),
         kv_write(128, 4, 256, int8=True),
         kv_write(128, 4, 256, real=9),
+        *(enter(rows, 16, 4, 256, 64) for rows in (1, 128, 512)),
         latent(128, 2048, 1, 32),
         latent(128, 2048, 1, 128),
         latent(1, 131072, 1, 128),

@@ -21,6 +21,11 @@ MOST_WARPS = 16
 MOST_THREADS = 1 << 32
 """Of a launch, along x."""
 
+SEQUENCE = "thunk_sequence_after_thunk_passes.txt"
+"""The end of the name of the file in which XLA says what it launches, in order."""
+
+HOLDERS = ("kCommandBuffer", "kSequential", "kWhile", "kConditional")
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
@@ -35,7 +40,9 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What came of one function. `beyond_reach` has kernels and what buffers.faults found in them."""
+    """What came of one function. `beyond_reach` has kernels and what buffers.faults found in them; `sequence` the names
+    of all that a call of it launches, in order.
+    """
 
     launches: list[Launch]
     kernels: list[code_object.Kernel]
@@ -43,6 +50,7 @@ class Compiled:
     temporary_bytes: int
     errors: list[str]
     beyond_reach: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    sequence: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Demands:
 
     alias_bytes: int = 0
     most_temporary_bytes: int | None = None
+    most_launches: int | None = None
     waves: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -109,6 +118,7 @@ def compile_function(lower: Callable[[], Any], cache: pathlib.Path, known: dict[
         beyond_reach=_beyond_reach(
             {file for file in new if file.name.endswith("ir-no-opt.ll")}, {launch.name for launch in launches}
         ),
+        sequence=[name for file in sorted(new) if file.name.endswith(SEQUENCE) for name in sequence(file.read_text())],
     )
 
 
@@ -134,6 +144,8 @@ def judge(compiled: Compiled, demands: Demands, arch: str) -> list[str]:
         wrong.append(f"{compiled.alias_bytes} bytes are updated in place, {demands.alias_bytes} wanted")
     if demands.most_temporary_bytes is not None and compiled.temporary_bytes > demands.most_temporary_bytes:
         wrong.append(f"{compiled.temporary_bytes} bytes of temporaries, at most {demands.most_temporary_bytes} wanted")
+    if demands.most_launches is not None and not 0 < len(compiled.sequence) <= demands.most_launches:
+        wrong.append(f"{len(compiled.sequence)} launches, 1 to {demands.most_launches} wanted")
     return wrong
 
 
@@ -218,6 +230,12 @@ def shared_memory(files: set[pathlib.Path]) -> dict[str, int]:
         for name, size in re.findall(pattern, file.read_text()):
             found[name] = max(int(size), found.get(name, 0))
     return found
+
+
+def sequence(text: str) -> list[str]:
+    """What is launched, by name, or kind where it has none; what holds others, a command buffer, a loop, is none."""
+    found = re.findall(r"^ *\d+: (k\w+)(?: \[[^\]]*\])?(?: +(\w+))?", text, re.MULTILINE)
+    return [name or kind for kind, name in found if kind not in HOLDERS]
 
 
 @contextlib.contextmanager

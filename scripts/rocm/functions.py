@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +22,9 @@ from gdnjax.models import abstract_params, build_model, engine_geometry, partiti
 from gdnjax.serving import packing
 from gdnjax.serving.planning import with_shardings
 from gdnjax.state import empty_state, shardings_of
-from gdnjax.step import StepOptions, build_steps
+from gdnjax.step import StepOptions, Steps, build_steps
 from rocm.compiling import Demands
-
-LAYERS = 4
-"""Of a model whose whole steps are compiled: one period of its layers."""
+from rocm.counts import COUNTED, COUNTED_LAYERS, LAYERS
 
 MAX_MODEL_LEN = 8192
 
@@ -80,12 +78,17 @@ WAVES = {
     "grouped_matmul": 4,
     "gumbel_argmax": 8,
     "latent_attention": 1,
+    "latent_attention_merge": 8,
     "latent_attention_split": 1,
     "latent_attention_write": 8,
     "matmul_project": 4,
     "matmul_rows": 4,
+    "matmul_rows_gated": 4,
     "matmul_swiglu": 4,
     "paged_attention": 1,
+    "paged_attention_enter": 8,
+    "paged_attention_enter_quantised": 8,
+    "paged_attention_merge": 8,
     "paged_attention_split": 1,
     "paged_attention_write": 8,
     "paged_attention_write_quantised": 8,
@@ -184,8 +187,6 @@ def steps(arch: str, devices_of: Callable[[int], list[Any]]) -> Iterator[Functio
 def _steps(
     arch: str, devices, preset: str, ranks: int, drafts: int, large: bool, *, whole_experts_in_fp8: bool = False
 ) -> Iterator[Function]:
-    whole = ModelConfig.from_hf(config_file(preset))
-    config = dataclasses.replace(whole, layer_kinds=whole.layer_kinds[:LAYERS], mlp_kinds=whole.mlp_kinds[:LAYERS])
     engine = EngineConfig(
         max_num_seqs=32,
         max_num_batched_tokens=2048,
@@ -193,23 +194,10 @@ def _steps(
         enable_expert_parallel=whole_experts_in_fp8,
         num_speculative_tokens=drafts,
     )
-    coded = {}
-    if whole_experts_in_fp8:
-        config = config.with_expert_parallel()
-        numbers = abstract_params(config, ranks, "bfloat16", mtp=drafts > 0)
-        coded = usual_formats(numbers, ranks, "fp8", expert_parallel=True)
-    mesh = Mesh(np.array(devices), ("tp",))
-    model = build_model(config, "bfloat16", ranks, mtp=drafts > 0, backend=Backend("pallas", arch))
-    geometry = engine_geometry(model, engine)
-    slots, blocks = _large_counts(geometry) if large else (SLOTS * ranks, BLOCKS * ranks)
-    plan = MemoryPlan.of_counts(geometry, num_slots=slots, num_blocks=blocks, num_logit_rows=8, num_count_rows=32)
-    state = jax.eval_shape(lambda: empty_state(geometry, plan, engine, MAX_MODEL_LEN))
-    state = with_shardings(state, shardings_of(state, mesh))
-    params = abstract_params(config, ranks, "bfloat16", mtp=drafts > 0, coded=coded)
-    params = with_shardings(params, partition.shardings_of(params, mesh, expert_parallel=config.expert_parallel))
-    options = StepOptions(state_layout=engine.state_layout, num_drafts=drafts)
+    counts = None if large else (SLOTS * ranks, BLOCKS * ranks)
+    built = _built(arch, devices, preset, engine, range(LAYERS), counts, fp8=whole_experts_in_fp8)
+    params, state, options = built.params, built.state, built.options
     full = dataclasses.replace(options, full=True, max_logprobs=engine.max_logprobs)
-    built = build_steps(model, mesh, options, params, state)
     width = MAX_MODEL_LEN // engine.block_size
     # The pools are updated in place, and all temporaries together are smaller than any copy of states, keys or values.
     pools = (state.cache.slots[DELTA]["ssm"], *state.cache.pages[ATTENTION].values())
@@ -220,22 +208,90 @@ def _steps(
     )
     # As engines have them: whoever has a structure is drawn for by the full sampler, and so is a prompt's end.
     prefill = packing.pack_prefill([], tokens=2048, rows=8, table_width=width, mask_rows={})
-    shape = {"rows": 32, "table_width": width, "grown_width": 1 + drafts, "drafts": drafts > 0}
-    decode = {mask: packing.pack_decode([], {}, [], **shape, mask_rows={} if mask else None) for mask in (False, True)}
+    decode = {mask: built.decode_batch(32, masks=mask) for mask in (False, True)}
     name = f"{preset}, {LAYERS} layers, {ranks} rank{'s' * (ranks > 1)}, {drafts} drafts"
     name += ", pools over 4 GiB" * large + ", whole experts in FP8 blocks" * whole_experts_in_fp8
-    yield Function(f"prefill of {name}", lambda: built.prefill(full).lower(params, state, prefill), demands)
+    yield Function(f"prefill of {name}", lambda: built.steps.prefill(full).lower(params, state, prefill), demands)
     # The sampler is the same in all of them, but for drafts and ranks.
     samplers = {"plain": options} | ({"full": full} if (drafts > 0) == (ranks > 1) else {})
     for sampler, chosen in samplers.items():
         yield Function(
             f"decode, {sampler} sampler, of {name}",
-            lambda chosen=chosen: built.decode(chosen).lower(params, state, decode[chosen.full]),
+            lambda chosen=chosen: built.steps.decode(chosen).lower(params, state, decode[chosen.full]),
             demands,
         )
     if drafts:
         seal = packing.pack_seals([], rows=8)
-        yield Function(f"seal of {name}", lambda: built.seal.lower(params, state, seal), demands)
+        yield Function(f"seal of {name}", lambda: built.steps.seal.lower(params, state, seal), demands)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    """The steps of some layers of a model, as shapes."""
+
+    steps: Steps
+    params: Any
+    state: Any
+    options: StepOptions
+    block_size: int
+
+    def decode_batch(self, rows: int, *, masks: bool = False):
+        drafts = self.options.num_drafts
+        shape = {"table_width": MAX_MODEL_LEN // self.block_size, "grown_width": 1 + drafts, "drafts": drafts > 0}
+        return packing.pack_decode([], {}, [], rows=rows, **shape, mask_rows={} if masks else None)
+
+
+def _built(
+    arch: str,
+    devices,
+    preset: str,
+    engine: EngineConfig,
+    layers: Sequence[int],
+    counts: tuple[int, int] | None,
+    *,
+    fp8: bool = False,
+) -> _Built:
+    """Steps of these layers of a preset's model, weights in blocks of FP8 or in bfloat16. `counts`: slots and blocks;
+    None: pools over 4 GiB.
+    """
+    whole = ModelConfig.from_hf(config_file(preset))
+    config = dataclasses.replace(
+        whole,
+        layer_kinds=tuple(whole.layer_kinds[layer] for layer in layers),
+        mlp_kinds=tuple(whole.mlp_kinds[layer] for layer in layers),
+    )
+    ranks, drafts = engine.tensor_parallel_size, engine.num_speculative_tokens
+    if engine.enable_expert_parallel:
+        config = config.with_expert_parallel()
+    coded = {}
+    if fp8:
+        numbers = abstract_params(config, ranks, "bfloat16", mtp=drafts > 0)
+        coded = usual_formats(numbers, ranks, "fp8", expert_parallel=config.expert_parallel)
+    mesh = Mesh(np.array(devices), ("tp",))
+    model = build_model(config, "bfloat16", ranks, mtp=drafts > 0, backend=Backend("pallas", arch))
+    geometry = engine_geometry(model, engine)
+    slots, blocks = _large_counts(geometry) if counts is None else counts
+    plan = MemoryPlan.of_counts(geometry, num_slots=slots, num_blocks=blocks, num_logit_rows=8, num_count_rows=32)
+    state = jax.eval_shape(lambda: empty_state(geometry, plan, engine, MAX_MODEL_LEN))
+    state = with_shardings(state, shardings_of(state, mesh))
+    params = abstract_params(config, ranks, "bfloat16", mtp=drafts > 0, coded=coded)
+    params = with_shardings(params, partition.shardings_of(params, mesh, expert_parallel=config.expert_parallel))
+    options = StepOptions(state_layout=engine.state_layout, num_drafts=drafts)
+    return _Built(build_steps(model, mesh, options, params, state), params, state, options, engine.block_size)
+
+
+def counted(arch: str, devices) -> Iterator[Function]:
+    """Steps whose launches are counted: see `rocm.counts`."""
+    for what in COUNTED:
+        for kind, layers in COUNTED_LAYERS.items():
+            engine = EngineConfig(max_num_seqs=128, num_speculative_tokens=what.drafts)
+
+            def lower(what=what, layers=layers, engine=engine):
+                built = _built(arch, devices, "qwen3.5-9b", engine, layers, (SLOTS, BLOCKS), fp8=what.fp8)
+                batch = built.decode_batch(what.rows)
+                return built.steps.decode(built.options).lower(built.params, built.state, batch)
+
+            yield Function(what.of(kind), lower, Demands(most_launches=what.most(layers)))
 
 
 def _large_counts(geometry: StateGeometry) -> tuple[int, int]:

@@ -35,6 +35,9 @@ def test_inputs_are_split_and_added_up(inputs, backend):
     x, (weight,) = operands(5, inputs, (64,))
     (actual,) = matmul.project(jnp.asarray(x), jnp.asarray(weight), backend=backend)
     np.testing.assert_allclose(np.asarray(actual), exact(x, weight), rtol=1e-5, atol=1e-5)
+    parts = matmul.project_in_parts(jnp.asarray(x), jnp.asarray(weight), backend=backend)
+    assert parts.shape[1:] == actual.shape
+    np.testing.assert_allclose(np.asarray(parts).sum(0), exact(x, weight), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 128, 130])

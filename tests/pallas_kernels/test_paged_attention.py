@@ -489,3 +489,70 @@ def test_8_bit_pools_that_32_bits_with_a_sign_cannot_number_are_refused(blocks, 
 def test_wider_pools_have_no_such_limit():
     pools = (jax.ShapeDtypeStruct((4, 2**15, 16, 4, 256), jnp.bfloat16),) * 2
     paged_attention.scales.check(*pools, None, Backend("pallas", "sm_90"))
+
+
+@pytest.mark.parametrize(("rotary", "gated", "normed"), [(8, True, True), (24, False, True), (0, True, False)])
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_queries_and_keys_enter_normed_and_turned(rotary, gated, normed, dtype, backend):
+    """Against float64; keys and values are where `write` stores them, and nothing else is."""
+    rng = np.random.default_rng(6)
+    tokens, heads, kv_heads, width = 5, 6, 3, 24
+    q, k, v = (
+        rng.standard_normal((tokens, count, width)).astype(np.float32)
+        for count in (heads * (1 + gated), kv_heads, kv_heads)
+    )
+    weights = rng.standard_normal((2, width)).astype(np.float32)
+    angle = np.tile(rng.uniform(0, 6, (tokens, rotary // 2)).astype(np.float32), 2)
+    block, offset = np.array([3, 5, 0, 3, 1], np.int32), np.array([7, 0, 2, 0, 1], np.int32)
+    shape = (LAYERS, 6, 8, kv_heads, width)
+    pools = [np.zeros(shape, dtype or np.float32) for _ in range(2)]
+    scales = None if dtype is None else tuple(jnp.zeros(shape[:-1]) for _ in range(2))
+    turn = paged_attention.Turn(
+        *(map(jnp.asarray, weights) if normed else (None, None)),
+        eps=1e-6,
+        centre=1.0,
+        angles=(jnp.cos(angle), jnp.sin(angle)) if rotary else None,
+        gated=gated,
+    )
+    places = jnp.asarray(block), jnp.asarray(offset)
+    given = map(jnp.asarray, (q, k, v))
+    found, *stored, scales = paged_attention.enter(
+        *map(jnp.asarray, pools), scales, 1, *given, turn, *places, backend=backend
+    )
+
+    def exact(x, weight):
+        x = x.astype(np.float64)
+        if normed:
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (1 + weight.astype(np.float64))
+        out, half = x.copy(), rotary // 2
+        cos, sin = (f(angle.astype(np.float64))[:, None, :half] for f in (np.cos, np.sin))
+        first, second = x[..., :half], x[..., half:rotary]
+        out[..., :half], out[..., half:rotary] = first * cos - second * sin, second * cos + first * sin
+        return out
+
+    np.testing.assert_allclose(np.asarray(found), exact(q[:, ::2] if gated else q, weights[0]), rtol=2e-6, atol=2e-6)
+    real = block > 0
+    for pool, scale, wanted in zip(stored, scales or (None, None), (exact(k, weights[1]), v), strict=True):
+        pool = np.asarray(pool).astype(np.float64)
+        others = np.ones(shape[:3], bool)
+        others[1, block], others[:, 0] = False, False
+        assert not pool[others].any()
+        at = 1, block[real], offset[real]
+        actual = pool[at] if scale is None else pool[at] * np.asarray(scale, np.float64)[at][..., None]
+        # To the nearest of 127 steps.
+        step = 0 if scale is None else np.abs(wanted[real]).max(-1, keepdims=True) / 127
+        assert (np.abs(actual - wanted[real]) <= 0.5001 * step + 2e-6 * (1 + np.abs(wanted[real]))).all()
+
+
+@pytest.mark.parametrize("blocks", [3, 24])
+def test_outputs_are_multiplied_by_their_gates(blocks, backend):
+    """One context is short, the other cut into parts where there are many blocks."""
+    lengths = [16 * blocks - 3, 10]
+    cache = Cache(lengths)
+    q, gate = random_queries(2, 1, 4), random_queries(2, 1, 8, seed=2)
+    position = np.array(lengths)[:, None] - 1
+    tiles = Tiles(jnp.asarray(position, jnp.int32), jnp.asarray(cache.table), jnp.int32(max(lengths)))
+    actual = paged_attention.attend(
+        *map(jnp.asarray, (q, cache.k_pool, cache.v_pool)), 1, tiles, gate=jnp.asarray(gate), backend=backend
+    )
+    check(cache, q, position, range(2), np.asarray(actual) * (1 + np.exp(-gate[:, :, 1::2])))

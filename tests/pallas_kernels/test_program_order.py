@@ -21,11 +21,13 @@ from rocm.cases import (
     conv_prefill,
     delta,
     draw,
+    enter,
     every_code,
     grouped,
     kv_write,
     latent,
     latent_write,
+    normed,
     product,
 )
 from rocm.cases.case import same_bits
@@ -48,10 +50,13 @@ CASES = [
     conv_prefill(72, kept=True),
     attention("decode", kv=np.int8),
     attention("split", blocks=32),
+    attention("parts", blocks=32, parts=True, gated=True),
     attention("prefill", queries=64),
     kv_write(kv_heads=3, width=80),
     kv_write(np.int8),
+    enter(width=80, heads=6, kv_heads=3, rotary=32),
     latent("split", value_dim=24, rest=8, blocks=32),
+    latent("parts", value_dim=24, rest=8, blocks=32, parts=True),
     latent_write(width=80),
     grouped("few"),
     grouped("few", codes=FLOAT8),
@@ -67,6 +72,7 @@ CASES = [
     product("split", 3, depth=1024, outputs=(96,), codes=FLOAT8),
     every_code(FLOAT8),
     every_code(FLOAT8, rows=3),
+    normed(200, parts=4),
     draw(),
 ]
 

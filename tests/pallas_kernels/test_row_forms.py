@@ -7,8 +7,9 @@ import pytest
 
 from gdnjax.backend import INTERPRET, REFERENCE
 from gdnjax.pallas_kernels import matmul
-from gdnjax.pallas_kernels.normed import Normed, numbers
+from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, numbers
 from gdnjax.pallas_kernels.row_forms import FLOAT16, HALVES, PARTS, WIDE, halves, rows_of
+from gdnjax.quantized import Quantized
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -90,3 +91,60 @@ def test_products_of_normed_rows_are_those_of_the_rows(rows, backend):
         expected = op(numbers(normed), *weights, backend=REFERENCE)
         for one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (actual, expected)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("codes", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_a_term_is_added_before_the_norm_and_rows_are_prepared_for_their_weights(rows, codes, backend):
+    """What comes out is the sum, and products of its norm; 200 rows are more than kernels take."""
+    rng = np.random.default_rng(9)
+    dtype = jnp.bfloat16 if codes else jnp.float32
+    x, *parts = (rng.standard_normal((rows, 96)).astype(np.float32) for _ in range(4))
+    scale = jnp.asarray(rng.standard_normal(96), dtype)
+    weights = [rng.standard_normal((size, 96)).astype(np.float32) for size in (96, 96)]
+    given = [jnp.asarray(weight, dtype) for weight in weights]
+    if codes:
+        given = [Quantized(weight.astype(codes), jnp.ones((96, 1), jnp.float32), (1, 96)) for weight in given]
+    normed = Normed(jnp.asarray(x, dtype), scale, 1e-6, 1.0, jnp.asarray(np.stack(parts)))
+    term = np.asarray(jnp.asarray(sum(parts), dtype), np.float64)
+    whole = np.asarray(normed.x, np.float64) + term
+    exact = whole / np.sqrt((whole**2).mean(1, keepdims=True) + 1e-6) * (1 + np.asarray(scale, np.float64))
+    matrices = [np.asarray(w.codes if codes else w, np.float64) for w in given]
+    products = [exact @ matrix.T for matrix in matrices]
+    tolerance = 2**-6 if codes else 2e-5
+    for gated, op in ((False, matmul.project), (True, matmul.swiglu)):
+        stream, prepared = matmul.prepare(normed, *given, gated=gated, backend=backend)
+        np.testing.assert_allclose(np.asarray(stream, np.float64), whole, rtol=2**-8 if codes else 1e-6, atol=1e-6)
+        found = op(prepared, *given, backend=backend)
+        wanted = [products[0] / (1 + np.exp(-products[0])) * products[1]] if gated else products
+        for one, other in zip(found if isinstance(found, tuple) else (found,), wanted, strict=True):
+            size = np.abs(other).max()
+            np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=tolerance, atol=tolerance * size)
+
+
+def test_rows_that_were_prepared_in_another_form_are_not_numbers():
+    rows = Prepared(HALVES, None, jnp.zeros((2, 16)), jnp.zeros(2), shape=(1, 16), dtype=jnp.dtype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="rows were prepared as halves alone"):
+        numbers(rows)
+
+
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+@pytest.mark.parametrize(("heads", "width"), [(4, 32), (3, 24)])
+def test_a_gated_norm_is_taken_on_the_way(heads, width, activation):
+    """Head by head, of rows as they are and in the forms of codes."""
+    rng = np.random.default_rng(11)
+    x = jnp.asarray(rng.standard_normal((5, heads, width)) * np.exp2(rng.integers(-9, 9, (5, heads, 1))), jnp.bfloat16)
+    gate = jnp.asarray(rng.standard_normal((5, heads * width)), jnp.bfloat16)
+    weight = jnp.asarray(rng.standard_normal(width), jnp.bfloat16)
+    gated = Gated(x, gate, weight, 1e-6, activation)
+    wide, z = np.asarray(x, np.float64), np.asarray(gate, np.float64).reshape(5, heads, width)
+    exact = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(weight, np.float64)
+    exact = (exact * (z if activation == "silu" else 1) / (1 + np.exp(-z))).reshape(5, -1)
+    (numbers_alone,) = rows_of(gated, WIDE, INTERPRET, wide=True)
+    np.testing.assert_allclose(np.asarray(numbers_alone, np.float64), exact, rtol=2**-8, atol=1e-6)
+    for form in (HALVES, FLOAT16):
+        rows, *formed = rows_of(gated, form, INTERPRET, wide=True)
+        np.testing.assert_allclose(np.asarray(rows, np.float64), exact, rtol=2**-8, atol=1e-6)
+        parts = np.asarray(formed[0]).astype(np.float64) * np.asarray(formed[1], np.float64)[:, None]
+        again = parts.reshape(5, PARTS[form], heads * width).sum(1)
+        np.testing.assert_allclose(again, np.asarray(rows, np.float64), rtol=0, atol=np.abs(exact).max() * 2**-20)

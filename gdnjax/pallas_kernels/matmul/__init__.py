@@ -1,5 +1,5 @@
 """Products of few rows with large matrices: what a decode step's projections are."""
 
-from gdnjax.pallas_kernels.matmul.api import project, swiglu
+from gdnjax.pallas_kernels.matmul.api import prepare, project, project_in_parts, swiglu
 
-__all__ = ["project", "swiglu"]
+__all__ = ["prepare", "project", "project_in_parts", "swiglu"]

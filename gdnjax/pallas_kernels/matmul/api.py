@@ -1,18 +1,39 @@
 """Contract of the op. Matrices are [out, in], as in the checkpoint; sums are float32.
 
 Kernels take the few rows of a decode step, where reading the matrices is all the time there is and XLA leaves a part of
-it; more rows, and types without a tile, are XLA's. Rows [t, i] may be `Normed`: the norm is then part of the op.
+it; more rows, and types without a tile, are XLA's. Rows [t, i] may be `Normed` or `Gated`: the norm is then part of the
+op; or `Prepared`, which is made for certain weights, and goes with what else there is to be done of a row.
 """
 
 import jax
 
 from gdnjax.backend import REFERENCE, Backend
+from gdnjax.pallas_kernels import codes, row_forms
 from gdnjax.pallas_kernels.matmul import kernels, reference, tiles
-from gdnjax.pallas_kernels.normed import Normed, numbers
+from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, numbers, rms_norm, summed
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array, Float
 
-Rows = Float[Array, "t i"] | Normed
+Rows = Float[Array, "t i"] | Normed | Gated | Prepared
+
+
+def prepare(
+    x: Normed, *weights: Weight, gated: bool = False, backend: Backend = REFERENCE
+) -> tuple[Float[Array, "t i"], Prepared]:
+    """x before its norm, with what is added to it, and its rows for `project`, or `swiglu` if `gated`, by just these
+    weights. Without weights they are numbers alone.
+    """
+    found = tiles.of(backend, x, *weights)
+    if found is None:
+        whole = summed(x.x, x.added)
+        wide = rms_norm(whole, x.weight, x.eps, x.centre)
+        return whole, Prepared(row_forms.WIDE, wide, None, None, shape=x.shape, dtype=x.dtype)
+    outputs = [weight.shape[0] for weight in weights]
+    tile = (found.of_gated(outputs[0]) or found.narrow) if gated and weights else found.of_outputs(outputs)
+    _, grids = codes.flat(*weights)
+    coded = any(grid is not None for grid in grids)
+    form = tile.form if coded else row_forms.WIDE
+    return row_forms.prepared(x, form, backend, wide=None in grids or not weights)
 
 
 def project(x: Rows, *weights: Weight, backend: Backend = REFERENCE) -> tuple[Float[Array, "t _"], ...]:
@@ -21,6 +42,17 @@ def project(x: Rows, *weights: Weight, backend: Backend = REFERENCE) -> tuple[Fl
     if found is None:
         return reference.project(numbers(x), weights, backend)
     return kernels.project(x, weights, found.of_outputs(weight.shape[0] for weight in weights), backend)
+
+
+def project_in_parts(x: Rows, weight: Weight, *, backend: Backend = REFERENCE) -> Float[Array, "s t _"]:
+    """x W^T as a sum that nobody has added up yet, for whoever adds it to something: as one term, rounded to x's dtype
+    (`normed.summed`). Parts are float32, and one alone is in x's dtype.
+    """
+    found = tiles.of(backend, x, weight)
+    if found is None:
+        return reference.project(numbers(x), (weight,), backend)[0][None]
+    (parts,) = kernels.project_in_parts(x, (weight,), found.of_outputs([weight.shape[0]]), backend)
+    return parts
 
 
 def swiglu(x: Rows, gate: Weight, up: Weight, *, backend: Backend = REFERENCE) -> Float[Array, "t o"]:

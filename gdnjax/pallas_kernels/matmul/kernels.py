@@ -18,20 +18,26 @@ from gdnjax.pallas_kernels import codes, row_forms
 from gdnjax.pallas_kernels.codes import Operand
 from gdnjax.pallas_kernels.launch import LEAST, launch, power_of_two, sigmoid
 from gdnjax.pallas_kernels.matmul.tiles import Tile
-from gdnjax.pallas_kernels.normed import Normed
+from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, total
 from gdnjax.pallas_kernels.row_forms import WIDE
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
 
+Rows = Array | Normed | Gated | Prepared
 
-def project(x: Array | Normed, weights: Sequence[Weight], tile: Tile, backend: Backend) -> tuple[Array, ...]:
+
+def project(x: Rows, weights: Sequence[Weight], tile: Tile, backend: Backend) -> tuple[Array, ...]:
+    return tuple(total(parts, x.dtype) for parts in project_in_parts(x, weights, tile, backend))
+
+
+def project_in_parts(x: Rows, weights: Sequence[Weight], tile: Tile, backend: Backend) -> list[Array]:
     blocks = [-(-weight.shape[0] // tile.columns) for weight in weights]
     depth = _depth(x, weights, tile)
     splits = _splits(sum(blocks), x.shape[1], depth, tile)
     dtype = x.dtype if splits == 1 else jnp.float32
     arrays, grids = codes.flat(*weights)
     rows = row_forms.rows_of(x, tile.form, backend, wide=None in grids)
-    out = launch(
+    return launch(
         _project,
         backend,
         name="matmul_project",
@@ -47,7 +53,6 @@ def project(x: Array | Normed, weights: Sequence[Weight], tile: Tile, backend: B
         depth=depth,
         form=tile.form,
     )
-    return tuple(part[0] if splits == 1 else jnp.sum(part, axis=0).astype(x.dtype) for part in out)
 
 
 def _splits(programs: int, inputs: int, depth: int, tile: Tile) -> int:
@@ -56,7 +61,7 @@ def _splits(programs: int, inputs: int, depth: int, tile: Tile) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-def _depth(x: Array | Normed, weights: Sequence[Weight], tile: Tile) -> int:
+def _depth(x: Rows, weights: Sequence[Weight], tile: Tile) -> int:
     depth = codes.depth_of(min(tile.depth, power_of_two(x.shape[1], LEAST)), x.shape[1], *weights)
     assert depth is not None, "tiles.of gives none where there is no depth"
     return depth
@@ -78,7 +83,7 @@ def _project(program, *refs, blocks, grids, splits, columns, depth, form):
         first += size
 
 
-def swiglu(x: Array | Normed, gate: Weight, up: Weight, tile: Tile, backend: Backend) -> Array:
+def swiglu(x: Rows, gate: Weight, up: Weight, tile: Tile, backend: Backend) -> Array:
     arrays, grids = codes.flat(gate, up)
     (out,) = launch(
         _swiglu,

@@ -63,6 +63,52 @@ def attend(
     return kernels.attend(q, k_blocks, v_blocks, layer, tiles, scales, gate, backend)
 
 
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What becomes of queries and keys before they meet: a norm of each head, and a rotation of its first entries.
+
+    q_weight, k_weight  [hd] of the norms, (centre + weight) each; None: they have had one.
+    angles              cos and sin [t, rotary_dim] float32; None: nothing is rotated.
+    gated               behind each head of the queries stands a gate, which is left where it is.
+    """
+
+    q_weight: Leaf
+    k_weight: Leaf
+    eps: float
+    centre: float
+    angles: tuple[Array, Array] | None
+    gated: bool
+
+
+def enter(
+    k_blocks: Shaped[Array, "L b p kh hd"],
+    v_blocks: Shaped[Array, "L b p kh hd"],
+    scales: Scales | None,
+    layer: int,
+    q: Float[Array, "t rows hd"],
+    k: Float[Array, "t kh hd"],
+    v: Float[Array, "t kh hd"],
+    turn: Turn,
+    block: Int32[Array, "t"],
+    offset: Int32[Array, "t"],
+    *,
+    backend: Backend = REFERENCE,
+) -> tuple[Float[Array, "t h hd"], Shaped[Array, "L b p kh hd"], Shaped[Array, "L b p kh hd"], Scales | None]:
+    """Queries and keys as `turn` says, the keys and values stored as by `write`, or with `scales` by `write_quantised`:
+    the queries [t, h, hd], and the pools, which are consumed.
+
+    Norms and rotations are computed in float32, each rounded to the dtype of what it is of. Of more tokens than those
+    of a decode step all but the writes are XLA's.
+    """
+    check(k_blocks, v_blocks, scales, backend)
+    if not backend.is_reference and q.shape[0] <= writes.most_entering(backend):
+        return writes.enter(k_blocks, v_blocks, scales, layer, q, k, v, turn, block, offset, backend)
+    q, k = reference.turned(q, k, turn)
+    if scales is None:
+        return q, *write(k_blocks, v_blocks, layer, k, v, block, offset, backend=backend), None
+    return q, *write_quantised(k_blocks, v_blocks, scales, layer, k, v, block, offset, backend=backend)
+
+
 def write(
     k_blocks: Shaped[Array, "L b p kh hd"],
     v_blocks: Shaped[Array, "L b p kh hd"],

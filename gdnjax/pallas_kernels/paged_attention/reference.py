@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdnjax.backend import FLOAT32_DOT
+from gdnjax.pallas_kernels.normed import rms_norm
 from gdnjax.pallas_kernels.pools import dtype_of, read_rows, write_rows
+from gdnjax.pallas_kernels.rotary import rotate
 from gdnjax.quantized import quantise
 from gdnjax.shapes import Array
 
@@ -93,6 +95,14 @@ def _over_pages(q: Array, block_size: int, tiles, page_of: Callable, *, width: i
     # A query that sees no key has total 0. Divided by its weight of 0 it would be selected away, but not its gradient.
     o = total / jnp.where(weight > 0, weight, 1.0)[..., None]
     return o.transpose(0, 3, 1, 2, 4).reshape(count, queries, kv_heads * group, width).astype(dtype)
+
+
+def turned(q: Array, k: Array, turn) -> tuple[Array, Array]:
+    """Queries without their gates, and keys, after norm and rotation."""
+    q = q[:, ::2] if turn.gated else q
+    if turn.q_weight is not None:
+        q, k = (rms_norm(x, w, turn.eps, turn.centre) for x, w in ((q, turn.q_weight), (k, turn.k_weight)))
+    return rotate(q, turn.angles), rotate(k, turn.angles)
 
 
 def write(k_blocks: Array, v_blocks: Array, layer: int, k: Array, v: Array, block: Array, offset: Array):

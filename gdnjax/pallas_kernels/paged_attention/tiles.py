@@ -7,6 +7,24 @@ from gdnjax.backend import Backend
 
 WRITE_WARPS = 4
 
+
+@dataclasses.dataclass(frozen=True)
+class Enter:
+    """Where queries and keys get norm and rotation, and are stored, in one kernel: for `most` tokens, 0 for none; a
+    program has at most `heads` of the queries of one, or its keys and values.
+    """
+
+    most: int
+    heads: int
+    warps: int
+
+
+ENTER = {
+    "cuda": Enter(most=1024, heads=8, warps=4),
+    "rocm": Enter(most=1024, heads=8, warps=4),
+    "interpret": Enter(most=1024, heads=2, warps=1),
+}
+
 FEW = 8
 """Query tokens of a tile up to which it is one of decode."""
 

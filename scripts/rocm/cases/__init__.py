@@ -5,9 +5,9 @@ They run wherever `launch.run` runs kernels: interpreted by XLA, or as machine c
 
 import numpy as np
 
-from rocm.cases.attention import attention, kv_write, latent, latent_write
+from rocm.cases.attention import attention, enter, kv_write, latent, latent_write
 from rocm.cases.case import BFLOAT16, FLOAT8, Bound, Case
-from rocm.cases.products import draw, every_code, grouped, normed, product
+from rocm.cases.products import draw, every_code, gated, grouped, normed, product
 from rocm.cases.recurrent import chunked, conv, conv_prefill, delta
 
 __all__ = ["Bound", "Case", "cases", "race"]
@@ -89,6 +89,10 @@ def cases() -> list[Case]:
         attention("verify", queries=4, past=2),
         attention("split", blocks=32),
         attention("split", blocks=32, kv=np.int8),
+        attention("parts", blocks=32, parts=True, gated=True),
+        attention("parts", blocks=32, parts=True, queries=4, kv=np.int8),
+        attention("parts", blocks=32, parts=True, kv=FLOAT8, width=80, first=20),
+        attention("decode", gated=True),
         attention("prefill", queries=64),
         attention("prefill", queries=64, width=256, heads=2, kv_heads=1),
         attention("prefill", queries=64, width=24, blocks=5, past=90),
@@ -97,12 +101,18 @@ def cases() -> list[Case]:
         kv_write(kv_heads=3, width=80),
         kv_write(np.int8),
         kv_write(FLOAT8),
+        enter(),
+        enter(width=80, heads=3, kv_heads=3, rotary=80, gated=False),
+        enter(heads=4, width=256, rotary=64, normed=False),
+        enter(np.int8),
+        enter(FLOAT8, rotary=0, gated=False),
         latent("decode"),
         latent("decode", value_dim=24, rest=8, heads=3),
         latent("decode", value_dim=128, rest=0, heads=20, first=20),
         latent("decode", value_dim=128, rest=16, dtype=np.float32),
         latent("verify", queries=4, value_dim=128, past=2),
         latent("split", value_dim=128, blocks=32),
+        latent("parts", value_dim=128, blocks=32, parts=True),
         latent("prefill", queries=64, heads=2),
         latent("prefill", queries=64, heads=2, value_dim=48, rest=16, dtype=np.float32),
         latent("prefill", queries=64, heads=3, value_dim=48, rest=16, blocks=5, past=90),
@@ -116,6 +126,9 @@ def cases() -> list[Case]:
         *coded_products(),
         normed(200),
         normed(256, np.float32),
+        normed(200, parts=4),
+        gated(3, 24),
+        normed(256, np.float32, parts=1),
         draw(),
         draw(bounded=True),
     ]

@@ -29,6 +29,9 @@ QUANTISED = Bound(norm=5e-3, place=7e-2, flips=3e-3)
 SCALE = Bound(norm=2e-7, place=5e-7)
 """A maximum and a division."""
 
+TURNED = Bound(norm=4e-3, place=2**-5)
+"""Rounded to bfloat16 by the norm and by the rotation, where two numbers may cancel."""
+
 FLOAT32 = Bound(norm=1e-6, place=1e-5)
 """Float32 sums in another order; 2.5e-7 was seen."""
 
@@ -271,3 +274,58 @@ def latent_write(dtype: DTypeLike = BFLOAT16, *, width: int = 576) -> Case:
     tokens = {"c": normal(random(name), (5, width))}
     pools = {"c_blocks": poison((LAYERS, 5, 4, width), dtype)}
     return _writing(name, latent_write_op, tokens, pools, {"c_blocks": EXACT})
+
+
+@functools.cache
+def enter_op(*, gated: bool, normed: bool, rotated: bool) -> Op:
+    def call(x, layer, backend):
+        weights = (x["q_weight"], x["k_weight"]) if normed else (None, None)
+        angles = (x["cos"], x["sin"]) if rotated else None
+        turn = paged_attention.Turn(*weights, eps=1e-6, centre=1.0, angles=angles, gated=gated)
+        scales = (x["k_scales"], x["v_scales"]) if "k_scales" in x else None
+        places = x["block"], x["offset"]
+        q, k, v, scales = paged_attention.enter(
+            x["k_blocks"], x["v_blocks"], scales, layer, x["q"], x["k"], x["v"], turn, *places, backend=backend
+        )
+        written = {} if scales is None else {"k_scales": scales[0], "v_scales": scales[1]}
+        return {"q": q, "k_blocks": k, "v_blocks": v} | written
+
+    return call
+
+
+def enter(
+    kv: DTypeLike = BFLOAT16,
+    *,
+    heads: int = 6,
+    kv_heads: int = 2,
+    width: int = 128,
+    rotary: int = 32,
+    gated: bool = True,
+    normed: bool = True,
+) -> Case:
+    """Queries and keys of five tokens, of which one is padding, with norm and rotation, and keys and values written."""
+    kv = np.dtype(kv)
+    name = f"kv-enter-{kv.name}-{heads}of{kv_heads}x{width}-{rotary}" + "-gated" * gated + "-normed" * normed
+    written, r = kv_write(kv, kv_heads=kv_heads, width=width), random(name)
+    tokens = len(PLACES["block"])
+    x = {"q": normal(r, (tokens, heads * (1 + gated), width))}
+    if gated:
+        x["q"][:, 1::2] = np.nan
+    x |= {f"{part}_weight": normal(r, (width,)) for part in "qk"} if normed else {}
+    angle = r.uniform(0, 6, (tokens, rotary // 2)).astype(np.float32)
+    angle = np.concatenate([angle, angle], axis=1)
+    x |= {"cos": np.cos(angle), "sin": np.sin(angle)} if rotary else {}
+    pools = {name: x for name, x in written.arrays.items() if name.endswith(("blocks", "scales"))}
+    # Keys are rounded by the norm, by the rotation, and by the pool.
+    bounds = {"q": TURNED, "v_blocks": written.bounds["v_blocks"], "k_blocks": TURNED}
+    if eight_bits(kv):
+        bounds |= {"k_blocks": Bound(norm=1e-2, place=0.3), "k_scales": Bound(norm=5e-3, place=1e-2), "v_scales": SCALE}
+    return dataclasses.replace(
+        written,
+        name=name,
+        op=enter_op(gated=gated, normed=normed, rotated=rotary > 0),
+        arrays=written.arrays | x,
+        bounds=bounds,
+        # What else is rounded is so by the kernel as by the definition, of the numbers that it is given.
+        rounded=frozenset({*pools, "q", "k", "v"}),
+    )

@@ -11,8 +11,8 @@ from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
 from gdnjax.pallas_kernels.matmul import kernels as matmul_kernels
 from gdnjax.pallas_kernels.matmul import tiles as matmul_tiles
-from gdnjax.pallas_kernels.normed import Normed, numbers
-from gdnjax.pallas_kernels.row_forms import WIDE, rows_of
+from gdnjax.pallas_kernels.normed import Gated, Normed, numbers, summed
+from gdnjax.pallas_kernels.row_forms import FLOAT16, WIDE, prepared, rows_of
 from gdnjax.quantized import Quantized, Weight
 from rocm.cases.case import BFLOAT16, EXACT, FLOAT8, Arrays, Bound, Case, Op, poison
 from rocm.cases.recurrent import LAYER, normal, random
@@ -23,6 +23,9 @@ float32 error is more of it."""
 
 NORMED = Bound(norm=2.5e-3, place=2**-7, flips=1e-2)
 """Rounded to bfloat16 once."""
+
+SUM = Bound(norm=5e-3, place=2**-5)
+"""A term is rounded to bfloat16, and so is what comes of adding it: where the two cancel, the first is more of it."""
 
 NOISE = Bound(norm=1e-6, place=1e-6)
 """Two logarithms."""
@@ -191,16 +194,49 @@ def _product(name: str, kind: str, x: dict[str, np.ndarray], grids: tuple[Grid |
 
 def normed_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
     """The norm in front of a product, alone."""
-    rows = Normed(x["x"], x["weight"], 1e-6, 1.0)
-    return {"out": numbers(rows) if backend.is_reference else rows_of(rows, WIDE, backend, wide=True)[0]}
+    rows = Normed(x["x"], x["weight"], 1e-6, 1.0, x.get("added"))
+    if backend.is_reference:
+        return {"whole": summed(rows.x, rows.added), "out": numbers(rows)}
+    whole, made = prepared(rows, WIDE, backend, wide=True)
+    return {"whole": whole, "out": numbers(made)}
 
 
-def normed(width: int, dtype: Any = BFLOAT16) -> Case:
-    """Rows of several sizes."""
-    name = f"matmul-normed-3x{width}-{np.dtype(dtype).name}"
+def normed(width: int, dtype: Any = BFLOAT16, parts: int = 0) -> Case:
+    """Rows of several sizes, or of one, to which a term in so many parts is added before."""
+    name = f"matmul-normed-3x{width}-{np.dtype(dtype).name}" + f"-{parts}-parts" * (parts > 0)
     r = random(name)
-    x = {"x": normal(r, (3, width), dtype) * np.array([[1e-3], [1], [30]], dtype), "weight": normal(r, (width,), dtype)}
-    return Case(name, normed_op, x, LAYER, {"out": NORMED if dtype == BFLOAT16 else NOISE})
+    x = {"x": normal(r, (3, width), dtype), "weight": normal(r, (width,), dtype)}
+    if not parts:
+        x["x"] *= np.array([[1e-3], [1], [30]], dtype)
+        bounds = {"whole": EXACT, "out": NORMED if dtype == BFLOAT16 else NOISE}
+    else:
+        x["added"] = normal(r, (parts, 3, width), np.float32)
+        bounds = dict.fromkeys(("whole", "out"), SUM if dtype == BFLOAT16 else NOISE)
+    return Case(name, normed_op, x, LAYER, bounds)
+
+
+def gated_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
+    """The gated norm of rows that become float16."""
+    rows = Gated(x["x"], x["gate"], x["weight"], 1e-6, "silu")
+    if backend.is_reference:
+        return {"out": numbers(rows)}
+    wide, formed, factor = rows_of(rows, FLOAT16, backend, wide=True)
+    return {"out": wide, "formed": formed.astype(np.float32) * factor[:, None]}
+
+
+def gated(heads: int, width: int) -> Case:
+    """Three rows of heads; no chip of AMD's has a table that asks for it."""
+    name = f"matmul-gated-3x{heads}x{width}"
+    r = random(name)
+    x = {"x": normal(r, (3, heads, width)), "gate": normal(r, (3, heads * width)), "weight": normal(r, (width,))}
+
+    def by_hand(arrays: Arrays) -> dict[str, np.ndarray]:
+        o, z, weight = (arrays[part].astype(np.float64) for part in ("x", "gate", "weight"))
+        o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-6) * weight
+        out = o.reshape(z.shape) * z / (1 + np.exp(-z))
+        return {"out": out, "formed": out}
+
+    return Case(name, gated_op, x, LAYER, {"out": NORMED, "formed": Bound(NORMED.norm, NORMED.place)}, exact=by_hand)
 
 
 def _named(codes: Any, grid: Grid) -> str:
