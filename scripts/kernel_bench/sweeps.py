@@ -124,7 +124,9 @@ def _table(name: str):
         return attention.TILES, "decode", []
     if name.startswith("draw"):
         sizes = itertools.product((512, 1024, 2048, 4096), (4, 8), (528, 1056, 2112))
-        return draws.TILES, None, [draws.Tile(*size) for size in sizes]
+        tiles = [draws.Tile(*size) for size in sizes]
+        spared = itertools.product((128, 256, 512, 1024), (1, 2, 4), (1056, 2112), (True,))
+        return draws.TILES, None, [*tiles, *(draws.Tile(*size) for size in spared)]
     if name.startswith("normed"):
         return products.TILES, "bfloat16", []
     if name.startswith("matmul"):

@@ -18,7 +18,7 @@ from gdnjax.batch import PrefillBatch
 from gdnjax.config import LayerKind
 from gdnjax.models import HybridModel
 from gdnjax.models.context import prefill_context
-from gdnjax.models.layers import rotary_angles
+from gdnjax.models.layers import Stream, rotary_angles
 from gdnjax.shapes import Params
 from gdnjax.state import ServeState
 
@@ -58,14 +58,14 @@ def decays(model: HybridModel, params: Params, state: ServeState, batch: Prefill
     module = merged(model, params)
     context = prefill_context(step.pools_of(state, OPTIONS), batch)
     angles = rotary_angles(context.position, module.attention)
-    x, cache = module.embed_tokens(batch.tokens), state.cache
+    stream, cache = Stream(module.embed_tokens(batch.tokens)), state.cache
     found = []
     for layer in module.layers:
         if layer.kind == LayerKind.DELTA:
             mixer = layer.linear_attn
-            a = mixer.in_proj_a(layer.input_layernorm(x)).astype(jnp.float32)
+            a = mixer.in_proj_a(layer.input_layernorm(stream.whole)).astype(jnp.float32)
             found.append(log_decay(mixer.A_log[...], mixer.dt_bias[...], a))
-        x, cache = layer(x, context, angles, cache)
+        stream, cache = layer(stream, context, angles, cache)
     return jnp.stack(found)
 
 

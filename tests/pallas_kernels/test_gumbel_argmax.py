@@ -1,10 +1,13 @@
 """Drawn tokens against Threefry by jax.random's own function, and against noise-free rows."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax.pallas_kernels.gumbel_argmax import gumbel, gumbel_argmax
+from gdnjax.backend import INTERPRET
+from gdnjax.pallas_kernels.gumbel_argmax import gumbel, gumbel_argmax, kernels, tiles
 
 WIDTH = 300
 TEMPERATURE = np.array([0.0, 1.0, 0.7, 0.0, 2.0], np.float32)
@@ -69,3 +72,27 @@ def test_tokens_that_may_not_be_drawn_are_not(backend):
     logits[:, :290] = -np.inf
     token, _, _ = draw(logits, seeds, backend=backend)
     assert (token >= 290).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0, 30.0, 3000.0])
+def test_noise_that_is_spared_changes_no_bit(spread, monkeypatch):
+    """Draws are those of noise for every token: of rows that all but tie, and of rows whose best stand out."""
+    width = 2000
+    logits, seeds = np.random.default_rng(4).standard_normal((5, width)).astype(np.float32) * spread, operands()[1]
+    logits[4, :50] = [np.nan, np.inf, -np.inf, np.inf, 1] * 10
+    found = {}
+    for sparing in (False, True):
+        tile = dataclasses.replace(tiles.of(INTERPRET), sparing=sparing)
+        monkeypatch.setattr(tiles, "of", lambda backend, tile=tile: tile)
+        for temperature in (0.01, 1.0, 3.0):
+            hot = np.full(5, temperature, np.float32)
+            drawn = draw(logits, seeds, temperature=hot, backend=INTERPRET)
+            if sparing:
+                for one, other in zip(drawn, found[temperature], strict=True):
+                    np.testing.assert_array_equal(one, other)
+            found[temperature] = drawn
+
+
+def test_no_noise_is_above_its_bound():
+    least = np.float32(0.5) * np.float32(2.0**-32)
+    assert 0 < kernels.MOST_NOISE + np.log(-np.log1p(-np.float64(least))) < 0.01

@@ -556,3 +556,17 @@ def test_outputs_are_multiplied_by_their_gates(blocks, backend):
         *map(jnp.asarray, (q, cache.k_pool, cache.v_pool)), 1, tiles, gate=jnp.asarray(gate), backend=backend
     )
     check(cache, q, position, range(2), np.asarray(actual) * (1 + np.exp(-gate[:, :, 1::2])))
+
+
+def test_parts_of_a_context_are_its_own_bit_for_bit():
+    """Ten requests, too many for programs of their own parts: a long one beside long ones, short ones, and none."""
+    lengths = [600, 30, 500, 5, 64, 65, 300, 128, 1, 20]
+    cache = Cache(lengths, table_width=40)
+    q = random_queries(10, 1, 4)
+    position = np.array(lengths)[:, None] - 1
+    together = attend(cache, q, position, np.arange(10))
+    check(cache, q, position, range(10), together)
+    for others in (3, -1):
+        alone = np.full_like(position, others)
+        alone[[0, 6]] = position[[0, 6]]
+        np.testing.assert_array_equal(attend(cache, q, alone, np.arange(10))[[0, 6]], together[[0, 6]])

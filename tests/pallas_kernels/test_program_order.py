@@ -74,6 +74,7 @@ CASES = [
     every_code(FLOAT8, rows=3),
     normed(200, parts=4),
     draw(),
+    draw(sparing=True),
 ]
 
 QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}

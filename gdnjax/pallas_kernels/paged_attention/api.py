@@ -68,7 +68,7 @@ class Turn:
     """What becomes of queries and keys before they meet: a norm of each head, and a rotation of its first entries.
 
     q_weight, k_weight  [hd] of the norms, (centre + weight) each; None: they have had one.
-    angles              cos and sin [t, rotary_dim] float32; None: nothing is rotated.
+    angles              cos and sin [t, rotary_dim] float32, of which both halves are equal; None: nothing is rotated.
     gated               behind each head of the queries stands a gate, which is left where it is.
     """
 

@@ -242,7 +242,7 @@ def _merge(program, position_ref, *refs, length, plan):
             totals = plgpu.load(total_ref.at[*at, split[:, None], lane[None, :]], mask=both, other=0.0)
             return total + jnp.sum(share[:, None] * totals, axis=0), weight + jnp.sum(share * weights)
 
-        start = jnp.zeros((lane.size,), jnp.float32), jnp.float32(0.0)
+        start = jnp.zeros((lane.size,), jnp.float32), jnp.zeros((), jnp.float32)
         total, weight = lax.fori_loop(0, pl.cdiv(plan.splits, AT_ONCE), some, start)
         o = total / jnp.where(weight > 0, weight, 1.0)
         _store(o_ref, gate_ref, at, o[None, :], lane, None if mask is None else mask[None, :])

@@ -44,7 +44,10 @@ def enter(k_blocks, v_blocks, scales, layer: int, q, k, v, turn, block, offset, 
     heads = rows // 2 if turn.gated else rows
     pools = (k_blocks, v_blocks, *(scales or ()))
     weights = () if turn.q_weight is None else (turn.q_weight, turn.k_weight)
-    args = (layer_number(layer), block, offset, *weights, *(turn.angles or ()), q, k, v, *pools)
+    rotary = 0 if turn.angles is None else turn.angles[0].shape[1]
+    # Both of a pair have one angle: half of them are enough, and nobody needs to put two halves side by side.
+    angles = () if turn.angles is None else tuple(part[:, : rotary // 2] for part in turn.angles)
+    args = (layer_number(layer), block, offset, *weights, *angles, q, k, v, *pools)
     first, together = len(args) - len(pools), max(n for n in range(1, tile.heads + 1) if heads % n == 0)
     q, k_blocks, v_blocks, *scales = launch(
         _enter,
@@ -58,7 +61,7 @@ def enter(k_blocks, v_blocks, scales, layer: int, q, k, v, turn, block, offset, 
         aliases={first + i: 1 + i for i in range(len(pools))},
         together=together,
         norm=(turn.eps, turn.centre) if weights else None,
-        rotary=0 if turn.angles is None else turn.angles[0].shape[1],
+        rotary=rotary,
         gated=turn.gated,
     )
     return q, k_blocks, v_blocks, tuple(scales) or None
@@ -100,10 +103,9 @@ def _enter(program, layer_ref, block_ref, offset_ref, *refs, together, norm, rot
         pair = load(other)
         if norm:
             pair = (pair.astype(jnp.float32) * factor * weight(other)).astype(x.dtype)
-        cos = plgpu.load(angles[0].at[token, lane], mask=lane < rotary, other=1.0)
-        sin = plgpu.load(angles[1].at[token, lane], mask=lane < rotary, other=0.0)
+        angle = jnp.where(lane < rotary // 2, lane, lane - rotary // 2)
+        cos, sin = (plgpu.load(part.at[token, angle], mask=lane < rotary, other=0.0) for part in angles)
         sin = jnp.where(lane < rotary // 2, -sin, sin)
-        # Behind what is rotated a number is its own pair, times 0: what is no number there must not become one.
         both = x.astype(jnp.float32) * cos + pair.astype(jnp.float32) * sin
         return jnp.where(lane < rotary, both, x.astype(jnp.float32)).astype(x.dtype), mask
 

@@ -131,6 +131,8 @@ def cases() -> list[Case]:
         normed(256, np.float32, parts=1),
         draw(),
         draw(bounded=True),
+        draw(sparing=True),
+        draw(bounded=True, sparing=True),
     ]
 
 

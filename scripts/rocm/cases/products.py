@@ -1,7 +1,9 @@
 """Cases of the products and of the sampler, which own no pools."""
 
+import dataclasses
 import functools
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -9,10 +11,11 @@ from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import matmul
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
+from gdnjax.pallas_kernels.gumbel_argmax import tiles as draw_tiles
 from gdnjax.pallas_kernels.matmul import kernels as matmul_kernels
 from gdnjax.pallas_kernels.matmul import tiles as matmul_tiles
 from gdnjax.pallas_kernels.normed import Gated, Normed, numbers, summed
-from gdnjax.pallas_kernels.row_forms import FLOAT16, WIDE, prepared, rows_of
+from gdnjax.pallas_kernels.row_forms import HALVES, WIDE, prepared, rows_of
 from gdnjax.quantized import Quantized, Weight
 from rocm.cases.case import BFLOAT16, EXACT, FLOAT8, Arrays, Bound, Case, Op, poison
 from rocm.cases.recurrent import LAYER, normal, random
@@ -216,12 +219,13 @@ def normed(width: int, dtype: Any = BFLOAT16, parts: int = 0) -> Case:
 
 
 def gated_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
-    """The gated norm of rows that become float16."""
+    """The gated norm of rows that become halves."""
     rows = Gated(x["x"], x["gate"], x["weight"], 1e-6, "silu")
     if backend.is_reference:
         return {"out": numbers(rows)}
-    wide, formed, factor = rows_of(rows, FLOAT16, backend, wide=True)
-    return {"out": wide, "formed": formed.astype(np.float32) * factor[:, None]}
+    wide, formed, factor = rows_of(rows, HALVES, backend, wide=True)
+    both = (formed.astype(np.float32) * factor[:, None]).reshape(wide.shape[0], 2, -1)
+    return {"out": wide, "formed": both.sum(1)}
 
 
 def gated(heads: int, width: int) -> Case:
@@ -245,18 +249,20 @@ def _named(codes: Any, grid: Grid) -> str:
 
 
 @functools.cache
-def draw_op() -> Op:
+def draw_op(*, sparing: bool = False) -> Op:
     def call(x, layer, backend):
         draw = (x["logits"], x["temperature"], x.get("least"), x["seed"], x["position"])
-        token, value, top = gumbel_argmax(*draw, first=5, backend=backend)
+        tile = dataclasses.replace(draw_tiles.of(backend), sparing=sparing)
+        with mock.patch.object(draw_tiles, "of", return_value=tile):
+            token, value, top = gumbel_argmax(*draw, first=5, backend=backend)
         return {"token": token, "value": value, "top": top}
 
     return call
 
 
-def draw(*, bounded: bool = False, vocabulary: int = 3000) -> Case:
-    """A greedy row and two that are drawn; `bounded`: with least logits, the last row left out."""
-    name = f"draw-3x{vocabulary}" + "-bounded" * bounded
+def draw(*, bounded: bool = False, sparing: bool = False, vocabulary: int = 3000) -> Case:
+    """A greedy row and two that are drawn; `bounded`: with least logits, the last row left out. `sparing`: see Tile."""
+    name = f"draw-3x{vocabulary}" + "-bounded" * bounded + "-sparing" * sparing
     r = random(name)
     x = {
         "logits": normal(r, (3, vocabulary), np.float32, 2.0),
@@ -267,4 +273,7 @@ def draw(*, bounded: bool = False, vocabulary: int = 3000) -> Case:
     if bounded:
         x["least"] = np.array([0.5, 1.5, -np.inf], np.float32)
         x["logits"][2] = np.nan
-    return Case(name, draw_op(), x, LAYER, {"token": EXACT, "value": NOISE, "top": NOISE})
+    if sparing:
+        # Some stand out so far that of others no noise is made.
+        x["logits"][:, 5::700] += 30
+    return Case(name, draw_op(sparing=sparing), x, LAYER, {"token": EXACT, "value": NOISE, "top": NOISE})
