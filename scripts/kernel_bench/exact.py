@@ -206,6 +206,12 @@ def products(x, pools, layer, *, gated):
     return tuple(found), ()
 
 
+def gated(x, pools, layer):
+    heads, gate = _double(x["x"]), _double(x["gate"])
+    heads = heads * lax.rsqrt(jnp.mean(heads * heads, axis=-1, keepdims=True) + 1e-6) * _double(x["weight"])
+    return heads.reshape(gate.shape) * _silu(gate), ()
+
+
 def normed(x, pools, layer):
     row = _double(x["x"])
     return row * lax.rsqrt(jnp.mean(row * row, axis=-1, keepdims=True) + 1e-6) * (1 + _double(x["weight"])), ()

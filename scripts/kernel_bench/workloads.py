@@ -23,7 +23,7 @@ from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, matmul, paged
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, Rounding, StateOrder
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
-from gdnjax.pallas_kernels.normed import Normed, numbers
+from gdnjax.pallas_kernels.normed import Gated, Normed, numbers
 from gdnjax.pallas_kernels.rows import Rows, make_chunks
 from gdnjax.quantized import CodeFormat
 from kernel_bench import exact
@@ -732,6 +732,36 @@ def normed(rows: int, width: int):
     )
 
 
+def gated(rows: int, heads: int, width: int):
+    """The gated norm in front of a product with codes, and the halves of its rows."""
+
+    def inputs(key):
+        keys = jax.random.split(key, 3)
+        shape = (rows, heads, width)
+        gate = _random(keys[1], (rows, heads * width))
+        return {"x": _random(keys[0], shape), "gate": gate, "weight": _random(keys[2], (width,))}, ()
+
+    def call(x, pools, layer, backend):
+        rows = Gated(x["x"], x["gate"], x["weight"], 1e-6, "silu")
+        if backend.is_reference:
+            return numbers(rows), pools
+        found, *_ = row_forms.rows_of(rows, row_forms.HALVES, backend, wide=True)
+        return found, pools
+
+    return Workload(
+        name=f"normed-gated-{heads}x{width}-{rows}",
+        inputs=inputs,
+        call=call,
+        exact=exact.gated,
+        written=lambda pools, x, layer: (),
+        layers=1,
+        bytes=2 * 4 * rows * heads * width,
+        flops=0,
+        limits=(4e-3, 0),
+        chain="x",
+    )
+
+
 def draws(rows: int, vocab: int, temperature: float):
     """Tokens of a decode step."""
 
@@ -861,6 +891,7 @@ WORKLOADS = {
         products("out", 1, 6144, 5120, codes="float8_e4m3fn"),
         normed(1, 4096),
         normed(128, 5120),
+        gated(16, 32, 128),
         draws(128, 248320, 1.0),
         draws(128, 248320, 0.0),
         draws(1, 248320, 1.0),

@@ -10,7 +10,7 @@ import jax
 import pytest
 import rocm_gate as script
 from kernel_bench.workloads import WORKLOADS
-from rocm import buffers, code_object, compiling, functions
+from rocm import buffers, code_object, compiling, counts, functions
 from rocm.code_object import Kernel
 from rocm.compiling import Compiled, Demands, Launch, judge
 
@@ -75,6 +75,37 @@ def test_missing_code_copied_pools_and_errors_are_refused():
         "100 bytes are updated in place, 101 wanted",
         "10 bytes of temporaries, at most 9 wanted",
     ]
+
+
+SEQUENCE = """000: kCommandBuffer [source | sink]
+    001: kCustomKernel [source        | next=002 (1)] matmul_rows grid: [32, 1, 1] threads: [256, 1, 1]
+    002: kCublasLtMatmul [prev=001 (1)  | sink]
+003: kWhile [source | sink]
+    004: kKernel loop_fusion_3 grid: [1, 1, 1]
+"""
+
+
+def test_launches_are_counted_and_more_of_them_are_refused():
+    names = compiling.sequence(SEQUENCE)
+    assert names == ["matmul_rows", "kCublasLtMatmul", "loop_fusion_3"]
+    compiled = dataclasses.replace(COMPILED, sequence=names)
+    assert judge(compiled, Demands(most_launches=3), "gfx942") == []
+    assert judge(compiled, Demands(most_launches=2), "gfx942") == ["3 launches, 1 to 2 wanted"]
+    # A compiler that does not say what it launches is not taken for one that launches nothing.
+    assert judge(COMPILED, Demands(most_launches=2), "gfx942") == ["0 launches, 1 to 2 wanted"]
+
+
+def test_launches_of_layers_are_differences():
+    (what, *_) = counts.COUNTED
+    results = [
+        {"arch": "gfx942", "name": what.of(kind), "launches": ["k"] * count}
+        for kind, count in zip(counts.COUNTED_LAYERS, (44, 53, 55), strict=True)
+    ]
+    assert script.launches_table(results).splitlines()[-1] == f"| gfx942, {what.name} | 9 | 11 | 24 |"
+    assert script.launches_table(results[:2]) == ""
+    assert {f"launches, {name}, one of each" for name in counts.STANDING} <= {
+        what.of("one of each") for what in counts.COUNTED
+    }
 
 
 def ir_of(name: str, *lines: str, size: str = "dereferenceable(64)") -> str:
