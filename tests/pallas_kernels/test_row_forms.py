@@ -109,7 +109,7 @@ def test_a_term_is_added_before_the_norm_and_rows_are_prepared_for_their_weights
     term = np.asarray(jnp.asarray(sum(parts), dtype), np.float64)
     whole = np.asarray(normed.x, np.float64) + term
     exact = whole / np.sqrt((whole**2).mean(1, keepdims=True) + 1e-6) * (1 + np.asarray(scale, np.float64))
-    matrices = [np.asarray(w.codes if codes else w, np.float64) for w in given]
+    matrices = [np.asarray(w.codes if isinstance(w, Quantized) else w, np.float64) for w in given]
     products = [exact @ matrix.T for matrix in matrices]
     tolerance = 2**-6 if codes else 2e-5
     for gated, op in ((False, matmul.project), (True, matmul.swiglu)):
