@@ -60,7 +60,7 @@ class Prepared:
     wide: Array | None
     formed: Array | None
     factor: Array | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: jnp.dtype
 
     @property

@@ -142,6 +142,8 @@ def _make(program, x_ref, *refs, form, norm, wide, added, gated=None):
         x = (x.astype(jnp.float32) + term.astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
         plgpu.store(whole_ref.at[program, lane], x, mask=real)
     if gated:
+        assert weight_ref is not None, "a gated norm has a weight"
+        assert norm is not None, "and an epsilon"
         weight = plgpu.load(weight_ref.at[column], mask=column < of_head, other=0).astype(jnp.float32)
         gate, row = load(gate_ref, program), x.astype(jnp.float32)
         row = row * lax.rsqrt(jnp.sum(row * row, axis=1) / of_head + norm[0])[:, None] * weight[None, :]

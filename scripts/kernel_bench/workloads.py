@@ -568,9 +568,9 @@ def enter(rows: int, heads: int, kv_heads: int, width: int, rotary: int):
     def call(x, pools, layer, backend):
         angles = x["cos"], x["sin"]
         turn = paged_attention.Turn(x["q_weight"], x["k_weight"], eps=1e-6, centre=1.0, angles=angles, gated=True)
-        tokens = (x[name] for name in ("q", "k", "v"))
+        (k, v), places = pools, (x["block"], x["offset"])
         q, k_blocks, v_blocks, _ = paged_attention.enter(
-            *pools, None, layer, *tokens, turn, x["block"], x["offset"], backend=backend
+            k, v, None, layer, x["q"], x["k"], x["v"], turn, *places, backend=backend
         )
         return q, (k_blocks, v_blocks)
 

@@ -195,20 +195,21 @@ def for_parts(program: Array, position_ref, ends_ref, heads: int, plan: Plan, ru
         split, part = program % plan.splits, program // plan.splits % of_tile
         run(_rows_of(program // (plan.splits * of_tile), part, split, position_ref, plan))
         return
-    count = ends_ref.shape[0]
+    count, listed = ends_ref.shape[0], plan.listed
+    assert listed is not None, "there is a list"
     number = jnp.arange(power_of_two(count), dtype=jnp.int32)
     real = None if number.size == count else number < count
     ends = plgpu.load(ends_ref.at[number], mask=real, other=None if real is None else jnp.iinfo(jnp.int32).max)
 
     def one_part(i, carry):
-        item = program + i * plan.listed
+        item = program + i * listed
         place = item // of_tile
         tile = bounded(jnp.sum((ends <= place).astype(jnp.int32)), count)
         before = jnp.where(tile > 0, ends_ref[jnp.maximum(tile - 1, 0)], 0)
         run(_rows_of(tile, item % of_tile, place - before, position_ref, plan))
         return carry
 
-    mine = pl.cdiv(jnp.maximum(ends_ref[count - 1] * of_tile - program, 0), plan.listed)
+    mine = pl.cdiv(jnp.maximum(ends_ref[count - 1] * of_tile - program, 0), listed)
     lax.fori_loop(0, mine, one_part, 0)
 
 

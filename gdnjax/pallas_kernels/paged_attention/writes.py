@@ -64,7 +64,7 @@ def enter(k_blocks, v_blocks, scales, layer: int, q, k, v, turn, block, offset, 
         rotary=rotary,
         gated=turn.gated,
     )
-    return q, k_blocks, v_blocks, tuple(scales) or None
+    return q, k_blocks, v_blocks, (scales[0], scales[1]) if scales else None
 
 
 def _enter(program, layer_ref, block_ref, offset_ref, *refs, together, norm, rotary, gated):
@@ -93,12 +93,12 @@ def _enter(program, layer_ref, block_ref, offset_ref, *refs, together, norm, rot
             found = plgpu.load(weight_ref.at[at], mask=inside, other=None if inside is None else 0)
             return norm[1] + found.astype(jnp.float32)
 
-        x, factor = load(lane), None
+        x, factor = load(lane), jnp.ones((1, 1))
         if norm:
             wide = x.astype(jnp.float32)
             factor = lax.rsqrt(jnp.sum(wide * wide, axis=1) / width + norm[0])[:, None]
             x = (wide * factor * weight(lane)).astype(x.dtype)
-        if not rotary:
+        if angles is None:
             return x, mask
         pair = load(other)
         if norm:

@@ -214,7 +214,8 @@ def normed(width: int, dtype: Any = BFLOAT16, parts: int = 0) -> Case:
         bounds = {"whole": EXACT, "out": NORMED if dtype == BFLOAT16 else NOISE}
     else:
         x["added"] = normal(r, (parts, 3, width), np.float32)
-        bounds = dict.fromkeys(("whole", "out"), SUM if dtype == BFLOAT16 else NOISE)
+        bound = SUM if dtype == BFLOAT16 else NOISE
+        bounds = {"whole": bound, "out": bound}
     return Case(name, normed_op, x, LAYER, bounds)
 
 
