@@ -59,7 +59,8 @@ def build(moe, seed=0):
     weights = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), nnx.to_pure_dict(state))
 
     def run(x, valid):
-        return nnx.merge(graphdef, jax.tree.map(jnp.asarray, weights))(x, valid)
+        (term,) = nnx.merge(graphdef, jax.tree.map(jnp.asarray, weights))(x, valid)
+        return term
 
     return jax.jit(run), jax.tree.map(np.float64, weights)
 
@@ -212,7 +213,8 @@ def on_ranks(tp, dtype="float32", coded=False, backend=REFERENCE):
     )
 
     def run(weights, x, valid):
-        return sharding.psum(nnx.merge(graphdef, weights)(x, valid), tp)
+        (term,) = nnx.merge(graphdef, weights)(x, valid)
+        return sharding.psum(term, tp)
 
     whole = sharding.P()
     return jax.jit(sharding.shard_step(run, sharding.make_mesh(tp), (specs, whole, whole), whole)), weights
