@@ -150,7 +150,7 @@ class Logprobs:
 @dataclasses.dataclass(frozen=True)
 class Emitted:
     """What a step produced, row by row of its batch, in one array, since the host reads all of it. T is 1 in a prefill
-    step.
+    step. What steps emitted may be stacked: then there are axes before these.
 
     A NO_TOKEN that counts, always the last that does, says that no token might be drawn there.
     """
@@ -170,19 +170,19 @@ class Emitted:
     @property
     def count(self) -> Leaf:
         """[n] int32: how many of the tokens count."""
-        return self.words[:, 0]
+        return self.words[..., 0]
 
     @property
     def done(self) -> Leaf:
         """[n] bool: the request ended on the device (stop token, max_length, no token to draw)."""
-        return self.words[:, 1] != 0
+        return self.words[..., 1] != 0
 
     @property
     def drafted(self) -> Leaf:
         """[n] int32: drafts that were put to the test; the first `count` - 1 of them were kept."""
-        return self.words[:, 2]
+        return self.words[..., 2]
 
     @property
     def tokens(self) -> Leaf:
         """[n, T] int32, NO_TOKEN past the last that counts."""
-        return self.words[:, 3:]
+        return self.words[..., 3:]
