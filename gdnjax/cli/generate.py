@@ -301,8 +301,9 @@ def complete_all(arguments: argparse.Namespace, directory: pathlib.Path) -> int:
         arguments.prompt = [DEMO_PROMPT]
     prompts = read_prompts(arguments)
     speculation(arguments)
+    clock = Start()
     if arguments.output_file is None:
-        return complete_prompts(arguments, directory, prompts, given)
+        return complete_prompts(arguments, directory, prompts, given, clock)
     if arguments.jsonl:
         raise ValueError("--output-file contradicts --jsonl, which has the lines on stdout; leave one of them out")
     lines = [as_given(prompt) for prompt in prompts]
@@ -312,14 +313,18 @@ def complete_all(arguments: argparse.Namespace, directory: pathlib.Path) -> int:
             return 0
         if output.num_done:
             print(f"{arguments.output_file}: goes on behind {output.num_done} prompts", file=sys.stderr)
-        return complete_prompts(arguments, directory, prompts, given, output)
+        return complete_prompts(arguments, directory, prompts, given, clock, output)
 
 
 def settings(arguments: argparse.Namespace, directory: pathlib.Path, given: dict[str, Any]) -> str:
     """What completions depend on beside their prompts, but for the roundings of another engine."""
-    names = ("chat", "system_prompt", "thinking", "dtype", "quantization", "kv_cache_dtype", "max_model_len")
+    from gdnjax import checkpoint
+
+    names = ("tokenizer", "chat", "system_prompt", "thinking", "dtype", "quantization", "kv_cache_dtype")
+    names += ("max_model_len", "draft_acceptance")
     return settings_of(
         model=(directory / "config.json").read_text(encoding="utf-8"),
+        weights=checkpoint.fingerprint(directory),
         sampling=given,
         flags={name: getattr(arguments, name) for name in names},
     )
@@ -330,10 +335,10 @@ def complete_prompts(
     directory: pathlib.Path,
     prompts: list[Prompt],
     given: dict[str, Any],
+    clock: Start,
     output: BatchOutput | None = None,
 ) -> int:
     """From checked prompts to the closing line: to stdout, or what `output` lacks of them there."""
-    clock = Start()
     llm, prompts = start(arguments, directory, prompts, clock)
     with llm:
         params = llm.default_sampling_params(**given)
@@ -547,7 +552,9 @@ def fit_engine(arguments: argparse.Namespace, lengths: Sequence[int], context: i
     from gdnjax.config import EngineConfig
 
     requests = len(lengths) * (arguments.n or 1)
-    rows = arguments.max_num_seqs or (MANY_ROWS if requests >= MANY_ROWS else round_up(requests, ROW_GRID))
+    rows = arguments.max_num_seqs
+    if rows is None:
+        rows = MANY_ROWS if requests >= MANY_ROWS else round_up(requests, ROW_GRID)
     max_model_len = arguments.max_model_len
     if max_model_len is None:
         max_model_len = SMALLEST_LENGTH
@@ -629,6 +636,8 @@ def write_rest(
             unfinished = sum(not each.finished for each in submitted)
             for _ in range(min(QUEUED * llm.config.max_num_seqs - unfinished, len(rest))):
                 submitted.append(llm.submit({"prompt_token_ids": rest.popleft().token_ids}, params))
+                for request in submitted[-1].requests:
+                    request.detokenizer.defer()
             llm.step()
             while submitted and submitted[0].finished:
                 outputs.append(submitted.popleft().output())

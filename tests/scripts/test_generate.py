@@ -5,10 +5,12 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from gdnjax import LLM, RequestMetrics, RequestOutput
 from gdnjax.assets import model_directory
@@ -78,6 +80,7 @@ def test_unknown_flag_ends_with_status_2(capsys):
         (["--model", "{model}", "-p", "x", "--tensor-parallel-size", "64"], "needs 64 devices"),
         (["--model", "{model}", "-p", "x", "--enable-expert-parallel"], "needs a model with a mixture of experts"),
         (["--model", "{model}", "-p", "x", "--kernels", "pallas"], "allowed: 'auto', 'reference'"),
+        (["--model", "{model}", "-p", "x", "--max-num-seqs", "0"], "max_num_seqs must be"),
         (["--model", "{model}", "-p", "x", "--max-model-len", "5000"], "exceeds the model's context"),
         (["--model", "{model}", "--stats-json", "{tmp}/none/x.json", "x"], "--stats-json {tmp}/none/x.json: no such"),
         (["--model", "{model}", "-p", "\udcff"], "prompt 1 is not UTF-8 text (at character 1)"),
@@ -472,6 +475,20 @@ def test_output_file_of_another_run_is_left_as_it_is(change, message, capsys, ra
     assert script.main(change(flags, prompts)) == 2
     assert message in capsys.readouterr().err
     assert file.read_bytes() == before
+
+
+def test_settings_tell_weights_and_tokenizers_apart(random_model, tmp_path):
+    def named(directory: pathlib.Path, *flags: str) -> str:
+        return generate.settings(_arguments("x", *flags), directory, {})
+
+    other = tmp_path / "other"
+    shutil.copytree(random_model, other)
+    assert named(other) == named(random_model)
+    assert named(other, "--tokenizer", "tiny") != named(random_model)
+    (file,) = other.glob("*.safetensors")
+    tensors = {name: 2 * value for name, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert named(other) != named(random_model)
 
 
 def test_output_file_has_one_writer(tmp_path):
