@@ -126,9 +126,7 @@ class Engine:
     def preempt(self, request: Request) -> None:
         """Harvests what is in flight, then sends a running request back to the queue, as want of blocks would."""
         with self._alone():
-            self._catch_up()
-            while self._in_flight:
-                self._harvest(self._in_flight[0])
+            self._settle()
             with self._whole():
                 if request.status is Status.RUNNING:
                     self.scheduler.preempt(request)
@@ -210,6 +208,12 @@ class Engine:
         """Does what the last call left: starts over if it was cut off, and ends whoever is to be aborted."""
         with self._whole():
             pass
+
+    def _settle(self) -> None:
+        """The same, and reads what is in flight: nothing is then."""
+        self._catch_up()
+        while self._in_flight:
+            self._harvest(self._in_flight[0])
 
     def _start_over(self) -> None:
         log.log(
@@ -420,9 +424,7 @@ class Engine:
         forgotten, and whoever has not ended is computed anew from his tokens.
         """
         with self._alone():
-            self._catch_up()
-            while self._in_flight:
-                self._harvest(self._in_flight[0])
+            self._settle()
             with self._whole():
                 self._last_harvest = None
                 self.runner.params = params
@@ -434,9 +436,7 @@ class Engine:
         whether it raises or not.
         """
         with self._alone():
-            self._catch_up()
-            while self._in_flight:
-                self._harvest(self._in_flight[0])
+            self._settle()
             with self._whole():
                 moves = self.scheduler.take_moves()
                 if moves is not None:
