@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gdnjax.shapes import Leaf
 
@@ -163,9 +164,10 @@ class Emitted:
     def of(
         cls, *, tokens: Leaf, count: Leaf, done: Leaf, drafted: Leaf, logprobs: Leaf, prompt_logprobs: Leaf
     ) -> "Emitted":
-        """Of arrays as the properties have them."""
-        columns = [jnp.stack([count, done.astype(jnp.int32), drafted], axis=1), tokens]
-        return cls(jnp.concatenate(columns, axis=1), logprobs, prompt_logprobs)
+        """Of arrays as the properties have them; of numpy's, where no device is to be waited for."""
+        xp = np if isinstance(tokens, np.ndarray) else jnp
+        columns = [xp.stack([count, done.astype(xp.int32), drafted], axis=1), tokens]
+        return cls(xp.concatenate(columns, axis=1), logprobs, prompt_logprobs)
 
     @property
     def count(self) -> Leaf:

@@ -364,12 +364,13 @@ def no_device(config: EngineConfig, text: list[int]) -> Any:
             return InFlight(plan, prefill, decode)
 
         def _emitted(self, requests: list[Request]) -> Emitted:
-            words = np.zeros((len(requests), 4), np.int32)
-            words[:, 0] = 1
+            count = np.ones(len(requests), np.int32)
             # Requests of this bench end by their lengths. The step in flight is not counted yet.
-            words[:, 1] = [request.num_tokens + 2 >= request.max_length for request in requests]
-            words[:, 3] = [text[request.num_tokens % len(text)] for request in requests]
-            return Emitted(words, None, None)
+            done = np.array([request.num_tokens + 2 >= request.max_length for request in requests])
+            tokens = np.array([[text[request.num_tokens % len(text)]] for request in requests], np.int32)
+            return Emitted.of(
+                tokens=tokens, count=count, done=done, drafted=0 * count, logprobs=None, prompt_logprobs=None
+            )
 
         def read(self, turn: InFlight) -> tuple[Emitted | None, Emitted | None]:
             return turn.prefill, turn.decode

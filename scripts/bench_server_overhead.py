@@ -130,8 +130,7 @@ class Clock:
                 given += 1
                 self._given[request] = given
             done[row] = given >= most
-        # With numpy, as `Emitted.of` does: nothing here is to wait for a device.
-        return Emitted(np.column_stack([count, done, 0 * count, tokens]), logprobs=None, prompt_logprobs=None)
+        return Emitted.of(tokens=tokens, count=count, done=done, drafted=0 * count, logprobs=None, prompt_logprobs=None)
 
     def read(self, turn: Any) -> Any:
         self.counters.num_device_reads += 1

@@ -61,8 +61,7 @@ def _emitted(rows, config) -> Emitted:
     count = np.array([len(produced) for produced, _ in rows], np.int32)
     drafted = np.maximum(count - 1, 0)
     done = np.array([ended for _, ended in rows])
-    words = np.column_stack([count, done, drafted, tokens]).astype(np.int32)
-    return Emitted(words, logprobs=None, prompt_logprobs=None)
+    return Emitted.of(tokens=tokens, count=count, done=done, drafted=drafted, logprobs=None, prompt_logprobs=None)
 
 
 class Cut:
