@@ -2,27 +2,12 @@
 
 import functools
 
+from gdnjax.assets import PRESETS
 from gdnjax.memory.__main__ import build_parser, make_report
 
 FAMILIES = {
-    "qwen3.5": (
-        "qwen3.5-0.8b",
-        "qwen3.5-2b",
-        "qwen3.5-4b",
-        "qwen3.5-9b",
-        "qwen3.5-9b-fp8",
-        "qwen3.5-27b",
-        "qwen3.5-27b-fp8",
-        "qwen3.5-35b-a3b",
-        "qwen3.5-35b-a3b-fp8",
-        "qwen3.5-122b-a10b",
-        "qwen3.5-397b-a17b",
-        "qwen3.5-397b-a17b-fp8",
-    ),
-    "qwen3-next": ("qwen3-next-80b-a3b",),
-    "kimi-linear": ("kimi-linear-48b-a3b",),
-    "olmo-hybrid": ("olmo-hybrid-7b",),
-    "deepseek-v3": ("deepseek-v3",),
+    page: tuple(preset for preset in PRESETS if preset.startswith(page))
+    for page in ("qwen3.5", "qwen3-next", "kimi-linear", "olmo-hybrid", "deepseek-v3")
 }
 """Page -> the presets that its table has."""
 
