@@ -7,8 +7,9 @@ from gdnjax.backend import Backend
 from gdnjax.cache import Cache, Leaves
 from gdnjax.config import ATTENTION, AttentionConfig, ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
-from gdnjax.models.layers import Linear, RMSNorm, Rows, SplitRMSNorm, project, project_in_parts
+from gdnjax.models.layers import Linear, RMSNorm, SplitRMSNorm, project, project_in_parts
 from gdnjax.pallas_kernels import paged_attention
+from gdnjax.pallas_kernels.normed import Rows
 from gdnjax.shapes import Array, Float
 
 

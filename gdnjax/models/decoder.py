@@ -19,9 +19,9 @@ from gdnjax.models.context import DecodeContext, PrefillContext
 from gdnjax.models.gated_deltanet import GatedDeltaNet
 from gdnjax.models.kimi_delta import KimiDeltaAttention
 from gdnjax.models.latent_attention import LatentAttention
-from gdnjax.models.layers import DenseMLP, RMSNorm, Rows, Stream, residual_norm
+from gdnjax.models.layers import DenseMLP, RMSNorm, Stream, residual_norm
 from gdnjax.models.moe import MoeMLP
-from gdnjax.pallas_kernels.normed import total
+from gdnjax.pallas_kernels.normed import Rows, total
 from gdnjax.shapes import Array, Float
 
 

@@ -13,9 +13,10 @@ from gdnjax.backend import Backend
 from gdnjax.cache import Cache, Leaves
 from gdnjax.config import DELTA
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
-from gdnjax.models.layers import GatedRMSNorm, Linear, Rows, project_in_parts
+from gdnjax.models.layers import GatedRMSNorm, Linear, project_in_parts
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule
 from gdnjax.pallas_kernels.gated_delta_rule import Gates
+from gdnjax.pallas_kernels.normed import Rows
 from gdnjax.pallas_kernels.pools import read_rows, write_rows
 from gdnjax.shapes import Array, Float
 

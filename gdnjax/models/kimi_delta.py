@@ -14,8 +14,9 @@ from flax import nnx
 from gdnjax.backend import Backend
 from gdnjax.config import KimiDeltaConfig, ModelConfig
 from gdnjax.models.delta_mixer import Conv1d, DeltaMixer
-from gdnjax.models.layers import GatedRMSNorm, Linear, Rows, project
+from gdnjax.models.layers import GatedRMSNorm, Linear, project
 from gdnjax.pallas_kernels.gated_delta_rule import Gates
+from gdnjax.pallas_kernels.normed import Rows
 from gdnjax.shapes import Array
 
 

@@ -14,8 +14,9 @@ from gdnjax.backend import Backend, dot_precision
 from gdnjax.cache import Cache
 from gdnjax.config import ATTENTION, LatentAttentionConfig, ModelConfig
 from gdnjax.models.context import DecodeContext, PrefillContext
-from gdnjax.models.layers import Linear, RMSNorm, Rows, project, project_in_parts
+from gdnjax.models.layers import Linear, RMSNorm, project, project_in_parts
 from gdnjax.pallas_kernels import paged_attention
+from gdnjax.pallas_kernels.normed import Rows
 from gdnjax.pallas_kernels.rotary import rotate
 from gdnjax.shapes import Array, Float
 

@@ -16,7 +16,7 @@ from gdnjax import sharding
 from gdnjax.backend import Backend, dot_precision
 from gdnjax.config import AttentionConfig, LatentAttentionConfig, ModelConfig, YarnConfig
 from gdnjax.pallas_kernels import matmul
-from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, gated_rms_norm, numbers, rms_norm, summed
+from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, Rows, gated_rms_norm, numbers, rms_norm, summed
 from gdnjax.quantized import Weight, dequantized
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
@@ -50,10 +50,6 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         return linear(x, self.weight[...])
-
-
-Rows = Float[Array, "t _"] | Normed | Gated | Prepared
-"""Rows of a product: as they are, before their norm, or as `RMSNorm.prepare` gives them."""
 
 
 def project(x: Rows, *linears: Linear, backend: Backend) -> tuple[Float[Array, "t _"], ...]:

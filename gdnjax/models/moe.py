@@ -8,9 +8,9 @@ from jax import lax
 from gdnjax import sharding
 from gdnjax.backend import Backend
 from gdnjax.config import ModelConfig, MoeConfig
-from gdnjax.models.layers import DenseMLP, Linear, Rows, linear
+from gdnjax.models.layers import DenseMLP, Linear, linear
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
-from gdnjax.pallas_kernels.normed import numbers, total
+from gdnjax.pallas_kernels.normed import Rows, numbers, total
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
 

@@ -68,7 +68,11 @@ class Prepared:
         return tuple(x for x in (self.wide, self.formed, self.factor) if x is not None)
 
 
-def numbers(rows: Array | Normed | Gated | Prepared) -> Float[Array, "t i"]:
+Rows = Float[Array, "t _"] | Normed | Gated | Prepared
+"""Rows of a product: as they are, before their norm, or as `matmul.prepare` gives them."""
+
+
+def numbers(rows: Rows) -> Float[Array, "t i"]:
     """The rows that they stand for. Raises ValueError for rows that were prepared in another form alone."""
     if isinstance(rows, Prepared):
         if rows.wide is None:

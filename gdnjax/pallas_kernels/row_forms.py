@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.launch import LEAST, launch, power_of_two, sigmoid
-from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, numbers
+from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, Rows, numbers
 from gdnjax.shapes import Array, Float, Float32
 
 WIDE, FLOAT16, HALVES = "wide", "float16", "halves"
@@ -31,7 +31,7 @@ LOW = 16.0
 """What the low halves are multiplied by."""
 
 
-def rows_of(x: Array | Normed | Gated | Prepared, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:
+def rows_of(x: Rows, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:
     """The operands of a launch that rows [t, i] are: themselves, if `wide` or where that is the form; and but for that
     form [PARTS * t, i] in it, and [PARTS * t] float32, what each of these is to be multiplied by.
     """

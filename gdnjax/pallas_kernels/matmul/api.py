@@ -10,11 +10,9 @@ import jax
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels import codes, row_forms
 from gdnjax.pallas_kernels.matmul import kernels, reference, tiles
-from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, numbers, rms_norm, summed
+from gdnjax.pallas_kernels.normed import Normed, Prepared, Rows, numbers, rms_norm, summed
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array, Float
-
-Rows = Float[Array, "t i"] | Normed | Gated | Prepared
 
 
 def prepare(

@@ -18,12 +18,10 @@ from gdnjax.pallas_kernels import codes, row_forms
 from gdnjax.pallas_kernels.codes import Operand
 from gdnjax.pallas_kernels.launch import LEAST, launch, power_of_two, sigmoid
 from gdnjax.pallas_kernels.matmul.tiles import Tile
-from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, total
+from gdnjax.pallas_kernels.normed import Rows, total
 from gdnjax.pallas_kernels.row_forms import WIDE
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
-
-Rows = Array | Normed | Gated | Prepared
 
 
 def project(x: Rows, weights: Sequence[Weight], tile: Tile, backend: Backend) -> tuple[Array, ...]:

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import codes
-from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared
+from gdnjax.pallas_kernels.normed import Rows
 from gdnjax.pallas_kernels.row_forms import FLOAT16, HALVES, WIDE
 from gdnjax.quantized import LARGEST, Weight
-from gdnjax.shapes import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +122,7 @@ TILES = {
 }
 
 
-def of(backend: Backend, x: Array | Normed | Gated | Prepared, *weights: Weight) -> Tiles | None:
+def of(backend: Backend, x: Rows, *weights: Weight) -> Tiles | None:
     """The tiles for the rows of x and such weights; None: XLA's product.
 
     Codes meet bfloat16; in the interpreter, where models are of float32, also that, widened.
