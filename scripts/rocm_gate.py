@@ -95,8 +95,9 @@ def emulate(arguments) -> int:
     decoder()
     results = in_processes(arguments, report.line)
     everything = arguments.names == ["*"]
-    print("\n".join(filter(None, (report.table(results), report.summary(results)))))
-    return 0 if report.passed(results, everything=everything) else 1
+    faults = report.too_few(results) if everything else []
+    print("\n".join(filter(None, (report.table(results), *faults, report.summary(results)))))
+    return 1 if faults or not all(result["passed"] for result in results) else 0
 
 
 def in_processes(arguments, say: Callable[[dict], str]) -> list[dict]:

@@ -312,14 +312,34 @@ def test_the_summary_counts():
     assert "copies" in table
 
 
-def test_too_few_mutants_caught_fail_where_all_were_executed():
-    assert report.passed([result(), tallied(80, 20)], everything=True)
-    assert not report.passed([result(), tallied(79, 21)], everything=True)
-    assert report.passed([result(), tallied(93, 0, 7)], everything=True)
-    assert not report.passed([result(), tallied(92, 0, 8)], everything=True)
-    assert report.passed([result(), tallied(10, 20, 30)], everything=False)
-    assert not report.passed([result()], everything=True)
-    assert not report.passed([result(passed=False)], everything=False)
+def test_a_draw_with_too_few_mutants_caught_is_refused():
+    """82% of all and 94.5% of what changes a bit, less two standard deviations of the draw: 7.7 and 4.6 of 100."""
+    assert report.too_few([result(), tallied(75, 25)]) == []
+    (fault,) = report.too_few([result(), tallied(74, 26)])
+    assert "74 of 100 are 74.0% of all mutants, and 82.0% is wanted" in fault
+    assert report.too_few([tallied(90, 0, 10)]) == []
+    (fault,) = report.too_few([tallied(89, 0, 11)])
+    assert "89 of 100 are 89.0% of what changes a bit, and 94.5% is wanted" in fault
+    assert len(report.too_few([tallied(7200, 2800)])) == 1
+    assert report.too_few([tallied(8150, 1850)]) == []
+    assert report.too_few([result()]) == ["no mutant was executed"]
+
+
+@pytest.mark.parametrize(
+    ("names", "results", "status"),
+    [
+        (["*"], [tallied(80, 20)], 0),
+        (["*"], [tallied(60, 40)], 1),
+        (["mutants of w"], [tallied(60, 40)], 0),
+        (["w"], [result(passed=False)], 1),
+        (["*"], [tallied(80, 20), result(passed=False)], 1),
+    ],
+)
+def test_the_emulation_fails_for_what_is_wrong_and_for_too_few_mutants(monkeypatch, capsys, names, results, status):
+    monkeypatch.setattr(script, "decoder", lambda: None)
+    monkeypatch.setattr(script, "in_processes", lambda *_: results)
+    assert script.emulate(mock.Mock(names=names)) == status
+    assert ("too few mutants are caught" in capsys.readouterr().out) == (status == 1 and results[0] == tallied(60, 40))
 
 
 def test_lines_say_what_was_wrong():
