@@ -18,7 +18,7 @@ LEAST_NOTICED = 0.945
 """The same of those that changed a bit of any output, or stopped: it was 95%. The rest is errors of an ulp or two."""
 
 DEVIATIONS = 2.0
-"""Standard deviations by which a draw may fall short. Each change of a kernel draws anew; one of 432 mutants is 1.8%."""
+"""Standard deviations by which a draw may fall short. Each change of a kernel draws anew; of 432 one is 1.8%."""
 
 REASONS = ("numbers", "fault", "wait", "conflict")
 
