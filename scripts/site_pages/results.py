@@ -103,7 +103,8 @@ def of_engine(record: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     if not {"device", "preset", "layers", "sections", "engines"} <= set(record):
         raise ValueError("this is no file of bench_engine.py --output; give its figures with --figure")
     model = record["preset"]
-    model += f", {record['quantization']}" if record["quantization"] else ", bfloat16"
+    # Records were without a dtype while all were of bfloat16.
+    model += f", {record['quantization'] or record.get('dtype', 'bfloat16')}"
     ranks = record["tensor_parallel_size"]
     if ranks > 1:
         model += f", {ranks} GPUs" + (", whole experts" if record["enable_expert_parallel"] else "")
