@@ -99,9 +99,9 @@ def read_all(directory: pathlib.Path = DIRECTORY) -> list[tuple[pathlib.Path, di
 
 
 def of_engine(record: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The figures of what `bench_engine.py --output` has written, by kind. Raises ValueError for another file."""
+    """The figures of what `gdnjax bench engine --output` has written, by kind. Raises ValueError for another file."""
     if not {"device", "preset", "layers", "sections", "engines"} <= set(record):
-        raise ValueError("this is no file of bench_engine.py --output; give its figures with --figure")
+        raise ValueError("this is no file of gdnjax bench engine --output; give its figures with --figure")
     model = record["preset"]
     # Records were without a dtype while all were of bfloat16.
     model += f", {record['quantization'] or record.get('dtype', 'bfloat16')}"
