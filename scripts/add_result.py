@@ -18,13 +18,14 @@ DESCRIPTION = """\
 Adds a result to docs/results/DATE/NAME-COMMIT.json: figures, and the hardware, versions, commit and command without
 which nobody can read them. A result is never replaced. python scripts/make_docs.py then draws docs/results.md anew.
 
-A file of bench_engine.py --output brings its figures, its hardware and its versions of jax and gdnjax. Others are given
-one by one: --figure KIND NAME VALUE UNIT.
+A file of gdnjax bench engine --output brings its figures, its hardware and its versions of jax and gdnjax. Others are
+given one by one: --figure KIND NAME VALUE UNIT.
 """
 
 EXAMPLES = f"""\
 examples:
-  python scripts/add_result.py engine-9b --raw engine.json --commit HEAD --time 2026-11-27 --command "bench_engine.py"
+  python scripts/add_result.py engine-9b --raw engine.json --commit HEAD --time 2026-11-27 \\
+      --command "gdnjax bench engine"
   python scripts/add_result.py gate --hardware "none: compiled" --versions jax=0.10.2 --commit HEAD --time 2026-11-27 \\
       --command "rocm_gate.py" --figure amd "gumbel_argmax, gfx942" 63 VGPR
 
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", help="what the file is called, before its commit")
-    parser.add_argument("--raw", metavar="FILE", help="what bench_engine.py --output has written; it is kept, too")
+    parser.add_argument("--raw", metavar="FILE", help="what gdnjax bench engine --output has written; it is kept, too")
     parser.add_argument("--figure", nargs=4, action="append", default=[], metavar=("KIND", "NAME", "VALUE", "UNIT"))
     parser.add_argument("--commit", required=True, help="what was measured, as git knows it")
     parser.add_argument("--time", required=True, help="when it was measured: a date, or a date and a time (ISO)")

@@ -94,10 +94,10 @@ def profile(arguments, *, leads: bool = True) -> int:
 
     import jax
     import numpy as np
-    from serving_bench.engines import check_size_on_cpu, follow, load_random
 
     from gdnjax import LLM, EngineConfig, ModelConfig, SamplingParams
     from gdnjax.assets import config_file
+    from gdnjax.cli.bench.serving.engines import check_size_on_cpu, follow, load_random
 
     config = ModelConfig.from_hf(config_file(arguments.config))
     if arguments.layers:

@@ -67,7 +67,8 @@ HOST_ONLY += ("serving.plan", "serving.prefix_cache", "serving.metrics", "servin
 HOST_ONLY += ("serving.radix_tree", "serving.host_tier", "serving.records", "serving.chat", "serving.frontend")
 HOST_ONLY += ("serving.server.settings", "cli.serve", "serving.parsing", "serving.tool_calls")
 HOST_ONLY += ("serving.structured",)
-HOST_ONLY += ("cli.command", "cli.generate", "cli.convert", "cli.main")
+HOST_ONLY += ("cli.command", "cli.generate", "cli.convert", "cli.main", "cli.bench.main")
+HOST_ONLY += ("cli.bench.throughput", "cli.bench.latency", "cli.bench.serve", "cli.bench.engine")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
 
 PLANNERS = (

@@ -40,7 +40,7 @@ def format_of(directory: str | pathlib.Path) -> Format:
         return Format.ORBAX
     raise FileNotFoundError(
         f"{directory}: no checkpoint here; expected a Hugging Face one ({SINGLE_FILE}, or {INDEX_FILE} and its "
-        f"shards) or one written by scripts/convert.py ({ORBAX_FOLDER}/)"
+        f"shards) or one written by gdnjax convert ({ORBAX_FOLDER}/)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints written by scripts/convert.py: an Orbax tree {Hugging Face tensor name: array} in `params/`."""
+"""Checkpoints written by gdnjax convert: an Orbax tree {Hugging Face tensor name: array} in `params/`."""
 
 import pathlib
 import threading
@@ -19,19 +19,19 @@ class OrbaxSource:
     """The tensors of a converted directory. Each thread keeps the tensor that it read last, so slices of it are cheap.
 
     Raises FileNotFoundError where there is no `params/`, and ValueError where it is not a checkpoint of
-    scripts/convert.py, is damaged, or holds a tensor of a dtype that is not in `sources.DTYPES`.
+    gdnjax convert, is damaged, or holds a tensor of a dtype that is not in `sources.DTYPES`.
     """
 
     def __init__(self, directory: str | pathlib.Path):
         self._params = pathlib.Path(directory).resolve() / ORBAX_FOLDER
         if not self._params.is_dir():
-            raise FileNotFoundError(f"{self._params}: no such directory; expected one written by scripts/convert.py")
+            raise FileNotFoundError(f"{self._params}: no such directory; expected one written by gdnjax convert")
         try:
             self._tensors = _open_tensors(self._params)
         except ValueError as error:
             raise ValueError(f"{self._params}: damaged: {error}") from error
         if not self._tensors:
-            raise ValueError(f"{self._params}: no tensors here; expected an Orbax checkpoint of scripts/convert.py")
+            raise ValueError(f"{self._params}: no tensors here; expected an Orbax checkpoint of gdnjax convert")
         self._dtypes = {name: tensor.dtype.numpy_dtype for name, tensor in self._tensors.items()}
         check_dtypes(str(self._params), {name: dtype.name for name, dtype in self._dtypes.items()})
         self._kept = threading.local()

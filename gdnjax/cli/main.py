@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "answer over HTTP, with OpenAI's endpoints",
     "memory": "what of a model fits in a device's memory",
     "convert": "rewrite a checkpoint: Hugging Face's files as Orbax, or back",
+    "bench": "how fast: throughput, latency, a server under load, the engine",
     "doctor": "what this machine offers and lacks",
 }
 
@@ -66,6 +67,10 @@ def _run(name: str, rest: list[str]) -> int:
         from gdnjax.cli import convert
 
         return convert.main(rest)
+    if name == "bench":
+        from gdnjax.cli.bench import main as bench
+
+        return bench.main(rest)
     from gdnjax.cli.command import exit_status
 
     if name == "memory":

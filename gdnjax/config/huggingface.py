@@ -59,7 +59,7 @@ def _config_json(path: pathlib.Path) -> pathlib.Path:
     if not file.is_file():
         raise FileNotFoundError(
             f"{path}: no config.json here; expected a Hugging Face checkpoint directory "
-            "(config.json, *.safetensors, tokenizer files) or one written by scripts/convert.py"
+            "(config.json, *.safetensors, tokenizer files) or one written by gdnjax convert"
         )
     return file
 

@@ -1,40 +1,15 @@
-"""What was measured as tables: in text, in Markdown, and in the marked places of a model card."""
+"""What was measured as tables, also in the marked places of a model card."""
 
-import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
+
+from gdnjax.cli.bench.tables import Table
 
 Result = dict[str, Any]
 SHIPPED = "shipped"
 """The run whose model lies in the package."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """The first `names` columns are names, the others numbers."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    names: int = 1
-
-    def text(self) -> str:
-        """For a terminal: names to the left, numbers to the right."""
-        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
-        lines = [self.title, ""]
-        for row in (self.columns, *self.rows):
-            fields = [
-                field.ljust(width) if i < self.names else field.rjust(width)
-                for i, (field, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(fields).rstrip())
-        return "\n".join(lines)
-
-    def markdown(self) -> str:
-        rule = ["---" if i < self.names else "---:" for i in range(len(self.columns))]
-        return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows))
 
 
 def half_lives(result: Result) -> Table:

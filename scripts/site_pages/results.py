@@ -99,11 +99,12 @@ def read_all(directory: pathlib.Path = DIRECTORY) -> list[tuple[pathlib.Path, di
 
 
 def of_engine(record: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The figures of what `bench_engine.py --output` has written, by kind. Raises ValueError for another file."""
+    """The figures of what `gdnjax bench engine --output` has written, by kind. Raises ValueError for another file."""
     if not {"device", "preset", "layers", "sections", "engines"} <= set(record):
-        raise ValueError("this is no file of bench_engine.py --output; give its figures with --figure")
+        raise ValueError("this is no file of gdnjax bench engine --output; give its figures with --figure")
     model = record["preset"]
-    model += f", {record['quantization']}" if record["quantization"] else ", bfloat16"
+    # Records were without a dtype while all were of bfloat16.
+    model += f", {record['quantization'] or record.get('dtype', 'bfloat16')}"
     ranks = record["tensor_parallel_size"]
     if ranks > 1:
         model += f", {ranks} GPUs" + (", whole experts" if record["enable_expert_parallel"] else "")

@@ -12,6 +12,10 @@ import tomllib
 import pytest
 
 from gdnjax.cli import generate, serve
+from gdnjax.cli.bench import engine as bench_engine
+from gdnjax.cli.bench import latency as bench_latency
+from gdnjax.cli.bench import serve as bench_serve
+from gdnjax.cli.bench import throughput as bench_throughput
 from gdnjax.config import SUPPORTED_MODEL_TYPES, EngineConfig
 from gdnjax.memory import __main__ as memory
 
@@ -134,7 +138,18 @@ def test_documented_examples_are_there_and_have_their_flags(capsys):
             assert re.search(rf"(?<![\w-]){flag}(?![\w-])", text), f"{name}.py has no {flag}"
 
 
-@pytest.mark.parametrize(("name", "module"), [("generate", generate), ("serve", serve), ("memory", memory)])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("generate", generate),
+        ("serve", serve),
+        ("memory", memory),
+        ("bench throughput", bench_throughput),
+        ("bench latency", bench_latency),
+        ("bench serve", bench_serve),
+        ("bench engine", bench_engine),
+    ],
+)
 def test_documented_commands_are_parsed(name, module):
     commands = _commands(name)
     assert commands

@@ -124,9 +124,9 @@ def test_flags_that_no_profile_can_have_are_refused(flags, said, capsys):
     ],
 )
 def test_settings_that_cannot_be_are_errors_before_a_model_is_made(flags, said, capsys, monkeypatch):
-    import serving_bench.engines
+    from gdnjax.cli.bench.serving import engines
 
-    monkeypatch.setattr(serving_bench.engines, "load_random", lambda *_, **__: pytest.fail("a model was made"))
+    monkeypatch.setattr(engines, "load_random", lambda *_, **__: pytest.fail("a model was made"))
     assert script.main(flags) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -136,9 +136,8 @@ def test_settings_that_cannot_be_are_errors_before_a_model_is_made(flags, said, 
 
 def test_engines_take_prompts_as_long_as_was_asked_for(monkeypatch):
     """And longer than engines take where nobody says."""
-    import serving_bench.engines
-
     import gdnjax
+    from gdnjax.cli.bench.serving import engines
 
     class Stop(Exception):
         pass
@@ -146,7 +145,7 @@ def test_engines_take_prompts_as_long_as_was_asked_for(monkeypatch):
     def engine(model, params, config, *, max_model_len):
         raise Stop(config.length_within(max_model_len))
 
-    monkeypatch.setattr(serving_bench.engines, "load_random", lambda *_, **__: serving_bench.engines.Loaded(None, {}))
+    monkeypatch.setattr(engines, "load_random", lambda *_, **__: engines.Loaded(None, {}))
     monkeypatch.setattr(gdnjax.LLM, "from_model", engine)
     monkeypatch.setattr(script, "exit_status", lambda _, run: run())
     with pytest.raises(Stop) as stopped:

@@ -158,13 +158,13 @@ def test_script_takes_what_bench_engine_wrote(tmp_path, commits):
     )
     raw = tmp_path / "raw.json"
     raw.write_text(json.dumps(kept["raw"]))
-    call = ["again", "--raw", str(raw), "--commit", "HEAD", "--time", "2026-11-27", "--command", "bench_engine.py"]
+    call = ["again", "--raw", str(raw), "--commit", "HEAD", "--time", "2026-11-27", "--command", "gdnjax bench engine"]
     assert add_result.main([*call, "--directory", str(tmp_path / "results")]) == 0
     ((_, result),) = results.read_all(tmp_path / "results")
     assert result["figures"] == kept["figures"], path
     assert result["hardware"] == "2 x NVIDIA H200"
     assert result["figures"]["speed"]["qwen3.5-9b, bfloat16, 2 GPUs: decode, 128 requests"]["value"] == 8.231
-    with pytest.raises(ValueError, match=r"no file of bench_engine\.py"):
+    with pytest.raises(ValueError, match="no file of gdnjax bench engine"):
         results.of_engine({"device": "x"})
 
 

@@ -1,4 +1,4 @@
-"""bench_serving.py --url: a workload on a server, here over the device of plain Python."""
+"""gdnjax bench serve --url: a workload on a server, here over the device of plain Python."""
 
 import asyncio
 import itertools
@@ -6,14 +6,14 @@ import json
 import sys
 
 import pytest
-from serving_bench import figures, over_http, workloads
-from serving_bench.driver import Trace
-from serving_bench.figures import Goals
-from serving_bench.workloads import Conversation, Spec, Turn
 
+from gdnjax.cli.bench import serve as script
+from gdnjax.cli.bench.serving import figures, over_http, workloads
+from gdnjax.cli.bench.serving.driver import Trace
+from gdnjax.cli.bench.serving.figures import Goals
+from gdnjax.cli.bench.serving.workloads import Conversation, Spec, Turn
 from gdnjax.serving.server.app import make_app
 from gdnjax.serving.server.settings import ServerConfig
-from scripts import bench_serving as script
 from tests.serving.fronts import front
 from tests.serving.server.conftest import serving
 

@@ -7,8 +7,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from . import figures
-from .driver import Log
+from gdnjax.cli.bench.serving import figures
+from gdnjax.cli.bench.serving.driver import Log
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

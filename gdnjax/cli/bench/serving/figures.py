@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from gdnjax.cli.bench.serving.driver import Log, Trace
 from gdnjax.serving.outputs import acceptance_rate, mean_acceptance_length
-
-from .driver import Log, Trace
 
 PERCENTILES = (50, 90, 99)
 
-Figures = dict[str, float | None]
+Figures = dict[str, float | int | None]
 """By name; None where there is nothing to measure. Names say the unit: `_ms`, and rates are per second."""
 
 HOST_WORK = ("plan", "pack", "commit")

@@ -13,10 +13,9 @@ import urllib.parse
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from gdnjax.cli.bench.serving.driver import Log, Sample, Trace
+from gdnjax.cli.bench.serving.workloads import Conversation
 from gdnjax.progress import Progress
-
-from .driver import Log, Sample, Trace
-from .workloads import Conversation
 
 LIMIT = 1 << 24
 """Bytes of the longest line of an answer."""

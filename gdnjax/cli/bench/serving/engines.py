@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gdnjax import memory
+from gdnjax.config import EngineConfig, ModelConfig
 from gdnjax.memory import StateGeometry
 
 if TYPE_CHECKING:
-    from gdnjax import LLM, ModelConfig
+    from gdnjax.serving.llm import LLM
 
 ACCOUNTINGS = ("packed", "decoupled")
 
@@ -41,7 +42,6 @@ class Arm:
 
     def check(self) -> None:
         """Raises ValueError where an engine cannot be set up like this."""
-        from gdnjax.config import EngineConfig
 
         EngineConfig(batch_invariant=self.invariant, **self.speculation)
 
@@ -76,12 +76,11 @@ def drafting(speculation: Mapping[str, Any]) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-def geometry_of(arm: Arm, config: "ModelConfig", options: Mapping[str, Any], block_size: int) -> StateGeometry:
+def geometry_of(arm: Arm, config: ModelConfig, options: Mapping[str, Any], block_size: int) -> StateGeometry:
     """What a slot and a block of a setting are, on one rank. `options` are fields of EngineConfig.
 
     Drafting takes rows of its own in every slot, and the MTP head's layer in every block.
     """
-    from gdnjax.config import EngineConfig
 
     return StateGeometry.of(
         config,
@@ -189,7 +188,7 @@ class Loaded:
 
     def for_drafts(self, drafts: int) -> "Loaded":
         """The same, without its MTP head where nothing is drafted: the head's layer would have KV in every block."""
-        from gdnjax import build_model
+        from gdnjax.models import build_model
 
         if drafts or not self.model.mtp:
             return self
@@ -197,11 +196,9 @@ class Loaded:
         return Loaded(model, {name: part for name, part in self.params.items() if name != "mtp"}, self.tokenizer)
 
 
-def load(directory: pathlib.Path, options: dict[str, Any], *, mtp: bool, progress: bool) -> Loaded:
-    """A checkpoint, with its MTP head if `mtp`. `options` are fields of EngineConfig."""
-    from gdnjax import EngineConfig
+def load_checkpoint(directory: pathlib.Path, options: dict[str, Any], *, mtp: bool, progress: bool) -> Loaded:
+    """A checkpoint without its tokenizer, with its MTP head if `mtp`. `options` are fields of EngineConfig."""
     from gdnjax.serving.opening import open_checkpoint
-    from gdnjax.serving.tokenizer import Tokenizer
 
     # As an engine of the smallest pools would have it.
     config = EngineConfig(
@@ -215,18 +212,24 @@ def load(directory: pathlib.Path, options: dict[str, Any], *, mtp: bool, progres
     )
     with open_checkpoint(directory, config) as opened:
         params, _ = opened.load(progress=progress)
+    return Loaded(opened.model, params)
+
+
+def with_tokenizer(loaded: Loaded, directory: pathlib.Path) -> Loaded:
+    """The same with the checkpoint's tokenizer, if it has one."""
+    from gdnjax.serving.tokenizer import Tokenizer
+
     try:
-        tokenizer = Tokenizer.from_directory(directory)
+        return dataclasses.replace(loaded, tokenizer=Tokenizer.from_directory(directory))
     except FileNotFoundError:
-        tokenizer = None
-    return Loaded(opened.model, params, tokenizer)
+        return loaded
 
 
 def follow(loaded: Loaded) -> None:
     """In another process than process 0: takes part in all engines that process 0 makes of its own `loaded`."""
-    from gdnjax import follow_model
+    from gdnjax.serving.following import follow_model
 
-    def model_for(config: "EngineConfig") -> tuple[Any, Any]:
+    def model_for(config: EngineConfig) -> tuple[Any, Any]:
         own = loaded.for_drafts(config.num_speculative_tokens)
         return own.model, own.params
 
@@ -238,34 +241,40 @@ CPU_WEIGHTS, CPU_TOKENS = 1 << 30, 1 << 15
 """Bytes of weights and prompt tokens beyond which a CPU would be at it for hours, or out of memory."""
 
 
-def check_size_on_cpu(config: "ModelConfig", dtype: str, tokens: int, instead: str) -> None:
-    """Raises ValueError where JAX runs on a CPU and the model or the prompts are meant for a GPU."""
+def check_size_on_cpu(config: ModelConfig | None, dtype: str, tokens: int, instead: str) -> None:
+    """Raises ValueError where JAX runs on a CPU and the model or the prompts are meant for a GPU.
+
+    `config` is of a model that is to be made; None of a checkpoint, whose size is known to whom it belongs.
+    """
     import jax
 
-    from gdnjax import abstract_params
+    from gdnjax.models import abstract_params
 
     if jax.default_backend() != "cpu":
         return
-    leaves = jax.tree.leaves(abstract_params(config, 1, config.dtype if dtype == "auto" else dtype))
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    weights, what, limits = 0, "", ""
+    if config is not None:
+        leaves = jax.tree.leaves(abstract_params(config, 1, config.dtype if dtype == "auto" else dtype))
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        what, limits = f"{weights / (1 << 30):.1f} GiB of weights and ", f"{CPU_WEIGHTS / (1 << 30):g} GiB and "
     if weights > CPU_WEIGHTS or tokens > CPU_TOKENS:
         raise ValueError(
-            f"JAX runs on a CPU, and this is {weights / (1 << 30):.1f} GiB of weights and {tokens} prompt tokens; "
-            f"there it takes {CPU_WEIGHTS / (1 << 30):g} GiB and {CPU_TOKENS} at most: {instead}"
+            f"JAX runs on a CPU, and this is {what}{tokens} prompt tokens; "
+            f"there it takes {limits}{CPU_TOKENS} at most: {instead}"
         )
 
 
 def load_random(
-    config: "ModelConfig", options: dict[str, Any], seed: int, *, mtp: bool, quantization: str | None = None
+    config: ModelConfig, options: dict[str, Any], seed: int, *, mtp: bool, quantization: str | None = None
 ) -> Loaded:
     """A model of random weights, made where they stay, with an MTP head if `mtp`. `options` are fields of
     EngineConfig; `quantization` "fp8" or "fp8_per_channel": as `gdnjax.checkpoint.coded.usual_formats` has it.
     """
     import jax
 
-    from gdnjax import abstract_params, build_model, random_params, sharding
+    from gdnjax import sharding
     from gdnjax.checkpoint.coded import usual_formats
-    from gdnjax.models import partition
+    from gdnjax.models import abstract_params, build_model, partition, random_params
 
     tp, dtype = options["tensor_parallel_size"], options["dtype"]
     dtype = config.dtype if dtype == "auto" else dtype
@@ -283,7 +292,7 @@ def load_random(
 
 def build(loaded: Loaded, arm: Arm, sizes: Sizes, options: dict[str, Any]) -> "tuple[LLM, Pools]":
     """A warmed-up engine of an arm. `options` are further fields of EngineConfig."""
-    from gdnjax import LLM, EngineConfig
+    from gdnjax.serving.llm import LLM
 
     loaded = loaded.for_arm(arm)
     chosen = pools(arm, geometry_of(arm, loaded.model.config, options, sizes.block_size), sizes)

@@ -1,10 +1,10 @@
 """How many requests of how many tokens every section has, and what the engines need for them. Imports no jax."""
 
 import dataclasses
+from collections.abc import Collection
 
-from serving_bench import engines
-from serving_bench.engines import GRID, Arm, Pools
-
+from gdnjax.cli.bench.serving import engines
+from gdnjax.cli.bench.serving.engines import GRID, Arm, Pools
 from gdnjax.config import CHUNK, EngineConfig
 from gdnjax.memory import StateGeometry
 
@@ -18,6 +18,9 @@ WINDOWS = 3
 
 LEAD = 4
 """Decode steps of a full batch before the clock starts."""
+
+FLAGS = {"requests": "num-requests", "batched_tokens": "max-num-batched-tokens"}
+"""What flags of sizes are called, where not as the sizes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,8 @@ class Sizes:
             least = 0 if field.name == "checkpoints" else 1
             for number in value if isinstance(value, tuple) else (value,):
                 if number < least:
-                    raise ValueError(f"--{field.name.replace('_', '-')} must be at least {least}, got {number}")
+                    flag = FLAGS.get(field.name, field.name.replace("_", "-"))
+                    raise ValueError(f"--{flag} must be at least {least}, got {number}")
         for batch in self.padded:
             if batch in self.batches or batch > self.rows:
                 raise ValueError(
@@ -114,16 +118,31 @@ class Sizes:
         """Tokens of the longest sequence of decode or speculation."""
         return self.input_len + self.decode_output(self.rows, drafts, tokens_per_step)
 
-    def engine(self, drafts: int, forced_length: float | None) -> EngineConfig:
-        """An engine for everything that is measured with so many drafts. Raises ValueError where there is none."""
-        per_step = forced_length or 1.0
-        needs = {(self.rows, self.longest_decode(drafts, per_step))}
-        if not drafts:
-            needs |= {
-                (min(self.rows, self.requests), self.input_len + self.output_len),
-                (min(self.rows, self.prefill_requests), self.prefill_len + 1),
-                (min(self.rows, self.prefix_requests), self.prefix_len + self.prefix_own_len + self.prefix_output_len),
-            }
+    def prompt_tokens(self, sections: Collection[str]) -> int:
+        """Most prompt tokens that one of the sections has at once, prefixes aside."""
+        tokens = {
+            "decode": self.rows * self.input_len,
+            "throughput": self.requests * self.input_len,
+            "prefill": self.prefill_requests * self.prefill_len,
+        }
+        return max(tokens[name] for name in sections if name in tokens)
+
+    def engine(self, drafts: int, forced_length: float | None, sections: Collection[str]) -> EngineConfig:
+        """An engine for those of the sections that are measured with so many drafts. Raises ValueError where there is
+        none.
+        """
+        decoding = (self.rows, self.longest_decode(drafts, forced_length or 1.0))
+        # Requests at once, and their tokens.
+        of_section = {
+            "decode": decoding,
+            "throughput": (min(self.rows, self.requests), self.input_len + self.output_len),
+            "prefill": (min(self.rows, self.prefill_requests), self.prefill_len + 1),
+            "prefix": (
+                min(self.rows, self.prefix_requests),
+                self.prefix_len + self.prefix_own_len + self.prefix_output_len,
+            ),
+        }
+        needs = [decoding] if drafts else [need for name, need in of_section.items() if name in sections]
         longest = max(length for _, length in needs)
         return EngineConfig(
             max_num_seqs=self.rows,

@@ -1,28 +1,26 @@
-"""scripts/bench_serving.py: workloads, figures, pools of equal bytes, the driver; and its exit status."""
+"""gdnjax bench serve: workloads, figures, pools of equal bytes, the driver; and its exit status."""
 
 import dataclasses
 import itertools
 import json
 import pathlib
-import subprocess
-import sys
 import types
 
 import numpy as np
 import pytest
-from serving_bench import driver, engines, figures, report, workloads
-from serving_bench.driver import Log, Sample, Trace
-from serving_bench.engines import Arm, Sizes
-from serving_bench.workloads import Conversation, Spec, Turn
 
+from gdnjax.cli.bench import serve as script
+from gdnjax.cli.bench.serving import driver, engines, figures, report, workloads
+from gdnjax.cli.bench.serving.driver import Log, Sample, Trace
+from gdnjax.cli.bench.serving.engines import Arm, Sizes
+from gdnjax.cli.bench.serving.workloads import Conversation, Spec, Turn
 from gdnjax.config import ModelConfig
 from gdnjax.memory import StateGeometry
-from scripts import bench_serving as script
 from scripts import make_random_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 VOCABULARY = 1000
 
 
@@ -472,13 +470,6 @@ def test_time_to_first_token_counts_from_when_a_request_was_due():
 # The command.
 
 
-def test_parsing_imports_no_jax():
-    code = "import sys; sys.path.append('scripts'); import bench_serving; bench_serving.build_parser(); "
-    code += "print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -539,14 +530,14 @@ def test_mistake_is_one_line_and_status_2(capsys, tmp_path, given, message):
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
-    assert err.startswith("bench_serving.py: error: ")
+    assert err.startswith("gdnjax bench serve: error: ")
     assert err.count("\n") == 1
 
 
 def test_plot_without_matplotlib_says_what_to_install(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
     assert script.main(["--plot", str(tmp_path / "x.png")]) == 2
-    assert "--plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+    assert "--plot needs matplotlib: pip install 'gdnjax[bench]'" in capsys.readouterr().err
 
 
 @pytest.fixture

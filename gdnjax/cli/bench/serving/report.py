@@ -5,15 +5,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from measuring.tables import Table
-
+from gdnjax import memory
+from gdnjax.cli.bench.serving import figures
+from gdnjax.cli.bench.serving.driver import Log
+from gdnjax.cli.bench.serving.engines import Arm, Pools
+from gdnjax.cli.bench.serving.figures import Figures, Ratio
+from gdnjax.cli.bench.tables import Table
 from gdnjax.memory import StateGeometry
 from gdnjax.serving.outputs import acceptance_rate
-
-from . import figures
-from .driver import Log
-from .engines import Arm, Pools
-from .figures import Figures, Ratio
 
 GIB = 1 << 30
 
@@ -204,8 +203,6 @@ class ClosedForm:
 
 def closed_form(name: str, geometry: StateGeometry, pool_bytes: int, slots: int) -> ClosedForm:
     """Both accountings of a geometry; the packed one needs no slots beside its blocks."""
-    from gdnjax import memory
-
     return ClosedForm(
         name,
         pool_bytes,
@@ -235,7 +232,7 @@ def closed_form_table(forms: Sequence[ClosedForm]) -> str:
     return Table("Blocks at equal bytes, by arithmetic", columns, rows).text()
 
 
-def number(value: float | None) -> str:
+def number(value: float | int | None) -> str:
     """Four digits or so; whole numbers whole."""
     if value is None:
         return "-"

@@ -6,14 +6,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import driver, engines, figures, workloads
-from .engines import Arm, Loaded, Sizes
-from .figures import Figures
-from .report import ArmReport
-from .workloads import Conversation, Spec
+from gdnjax.cli.bench.serving import driver, engines, figures, workloads
+from gdnjax.cli.bench.serving.engines import Arm, Loaded, Sizes
+from gdnjax.cli.bench.serving.figures import Figures
+from gdnjax.cli.bench.serving.report import ArmReport
+from gdnjax.cli.bench.serving.workloads import Conversation, Spec
 
 if TYPE_CHECKING:
-    from gdnjax import LLM, SamplingParams
+    from gdnjax.sampling_params import SamplingParams
+    from gdnjax.serving.llm import LLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Plan:
 
     def sampling(self, max_tokens: int) -> "SamplingParams":
         """All output tokens are produced, so that a workload is the same work whatever the model says."""
-        from gdnjax import SamplingParams
+        from gdnjax.sampling_params import SamplingParams
 
         return SamplingParams(temperature=self.temperature, max_tokens=max_tokens, ignore_eos=True)
 

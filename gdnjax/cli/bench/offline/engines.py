@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from serving_bench.engines import Arm, Loaded
 
-from gdnjax import LLM, SamplingParams
+from gdnjax.cli.bench.offline.record import Record
+from gdnjax.cli.bench.serving.engines import Arm, Loaded
 from gdnjax.config import EngineConfig
+from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.allocator import Allocator
+from gdnjax.serving.llm import LLM
 from gdnjax.serving.scheduler import Scheduler
-
-from .record import Record
 
 if TYPE_CHECKING:
     from gdnjax.serving.submission import Submission
@@ -27,10 +27,12 @@ class DoesNotFit(MemoryError):
 
 
 class Bench:
-    """An engine that is open, and what all sections do with it. `configs` has the engines by their drafts."""
+    """An engine that is open, and what all sections do with it. `configs` has the engines by their drafts, `lower` says
+    what a user can lower where the memory is too small.
+    """
 
-    def __init__(self, loaded: Loaded, configs: dict[int, EngineConfig], record: Record):
-        self.loaded, self.configs, self.record = loaded, configs, record
+    def __init__(self, loaded: Loaded, configs: dict[int, EngineConfig], record: Record, lower: str):
+        self.loaded, self.configs, self.record, self._lower = loaded, configs, record, lower
         self._rng = np.random.default_rng(0)
         self._drafts: int | None = None
         self._llm: LLM | None = None
@@ -56,7 +58,7 @@ class Bench:
         new = {min(size for size in buckets if size >= count) for count in rows} - self._prepared
         if new:
             begin = time.perf_counter()
-            with saying_what_does_not_fit():
+            with saying_what_does_not_fit(self._lower):
                 self.llm.engine.prepare(sorted(new))
                 jax.block_until_ready(self.llm.engine.runner.state)
             self._prepared |= new
@@ -72,7 +74,7 @@ class Bench:
         config = self.configs[drafts]
         loaded = self.loaded.for_arm(Arm(f"k = {drafts}", speculation={"num_speculative_tokens": drafts}))
         begin = time.perf_counter()
-        with saying_what_does_not_fit():
+        with saying_what_does_not_fit(self._lower):
             self._llm = LLM.from_model(loaded.model, loaded.params, config, max_model_len=config.max_model_len or 0)
             jax.block_until_ready(self._llm.engine.runner.state)
         seconds = time.perf_counter() - begin
@@ -165,14 +167,13 @@ def device_memory() -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def saying_what_does_not_fit() -> Iterator[None]:
-    """Raises DoesNotFit, with what can be lowered, where the device has no memory left."""
+def saying_what_does_not_fit(lower: str) -> Iterator[None]:
+    """Raises DoesNotFit, with the flags that are to be lowered, where the device has no memory left."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFit(
-            f"it does not fit into the device's memory: {error}; lower --batches, --output-len, "
-            "--max-num-batched-tokens, --checkpoints or --scale, or raise --memory-fraction"
+            f"it does not fit into the device's memory: {error}; lower {lower}, or raise --memory-fraction"
         ) from error

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gdnjax.cli.bench.serving.workloads import Conversation
 from gdnjax.progress import Progress
 
-from .workloads import Conversation
-
 if TYPE_CHECKING:
-    from gdnjax import LLM, SamplingParams
+    from gdnjax.sampling_params import SamplingParams
+    from gdnjax.serving.llm import LLM
 
 Sampling = Callable[[int], "SamplingParams"]
 """The parameters of a request by its number of output tokens."""

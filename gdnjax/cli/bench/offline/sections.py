@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .sizes import LEAD, WINDOWS, Sizes
+from gdnjax.cli.bench.offline.sizes import LEAD, WINDOWS, Sizes
 
 if TYPE_CHECKING:
-    from .engines import Bench
+    from gdnjax.cli.bench.offline.engines import Bench
 
 PUBLISHED_ACCOUNTING = 1.59
 """Throughput with a decoupled pool over that with a packed one, as the field has published it."""

@@ -1,4 +1,4 @@
-"""scripts/bench_engine.py: its sizes and sections, one run of them all on the embedded geometry, and its errors."""
+"""gdnjax bench engine: its sizes and sections, one run of them all on the embedded geometry, and its errors."""
 
 import contextlib
 import json
@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from engine_bench import sections
-from engine_bench.record import Record
-from engine_bench.sizes import Sizes
 
 from gdnjax.assets import config_file
+from gdnjax.cli.bench import engine as script
+from gdnjax.cli.bench.offline import run, sections
+from gdnjax.cli.bench.offline.record import Record
+from gdnjax.cli.bench.offline.sizes import Sizes
 from gdnjax.config import ModelConfig
 from gdnjax.memory import StateGeometry
 from gdnjax.sharding import make_mesh
-from scripts import bench_engine as script
 from tests.micro import micro_model, micro_params
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -103,7 +103,7 @@ def test_section_that_fails_leaves_the_others_figures(monkeypatch, tmp_path, cap
     content = json.loads(target.read_text())
     assert list(content["sections"]) == ["decode", "prefix"]
     assert content["failed"] == {"prefill": "the device is on fire"}
-    assert capsys.readouterr().err.splitlines()[-1] == "bench_engine.py: error: 1 of 3 sections failed: prefill"
+    assert capsys.readouterr().err.splitlines()[-1] == "gdnjax bench engine: error: 1 of 3 sections failed: prefill"
 
 
 def test_engine_that_does_not_fit_is_said_to(monkeypatch, tmp_path, capsys):
@@ -167,9 +167,9 @@ def test_sections_come_in_their_order_with_those_they_need():
 def test_flags_of_devices_reach_the_engines(tmp_path):
     flags = ["--config", "qwen3.5-35b-a3b", "--tensor-parallel-size", "4", "--enable-expert-parallel"]
     arguments = script.build_parser().parse_args(flags)
-    config = script.read_config(arguments)
+    config = run.read_config(arguments)
     assert config.expert_parallel
-    for engine in script.choose_engines(arguments, script.read_config(arguments), Sizes(), ["speculation"]).values():
+    for engine in run.choose_engines(arguments, run.read_config(arguments), Sizes(), ["speculation"]).values():
         assert (engine.tensor_parallel_size, engine.enable_expert_parallel) == (4, True)
 
 
@@ -194,7 +194,7 @@ def test_balance_is_of_the_tokens_of_a_full_step_and_of_a_decode_step(capsys):
 
 def test_default_engine_holds_every_section():
     sizes = Sizes()
-    engine = sizes.engine(0, None)
+    engine = sizes.engine(0, None, sections.SECTIONS)
     assert engine.decode_buckets == (1, 16, 64, 128)
     assert engine.prefill_buckets == (512, 8192)
     tokens = engine.num_kv_blocks * engine.block_size
@@ -228,9 +228,9 @@ def test_record_replaces_its_file_in_one_go(tmp_path):
 def test_8_bit_pools_have_blocks_that_kernels_can_number():
     """128 requests of 9B would take 2.2e9 numbers of keys: more blocks, but fewer than these, are refused."""
     arguments = script.build_parser().parse_args(["--kv-cache-dtype", "fp8"])
-    config = script.read_config(arguments)
-    (engine,) = script.choose_engines(arguments, config, Sizes(), ["decode"]).values()
-    assert engine.num_kv_blocks == 16382 < Sizes().engine(0, None).num_kv_blocks
+    config = run.read_config(arguments)
+    (engine,) = run.choose_engines(arguments, config, Sizes(), ["decode"]).values()
+    assert engine.num_kv_blocks == 16382 < Sizes().engine(0, None, sections.SECTIONS).num_kv_blocks
     arguments = script.build_parser().parse_args([])
-    (engine,) = script.choose_engines(arguments, config, Sizes(), ["decode"]).values()
-    assert engine.num_kv_blocks == Sizes().engine(0, None).num_kv_blocks
+    (engine,) = run.choose_engines(arguments, config, Sizes(), ["decode"]).values()
+    assert engine.num_kv_blocks == Sizes().engine(0, None, sections.SECTIONS).num_kv_blocks

@@ -1,1 +1,0 @@
-"""What bench_engine is made of."""
