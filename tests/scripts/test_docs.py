@@ -45,6 +45,7 @@ SCRIPTS = (
     "serve",
     "soak_server",
     "train_tiny",
+    "triton_gate",
 )
 
 
