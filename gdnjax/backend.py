@@ -18,7 +18,8 @@ class Backend:
 
     Fields:
       kernels       "reference": the definitions in XLA; "pallas": the kernels; "interpret": the kernels, interpreted
-                    by XLA on any platform, for tests.
+                    by XLA on any platform, for tests. "triton": the one kernel in Triton's own language, that of
+                    gated_delta_rule.decode; all others refuse it, and `resolve` gives it to no engine.
       architecture  the row of the tile tables: "sm_90", "gfx942", "gfx950", or "cuda", "rocm" where a table has no row
                     of its own.
       order         of interpreted kernels alone, which run one program after another: 0 in the order of their numbers,
@@ -47,6 +48,10 @@ class Backend:
     @property
     def interpret(self) -> bool:
         return self.kernels == "interpret"
+
+    @property
+    def is_triton(self) -> bool:
+        return self.kernels == "triton"
 
     @property
     def capability(self) -> int | None:

@@ -36,6 +36,7 @@ examples:
   python scripts/bench_kernels.py 'gdn-decode-*' 'conv-*'        some
   python scripts/bench_kernels.py --no-peers --output kernels.json --plot roofline.png
   python scripts/bench_kernels.py --sweep 'gdn-prefill-48h-*'    other tiles, and the best as a row of the table
+  python scripts/bench_kernels.py --kernels triton gdn-decode-48h-128         the decode step in Triton, by jax_triton
   python scripts/bench_kernels.py --list
 
 Exit status: 0 done, 1 wrong values or a fault of the measurement, 2 an error, 3 --limit-s left workloads out, 130
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", default=["*"], help="patterns of workloads (default: all)")
-    parser.add_argument("--kernels", default="auto", help="auto, pallas, reference or interpret (default: %(default)s)")
+    kernels = "auto, pallas, reference, interpret, or triton, of gdn-decode-* alone (default: %(default)s)"
+    parser.add_argument("--kernels", default="auto", help=kernels)
     parser.add_argument("--runs", type=int, default=12, help="timed runs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=None, help="of the inputs (default: fresh ones)")
     parser.add_argument("--no-peers", action="store_true", help="leave other implementations out")
@@ -77,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--runs must be at least 1")
     if not arguments.limit_s > 0:
         parser.error("--limit-s must be above 0")
+    if arguments.kernels == "triton" and arguments.sweep:
+        parser.error("--sweep changes the tiles of the kernels in Pallas")
     if arguments.check_only and (arguments.sweep or arguments.plot):
         parser.error("--check-only measures no times; --sweep and --plot need them")
     return exit_status("bench_kernels.py", lambda: run(arguments))
@@ -96,12 +100,10 @@ def run(arguments) -> int:
     import jax
     from kernel_bench import measure, report, timing
 
-    from gdnjax import backend
-
     began = time.monotonic()
     deadline = began + arguments.limit_s
     device = jax.devices()[0]
-    implementation = backend.of_device(arguments.kernels, device)
+    implementation = implementation_of(arguments.kernels, device)
     seed = time.time_ns() % 2**31 if arguments.seed is None else arguments.seed
     head = {"device": device.device_kind, "jax": jax.__version__, "kernels": dataclasses.asdict(implementation)}
     print(f"{device.device_kind}, jax {jax.__version__}, kernels {implementation.kernels}, seed {seed}", flush=True)
@@ -169,6 +171,17 @@ def run(arguments) -> int:
         print(f"not run within --limit-s {arguments.limit_s:g}: {', '.join(left)}", flush=True)
     print(f"{len(rows)} of {len(names)} workloads in {time.monotonic() - began:.0f} s", flush=True)
     return 1 if faults else OUT_OF_TIME if left else 0
+
+
+def implementation_of(kernels: str, device):
+    """The Backend; "triton" among them, which no engine has. Raises ValueError for what the device cannot run."""
+    from gdnjax import backend
+
+    if kernels != "triton":
+        return backend.of_device(kernels, device)
+    if backend.platform_of(device) not in backend.PALLAS_PLATFORMS:
+        raise ValueError(f"--kernels triton on {device.platform}: the kernel is compiled for ROCm and CUDA")
+    return dataclasses.replace(backend.of_device("pallas", device), kernels=kernels)
 
 
 if __name__ == "__main__":

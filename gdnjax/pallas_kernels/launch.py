@@ -1,8 +1,10 @@
 """What all kernels share: how one is launched, and the few things that the Triton lowering needs said its own way."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +30,8 @@ def power_of_two(size: int, least: int = 1) -> int:
 class Launch:
     """All that tells one launch from another: calls that agree in it, and in their operands' types, are one function.
 
-    `order` shuffles the programs of an interpreted kernel, 0 leaves them in order; see `Backend`.
+    `order` shuffles the programs of an interpreted kernel, 0 leaves them in order; see `Backend`. `in_triton`: the
+    kernel is a `triton.jit` function.
     """
 
     kernel: Callable
@@ -41,6 +44,7 @@ class Launch:
     static: tuple[tuple[str, Any], ...]
     interpret: bool
     order: int
+    in_triton: bool
 
 
 def launch(
@@ -61,7 +65,12 @@ def launch(
     One axis: the kernel takes its number apart itself, so that the order in which programs start is what it says and
     no axis is ever too long for a launch. `aliases` maps inputs to the outputs that they become, in place. Statics are
     hashable.
+
+    Where `backend` is "triton", `kernel` is a `triton.jit` function of pointers and statics that asks for its program
+    itself. Raises ValueError for any other.
     """
+    if backend.is_triton and inspect.isfunction(kernel):
+        raise ValueError(f"kernels='triton': {name} has no kernel in Triton; allowed: gated_delta_rule.decode alone")
     return run(
         Launch(
             kernel=kernel,
@@ -74,6 +83,7 @@ def launch(
             static=tuple(sorted(static.items())),
             interpret=backend.interpret,
             order=backend.order,
+            in_triton=backend.is_triton,
         ),
         args,
     )
@@ -87,6 +97,12 @@ def run(launch: Launch, args: Sequence[Array]) -> list[Array]:
 @functools.cache
 def jitted(launch: Launch) -> Callable:
     """The launch as a function of its operands. JAX traces and lowers it once: layers are calls of one function."""
+    function = _by_jax_triton(launch) if launch.in_triton else _by_pallas(launch)
+    function.__name__ = launch.name
+    return jax.jit(function)
+
+
+def _by_pallas(launch: Launch) -> Callable:
     kernel = functools.partial(launch.kernel, **dict(launch.static))
     aliases, order = dict(launch.aliases), ()
     if launch.order:
@@ -109,11 +125,33 @@ def jitted(launch: Launch) -> Callable:
         name=launch.name,
     )
 
-    def function(*args):
-        return call(*order, *args)
+    return lambda *args: call(*order, *args)
 
-    function.__name__ = launch.name
-    return jax.jit(function)
+
+def _by_jax_triton(launch: Launch) -> Callable:
+    with from_the_triton_extra():
+        import jax_triton  # pyright: ignore[reportMissingImports]
+
+    return lambda *args: jax_triton.triton_call(
+        *args,
+        kernel=launch.kernel,
+        name=launch.name,
+        grid=(launch.programs,),
+        out_shape=list(launch.out),
+        input_output_aliases=dict(launch.aliases),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **dict(launch.static),
+    )
+
+
+@contextlib.contextmanager
+def from_the_triton_extra() -> Iterator[None]:
+    """Around imports of triton and jax_triton. Raises ImportError that says how what is missing is installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"kernels='triton' needs `pip install gdnjax[triton]`: {error}") from error
 
 
 def bounded(number: Array, count: int) -> Array:

@@ -159,6 +159,8 @@ def _zero_of(outputs, backend: Backend):
     if not _has_kernels(backend):
         return _zero([leaf[0] for leaf in leaves])
     out = [jax.ShapeDtypeStruct((1,), jnp.int32)]
+    # In Pallas, whatever the kernels are in that are timed.
+    backend = dataclasses.replace(backend, kernels="pallas")
     (zero,) = launch(_zero_kernel, backend, name=NEED, programs=1, args=leaves, out=out, warps=1)
     return zero[0]
 

@@ -80,13 +80,18 @@ def prepare(directory: pathlib.Path) -> None:
 
 def devices(arch: str, count: int = 1) -> list[Any]:
     """`count` chips that can be compiled for. The plugin must be installed, its libraries or their stand-ins loaded."""
-    from jax._src import hardware_utils
     from jax.experimental import topologies
 
-    # The plugin refuses to start where the kernel driver shows no GPU.
-    hardware_utils.num_available_amd_gpus = lambda *_, **__: 1
+    let_plugin_start()
     target = (pathlib.Path(__file__).parent / TARGETS[arch]).read_text()
     return list(topologies.get_topology_desc("", "rocm", target_config=target, topology=f"1x1x{count}").devices)
+
+
+def let_plugin_start() -> None:
+    """It refuses to where the kernel driver shows no GPU."""
+    from jax._src import hardware_utils
+
+    hardware_utils.num_available_amd_gpus = lambda *_, **__: 1
 
 
 def compile_function(lower: Callable[[], Any], cache: pathlib.Path, known: dict[str, code_object.Kernel]) -> Compiled:

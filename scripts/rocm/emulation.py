@@ -33,11 +33,15 @@ class Code:
 
 
 class Compiler:
-    """Launches to machine code of one architecture. Of those that agree in everything one is compiled."""
+    """Launches to machine code of one architecture. Of those that agree in everything one is compiled.
+
+    `backend` is what cases are told.
+    """
 
     def __init__(self, arch: str, cache: pathlib.Path):
         (self._device,) = compiling.devices(arch)
         self.arch = arch
+        self.backend = Backend("pallas", arch)
         self._cache = cache
         self._launches: dict[Any, Code] = {}
         # XLA compiles no kernel twice in a process, whatever module it is in.
@@ -126,7 +130,7 @@ def execute(code: Code, launch: Launch, arguments: Sequence[Any], *, shadow: boo
 Run = Callable[[Launch, Sequence[Any]], Executed]
 
 
-def run(case: Case, arch: str, run_launch: Run) -> tuple[dict[str, np.ndarray], list[Executed]]:
+def run(case: Case, backend: Backend, run_launch: Run) -> tuple[dict[str, np.ndarray], list[Executed]]:
     """(outputs of the case and of its launches, the launches), each run by `run_launch`. All else of the op is computed
     by XLA here.
 
@@ -141,7 +145,7 @@ def run(case: Case, arch: str, run_launch: Run) -> tuple[dict[str, np.ndarray], 
 
     arrays = {name: x if x.nbytes >= LARGE else jnp.asarray(x) for name, x in case.arrays.items()}
     with mock.patch.object(package, "run", instead):
-        outputs = case.call(arrays, Backend("pallas", arch))
+        outputs = case.call(arrays, backend)
     found = {name: np.asarray(x) for name, x in outputs.items()}
     for done in executed:
         found |= done.named()

@@ -59,29 +59,34 @@ def results(
     """
     todo = tasks(compiler, names, share)
     for task in reversed(todo) if backwards else todo:
-        begin = time.perf_counter()
-        error = ""
-        try:
-            found = task.run()
-        except emulator.Fault as fault:
-            found = {"wrong": [f"fault: {fault}"]}
-        except Exception as failure:  # compilers, lowerings and the emulator raise what they like; it is never right
-            found, error = {"wrong": []}, f"{type(failure).__name__}: {str(failure)[:300]}"
-        wrong = found.pop("wrong")
-        yield {
-            "arch": compiler.arch,
-            "kind": task.kind,
-            "name": task.name,
-            "passed": not error and bool(wrong) == task.fails,
-            "wrong": [error] if error else wrong or (["was not found wrong"] if task.fails else []),
-            "fails": task.fails,
-            "seconds": round(time.perf_counter() - begin, 2),
-            **found,
-        }
+        yield result_of(task, compiler.arch)
+
+
+def result_of(task: Task, arch: str) -> dict[str, Any]:
+    """Runs the task: what it finds, and whether that is as it should be."""
+    begin = time.perf_counter()
+    error = ""
+    try:
+        found = task.run()
+    except emulator.Fault as fault:
+        found = {"wrong": [f"fault: {fault}"]}
+    except Exception as failure:  # compilers, lowerings and the emulator raise what they like; it is never right
+        found, error = {"wrong": []}, f"{type(failure).__name__}: {str(failure)[:300]}"
+    wrong = found.pop("wrong")
+    return {
+        "arch": arch,
+        "kind": task.kind,
+        "name": task.name,
+        "passed": not error and bool(wrong) == task.fails,
+        "wrong": [error] if error else wrong or (["was not found wrong"] if task.fails else []),
+        "fails": task.fails,
+        "seconds": round(time.perf_counter() - begin, 2),
+        **found,
+    }
 
 
 def small(case: Case, compiler: Compiler) -> dict[str, Any]:
-    outputs, executed = emulation.run(case, compiler.arch, emulation.as_compiled(compiler, shadow=True))
+    outputs, executed = emulation.run(case, compiler.backend, emulation.as_compiled(compiler, shadow=True))
     errors, wrong = case.compare(outputs, case.wanted())
     wrong += [f"{name}: nobody computed it" for name in case.bounds if name not in outputs]
     wrong += [f"{done.launch.name}: {conflict}" for done in executed for conflict in done.conflicts[:3]]
@@ -91,7 +96,7 @@ def small(case: Case, compiler: Compiler) -> dict[str, Any]:
 def in_large_pools(large: Large, compiler: Compiler) -> dict[str, Any]:
     """Without shadow memory, which is as large as the pools; but what is written elsewhere shows by its pages."""
     case = large.case()
-    outputs, executed = emulation.run(case, compiler.arch, emulation.as_compiled(compiler, shadow=False))
+    outputs, executed = emulation.run(case, compiler.backend, emulation.as_compiled(compiler, shadow=False))
     errors, wrong = large.small.compare(large.moved_back(outputs), large.small.wanted())
     for done in executed:
         for pool, pages in done.written_pages():

@@ -119,14 +119,20 @@ class Function:
 def kernels(arch: str, device) -> Iterator[Function]:
     """Each workload of bench_kernels, and some of them in pools over 4 GiB."""
     backend, placement = Backend("pallas", arch), SingleDeviceSharding(device)
-    for name, work in WORKLOADS.items():
-        arguments, pools = jax.eval_shape(work.inputs, jax.random.key(0))
-        yield _kernel(name, work, _placed(arguments, placement), _placed(pools, placement), backend)
+    for name in WORKLOADS:
+        yield workload(name, device, backend)
     for name in IN_LARGE_POOLS:
         work = WORKLOADS[name]
         arguments, pools = enlarged(*jax.eval_shape(work.inputs, jax.random.key(0)))
         name = f"{name}, pools over 4 GiB"
         yield _kernel(name, work, _placed(arguments, placement), _placed(pools, placement), backend)
+
+
+def workload(name: str, device, backend: Backend) -> Function:
+    """One of bench_kernels."""
+    work, placement = WORKLOADS[name], SingleDeviceSharding(device)
+    arguments, pools = jax.eval_shape(work.inputs, jax.random.key(0))
+    return _kernel(name, work, _placed(arguments, placement), _placed(pools, placement), backend)
 
 
 def _kernel(name: str, work: Workload, arguments, pools, backend: Backend) -> Function:

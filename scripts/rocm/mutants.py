@@ -119,7 +119,7 @@ class Right:
 def record(case: Case, compiler: Compiler) -> Right:
     """Raises RuntimeError where the case is wrong as it is."""
     wanted = case.wanted()
-    outputs, executed = emulation.run(case, compiler.arch, emulation.as_compiled(compiler, shadow=True))
+    outputs, executed = emulation.run(case, compiler.backend, emulation.as_compiled(compiler, shadow=True))
     wrong = case.compare(outputs, wanted)[1] + [fault for done in executed for fault in done.conflicts]
     if wrong:
         raise RuntimeError(f"{case.name} has no mutants, it is wrong itself: {wrong[0]}")
@@ -194,4 +194,4 @@ def replay(right: Right, number: int, changed: Executed, compiler: Compiler) -> 
             return changed
         return emulation.execute(compiler.code(launch, arguments), launch, arguments, shadow=True)
 
-    return emulation.run(right.case, compiler.arch, run_launch)
+    return emulation.run(right.case, compiler.backend, run_launch)

@@ -131,6 +131,14 @@ def test_kernels_that_cannot_run_here_are_an_error(capsys):
 
 
 @pytest.mark.usefixtures("without_type_checks")
+def test_kernel_in_triton_is_of_gpus_and_has_no_sweep(capsys):
+    assert script.main([DECODE, "--kernels", "triton"]) == 2
+    assert "--kernels triton on cpu: the kernel is compiled for ROCm and CUDA" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script.main([DECODE, "--kernels", "triton", "--sweep"])
+    assert "--sweep changes the tiles of the kernels in Pallas" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("kernels", "names"), [("interpret", list(SMALL)), ("reference", [DECODE])])
 def test_values_of_every_kind_of_workload_are_right(kernels, names, capsys):
     assert script.main(["--check-only", "--kernels", kernels, "--seed", "3", *names]) == 0

@@ -49,6 +49,7 @@ SCRIPTS = (
     "serve",
     "soak_server",
     "train_tiny",
+    "triton_gate",
 )
 
 

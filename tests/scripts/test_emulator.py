@@ -202,6 +202,15 @@ def test_kernels_that_start_otherwise_are_refused(change, said):
         emulator.run(program, [words()], grid=1, warps=1, lds=0)
 
 
+def test_arguments_that_may_come_in_registers_are_loaded_by_the_prologue():
+    target = words()
+    pointer, store = asm("s_load_dwordx2 s[4:5], s[0:1]", offset=0), asm("global_store_dword v1, v1, s[4:5]")
+    program = kernel(pointer, WAIT, OFFSETS, store, END)
+    program = dataclasses.replace(program, descriptor=dataclasses.replace(program.descriptor, preload=2))
+    emulator.run(program, [target], grid=1, warps=1, lds=0)
+    assert target.tolist() == (4 * np.arange(64)).tolist()
+
+
 def test_a_mutant_is_the_program_but_for_one_instruction():
     program = kernel(OFFSETS, asm("v_mov_b32 v2, 1"), END)
     mutant = nop_at(program, 1)

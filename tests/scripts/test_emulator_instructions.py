@@ -89,6 +89,7 @@ INTEGER = {
     "v_mul_u32_u24": lambda x, y: (x & 0xFFFFFF) * (y & 0xFFFFFF),
     "v_mul_i32_i24": lambda x, y: sign(x & 0xFFFFFF, 24) * sign(y & 0xFFFFFF, 24),
     "v_mad_u32_u24": lambda x, y, z: (x & 0xFFFFFF) * (y & 0xFFFFFF) + z,
+    "v_mad_i32_i24": lambda x, y, z: sign(x & 0xFFFFFF, 24) * sign(y & 0xFFFFFF, 24) + z,
     "v_min_u32": min,
     "v_max_u32": max,
     "v_min_i32": lambda x, y: min(sign(x), sign(y)),

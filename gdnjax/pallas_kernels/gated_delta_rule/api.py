@@ -19,7 +19,7 @@ are those of float32 states.
 import dataclasses
 
 from gdnjax.backend import REFERENCE, Backend
-from gdnjax.pallas_kernels.gated_delta_rule import chunked, recurrent, reference
+from gdnjax.pallas_kernels.gated_delta_rule import chunked, recurrent, reference, triton_decode
 from gdnjax.pallas_kernels.gated_delta_rule.rounding import Rounding
 from gdnjax.pallas_kernels.pools import dtype_of
 from gdnjax.pallas_kernels.rows import Chunks, Rows
@@ -101,9 +101,17 @@ def decode(
     rounding: Rounding | None = None,
     backend: Backend = REFERENCE,
 ) -> tuple[Float[Array, "n hv v"], Shaped[Array, "L s hv kv"]]:
-    """One token a row, in the recurrent form."""
+    """One token a row, in the recurrent form.
+
+    `Backend("triton")` runs it as a kernel in Triton, by jax_triton: of states in one order, rounded to the nearest,
+    with a decay of each head. Raises ValueError for others, ImportError where jax_triton is missing.
+    """
     gates.check(qkv.shape[:-1], ssm.shape[2], key_head_dim)
     _check_rounding(rounding, ssm)
+    if backend.is_triton:
+        return triton_decode.decode(
+            qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim, rounding, backend
+        )
     if backend.is_reference:
         return reference.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim, rounding)
     return recurrent.decode(qkv, gates, ssm, layer, read_slot, write_slot, order, key_head_dim, rounding, backend)

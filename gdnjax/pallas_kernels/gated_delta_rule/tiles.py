@@ -50,6 +50,10 @@ def recurrent(backend: Backend, dtype, order, key_dim: int, value_dim: int) -> R
     return row[str(dtype), "vk" if order.read else "kv"]
 
 
+# Of the kernel in Triton, by the order that it reads: what spills on no architecture. Nobody has timed it.
+TRITON = {"vk": Recurrent(8, 1), "kv": Recurrent(32, 4)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunked:
     """`columns` value columns by all of K in each program of the walk. Where channels decay by themselves: so many at a

@@ -12,8 +12,8 @@ class Descriptor:
     """What the hardware is told of a kernel before its first instruction.
 
     `lds` and `scratch` are bytes, `kernarg` the bytes of its arguments; `group_ids` says for x, y and z whether a
-    scalar register holds the workgroup's number, behind the first `user_sgprs`; `preload` is not 0 where arguments come
-    in registers. `properties` are KERNEL_CODE_PROPERTIES and `float_mode` is FLOAT_MODE, as LLVM's "User Guide for
+    scalar register holds the workgroup's number, behind the first `user_sgprs`; `preload` is not 0 where arguments may
+    come in registers. `properties` are KERNEL_CODE_PROPERTIES and `float_mode` is FLOAT_MODE, as LLVM's "User Guide for
     AMDGPU Backend" has them.
     """
 

@@ -119,7 +119,9 @@ def run(
     NotImplementedError before the first step for instructions that are not known.
     """
     about = program.descriptor
-    if about.preload or about.scratch or not about.properties & _KERNARG_POINTER:
+    # Where arguments may come in registers, a prologue loads them there for firmware that does not know how to.
+    in_registers = about.preload and not program.instructions[0].name.startswith("s_load_dword")
+    if in_registers or about.scratch or not about.properties & _KERNARG_POINTER:
         raise NotImplementedError(f"{program.name}: arguments in registers, scratch, or no pointer to arguments")
     if about.float_mode != FLOAT_MODE:
         raise NotImplementedError(f"{program.name}: float mode {about.float_mode:#x}, only {FLOAT_MODE:#x} is emulated")

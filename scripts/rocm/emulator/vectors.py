@@ -212,6 +212,7 @@ LANEWISE |= _table(
         "v_med3_i32": lambda x, y, z: np.maximum(np.minimum(x, y), np.minimum(np.maximum(x, y), z)).view(U32),
         "v_mul_hi_i32": lambda x, y: (np.asarray(x).astype(I64) * y >> 32).astype(U32),
         "v_mul_i32_i24": lambda x, y: (_low_24(x) * _low_24(y)).view(U32),
+        "v_mad_i32_i24": lambda x, y, z: (_low_24(x) * _low_24(y) + z).view(U32),
         "v_cvt_f32_i32": lambda x: as_bits(np.asarray(x).astype(F32)),
     },
 )
