@@ -28,13 +28,13 @@ BAD = {
     "frequency_penalty": [-3],
     "repetition_penalty": [0],
     "seed": [-1, 1 << 64, 1.5],
-    "stop": [5, [""], ["a", 1], ["a"] * 65],
+    "stop": [5, [""], ["a", 1], ["a"] * 65, "a" * 20_000],
     "stop_token_ids": [[-1], [5000], "7"],
     "max_tokens": [0, -5, 1 << 31, "many"],
     "min_tokens": [-1, 2],
     "logit_bias": [{"a": 1}, {"5000": 1}, {"7": "x"}, {"7": True}, [1]],
     "structured_outputs": [{"regex": "a" * 200_000}, {"choice": ["a" * 1000] * 200}, {"json": "[" * 100_000}],
-    "bad_words": ["word", [1]],
+    "bad_words": ["word", [1], ["a" * 2000]],
     "allowed_token_ids": [[], [5000]],
     "logprobs": [-1, 6, "yes"],
     "prompt_logprobs": [-1, 6],
@@ -232,6 +232,11 @@ def test_prompts_that_are_too_long_are_told(client):
         ("/v1/completions", {"prompt": "Once " * 100_000}),
         ("/v1/completions", {"prompt": "Once " * 100_000, "add_special_tokens": False}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Once " * 100_000}]}),
+        ("/v1/completions/render", {"prompt": "Once " * 100_000}),
+        ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "Once " * 100_000}]}),
+        ("/tokenize", {"prompt": "Once " * 100_000}),
+        ("/tokenize", {"prompt": "Once " * 100_000, "add_special_tokens": False}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "Once " * 100_000}]}),
     ],
 )
 def test_of_texts_that_are_far_too_long_the_beginning_is_tokenised(path, body, client, llm, monkeypatch):
@@ -247,6 +252,12 @@ def test_of_texts_that_are_far_too_long_the_beginning_is_tokenised(path, body, c
     assert "characters, of which the first" in message
     assert "max_model_len=256" in message
     assert max(sizes) < 10_000
+
+
+def test_more_tokens_than_a_context_holds_are_no_text(client):
+    assert answer(client, "/detokenize", {"tokens": [42] * 256})["prompt"]
+    found = error(client.post("/detokenize", json={"tokens": [42] * 257}), 400)
+    assert (found["param"], "max_model_len=256" in found["message"]) == ("tokens", True)
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -269,6 +280,54 @@ def test_texts_without_a_meaning_are_told_however_they_are_tokenised(special, cl
 def test_what_a_prompt_cannot_have_is_not_the_prompts_fault(name, value, client):
     body = {**COMPLETION, name: value}
     assert error(client.post("/v1/completions", json=body), 400)["param"] == name
+
+
+def demanding(parameters):
+    """A request for a call of a tool with such parameters."""
+    functions = [{"name": "other"}, {"name": "f", "parameters": parameters}]
+    tools = [{"type": "function", "function": function} for function in functions]
+    return {**CHAT, "tools": tools, "tool_choice": {"type": "function", "function": {"name": "f"}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "why"),
+    [
+        (demanding({"$ref": "#"}), "tools", "the reference 'tools[1]: #' leads back to itself"),
+        (demanding({"type": "objekt"}), "tools", "Invalid type: objekt"),
+        (demanding({"$ref": "#/nowhere"}), "tools", "does not exist"),
+        (
+            {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
+            "response_format",
+            "response_format cannot be satisfied: the reference '#' leads back to itself",
+        ),
+        ({**CHAT, "structured_outputs": {"json": {"$ref": "#"}}}, "structured_outputs", "leads back to itself"),
+    ],
+)
+def test_schemas_that_nothing_satisfies_are_the_fault_of_their_field(body, name, why, client):
+    found = error(client.post("/v1/chat/completions", json=body), 400)
+    assert found["param"] == name
+    assert why in found["message"]
+
+
+def test_anchors_of_tools_are_found(client):
+    schema = {"properties": {"a": {"$ref": "#k"}}, "$defs": {"k": {"$anchor": "k", "type": "integer"}}}
+    answer(client, "/v1/chat/completions", {**demanding(schema), "max_tokens": 1})
+
+
+@pytest.mark.parametrize("structure", [{"grammar": 'start: "a" x\nx: x'}, {"regex": "[0-9]{2}"}], ids=str)
+def test_requests_that_leave_themselves_no_token_are_not_the_servers_fault(structure, client):
+    """Whose clients would ask again."""
+    body = {**CHAT, "structured_outputs": structure}
+    if "regex" in structure:
+        body["allowed_token_ids"] = [7]
+    assert "no token may be drawn" in error(client.post("/v1/chat/completions", json=body), 400)["message"]
+
+
+def test_structures_that_would_end_the_server_are_refused(client):
+    """The stack of the thread that compiles it is not enough."""
+    grammar = "start: r0\n" + "".join(f'r{i}: "a" r{i + 1} | "x"\n' for i in range(4000)) + 'r4000: "q"'
+    found = error(client.post("/v1/completions", json={**COMPLETION, "structured_outputs": {"grammar": grammar}}), 400)
+    assert (found["param"], "nested too deep" in found["message"]) == ("structured_outputs", True)
 
 
 def test_a_bad_prompt_of_many_stops_all(client, async_llm):
