@@ -185,13 +185,17 @@ def test_bodies_of_another_type_are_told_which_is_wanted(client):
         ("/v1/chat/completions", {"messages": [1] * 50_000}),
         ("/v1/chat/completions", {**CHAT, "tools": [1] * 50_000}),
         ("/v1/messages", {**CHAT, "model": "tiny", "max_tokens": 1, "stop_sequences": [1] * 50_000}),
+        ("/v1/messages", {"model": "tiny", "max_tokens": 1, "messages": "x" * 500_000}),
+        ("/v1/responses", {"model": "tiny", "input": {"x": "x" * 500_000}}),
+        ("/v1/completions", {**COMPLETION, "bad_words": ["x" * 500_000]}),
+        ("/v1/completions", {**COMPLETION, "model": "x" * 500_000}),
     ],
 )
 def test_many_mistakes_are_told_in_few_words(path, body, client):
     """Telling each would take the server's only thread for seconds, and megabytes of answer."""
     response = client.post(path, json=body)
     assert response.status_code == 400
-    assert len(response.content) < 2000
+    assert len(response.content) < 3000
 
 
 @pytest.mark.parametrize(
@@ -419,6 +423,94 @@ def test_origins_may_be_allowed(async_llm):
     assert "access-control-allow-origin" not in asked(closed, "OPTIONS", "/v1/completions", headers=headers).headers
     found = asked(opened, "OPTIONS", "/v1/completions", headers=headers)
     assert (found.status_code, found.headers["access-control-allow-origin"]) == (200, "http://page")
+
+
+OWN = [
+    # The server's host, the request's Host, and its Origin.
+    ("127.0.0.1", "127.0.0.1:8000", "http://127.0.0.1:8000"),
+    ("127.0.0.1", "LocalHost:8000", "http://localhost:8000"),
+    ("::1", "[::1]:8000", "http://[::1]:8000"),
+    ("0.0.0.0", "a.example", "https://a.example"),
+    # As browsers write no origin at all, programs do.
+    ("127.0.0.1", "127.0.0.1:8000", None),
+    ("127.0.0.1", "a.example", None),
+]
+FOREIGN = [
+    ("127.0.0.1", "127.0.0.1:8000", "http://a.example"),
+    ("127.0.0.1", "127.0.0.1:8000", "http://127.0.0.1:3000"),
+    ("127.0.0.1", "127.0.0.1:8000", "null"),
+    ("127.0.0.1", "127.0.0.1:8000", ""),
+    ("0.0.0.0", "a.example", "http://b.example"),
+    # A name that somebody has let point here.
+    ("127.0.0.1", "a.example:8000", "http://a.example:8000"),
+    ("localhost", "a.example:8000", "http://a.example:8000"),
+    ("127.0.0.1", "[", "http://["),
+]
+WRITING = ("/abort_requests", "/reset_prefix_cache", "/v1/completions", "/v1/messages", "/tokenize")
+
+
+def from_page(async_llm, host, name, origin, path, method="POST", **changes):
+    headers = {"host": name} if origin is None else {"host": name, "origin": origin}
+    return asked(make_app(async_llm, config(host=host, **changes)), method, path, headers=headers)
+
+
+@pytest.mark.parametrize(("host", "name", "origin"), FOREIGN)
+def test_pages_of_others_may_not_ask(host, name, origin, async_llm):
+    """A browser sends a form of theirs here without asking first."""
+    for path in WRITING:
+        found = from_page(async_llm, host, name, origin, path)
+        assert found.status_code == 403, found.text
+        assert "--cors-origin" in found.json()["error"]["message"]
+    assert from_page(async_llm, host, name, origin, "/health", "GET").status_code == 200
+
+
+@pytest.mark.parametrize(("host", "name", "origin"), OWN)
+def test_pages_of_the_server_and_programs_may_ask(host, name, origin, async_llm):
+    assert from_page(async_llm, host, name, origin, "/reset_prefix_cache").json() == {"reset": True}
+
+
+@pytest.mark.parametrize("origins", [("*",), ("http://b.example", "http://A.example")])
+def test_pages_of_origins_that_are_allowed_may_ask(origins, async_llm):
+    found = from_page(
+        async_llm, "127.0.0.1", "127.0.0.1:8000", "http://a.example", "/reset_prefix_cache", cors_origins=origins
+    )
+    assert found.json() == {"reset": True}
+
+
+def test_names_of_a_server_with_keys_are_its_own(async_llm):
+    """Who lets a name point here has no key."""
+    headers = {"host": "a.example", "origin": "https://a.example", "authorization": "Bearer key"}
+    app = make_app(async_llm, config(api_keys=("key",)))
+    assert asked(app, "POST", "/reset_prefix_cache", headers=headers).status_code == 200
+
+
+GETS = (
+    "/",
+    "/health",
+    "/ping",
+    "/live",
+    "/version",
+    "/load",
+    "/metrics",
+    "/v1/models",
+    "/v1/models/tiny",
+    "/openapi.json",
+)
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_heads_are_those_of_gets(path, client):
+    head, get = client.head(path), client.get(path)
+    assert (head.status_code, get.status_code) == (200, 200)
+    assert head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"] if get.content else True
+
+
+def test_heads_of_what_is_asked_otherwise_are_refused(client):
+    found = client.head("/v1/completions")
+    assert (found.status_code, found.content, found.headers["allow"]) == (405, b"", "POST")
+    assert client.post("/health").headers["allow"] == "GET, HEAD"
+    assert client.head("/nowhere").status_code == 404
 
 
 def test_server_without_its_engine_is_alive_and_not_ready(async_llm):
