@@ -80,7 +80,6 @@ class Rehearsals:
             [sys.executable, "-c", CHILD, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
         )
