@@ -16,11 +16,17 @@ MAX_STOP_TOKENS = 16
 MAX_STOP_STRINGS = 64
 """Texts that end one request: each is looked for at every token, while the device waits."""
 
+MAX_STOP_CHARACTERS = 1 << 14
+"""Characters of all of them."""
+
 MAX_STRUCTURE = 1 << 17
 """Characters of a structure: compiling one takes longer than in proportion, seconds for so many."""
 
 MAX_BAD_WORDS = 32
 """Texts that one request may forbid."""
+
+MAX_BAD_WORD_CHARACTERS = 1024
+"""In one of them: more than the tokens that it may be have, and few enough to be tokenised at once."""
 
 MAX_BAD_SEQUENCES = 2 * MAX_BAD_WORDS
 """Token sequences that stand for them: each text with and without a leading space."""
@@ -224,11 +230,19 @@ class SamplingParams:
         assert self.stop is not None
         if len(self.stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop must be at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}")
+        size = sum(map(len, self.stop))
+        if size > MAX_STOP_CHARACTERS:
+            raise ValueError(f"stop must have at most {MAX_STOP_CHARACTERS} characters, got {size}")
         bad_words = _strings("bad_words", self.bad_words)
         object.__setattr__(self, "bad_words", bad_words)
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         if len(bad_words) > MAX_BAD_WORDS:
             raise ValueError(f"at most {MAX_BAD_WORDS} bad_words are allowed, got {len(bad_words)}")
+        size = max(map(len, bad_words), default=0)
+        if size > MAX_BAD_WORD_CHARACTERS:
+            raise ValueError(
+                f"bad_words must have at most {MAX_BAD_WORD_CHARACTERS} characters each, got one of {size}"
+            )
         if self.allowed_token_ids is not None:
             allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:

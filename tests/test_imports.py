@@ -66,7 +66,7 @@ HOST_ONLY += ("serving.tokenizer", "serving.detokenizer", "serving.request", "se
 HOST_ONLY += ("serving.plan", "serving.prefix_cache", "serving.metrics", "serving.submission", "serving.speculation")
 HOST_ONLY += ("serving.radix_tree", "serving.host_tier", "serving.records", "serving.chat", "serving.frontend")
 HOST_ONLY += ("serving.server.settings", "cli.serve", "serving.parsing", "serving.tool_calls")
-HOST_ONLY += ("serving.structured",)
+HOST_ONLY += ("serving.structured", "serving.schemas", "serving.rehearsal")
 HOST_ONLY += ("cli.command", "cli.generate", "cli.convert", "cli.main", "cli.bench.main")
 HOST_ONLY += ("cli.bench.throughput", "cli.bench.latency", "cli.bench.serve", "cli.bench.engine")
 """Modules that plan and bookkeep without a device: no jax, not even through what they import."""
@@ -84,7 +84,7 @@ PLANNERS = (
     "serving.structured",
 )
 PLANNERS_SEE = {"config", "memory", "sampling_params", "serving.detokenizer", "serving.tokenizer", *PLANNERS}
-PLANNERS_SEE |= {"serving.outputs", "serving.submission", "serving.parsing"}
+PLANNERS_SEE |= {"serving.outputs", "serving.submission", "serving.parsing", "serving.schemas"}
 
 
 @dataclasses.dataclass(frozen=True)

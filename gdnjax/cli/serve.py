@@ -169,7 +169,7 @@ def build_parser(command: str = "gdnjax serve") -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="of pages that may call the server; repeatable, * is all (default: its own)",
+        help="of pages that may call the server; repeatable, * is all (default: its own; others get 403)",
     )
     add(
         "--trust-request-chat-template",

@@ -18,6 +18,7 @@ from gdnjax.sampling_params import MAX_STOP_TOKENS, SamplingParams, check_unicod
 from gdnjax.serving.chat import render_chats
 from gdnjax.serving.detokenizer import Detokenizer
 from gdnjax.serving.plan import check_fits
+from gdnjax.serving.rehearsal import Rehearsals
 from gdnjax.serving.request import Request
 from gdnjax.serving.structured import Grammars, Matcher
 from gdnjax.serving.submission import Submission, Urgency
@@ -89,6 +90,14 @@ class Frontend:
         """The next prompt has at least this number: those before it were prepared by another process."""
         with self._lock:
             self._num_requests = max(self._num_requests, num_requests)
+
+    def rehearse_grammars(self, seconds: float) -> None:
+        """From now on structures are compiled in another process first, which may take `seconds` of the processor for
+        one: whoever asks for them is not trusted to be modest.
+        """
+        if self._grammars is not None:
+            assert self.tokenizer is not None
+            self._grammars.rehearse = Rehearsals(self.tokenizer, self.vocab_size, seconds)
 
     def require_tokenizer(self, what: str) -> Tokenizer:
         """The tokenizer. Raises ValueError where there is none, for `what` needs one."""

@@ -60,8 +60,10 @@ log = logging.getLogger("gdnjax")
 PLACES_PER_PRIORITY = 64
 """A request of priority p stands in the queue as if it had come 64 p requests later."""
 
-NOTHING_ALLOWED = "no token may be drawn: bans and masks forbid all of them"
-"""The stop_reason of a request that its own masks have ended."""
+NONE_LEFT = "no token may be drawn: "
+"""What the stop_reason of a request begins with that its own masks have ended."""
+
+NOTHING_ALLOWED = NONE_LEFT + "bans and masks forbid all of them"
 
 
 @dataclasses.dataclass
@@ -783,7 +785,8 @@ class Scheduler:
         elif matcher is not None and not stopped and (matcher.is_complete or (exhausted and matcher.may_end)):
             self.finish(request, "stop", ended=ended)
         elif exhausted:
-            self.finish(request, "error", (matcher and matcher.error) or NOTHING_ALLOWED, ended=True)
+            why = f"{NONE_LEFT}{matcher.error}" if matcher and matcher.error else NOTHING_ALLOWED
+            self.finish(request, "error", why, ended=True)
         elif stopped:
             explicit = token_ids[-1] in (request.params.stop_token_ids or ())
             self.finish(request, "stop", token_ids[-1] if explicit else None, ended=True)

@@ -8,13 +8,14 @@ import collections
 import dataclasses
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from gdnjax.sampling_params import MASK_BITS, SamplingParams, StructuredOutputsParams
 from gdnjax.serving.parsing import THINK_CLOSE, THINK_OPEN, begins_thinking
+from gdnjax.serving.schemas import check_references
 from gdnjax.serving.tokenizer import Tokenizer
 
 PROMPT_END = 8
@@ -68,20 +69,34 @@ class _Library:
 
     def compile(self, structure: StructuredOutputsParams) -> Any:
         """A matcher that has seen no token. Raises ValueError for what is no grammar."""
+        return compile_structure(self.module, self.tokenizer, structure)
+
+
+def compile_structure(module: Any, tokenizer: Any, structure: StructuredOutputsParams) -> Any:
+    """llguidance's matcher over its tokenizer, that has seen no token. Raises ValueError for what is no grammar."""
+    try:
+        found = module.LLMatcher(tokenizer, _grammar_of(module, structure), log_level=0)
+    except Exception as error:
+        raise ValueError(_no_grammar(structure, str(error))) from error
+    if found.is_error():
+        raise ValueError(_no_grammar(structure, found.get_error()))
+    if structure.json is not None:
         try:
-            found = self.module.LLMatcher(self.tokenizer, _grammar_of(self.module, structure), log_level=0)
-        except Exception as error:
-            raise ValueError(_no_grammar(structure, str(error))) from error
-        if found.is_error():
-            raise ValueError(_no_grammar(structure, found.get_error()))
-        return found
+            # Of a depth that llguidance has read.
+            check_references(str(structure.json))
+        except ValueError as error:
+            raise ValueError(f"structured_outputs.json cannot be satisfied: {error}") from error
+    return found
 
 
 class Grammars:
     """Compiled grammars over one tokenizer. Threads may share it.
 
     vocab_size  tokens that the model knows; tokens past the tokenizer's are never allowed.
+    rehearse    is given each structure before it is compiled here, and raises ValueError for one that must not be.
     """
+
+    rehearse: Callable[[StructuredOutputsParams], None] | None = None
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
@@ -101,6 +116,8 @@ class Grammars:
             compiled = self._compiled.get(structure)
         if compiled is None:
             # It may take seconds, for which others do not wait.
+            if self.rehearse is not None:
+                self.rehearse(structure)
             compiled = library.compile(structure)
         with self._lock:
             compiled = self._compiled.setdefault(structure, compiled)
@@ -225,7 +242,9 @@ class Matcher:
     @property
     def error(self) -> str | None:
         """Why the grammar cannot go on: a limit that it has come to. Nothing is allowed from then on."""
-        return self._matcher.get_error().split("\n", 1)[0] if self._matcher.is_error() else None
+        if not self._matcher.is_error():
+            return None
+        return f"the grammar cannot go on ({self._matcher.get_error().split(chr(10), 1)[0]})"
 
     @property
     def may_end(self) -> bool:

@@ -59,6 +59,9 @@ def read_tools(tools: Sequence[Any] | None) -> dict[str, Tool]:
             raise ValueError(f"{place} has no name: 'name' must be a non-empty string, got {name!r}")
         if name in found:
             raise ValueError(f"{place}: there are two tools of the name {name!r}")
+        for key, kind, words in (("description", str, "a string"), ("strict", bool, "true or false")):
+            if not isinstance(function.get(key), kind | None):
+                raise ValueError(f"{place}[{key!r}] must be {words}, got {function[key]!r}")
         schema = function.get("parameters")
         if schema is not None and not isinstance(schema, Mapping):
             raise ValueError(f"{place}['parameters'] must be a JSON schema, an object, got {schema!r}")

@@ -1,7 +1,7 @@
 """`make_app`: the routes of the server over an AsyncLLM."""
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Path, Request, Response
@@ -24,7 +24,7 @@ CLIENT_CLOSED_REQUEST = 499
 MAX_ID = 256
 
 ERROR = {"model": protocol.ErrorAnswer}
-ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 503), ERROR)
+ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 403, 404, 408, 413, 503), ERROR)
 GENERATION_ERRORS = ERRORS | dict.fromkeys((429, 500, 504), ERROR)
 
 DESCRIPTION = """\
@@ -109,15 +109,18 @@ async def translated(
     asked: dict[str, Any],
     whole: Callable[[dict[str, Any]], dict[str, Any]],
     stream: Callable[[AsyncIterator[dict[str, Any]]], AsyncIterator[dict[str, Any]]],
+    names: Mapping[str, str],
 ) -> Response:
     """The response to a request of another API, which asks for `asked` of chat completions: what is made of the answer
-    by `whole`, or of its chunks by `stream`.
+    by `whole`, or of its chunks by `stream`. `names`: what fields of chat completions are called there.
     """
     service = service_of(request)
     try:
         made = await unless_gone(request, chat.create(service, protocol.chat_request(asked), given_id(request)))
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+    except ApiError as error:
+        raise protocol.renamed(error, names) from error
     if isinstance(made, Chunks):
         keep_alive = service.config.keep_alive_interval
         headers = {"x-request-id": made.run.answer_id}
@@ -157,7 +160,7 @@ async def create_completion(body: protocol.CompletionRequest, request: Request) 
 async def create_message(body: dict[str, Any], request: Request) -> Response:
     """Anthropic's way of asking for the answer to a conversation."""
     asked = messages.to_chat(body, chat.template_text(service_of(request)))
-    return await translated(request, asked, messages.from_chat, messages.stream)
+    return await translated(request, asked, messages.from_chat, messages.stream, messages.NAMES)
 
 
 @router.post("/v1/messages/count_tokens", responses=_as_messages(_answers(protocol.CountedTokens)))
@@ -174,7 +177,7 @@ async def create_response(body: dict[str, Any], request: Request) -> Response:
     """OpenAI's other way of asking for the answer to a conversation. Nothing is kept."""
     asked = responses.to_chat(body)
     whole = functools.partial(responses.from_chat, body=body)
-    return await translated(request, asked, whole, functools.partial(responses.stream, body=body))
+    return await translated(request, asked, whole, functools.partial(responses.stream, body=body), responses.NAMES)
 
 
 @router.api_route("/v1/responses/{name:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)

@@ -56,7 +56,7 @@ async def create(
             timeout=service.config.request_timeout,
             **options,
         )
-        (submission,) = await run.prepare([_beginning(service, body, run, params, begin)], fields_of(body))
+        (submission,) = await run.prepare([_beginning(service, body, run, params, begin)], body)
         tokenizer = service.llm.llm.frontend.require_tokenizer("chat")
         parser = make_parser(begins_thinking=begins_thinking(tokenizer, submission.token_ids))
         writer = _Writer(service, body, run, model, submission, parser)

@@ -37,7 +37,7 @@ async def create(service: Service, body: CompletionRequest, request_id: str | No
                 functools.partial(_begin, service, body, params, await given(service, body, prompt))
                 for prompt in prompts
             ],
-            fields_of(body),
+            body,
         )
         echoes = [""] * len(prompts)
         if body.echo:

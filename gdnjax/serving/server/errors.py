@@ -16,6 +16,7 @@ log = logging.getLogger("gdnjax.server")
 TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
@@ -32,12 +33,16 @@ TYPES = {
 MAX_FOUND = 8
 """Mistakes of one body that are told."""
 
+MAX_MESSAGE = 2000
+"""Characters of a message, which may quote what a client has sent."""
+
 MESSAGES = "/v1/messages"
 """Where errors have Anthropic's form."""
 
 MESSAGE_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
@@ -82,6 +87,7 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
     ):
+        message = message if len(message) <= MAX_MESSAGE else f"{message[: MAX_MESSAGE - 3]}..."
         super().__init__(message)
         self.status, self.message, self.param, self.headers = status, message, param, dict(headers or {})
 
@@ -190,7 +196,11 @@ def _of_http(request: Request, error: HTTPException) -> ApiError:
                 message = f"{path}: {what} are not served; this server generates text: /v1/chat/completions, "
                 message += "/v1/completions"
     elif error.status_code == 405:
-        message = f"{path} does not take {request.method}; allowed: {(error.headers or {}).get('Allow', 'others')}"
+        allowed = (error.headers or {}).get("Allow", "others")
+        if "GET" in allowed.split(", "):
+            allowed += ", HEAD"
+        message = f"{path} does not take {request.method}; allowed: {allowed}"
+        return ApiError(405, message, headers={"Allow": allowed})
     return ApiError(error.status_code, message, headers=error.headers)
 
 

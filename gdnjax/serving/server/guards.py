@@ -1,7 +1,9 @@
-"""What stands before the routes: keys, and how much of a body is taken, and for how long."""
+"""What stands before the routes: keys, whose pages may ask, and how much of a body is taken, and for how long."""
 
 import asyncio
 import hmac
+import ipaddress
+import urllib.parse
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,6 +16,13 @@ OPEN_PATHS = frozenset({"/", "/health", "/ping", "/live", "/version", "/load", "
 
 OPEN_PREFIX = "/pages/"
 """Of the plain files of the page."""
+
+
+MAX_ORIGIN = 80
+"""Characters of an origin that are told."""
+
+READING = ("GET", "HEAD", "OPTIONS")
+"""Methods that change nothing. What they answer a browser keeps from pages of other origins by itself."""
 
 
 class _GoneError(Exception):
@@ -33,6 +42,7 @@ class Guard:
             return
         try:
             self._check_key(scope)
+            self._check_origin(scope)
             body = await self._body(scope, receive)
         except ApiError as error:
             await error.response(scope["path"])(scope, receive, send)
@@ -44,6 +54,9 @@ class Guard:
         async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
+        if scope["method"] == "HEAD":
+            # What the routes for GET say, of which whoever writes it to the socket leaves out the body.
+            scope = {**scope, "method": "GET"}
         scope[SHORT_SEND] = send
         await self._app(scope, replay, send)
 
@@ -62,6 +75,39 @@ class Guard:
                 "this server wants an API key: Authorization: Bearer KEY",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+    def _check_origin(self, scope: Scope) -> None:
+        """A browser sends what a page of any origin has it send, as long as no header is wanted that it would ask for
+        first: it says whose page it is, and nobody else does.
+        """
+        headers = dict(scope["headers"])
+        origin = headers.get(b"origin")
+        if origin is None or scope["method"] in READING:
+            return
+        name, allowed = origin.decode("latin-1").lower(), self._config.cors_origins
+        if "*" in allowed or name in (each.lower() for each in allowed):
+            return
+        if not self._is_own(name, headers.get(b"host", b"").decode("latin-1").lower()):
+            raise ApiError(
+                403,
+                f"a page of {name[:MAX_ORIGIN]!r} may not ask here; allowed: the server's, and those of --cors-origin",
+            )
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        """Whether a page comes from here. Its scheme does not tell: TLS is a proxy's.
+
+        Without keys, what listens for this machine alone is meant for who uses it, and a name for it can be anybody's
+        who lets it point here.
+        """
+        if origin.partition("://")[2] != host or not host:
+            return False
+        if self._config.api_keys or not _is_loopback(self._config.host):
+            return True
+        try:
+            name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return name == self._config.host.lower() or _is_loopback(name)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         most = self._config.max_body_bytes
@@ -88,3 +134,11 @@ class Guard:
                 headers={"Connection": "close"},
             ) from error
         return b"".join(found)
+
+
+def _is_loopback(name: str) -> bool:
+    """Whether a name or an address is this machine's for itself."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from gdnjax.serving.server.errors import ApiError, unexpected
+from gdnjax.serving.server.protocol import refuse, refuse_foreign
 
 UNSERVED_BLOCKS = {
     "image": "images are not supported",
@@ -24,10 +25,44 @@ UNSERVED_BLOCKS = {
 }
 """Types of content blocks that are not served -> why."""
 
-UNSERVED_FIELDS = {"mcp_servers": "the server runs no tools", "container": "the server runs no code"}
+UNSERVED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "mcp_servers": (([],), "the server runs no tools"),
+    "container": ((), "the server runs no code"),
+    "service_tier": (("auto", "standard_only"), "there is one tier; use priority"),
+    "speed": (("standard",), "there is one speed"),
+    "inference_geo": ((), "there is one place, where the server runs"),
+    "diagnostics": ((), "there are none; see /metrics"),
+    "fallbacks": (([],), "there is one model"),
+}
+"""Fields that are not served -> the values that ask for nothing, and why."""
+
+UNSERVED_OF_TOOLS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "allowed_callers": ((["direct"],), "the model alone calls tools"),
+    "defer_loading": ((False,), "all tools are told to the model"),
+    "input_examples": (([],), "say so in the description"),
+}
+
+LABELS = ("metadata", "cache_control", "user_profile_id", "workspace_id")
+"""Fields that change nothing: whom a request is for, and what to cache, which is all that there is room for."""
 
 SAME = ("model", "temperature", "top_p", "top_k", "priority", "request_id", "chat_template_kwargs", "seed", "min_p")
 """Fields that are called the same in both."""
+
+OWN = ("messages", "system", "max_tokens", "stop_sequences", "stream", "tools", "tool_choice", "thinking")
+OWN += ("output_config", *SAME, *LABELS, *UNSERVED_FIELDS)
+"""All fields that are served, or refused by their names."""
+
+NAMES = {
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+    "thinking_token_budget": "thinking.budget_tokens",
+    "enable_thinking": "thinking",
+}
+"""Fields of chat completions -> what is made to them here."""
+
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+DISPLAYS = ("summarized", "omitted")
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "abort": "pause_turn"}
 
@@ -42,28 +77,42 @@ def to_chat(body: Mapping[str, Any], template: str, *, counts: bool = False) -> 
     for name in ("model", "messages", *(() if counts else ("max_tokens",))):
         if body.get(name) is None:
             raise ApiError(400, f"{name}: Field required", param=name)
-    for name, why in UNSERVED_FIELDS.items():
-        if body.get(name):
-            raise ApiError(400, f"{name} is not served: {why}", param=name)
+    if body.get("metadata") is not None:
+        _object(body["metadata"], "metadata")
+    refuse(body, UNSERVED_FIELDS)
+    refuse_foreign(body, OWN, "/v1/messages")
     chat = {name: body[name] for name in SAME if body.get(name) is not None}
     chat["messages"] = _messages(body)
     if not counts:
         chat["max_tokens"] = body["max_tokens"]
-    if body.get("stop_sequences"):
-        chat["stop"] = body["stop_sequences"]
-    if body.get("stream"):
-        chat["stream"] = body["stream"]
+    if body.get("stop_sequences") is not None:
+        chat["stop"] = _list(body["stop_sequences"], "stop_sequences")
+    if _flag(body, "stream"):
         # The first event has the prompt's tokens.
-        chat["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+        chat |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     if chat["messages"][-1]["role"] == "assistant" and not chat["messages"][-1].get("tool_calls"):
         chat |= {"add_generation_prompt": False, "continue_final_message": True}
     return chat | _tools(body) | _thinking(body, template) | _output(body, template)
+
+
+def _one_of(value: Any, allowed: tuple[str, ...], place: str) -> None:
+    if value is not None and value not in allowed:
+        words = ", ".join(map(repr, allowed))
+        raise ApiError(400, f"{place} must be one of {words}, got {value!r}", param=place.partition(".")[0])
 
 
 def _object(value: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ApiError(400, f"{place} must be an object, got {value!r}", param=place.partition("[")[0])
     return value
+
+
+def _flag(given: Mapping[str, Any], name: str, place: str = "") -> bool:
+    value = given.get(name)
+    if not isinstance(value, bool | None):
+        whole = f"{place}.{name}" if place else name
+        raise ApiError(400, f"{whole} must be true or false, got {value!r}", param=whole.partition("[")[0])
+    return bool(value)
 
 
 def _list(value: Any, place: str) -> list[Any]:
@@ -74,7 +123,7 @@ def _list(value: Any, place: str) -> list[Any]:
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    if body.get("system"):
+    if body.get("system") not in (None, "", []):
         found.append({"role": "system", "content": _text(body["system"], "system")})
     messages = _list(body["messages"], "messages")
     if not messages:
@@ -99,8 +148,11 @@ def _blocks(content: Any, place: str) -> list[tuple[str, Mapping[str, Any], str]
     """(type, block, place) of each block of a content."""
     if isinstance(content, str):
         return [("text", {"text": content}, place)]
+    if not isinstance(content, list):
+        message = f"{place} must be a text or a list of blocks, got {content!r}"
+        raise ApiError(400, message, param=place.partition("[")[0])
     found = []
-    for index, block in enumerate(_list(content, place)):
+    for index, block in enumerate(content):
         here = f"{place}[{index}]"
         kind = _object(block, here).get("type")
         if isinstance(kind, str) and kind in UNSERVED_BLOCKS:
@@ -134,8 +186,9 @@ def _user(content: Any, place: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for kind, block, here in _blocks(content, place):
         if kind == "tool_result":
-            result = _text(block.get("content") or "", f"{here}.content")
-            text = f"Error: {result}" if block.get("is_error") else result
+            content = block.get("content")
+            result = _text("" if content is None else content, f"{here}.content")
+            text = f"Error: {result}" if _flag(block, "is_error", here) else result
             found.append({"role": "tool", "tool_call_id": _field(block, "tool_use_id", here), "content": text})
         elif kind == "text":
             part = {"type": "text", "text": _field(block, "text", here)}
@@ -183,10 +236,10 @@ def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
             raise ApiError(
                 400, f"{place} has type {kind!r}: the server runs no tools; allowed: 'custom'", param="tools"
             )
+        refuse(tool, UNSERVED_OF_TOOLS, place)
         schema = _object(tool.get("input_schema"), f"{place}.input_schema")
         function = {"name": _field(tool, "name", place), "parameters": dict(schema)}
-        if tool.get("description"):
-            function["description"] = tool["description"]
+        function |= {key: tool[key] for key in ("description", "strict") if tool.get(key) is not None}
         tools.append({"type": "function", "function": function})
     chat: dict[str, Any] = {"tools": tools} if tools else {}
     if body.get("tool_choice") is None:
@@ -202,7 +255,7 @@ def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
         case kind:
             allowed = "'auto', 'any', 'tool', 'none'"
             raise ApiError(400, f"tool_choice.type must be one of {allowed}, got {kind!r}", param="tool_choice")
-    if choice.get("disable_parallel_tool_use"):
+    if _flag(choice, "disable_parallel_tool_use", "tool_choice"):
         chat["parallel_tool_calls"] = False
     return chat
 
@@ -211,6 +264,7 @@ def _thinking(body: Mapping[str, Any], template: str) -> dict[str, Any]:
     if body.get("thinking") is None:
         return {}
     thinking = _object(body["thinking"], "thinking")
+    _one_of(thinking.get("display"), DISPLAYS, "thinking.display")
     kind, knows = thinking.get("type"), "enable_thinking" in template
     chat: dict[str, Any] = {}
     match kind:
@@ -239,6 +293,7 @@ def _output(body: Mapping[str, Any], template: str) -> dict[str, Any]:
     config = _object(body["output_config"], "output_config")
     chat: dict[str, Any] = {}
     effort = config.get("effort")
+    _one_of(effort, EFFORTS, "output_config.effort")
     # How much to think is a hint, which most templates have no word for.
     if effort is not None and "reasoning_effort" in template:
         chat["reasoning_effort"] = "xhigh" if effort == "max" else effort

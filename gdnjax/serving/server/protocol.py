@@ -4,6 +4,8 @@ Requests are checked here for their form; what values mean is checked where they
 dictionaries: their types here are what the OpenAPI document says of them.
 """
 
+import re
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -186,13 +188,39 @@ UNSERVED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 def refuse_unserved(body: GenerationBody) -> None:
     """Raises ApiError for a field that other servers know and this one does not honour, unless it asks for nothing."""
-    for name, value in (body.model_extra or {}).items():
-        if name not in UNSERVED_FIELDS or value is None:
+    refuse(body.model_extra or {}, UNSERVED_FIELDS)
+
+
+def refuse(given: Mapping[str, Any], unserved: Mapping[str, tuple[tuple[Any, ...], str]], place: str = "") -> None:
+    """Raises ApiError for a field of `unserved` (as UNSERVED_FIELDS) that asks for something. `place`: of the object
+    whose fields they are, where that is not the body.
+    """
+    for name, value in given.items():
+        if name not in unserved or value is None:
             continue
-        allowed, why = UNSERVED_FIELDS[name]
+        allowed, why = unserved[name]
         if not any(value == one and type(value) is type(one) for one in allowed):
             instead = f"; allowed: {', '.join(map(repr, allowed))}" if allowed else ""
-            raise ApiError(400, f"{name} is not served: {why}{instead}", param=name)
+            whole = f"{place}.{name}" if place else name
+            raise ApiError(400, f"{whole} is not served: {why}{instead}", param=re.split(r"[.\[]", whole)[0])
+
+
+def refuse_foreign(given: Mapping[str, Any], own: Collection[str], api: str) -> None:
+    """Raises ApiError for a field of chat completions in a request of another API that has none of that name: whoever
+    sends it expects it to do something.
+    """
+    for name, value in given.items():
+        known = name in ChatCompletionRequest.model_fields or name in UNSERVED_FIELDS
+        if known and name not in own and value is not None:
+            raise ApiError(400, f"{name} is no field of {api}, but of /v1/chat/completions", param=name)
+
+
+def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """An error about a field of chat completions, which another API calls otherwise."""
+    if error.param is None or error.param not in names:
+        return error
+    message = re.sub(rf"\b{error.param}\b", names[error.param], error.message)
+    return ApiError(error.status, message, param=names[error.param].partition(".")[0], headers=error.headers)
 
 
 class TokenizeRequest(Body):

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from gdnjax.serving.server.errors import ApiError, unexpected
+from gdnjax.serving.server.protocol import refuse, refuse_foreign
 
 KEEPS_NOTHING = "the server keeps no responses; send the whole conversation as input"
 
@@ -23,8 +24,30 @@ UNSERVED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "top_logprobs": ((0,), "ask /v1/chat/completions for them"),
     "context_management": (([],), "cut the input"),
     "moderation": ((), "nothing is moderated"),
+    "background_options": ((), "the server keeps no responses; wait for this one, or stream it"),
+    "access_programs": (([],), "the server runs no programs"),
+    "image": ((), "this server gives text only"),
 }
 """Fields that are not served -> the values that ask for nothing, and why."""
+
+UNSERVED_OF_TOOLS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "allowed_callers": ((["direct"],), "the model alone calls tools"),
+    "defer_loading": ((False,), "all tools are told to the model"),
+    "async": ((False,), "the server runs no tools"),
+    "output_schema": ((), "say so in the description"),
+}
+
+UNSERVED_OF_REASONING: dict[str, tuple[tuple[Any, ...], str]] = {
+    "context": (("auto",), "which thinking of earlier turns the model sees is its template's"),
+    "mode": (("standard",), "there is one"),
+}
+
+UNSERVED_OF_STREAMS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "include_obfuscation": ((False,), "there is no padding of chunks"),
+}
+
+SUMMARIES = ("auto", "concise", "detailed")
+"""What a client may want of summaries of the thinking. It gets the thinking itself."""
 
 INCLUDED = ("reasoning.encrypted_content",)
 """What `include` may name: reasoning is given as text, so nothing of it is missing."""
@@ -42,6 +65,22 @@ SAME += ("repetition_penalty", "request_id", "chat_template_kwargs", "enable_thi
 SAME += ("ignore_eos", "min_tokens", "stop_token_ids", "logit_bias", "structured_outputs")
 """Fields that are called the same in both: OpenAI's, and the further ones of chat completions."""
 
+# Those that chat completions have an opinion on; and how many calls of tools that a server runs there may be.
+REFUSED_THERE = ("prompt_cache_retention", "prompt_cache_options")
+OWN = ("input", "instructions", "max_output_tokens", "max_tool_calls", "stream", "stream_options", "reasoning", "text")
+OWN += ("include", "tools", "tool_choice", *SAME, *REFUSED_THERE, *UNSERVED_FIELDS)
+"""All fields that are served, or refused by their names."""
+
+NAMES = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "verbosity": "text.verbosity",
+}
+"""Fields of chat completions -> what is made to them here."""
+
 
 def to_chat(body: Mapping[str, Any]) -> dict[str, Any]:
     """A request as one for chat completions. Raises ApiError for what is not of the API's form, and for what is not
@@ -50,24 +89,36 @@ def to_chat(body: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("model", "input"):
         if body.get(name) is None:
             raise ApiError(400, f"{name}: Field required", param=name)
-    for name, (allowed, why) in UNSERVED_FIELDS.items():
-        value = body.get(name)
-        if value is not None and not any(value == one and type(value) is type(one) for one in allowed):
-            instead = f"; allowed: {', '.join(map(repr, allowed))}" if allowed else ""
-            raise ApiError(400, f"{name} is not served: {why}{instead}", param=name)
+    refuse(body, UNSERVED_FIELDS)
+    refuse_foreign(body, OWN, "/v1/responses")
     for name in _list(body.get("include") or [], "include"):
         if name not in INCLUDED:
             raise ApiError(400, f"include: {name!r} is not served; allowed: {', '.join(INCLUDED)}", param="include")
-    chat = {name: body[name] for name in SAME if body.get(name) is not None}
+    chat = {name: body[name] for name in (*SAME, *REFUSED_THERE) if body.get(name) is not None}
     chat["messages"] = _messages(body)
+    calls = body.get("max_tool_calls")
+    if calls is not None and (not isinstance(calls, int) or isinstance(calls, bool) or calls < 0):
+        raise ApiError(400, f"max_tool_calls must be an integer from 0 on, got {calls!r}", param="max_tool_calls")
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = body["max_output_tokens"]
+    if not isinstance(body.get("stream"), bool | None):
+        raise ApiError(400, f"stream must be true or false, got {body['stream']!r}", param="stream")
+    if body.get("stream_options") is not None:
+        refuse(_object(body["stream_options"], "stream_options"), UNSERVED_OF_STREAMS, "stream_options")
     if body.get("stream"):
-        chat |= {"stream": body["stream"], "stream_options": {"include_usage": True}}
-    effort = _object(body.get("reasoning") or {}, "reasoning").get("effort")
-    if effort is not None:
-        chat["reasoning_effort"] = effort
-    return chat | _tools(body) | _format(body)
+        chat |= {"stream": True, "stream_options": {"include_usage": True}}
+    return chat | _reasoning_of(body) | _tools(body) | _format(body)
+
+
+def _reasoning_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    given = {} if body.get("reasoning") is None else _object(body["reasoning"], "reasoning")
+    refuse(given, UNSERVED_OF_REASONING, "reasoning")
+    for name in ("summary", "generate_summary"):
+        if given.get(name) is not None and given[name] not in SUMMARIES:
+            allowed = ", ".join(map(repr, SUMMARIES))
+            raise ApiError(400, f"reasoning.{name} must be one of {allowed}, got {given[name]!r}", param="reasoning")
+    effort = given.get("effort")
+    return {} if effort is None else {"reasoning_effort": "xhigh" if effort == "max" else effort}
 
 
 def _object(value: Any, place: str) -> Mapping[str, Any]:
@@ -94,8 +145,11 @@ def _string(item: Mapping[str, Any], name: str, place: str) -> str:
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    if body.get("instructions"):
-        found.append({"role": "system", "content": _string(body, "instructions", "body")})
+    if body.get("instructions") not in (None, ""):
+        if not isinstance(body["instructions"], str):
+            message = f"instructions must be a string, got {body['instructions']!r}"
+            raise ApiError(400, message, param="instructions")
+        found.append({"role": "system", "content": body["instructions"]})
     given = body["input"]
     if isinstance(given, str):
         return [*found, {"role": "user", "content": given}]
@@ -174,6 +228,7 @@ def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
         if _object(tool, place).get("type") != "function":
             message = f"{place} has type {tool.get('type')!r}: the server runs no tools; allowed: 'function'"
             raise ApiError(400, message, param="tools")
+        refuse(tool, UNSERVED_OF_TOOLS, place)
         names = ("name", "description", "parameters", "strict")
         tools.append({"type": "function", "function": {n: tool[n] for n in names if tool.get(n) is not None}})
     choice = body.get("tool_choice")
@@ -181,6 +236,9 @@ def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
         allowed = _list(choice.get("tools") or [], "tool_choice.tools")
         names = [_object(each, "tool_choice.tools").get("name") for each in allowed]
+        missing = [name for name in names if name not in [tool["function"].get("name") for tool in tools]]
+        if missing:
+            raise ApiError(400, f"tool_choice.tools has {missing[0]!r}, which is none of tools", param="tool_choice")
         tools = [tool for tool in tools if tool["function"].get("name") in names]
         choice = choice.get("mode", "auto")
     if isinstance(choice, Mapping):
@@ -194,12 +252,12 @@ def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _format(body: Mapping[str, Any]) -> dict[str, Any]:
-    text = _object(body.get("text") or {}, "text")
+    text = {} if body.get("text") is None else _object(body["text"], "text")
     chat: dict[str, Any] = {}
     if text.get("verbosity") is not None:
         # Which chat completions have an opinion on.
         chat["verbosity"] = text["verbosity"]
-    form = _object(text.get("format") or {"type": "text"}, "text.format")
+    form = {"type": "text"} if text.get("format") is None else _object(text["format"], "text.format")
     if form.get("type") == "json_schema":
         schema = {
             name: form[name] for name in ("name", "schema", "strict", "description") if form.get(name) is not None
@@ -416,8 +474,8 @@ async def _events(chunks: AsyncIterator[Mapping[str, Any]], body: Mapping[str, A
             usage = chunk.get("usage") or usage
             if not begun:
                 begun, head = True, chunk
-                for kind in ("response.created", "response.in_progress"):
-                    yield {"type": kind, "response": resource(body, head, "in_progress", [])}
+                for event in _beginning(body, head):
+                    yield event
             for choice in chunk["choices"]:
                 for event in items.of_delta(choice["delta"]):
                     yield event
@@ -430,10 +488,16 @@ async def _events(chunks: AsyncIterator[Mapping[str, Any]], body: Mapping[str, A
         found = resource(body, head, status, items.output)
         found |= {"incomplete_details": details, "usage": _usage(usage)}
         yield {"type": f"response.{status}", "response": found}
-    except ApiError as error:
-        yield _failed(error, body, head, items)
     except Exception as error:
-        yield _failed(unexpected(error), body, head, items)
+        if not begun:
+            for event in _beginning(body, head):
+                yield event
+        yield _failed(error if isinstance(error, ApiError) else unexpected(error), body, head, items)
+
+
+def _beginning(body: Mapping[str, Any], head: Mapping[str, Any]) -> list[dict[str, Any]]:
+    kinds = ("response.created", "response.in_progress")
+    return [{"type": kind, "response": resource(body, head, "in_progress", [])} for kind in kinds]
 
 
 def _failed(error: ApiError, body: Mapping[str, Any], head: Mapping[str, Any], items: _Items) -> dict[str, Any]:

@@ -16,11 +16,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 from gdnjax.serving.async_llm import AsyncLLM, Stream
 from gdnjax.serving.loop import EngineStoppedError
 from gdnjax.serving.outputs import RequestOutput, StreamOutput
+from gdnjax.serving.scheduler import NONE_LEFT
 from gdnjax.serving.server.budget import BudgetedStream
 from gdnjax.serving.server.errors import ApiError, bad_request
 from gdnjax.serving.server.logprobs import TokenTexts
 from gdnjax.serving.server.metrics import make_registry
+from gdnjax.serving.server.protocol import GenerationBody
+from gdnjax.serving.server.sampling import fields_of
 from gdnjax.serving.server.settings import ServerConfig
+from gdnjax.serving.server.structures import in_fields_of
 
 log = logging.getLogger("gdnjax.server")
 
@@ -53,6 +57,7 @@ class Service:
 
     def begin(self, llm: AsyncLLM) -> None:
         """The engine is there: from now on the server is ready."""
+        llm.llm.frontend.rehearse_grammars(float(self.config.structure_timeout))
         self._registry = make_registry(llm, self.config.served_model_names[0])
         self._llm = llm
         self._texts = TokenTexts(llm.llm.tokenizer)
@@ -193,17 +198,17 @@ class Run:
         self._cut: ApiError | None = None
 
     async def prepare(
-        self, make: Sequence[Callable[[str], Stream | BudgetedStream]], fields: Iterable[str]
+        self, make: Sequence[Callable[[str], Stream | BudgetedStream]], body: GenerationBody
     ) -> list[Any]:
         """Has the engine check and queue the prompts: a stream for each function of `make`, which is given its name.
 
-        Returns their submissions. Raises ApiError, with the field of `fields` that is to blame.
+        Returns their submissions. Raises ApiError, with the field of `body` that is to blame.
         """
         self._streams = [each(self.new_engine_id()) for each in make]
         prepared = await asyncio.gather(*(stream.prepared() for stream in self._streams), return_exceptions=True)
         for found in prepared:
             if isinstance(found, ValueError):
-                raise bad_request(found, tuple(fields)) from found
+                raise in_fields_of(body, bad_request(found, fields_of(body))) from found
             if isinstance(found, EngineStoppedError):
                 raise ApiError(503, f"the engine takes nothing any more: {found}") from found
             if isinstance(found, BaseException):
@@ -248,6 +253,9 @@ class Run:
 
     def _check(self, piece: StreamOutput) -> None:
         if piece.finish_reason == "error":
+            if str(piece.stop_reason).startswith(NONE_LEFT):
+                # Which asking again would not change.
+                raise ApiError(400, f"the request cannot go on: {piece.stop_reason}")
             raise ApiError(500, f"the request failed: {piece.stop_reason}")
         if piece.finish_reason != "abort":
             return

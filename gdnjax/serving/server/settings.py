@@ -18,6 +18,7 @@ class ServerConfig:
     max_body_bytes              of one request; beyond it clients get 413.
     body_timeout                seconds in which a request's body has to arrive.
     request_timeout             seconds that an answer may take, waiting included; None: as long as it takes.
+    structure_timeout           seconds of the processor that compiling a structure may take; beyond it clients get 400.
     keep_alive_interval         seconds of silence after which a stream says a comment, so that proxies keep it open.
     shutdown_timeout            seconds for which a server that is to end lets answers finish.
     cors_origins                origins of pages that may call the server ("*": all); empty: none but its own.
@@ -31,6 +32,7 @@ class ServerConfig:
     max_body_bytes: int = 32 * MIB
     body_timeout: float = 60.0
     request_timeout: float | None = None
+    structure_timeout: float = 10.0
     keep_alive_interval: float = 15.0
     shutdown_timeout: float = 30.0
     cors_origins: tuple[str, ...] = ()
@@ -55,7 +57,7 @@ class ServerConfig:
             raise ValueError(f"port must be at most 65535, got {self.port}")
         if self.request_timeout is not None:
             _seconds("request_timeout", self.request_timeout)
-        for name in ("body_timeout", "keep_alive_interval"):
+        for name in ("body_timeout", "structure_timeout", "keep_alive_interval"):
             _seconds(name, getattr(self, name))
         _seconds("shutdown_timeout", self.shutdown_timeout, least=0.0)
         if not self.host:

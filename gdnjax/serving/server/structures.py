@@ -1,14 +1,19 @@
 """Structured output and demanded tool calls, as fields of a request: what they make of SamplingParams."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gdnjax.sampling_params import StructuredOutputsParams
+from gdnjax.serving.schemas import moved
 from gdnjax.serving.server.errors import ApiError, bad_request
 from gdnjax.serving.server.protocol import GenerationBody
 
 STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
 OPTIONS = ("disable_any_whitespace",)
+
+PLACE = "tool"
+"""With its index, where a tool's schema stands among the definitions of a demanded call's."""
 
 
 def structured_outputs(body: GenerationBody) -> StructuredOutputsParams | None:
@@ -61,13 +66,13 @@ def demanded_call(
     """The form of an output that has to be a call: `{"name", "arguments"}`, or where several may be made a list of
     such. None where none is demanded. The tools and the choice have been checked.
     """
-    functions = [tool.get("function", tool) for tool in tools]
+    functions = list(enumerate(tool.get("function", tool) for tool in tools))
     if isinstance(tool_choice, Mapping):
-        functions = [each for each in functions if each["name"] == tool_choice["function"]["name"]]
+        functions = [each for each in functions if each[1]["name"] == tool_choice["function"]["name"]]
         parallel = False
     elif tool_choice != "required":
         return None
-    places = {f"tool{index}": function for index, function in enumerate(functions)}
+    places = {f"{PLACE}{index}": function for index, function in functions}
     calls = [
         {
             "type": "object",
@@ -81,7 +86,7 @@ def demanded_call(
     schema = {"type": "array", "items": call, "minItems": 1} if parallel else call
     definitions = {
         # A schema's references are to its own top, which is here.
-        place: _moved(function.get("parameters") or {"type": "object"}, f"#/$defs/{place}")
+        place: moved(function.get("parameters") or {"type": "object"}, f"#/$defs/{place}")
         for place, function in places.items()
     }
     try:
@@ -90,15 +95,15 @@ def demanded_call(
         raise bad_request(error) from error
 
 
-def _moved(schema: Any, top: str) -> Any:
-    """A schema whose references to its top are references to `top`."""
-    if isinstance(schema, list):
-        return [_moved(each, top) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: top + value[1:]
-        if key == "$ref" and isinstance(value, str) and value.startswith("#")
-        else _moved(value, top)
-        for key, value in schema.items()
-    }
+def in_fields_of(body: GenerationBody, error: ApiError) -> ApiError:
+    """An error about a structure, in the words of the field that asked for it."""
+    name = "structured_outputs"
+    if error.param != name or body.structured_outputs is not None:
+        return error
+    if _of_response_format(body.response_format) is not None:
+        found, words = "response_format", "response_format"
+    else:
+        found, words = "tools", "a schema of tools, which tool_choice demands a call of,"
+    message = re.sub(rf"{name}\.\w+", words, error.message)
+    message = re.sub(rf"(?:json-schema:///)?#/\$defs/{PLACE}(\d+)", r"tools[\1]: #", message)
+    return ApiError(error.status, message, param=found)

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 from typing import Any
 
-from gdnjax.sampling_params import SamplingParams, check_unicode
+from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.server import chat, completions
 from gdnjax.serving.server.errors import ApiError, bad_request
 from gdnjax.serving.server.protocol import (
@@ -28,7 +28,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
         if body.messages is None:
             assert body.prompt is not None
             special = body.add_special_tokens is not False
-            token_ids = await asyncio.to_thread(_encode, tokenizer, body.prompt, special)
+            token_ids = await asyncio.to_thread(llm.frontend.encode, body.prompt, "prompt", add_special_tokens=special)
         else:
             if body.add_special_tokens:
                 raise ApiError(400, "the special tokens of a chat are its template's", param="add_special_tokens")
@@ -62,6 +62,8 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> dict[str, Any
     service.check_model(body.model)
     try:
         tokenizer = llm.frontend.require_tokenizer("detokenize")
+        if len(body.tokens) > llm.max_model_len:
+            raise ValueError(f"tokens are {len(body.tokens)}; allowed: at most max_model_len={llm.max_model_len}")
         llm.frontend.check_token_ids("tokens", body.tokens)
     except ValueError as error:
         raise bad_request(error, type(body).model_fields) from error
@@ -105,11 +107,6 @@ def _rendered(name: str, model: str, token_ids: list[int], params: SamplingParam
     return {"request_id": name, "model": model, "token_ids": token_ids, "sampling_params": given}
 
 
-def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
-    check_unicode("prompt", text)
-    return tokenizer.encode(text, add_special_tokens=special)
-
-
 def _render_chat(service: Service, body: ChatCompletionRequest) -> list[int]:
     frontend = service.llm.llm.frontend
     options = chat.template_arguments(service, body)
@@ -119,4 +116,4 @@ def _render_chat(service: Service, body: ChatCompletionRequest) -> list[int]:
     text = frontend.require_tokenizer("chat").render_chat(
         chat.history(service, body.messages), prompt, **keywords, **others
     )
-    return frontend.require_tokenizer("chat").encode(text, add_special_tokens=False)
+    return frontend.encode(text, "messages", add_special_tokens=False)

@@ -28,13 +28,13 @@ BAD = {
     "frequency_penalty": [-3],
     "repetition_penalty": [0],
     "seed": [-1, 1 << 64, 1.5],
-    "stop": [5, [""], ["a", 1], ["a"] * 65],
+    "stop": [5, [""], ["a", 1], ["a"] * 65, "a" * 20_000],
     "stop_token_ids": [[-1], [5000], "7"],
     "max_tokens": [0, -5, 1 << 31, "many"],
     "min_tokens": [-1, 2],
     "logit_bias": [{"a": 1}, {"5000": 1}, {"7": "x"}, {"7": True}, [1]],
     "structured_outputs": [{"regex": "a" * 200_000}, {"choice": ["a" * 1000] * 200}, {"json": "[" * 100_000}],
-    "bad_words": ["word", [1]],
+    "bad_words": ["word", [1], ["a" * 2000]],
     "allowed_token_ids": [[], [5000]],
     "logprobs": [-1, 6, "yes"],
     "prompt_logprobs": [-1, 6],
@@ -185,13 +185,16 @@ def test_bodies_of_another_type_are_told_which_is_wanted(client):
         ("/v1/chat/completions", {"messages": [1] * 50_000}),
         ("/v1/chat/completions", {**CHAT, "tools": [1] * 50_000}),
         ("/v1/messages", {**CHAT, "model": "tiny", "max_tokens": 1, "stop_sequences": [1] * 50_000}),
+        ("/v1/messages", {"model": "tiny", "max_tokens": 1, "messages": "x" * 500_000}),
+        ("/v1/responses", {"model": "tiny", "input": {"x": "x" * 500_000}}),
+        ("/v1/completions", {**COMPLETION, "bad_words": ["x" * 500_000]}),
     ],
 )
 def test_many_mistakes_are_told_in_few_words(path, body, client):
     """Telling each would take the server's only thread for seconds, and megabytes of answer."""
     response = client.post(path, json=body)
     assert response.status_code == 400
-    assert len(response.content) < 2000
+    assert len(response.content) < 3000
 
 
 @pytest.mark.parametrize(
@@ -232,6 +235,11 @@ def test_prompts_that_are_too_long_are_told(client):
         ("/v1/completions", {"prompt": "Once " * 100_000}),
         ("/v1/completions", {"prompt": "Once " * 100_000, "add_special_tokens": False}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Once " * 100_000}]}),
+        ("/v1/completions/render", {"prompt": "Once " * 100_000}),
+        ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "Once " * 100_000}]}),
+        ("/tokenize", {"prompt": "Once " * 100_000}),
+        ("/tokenize", {"prompt": "Once " * 100_000, "add_special_tokens": False}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "Once " * 100_000}]}),
     ],
 )
 def test_of_texts_that_are_far_too_long_the_beginning_is_tokenised(path, body, client, llm, monkeypatch):
@@ -247,6 +255,12 @@ def test_of_texts_that_are_far_too_long_the_beginning_is_tokenised(path, body, c
     assert "characters, of which the first" in message
     assert "max_model_len=256" in message
     assert max(sizes) < 10_000
+
+
+def test_more_tokens_than_a_context_holds_are_no_text(client):
+    assert answer(client, "/detokenize", {"tokens": [42] * 256})["prompt"]
+    found = error(client.post("/detokenize", json={"tokens": [42] * 257}), 400)
+    assert (found["param"], "max_model_len=256" in found["message"]) == ("tokens", True)
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -269,6 +283,54 @@ def test_texts_without_a_meaning_are_told_however_they_are_tokenised(special, cl
 def test_what_a_prompt_cannot_have_is_not_the_prompts_fault(name, value, client):
     body = {**COMPLETION, name: value}
     assert error(client.post("/v1/completions", json=body), 400)["param"] == name
+
+
+def demanding(parameters):
+    """A request for a call of a tool with such parameters."""
+    functions = [{"name": "other"}, {"name": "f", "parameters": parameters}]
+    tools = [{"type": "function", "function": function} for function in functions]
+    return {**CHAT, "tools": tools, "tool_choice": {"type": "function", "function": {"name": "f"}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "why"),
+    [
+        (demanding({"$ref": "#"}), "tools", "the reference 'tools[1]: #' leads back to itself"),
+        (demanding({"type": "objekt"}), "tools", "Invalid type: objekt"),
+        (demanding({"$ref": "#/nowhere"}), "tools", "does not exist"),
+        (
+            {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
+            "response_format",
+            "response_format cannot be satisfied: the reference '#' leads back to itself",
+        ),
+        ({**CHAT, "structured_outputs": {"json": {"$ref": "#"}}}, "structured_outputs", "leads back to itself"),
+    ],
+)
+def test_schemas_that_nothing_satisfies_are_the_fault_of_their_field(body, name, why, client):
+    found = error(client.post("/v1/chat/completions", json=body), 400)
+    assert found["param"] == name
+    assert why in found["message"]
+
+
+def test_anchors_of_tools_are_found(client):
+    schema = {"properties": {"a": {"$ref": "#k"}}, "$defs": {"k": {"$anchor": "k", "type": "integer"}}}
+    answer(client, "/v1/chat/completions", {**demanding(schema), "max_tokens": 1})
+
+
+@pytest.mark.parametrize("structure", [{"grammar": 'start: "a" x\nx: x'}, {"regex": "[0-9]{2}"}], ids=str)
+def test_requests_that_leave_themselves_no_token_are_not_the_servers_fault(structure, client):
+    """Whose clients would ask again."""
+    body = {**CHAT, "structured_outputs": structure}
+    if "regex" in structure:
+        body["allowed_token_ids"] = [7]
+    assert "no token may be drawn" in error(client.post("/v1/chat/completions", json=body), 400)["message"]
+
+
+def test_structures_that_would_end_the_server_are_refused(client):
+    """The stack of the thread that compiles it is not enough."""
+    grammar = "start: r0\n" + "".join(f'r{i}: "a" r{i + 1} | "x"\n' for i in range(4000)) + 'r4000: "q"'
+    found = error(client.post("/v1/completions", json={**COMPLETION, "structured_outputs": {"grammar": grammar}}), 400)
+    assert (found["param"], "nested too deep" in found["message"]) == ("structured_outputs", True)
 
 
 def test_a_bad_prompt_of_many_stops_all(client, async_llm):
@@ -360,6 +422,94 @@ def test_origins_may_be_allowed(async_llm):
     assert "access-control-allow-origin" not in asked(closed, "OPTIONS", "/v1/completions", headers=headers).headers
     found = asked(opened, "OPTIONS", "/v1/completions", headers=headers)
     assert (found.status_code, found.headers["access-control-allow-origin"]) == (200, "http://page")
+
+
+OWN = [
+    # The server's host, the request's Host, and its Origin.
+    ("127.0.0.1", "127.0.0.1:8000", "http://127.0.0.1:8000"),
+    ("127.0.0.1", "LocalHost:8000", "http://localhost:8000"),
+    ("::1", "[::1]:8000", "http://[::1]:8000"),
+    ("0.0.0.0", "a.example", "https://a.example"),
+    # As browsers write no origin at all, programs do.
+    ("127.0.0.1", "127.0.0.1:8000", None),
+    ("127.0.0.1", "a.example", None),
+]
+FOREIGN = [
+    ("127.0.0.1", "127.0.0.1:8000", "http://a.example"),
+    ("127.0.0.1", "127.0.0.1:8000", "http://127.0.0.1:3000"),
+    ("127.0.0.1", "127.0.0.1:8000", "null"),
+    ("127.0.0.1", "127.0.0.1:8000", ""),
+    ("0.0.0.0", "a.example", "http://b.example"),
+    # A name that somebody has let point here.
+    ("127.0.0.1", "a.example:8000", "http://a.example:8000"),
+    ("localhost", "a.example:8000", "http://a.example:8000"),
+    ("127.0.0.1", "[", "http://["),
+]
+WRITING = ("/abort_requests", "/reset_prefix_cache", "/v1/completions", "/v1/messages", "/tokenize")
+
+
+def from_page(async_llm, host, name, origin, path, method="POST", **changes):
+    headers = {"host": name} if origin is None else {"host": name, "origin": origin}
+    return asked(make_app(async_llm, config(host=host, **changes)), method, path, headers=headers)
+
+
+@pytest.mark.parametrize(("host", "name", "origin"), FOREIGN)
+def test_pages_of_others_may_not_ask(host, name, origin, async_llm):
+    """A browser sends a form of theirs here without asking first."""
+    for path in WRITING:
+        found = from_page(async_llm, host, name, origin, path)
+        assert found.status_code == 403, found.text
+        assert "--cors-origin" in found.json()["error"]["message"]
+    assert from_page(async_llm, host, name, origin, "/health", "GET").status_code == 200
+
+
+@pytest.mark.parametrize(("host", "name", "origin"), OWN)
+def test_pages_of_the_server_and_programs_may_ask(host, name, origin, async_llm):
+    assert from_page(async_llm, host, name, origin, "/reset_prefix_cache").json() == {"reset": True}
+
+
+@pytest.mark.parametrize("origins", [("*",), ("http://b.example", "http://A.example")])
+def test_pages_of_origins_that_are_allowed_may_ask(origins, async_llm):
+    found = from_page(
+        async_llm, "127.0.0.1", "127.0.0.1:8000", "http://a.example", "/reset_prefix_cache", cors_origins=origins
+    )
+    assert found.json() == {"reset": True}
+
+
+def test_names_of_a_server_with_keys_are_its_own(async_llm):
+    """Who lets a name point here has no key."""
+    headers = {"host": "a.example", "origin": "https://a.example", "authorization": "Bearer key"}
+    app = make_app(async_llm, config(api_keys=("key",)))
+    assert asked(app, "POST", "/reset_prefix_cache", headers=headers).status_code == 200
+
+
+GETS = (
+    "/",
+    "/health",
+    "/ping",
+    "/live",
+    "/version",
+    "/load",
+    "/metrics",
+    "/v1/models",
+    "/v1/models/tiny",
+    "/openapi.json",
+)
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_heads_are_those_of_gets(path, client):
+    head, get = client.head(path), client.get(path)
+    assert (head.status_code, get.status_code) == (200, 200)
+    assert head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"] if get.content else True
+
+
+def test_heads_of_what_is_asked_otherwise_are_refused(client):
+    found = client.head("/v1/completions")
+    assert (found.status_code, found.content, found.headers["allow"]) == (405, b"", "POST")
+    assert client.post("/health").headers["allow"] == "GET, HEAD"
+    assert client.head("/nowhere").status_code == 404
 
 
 def test_server_without_its_engine_is_alive_and_not_ready(async_llm):

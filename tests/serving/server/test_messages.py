@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import typing
 
 import anthropic
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
+from anthropic.types.message_create_params import MessageCreateParamsNonStreaming, MessageCreateParamsStreaming
 from pydantic import TypeAdapter
 
 from gdnjax.serving.server import messages
@@ -138,13 +140,40 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
             "'audio'; allowed here: 'text', 'tool_result'",
         ),
         ({"messages": [{"role": "tool", "content": ""}]}, "role must be 'user' or 'assistant', got 'tool'"),
-        ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content must be a list"),
+        ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content must be a text or a list of blocks"),
         ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, "allowed here"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "the server runs no tools"),
         ({"tool_choice": {"type": "all"}}, "tool_choice.type must be one of"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking: the model's chat template has no"),
         ({"thinking": {"type": "on"}}, "thinking.type must be one of"),
         ({"mcp_servers": [{}]}, "mcp_servers is not served"),
+        ({"service_tier": "priority"}, "service_tier is not served.*allowed: 'auto', 'standard_only'"),
+        ({"speed": "fast"}, "speed is not served.*allowed: 'standard'"),
+        ({"inference_geo": "us"}, "inference_geo is not served"),
+        ({"n": 2}, "n is no field of /v1/messages, but of /v1/chat/completions"),
+        ({"stop": ["a"]}, "stop is no field of /v1/messages"),
+        ({"suffix": "a"}, "suffix is no field of /v1/messages"),
+        ({"stream": 1}, "stream must be true or false, got 1"),
+        ({"stop_sequences": "a"}, "stop_sequences must be a list"),
+        ({"system": 0}, "system must be a text or a list of blocks"),
+        ({"metadata": 5}, "metadata must be an object"),
+        ({"tools": [{**TOOL, "defer_loading": True}]}, r"tools\[0\].defer_loading is not served"),
+        ({"tools": [{**TOOL, "input_examples": [{"a": 1}]}]}, r"tools\[0\].input_examples is not served"),
+        ({"tools": [{**TOOL, "allowed_callers": ["code_execution_20250825"]}]}, "allowed_callers is not served"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "auto", "disable_parallel_tool_use": "yes"}},
+            "tool_choice.disable_parallel_tool_use must be true or false",
+        ),
+        ({"thinking": {"type": "adaptive", "display": "all"}}, "thinking.display must be one of"),
+        ({"output_config": {"effort": "huge"}}, "output_config.effort must be one of"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": 0}]}]},
+            r"content\[0\].content must be a text or a list of blocks",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "is_error": 1}]}]},
+            "is_error must be true or false",
+        ),
         ({"output_config": {"format": {"type": "xml"}}}, "must be 'json_schema'"),
     ],
 )
@@ -152,6 +181,18 @@ def test_what_is_not_served_is_refused_by_name(change, message):
     with pytest.raises(ApiError, match=message) as refused:
         messages.to_chat({**ASKED, **change}, "")
     assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("params", [MessageCreateParamsNonStreaming, MessageCreateParamsStreaming])
+def test_every_published_field_is_served_or_refused(params):
+    published = set(typing.get_type_hints(params))
+    assert "model" in published
+    assert published <= set(messages.OWN)
+
+
+def test_fields_that_ask_for_nothing_are_taken():
+    asked = {"service_tier": "auto", "speed": "standard", "mcp_servers": [], "cache_control": {"type": "ephemeral"}}
+    assert messages.to_chat({**ASKED, **asked, "metadata": {"user_id": "u"}}, "") == messages.to_chat(ASKED, "")
 
 
 CALLS = [
@@ -263,7 +304,7 @@ def test_anthropic_client_gets_what_a_chat_gets(api, greedy, client):
     assert final.stop_reason == found.stop_reason
     assert final.usage.output_tokens == found.usage.output_tokens
     raw = client.post("/v1/messages", json={**ASKED, "stream": True}).text
-    assert raw.startswith("event: message_start\ndata: {")
+    assert raw.replace(": keep-alive\n\n", "").startswith("event: message_start\ndata: {")
     assert "[DONE]" not in raw
 
 
@@ -292,8 +333,18 @@ def test_anthropic_client_is_told_what_is_wrong(api, client):
         api.messages.create(**{**ASKED, "messages": [{"role": "user", "content": [IMAGE]}]})
     with pytest.raises(anthropic.NotFoundError, match="'gpt' does not exist"):
         api.messages.create(**{**ASKED, "model": "gpt"})
-    with pytest.raises(anthropic.BadRequestError, match="stop"):
-        api.messages.create(**ASKED, stop_sequences=3)
+    for fields, name in (
+        ({"stop_sequences": 3}, "stop_sequences"),
+        ({"stop_sequences": ["a", ""]}, "stop_sequences"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "objekt"}}}},
+            r"output_config\.format",
+        ),
+        ({"tools": [{**TOOL, "description": 5}]}, r"tools\[0\]"),
+        ({"tools": [{**TOOL, "strict": "yes"}]}, r"tools\[0\]"),
+    ):
+        with pytest.raises(anthropic.BadRequestError, match=name):
+            api.messages.create(**ASKED, **fields)
     for body in ("{", "3", json.dumps({**ASKED, "max_tokens": "many"})):
         found = client.post("/v1/messages", content=body, headers={"content-type": "application/json"})
         assert found.status_code == 400

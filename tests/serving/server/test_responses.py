@@ -1,10 +1,15 @@
 """OpenAI's Responses API: requests and answers as translations, and the served model by openai's own client."""
 
 import asyncio
+import typing
 
 import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses.response_create_params import (
+    ResponseCreateParamsNonStreaming,
+    ResponseCreateParamsStreaming,
+)
 from pydantic import TypeAdapter
 
 from gdnjax.serving.server import responses
@@ -99,12 +104,39 @@ def test_request_becomes_a_chat():
         ({"input": [{"type": "computer_call"}]}, "'computer_call', which is not served"),
         ({"input": [{"role": "critic", "content": ""}]}, "role must be one of"),
         ({"text": 3}, "text must be an object"),
+        ({"text": []}, "text must be an object"),
+        ({"instructions": 0}, "instructions must be a string"),
+        ({"stream": 1}, "stream must be true or false"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation is not served"),
+        ({"max_tool_calls": "x"}, "max_tool_calls must be an integer"),
+        ({"background_options": {"a": 1}}, "background_options is not served"),
+        ({"max_tokens": 5}, "max_tokens is no field of /v1/responses, but of /v1/chat/completions"),
+        ({"messages": []}, "messages is no field of /v1/responses"),
+        ({"n": 2}, "n is no field of /v1/responses"),
+        ({"suffix": "a"}, "suffix is no field of /v1/responses"),
+        ({"reasoning": []}, "reasoning must be an object"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning.mode is not served"),
+        ({"reasoning": {"context": "all_turns"}}, "reasoning.context is not served"),
+        ({"reasoning": {"summary": "long"}}, "reasoning.summary must be one of"),
+        ({"tools": [{**TOOL, "defer_loading": True}]}, r"tools\[0\].defer_loading is not served"),
+        ({"tools": [{**TOOL, "output_schema": {}}]}, r"tools\[0\].output_schema is not served"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "other"}]}},
+            "tool_choice.tools has 'other', which is none of tools",
+        ),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(change, message):
     with pytest.raises(ApiError, match=message) as refused:
         responses.to_chat({**ASKED, **change})
     assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("params", [ResponseCreateParamsNonStreaming, ResponseCreateParamsStreaming])
+def test_every_published_field_is_served_or_refused(params):
+    published = set(typing.get_type_hints(params))
+    assert "model" in published
+    assert published <= set(responses.OWN)
 
 
 def test_answer_becomes_a_response():
@@ -161,6 +193,9 @@ def test_error_is_the_last_event_of_a_stream(error):
     EVENTS.validate_python(found)
     assert found[-1]["type"] == "response.failed"
     assert "gone" in found[-1]["response"]["error"]["message"]
+    # The first one, too: a client makes of it what the others add to.
+    found = events_of([error])
+    assert [event["type"] for event in found] == ["response.created", "response.in_progress", "response.failed"]
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +234,19 @@ def test_openai_client_gets_the_call_that_it_demands(api):
 def test_openai_client_is_told_what_is_wrong(api):
     with pytest.raises(openai.BadRequestError, match="keeps no responses"):
         api.responses.create(**ASKED, previous_response_id="resp_1")
+    for fields, name in (
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": "many"}, "max_output_tokens"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "objekt"}}}}, "text"),
+        ({"text": {"verbosity": "low"}}, "text"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning"),
+        ({"prompt_cache_retention": "24h"}, "prompt_cache_retention"),
+        ({"tools": [{**TOOL, "description": 5}]}, "tools"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            api.responses.create(**ASKED, **fields)
+        assert refused.value.param == name
+        assert name in refused.value.message
     with pytest.raises(openai.NotFoundError, match="no response runs in the background"):
         api.responses.cancel("resp_1")
     with pytest.raises(openai.NotFoundError, match="keeps no responses"):
