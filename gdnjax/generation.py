@@ -1,6 +1,7 @@
 """Whole generations and scores as pure functions, for notebooks and for tests: no engine, no host loop."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -143,15 +144,20 @@ def batch_generate(
 def full_logits(
     model: Model, params: Params, tokens: Int32[Array, "t"], length: int | Int32[Array, ""] | None = None
 ) -> Float32[Array, "t V"]:
-    """The logits at every position of one sequence, by one prefill. Traceable; one rank only. Differentiable where the
-    model runs no kernels.
+    """The logits at every position of one sequence, by one prefill: compiled once for a model and a number of tokens.
+    Traceable; one rank only. Differentiable where the model runs no kernels.
 
     `length` (default: all) says how many tokens count, so that one compilation serves every length up to t; the
     logits past it mean nothing. Raises ValueError for tokens that are no one sequence of integers.
     """
     tokens = _one_sequence(tokens)
+    return _full_logits(model, params, tokens, tokens.shape[0] if length is None else length)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _full_logits(model: Model, params: Params, tokens: Array, length: Any) -> Array:
     count = tokens.shape[0]
-    whole = jnp.full((1,), count if length is None else length, jnp.int32)
+    whole = jnp.full((1,), length, jnp.int32)
     state = start(model, whole + 1, count + 1)
     batch = pack_prompts(tokens[None], whole)
     context = prefill_context(step.pools_of(state, StepOptions()), batch)
@@ -173,20 +179,25 @@ def draft_logits(
     Both are of the token after each position, so row i of either is compared with row i of the other. Draft d at
     position i is what speculation makes when the target has seen the tokens up to i - d and the drafts up to token i
     were all right: keys of earlier tokens come from the target's hidden states, those of drafts from the head's own
-    output. Rows below d mean nothing, nor do those past `length`. Traceable; one rank, a model built with `mtp`. The
-    time and memory of a draft grow with t squared.
+    output. Rows below d mean nothing, nor do those past `length`. Compiled once for a model, a depth and a number of
+    tokens. Traceable; one rank, a model built with `mtp`. The time and memory of a draft grow with t squared.
     """
     if not model.mtp:
         raise ValueError("draft_logits needs a model with its MTP head: build_model(..., mtp=True)")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
     tokens = _one_sequence(tokens)
+    return _draft_logits(model, depth, params, tokens, tokens.shape[0] if length is None else length)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _draft_logits(model: HybridModel, depth: int, params: Params, tokens: Array, length: Any) -> tuple[Array, Array]:
     count = tokens.shape[0]
     options = StepOptions()
     # Blocks of one token, so that every position can have drafts of its own behind a shared past: block 1 + i holds
     # token i with the target's hidden state before it, block 1 + d count + i with the output of draft d before it.
     state = _state_for(model, 1, count, "float32", block_size=1, spare_blocks=(depth - 1) * count)
-    whole = jnp.full((1,), count if length is None else length, jnp.int32)
+    whole = jnp.full((1,), length, jnp.int32)
     seeds = jnp.zeros((1, 2), jnp.uint32)
     state = step.admit(state, _admission(state, whole, SamplingParams(), (), seeds), options)
     batch = pack_prompts(tokens[None], whole)

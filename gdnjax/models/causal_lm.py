@@ -8,9 +8,10 @@ from gdnjax.cache import Cache
 from gdnjax.config import LayerKind, ModelConfig
 from gdnjax.models.context import DecodeContext, FoldContext, PrefillContext
 from gdnjax.models.decoder import DecoderLayer
-from gdnjax.models.layers import Embedding, Linear, Stream, linear, mask_padded_vocab, residual_norm, rotary_angles
+from gdnjax.models.layers import Embedding, Linear, Stream, mask_padded_vocab, residual_norm, rotary_angles
 from gdnjax.models.moe import MoeMLP
 from gdnjax.models.mtp import MultiTokenPredictor
+from gdnjax.pallas_kernels.matmul import product
 from gdnjax.pallas_kernels.normed import numbers
 from gdnjax.shapes import Array, Float, Float32, Int32
 
@@ -75,7 +76,7 @@ class CausalLM(nnx.Module):
     def logits(self, hidden: Float[Array, "n d"]) -> Float32[Array, "n V"]:
         """This rank's part of the vocabulary; entries that pad it are -inf."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = linear(hidden, head.weight[...], out_dtype=jnp.float32)
+        logits = product(hidden, head.weight[...], jnp.float32)
         return mask_padded_vocab(logits, self.config, self.tp)
 
     def _angles(self, context: PrefillContext | DecodeContext) -> tuple[Array, Array] | None:

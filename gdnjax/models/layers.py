@@ -13,21 +13,11 @@ from flax import nnx
 from jax import lax
 
 from gdnjax import sharding
-from gdnjax.backend import Backend, dot_precision
+from gdnjax.backend import Backend
 from gdnjax.config import AttentionConfig, LatentAttentionConfig, ModelConfig, YarnConfig
 from gdnjax.pallas_kernels import matmul
 from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, Rows, gated_rms_norm, numbers, rms_norm, summed
-from gdnjax.quantized import Weight, dequantized
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
-
-
-def linear(x: Float[Array, "... i"], weight: Weight, out_dtype=None) -> Float[Array, "... o"]:
-    """x W^T, W [o, i], summed in float32."""
-    weight = dequantized(weight, x.dtype)
-    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(
-        x, weight, dimensions, precision=dot_precision(x.dtype), preferred_element_type=out_dtype or x.dtype
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +39,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((outputs, inputs), dtype))
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        return linear(x, self.weight[...])
+        return matmul.product(x, self.weight[...])
 
 
 def project(x: Rows, *linears: Linear, backend: Backend) -> tuple[Float[Array, "t _"], ...]:

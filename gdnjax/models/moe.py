@@ -8,8 +8,9 @@ from jax import lax
 from gdnjax import sharding
 from gdnjax.backend import Backend
 from gdnjax.config import ModelConfig, MoeConfig
-from gdnjax.models.layers import DenseMLP, Linear, linear
+from gdnjax.models.layers import DenseMLP, Linear
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
+from gdnjax.pallas_kernels.matmul import product
 from gdnjax.pallas_kernels.normed import Rows, numbers, total
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
@@ -86,7 +87,7 @@ class Router(nnx.Module):
 
     def __call__(self, x: Float[Array, "t d"]) -> tuple[Float32[Array, "t top"], Int32[Array, "t top"]]:
         """Weights and experts."""
-        moe, logits = self.moe, linear(x, self.weight[...], out_dtype=jnp.float32)
+        moe, logits = self.moe, product(x, self.weight[...], jnp.float32)
         scores = jax.nn.softmax(logits, axis=-1) if moe.scoring == "softmax" else jax.nn.sigmoid(logits)
         choice = scores + self.e_score_correction_bias[...] if moe.correction_bias else scores
         if moe.num_groups > 1:

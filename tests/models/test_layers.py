@@ -18,10 +18,10 @@ from gdnjax.models.layers import (
     GatedRMSNorm,
     Linear,
     RMSNorm,
-    linear,
     mask_padded_vocab,
     rotary_angles,
 )
+from gdnjax.pallas_kernels import matmul
 from gdnjax.pallas_kernels.rotary import rotate
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -147,11 +147,14 @@ def test_rotated_products_depend_on_the_distance_alone():
     assert abs(product(7, 3) - product(7, 4)) > 1e-3
 
 
-def test_linear_is_x_times_transposed_weight():
+def test_product_is_x_times_transposed_weight():
     x, weight = draw(5, 16), draw(7, 16, seed=1)
     layer = with_weights(Linear(16, 7, "float32"), weight=weight)
     close(layer(jnp.asarray(x)), np.float64(x) @ np.float64(weight).T)
-    assert linear(jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight, jnp.bfloat16), jnp.float32).dtype == jnp.float32
+    assert (
+        matmul.product(jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight, jnp.bfloat16), jnp.float32).dtype
+        == jnp.float32
+    )
 
 
 def test_dense_mlp_is_swiglu():

@@ -1,5 +1,6 @@
 """Products of few rows against float64."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -54,3 +55,15 @@ def test_bfloat16_is_rounded_once(backend):
     assert actual.dtype == jnp.bfloat16
     # By half an ulp (2^-8); products of bfloat16 are exact in float32.
     np.testing.assert_allclose(np.asarray(actual, np.float64), exact(x, weight), rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [1, 4, 101])
+def test_row_does_not_depend_on_its_place(outputs, backend):
+    """The same row at every place of 12, as 4 requests with 2 drafts each have them: to the bit. Invariant mode needs
+    it, also of a single output, which XLA would make by a product of its own.
+    """
+    x, (weight,) = operands(1, 32, (outputs,))
+    (actual,) = matmul.project(jnp.asarray(np.repeat(x, 12, axis=0)), jnp.asarray(weight), backend=backend)
+    np.testing.assert_array_equal(np.asarray(actual), np.repeat(np.asarray(actual[:1]), 12, axis=0))
+    jitted = jax.jit(matmul.product)(jnp.asarray(np.repeat(x, 12, axis=0)), jnp.asarray(weight))
+    np.testing.assert_array_equal(np.asarray(jitted), np.repeat(np.asarray(jitted[:1]), 12, axis=0))

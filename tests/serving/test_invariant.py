@@ -28,7 +28,7 @@ def test_invariant_mode_gives_the_same_bits_whatever_the_load(num_drafts):
         alone.append(solo(llm, prompt, how))
     llm.reset_prefix_cache()
     hits = 0
-    for seed in range(4):
+    for seed in range(16):
         rng = np.random.default_rng(seed)
         requests = []
         for i in rng.permutation(len(wanted)):
@@ -43,4 +43,4 @@ def test_invariant_mode_gives_the_same_bits_whatever_the_load(num_drafts):
             np.testing.assert_array_equal(table(request.output_logprobs), alone[i].logprobs)
             hits += request.num_cached_tokens > 0
     llm.close()
-    assert hits >= 4
+    assert hits >= 16

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from gdnjax.backend import Backend, dot_precision
 from gdnjax.pallas_kernels.matmul import fp8
@@ -24,6 +26,16 @@ def _product(x: Array, weight: Weight, backend: Backend) -> Array:
     if form is not None:
         assert isinstance(weight, Quantized)
         return fp8.product(x, weight, form)
-    weight = dequantized(weight, x.dtype)
-    dimensions = (((1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight, dimensions, precision=dot_precision(x.dtype), preferred_element_type=x.dtype)
+    return product(x, weight)
+
+
+def product(x: Array, weight: Weight, out_dtype: DTypeLike | None = None) -> Array:
+    """x W^T, x [..., i], W [o, i], summed in float32; in the dtype of x unless told otherwise."""
+    weight, out_dtype = dequantized(weight, x.dtype), out_dtype or x.dtype
+    if weight.shape[0] == 1:
+        # As a product of a matrix and a vector XLA rounds it on a CPU by the place of the row: the first multiple of 8
+        # of them in one way, what is left in another.
+        terms = x.astype(jnp.float32) * weight[0].astype(jnp.float32)
+        return terms.sum(-1, keepdims=True).astype(out_dtype)
+    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(x, weight, dimensions, precision=dot_precision(x.dtype), preferred_element_type=out_dtype)
