@@ -1,5 +1,6 @@
 """Four CPU devices, so that tensor parallelism is tested everywhere; tests of a GPU run only where there is one."""
 
+import collections
 import contextlib
 import gc
 import os
@@ -25,13 +26,30 @@ if jax.config.jax_compilation_cache_dir is None:
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+MOST_REGIONS = 30_000
+"""Of mapped memory after a module. Compiled code is such. A process may map 65,530 of them: past that XLA's compiler
+crashes.
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def release_executables():
-    """Compiled code is mapped memory, and a process may map 65,530 regions: past them XLA's compiler crashes.
-
-    A whole test run compiles more than that. What another module needs again comes from the compilation cache.
+    """A whole test run compiles more than a process may map. What a module needs again comes from the compilation
+    cache. Collecting takes a second in a process that has seen many modules, so it is done where there is need.
     """
     yield
+    if num_mapped_regions() > MOST_REGIONS:
+        release()
+
+
+def num_mapped_regions() -> int:
+    """Of this process; where the system does not say, more than there may be."""
+    regions = pathlib.Path("/proc/self/maps")
+    return regions.read_bytes().count(b"\n") if regions.exists() else MOST_REGIONS + 1
+
+
+def release() -> None:
+    """Drops all compiled code of this process that nobody holds."""
     jax.clear_caches()
     gc.collect()
 
@@ -66,10 +84,13 @@ def compiled_with(*options: tuple[str, bool | int]):
         found.env_option_overrides = [*found.env_option_overrides, *chosen]
         return found
 
+    # What is compiled in one way may not serve the other: bits are compared.
+    release()
     jax.config.update("jax_disable_most_optimizations", True)
     with mock.patch.object(compiler, "get_compile_options", options_for):
         yield
     jax.config.update("jax_disable_most_optimizations", False)
+    release()
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +120,42 @@ def without_type_checks():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    _mark_thorough(config, items)
     if jax.default_backend() != "cpu":
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def _mark_thorough(config, items) -> None:
+    """Of tests with `short_cases` those cases that the short run leaves out. Raises UsageError for a case that a whole
+    file does not have.
+    """
+    tests = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("short_cases"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for name, cases in tests.items():
+        wanted = set(cases[0].get_closest_marker("short_cases").args)
+        missing = wanted - {case.callspec.id for case in cases}
+        if missing and not any("::" in argument for argument in config.args):
+            raise pytest.UsageError(f"{name} has no case {', '.join(map(repr, sorted(missing)))}")
+        short = [case for case in cases if case.callspec.id in wanted] if wanted else _each_value_once(cases)
+        for case in cases:
+            if case not in short:
+                case.add_marker(pytest.mark.thorough)
+
+
+def _each_value_once(cases: list) -> list:
+    """As few cases as go one after another, each the first of those that have most values that none had yet."""
+    chosen, seen = [], set()
+    values = {case: set(case.callspec.indices.items()) for case in cases}
+    while best := max(cases, key=lambda case: len(values[case] - seen), default=None):
+        if not values[best] - seen:
+            return chosen
+        chosen.append(best)
+        seen |= values[best]
+    return chosen

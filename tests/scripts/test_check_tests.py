@@ -1,0 +1,75 @@
+"""What puts faults of one line into the package: its table, and a run with tests that take no time."""
+
+import ast
+import pathlib
+
+import pytest
+
+from scripts import check_tests
+from tests.line_faults import LINE_FAULTS, LineFault
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("fault", LINE_FAULTS, ids=lambda fault: fault.name)
+def test_faults_are_of_lines_that_there_are(fault):
+    """And what takes their place is Python, so that a test fails, not an import."""
+    right = (ROOT / fault.file).read_text(encoding="utf-8")
+    wrong = check_tests.faulty(fault, right)
+    assert ast.dump(ast.parse(wrong)) != ast.dump(ast.parse(right))
+    assert (ROOT / fault.near).exists()
+
+
+def test_there_are_thirty_of_different_names():
+    assert len({fault.name for fault in LINE_FAULTS}) == len(LINE_FAULTS) >= 30
+
+
+FAULTS = (
+    LineFault("sum", "adder.py", "a + b", "a - b", "test_near.py"),
+    LineFault("far", "adder.py", "x * y", "x + y", "test_near.py"),
+    LineFault("harmless", "adder.py", "c + 0", "c - 0", "test_near.py"),
+)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """One of three files, that `check_tests` takes for its own."""
+    (tmp_path / "adder.py").write_text(
+        "def add(a, b):\n    return a + b\n\n\ndef times(x, y):\n    return x * y\n\n\ndef same(c):\n    return c + 0\n"
+    )
+    (tmp_path / "test_near.py").write_text("import adder\n\n\ndef test_sum():\n    assert adder.add(2, 1) == 3\n")
+    (tmp_path / "test_other.py").write_text("import adder\n\n\ndef test_far():\n    assert adder.times(2, 3) == 6\n")
+    monkeypatch.setattr(check_tests, "LINE_FAULTS", FAULTS)
+    monkeypatch.setattr(check_tests, "copied", lambda target: tmp_path)
+    # Loading them takes longer than all else.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    return tmp_path
+
+
+def test_a_fault_is_caught_near_it_or_by_the_others_or_missed(repository, capsys):
+    assert check_tests.main(["--processes", "1", "--output", str(repository / "out.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("without a fault all short tests pass")
+    assert lines[1].startswith("sum: caught by test_near.py::test_sum")
+    assert lines[2].startswith("far: caught by test_other.py::test_far")
+    assert lines[3].startswith("harmless: MISSED")
+    assert lines[4] == "2 of 3 faults are caught"
+    assert "a + b" in (repository / "adder.py").read_text()
+    assert check_tests.main(["sum", "--processes", "1", "--without-trial"]) == 0
+
+
+def test_wrong_calls_are_refused_by_name(repository, capsys):
+    assert check_tests.main(["nothing"]) == 2
+    assert "no fault is called 'nothing'" in capsys.readouterr().err
+    (repository / "adder.py").write_text("def add(a, b):\n    return a - b\n")
+    assert check_tests.main(["sum", "--processes", "1"]) == 2
+    assert "without a fault the short tests fail: test_near.py::test_sum" in capsys.readouterr().err
+    assert check_tests.main(["sum", "--processes", "1", "--without-trial"]) == 2
+    assert "adder.py has the line of 'sum' 0 times" in capsys.readouterr().err
+
+
+def test_repository_is_copied_without_what_git_ignores(tmp_path):
+    copy = check_tests.copied(tmp_path / "copy")
+    assert (copy / "gdnjax" / "step.py").is_file()
+    assert (copy / "pyproject.toml").is_file()
+    assert not (copy / ".git").exists()
