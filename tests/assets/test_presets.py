@@ -64,6 +64,7 @@ def test_preset_has_the_hybrid_pattern(name):
     assert config.mtp_layers == 1
 
 
+@pytest.mark.short_cases("qwen3.5-9b", "qwen3.5-35b-a3b")
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_has_as_many_parameters_as_its_name_says(name):
     """Names are rounded, by 6% at most."""

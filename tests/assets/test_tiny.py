@@ -81,6 +81,7 @@ def test_story_differs_by_seed_and_ends_by_itself(float32_llm):
         assert len(text.split()) > 40
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("without_type_checks")
 def test_every_way_gives_the_same_right_answers(tmp_path, capsys):
     """50 held-out problems; scripts/eval.py --matrix runs all combinations over all 500."""

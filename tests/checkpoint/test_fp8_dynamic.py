@@ -44,6 +44,7 @@ def _assert_loads_as_made(old, new, report, *, mtp=False):
     assert report.relative_error == pytest.approx(made.made_fp8[1], rel=1e-6)
 
 
+@pytest.mark.short_cases("qwen3_5_moe_text")
 @pytest.mark.parametrize("family", checkpoints.PARITY_FAMILIES)
 def test_codes_and_scales_are_those_that_loading_makes(family, tmp_path):
     pytest.importorskip("torch")
@@ -55,6 +56,7 @@ def test_codes_and_scales_are_those_that_loading_makes(family, tmp_path):
     assert report.dequantised == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["qwen3_5_moe_text", "deepseek_v3", "kimi_linear"])
 def test_blocks_become_rows_as_loading_makes_them(family, tmp_path):
     """And what is never codes on the devices becomes the model's dtype."""
@@ -76,6 +78,7 @@ def test_head_that_is_stored_as_a_layer_is_made_too(tmp_path):
     _assert_loads_as_made(tmp_path / "old", tmp_path / "new", report, mtp=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("to", Format)
 def test_embedded_model_with_its_head_in_either_kind(to, tmp_path):
     """From bfloat16, in shards."""
@@ -145,6 +148,7 @@ def _as_numbers(directory, target):
     (target / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.thorough
 def test_logits_are_those_of_transformers(tmp_path):
     pytest.importorskip("torch")
     checkpoints.write_checkpoint("qwen3_5_moe_text", tmp_path / "old")

@@ -151,6 +151,7 @@ def _assert_equal(one, other):
     )
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize(("model", "tp"), [("dense", 1), ("dense", 4), ("moe", 4), ("next", 4)])
 @pytest.mark.parametrize("method", FORMATS)
 def test_parameters_are_code_times_scale(tmp_path, method, model, tp):
@@ -182,6 +183,7 @@ def _on_ranks(leaf, tp, name):
     return [np.asarray(dequantized(Quantized(jnp.asarray(a), jnp.asarray(b), leaf.grid), jnp.float32)) for a, b in both]
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize(("model", "tp"), [("dense", 1), ("dense", 4), ("moe", 4), ("next", 4)])
 @pytest.mark.parametrize("method", FORMATS)
 def test_numbers_on_the_ranks_are_those_of_the_file(tmp_path, method, model, tp):
@@ -287,6 +289,7 @@ def test_weights_of_the_mtp_head_are_counted(tmp_path):
     assert (report.quantised, report.mtp_quantised) == ({"float8_e4m3fn": len(weights) - of_head}, 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", FORMATS)
 def test_conversion_keeps_codes_and_scales_bit_for_bit(tmp_path, method):
     cfg, how = MODELS["dense"]

@@ -29,6 +29,7 @@ def llm():
         yield made
 
 
+@pytest.mark.thorough
 def test_log_likelihoods_are_those_of_the_tokens_as_they_are_drawn(llm):
     params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=0, ignore_eos=True)
     (output,) = llm.generate(["Once upon a time"], params, use_tqdm=False)
@@ -45,6 +46,7 @@ def test_every_object_is_one_of_the_schema(llm):
         jsonschema.validate(instance, extract_json.SCHEMA)
 
 
+@pytest.mark.thorough
 def test_own_loop_says_what_the_engine_says(llm):
     prompts = [llm.get_tokenizer().encode(text) for text in ("Once upon a time", QUESTION)]
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
@@ -59,6 +61,7 @@ def test_call_tells_the_model_what_is_wrong():
         assert tool_loop.call(tool_loop.FUNCTIONS, name, arguments).startswith("error: ")
 
 
+@pytest.mark.thorough
 def test_what_was_rewarded_is_more_probable_to_the_engine_afterwards(llm):
     """Last but one: the engine has other weights afterwards."""
     prompt, continuation = "Once upon a time", " there was a bee"

@@ -23,6 +23,7 @@ def _coded(grid):
     return usual if grid is None else {name: CodeFormat(form.codes, grid) for name, form in usual.items()}
 
 
+@pytest.mark.short_cases("(16, 16)")
 @pytest.mark.parametrize("grid", [None, (16, 16), (5, 32)], ids=str)
 def test_logits_are_those_of_the_numbers(grid):
     coded = _coded(grid)
@@ -46,6 +47,7 @@ def test_logits_are_those_of_the_numbers(grid):
     assert len(np.unique(expected.argmax(-1))) > 5
 
 
+@pytest.mark.short_cases("4")
 @pytest.mark.parametrize("tp", [2, 4])
 def test_ranks_with_whole_experts_in_codes_are_one_rank(tp):
     """Cells of an expert's codes that four ranks would cut."""

@@ -220,6 +220,7 @@ def on_ranks(tp, dtype="float32", coded=False, backend=REFERENCE):
     return jax.jit(sharding.shard_step(run, sharding.make_mesh(tp), (specs, whole, whole), whole)), weights
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize(
     ("dtype", "coded", "backend"),
     [

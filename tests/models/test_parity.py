@@ -127,6 +127,7 @@ def _stored_greedy(reference):
     ]
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("length", LENGTHS)
 def test_logits_equal_transformers(live, length):
     _, directory, llm = live
@@ -137,6 +138,7 @@ def test_logits_equal_transformers(live, length):
     assert checkpoints.relative_error(actual, reference) < LOGIT_BOUND
 
 
+@pytest.mark.short_cases("qwen3_5_moe_text")
 def test_greedy_tokens_equal_transformers(live, near_ties):
     family, directory, llm = live
     prompts = [checkpoints.prompt_tokens(length) for length in GREEDY_LENGTHS]
@@ -178,6 +180,7 @@ def test_conversation_that_goes_on_hits_the_state_at_its_end(live, near_ties):
     _check_greedy(f"{family}, a hit", [first, second], tokens, reference, near_ties)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("family", "ranks"),
     [
@@ -203,6 +206,7 @@ def test_greedy_tokens_of_ranks_equal_transformers(family, ranks, tmp_path, near
     _check_greedy(f"{family}, {ranks} ranks", prompts, tokens, reference, near_ties)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])
 def test_logits_of_an_fp8_checkpoint_equal_those_of_transformers_dequantised_model(family, tmp_path):
     pytest.importorskip("torch")
@@ -218,6 +222,7 @@ def test_logits_of_an_fp8_checkpoint_equal_those_of_transformers_dequantised_mod
     assert error < LOGIT_BOUND
 
 
+@pytest.mark.thorough
 def test_greedy_tokens_of_an_fp8_checkpoint_on_ranks_equal_transformers(tmp_path, near_ties):
     """Its codes stay codes. Ranks cut blocks of 8 x 8."""
     pytest.importorskip("torch")
@@ -234,6 +239,7 @@ def test_greedy_tokens_of_an_fp8_checkpoint_on_ranks_equal_transformers(tmp_path
     _check_greedy("qwen3_5_moe_text in FP8, 2 ranks", prompts, tokens, reference, near_ties)
 
 
+@pytest.mark.thorough
 def test_head_that_is_stored_as_a_layer_drafts_what_transformers_drafts(tmp_path, near_ties):
     """Its logits, and then an engine that speculates with it: over latents, without a state to fold, and past a hit.
 

@@ -48,6 +48,7 @@ def assert_close(actual, x, matrix, dtype):
     assert np.all(np.abs(np.asarray(actual, np.float64) - expected) <= bound + 1e-30)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8"])
 @pytest.mark.parametrize(("rows", "grid"), [(1, "blocks"), (4, "rows"), (16, "cut blocks"), (40, "odd rows")])
@@ -76,6 +77,7 @@ def test_gate_and_up_of_codes_meet(rows, backend):
     np.testing.assert_allclose(np.asarray(actual, np.float64), g / (1 + np.exp(-g)) * u, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8"])
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)
 @pytest.mark.parametrize("sizes", [[3, 0, 5, 1], [40, 60, 0, 20], [100, 100, 20, 30]], ids=str)

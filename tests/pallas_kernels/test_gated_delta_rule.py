@@ -207,6 +207,7 @@ def random_states(work, count, seed=1):
     return 0.5 * rng.standard_normal((count, work.value_heads, work.key_dim, work.value_dim)).astype(np.float32)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("work", WORKLOADS.values(), ids=WORKLOADS)
 def test_chunked_form_equals_the_recurrence(work):
     """Every odd length in one batch, rows with a state and fresh rows, padding and unused slots full of NaN."""
@@ -225,6 +226,7 @@ def test_chunked_form_equals_the_recurrence(work):
         close(read_back(ssm[1, i + 1], work, vk=False), state)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("work", WORKLOADS.values(), ids=WORKLOADS)
 def test_decode_equals_the_recurrence(work):
     rows = random_inputs(work, [3] * 4)
@@ -310,6 +312,7 @@ ORDERS = [(WORK, read, write) for read in ("kv", "vk", "mixed") for write in (Fa
 ORDERS.append((CHANNELS, "mixed", False))
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize(("work", "read", "write"), ORDERS, ids=lambda x: NAMES.get(x, x))
 def test_layouts_hold_the_same_values(work, read, write):
     """K != V, so that a state read in the wrong order cannot pass."""
@@ -384,6 +387,7 @@ CUTS = {1: 3, 16: 4, 48: 5, 63: 6, 65: 7, 100: 8}
 """Places of checkpoints in a row of 130 tokens, and the slots that keep them."""
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize(("work", "vk"), [(WORK, False), (WORK, True), (CHANNELS, True)], ids=lambda x: NAMES.get(x))
 def test_checkpoint_is_the_state_of_the_piece_that_ends_there(work, vk):
     """Bit for bit, whatever the slot held before; and so is what a fork of it goes on to."""

@@ -35,6 +35,7 @@ def noisy(logits, seeds, first=0, stream=0):
     return scaled, scaled + np.where(drawn[:, None], noise, 0)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("stream", [0, 1, 3])
 @pytest.mark.parametrize("first", [0, 248_000])
 @pytest.mark.parametrize("width", [1, 64, 300], ids="width {}".format)

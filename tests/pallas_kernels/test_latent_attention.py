@@ -81,6 +81,7 @@ def check(cache, q, position, rows, actual, first=0, rtol=RTOL, atol=ATOL):
             np.testing.assert_allclose(actual[tile, i].astype(np.float64), expected, rtol=rtol, atol=atol)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize(
     ("heads", "block_size", "value_dim", "rest"),
     # 40 heads are two programs; of the first and of the last a long context is split.

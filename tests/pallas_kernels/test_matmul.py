@@ -19,6 +19,7 @@ def exact(x, weight):
     return x.astype(np.float64) @ weight.astype(np.float64).T
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("rows", [1, 3, 16, 128, 130])
 @pytest.mark.parametrize("outputs", [(64,), (96, 40, 1), (7, 7)], ids=str)
 def test_each_matrix_meets_all_rows(rows, outputs, backend):

@@ -109,6 +109,7 @@ def check(cache, q, position, rows, actual):
             np.testing.assert_allclose(actual[tile, i], expected, rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize(
     ("group", "block_size", "width"),
     [(1, 8, 16), (2, 16, 16), (3, 64, 16), (4, 16, 16), (1, 16, 40), (2, 64, 24), (3, 8, 24)],
@@ -159,6 +160,7 @@ def test_keys_past_the_query_are_never_seen():
         check(cache, q, [[position]], [0], actual)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("dtype", [None, "int8"])
 @pytest.mark.parametrize(("queries", "blocks"), [(1, 3), (4, 3), (1, 24), (64, 5)])
 def test_there_are_no_keys_behind_the_table(queries, blocks, dtype):
@@ -234,6 +236,7 @@ def test_write_rounds_to_the_pool(backend):
         np.testing.assert_array_equal(np.asarray(pool)[0, 1, 3], value[0].astype(ml_dtypes.bfloat16))
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("first", [1, 17, 300])
 def test_keys_before_the_first_are_never_seen(first):
     """As if the sequence began there, NaN or not; a query before the first sees nothing, and gives 0."""
@@ -268,6 +271,7 @@ def test_gradient_is_finite_where_a_query_sees_nothing():
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("block_size", [8, 64])
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_quantised_decode_equals_softmax(dtype, block_size):
@@ -491,6 +495,7 @@ def test_wider_pools_have_no_such_limit():
     paged_attention.scales.check(*pools, None, Backend("pallas", "sm_90"))
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize(("rotary", "gated", "normed"), [(8, True, True), (24, False, True), (0, True, False)])
 @pytest.mark.parametrize("dtype", [None, "int8"])
 def test_queries_and_keys_enter_normed_and_turned(rotary, gated, normed, dtype, backend):

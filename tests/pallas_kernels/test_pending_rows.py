@@ -125,6 +125,7 @@ def both(new, before):
     return jnp.concatenate([jnp.full_like(new, jnp.nan) if before is None else before, new], axis=1)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("vk", [False, True])
 @pytest.mark.parametrize("name", ["ratio 1, K < V", "ratio 3", "correlated keys", "channels, K < V"])
 def test_delta_rule_of_verified_rows_equals_the_recurrence(name, vk):

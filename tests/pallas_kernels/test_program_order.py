@@ -92,6 +92,7 @@ def run(case: Case, order: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in call({k: jnp.asarray(v) for k, v in case.arrays.items()}).items()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_order_of_programs_changes_nothing(case):
     first, *others = (run(case, order) for order in ORDERS)

@@ -144,6 +144,7 @@ def _rows(qkv, gates, ssm, count, *, kind, width, vk, stochastic):
     return gated_delta_rule.fold(qkv, Gates(**gates), ssm, LAYER, *slots, count, order, **static)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize(("kind", "work", "vk"), [
     ("decode", WORK, True), ("decode", WORK, False), ("verify", WORK, True), ("fold", WORK, True),
     ("decode", CHANNELS, True), ("verify", CHANNELS, False),
@@ -181,6 +182,7 @@ def _prefill(qkv, gates, ssm, rows, chunks, keys, *, width, stochastic):
     )
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("work", [WORK, CHANNELS], ids=["head", "channels"])
 def test_pieces_and_checkpoints_are_stored_by_the_noise_of_their_positions(work):
     rows = random_inputs(work, [130, 20, 65])

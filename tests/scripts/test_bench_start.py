@@ -31,6 +31,7 @@ def test_table_shows_the_cold_run_and_the_quickest_warm_one():
     assert numbers["process"] == ["180.00", "40.00"]
 
 
+@pytest.mark.thorough
 def test_whole_bench_of_a_published_configuration(capsys, tmp_path):
     """Cold and warm, in processes of their own: the parts are those that the table has, and add up."""
     config = make_random_checkpoint.model_config(vocab_size=600, layers=8, hidden_size=64, dtype="bfloat16")
@@ -85,6 +86,7 @@ def test_numbers_of_every_run_are_written(monkeypatch, random_model, tmp_path):
     assert [run["process_time"] for run in json.loads(target.read_text())] == [6.0] * 3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("orbax", [False, True])
 def test_weights_are_loaded_from_disk_and_from_memory(capsys, tmp_path, orbax):
     directory = tmp_path / "model"

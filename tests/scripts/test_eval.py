@@ -442,6 +442,7 @@ def test_mistake_is_one_line_and_status_2(capsys, random_model, files, tmp_path,
     assert err.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_cells_of_one_dtype_agree_and_the_result_is_complete(capsys, flags, tmp_path):
     output = tmp_path / "result.json"
     assert script.main([*flags, "--output", str(output)]) == 0
@@ -552,6 +553,7 @@ def test_file_is_written_while_a_cell_runs(flags, monkeypatch, tmp_path):
     assert found == [(0, one, 1), (0, one, 2), (1, other, 1), (1, other, 2)]
 
 
+@pytest.mark.thorough
 def test_parameters_are_loaded_once_for_each_dtype(capsys, flags, monkeypatch):
     loads = []
     load = cells.load
@@ -574,6 +576,7 @@ def test_parameters_are_loaded_once_for_each_dtype(capsys, flags, monkeypatch):
     assert [_comparison(out, cell)[2] for cell in others] == ["-", "0", "0"]
 
 
+@pytest.mark.thorough
 def test_weights_of_8_bits_are_loaded_apart_and_not_judged(capsys, flags):
     """Named first they are computed last: they are compared with the plain cell."""
     assert script.main([*flags, "--cells", "f32-weights-fp8,f32-batched", "--max-tokens", "4"]) == 0

@@ -12,6 +12,7 @@ from scripts import eval_forks
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
+@pytest.mark.thorough
 def test_forks_are_clean_and_the_broken_bit_is_seen(tmp_path, capsys):
     file = tmp_path / "forks.json"
     arguments = ["--runs", "6", "--states", "2", "--max-tokens", "24", "--output", str(file)]
@@ -28,6 +29,7 @@ def test_forks_are_clean_and_the_broken_bit_is_seen(tmp_path, capsys):
     assert [line.split(":")[0] for line in err.splitlines()] == ["loading the model", *["6 of 6 runs"] * 3]
 
 
+@pytest.mark.thorough
 def test_interrupted_run_leaves_the_batches_that_it_has(tmp_path, capsys, monkeypatch):
     file = tmp_path / "forks.json"
     monkeypatch.setattr(eval_forks, "ROWS", 2)

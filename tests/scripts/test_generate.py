@@ -161,6 +161,7 @@ def test_stdin_is_a_prompt_like_any_other(capsys, monkeypatch, random_model, tmp
     assert note.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_several_prompts_come_under_headers_in_order(capsys, random_model):
     flags = ("--model", str(random_model), "--system-prompt", "Answer.", "--max-tokens", "4", "--temp", "0")
     out, note = _run(capsys, *flags, "-p", "first", "-p", "second\nline")
@@ -168,6 +169,7 @@ def test_several_prompts_come_under_headers_in_order(capsys, random_model):
     assert "generation" in note
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("flags", [(), ("--adaptive-speculation",)], ids=["always", "adaptive"])
 def test_drafts_compile_nothing_more_after_what_was_prepared(flags, capsys):
     directory = model_directory("tiny")
@@ -183,6 +185,7 @@ def test_drafts_compile_nothing_more_after_what_was_prepared(flags, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_long_prompt_streams_what_the_engine_generates_and_compiles_nothing_more(random_model, capsys):
     arguments = _arguments("--model", str(random_model), "--max-tokens", "20")
     clock = generate.Start()
@@ -248,6 +251,7 @@ def test_closing_line_says_what_became_of_the_drafts(count):
     assert str(plain) == str(drafting).replace("drafts accepted 50%, 2.5 tokens a step | ", "")
 
 
+@pytest.mark.thorough
 def test_drafts_change_nothing_but_the_closing_line(capsys):
     flags = ("-p", "A box has 3 apples. 4 more are put in. How many apples are in the box?", "--temp", "0")
     plain, _ = _run(capsys, *flags)
@@ -328,6 +332,7 @@ def test_prompts_may_stand_anywhere(tmp_path):
     assert (arguments.text, arguments.prompt, arguments.temperature) == (["a", "c"], ["b"], 0)
 
 
+@pytest.mark.thorough
 def test_samples_and_files_come_as_json_lines(capsys, random_model, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt_token_ids": [5, 6]}\n')

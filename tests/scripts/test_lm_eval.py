@@ -138,6 +138,7 @@ def _write(file, items: list[Problem]) -> str:
     return str(file)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", RUNS)
 def test_scores_are_those_of_eval(lm_eval, model, random_model, tmp_path, capsys, form):
     flags, task, options = RUNS[form]
@@ -175,6 +176,7 @@ def test_scores_are_those_of_eval(lm_eval, model, random_model, tmp_path, capsys
         assert sample["exact_match"] == cell["outputs"][index]["flexible_match"]
 
 
+@pytest.mark.thorough
 def test_command_runs_lm_eval_on_local_files(lm_eval, random_model, tmp_path, capsys, monkeypatch):
     # lm-eval sets it for the process.
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
@@ -201,6 +203,7 @@ def _score(model, context: list[int], continuation: list[int]) -> tuple[float, b
     return float(sum(row[token] for row, token in zip(rows, continuation, strict=True))), greedy
 
 
+@pytest.mark.thorough
 def test_loglikelihood_is_that_of_the_logits(lm_eval, model):
     encode = model.tok_encode
     context = "One request has one"
@@ -232,6 +235,7 @@ def test_greedy_continuation_is_recognised(model):
     assert found[0][0] > found[1][0]
 
 
+@pytest.mark.thorough
 def test_rolling_loglikelihood_is_that_of_the_logits_in_windows(lm_eval, model, monkeypatch, caplog):
     text = "What the state forgets, attention may remember, and what attention cannot afford, the state keeps."
     tokens = model.tok_encode(text)

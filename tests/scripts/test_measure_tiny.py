@@ -31,6 +31,8 @@ PICTURE_BYTES = 60_000
 STATE_FAULTS = ("all states zeroed", "stale layout bit", "wrong slot", "another request's state")
 MTP_FAULTS = ("one MTP row stale", "another request's MTP KV")
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def loaded():

@@ -49,6 +49,7 @@ def _strings(tree):
             yield from _strings(branch)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("platforms", ["cpu", pytest.param("", marks=pytest.mark.gpu, id="gpu")])
 def test_notebook_runs_from_top_to_bottom(notebook, platforms, monkeypatch, tmp_path):
     """In a fresh kernel and another directory, with nothing replaced."""

@@ -73,6 +73,7 @@ def test_table_of_no_kernels_has_no_times():
     assert script.table("decode", {}, steps=8) == "decode: the profile has no kernels of a device"
 
 
+@pytest.mark.thorough
 def test_run_without_kernels_says_so_and_reports_the_clock(capsys, tmp_path):
     """On a CPU no stream of a device is in the profile."""
     target = tmp_path / "profile.json"

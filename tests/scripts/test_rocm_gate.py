@@ -21,6 +21,7 @@ LAUNCH = Launch("k", warps=4, grid=(1024, 1, 1), operands=("tensor<8x4xbf16>",),
 COMPILED = Compiled(launches=[LAUNCH], kernels=[GOOD], alias_bytes=100, temporary_bytes=10, errors=[])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_kernel_lowers_for_rocm(name):
     work = WORKLOADS[name]
@@ -207,6 +208,7 @@ def test_fault_hits_no_pool_of_one_large_layer():
         functions.fatal_count(1, 16 * 4 * 256, 2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", functions.IN_LARGE_POOLS)
 def test_workloads_in_large_pools_have_them(name):
     work = WORKLOADS[name]

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 CASE = script.Case({"prompt": [1]}, ((5, 6, 7), (8,)))
 
 
+@pytest.mark.thorough
 def test_soak_in_short_finds_nothing_wrong(tmp_path):
     """In a process of its own: here every function of the package is checked for types."""
     report = tmp_path / "report.json"

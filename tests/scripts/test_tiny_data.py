@@ -21,6 +21,8 @@ EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 CHATS = tuple(kind for kind in KINDS if kind.endswith(("chat", "turns", "turns_long", "chat_long", "tool")))
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -34,7 +34,7 @@ from gdnjax.generation import draft_logits
 from gdnjax.loading import load_model
 from gdnjax.models import abstract_params, build_model, random_params
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
+pytestmark = [pytest.mark.usefixtures("quickly_compiled"), pytest.mark.thorough]
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHIPPED = ROOT / "gdnjax" / "assets" / "tiny"

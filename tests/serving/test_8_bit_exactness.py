@@ -118,6 +118,7 @@ def is_within(llm: LLM, run: Run) -> bool:
     return within_bounds(error)
 
 
+@pytest.mark.short_cases("int8")
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("name", ENGINES)
 def test_random_interleavings_are_within_the_float64_bound(name):
@@ -186,6 +187,7 @@ def test_float64_bound_sees_a_scale_that_is_not_copied(monkeypatch, name):
     llm.close()
 
 
+@pytest.mark.thorough
 def test_four_ranks_are_within_the_float64_bound():
     """Two of them hold each kv head and its scales."""
     llm = build(kv_cache_dtype="int8", tensor_parallel_size=4)

@@ -269,6 +269,7 @@ NUM_INTERLEAVINGS = 20
 """Of each."""
 
 
+@pytest.mark.short_cases("mixed, 4 drafts")
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("name", INTERLEAVED)
 def test_random_interleavings_are_within_the_float64_bound(name):
@@ -355,6 +356,7 @@ def tiny_arrivals(rng: np.random.Generator, llm: LLM) -> list:
     return arrivals
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("head", HEADS)
 def test_embedded_model_is_within_the_float64_bound_whatever_its_head_drafts(tiny_engine, head):

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.thorough
 def test_interrupt_at_every_line_costs_nobody_else_anything():
     """Others' outputs are those of their solo runs, the cache holds nothing wrong, and nothing leaks."""
     done = subprocess.run(

@@ -45,6 +45,7 @@ def arrivals_of(num_drafts: int):
     return functools.partial(micro_arrivals, speculating=num_drafts > 0)
 
 
+@pytest.mark.short_cases("mixed-2")
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(("layout", "num_drafts"), [("kv", 0), ("mixed", 0), ("vk", 2), ("mixed", 2)])
 def test_kernels_give_the_tokens_of_the_reference_engine(layout, num_drafts):

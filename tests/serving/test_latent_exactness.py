@@ -107,6 +107,7 @@ def interleave(llm: LLM, seed: int, speculating: bool) -> dict:
     raise AssertionError("work is left after 600 turns")
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("num_drafts", [0, 2])
 def test_random_interleavings_of_latents_are_within_the_float64_bound(num_drafts):

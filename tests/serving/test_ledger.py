@@ -64,6 +64,7 @@ def llm(request) -> LLM:
     return fresh(request.param)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("length", [5, 16, 17, 63, 64, 65, 100, 128, 129, 200])
 def test_hit_equals_fresh(llm, length):
     """An identical prompt goes on below its last token, which is always computed."""
@@ -84,6 +85,7 @@ def test_whole_prompt_in_the_cache_still_computes_a_token(llm):
     assert again.output_token_ids[0] == known[-1]
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("name", [KV, VK, MIXED, LARGE_BLOCKS, INVARIANT])
 @pytest.mark.parametrize("lengths", [(64, 129, 200), (50, 63, 111), (1, 15, 250)])
 def test_chunked_equals_whole(name, lengths):
@@ -147,6 +149,7 @@ def test_preempted_without_the_cache_equals_uninterrupted():
     check_greedy(llm, request)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("drawn", range(len(DRAWN)))
 def test_preempted_keeps_its_noise_and_its_penalties(llm, drawn):
     """Logit rows are filled again with what had been produced; noise knows positions alone."""
@@ -165,6 +168,7 @@ def test_preempted_keeps_its_noise_and_its_penalties(llm, drawn):
     assert len(produced[0]) == 40
 
 
+@pytest.mark.short_cases
 def test_preempted_keeps_its_log_probabilities(llm):
     """Of the output, one entry a token; of the prompt, though that is computed again, from its start where the cache
     was reset meanwhile.

@@ -65,6 +65,7 @@ def steps_of(watch: Watch, request) -> list[tuple[int, int]]:
     return [(step.drafts, step.count) for step in watch.steps.get(request, [])]
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("name", [KV_DRAFTS, VK_DRAFTS, MIXED_DRAFTS, LARGE_BLOCKS, NO_CACHE, INVARIANT])
 @pytest.mark.parametrize("length", [1, 15, 64, 130])
 def test_steps_of_a_request_alone_are_those_of_the_oracle(name, length):
@@ -105,6 +106,7 @@ def test_resumed_request_drafts_as_if_uninterrupted(llm):
     assert check_cache(llm) > 0
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("max_tokens", range(1, 9))
 def test_max_tokens_ends_a_request_within_a_run_of_drafts(llm, max_tokens):
     """Nothing is fed behind the last token, so no draft is verified that could not be kept."""
@@ -285,6 +287,7 @@ def test_log_probabilities_are_one_for_each_token(llm, full):
     assert found[0] == found[1]
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("name", [KV_DRAFTS, MIXED_DRAFTS, INVARIANT])
 @pytest.mark.parametrize("drawn", range(len(DRAWN)))
 def test_drawn_tokens_do_not_depend_on_drafts(name, drawn):

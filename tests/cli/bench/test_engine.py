@@ -36,6 +36,7 @@ def whole_run(tmp_path_factory):
     return status, out.getvalue(), json.loads(target.read_text())
 
 
+@pytest.mark.thorough
 def test_every_section_is_measured_and_kept(whole_run):
     status, out, content = whole_run
     assert status == 0
@@ -47,6 +48,7 @@ def test_every_section_is_measured_and_kept(whole_run):
         assert all(not figure.get("compilations") for figure in figures.values()), section
 
 
+@pytest.mark.thorough
 def test_ratios_are_those_of_the_figures_beside_them(whole_run):
     found = whole_run[2]["sections"]
     plain, drafting = found["decode"]["2"], found["speculation"]["2"]

@@ -549,6 +549,7 @@ def small_config(tmp_path):
     return file
 
 
+@pytest.mark.thorough
 def test_comparison_is_complete(capsys, tmp_path, small_config):
     output, plot = tmp_path / "result.json", tmp_path / "result.png"
     shape = (
@@ -586,6 +587,7 @@ def test_comparison_is_complete(capsys, tmp_path, small_config):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_comparison_of_speculation_is_complete(capsys, tmp_path, small_config):
     output = tmp_path / "result.json"
     config = json.loads(small_config.read_text())

@@ -162,6 +162,7 @@ def test_openai_client_parses_structured_output(api):
     assert isinstance(found.choices[0].message.parsed, Sum)
 
 
+@pytest.mark.thorough
 def test_litellm(url, greedy):
     import litellm
 
@@ -171,6 +172,7 @@ def test_litellm(url, greedy):
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == greedy
 
 
+@pytest.mark.thorough
 def test_langchain(url, greedy):
     from langchain_openai import ChatOpenAI
 

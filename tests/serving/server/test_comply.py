@@ -52,6 +52,7 @@ def seeded(app):
         yield url
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", KNOWN)
 def test_llm_comply_finds_what_is_known(form, seeded):
     command = [

@@ -22,6 +22,7 @@ CHECKS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_no_request_fails_the_server(label, url):
     operation = OPERATIONS[label]

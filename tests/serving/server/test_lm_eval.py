@@ -46,6 +46,7 @@ def client_of(name, url, path, **options):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["local-completions", "local-chat-completions"])
 def test_scores_are_those_of_the_engines_answers(url, llm, problems, kind):
     from lm_eval.tasks import TaskManager
@@ -76,6 +77,7 @@ def test_scores_are_those_of_the_engines_answers(url, llm, problems, kind):
     assert any(right)
 
 
+@pytest.mark.thorough
 def test_loglikelihoods_are_those_of_the_logits(url, llm):
     from lm_eval.api.instance import Instance
 

@@ -89,6 +89,7 @@ def cached(usage):
     return usage["prompt_tokens_details"]["cached_tokens"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("policy", "flags", "headers"),
     [
