@@ -92,7 +92,15 @@ def run(case: Case, order: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in call({k: jnp.asarray(v) for k, v in case.arrays.items()}).items()}
 
 
-@pytest.mark.thorough
+@pytest.mark.short_cases(
+    "gdn-decode-mixed-kv-bfloat16-bfloat16",
+    "gdn-verify-vk-vk-float32-bfloat16-2+2",
+    "conv-decode-72-bfloat16",
+    "kv-write-bfloat16-3x80",
+    "grouped-few-256x96",
+    "matmul-split-1024x96-3",
+    "draw-3x3000",
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_order_of_programs_changes_nothing(case):
     first, *others = (run(case, order) for order in ORDERS)

@@ -34,6 +34,7 @@ SCRIPTS = (
     "bench_server_overhead",
     "bench_serving",
     "bench_start",
+    "check_tests",
     "convert",
     "eval",
     "eval_forks",
@@ -210,7 +211,9 @@ def test_ci_runs_what_the_readme_says():
     (install,) = [block for block in _blocks(README, "sh") if "pytest" in block]
     _, _, pip_install, test = install.strip().split(" && ")
     assert pip_install.replace("pip install", "pip install --quiet") in script
-    assert script.rstrip().endswith(test)
+    assert script.rstrip().endswith(f"\n{test}")
+    # And the tier that it leaves out.
+    assert f'\n{test} -m "thorough and not browser and not optional"\n' in script
     for hook in re.findall(r"entry: (.*)", (ROOT / ".pre-commit-config.yaml").read_text()):
         assert re.search(rf"^{re.escape(hook)}( \.)?$", script, re.MULTILINE), hook
 
