@@ -26,32 +26,30 @@ if jax.config.jax_compilation_cache_dir is None:
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-MOST_REGIONS = 30_000
-"""Of mapped memory after a module. Compiled code is such. A process may map 65,530 of them: past that XLA's compiler
-crashes.
-"""
-
-
 @pytest.fixture(scope="module", autouse=True)
 def release_executables():
-    """A whole test run compiles more than a process may map. What a module needs again comes from the compilation
-    cache. Collecting takes a second in a process that has seen many modules, so it is done where there is need.
+    """Compiled code is mapped memory, and a process may map 65,530 regions: past them XLA's compiler crashes.
+
+    A whole test run compiles more than that. What another module needs again comes from the compilation cache.
     """
     yield
-    if num_mapped_regions() > MOST_REGIONS:
-        release()
-
-
-def num_mapped_regions() -> int:
-    """Of this process; where the system does not say, more than there may be."""
-    regions = pathlib.Path("/proc/self/maps")
-    return regions.read_bytes().count(b"\n") if regions.exists() else MOST_REGIONS + 1
+    release()
 
 
 def release() -> None:
-    """Drops all compiled code of this process that nobody holds."""
+    """Drops all compiled code of this process that nobody holds. What is left stays to the end, and need not be looked
+    at by each collection again: without that, and without dropping what traces hold, modules that come late took half
+    as long again.
+    """
     jax.clear_caches()
     gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish():
+    """Thousands of items, and what their modules have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 IN_ONE_PIECE = ("xla_cpu_parallel_codegen_split_count", 1)
