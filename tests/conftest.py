@@ -30,17 +30,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 def release_executables():
     """Compiled code is mapped memory, and a process may map 65,530 regions: past them XLA's compiler crashes.
 
-    A whole test run compiles more than that. What another module needs again comes from the compilation cache.
+    A whole test run compiles more than that. What another module needs again comes from the compilation cache. What is
+    left stays to the end, and need not be looked at by each collection again: without that, and without dropping what
+    traces hold, modules that come late took half as long again.
     """
     yield
-    release()
-
-
-def release() -> None:
-    """Drops all compiled code of this process that nobody holds. What is left stays to the end, and need not be looked
-    at by each collection again: without that, and without dropping what traces hold, modules that come late took half
-    as long again.
-    """
     jax.clear_caches()
     gc.collect()
     gc.freeze()
@@ -82,13 +76,10 @@ def compiled_with(*options: tuple[str, bool | int]):
         found.env_option_overrides = [*found.env_option_overrides, *chosen]
         return found
 
-    # What is compiled in one way may not serve the other: bits are compared.
-    release()
     jax.config.update("jax_disable_most_optimizations", True)
     with mock.patch.object(compiler, "get_compile_options", options_for):
         yield
     jax.config.update("jax_disable_most_optimizations", False)
-    release()
 
 
 @pytest.fixture(scope="module")
