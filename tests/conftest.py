@@ -141,7 +141,7 @@ def _mark_thorough(config, items) -> None:
 def _each_value_once(cases: list) -> list:
     """As few cases as go one after another, each the first of those that have most values that none had yet."""
     chosen, seen = [], set()
-    values = {case: set(case.callspec.indices.items()) for case in cases}
+    values = {case: {(name, repr(value)) for name, value in case.callspec.params.items()} for case in cases}
     while best := max(cases, key=lambda case: len(values[case] - seen), default=None):
         if not values[best] - seen:
             return chosen
