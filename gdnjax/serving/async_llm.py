@@ -56,6 +56,8 @@ class _Mailbox(Reader):
         self.wake()
 
     def fail(self, error: BaseException) -> None:
+        # The engine's thread does so, too, when it comes to it: whoever has read the end finds the stream gone.
+        self.ended()
         self.error = error
         self.wake()
 
@@ -170,6 +172,7 @@ class Stream:
             self._num_left -= 1
             if not self._num_left:
                 self._closed = True
+                self._box.ended()
                 assert self.submission is not None
                 output = dataclasses.replace(self.submission.output(), request_id=str(self.request_id))
         return StreamOutput(text, tuple(token_ids), finish_reason, output, index, logprobs, stop_reason)

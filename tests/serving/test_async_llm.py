@@ -13,7 +13,7 @@ import pytest
 from gdnjax import AsyncLLM, SamplingParams, StructuredOutputsParams
 from gdnjax.serving.async_llm import PREPARERS
 from gdnjax.serving.detokenizer import Detokenizer
-from gdnjax.serving.loop import EngineStoppedError
+from gdnjax.serving.loop import EngineLoop, EngineStoppedError
 from tests.serving.fronts import PARAMS, check_stream, front, held, paper_llm, read, settled
 from tests.serving.paper import check_output, distinct
 
@@ -249,6 +249,27 @@ def test_request_ids_name_requests_until_they_end():
     run(scene)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_has_read_the_end_finds_the_stream_gone(monkeypatch, fails):
+    """However late the engine's thread comes to it: its name may be taken again at once."""
+
+    async def scene(llm):
+        with monkeypatch.context() as late:
+            late.setattr(EngineLoop, "_close_one", lambda *_: None)
+            for _ in range(3):
+                stream = llm.generate([1, 2], LONG if fails else PARAMS, request_id="mine")
+                await stream.prepared()
+                if fails:
+                    stream._box.fail(EngineStoppedError("lost"))
+                    with pytest.raises(EngineStoppedError, match="lost"):
+                        await read(stream)
+                else:
+                    check_stream(stream, await read(stream))
+                assert llm.num_unfinished == 0
+
+    run(scene)
+
+
 def slow_preparation(llm, monkeypatch):
     """(set when a prompt begins to be prepared, to be set for it to go on)"""
     begun, go_on, prepare = threading.Event(), threading.Event(), llm.llm.frontend.prepare
@@ -330,14 +351,11 @@ def test_urgent_requests_come_first():
         with held(llm):
             for stream in (first, low, high):
                 await stream.prepared()
-        ends = []
-
-        async def ended(stream):
-            await read(stream)
-            ends.append(stream)
-
-        await asyncio.gather(*map(ended, (first, low, high)))
-        assert ends == [high, first, low]
+        # As the engine ended them: a loop that is late reads several ends at once, in any order.
+        ends = {}
+        for name, pieces in zip(("first", "low", "high"), await read_all(first, low, high), strict=True):
+            ends[name] = pieces[-1].output.metrics.finished_time
+        assert sorted(ends, key=ends.get) == ["high", "first", "low"]
 
     run(scene, seqs=1)
 
