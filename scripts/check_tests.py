@@ -92,8 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         def judged(fault: LineFault) -> Verdict:
             copy = copies.get()
-            verdict = judge(fault, copy)
-            copies.put(copy)
+            try:
+                verdict = judge(fault, copy)
+            finally:
+                # Or the next would wait for it for ever.
+                copies.put(copy)
             print(line(verdict), flush=True)
             return verdict
 

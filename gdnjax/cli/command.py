@@ -235,6 +235,19 @@ def prepare_environment(
     logging.getLogger("gdnjax.progress").setLevel(logging.INFO)
 
 
+def command_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A command line without flags yet, for who calls it `command`: that stands for {command} in `examples`, and what
+    is to be said of several processes for {processes}.
+    """
+    return argparse.ArgumentParser(
+        # Without an interpreter before it.
+        prog=command.removeprefix("python "),
+        description=description,
+        epilog=examples.replace("{command}", command).replace("{processes}", PROCESSES_HELP),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_number_flags(add: Callable[..., Any]) -> None:
     """The tokenizer, and what a model's numbers are, which `EngineConfig` has fields for."""
     from gdnjax.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS

@@ -2,7 +2,7 @@
 
 import argparse
 
-from gdnjax.cli.command import exit_status
+from gdnjax.cli.command import command_parser, exit_status
 
 DESCRIPTION = """\
 Rewrites a checkpoint directory as the other kind:
@@ -36,12 +36,7 @@ Exit status: 0 done, 2 a bad argument or checkpoint (the reason is on stderr), 1
 
 def main(argv: list[str] | None = None, command: str = "gdnjax convert") -> int:
     """Runs the command line and returns the exit status. `command` is what it is called in messages."""
-    parser = argparse.ArgumentParser(
-        prog=command.removeprefix("python "),
-        description=DESCRIPTION,
-        epilog=EXAMPLES.replace("{command}", command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION, EXAMPLES)
     parser.add_argument(
         "source",
         help="an existing checkpoint directory, or tiny; without --quantization its kind decides the direction",

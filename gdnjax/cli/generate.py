@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from gdnjax.cli.batch_output import BatchOutput, opened, settings_of
 from gdnjax.cli.command import (
-    PROCESSES_HELP,
     add_device_flags,
     add_host_cache_flag,
     add_number_flags,
     add_process_flags,
     add_speculation_flags,
     check_writable,
+    command_parser,
     devices,
     exit_status,
     over_processes,
@@ -195,13 +195,7 @@ def build_parser(command: str = "gdnjax generate") -> argparse.ArgumentParser:
     from gdnjax.assets import EMBEDDED_MODEL
     from gdnjax.config import KERNELS
 
-    parser = argparse.ArgumentParser(
-        # Without an interpreter before it.
-        prog=command.removeprefix("python "),
-        description=DESCRIPTION,
-        epilog=EXAMPLES.replace("{command}", command).replace("{processes}", PROCESSES_HELP),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION, EXAMPLES)
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gdnjax.cli.command import (
-    PROCESSES_HELP,
     add_device_flags,
     add_host_cache_flag,
     add_number_flags,
     add_process_flags,
     add_speculation_flags,
+    command_parser,
     devices,
     exit_status,
     over_processes,
@@ -96,13 +96,7 @@ def build_parser(command: str = "gdnjax serve") -> argparse.ArgumentParser:
 
     default = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
     switch = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(
-        # Without an interpreter before it.
-        prog=command.removeprefix("python "),
-        description=DESCRIPTION,
-        epilog=EXAMPLES.replace("{command}", command).replace("{processes}", PROCESSES_HELP),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION, EXAMPLES)
     add = parser.add_argument_group("model").add_argument
     add(
         "model",

@@ -6,7 +6,7 @@ import dataclasses
 from gdnjax.cli.bench.offline.flags import add_engine_flags, add_size_flags, given_sizes
 from gdnjax.cli.bench.offline.run import Kind, run
 from gdnjax.cli.bench.offline.sizes import Sizes
-from gdnjax.cli.command import PROCESSES_HELP, exit_status
+from gdnjax.cli.command import command_parser, exit_status
 
 DESCRIPTION = """\
 Makes a model of random weights once, and at most two engines of it, one after the other: without drafts, and with
@@ -59,12 +59,7 @@ def main(argv: list[str] | None = None, command: str = "gdnjax bench engine") ->
 
 def build_parser(command: str = "gdnjax bench engine") -> argparse.ArgumentParser:
     """The command line, for who calls it `command`. Imports no jax: --help and mistakes answer at once."""
-    parser = argparse.ArgumentParser(
-        prog=command.removeprefix("python "),
-        description=DESCRIPTION,
-        epilog=EXAMPLES.replace("{command}", command).replace("{processes}", PROCESSES_HELP),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION, EXAMPLES)
     # Of a checkpoint nothing is read.
     parser.set_defaults(model=None, dtype="auto")
     add = parser.add_argument

@@ -6,7 +6,7 @@ import dataclasses
 from gdnjax.cli.bench.offline.flags import add_engine_flags, add_model_flags, add_size_flags, given_sizes, is_embedded
 from gdnjax.cli.bench.offline.run import Kind, run
 from gdnjax.cli.bench.offline.sizes import Sizes
-from gdnjax.cli.command import PROCESSES_HELP, exit_status
+from gdnjax.cli.command import command_parser, exit_status
 
 DESCRIPTION = """\
 Has batches of requests of random tokens decode together, each of them a little further, and prints milliseconds a
@@ -56,12 +56,7 @@ def main(argv: list[str] | None = None, command: str = "gdnjax bench latency") -
 
 def build_parser(command: str = "gdnjax bench latency") -> argparse.ArgumentParser:
     """The command line, for who calls it `command`. Imports no jax: --help and mistakes answer at once."""
-    parser = argparse.ArgumentParser(
-        prog=command,
-        description=DESCRIPTION,
-        epilog=EXAMPLES.replace("{command}", command).replace("{processes}", PROCESSES_HELP),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION, EXAMPLES)
     parser.set_defaults(sections=list(SECTIONS))
     add = parser.add_argument
     add_model_flags(add)

@@ -19,11 +19,11 @@ from gdnjax.cli.bench.serving import engines, workloads
 from gdnjax.cli.bench.serving.engines import Arm, Loaded, Sizes
 from gdnjax.cli.bench.serving.workloads import Conversation, Spec
 from gdnjax.cli.command import (
-    PROCESSES_HELP,
     add_device_flags,
     add_host_cache_flag,
     add_process_flags,
     add_speculation_flags,
+    command_parser,
     devices,
     exit_status,
     over_processes,
@@ -140,12 +140,7 @@ PUBLISHED_CONFIG, PUBLISHED_TP, PUBLISHED_BLOCKS, PUBLISHED_REQUESTS = "qwen3.5-
 
 def build_parser(command: str = "gdnjax bench serve") -> argparse.ArgumentParser:
     """The command line, for who calls it `command`. Imports no jax: --help and mistakes answer at once."""
-    parser = argparse.ArgumentParser(
-        prog=command.removeprefix("python "),
-        description=DESCRIPTION,
-        epilog=EXAMPLES.replace("{command}", command).replace("{processes}", PROCESSES_HELP),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION, EXAMPLES)
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="DIR", default=EMBEDDED_MODEL, help="checkpoint directory (default: the embedded model)")
     add(

@@ -7,7 +7,7 @@ from gdnjax.cli.bench.offline.flags import add_engine_flags, add_model_flags, ad
 from gdnjax.cli.bench.offline.run import Kind, run
 from gdnjax.cli.bench.offline.sizes import Sizes
 from gdnjax.cli.bench.serving.engines import decode_buckets
-from gdnjax.cli.command import PROCESSES_HELP, exit_status
+from gdnjax.cli.command import command_parser, exit_status
 
 DESCRIPTION = """\
 Serves requests of random tokens through LLM.generate, all of them there from the beginning, and prints output tokens a
@@ -54,12 +54,7 @@ def main(argv: list[str] | None = None, command: str = "gdnjax bench throughput"
 
 def build_parser(command: str = "gdnjax bench throughput") -> argparse.ArgumentParser:
     """The command line, for who calls it `command`. Imports no jax: --help and mistakes answer at once."""
-    parser = argparse.ArgumentParser(
-        prog=command,
-        description=DESCRIPTION,
-        epilog=EXAMPLES.replace("{command}", command).replace("{processes}", PROCESSES_HELP),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION, EXAMPLES)
     parser.set_defaults(sections=["throughput"])
     add = parser.add_argument
     add_model_flags(add)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from gdnjax.serving.server.errors import ApiError, unexpected
+from gdnjax.serving.server.fields import as_list, as_object, check_one_of, flag_of, param_of, string_of
 from gdnjax.serving.server.protocol import refuse, refuse_foreign
 
 UNSERVED_BLOCKS = {
@@ -78,7 +79,7 @@ def to_chat(body: Mapping[str, Any], template: str, *, counts: bool = False) -> 
         if body.get(name) is None:
             raise ApiError(400, f"{name}: Field required", param=name)
     if body.get("metadata") is not None:
-        _object(body["metadata"], "metadata")
+        as_object(body["metadata"], "metadata")
     refuse(body, UNSERVED_FIELDS)
     refuse_foreign(body, OWN, "/v1/messages")
     chat = {name: body[name] for name in SAME if body.get(name) is not None}
@@ -86,8 +87,8 @@ def to_chat(body: Mapping[str, Any], template: str, *, counts: bool = False) -> 
     if not counts:
         chat["max_tokens"] = body["max_tokens"]
     if body.get("stop_sequences") is not None:
-        chat["stop"] = _list(body["stop_sequences"], "stop_sequences")
-    if _flag(body, "stream"):
+        chat["stop"] = as_list(body["stop_sequences"], "stop_sequences")
+    if flag_of(body, "stream"):
         # The first event has the prompt's tokens.
         chat |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     if chat["messages"][-1]["role"] == "assistant" and not chat["messages"][-1].get("tool_calls"):
@@ -95,42 +96,16 @@ def to_chat(body: Mapping[str, Any], template: str, *, counts: bool = False) -> 
     return chat | _tools(body) | _thinking(body, template) | _output(body, template)
 
 
-def _one_of(value: Any, allowed: tuple[str, ...], place: str) -> None:
-    if value is not None and value not in allowed:
-        words = ", ".join(map(repr, allowed))
-        raise ApiError(400, f"{place} must be one of {words}, got {value!r}", param=place.partition(".")[0])
-
-
-def _object(value: Any, place: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ApiError(400, f"{place} must be an object, got {value!r}", param=place.partition("[")[0])
-    return value
-
-
-def _flag(given: Mapping[str, Any], name: str, place: str = "") -> bool:
-    value = given.get(name)
-    if not isinstance(value, bool | None):
-        whole = f"{place}.{name}" if place else name
-        raise ApiError(400, f"{whole} must be true or false, got {value!r}", param=whole.partition("[")[0])
-    return bool(value)
-
-
-def _list(value: Any, place: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ApiError(400, f"{place} must be a list, got {value!r}", param=place.partition("[")[0])
-    return value
-
-
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     if body.get("system") not in (None, "", []):
         found.append({"role": "system", "content": _text(body["system"], "system")})
-    messages = _list(body["messages"], "messages")
+    messages = as_list(body["messages"], "messages")
     if not messages:
         raise ApiError(400, "messages must have at least one message", param="messages")
     for index, message in enumerate(messages):
         place = f"messages[{index}]"
-        message = _object(message, place)
+        message = as_object(message, place)
         content = message.get("content")
         match message.get("role"):
             case "user":
@@ -150,25 +125,19 @@ def _blocks(content: Any, place: str) -> list[tuple[str, Mapping[str, Any], str]
         return [("text", {"text": content}, place)]
     if not isinstance(content, list):
         message = f"{place} must be a text or a list of blocks, got {content!r}"
-        raise ApiError(400, message, param=place.partition("[")[0])
+        raise ApiError(400, message, param=param_of(place))
     found = []
     for index, block in enumerate(content):
         here = f"{place}[{index}]"
-        kind = _object(block, here).get("type")
+        kind = as_object(block, here).get("type")
         if isinstance(kind, str) and kind in UNSERVED_BLOCKS:
-            raise ApiError(400, f"{here} has type {kind!r}: {UNSERVED_BLOCKS[kind]}", param=place.partition("[")[0])
+            raise ApiError(400, f"{here} has type {kind!r}: {UNSERVED_BLOCKS[kind]}", param=param_of(place))
         found.append((str(kind), block, here))
     return found
 
 
-def _field(block: Mapping[str, Any], name: str, place: str) -> str:
-    if not isinstance(block.get(name), str):
-        raise ApiError(400, f"{place}.{name} must be a string, got {block.get(name)!r}", param=place.partition("[")[0])
-    return block[name]
-
-
 def _unknown(kind: Any, place: str, allowed: str) -> ApiError:
-    return ApiError(400, f"{place} has type {kind!r}; allowed here: {allowed}", param=place.partition("[")[0])
+    return ApiError(400, f"{place} has type {kind!r}; allowed here: {allowed}", param=param_of(place))
 
 
 def _text(content: Any, place: str) -> str:
@@ -177,7 +146,7 @@ def _text(content: Any, place: str) -> str:
     for kind, block, here in _blocks(content, place):
         if kind != "text":
             raise _unknown(kind, here, "'text'")
-        texts.append(_field(block, "text", here))
+        texts.append(string_of(block, "text", here))
     return "\n".join(texts)
 
 
@@ -188,10 +157,10 @@ def _user(content: Any, place: str) -> list[dict[str, Any]]:
         if kind == "tool_result":
             content = block.get("content")
             result = _text("" if content is None else content, f"{here}.content")
-            text = f"Error: {result}" if _flag(block, "is_error", here) else result
-            found.append({"role": "tool", "tool_call_id": _field(block, "tool_use_id", here), "content": text})
+            text = f"Error: {result}" if flag_of(block, "is_error", here) else result
+            found.append({"role": "tool", "tool_call_id": string_of(block, "tool_use_id", here), "content": text})
         elif kind == "text":
-            part = {"type": "text", "text": _field(block, "text", here)}
+            part = {"type": "text", "text": string_of(block, "text", here)}
             if not found or found[-1]["role"] != "user":
                 found.append({"role": "user", "content": []})
             found[-1]["content"].append(part)
@@ -207,16 +176,16 @@ def _assistant(content: Any, place: str) -> dict[str, Any]:
     for kind, block, here in _blocks(content, place):
         match kind:
             case "text":
-                texts.append(_field(block, "text", here))
+                texts.append(string_of(block, "text", here))
             case "thinking":
-                thoughts.append(_field(block, "thinking", here))
+                thoughts.append(string_of(block, "thinking", here))
             case "redacted_thinking":
                 # Of another server, which alone can read it.
                 pass
             case "tool_use":
-                arguments = json.dumps(_object(block.get("input"), f"{here}.input"), ensure_ascii=False)
-                function = {"name": _field(block, "name", here), "arguments": arguments}
-                calls.append({"id": _field(block, "id", here), "type": "function", "function": function})
+                arguments = json.dumps(as_object(block.get("input"), f"{here}.input"), ensure_ascii=False)
+                function = {"name": string_of(block, "name", here), "arguments": arguments}
+                calls.append({"id": string_of(block, "id", here), "type": "function", "function": function})
             case _:
                 raise _unknown(kind, here, "'text', 'thinking', 'redacted_thinking', 'tool_use'")
     message: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
@@ -229,33 +198,33 @@ def _assistant(content: Any, place: str) -> dict[str, Any]:
 
 def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
     tools = []
-    for index, tool in enumerate(_list(body.get("tools") or [], "tools")):
+    for index, tool in enumerate(as_list(body.get("tools") or [], "tools")):
         place = f"tools[{index}]"
-        kind = _object(tool, place).get("type") or "custom"
+        kind = as_object(tool, place).get("type") or "custom"
         if kind != "custom":
             raise ApiError(
                 400, f"{place} has type {kind!r}: the server runs no tools; allowed: 'custom'", param="tools"
             )
         refuse(tool, UNSERVED_OF_TOOLS, place)
-        schema = _object(tool.get("input_schema"), f"{place}.input_schema")
-        function = {"name": _field(tool, "name", place), "parameters": dict(schema)}
+        schema = as_object(tool.get("input_schema"), f"{place}.input_schema")
+        function = {"name": string_of(tool, "name", place), "parameters": dict(schema)}
         function |= {key: tool[key] for key in ("description", "strict") if tool.get(key) is not None}
         tools.append({"type": "function", "function": function})
     chat: dict[str, Any] = {"tools": tools} if tools else {}
     if body.get("tool_choice") is None:
         return chat
-    choice = _object(body["tool_choice"], "tool_choice")
+    choice = as_object(body["tool_choice"], "tool_choice")
     match choice.get("type"):
         case "auto" | "none":
             chat["tool_choice"] = choice["type"]
         case "any":
             chat["tool_choice"] = "required"
         case "tool":
-            chat["tool_choice"] = {"type": "function", "function": {"name": _field(choice, "name", "tool_choice")}}
+            chat["tool_choice"] = {"type": "function", "function": {"name": string_of(choice, "name", "tool_choice")}}
         case kind:
             allowed = "'auto', 'any', 'tool', 'none'"
             raise ApiError(400, f"tool_choice.type must be one of {allowed}, got {kind!r}", param="tool_choice")
-    if _flag(choice, "disable_parallel_tool_use", "tool_choice"):
+    if flag_of(choice, "disable_parallel_tool_use", "tool_choice"):
         chat["parallel_tool_calls"] = False
     return chat
 
@@ -263,8 +232,8 @@ def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
 def _thinking(body: Mapping[str, Any], template: str) -> dict[str, Any]:
     if body.get("thinking") is None:
         return {}
-    thinking = _object(body["thinking"], "thinking")
-    _one_of(thinking.get("display"), DISPLAYS, "thinking.display")
+    thinking = as_object(body["thinking"], "thinking")
+    check_one_of(thinking.get("display"), DISPLAYS, "thinking.display")
     kind, knows = thinking.get("type"), "enable_thinking" in template
     chat: dict[str, Any] = {}
     match kind:
@@ -290,15 +259,15 @@ def _thinking(body: Mapping[str, Any], template: str) -> dict[str, Any]:
 def _output(body: Mapping[str, Any], template: str) -> dict[str, Any]:
     if body.get("output_config") is None:
         return {}
-    config = _object(body["output_config"], "output_config")
+    config = as_object(body["output_config"], "output_config")
     chat: dict[str, Any] = {}
     effort = config.get("effort")
-    _one_of(effort, EFFORTS, "output_config.effort")
+    check_one_of(effort, EFFORTS, "output_config.effort")
     # How much to think is a hint, which most templates have no word for.
     if effort is not None and "reasoning_effort" in template:
         chat["reasoning_effort"] = "xhigh" if effort == "max" else effort
     if config.get("format") is not None:
-        form = _object(config["format"], "output_config.format")
+        form = as_object(config["format"], "output_config.format")
         if form.get("type") != "json_schema":
             message = f"output_config.format.type must be 'json_schema', got {form.get('type')!r}"
             raise ApiError(400, message, param="output_config")

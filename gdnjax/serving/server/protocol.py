@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from gdnjax.serving.server.errors import ApiError, from_validation
+from gdnjax.serving.server.fields import param_of
 
 LARGEST = (1 << 31) - 1
 
@@ -202,7 +203,7 @@ def refuse(given: Mapping[str, Any], unserved: Mapping[str, tuple[tuple[Any, ...
         if not any(value == one and type(value) is type(one) for one in allowed):
             instead = f"; allowed: {', '.join(map(repr, allowed))}" if allowed else ""
             whole = f"{place}.{name}" if place else name
-            raise ApiError(400, f"{whole} is not served: {why}{instead}", param=re.split(r"[.\[]", whole)[0])
+            raise ApiError(400, f"{whole} is not served: {why}{instead}", param=param_of(whole))
 
 
 def refuse_foreign(given: Mapping[str, Any], own: Collection[str], api: str) -> None:
@@ -220,7 +221,7 @@ def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
     if error.param is None or error.param not in names:
         return error
     message = re.sub(rf"\b{error.param}\b", names[error.param], error.message)
-    return ApiError(error.status, message, param=names[error.param].partition(".")[0], headers=error.headers)
+    return ApiError(error.status, message, param=param_of(names[error.param]), headers=error.headers)
 
 
 class TokenizeRequest(Body):

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from gdnjax.serving.server.errors import ApiError, unexpected
+from gdnjax.serving.server.fields import as_list, as_object, check_one_of, flag_of, string_of
 from gdnjax.serving.server.protocol import refuse, refuse_foreign
 
 KEEPS_NOTHING = "the server keeps no responses; send the whole conversation as input"
@@ -91,7 +92,7 @@ def to_chat(body: Mapping[str, Any]) -> dict[str, Any]:
             raise ApiError(400, f"{name}: Field required", param=name)
     refuse(body, UNSERVED_FIELDS)
     refuse_foreign(body, OWN, "/v1/responses")
-    for name in _list(body.get("include") or [], "include"):
+    for name in as_list(body.get("include") or [], "include"):
         if name not in INCLUDED:
             raise ApiError(400, f"include: {name!r} is not served; allowed: {', '.join(INCLUDED)}", param="include")
     chat = {name: body[name] for name in (*SAME, *REFUSED_THERE) if body.get(name) is not None}
@@ -101,46 +102,21 @@ def to_chat(body: Mapping[str, Any]) -> dict[str, Any]:
         raise ApiError(400, f"max_tool_calls must be an integer from 0 on, got {calls!r}", param="max_tool_calls")
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = body["max_output_tokens"]
-    if not isinstance(body.get("stream"), bool | None):
-        raise ApiError(400, f"stream must be true or false, got {body['stream']!r}", param="stream")
+    streamed = flag_of(body, "stream")
     if body.get("stream_options") is not None:
-        refuse(_object(body["stream_options"], "stream_options"), UNSERVED_OF_STREAMS, "stream_options")
-    if body.get("stream"):
+        refuse(as_object(body["stream_options"], "stream_options"), UNSERVED_OF_STREAMS, "stream_options")
+    if streamed:
         chat |= {"stream": True, "stream_options": {"include_usage": True}}
     return chat | _reasoning_of(body) | _tools(body) | _format(body)
 
 
 def _reasoning_of(body: Mapping[str, Any]) -> dict[str, Any]:
-    given = {} if body.get("reasoning") is None else _object(body["reasoning"], "reasoning")
+    given = {} if body.get("reasoning") is None else as_object(body["reasoning"], "reasoning")
     refuse(given, UNSERVED_OF_REASONING, "reasoning")
     for name in ("summary", "generate_summary"):
-        if given.get(name) is not None and given[name] not in SUMMARIES:
-            allowed = ", ".join(map(repr, SUMMARIES))
-            raise ApiError(400, f"reasoning.{name} must be one of {allowed}, got {given[name]!r}", param="reasoning")
+        check_one_of(given.get(name), SUMMARIES, f"reasoning.{name}")
     effort = given.get("effort")
     return {} if effort is None else {"reasoning_effort": "xhigh" if effort == "max" else effort}
-
-
-def _object(value: Any, place: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ApiError(400, f"{place} must be an object, got {value!r}", param=_param(place))
-    return value
-
-
-def _list(value: Any, place: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ApiError(400, f"{place} must be a list, got {value!r}", param=_param(place))
-    return value
-
-
-def _param(place: str) -> str:
-    return place.partition("[")[0].partition(".")[0]
-
-
-def _string(item: Mapping[str, Any], name: str, place: str) -> str:
-    if not isinstance(item.get(name), str):
-        raise ApiError(400, f"{place}.{name} must be a string, got {item.get(name)!r}", param=_param(place))
-    return item[name]
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -156,7 +132,7 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given:
         raise ApiError(400, f"input must be a text, or a list of items that is not empty, got {given!r}", param="input")
     for index, item in enumerate(given):
-        _add_item(found, _object(item, f"input[{index}]"), f"input[{index}]")
+        _add_item(found, as_object(item, f"input[{index}]"), f"input[{index}]")
     return found
 
 
@@ -177,14 +153,14 @@ def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], place: st
             parts = item.get("content") or item.get("summary") or []
             messages.append({"role": "assistant", "content": "", "reasoning_content": _text(parts, place)})
         case "function_call":
-            function = {"name": _string(item, "name", place), "arguments": _string(item, "arguments", place)}
-            call = {"id": _string(item, "call_id", place), "type": "function", "function": function}
+            function = {"name": string_of(item, "name", place), "arguments": string_of(item, "arguments", place)}
+            call = {"id": string_of(item, "call_id", place), "type": "function", "function": function}
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": ""})
             messages[-1].setdefault("tool_calls", []).append(call)
         case "function_call_output":
             result = _text(item.get("output"), f"{place}.output")
-            name = _string(item, "call_id", place)
+            name = string_of(item, "call_id", place)
             messages.append({"role": "tool", "tool_call_id": name, "content": result})
         case "item_reference":
             raise ApiError(400, f"{place} is an item_reference: {KEEPS_NOTHING}", param="input")
@@ -208,13 +184,13 @@ def _text(content: Any, place: str) -> str:
     texts = []
     for index, part in enumerate(content):
         here = f"{place}[{index}]"
-        kind = _object(part, here).get("type")
+        kind = as_object(part, here).get("type")
         if isinstance(kind, str) and kind in UNSERVED_PARTS:
             raise ApiError(400, f"text only: {here} has type {kind!r}, but {UNSERVED_PARTS[kind]}", param="input")
         if kind == "refusal":
-            texts.append(_string(part, "refusal", here))
+            texts.append(string_of(part, "refusal", here))
         elif kind in ("input_text", "output_text", "text", "summary_text", "reasoning_text"):
-            texts.append(_string(part, "text", here))
+            texts.append(string_of(part, "text", here))
         else:
             allowed = "'input_text', 'output_text'"
             raise ApiError(400, f"{here} has the unknown type {kind!r}; allowed: {allowed}", param="input")
@@ -223,9 +199,9 @@ def _text(content: Any, place: str) -> str:
 
 def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
     tools = []
-    for index, tool in enumerate(_list(body.get("tools") or [], "tools")):
+    for index, tool in enumerate(as_list(body.get("tools") or [], "tools")):
         place = f"tools[{index}]"
-        if _object(tool, place).get("type") != "function":
+        if as_object(tool, place).get("type") != "function":
             message = f"{place} has type {tool.get('type')!r}: the server runs no tools; allowed: 'function'"
             raise ApiError(400, message, param="tools")
         refuse(tool, UNSERVED_OF_TOOLS, place)
@@ -234,8 +210,8 @@ def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
     choice = body.get("tool_choice")
     chat: dict[str, Any] = {}
     if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
-        allowed = _list(choice.get("tools") or [], "tool_choice.tools")
-        names = [_object(each, "tool_choice.tools").get("name") for each in allowed]
+        allowed = as_list(choice.get("tools") or [], "tool_choice.tools")
+        names = [as_object(each, "tool_choice.tools").get("name") for each in allowed]
         missing = [name for name in names if name not in [tool["function"].get("name") for tool in tools]]
         if missing:
             raise ApiError(400, f"tool_choice.tools has {missing[0]!r}, which is none of tools", param="tool_choice")
@@ -252,12 +228,12 @@ def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _format(body: Mapping[str, Any]) -> dict[str, Any]:
-    text = {} if body.get("text") is None else _object(body["text"], "text")
+    text = {} if body.get("text") is None else as_object(body["text"], "text")
     chat: dict[str, Any] = {}
     if text.get("verbosity") is not None:
         # Which chat completions have an opinion on.
         chat["verbosity"] = text["verbosity"]
-    form = {"type": "text"} if text.get("format") is None else _object(text["format"], "text.format")
+    form = {"type": "text"} if text.get("format") is None else as_object(text["format"], "text.format")
     if form.get("type") == "json_schema":
         schema = {
             name: form[name] for name in ("name", "schema", "strict", "description") if form.get(name) is not None
