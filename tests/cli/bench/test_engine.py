@@ -54,6 +54,10 @@ def test_ratios_are_those_of_the_figures_beside_them(whole_run):
     plain, drafting = found["decode"]["2"], found["speculation"]["2"]
     assert drafting["ratio"] == pytest.approx(drafting["tokens_per_second"] / plain["tokens_per_second"])
     assert drafting["outputs_are_the_models"] is False
+    served, plain = found["speculation"]["throughput"], found["throughput"]["run"]
+    ratio = served["output_tokens_per_second"] / plain["output_tokens_per_second"]
+    assert served["ratio"] == pytest.approx(ratio)
+    assert served["outputs_are_the_models"] is False
     packed, decoupled = found["accounting"]["packed"], found["accounting"]["decoupled"]
     ratio = decoupled["output_tokens_per_second"] / packed["output_tokens_per_second"]
     assert found["accounting"]["ratio"] == {"value": pytest.approx(ratio), "published": 1.59}
@@ -70,7 +74,11 @@ def test_figures_are_of_what_they_say(whole_run):
     assert found["decode"]["1 of 2"]["batch"] == 1
     assert list(content["engines"]["k = 0"]["prepare_seconds"]) == ["rows 2"]
     assert 1.0 <= found["speculation"]["2"]["tokens_per_step"] <= 2.0
-    assert found["throughput"]["run"]["output_tokens"] == sizes["requests"] * sizes["output_len"]
+    run = found["throughput"]["run"]
+    assert run["output_tokens"] == sizes["requests"] * sizes["output_len"]
+    assert found["speculation"]["throughput"]["output_tokens"] == run["output_tokens"]
+    # Of one request; that all of them take is more.
+    assert 0 < run["ttft_ms"] + run["tpot_ms"] * (sizes["output_len"] - 1) <= 1e3 * run["seconds"]
     # The packed pool makes requests wait, or end early and come again, and all of them end.
     assert found["accounting"]["packed"]["output_tokens"] == found["throughput"]["run"]["output_tokens"]
     assert found["accounting"]["packed"]["blocks"] < found["accounting"]["decoupled"]["blocks"]

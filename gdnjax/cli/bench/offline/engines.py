@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import gc
+import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,6 +20,7 @@ from gdnjax.serving.llm import LLM
 from gdnjax.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:
+    from gdnjax.serving.outputs import RequestMetrics
     from gdnjax.serving.submission import Submission
 
 
@@ -123,6 +125,7 @@ class Bench:
             "output_tokens": output_tokens,
             "output_tokens_per_second": output_tokens / seconds,
             "total_tokens_per_second": (prompt_tokens + output_tokens) / seconds,
+            **latencies([output.metrics for output in outputs]),
             **{name: now - before[name] for name, now in self.happened().items()},
         }
 
@@ -158,6 +161,23 @@ class Bench:
             yield
         finally:
             llm.engine.scheduler = own
+
+
+def latencies(metrics: "Sequence[RequestMetrics | None]") -> dict[str, float]:
+    """Median milliseconds to the first token, from submission on, and of those behind it; the latter only where there
+    are some.
+    """
+    firsts, others = [], []
+    for request in metrics:
+        assert request is not None
+        assert request.first_token_time is not None
+        assert request.finished_time is not None
+        firsts.append(request.first_token_time - request.arrival_time)
+        if request.num_output_tokens > 1:
+            seconds = request.finished_time - request.first_token_time
+            others.append(seconds / (request.num_output_tokens - 1))
+    found = {"ttft_ms": 1e3 * statistics.median(firsts)}
+    return found | ({"tpot_ms": 1e3 * statistics.median(others)} if others else {})
 
 
 def device_memory() -> dict[str, int]:

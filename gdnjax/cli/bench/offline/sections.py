@@ -23,7 +23,9 @@ def decode(bench: "Bench", sizes: Sizes) -> None:
 
 
 def speculation(bench: "Bench", sizes: Sizes) -> None:
-    """The same batches with drafts and a forced acceptance: the outputs are not the model's."""
+    """The same batches, and the requests of throughput where these were measured, with drafts and a forced acceptance:
+    the outputs are not the model's.
+    """
     (drafts,) = (number for number in bench.configs if number)
     length = bench.configs[drafts].spec_acceptance_length or 1.0
     bench.open(drafts, sizes.batches)
@@ -35,6 +37,13 @@ def speculation(bench: "Bench", sizes: Sizes) -> None:
         line = f"k = {drafts}, forced to {length:g} tokens a step: {_decode_line(name, found)}"
         line += f", {ratio:.2f}x of k = 0" if ratio else ""
         bench.record.figure("speculation", name, line, found)
+    plain = bench.record.of("throughput").get("run")
+    if plain is not None:
+        line, found = _serve(bench, sizes)
+        ratio = found["output_tokens_per_second"] / plain["output_tokens_per_second"]
+        found |= {"forced_acceptance_length": length, "outputs_are_the_models": False, "ratio": ratio}
+        line = f"k = {drafts}, forced to {length:g} tokens a step: {line}, {ratio:.2f}x of k = 0"
+        bench.record.figure("speculation", "throughput", line, found)
 
 
 def _decode(bench: "Bench", sizes: Sizes, batch: int, *, drafts: int, tokens_per_step: float) -> dict[str, Any]:
@@ -123,7 +132,9 @@ def _serve(bench: "Bench", sizes: Sizes) -> tuple[str, dict[str, Any]]:
     line = (
         f"{sizes.requests} x ({sizes.input_len} in, {sizes.output_len} out): "
         f"{found['output_tokens_per_second']:.0f} output tokens/s, {found['total_tokens_per_second']:.0f} in all, "
-        f"{found['preemptions']} preemptions{_remarks(found)}"
+        f"TTFT {found['ttft_ms']:.0f} ms, "
+        + (f"TPOT {found['tpot_ms']:.2f} ms, " if "tpot_ms" in found else "")
+        + f"{found['preemptions']} preemptions{_remarks(found)}"
     )
     return line, found
 

@@ -142,7 +142,10 @@ class Sizes:
                 self.prefix_len + self.prefix_own_len + self.prefix_output_len,
             ),
         }
-        needs = [decoding] if drafts else [need for name, need in of_section.items() if name in sections]
+        if drafts:
+            # What it is compared with.
+            sections = {"decode"} | ({"throughput"} & set(sections))
+        needs = [need for name, need in of_section.items() if name in sections]
         longest = max(length for _, length in needs)
         return EngineConfig(
             max_num_seqs=self.rows,
