@@ -33,8 +33,8 @@ class Experts(nnx.Module):
 
         Every rank has the rows of all pairs of token and choice, since all of them may be its own; those of other
         ranks' experts stand last. No group has those, so no tile of a product is theirs: kernels walk a rank's own
-        rows, and what their grid has for the worst case beyond these returns at once. What is not a product (rows
-        taken, the activation, rows put back) is done for all rows.
+        rows, and take them from where their tokens stand. What is not a product (the activation, rows put back)
+        is done for all rows.
         """
         self._check_split()
         expert, experts = self._own(expert), self.moe.held_experts
@@ -42,7 +42,7 @@ class Experts(nnx.Module):
         order = jnp.argsort(expert.reshape(-1), stable=True)
         # Compared and counted, not scattered: on a GPU adding to one place is one after the other.
         sizes = jnp.sum(expert.reshape(-1) == jnp.arange(experts)[:, None], axis=1, dtype=jnp.int32)
-        gate, up = jnp.split(self._products(x[order // top], self.gate_up_proj, sizes), 2, axis=-1)
+        gate, up = jnp.split(self._products(x, self.gate_up_proj, sizes, order // top), 2, axis=-1)
         out = self._products(jax.nn.silu(gate) * up, self.down_proj, sizes)
         # Back to token order: each pair's row is taken, for rows that are scattered go one number at a time on a GPU.
         # Rows of no expert are unspecified and selected away.
@@ -59,9 +59,9 @@ class Experts(nnx.Module):
         own = expert - sharding.rank(self.tp) * held
         return jnp.where((own >= 0) & (own < held), own, held)
 
-    def _products(self, x: Array, weight: nnx.Param, sizes: Array) -> Array:
-        expected = -(-x.shape[0] * self.moe.held_experts // self.moe.num_experts)
-        return grouped_matmul(x, weight[...], sizes, expected_rows=expected, backend=self.backend)
+    def _products(self, x: Array, weight: nnx.Param, sizes: Array, rows: Array | None = None) -> Array:
+        expected = -(-(x if rows is None else rows).shape[0] * self.moe.held_experts // self.moe.num_experts)
+        return grouped_matmul(x, weight[...], sizes, rows=rows, expected_rows=expected, backend=self.backend)
 
     def _check_split(self) -> None:
         """Raises ValueError for weights that ranks have shared out otherwise: numbers of experts would be others'."""

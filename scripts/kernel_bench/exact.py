@@ -238,11 +238,11 @@ def every(rows: int) -> int:
     return -(-rows // 2048)
 
 
-def grouped(x, pools, layer):
-    """Expert by expert, over some of the rows."""
-    step = every(x["x"].shape[0])
-    expert = jnp.repeat(jnp.arange(x["sizes"].size), x["sizes"], total_repeat_length=x["x"].shape[0])[::step]
-    rows = _double(x["x"][::step])
+def grouped(x, pools, layer, *, own: int):
+    """Expert by expert, over some of the first `own` rows."""
+    step = every(own)
+    expert = jnp.repeat(jnp.arange(x["sizes"].size), x["sizes"], total_repeat_length=own)[::step]
+    rows = _double(x["x"][x["rows"][:own:step]])
 
     def one_expert(total, part):
         number, weight = part

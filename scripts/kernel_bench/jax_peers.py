@@ -33,7 +33,7 @@ def _ragged_dot(x, pools, layer):
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is not None and stored > limit:
         raise DoesNotFitError(f"does not fit ({stored / 2**30:.0f} GiB)")
-    return lax.ragged_dot(x["x"], x["weight"].swapaxes(1, 2), x["sizes"]), pools
+    return lax.ragged_dot(x["x"][x["rows"]], x["weight"].swapaxes(1, 2), x["sizes"]), pools
 
 
 def _jax_paged_attention(x, pools, layer):

@@ -135,8 +135,16 @@ def _table(name: str):
         return grouped.TILES, "few", []
     few = name.endswith("-128")
     if few and "float8" in name:
-        sizes = itertools.product((8,), (64, 128), (64, 128), (4,), (3, 4, 5), (row_forms.HALVES,))
+        sizes = itertools.product((8,), (32, 64, 128), (64, 128), (2, 4), (3, 4, 5, 6), (row_forms.HALVES,))
         return grouped.TILES, "fewest", [grouped.Grouped(*size) for size in sizes]
+    if "float8" in name:
+        forms = (row_forms.WIDE, row_forms.FLOAT16)
+        sizes = itertools.chain(
+            itertools.product((64,), (128,), (64, 128), (4, 8), (3, 4), forms),
+            itertools.product((64,), (256,), (64, 128), (8,), (2, 3), forms),
+            itertools.product((128,), (128,), (64, 128), (8,), (3,), forms),
+        )
+        return grouped.TILES, "many_float8", [grouped.Grouped(*size) for size in sizes]
     sizes = (
         itertools.product((16,), (32, 64, 128), (64, 128, 256), (4,), (2, 3, 4, 5))
         if few

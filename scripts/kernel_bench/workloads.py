@@ -628,9 +628,14 @@ def _codes(codes: str | None, grid: tuple[int, int] | None) -> str:
     return "" if codes is None else f"-{codes.removesuffix('_e4m3fn')}{'-by-row' if grid else ''}"
 
 
-def grouped(tokens: int, experts: int, per_token: int, depth: int, width: int, codes: str | None = None):
-    """Tokens that choose experts at random; `width` is gate and up together."""
-    rows = tokens * per_token
+def grouped(
+    tokens: int, experts: int, per_token: int, depth: int, width: int, codes: str | None = None, ranks: int = 1
+):
+    """Tokens that choose experts at random; `width` is gate and up together. Of several ranks with whole experts one
+    has the rows of all choices, of which its own, an equal share, stand first. Rows are taken from where tokens stand.
+    """
+    rows, held = tokens * per_token, experts // ranks
+    own = rows // ranks
 
     def inputs(key):
         keys = jax.random.split(key, 3)
@@ -638,28 +643,31 @@ def grouped(tokens: int, experts: int, per_token: int, depth: int, width: int, c
             jax.random.split(keys[2], tokens)
         )
         arguments = {
-            "x": _random(keys[0], (rows, depth)),
-            "weight": _weight(keys[1], (experts, width, depth), codes),
-            "sizes": jnp.bincount(chosen.reshape(-1), length=experts).astype(jnp.int32),
+            "x": _random(keys[0], (tokens, depth)),
+            "rows": jax.random.permutation(keys[2], rows).astype(jnp.int32) // per_token,
+            "weight": _weight(keys[1], (held, width, depth), codes),
+            "sizes": jnp.bincount(chosen.reshape(-1)[:own] % held, length=held).astype(jnp.int32),
         }
         return arguments, ()
 
     def call(x, pools, layer, backend):
-        return grouped_matmul(x["x"], x["weight"], x["sizes"], backend=backend), pools
+        out = grouped_matmul(x["x"], x["weight"], x["sizes"], rows=x["rows"], expected_rows=own, backend=backend)
+        return out, pools
 
     # Of many experts few are missed: each with probability (1 - top / experts)^tokens.
-    read = experts * (1 - (1 - per_token / experts) ** tokens)
+    read = held * (1 - (1 - per_token / experts) ** tokens)
+    of = f"{held}of" if ranks > 1 else ""
     return Workload(
-        name=f"grouped-{experts}e-top{per_token}-{depth}x{width}{_codes(codes, None)}-{tokens}",
+        name=f"grouped-{of}{experts}e-top{per_token}-{depth}x{width}{_codes(codes, None)}-{tokens}",
         inputs=inputs,
         call=call,
-        exact=exact.grouped,
+        exact=functools.partial(exact.grouped, own=own),
         written=lambda pools, x, layer: (),
         layers=1,
-        bytes=int(read * width * depth * (2 if codes is None else 1)) + rows * (depth + width) * 2,
-        flops=2 * rows * depth * width,
+        bytes=int(read * width * depth * (2 if codes is None else 1)) + own * (depth + width) * 2,
+        flops=2 * own * depth * width,
         limits=(4e-3, 0),
-        sample=lambda out: out[:: exact.every(rows)],
+        sample=lambda out: out[:own][:: exact.every(own)],
         chain="sizes",
     )
 
@@ -903,5 +911,9 @@ WORKLOADS = {
         grouped(128, 256, 8, 2048, 1024, codes="float8_e4m3fn"),
         grouped(8192, 512, 10, 2048, 1024, codes="float8_e4m3fn"),
         grouped(128, 256, 8, 2048, 1024, codes="int8"),
+        # Qwen3.5-397B-A17B, whole experts on four ranks.
+        grouped(128, 512, 10, 4096, 2048, codes="float8_e4m3fn", ranks=4),
+        grouped(128, 512, 10, 1024, 4096, codes="float8_e4m3fn", ranks=4),
+        grouped(8192, 512, 10, 4096, 2048, codes="float8_e4m3fn", ranks=4),
     )
 }

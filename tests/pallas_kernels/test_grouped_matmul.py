@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul, reference
+from gdnjax.quantized import Quantized
 
 
 def by_rows(x, weight, sizes):
@@ -69,3 +70,21 @@ def test_reference_stores_neither_rows_nor_matrices_for_every_group():
     memory = jax.jit(reference.grouped_matmul).lower(*shapes, sizes).compile().memory_analysis()
     # A few times what one product has; rows of every expert would be 1,000 times as much.
     assert memory.temp_size_in_bytes <= 3 * 4 * (rows * depth + width * depth + rows * width)
+
+
+@pytest.mark.parametrize("codes", [False, True], ids=["numbers", "codes"])
+@pytest.mark.parametrize("expected", [None, 1], ids=["as many", "more than expected"])
+def test_rows_are_taken_from_where_they_stand(expected, codes, backend):
+    """The same bits as of rows that were put together before, however few were expected, and whoever else is there."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((9, 256)), jnp.bfloat16)
+    weight = jnp.asarray(rng.standard_normal((3, 70, 256)), jnp.bfloat16)
+    if codes:
+        scale = jnp.asarray(rng.uniform(1, 2, (3, 1, 2)), jnp.float32)
+        weight = Quantized(weight.astype(jnp.float8_e4m3fn), scale, (128, 128))
+    sizes = jnp.asarray([70, 0, 25], jnp.int32)
+    rows = jnp.asarray(rng.integers(0, 8, 100), jnp.int32)
+    wanted = grouped_matmul(x[rows], weight, sizes, backend=backend)
+    given = grouped_matmul(x.at[8].set(jnp.nan), weight, sizes, rows=rows, expected_rows=expected, backend=backend)
+    assert given.shape == (100, 70)
+    assert np.array_equal(np.asarray(given[:95], np.float32), np.asarray(wanted[:95], np.float32))

@@ -60,6 +60,7 @@ CASES = [
     latent_write(width=80),
     grouped("few"),
     grouped("few", codes=FLOAT8),
+    grouped("few", codes=FLOAT8, expected=3),
     grouped("many", depth=104, width=72, codes=FLOAT8, grid=(16, 16)),
     grouped("few", depth=200, width=72, codes=np.int8, grid=BY_ROW),
     product("narrow", 3),

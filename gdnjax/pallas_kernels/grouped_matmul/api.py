@@ -8,14 +8,16 @@ from gdnjax.shapes import Array, Float, Int32
 
 
 def grouped_matmul(
-    x: Float[Array, "n d"],
+    x: Float[Array, "t d"],
     weight: Weight,
     group_sizes: Int32[Array, "e"],
     *,
+    rows: Int32[Array, "n"] | None = None,
     expected_rows: int | None = None,
     backend: Backend = REFERENCE,
 ) -> Float[Array, "n f"]:
-    """Row i of `x` times the transposed weight [e, f, d] of its group; rows are sorted by group.
+    """Row i of the result is row `rows[i]` of `x` times the transposed weight [e, f, d] of its group; `rows` are sorted
+    by group. None: they are x's own, as they stand. Kernels take the rows from where they are.
 
     The first `group_sizes[0]` rows are of group 0, and so on. Rows past the sum of the sizes belong to no group; their
     output is unspecified and must be selected away, and kernels do not walk them. About `expected_rows` belong to a
@@ -23,7 +25,7 @@ def grouped_matmul(
     take (`codes.can_meet`) are XLA's, group by group.
     """
     if backend.is_reference or not codes.can_meet(backend, x.shape[1], weight):
-        return reference.grouped_matmul(x, weight, group_sizes)
-    return kernels.grouped_matmul(
-        x, weight, group_sizes, x.shape[0] if expected_rows is None else expected_rows, backend
-    )
+        return reference.grouped_matmul(x if rows is None else x[rows], weight, group_sizes)
+    if expected_rows is None:
+        expected_rows = (x if rows is None else rows).shape[0]
+    return kernels.grouped_matmul(x, weight, group_sizes, rows, expected_rows, backend)

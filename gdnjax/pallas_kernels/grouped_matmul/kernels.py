@@ -1,4 +1,4 @@
-"""Products of sorted rows with their group's matrix: a program makes a tile of outputs of one group.
+"""Products of sorted rows with their group's matrix: a program makes a tile of outputs of one group, or several.
 
 Bytes at decode: the matrices of the groups that have rows, once (512 experts of 2 x 512 x 2048 in bfloat16 with 128
 tokens of 10 experts each: 2.1 GB of gate and up; half of that as codes). Operations in prefill: 2 d f a row.
@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -20,21 +21,27 @@ from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
 
 
-def grouped_matmul(x: Array, weight: Weight, group_sizes: Array, expected_rows: int, backend: Backend) -> Array:
-    rows, depth = x.shape
+def grouped_matmul(
+    x: Array, weight: Weight, group_sizes: Array, places: Array | None, expected_rows: int, backend: Backend
+) -> Array:
+    depth = x.shape[1]
+    rows = (x if places is None else places).shape[0]
     groups, width, _ = weight.shape
     tile = tiles.of(backend, expected_rows / groups, x.dtype, weight)
     steps = codes.depth_of(min(tile.depth, power_of_two(depth, LEAST)), depth, weight)
     assert steps is not None, "the reference takes what has no depth"
     arrays, (grid,) = codes.flat(weight)
     operands = row_forms.rows_of(x, tile.form, backend, wide=False)
-    group, start, end = tile_table(group_sizes, rows, tile.rows)
+    group, start, end, used = tile_table(group_sizes, rows, tile.rows)
+    # As many programs as the expected rows need, whatever their groups: those that return at once for want of a tile
+    # took a tenth of the time. Where more rows come, programs go on with further tiles.
+    expected = min(group.shape[0], most_tiles(groups, expected_rows, tile.rows))
     (out,) = launch(
         _grouped_matmul,
         backend,
         name="grouped_matmul",
-        programs=group.shape[0] * -(-width // tile.columns),
-        args=(group, start, end, *operands, *arrays),
+        programs=expected * -(-width // tile.columns),
+        args=(used, group, start, end, *([] if places is None else [places]), *operands, *arrays),
         out=[jax.ShapeDtypeStruct((rows, width), x.dtype)],
         warps=tile.warps,
         stages=tile.stages,
@@ -43,18 +50,23 @@ def grouped_matmul(x: Array, weight: Weight, group_sizes: Array, expected_rows: 
         depth=steps,
         grid=grid,
         form=tile.form,
+        elsewhere=places is not None,
+        stride=expected * -(-width // tile.columns),
     )
     return out
 
 
-def tile_table(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, Array]:
-    """Group, first row and end of each tile of at most `size` rows, none over two groups; unused ones are empty.
+def most_tiles(groups: int, rows: int, size: int) -> int:
+    """Of at most `size` rows, none over two groups, whatever the groups' sizes."""
+    return -(-rows // size) + min(groups, rows)
 
-    There are at most ceil(rows / size) + min(groups, rows) of them, whatever the sizes. Used ones come first; rows
-    past the groups' are in none.
+
+def tile_table(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, Array, Array]:
+    """Group, first row and end of each tile of at most `size` rows, none over two groups; and [1] how many are used:
+    those come first, and the others are empty. Rows past the groups' are in none.
     """
     groups = group_sizes.shape[0]
-    count = -(-rows // size) + min(groups, rows)
+    count = most_tiles(groups, rows, size)
     tiles_of = -(-group_sizes // size)
     last_tile, last_row = jnp.cumsum(tiles_of), jnp.cumsum(group_sizes)
     number = jnp.arange(count, dtype=jnp.int32)
@@ -63,33 +75,42 @@ def tile_table(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, 
     group = jnp.minimum(group, groups - 1)
     start = last_row[group] - group_sizes[group] + (number - last_tile[group] + tiles_of[group]) * size
     end = jnp.minimum(start + size, last_row[group])
-    return group, jnp.where(used, start, 0).astype(jnp.int32), jnp.where(used, end, 0).astype(jnp.int32)
+    start, end = (jnp.where(used, place, 0).astype(jnp.int32) for place in (start, end))
+    return group, start, end, last_tile[-1:].astype(jnp.int32)
 
 
-def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, *refs, rows, columns, depth, grid, form):
+def _grouped_matmul(
+    program, used_ref, group_ref, start_ref, end_ref, *refs, rows, columns, depth, grid, form, elsewhere, stride
+):
+    place_ref, refs = (refs[0], refs[1:]) if elsewhere else (None, refs)
+    x_ref, *refs = refs
     factor_ref, refs = (None, refs) if form == row_forms.WIDE else (refs[0], refs[1:])
     (weight,), (out_ref,) = Operand.taken(refs, (grid,))
     total, width = x_ref.shape[1], weight.shape[1]
     # Programs of one group are neighbours, so that its rows and its matrix stay in the cache for all of them.
     blocks = -(-width // columns)
-    tile, block = program // blocks, program % blocks
-    group, start, end = (
-        bounded(group_ref[tile], weight.shape[0]),
-        bounded(start_ref[tile], out_ref.shape[0]),
-        end_ref[tile],
-    )
-    row = start + jnp.arange(rows, dtype=jnp.int32)
     parts = row_forms.PARTS[form]
-    row_of_x = parts * start + jnp.arange(parts * rows, dtype=jnp.int32)
-    real_of_x = row_of_x < parts * end
-    column = block * columns + jnp.arange(columns, dtype=jnp.int32)
     step = jnp.arange(depth, dtype=jnp.int32)
-    # Rows behind the end are other programs', which run before this one or after: what is stored there would stay in
-    # some orders, as tests/pallas_kernels/test_program_order.py sees.
-    real, there = row < end, column < width
     even = total % depth == 0
 
-    def run():
+    def run(number):
+        tile, block = number // blocks, number % blocks
+        group, start, end = (
+            bounded(group_ref[tile], weight.shape[0]),
+            bounded(start_ref[tile], out_ref.shape[0]),
+            end_ref[tile],
+        )
+        row = start + jnp.arange(rows, dtype=jnp.int32)
+        row_of_x = parts * start + jnp.arange(parts * rows, dtype=jnp.int32)
+        real_of_x = row_of_x < parts * end
+        if place_ref is not None:
+            place = plgpu.load(place_ref.at[row_of_x // parts], mask=real_of_x, other=0)
+            row_of_x = parts * bounded(place, x_ref.shape[0] // parts) + row_of_x % parts
+        column = block * columns + jnp.arange(columns, dtype=jnp.int32)
+        # Rows behind the end are other programs', which run before this one or after: what is stored there would stay
+        # in some orders, as tests/pallas_kernels/test_program_order.py sees.
+        real, there = row < end, column < width
+
         def step_of(i):
             d = i * depth + step
             within = d < total
@@ -107,4 +128,7 @@ def _grouped_matmul(program, group_ref, start_ref, end_ref, x_ref, *refs, rows, 
         mask = there[:, None] & real[None, :]
         plgpu.store(out_ref.at[row[None, :], column[:, None]], out.astype(out_ref.dtype), mask=mask)
 
-    pl.when(start < end)(run)
+    tiles = bounded(used_ref[0], group_ref.shape[0] + 1) * blocks
+    # A program's tiles are as far apart as there are programs.
+    count = pl.cdiv(jnp.maximum(tiles - program, 0), stride)
+    lax.fori_loop(0, count, lambda i, _: run(program + i * stride), None)

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels.row_forms import HALVES, WIDE
+from gdnjax.pallas_kernels.row_forms import FLOAT16, HALVES, WIDE
 from gdnjax.quantized import Quantized, Weight
 
 
@@ -26,12 +26,14 @@ TILES = {
         "fewest": Grouped(8, 64, 128, 4, 4, form=HALVES),
         "few": Grouped(16, 64, 128, 4, 4),
         "many": Grouped(128, 128, 64, 8, 3),
+        "many_float8": Grouped(64, 128, 128, 4, 3, form=FLOAT16),
     },
     "rocm": {"few": Grouped(16, 64, 128, 4, 1), "many": Grouped(64, 64, 64, 4, 1)},
     "interpret": {
         "fewest": Grouped(8, 32, 64, 1, 1, form=HALVES),
         "few": Grouped(16, 32, 64, 1, 1),
         "many": Grouped(32, 32, 64, 1, 1),
+        "many_float8": Grouped(32, 32, 64, 1, 1, form=FLOAT16),
     },
 }
 FEWEST, FEW = 8, 32
@@ -40,6 +42,7 @@ FEWEST, FEW = 8, 32
 def of(backend: Backend, rows_per_group: float, dtype, weight: Weight) -> Grouped:
     table = backend.tiles(TILES)
     fp8 = isinstance(weight, Quantized) and weight.codes.dtype == jnp.float8_e4m3fn
-    if fp8 and dtype == jnp.bfloat16 and rows_per_group <= FEWEST and "fewest" in table:
-        return table["fewest"]
-    return table["few" if rows_per_group <= FEW else "many"]
+    name = "few" if rows_per_group <= FEW else "many"
+    if fp8 and dtype == jnp.bfloat16:
+        name = "fewest" if rows_per_group <= FEWEST else "many_float8" if name == "many" else name
+    return table.get(name) or table["few" if rows_per_group <= FEW else "many"]

@@ -154,6 +154,7 @@ def coded_products() -> list[Case]:
         product("split", 3, depth=1024, outputs=(96,), codes=FLOAT8),
         product("split", 3, depth=1024, outputs=(96,), codes=int8, grid=BY_ROW),
         grouped("few", codes=FLOAT8),
+        grouped("few", codes=FLOAT8, expected=3),
         grouped("few", depth=200, width=72, codes=np.int8, grid=BY_ROW),
         grouped("many", depth=104, width=72, codes=FLOAT8, grid=(16, 16)),
     ]

@@ -63,20 +63,30 @@ def exact(x: Arrays, name: str, grid: Grid | None) -> np.ndarray:
 
 
 @functools.cache
-def grouped_op(grid: Grid | None) -> Op:
+def grouped_op(grid: Grid | None, expected: int | None) -> Op:
     def call(x, layer, backend):
         weight = matrix(x, "weight", grid)
-        return {"out": grouped_matmul(x["x"], weight, x["sizes"], backend=backend)}
+        taken = {"rows": x.get("rows"), "expected_rows": expected}
+        return {"out": grouped_matmul(x["x"], weight, x["sizes"], **taken, backend=backend)}
 
     return call
 
 
-def grouped(kind: str, depth: int = 256, width: int = 96, *, codes: Any = None, grid: Grid = (64, 64)) -> Case:
+def grouped(
+    kind: str,
+    depth: int = 256,
+    width: int = 96,
+    *,
+    codes: Any = None,
+    grid: Grid = (64, 64),
+    expected: int | None = None,
+) -> Case:
     """Four experts, one of them without rows, and rows past the sum of the sizes: both are poison.
 
-    Of `codes` of that type, the values are those of float64.
+    Of `codes` of that type, the values are those of float64. With `expected` rows, of which there are more, rows stand
+    in no order, and are taken from there.
     """
-    name = f"grouped-{kind}-{depth}x{width}{_named(codes, grid)}"
+    name = f"grouped-{kind}-{depth}x{width}{_named(codes, grid)}{'' if expected is None else '-taken'}"
     r = random(name)
     sizes = np.array([5, 0, 20, 3] if kind == "few" else [70, 0, 130, 3], np.int32)
     used = int(sizes.sum())
@@ -87,9 +97,12 @@ def grouped(kind: str, depth: int = 256, width: int = 96, *, codes: Any = None, 
     else:
         x |= {f"weight.{part}": found for part, found in coded(r, shape, codes, grid).items()}
     x["sizes"] = sizes
+    place = row
+    if expected is not None:
+        place = x["rows"] = r.permutation(used + 4).astype(np.int32)
     # XLA's ragged product on the CPU selects nothing: it spreads what nobody asks for.
-    clean = {name: found.copy() for name, found in x.items() if name != "sizes"}
-    x["x"][used:] = np.nan
+    clean = {name: found.copy() for name, found in x.items() if name not in ("sizes", "rows")}
+    x["x"][place[used:]] = np.nan
     for name_of, found in x.items():
         if name_of.startswith("weight"):
             found[1] = poison(found.shape[1:], found.dtype)
@@ -97,11 +110,11 @@ def grouped(kind: str, depth: int = 256, width: int = 96, *, codes: Any = None, 
 
     def by_hand(arrays: Arrays) -> dict[str, np.ndarray]:
         weight = exact(arrays, "weight", grid)[np.minimum(np.searchsorted(np.cumsum(sizes), row, "right"), 3)]
-        return {"out": np.einsum("td,tfd->tf", arrays["x"].astype(np.float64), weight)}
+        return {"out": np.einsum("td,tfd->tf", arrays["x"][place].astype(np.float64), weight)}
 
     return Case(
         name,
-        grouped_op(None if codes is None else grid),
+        grouped_op(None if codes is None else grid, expected),
         x,
         LAYER,
         {"out": PRODUCT},
