@@ -38,6 +38,7 @@ def _assert_equal(params, expected, *, expert_parallel=False):
         assert array.sharding.spec == partition.spec_of(name, expert_parallel=expert_parallel)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize(
     ("cfg", "prefix", "fused"),
@@ -141,6 +142,7 @@ def test_report_counts_what_is_loaded_and_what_is_skipped(tmp_path, caplog):
     ]
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("tp", [1, 4])
 @pytest.mark.parametrize(
     ("cfg", "prefix", "fused", "mtp_fused"),

@@ -18,6 +18,8 @@ from gdnjax.quantized import CodeFormat, Quantized, dequantized
 from tests import quantised
 from tests.checkpoint import tiny
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 BLOCK = [5, 6]
 """Neither divides a dimension, nor what a rank holds of it: blocks are partial, and cut."""
 
@@ -180,7 +182,12 @@ def _on_ranks(leaf, tp, name):
     if not isinstance(leaf, Quantized):
         return split(leaf)
     both = zip(*(split(part) if any(spec) else [part] for part in (leaf.codes, leaf.scale)), strict=True)
-    return [np.asarray(dequantized(Quantized(jnp.asarray(a), jnp.asarray(b), leaf.grid), jnp.float32)) for a, b in both]
+    return [np.asarray(_numbers(Quantized(jnp.asarray(a), jnp.asarray(b), leaf.grid))) for a, b in both]
+
+
+@jax.jit
+def _numbers(leaf):
+    return dequantized(leaf, jnp.float32)
 
 
 @pytest.mark.short_cases

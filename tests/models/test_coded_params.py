@@ -10,16 +10,20 @@ import pytest
 from gdnjax import abstract_params, build_model, full_logits, random_params, sharding
 from gdnjax.backend import INTERPRET
 from gdnjax.checkpoint.coded import usual_formats
+from gdnjax.config import MlpKind
 from gdnjax.models import partition
 from gdnjax.quantized import CodeFormat, Quantized, dequantized
-from tests.micro import MICRO, spread
+from tests.micro import MICRO, A, D, spread
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+CONFIG = dataclasses.replace(MICRO, layer_kinds=(D, A), mlp_kinds=(MlpKind.DENSE, MlpKind.MOE))
+"""A layer of each kind, one MLP of each kind."""
 
 
 def _coded(grid):
     """Formats of all projections of the model; `grid` None: a scale for each row."""
-    usual = usual_formats(abstract_params(MICRO, 1, "float32"), 1, "fp8_per_channel")
+    usual = usual_formats(abstract_params(CONFIG, 1, "float32"), 1, "fp8_per_channel")
     return usual if grid is None else {name: CodeFormat(form.codes, grid) for name, form in usual.items()}
 
 
@@ -27,7 +31,7 @@ def _coded(grid):
 @pytest.mark.parametrize("grid", [None, (16, 16), (5, 32)], ids=str)
 def test_logits_are_those_of_the_numbers(grid):
     coded = _coded(grid)
-    params = random_params(MICRO, 1, "float32", jax.random.key(0), coded=coded)
+    params = random_params(CONFIG, 1, "float32", jax.random.key(0), coded=coded)
 
     def is_coded(leaf):
         return isinstance(leaf, Quantized)
@@ -36,8 +40,8 @@ def test_logits_are_those_of_the_numbers(grid):
     assert len(held) == len(coded) > 10
     assert {leaf.codes.dtype for leaf in held} == {jnp.dtype(jnp.float8_e4m3fn)}
     plain = jax.tree.map(lambda leaf: dequantized(leaf, jnp.float32), params, is_leaf=is_coded)
-    model = build_model(MICRO, "float32")
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, MICRO.vocab_size, 70), jnp.int32)
+    model = build_model(CONFIG, "float32")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, 70), jnp.int32)
     expected = np.asarray(full_logits(model, plain, tokens))
     # The reference makes the same numbers of the codes.
     np.testing.assert_array_equal(np.asarray(full_logits(model, params, tokens)), expected)
@@ -53,10 +57,10 @@ def test_ranks_with_whole_experts_in_codes_are_one_rank(tp):
     """Cells of an expert's codes that four ranks would cut."""
     names = [name for name in _coded(None) if ".experts." in name]
     coded = dict.fromkeys(names, CodeFormat("float8_e4m3fn", (16, 16)))
-    params = random_params(MICRO, 1, "float32", jax.random.key(0), coded=coded)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, MICRO.vocab_size, 70), jnp.int32)
-    expected = np.asarray(full_logits(build_model(MICRO, "float32"), params, tokens))
-    whole = MICRO.with_expert_parallel()
+    params = random_params(CONFIG, 1, "float32", jax.random.key(0), coded=coded)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, 70), jnp.int32)
+    expected = np.asarray(full_logits(build_model(CONFIG, "float32"), params, tokens))
+    whole = CONFIG.with_expert_parallel()
     assert jax.tree.structure(abstract_params(whole, tp, "float32", coded=coded)) == jax.tree.structure(params)
     model, mesh = build_model(whole, "float32", tp), sharding.make_mesh(tp)
     function = sharding.shard_step(
@@ -65,17 +69,17 @@ def test_ranks_with_whole_experts_in_codes_are_one_rank(tp):
         (partition.specs_of(params, expert_parallel=True), sharding.P()),
         sharding.P(None, sharding.AXIS),
     )
-    found = np.asarray(jax.jit(function)(spread(params, tp, expert_parallel=True), tokens))[:, : MICRO.vocab_size]
+    found = np.asarray(jax.jit(function)(spread(params, tp, expert_parallel=True), tokens))[:, : CONFIG.vocab_size]
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 def test_rows_of_a_prompt_are_rounded_only_where_it_is_asked_for():
     """W8A8: another model, a little, and the same one in steps of few rows."""
-    params = random_params(MICRO, 1, "float32", jax.random.key(0), coded=_coded(None))
-    model = build_model(MICRO, "float32")
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, MICRO.vocab_size, 200), jnp.int32)
+    params = random_params(CONFIG, 1, "float32", jax.random.key(0), coded=_coded(None))
+    model = build_model(CONFIG, "float32")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, 200), jnp.int32)
     expected, actual = (
-        np.asarray(full_logits(build_model(MICRO, "float32", backend=backend), params, tokens))
+        np.asarray(full_logits(build_model(CONFIG, "float32", backend=backend), params, tokens))
         for backend in (model.backend, dataclasses.replace(model.backend, quantize_activations=True))
     )
     error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
@@ -83,7 +87,7 @@ def test_rows_of_a_prompt_are_rounded_only_where_it_is_asked_for():
     few = tokens[:40]
     np.testing.assert_array_equal(
         *(
-            np.asarray(full_logits(build_model(MICRO, "float32", backend=backend), params, few))
+            np.asarray(full_logits(build_model(CONFIG, "float32", backend=backend), params, few))
             for backend in (model.backend, dataclasses.replace(model.backend, quantize_activations=True))
         )
     )

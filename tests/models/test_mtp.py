@@ -39,11 +39,16 @@ def built(name):
 
 
 @functools.cache
-def drafted(name, count=70):
-    """(target logits, draft logits) of the first `count` tokens."""
-    model, params = built(name)
-    function = jax.jit(functools.partial(draft_logits, model), static_argnums=2)
-    return [np.asarray(x) for x in function(params, TOKENS[:count], DEPTH)]
+def draft_function(name):
+    """Jitted, of parameters, tokens and how many of them there are."""
+    model, _ = built(name)
+    return jax.jit(lambda params, tokens, length: draft_logits(model, params, tokens, DEPTH, length))
+
+
+@functools.cache
+def drafted(name):
+    """(target logits, draft logits) of the tokens."""
+    return [np.asarray(x) for x in draft_function(name)(built(name)[1], TOKENS, len(TOKENS))]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -76,11 +81,9 @@ def test_target_of_draft_logits_equals_full_logits(name):
 
 def test_length_cuts_the_sequence():
     """One compilation serves all lengths: what stands past the length changes nothing before it."""
-    model, params = built("dense")
-    function = jax.jit(functools.partial(draft_logits, model), static_argnums=2)
     cut = TOKENS.copy()
     cut[40:] = 7
-    target, drafts = function(params, jnp.asarray(cut), DEPTH, 40)
+    target, drafts = draft_function("dense")(built("dense")[1], cut, 40)
     expected = drafted("dense")
     bound = BOUND * np.abs(expected[0]).max()
     assert np.abs(target[:40] - expected[0][:40]).max() <= bound
@@ -88,18 +91,27 @@ def test_length_cuts_the_sequence():
         assert np.abs(drafts[draft, draft + 1 : 40] - expected[1][draft, draft + 1 : 40]).max() <= bound
 
 
+@functools.cache
+def head_function(name):
+    model, _ = built(name)
+
+    def head(params, tokens, previous):
+        count = len(tokens)
+        state = generation.start(model, jnp.full((1,), count), count)
+        batch = generation.pack_prompts(tokens[None], jnp.full((1,), count, jnp.int32))
+        context = prefill_context(step.pools_of(state, StepOptions()), batch)
+        padded = jnp.pad(previous, ((0, len(batch.tokens) - count), (0, 0)))
+        hidden, cache = model.draft(params, batch.tokens, padded, context, state.cache)
+        keys = cache.pages[ATTENTION]["k"]
+        # The head's row of the pool stands behind those of the target's layers; block 0 is null.
+        return hidden[:count], keys[-1, 1:].reshape(-1, *keys.shape[3:])[:count]
+
+    return jax.jit(head)
+
+
 def head_over(name, tokens, previous):
     """One prefill of the head over given hidden states: its outputs, and its keys."""
-    model, params = built(name)
-    count = len(tokens)
-    state = generation.start(model, jnp.full((1,), count), count)
-    batch = generation.pack_prompts(jnp.asarray(tokens)[None], jnp.full((1,), count, jnp.int32))
-    context = prefill_context(step.pools_of(state, StepOptions()), batch)
-    padded = jnp.pad(previous, ((0, len(batch.tokens) - count), (0, 0)))
-    hidden, cache = model.draft(params, batch.tokens, padded, context, state.cache)
-    keys = cache.pages[ATTENTION]["k"]
-    # The head's row of the pool stands behind those of the target's layers; block 0 is null.
-    return np.asarray(hidden[:count]), np.asarray(keys[-1, 1:].reshape(-1, *keys.shape[3:])[:count])
+    return [np.asarray(x) for x in head_function(name)(built(name)[1], tokens, previous)]
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +152,8 @@ def test_ranks_draft_what_one_rank_drafts(name):
         (partition.specs_of(params), sharding.P()),
         (sharding.P(None, sharding.AXIS), sharding.P(None, None, sharding.AXIS)),
     )
-    target, drafts = jax.jit(function)(params, jnp.asarray(TOKENS[:20]))
-    expected = drafted(name, 20)
+    target, drafts = jax.jit(function)(params, jnp.asarray(TOKENS))
+    expected = drafted(name)
     bound = BOUND * np.abs(expected[0]).max()
     vocab = config.vocab_size
     assert np.abs(target[:, :vocab] - expected[0]).max() <= bound

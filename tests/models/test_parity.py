@@ -127,7 +127,10 @@ def _stored_greedy(reference):
     ]
 
 
-@pytest.mark.short_cases
+# Each length once, of the families of which nothing is stored.
+@pytest.mark.short_cases(
+    "qwen3_5_text-1", "qwen3_5_tied-2", "qwen3_5_moe-63", "deepseek_v3-64", "kimi_linear-65", "olmo_hybrid-200"
+)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_logits_equal_transformers(live, length):
     _, directory, llm = live
@@ -138,7 +141,7 @@ def test_logits_equal_transformers(live, length):
     assert checkpoints.relative_error(actual, reference) < LOGIT_BOUND
 
 
-@pytest.mark.short_cases("qwen3_5_moe_text")
+@pytest.mark.thorough
 def test_greedy_tokens_equal_transformers(live, near_ties):
     family, directory, llm = live
     prompts = [checkpoints.prompt_tokens(length) for length in GREEDY_LENGTHS]
@@ -165,6 +168,7 @@ def test_prefix_is_gone_on_from_at_any_block_without_a_state(live, near_ties):
     _check_greedy(f"{family}, a hit", [first, second], tokens, reference, near_ties)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("live", ["olmo_hybrid"], indirect=True)
 def test_conversation_that_goes_on_hits_the_state_at_its_end(live, near_ties):
     """Prompt and output but for the last token are in the cache: they are sealed in the middle of a block."""
@@ -286,6 +290,7 @@ def test_logits_equal_stored(stored, length):
     assert error < LOGIT_BOUND
 
 
+@pytest.mark.short_cases("qwen3_5_moe_text")
 def test_greedy_tokens_equal_stored(stored, near_ties):
     family, arrays, llm = stored
     prompts, reference = _stored_greedy(arrays)
@@ -294,6 +299,7 @@ def test_greedy_tokens_equal_stored(stored, near_ties):
     _check_greedy(f"stored {family}", prompts, _generate_greedily(llm, prompts), reference, near_ties)
 
 
+@pytest.mark.short_cases("qwen3_5_moe_text", "deepseek_v3")
 @pytest.mark.parametrize("family", checkpoints.PARITY_FAMILIES)
 def test_checkpoint_state_matters(family, tmp_path):
     """A layer's lost state moves the logits far beyond the bound, recurrent ones and latents 50 tokens later, too."""

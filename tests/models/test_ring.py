@@ -3,6 +3,7 @@
 tests/serving/test_interleavings.py has them in the engine: forks, preemption, checkpoints, rejected drafts.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from gdnjax.cache_kinds import LeafSpec, Ring
 from gdnjax.models import ring
 from gdnjax.models.context import DecodeContext, FoldContext, Places, PrefillContext
 from gdnjax.pallas_kernels.paged_attention import Tiles
+from gdnjax.pallas_kernels.rows import Chunks, Rows
 from tests.pallas_kernels.packed import TOKENS, pack_rows
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 WINDOW, DRAFTS, SLOTS = 7, 3, 9
 ENTRY = LeafSpec(name="near", layers=2, shape=(2, 3), dtype="bfloat16")
@@ -42,10 +46,21 @@ def _decode(slots, first, count):
     )  # fmt: skip
 
 
-def _prefill(lengths, behind, read, write, cuts):
-    packed = pack_rows(lengths, read=read, write=write, fresh=[not b for b in behind], cuts=cuts, behind=behind)
-    rows, chunks = packed.rows, packed.chunks
-    before = jnp.asarray([*behind, *[0] * (rows.start.shape[0] - len(behind))], jnp.int32)
+@jax.jit
+def _decoded(pool, entries, slots, first):
+    """What the tokens of a step see, which of it there is, and the pool behind the step."""
+    context = _decode(slots, first, len(entries) // len(slots))
+    return *ring.read(pool, LAYER, entries, context, WINDOW), ring.write(pool, LAYER, entries, context)
+
+
+@jax.jit
+def _copied(pool, read, write):
+    return ring.copy(pool, LAYER, FoldContext(read, write, jnp.zeros_like(read), {}))
+
+
+@jax.jit
+def _prefilled(pool, entries, rows, chunks, before):
+    rows, chunks = Rows(**rows), Chunks(**chunks)
     unused = jnp.zeros((TOKENS,), jnp.int32)
     tiles = Tiles(
         position=jnp.zeros(chunks.valid.shape, jnp.int32), block_table=jnp.zeros((chunks.row.shape[0], 1), jnp.int32),
@@ -55,14 +70,29 @@ def _prefill(lengths, behind, read, write, cuts):
         rows=rows, chunks=chunks, tiles=tiles, places=Places(block=unused, offset=unused), orders={},
         position=before[rows.token_row] + rows.token_offset, valid=rows.token_valid,
     )  # fmt: skip
-    return packed, context
+    return *ring.read(pool, LAYER, entries, context, WINDOW), ring.write(pool, LAYER, entries, context)
+
+
+def _pieces(pool, values, behind, read, write, cuts):
+    """One step of pieces: where they stand, what their tokens see, which of it there is, and the pool behind it."""
+    packed = pack_rows(
+        [len(x) for x in values], read=read, write=write, fresh=[not b for b in behind], cuts=cuts, behind=behind
+    )
+    rows, chunks = vars(packed.rows), vars(packed.chunks)
+    before = np.pad(np.array(behind, np.int32), (0, len(rows["start"]) - len(behind)))
+    seen, valid, pool = _prefilled(pool, packed.pack(values), rows, chunks, before)
+    return packed.slices, *_seen(seen, valid), pool
+
+
+def _seen(seen, valid):
+    return np.asarray(seen).astype(np.float32), np.asarray(valid)
 
 
 def _check(seen, valid, past):
     """What a token sees, newest first, against all tokens of its request so far."""
     count = min(len(past), WINDOW)
     assert valid.tolist() == [True] * count + [False] * (WINDOW - count)
-    np.testing.assert_array_equal(np.asarray(seen, np.float32)[:count], np.stack(past[::-1][:count]))
+    np.testing.assert_array_equal(seen[:count], np.stack(past[::-1][:count]))
 
 
 @pytest.mark.parametrize("bits", [False, True])
@@ -72,12 +102,9 @@ def test_tokens_see_the_last_ones_of_their_request(bits):
     past, kept = {1: [], 2: []}, {}
     for lengths, cuts in (((3, 70), ({}, {64: 5})), ((1, 5), ({}, {})), ((90, 2), ({40: 6}, {}))):
         behind = [len(past[1]), len(past[2])]
-        packed, context = _prefill(lengths, behind, [1, 2], [1, 2], cuts)
         values = [_entries(rng, length) for length in lengths]
-        entries = packed.pack(values)
-        seen, valid = ring.read(pool, LAYER, entries, context, WINDOW)
-        pool = ring.write(pool, LAYER, entries, context)
-        for slot, here, given, cut in zip((1, 2), packed.slices, values, cuts, strict=True):
+        slices, seen, valid, pool = _pieces(pool, values, behind, [1, 2], [1, 2], cuts)
+        for slot, here, given, cut in zip((1, 2), slices, values, cuts, strict=True):
             for place, value in zip(range(here.start, here.stop), given, strict=True):
                 past[slot].append(value)
                 _check(seen[place], valid[place], past[slot])
@@ -85,28 +112,24 @@ def test_tokens_see_the_last_ones_of_their_request(bits):
                     if place - here.start + 1 == at:
                         kept[to] = list(past[slot])
     # A fork goes on from each checkpoint in a slot of its own.
-    packed, context = _prefill((2, 4), [len(kept[5]), len(kept[6])], [5, 6], [3, 4], ({}, {}))
     values = [_entries(rng, length) for length in (2, 4)]
-    entries = packed.pack(values)
-    seen, valid = ring.read(pool, LAYER, entries, context, WINDOW)
-    pool = ring.write(pool, LAYER, entries, context)
-    for slot, source, here, given in zip((3, 4), (5, 6), packed.slices, values, strict=True):
+    slices, seen, valid, pool = _pieces(pool, values, [len(kept[5]), len(kept[6])], [5, 6], [3, 4], ({}, {}))
+    for slot, source, here, given in zip((3, 4), (5, 6), slices, values, strict=True):
         past[slot] = list(kept[source])
         for place, value in zip(range(here.start, here.stop), given, strict=True):
             past[slot].append(value)
             _check(seen[place], valid[place], past[slot])
-    slots = [1, 2, 3, 4]
+    slots = np.array([1, 2, 3, 4], np.int32)
     for _ in range(12):
-        context = _decode(slots, [len(past[slot]) for slot in slots], DRAFTS + 1)
         values = _entries(rng, len(slots) * (DRAFTS + 1))
-        seen, valid = ring.read(pool, LAYER, jnp.asarray(values), context, WINDOW)
-        pool = ring.write(pool, LAYER, jnp.asarray(values), context)
+        *found, pool = _decoded(pool, values, slots, np.array([len(past[slot]) for slot in slots], np.int32))
+        seen, valid = _seen(*found)
         # What is sealed meanwhile stands anywhere behind the first of the step's tokens, and goes on from there.
-        fold = FoldContext(jnp.asarray([1], jnp.int32), jnp.asarray([7], jnp.int32), jnp.asarray([0], jnp.int32), {})
-        pool, sealed = ring.copy(pool, LAYER, fold), list(past[1])
-        again = jnp.asarray(_entries(rng, 1))
-        one, its = ring.read(pool, LAYER, again, _decode([7], [len(sealed)], 1), WINDOW)
-        _check(one[0], its[0], [*sealed, np.asarray(again[0])])
+        pool, sealed = _copied(pool, np.array([1], np.int32), np.array([7], np.int32)), list(past[1])
+        again = _entries(rng, 1)
+        one, its, _ = _decoded(pool, again, np.array([7], np.int32), np.array([len(sealed)], np.int32))
+        one, its = _seen(one, its)
+        _check(one[0], its[0], [*sealed, again[0]])
         for row, slot in enumerate(slots):
             mine = [*past[slot]]
             for place in range(row * (DRAFTS + 1), (row + 1) * (DRAFTS + 1)):

@@ -3,12 +3,16 @@
 import functools
 
 import jax
+import pytest
 
 from gdnjax.backend import INTERPRET, REFERENCE, Backend, of_device
 
 BACKENDS = {"reference": REFERENCE, "interpret": INTERPRET}
 if jax.default_backend() != "cpu":
     BACKENDS["compiled"] = of_device("auto", jax.devices()[0])
+
+once = pytest.mark.parametrize("backend", [REFERENCE], ids=["once"], indirect=True)
+"""Of a test that is the same whatever runs: it names its implementations itself, or needs none."""
 
 _running = REFERENCE
 

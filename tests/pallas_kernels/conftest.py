@@ -7,8 +7,8 @@ from tests.pallas_kernels import backends
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreted_code(unoptimised):
-    """The interpreter's code is large and runs once or twice."""
+def interpreted_code(quickly_compiled):
+    """The interpreter's code is large and runs once or twice. Bits of convolutions need another."""
 
 
 @pytest.fixture(autouse=True, params=backends.BACKENDS.values(), ids=backends.BACKENDS)

@@ -10,6 +10,12 @@ from gdnjax.pallas_kernels.rows import Chunks, Rows
 from tests.pallas_kernels.backends import jit, running
 from tests.pallas_kernels.packed import pack_rows
 
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted_code(unoptimised):
+    """A piece of another length is the same to the bit by fusions as users have them."""
+
+
 CHANNELS, TAPS, SLOTS = 10, 4, 9
 WIDTH = TAPS - 1
 
@@ -87,6 +93,7 @@ def test_prefill_equals_the_formula(fresh):
         np.testing.assert_array_equal(conv[1, i + 1], np.concatenate([windows[i], row])[-WIDTH:])
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("taps", [2, 3, 6])
 def test_prefill_of_other_kernel_sizes_equals_the_formula(taps):
     rows, weight = random_rows((1, 7), taps=taps)

@@ -12,6 +12,7 @@ from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import codes, matmul
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.quantized import Quantized
+from tests.pallas_kernels.backends import once
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 GRIDS = {"blocks": (64, 64), "rows": (1, 10_000), "cut blocks": (16, 16), "odd rows": (7, 48)}
@@ -67,6 +68,7 @@ def test_codes_meet_rows(rows, grid, kind, dtype, backend):
     assert_close(alone, x, first_values, dtype)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("rows", [1, 16, 200])
 def test_gate_and_up_of_codes_meet(rows, backend):
     rng = np.random.default_rng(1)
@@ -93,6 +95,7 @@ def test_rows_meet_the_codes_of_their_group(sizes, dtype, kind, backend):
         assert_close(out[end - size : end], x[end - size : end], values[group], dtype)
 
 
+@once
 def test_kernels_take_float8_only_where_the_device_converts_it():
     """XLA's products serve the others; int8 is taken everywhere."""
     rng = np.random.default_rng(6)
@@ -114,6 +117,7 @@ def test_two_types_of_codes_in_one_product_are_named(backend):
         matmul.project(jnp.zeros((2, 32), jnp.bfloat16), one, other, backend=backend)
 
 
+@once
 def test_more_codes_than_a_kernel_can_number_are_refused():
     """Those of 512 experts of 4096 x 2048; of half as many inputs and outputs they are not."""
 

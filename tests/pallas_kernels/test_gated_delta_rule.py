@@ -13,7 +13,7 @@ from gdnjax.pallas_kernels import gated_delta_rule
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, StateOrder
 from gdnjax.pallas_kernels.gated_delta_rule.reference import unit_lower_inverse
 from gdnjax.pallas_kernels.rows import Chunks, Rows
-from tests.pallas_kernels.backends import jit, running
+from tests.pallas_kernels.backends import jit, once, running
 from tests.pallas_kernels.packed import pack_rows
 
 LENGTHS = (1, 2, 63, 64, 65, 130)
@@ -341,13 +341,15 @@ def test_layouts_hold_the_same_values(work, read, write):
         close(read_back(decoded[1, decode_slots[i]], work, write), state)
 
 
-def test_bfloat16_pool_rounds_the_state_once():
+@pytest.mark.short_cases
+@pytest.mark.parametrize("cuts", [None, [{}]], ids=["without checkpoints", "with checkpoints"])
+def test_bfloat16_pool_rounds_the_state_once(cuts):
     """Outputs of a piece are computed in float32; only what is stored is rounded (2^-8 relative: half an ulp)."""
     (row,) = random_inputs(WORK, [130])
     state = random_states(WORK, 1)[0].astype(ml_dtypes.bfloat16)
     pool = poisoned_pool(WORK, ml_dtypes.bfloat16)
     pool[1, 1] = stored(state, vk=False, dtype=ml_dtypes.bfloat16)
-    outputs, ssm = prefill(WORK, pack_rows([130], read=[1], fresh=[False]), [row], pool)
+    outputs, ssm = prefill(WORK, pack_rows([130], read=[1], fresh=[False], cuts=cuts), [row], pool)
     assert ssm.dtype == ml_dtypes.bfloat16
     expected, final = recurrence(WORK, row, state.astype(np.float64))
     close(outputs[0], expected)
@@ -481,6 +483,7 @@ def test_strong_decay_and_full_writes_stay_finite():
     close(read_back(ssm[1, 2], WORK, vk=False), state)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("correlated", [False, True])
 def test_channels_of_extreme_decays_lose_nothing(correlated):
     """g of -20 a token beside -1e-4, by channel and by token, in runs and in turns: as close as with mild gates."""
@@ -496,6 +499,7 @@ def test_channels_of_extreme_decays_lose_nothing(correlated):
     close(read_back(ssm[1, 2], CHANNELS, vk=False), state)
 
 
+@pytest.mark.thorough
 def test_channels_agree_with_transformers():
     """Kimi Delta Attention by PyTorch, in chunks of its own, the forget gate included."""
     kimi = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
@@ -519,6 +523,7 @@ def test_channels_agree_with_transformers():
     close(read_back(ssm[1, 2], CHANNELS, vk=False), state[0].numpy())
 
 
+@once
 @pytest.mark.parametrize(
     "wrong", [{"a": (4, 2, 8)}, {"dt_bias": (2,)}, {"a": (4, 2)}, {"A_log": (2, 16)}, {"b": (4, 1)}]
 )
@@ -531,6 +536,7 @@ def test_gates_of_other_shapes_are_refused(wrong):
         gated_delta_rule.decode(qkv, gates, ssm, 0, slots, slots, StateOrder(False, False), key_head_dim=16)
 
 
+@once
 @pytest.mark.parametrize("size", [16, 64])
 def test_inverse_and_its_derivative_equal_numpy(size):
     """d(L^-1) = -L^-1 dL L^-1, in float64; what stands on and above the diagonal is read by neither."""

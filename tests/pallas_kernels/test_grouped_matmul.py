@@ -8,6 +8,7 @@ import pytest
 
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul, reference
 from gdnjax.quantized import Quantized
+from tests.pallas_kernels.backends import once
 
 
 def by_rows(x, weight, sizes):
@@ -62,6 +63,7 @@ def test_rows_ignore_what_others_asked_for_and_nobody(poison, backend):
     assert not np.isfinite(neighbours[[4, 7, 8]]).any()
 
 
+@once
 def test_reference_stores_neither_rows_nor_matrices_for_every_group():
     """The shapes of 512 experts, 10 for each of 128 tokens, in bfloat16, which a CPU widens to float32 in a product."""
     rows, depth, width, experts = 1280, 4096, 2048, 512

@@ -8,6 +8,7 @@ import pytest
 
 from gdnjax.backend import INTERPRET
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel, gumbel_argmax, kernels, tiles
+from tests.pallas_kernels.backends import once
 
 WIDTH = 300
 TEMPERATURE = np.array([0.0, 1.0, 0.7, 0.0, 2.0], np.float32)
@@ -75,6 +76,7 @@ def test_tokens_that_may_not_be_drawn_are_not(backend):
     assert (token >= 290).all()
 
 
+@once
 @pytest.mark.parametrize("spread", [0.0, 3.0, 30.0, 3000.0])
 def test_noise_that_is_spared_changes_no_bit(spread, monkeypatch):
     """Draws are those of noise for every token: of rows that all but tie, and of rows whose best stand out."""
@@ -94,6 +96,7 @@ def test_noise_that_is_spared_changes_no_bit(spread, monkeypatch):
             found[temperature] = drawn
 
 
+@once
 def test_no_noise_is_above_its_bound():
     least = np.float32(0.5) * np.float32(2.0**-32)
     assert 0 < kernels.MOST_NOISE + np.log(-np.log1p(-np.float64(least))) < 0.01

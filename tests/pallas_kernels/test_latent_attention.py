@@ -107,6 +107,7 @@ def test_verify_equals_softmax():
     check(cache, q, position, range(3), attend(cache, q, position, np.arange(3)))
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("first", [0, 17])
 def test_prefill_tiles_are_causal_behind_their_prefix(first):
     """Tiles of 64 queries, two of one request and one behind a prefix, the last of them partly empty. Keys before
@@ -164,6 +165,7 @@ def test_bfloat16_pages_are_read_exactly(backend):
         np.testing.assert_array_equal(attend(cache, q, [[69]], np.array([0])), actual)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("lengths", [[70, 3], [600, 200]])
 def test_bfloat16_queries_give_bfloat16(lengths):
     """Probabilities and the output are rounded to 8 bits: of a sum of weights 1 by 2^-9 of the largest value each."""
@@ -176,6 +178,7 @@ def test_bfloat16_queries_give_bfloat16(lengths):
     check(cache, q, position, range(2), actual, rtol=0, atol=2 * 2**-9 * largest)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_write_stores_each_latent_in_its_place_and_nothing_else(dtype, backend):
     """Rounded to the pool; one of the tokens goes to the null block."""

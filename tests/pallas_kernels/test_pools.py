@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from gdnjax.pallas_kernels.pools import read_rows, write_rows
+from tests.pallas_kernels.backends import once
+
+pytestmark = once
 
 SHAPE = (2, 9, 4, 6)
 INDICES = {

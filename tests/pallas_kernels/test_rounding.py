@@ -10,7 +10,7 @@ from gdnjax.pallas_kernels import gated_delta_rule
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, Rounding, StateOrder, rounding
 from gdnjax.pallas_kernels.gated_delta_rule.api import prefill as prefill_op
 from gdnjax.pallas_kernels.rows import Chunks, Rows
-from tests.pallas_kernels.backends import jit, running
+from tests.pallas_kernels.backends import jit, once, running
 from tests.pallas_kernels.packed import pack_rows
 from tests.pallas_kernels.test_gated_delta_rule import (
     CHANNELS,
@@ -36,6 +36,7 @@ def noise_of(seed=0, layer=0, head=0, first=0):
     return np.asarray(rounding.noise(words, jnp.arange(ELEMENTS, dtype=jnp.int32))).astype(np.int64)
 
 
+@once
 def test_noise_is_uniform():
     noise = noise_of()
     assert noise.min() >= 0
@@ -49,6 +50,7 @@ def test_noise_is_uniform():
         assert abs(ones - count / 2) < SIGMAS * np.sqrt(count) / 2
 
 
+@once
 def test_noise_of_neighbours_is_independent():
     """In element, position, layer, head and seed; and elements of two positions are not shifted against each other."""
     noise = noise_of()
@@ -67,10 +69,12 @@ def test_noise_of_neighbours_is_independent():
         assert abs((centred[0] * centred[1]).mean()) * np.sqrt(one.size) < SIGMAS, name
 
 
+@once
 def test_noise_belongs_to_the_position():
     np.testing.assert_array_equal(noise_of(first=3)[:-3], noise_of()[3:])
 
 
+@once
 def test_mean_of_rounded_numbers_is_the_number():
     """Over the noise of many positions. Rounding moves a number by at most a step, and its variance is at most a
     quarter of a step's square."""
@@ -83,6 +87,7 @@ def test_mean_of_rounded_numbers_is_the_number():
     assert (np.abs(found.mean(axis=0) - x) < SIGMAS * step / 2 / np.sqrt(POSITIONS)).all()
 
 
+@once
 @pytest.mark.parametrize("bits", [0, 0x8000, 0xFFFF])
 def test_what_bfloat16_holds_stays_as_it_is(bits):
     """All of its numbers: zeros of both signs, denormals, infinities and NaN."""
@@ -92,12 +97,14 @@ def test_what_bfloat16_holds_stays_as_it_is(bits):
     np.testing.assert_array_equal(np.asarray(jax.lax.bitcast_convert_type(found, jnp.uint32)), every)
 
 
+@once
 def test_nan_of_low_bits_stays_nan():
     number = jax.lax.bitcast_convert_type(jnp.asarray([0x7F800001, 0xFF80FFFF], jnp.uint32), jnp.float32)
     for bits in (0, 0xFFFF):
         assert jnp.isnan(rounding.rounded(number, jnp.full((2,), bits, jnp.uint32)).astype(jnp.bfloat16)).all()
 
 
+@once
 def test_heads_of_a_rank_have_the_noise_of_all_heads():
     states, keys = random_states(WORK, 3), rounding.keys_of(7, jnp.asarray([5, 6, 900]))
     whole = rounding.rounded_states(jnp.asarray(states), keys, 0, LAYER)

@@ -10,10 +10,12 @@ from gdnjax.pallas_kernels import matmul
 from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, numbers
 from gdnjax.pallas_kernels.row_forms import FLOAT16, HALVES, PARTS, WIDE, halves, rows_of
 from gdnjax.quantized import Quantized
+from tests.pallas_kernels.backends import once
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
+@once
 def test_halves_of_a_row_are_the_row():
     """To the bit, above 2^-13 of its largest number; all others to 2^-21 of that."""
     rng = np.random.default_rng(3)
@@ -34,6 +36,7 @@ def test_halves_of_a_row_are_the_row():
     assert (np.abs(exact) < largest * 2.0**-13).any()
 
 
+@once
 def test_halves_keep_what_is_no_number():
     x = jnp.asarray([[1.0, jnp.nan], [1.0, jnp.inf], [1.0, 2.0]], jnp.bfloat16)
     both, factor = rows_of(x, HALVES, INTERPRET, wide=False)
@@ -41,6 +44,7 @@ def test_halves_keep_what_is_no_number():
     assert np.isfinite(sums).tolist() == [False, False, True]
 
 
+@once
 def test_rows_in_float16_are_the_rows():
     """To the bit, above 2^-29 of the largest; all others to 2^-38 of that."""
     rng = np.random.default_rng(5)
@@ -55,6 +59,8 @@ def test_rows_in_float16_are_the_rows():
     assert np.all(off <= largest * 2.0**-38)
 
 
+@pytest.mark.short_cases
+@once
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)
 @pytest.mark.parametrize("width", [96, 128])
 def test_a_norm_is_taken_on_the_way(width, dtype):
@@ -80,6 +86,7 @@ def test_a_norm_is_taken_on_the_way(width, dtype):
         assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(alone, formed, strict=True))
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("rows", [3, 200])
 def test_products_of_normed_rows_are_those_of_the_rows(rows, backend):
     rng = np.random.default_rng(8)
@@ -93,6 +100,7 @@ def test_products_of_normed_rows_are_those_of_the_rows(rows, backend):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("codes", [None, "float8_e4m3fn"])
 @pytest.mark.parametrize("rows", [3, 200])
 def test_a_term_is_added_before_the_norm_and_rows_are_prepared_for_their_weights(rows, codes, backend):
@@ -122,12 +130,15 @@ def test_a_term_is_added_before_the_norm_and_rows_are_prepared_for_their_weights
             np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=tolerance, atol=tolerance * size)
 
 
+@once
 def test_rows_that_were_prepared_in_another_form_are_not_numbers():
     rows = Prepared(HALVES, None, jnp.zeros((2, 16)), jnp.zeros(2), shape=(1, 16), dtype=jnp.dtype(jnp.bfloat16))
     with pytest.raises(ValueError, match="rows were prepared as halves alone"):
         numbers(rows)
 
 
+@pytest.mark.short_cases
+@once
 @pytest.mark.parametrize("activation", ["silu", "sigmoid"])
 @pytest.mark.parametrize(("heads", "width"), [(4, 32), (3, 24)])
 def test_a_gated_norm_is_taken_on_the_way(heads, width, activation):

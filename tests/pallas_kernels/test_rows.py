@@ -4,7 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdnjax.pallas_kernels.rows import make_chunks
+from tests.pallas_kernels.backends import once
 from tests.pallas_kernels.packed import pack_rows
+
+pytestmark = once
 
 
 def test_scatter_is_the_inverse_of_gather_on_valid_tokens():

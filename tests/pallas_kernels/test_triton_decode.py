@@ -15,6 +15,9 @@ from rocm.cases import BFLOAT16, MIXED_VK, attention, delta
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import gated_delta_rule as op
 from gdnjax.pallas_kernels import launch as package
+from tests.pallas_kernels.backends import once
+
+pytestmark = once
 
 TRITON = Backend("triton", "gfx942")
 
