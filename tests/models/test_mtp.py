@@ -34,7 +34,7 @@ BOUND = 2e-5
 @functools.cache
 def built(name):
     config = CONFIGS[name]
-    params = random_params(config, 1, "float32", jax.random.key(11), mtp=True)
+    params = jax.jit(lambda key: random_params(config, 1, "float32", key, mtp=True))(jax.random.key(11))
     return build_model(config, "float32", mtp=True), params
 
 
@@ -138,6 +138,7 @@ def test_keys_depend_on_their_own_prefix_alone(previous):
     assert (np.abs(keys[32:] - others[32:]).max(axis=(1, 2)) > 1e-3).all()
 
 
+@pytest.mark.short_cases("experts")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ranks_draft_what_one_rank_drafts(name):
     """`abstract_params` gives the global shapes, `sharding.TABLE` the parts of each rank."""
