@@ -543,7 +543,7 @@ def test_inverse_and_its_derivative_equal_numpy(size):
     rng = np.random.default_rng(size)
     matrix, change = (rng.standard_normal((3, size, size)) * 0.2 for _ in range(2))
     with_junk = [np.asarray(x + 7 * np.triu(np.ones_like(x)), np.float32) for x in (matrix, change)]
-    inverse, tangent = jax.jvp(unit_lower_inverse, *[(jnp.asarray(x),) for x in with_junk])
+    inverse, tangent = jax.jit(lambda x, dx: jax.jvp(unit_lower_inverse, (x,), (dx,)))(*with_junk)
     expected = np.linalg.inv(np.eye(size) + np.tril(matrix, -1))
     derivative = -expected @ np.tril(change, -1) @ expected
     for actual, exact in ((inverse, expected), (tangent, derivative)):

@@ -288,7 +288,7 @@ def test_quantised_decode_equals_softmax(dtype, block_size):
     check(cache, q, position, range(7), attend(cache, q, position, np.arange(7)))
 
 
-@pytest.mark.short_cases
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_quantised_verify_equals_softmax(dtype):
     """Four queries a tile at the end of a request, and rows of a tile that are padded."""

@@ -94,7 +94,6 @@ def run(case: Case, order: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.short_cases(
-    "gdn-decode-mixed-kv-bfloat16-bfloat16",
     "gdn-verify-vk-vk-float32-bfloat16-2+2",
     "conv-decode-72-bfloat16",
     "kv-write-bfloat16-3x80",

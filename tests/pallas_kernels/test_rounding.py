@@ -29,6 +29,9 @@ POSITIONS, ELEMENTS = 512, 2048
 LAYER = 1
 
 
+rounded_states = jax.jit(rounding.rounded_states, static_argnums=(2, 3))
+
+
 def noise_of(seed=0, layer=0, head=0, first=0):
     """[POSITIONS, ELEMENTS]: consecutive positions and elements."""
     keys = rounding.keys_of(seed, jnp.arange(first, first + POSITIONS, dtype=jnp.int32))
@@ -107,8 +110,8 @@ def test_nan_of_low_bits_stays_nan():
 @once
 def test_heads_of_a_rank_have_the_noise_of_all_heads():
     states, keys = random_states(WORK, 3), rounding.keys_of(7, jnp.asarray([5, 6, 900]))
-    whole = rounding.rounded_states(jnp.asarray(states), keys, 0, LAYER)
-    part = rounding.rounded_states(jnp.asarray(states[:, 1:]), keys, 1, LAYER)
+    whole = rounded_states(jnp.asarray(states), keys, 0, LAYER)
+    part = rounded_states(jnp.asarray(states[:, 1:]), keys, 1, LAYER)
     np.testing.assert_array_equal(whole[:, 1:], part)
 
 
@@ -127,7 +130,7 @@ def noise(rows, checkpoints=None):
 def rounded_by_definition(pool, slots, keys, work, vk):
     """[n, hv, K, V] of a pool of float32."""
     states = np.stack([read_back(pool[LAYER, slot], work, vk) for slot in slots]).astype(np.float32)
-    return np.asarray(rounding.rounded_states(jnp.asarray(states), keys, 2, LAYER))
+    return np.asarray(rounded_states(jnp.asarray(states), keys, 2, LAYER))
 
 
 def pools_of_both(work, slots, vk):

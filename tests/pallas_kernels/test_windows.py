@@ -1,4 +1,6 @@
-"""Windows of verified inputs: rows that are emitted again are those of the first time, and folds are one pass."""
+"""Windows to the bit: a piece computes the very sums of the whole, and a row that is emitted again those of the first
+time.
+"""
 
 import functools
 
@@ -9,7 +11,17 @@ import pytest
 
 from gdnjax.pallas_kernels import causal_conv1d
 from tests.pallas_kernels.backends import jit, running
-from tests.pallas_kernels.test_causal_conv1d import CHANNELS, WIDTH, convolve, random_rows
+from tests.pallas_kernels.packed import pack_rows
+from tests.pallas_kernels.test_causal_conv1d import (
+    CHANNELS,
+    WIDTH,
+    close,
+    convolve,
+    decode,
+    poisoned_pool,
+    prefill,
+    random_rows,
+)
 from tests.pallas_kernels.test_pending_rows import (
     ACCEPTED,
     OTHER,
@@ -25,7 +37,28 @@ from tests.pallas_kernels.test_pending_rows import (
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted_code(unoptimised):
-    """Verified and pending rows are the same to the bit by fusions as users have them."""
+    """They are the same whatever the shapes by fusions as users have them."""
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2, 3), (1, 2, 3, 4, 5), (64,), (3, 67)])
+def test_pieces_and_steps_equal_one_pass(cuts):
+    """The window goes from piece to piece, and on to decode, whatever their lengths."""
+    total = 70
+    (row,), weight = random_rows([total])
+    pool = poisoned_pool()
+    expected = convolve(row, weight, np.zeros((WIDTH, CHANNELS)))
+    whole, whole_pool = prefill(pack_rows([total], read=[5], fresh=[True]), [row], weight, pool)
+    outputs = []
+    for start, end in zip((0, *cuts[:-1]), cuts, strict=True):
+        (y,), pool = prefill(pack_rows([end - start], read=[5], fresh=[start == 0]), [row[start:end]], weight, pool)
+        outputs.append(y)
+    # A piece computes the very sums of the whole.
+    np.testing.assert_array_equal(np.concatenate(outputs), whole[0][: cuts[-1]])
+    for t in range(cuts[-1], total):
+        y, pool = decode(row[t : t + 1], weight, pool, [5])
+        outputs.append(y)
+    close(np.concatenate(outputs), expected)
+    np.testing.assert_array_equal(pool[1, 5], whole_pool[1, 5])
 
 
 @jit(donate_argnums=2)
@@ -47,14 +80,14 @@ def test_convolution_of_verified_rows_equals_one_pass(dtype):
     pool = np.full((2, SLOTS, WIDTH + TOKENS, CHANNELS), np.nan, dtype)
     pool[1, SLOT, :WIDTH] = 0
     conv, before = jnp.asarray(pool), None
-    close = functools.partial(np.testing.assert_allclose, **({"rtol": 1e-5, "atol": 1e-6} if dtype == np.float32 else
+    near = functools.partial(np.testing.assert_allclose, **({"rtol": 1e-5, "atol": 1e-6} if dtype == np.float32 else
                                                              {"rtol": 8e-3, "atol": 8e-3}))  # fmt: skip
     for begin, pending, accepted in steps():
         y, conv = conv_verify(verified(rows, begin, accepted, np.nan), jnp.asarray(weight), conv, jnp.asarray(pending))
         y, kept = np.asarray(y).astype(np.float32), np.asarray(conv)
         for i in range(ROWS):
             new = y[i, TOKENS : TOKENS + accepted[i]]
-            close(new, whole[i][begin[i] : begin[i] + accepted[i]])
+            near(new, whole[i][begin[i] : begin[i] + accepted[i]])
             if before is not None:
                 # Emitted again, the pending rows are the very values of the first time.
                 np.testing.assert_array_equal(y[i, : pending[i]], before[i, TOKENS : TOKENS + pending[i]])
