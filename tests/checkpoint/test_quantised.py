@@ -196,7 +196,17 @@ def _numbers(leaf):
     return dequantized(leaf, jnp.float32)
 
 
-@pytest.mark.short_cases
+# A format of each kind; the test above has all of them.
+@pytest.mark.short_cases(
+    "fp8, bfloat16 scales-dense-1",
+    "fp8, ue8m0 scales-next-4",
+    "fp8, one scale-dense-4",
+    "quark, by channel-moe-4",
+    "compressed-tensors, int8-next-4",
+    "compressed-tensors, int4 with zero points-moe-4",
+    "gptq-dense-4",
+    "awq-next-4",
+)
 @pytest.mark.parametrize(("model", "tp"), [("dense", 1), ("dense", 4), ("moe", 4), ("next", 4)])
 @pytest.mark.parametrize("method", FORMATS)
 def test_numbers_on_the_ranks_are_those_of_the_file(tmp_path, method, model, tp):
@@ -226,6 +236,7 @@ def test_numbers_on_the_ranks_are_those_of_the_file(tmp_path, method, model, tp)
     assert report.parameter_bytes < of_numbers.parameter_bytes
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("tp", [2, 4])
 @pytest.mark.parametrize("method", ["fp8, float32 scales", "compressed-tensors, FP8_DYNAMIC"])
 def test_whole_experts_keep_the_blocks_of_the_file(tmp_path, method, tp):

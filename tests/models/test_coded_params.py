@@ -98,11 +98,11 @@ def test_ranks_with_whole_experts_in_codes_are_one_rank(tp):
 
 def test_rows_of_a_prompt_are_rounded_only_where_it_is_asked_for():
     """W8A8: another model, a little, and the same one in steps of few rows."""
-    params = _params(_coded(None))
-    model = build_model(CONFIG, "float32")
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, 200), jnp.int32)
+    params = _params(_coded(None, ONE_LAYER), ONE_LAYER)
+    model = build_model(ONE_LAYER, "float32")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, ONE_LAYER.vocab_size, 200), jnp.int32)
     expected, actual = (
-        np.asarray(full_logits(build_model(CONFIG, "float32", backend=backend), params, tokens))
+        np.asarray(full_logits(build_model(ONE_LAYER, "float32", backend=backend), params, tokens))
         for backend in (model.backend, dataclasses.replace(model.backend, quantize_activations=True))
     )
     error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
@@ -110,7 +110,7 @@ def test_rows_of_a_prompt_are_rounded_only_where_it_is_asked_for():
     few = tokens[:40]
     np.testing.assert_array_equal(
         *(
-            np.asarray(full_logits(build_model(CONFIG, "float32", backend=backend), params, few))
+            np.asarray(full_logits(build_model(ONE_LAYER, "float32", backend=backend), params, few))
             for backend in (model.backend, dataclasses.replace(model.backend, quantize_activations=True))
         )
     )

@@ -51,6 +51,7 @@ def drafted(name):
     return [np.asarray(x) for x in draft_function(name)(built(name)[1], TOKENS, len(TOKENS))]
 
 
+@pytest.mark.short_cases("experts")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_drafts_equal_float64(name):
     """Every depth at every position, past the edge of a chunk: the independent form makes one draft after another."""
@@ -65,12 +66,13 @@ def test_drafts_equal_float64(name):
 
 def test_drafts_of_each_depth_differ():
     """Else the test above would pass with a head that ignores its own output."""
-    _, params = built("dense")
-    first, second, third = float64.drafts(DENSE, params, TOKENS[:20], DEPTH)
+    _, params = built("experts")
+    first, second, third = float64.drafts(EXPERTS, params, TOKENS[:20], DEPTH)
     assert np.abs(first[3:] - second[3:]).max() > 0.1
     assert np.abs(second[3:] - third[3:]).max() > 0.1
 
 
+@pytest.mark.short_cases("experts")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_target_of_draft_logits_equals_full_logits(name):
     """Up to rounding: the two page their keys differently."""
@@ -83,8 +85,8 @@ def test_length_cuts_the_sequence():
     """One compilation serves all lengths: what stands past the length changes nothing before it."""
     cut = TOKENS.copy()
     cut[40:] = 7
-    target, drafts = draft_function("dense")(built("dense")[1], cut, 40)
-    expected = drafted("dense")
+    target, drafts = draft_function("experts")(built("experts")[1], cut, 40)
+    expected = drafted("experts")
     bound = BOUND * np.abs(expected[0]).max()
     assert np.abs(target[:40] - expected[0][:40]).max() <= bound
     for draft in range(DEPTH):
@@ -121,19 +123,19 @@ def previous():
 
 def test_index_zero_is_never_looked_at(previous):
     """It has no hidden state before it, so what stands there must not matter, NaN included."""
-    hidden, _ = head_over("dense", TOKENS, previous)
-    poisoned, _ = head_over("dense", TOKENS, previous.at[0].set(jnp.nan))
+    hidden, _ = head_over("experts", TOKENS, previous)
+    poisoned, _ = head_over("experts", TOKENS, previous.at[0].set(jnp.nan))
     np.testing.assert_array_equal(hidden[1:], poisoned[1:])
-    moved, _ = head_over("dense", TOKENS, previous.at[1].add(1.0))
+    moved, _ = head_over("experts", TOKENS, previous.at[1].add(1.0))
     assert np.abs(hidden[2:] - moved[2:]).max() > 1e-3
 
 
 def test_keys_depend_on_their_own_prefix_alone(previous):
     """So that a block of them can be shared by all requests with the same tokens up to its end."""
-    _, keys = head_over("dense", TOKENS, previous)
+    _, keys = head_over("experts", TOKENS, previous)
     other = TOKENS.copy()
     other[32:] = (other[32:] + 1) % MICRO.vocab_size
-    _, others = head_over("dense", other, previous.at[32:].add(1.0))
+    _, others = head_over("experts", other, previous.at[32:].add(1.0))
     np.testing.assert_array_equal(keys[:32], others[:32])
     assert (np.abs(keys[32:] - others[32:]).max(axis=(1, 2)) > 1e-3).all()
 
@@ -175,7 +177,7 @@ def test_drafts_of_a_model_built_without_its_head_are_an_error():
 @pytest.mark.parametrize("depth", [0, -1])
 def test_no_draft_is_an_error(depth):
     with pytest.raises(ValueError, match="depth must be at least 1"):
-        draft_logits(built("dense")[0], built("dense")[1], jnp.asarray(TOKENS), depth)
+        draft_logits(built("experts")[0], built("experts")[1], jnp.asarray(TOKENS), depth)
 
 
 def test_head_costs_one_more_layer_of_keys_and_values():
