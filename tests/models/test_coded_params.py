@@ -73,7 +73,7 @@ def test_kernels_give_the_logits_of_the_numbers(config, grid):
     assert len(np.unique(expected.argmax(-1))) > 5
 
 
-@pytest.mark.short_cases("4")
+@pytest.mark.thorough
 @pytest.mark.parametrize("tp", [2, 4])
 def test_ranks_with_whole_experts_in_codes_are_one_rank(tp):
     """Cells of an expert's codes that four ranks would cut."""

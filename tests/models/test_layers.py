@@ -185,6 +185,7 @@ def test_embedding_over_ranks_equals_one_rank(tp):
         np.testing.assert_array_equal(rank, weight)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("vocab", [36, 37, 39])
 def test_padded_vocabulary_is_minus_infinity(vocab, tp):

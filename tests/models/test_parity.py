@@ -149,6 +149,7 @@ def test_greedy_tokens_equal_transformers(live, near_ties):
     _check_greedy(family, prompts, _generate_greedily(llm, prompts), reference, near_ties)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("live", ["deepseek_v3"], indirect=True)
 def test_prefix_is_gone_on_from_at_any_block_without_a_state(live, near_ties):
     """No request has ended or been cut where they part: of 83 tokens in common the five whole blocks of 16 are hit."""

@@ -389,7 +389,7 @@ CUTS = {1: 3, 16: 4, 48: 5, 63: 6, 65: 7, 100: 8}
 """Places of checkpoints in a row of 130 tokens, and the slots that keep them."""
 
 
-@pytest.mark.short_cases
+@pytest.mark.short_cases("reference-channels, K < V-True", "interpret-ratio 1, K < V-False")
 @pytest.mark.parametrize(("work", "vk"), [(WORK, False), (WORK, True), (CHANNELS, True)], ids=lambda x: NAMES.get(x))
 def test_checkpoint_is_the_state_of_the_piece_that_ends_there(work, vk):
     """Bit for bit, whatever the slot held before; and so is what a fork of it goes on to."""
