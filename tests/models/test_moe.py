@@ -248,6 +248,7 @@ def test_ranks_of_whole_experts_add_up_to_one_rank(tp, dtype, coded, backend):
     assert np.abs(actual - expected).max() <= bound * np.abs(expected).max()
 
 
+@pytest.mark.short_cases("reference")
 @pytest.mark.parametrize("backend", [REFERENCE, INTERPRET], ids=["reference", "kernels"])
 def test_one_rank_may_have_all_tokens(backend):
     """The router sends every choice to three of the four experts of the second one."""
