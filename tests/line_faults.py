@@ -16,7 +16,7 @@ class LineFault:
     file   of the package.
     line   a part of one of its lines, which it has once.
     wrong  what takes its place.
-    near   tests that are run first, the file that should notice; then all short ones are.
+    near   tests that are run first, the file that should notice, or files with blanks between; then all short ones are.
     """
 
     name: str
@@ -234,27 +234,27 @@ LINE_FAULTS = (
         f"{_SERVING}/server/budget.py",
         "elif token == self._close and count - self._start <= self._budget:",
         "elif token == self._close:",
-        "tests/serving/server",
+        "tests/serving/server/test_thinking.py",
     ),
     LineFault(
         "who leaves keeps the room that he had",
         f"{_SERVING}/server/service.py",
         "            del self._runs[run]",
         "            pass",
-        "tests/serving/server",
+        "tests/serving/server/test_leaving.py",
     ),
     LineFault(
         "a key may be the beginning of another",
         f"{_SERVING}/server/guards.py",
         "hmac.compare_digest(given, key) for key",
         "key.startswith(given) for key",
-        "tests/serving/server",
+        "tests/serving/server/test_errors.py",
     ),
     LineFault(
         "an answer that is cut off is one that ended",
         f"{_SERVING}/server/service.py",
         'if piece.finish_reason != "abort":',
         'if piece.finish_reason != "aborted":',
-        "tests/serving/server",
+        "tests/serving/server/test_leaving.py",
     ),
 )
