@@ -171,7 +171,7 @@ def judge(fault: LineFault, copy: pathlib.Path, near_alone: bool) -> Verdict:
     began = time.monotonic()
     file.write_text(faulty(fault, right), encoding="utf-8")
     try:
-        caught_by = failing(copy, fault.near.split())
+        caught_by = failing(copy, [fault.near])
         if caught_by is None and not near_alone:
             caught_by = failing(copy, [])
     except PytestCrashError as error:

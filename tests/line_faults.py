@@ -16,7 +16,7 @@ class LineFault:
     file   of the package.
     line   a part of one of its lines, which it has once.
     wrong  what takes its place.
-    near   tests that are run first, the file that should notice, or files with blanks between; then all short ones are.
+    near   what is run first, the file that should notice or a test of it; then all short tests are.
     """
 
     name: str
@@ -112,42 +112,42 @@ LINE_FAULTS = (
         "gdnjax/step.py",
         "active = (slot != NULL_SLOT) & ~state.slots.done[slot]",
         "active = slot != NULL_SLOT",
-        "tests/test_step.py",
+        "tests/test_forks.py::test_done_rows_write_no_hidden_state",
     ),
     LineFault(
         "drafts may come to the end of the context",
         "gdnjax/step.py",
         "return state.slots.max_length[slot] - 2 - length",
         "return state.slots.max_length[slot] - 1 - length",
-        "tests/test_step.py",
+        "tests/serving/test_speculation_ledger.py::test_no_query_comes_to_the_end_of_the_context",
     ),
     LineFault(
         "a checkpoint takes as many rows as are pending behind it",
         "gdnjax/step.py",
         "count = batch.position - (length - pending)",
         "count = jnp.minimum(pending, batch.position - (length - pending) + 1)",
-        "tests/test_forks.py",
+        "tests/test_forks.py::test_state_is_sealed_at_every_position_of_its_pending_rows",
     ),
     LineFault(
         "a row of a decode step is said to be stored as prefill stores it",
         "gdnjax/step.py",
         "write, layout = context.write_slot, layout_of(options.state_layout, LAYOUT_VK)",
         "write, layout = context.write_slot, layout_of(options.state_layout, LAYOUT_KV)",
-        "tests/test_forks.py",
+        "tests/test_forks.py::test_sealed_decode_serves_forks",
     ),
     LineFault(
         "a fresh row reads what its slot holds",
         "gdnjax/models/context.py",
         "fresh=before == 0,",
         "fresh=before < 0,",
-        "tests/test_step.py",
+        "tests/test_forks.py::test_checkpoint_is_what_the_piece_that_ends_there_leaves",
     ),
     LineFault(
         "blocks that are shared are written again",
         "gdnjax/models/context.py",
         "stored &= position >= batch.kv_start[batch.token_row]",
         "stored &= position >= 0",
-        "tests/test_forks.py",
+        "tests/test_forks.py::test_fork_from_before_its_cached_blocks_leaves_those_as_they_are",
     ),
     # Sampling and speculation.
     LineFault(
@@ -191,35 +191,35 @@ LINE_FAULTS = (
         f"{_KERNELS}/gated_delta_rule/recurrent.py",
         "pending = [] if count_ref is None else [j < count_ref[row] for j in range(rows - new)]",
         "pending = [] if count_ref is None else [j <= count_ref[row] for j in range(rows - new)]",
-        f"tests/{_KERNELS[7:]}/test_pending_rows.py",
+        f"tests/{_KERNELS[7:]}/test_pending_rows.py::test_delta_rule_of_verified_rows_equals_the_recurrence",
     ),
     LineFault(
         "the output of a row is without its own key",
         f"{_KERNELS}/gated_delta_rule/recurrent.py",
         "inside(keep, q)) + written * jnp.sum(k * q))",
         "inside(keep, q)))",
-        f"tests/{_KERNELS[7:]}/test_gated_delta_rule.py",
+        f"tests/{_KERNELS[7:]}/test_gated_delta_rule.py::test_decode_equals_the_recurrence",
     ),
     LineFault(
         "a query sees the key behind it",
         f"{_KERNELS}/paged_attention/softmax.py",
         "scores = jnp.where(there[None, :] & (key[None, :] <= position[:, None]), scores, -jnp.inf)",
         "scores = jnp.where(there[None, :] & (key[None, :] <= position[:, None] + 1), scores, -jnp.inf)",
-        f"tests/{_KERNELS[7:]}/test_paged_attention.py",
+        f"tests/{_KERNELS[7:]}/test_paged_attention.py::test_prefill_tiles_are_causal",
     ),
     LineFault(
         "a window forgets what stood in it before a short piece",
         f"{_KERNELS}/causal_conv1d/kernels.py",
         "from_window = plgpu.load(window_ref.at[row, offset + width, channel], mask=there & (offset < 0), other=0)",
         "from_window = plgpu.load(window_ref.at[row, offset + width, channel], mask=there & (offset < -1), other=0)",
-        f"tests/{_KERNELS[7:]}/test_causal_conv1d.py",
+        f"tests/{_KERNELS[7:]}/test_causal_conv1d.py::test_pieces_and_steps_equal_one_pass",
     ),
     LineFault(
         "ranks draw by the same noise",
         f"{_KERNELS}/gumbel_argmax/kernels.py",
         "_threefry(key, (token + first_ref[0]).astype(jnp.uint32)",
         "_threefry(key, token.astype(jnp.uint32)",
-        f"tests/{_KERNELS[7:]}/test_gumbel_argmax.py",
+        f"tests/{_KERNELS[7:]}/test_gumbel_argmax.py::test_the_best_of_logits_over_temperature_and_noise",
     ),
     # Texts and the server.
     LineFault(
@@ -248,7 +248,7 @@ LINE_FAULTS = (
         f"{_SERVING}/server/guards.py",
         "hmac.compare_digest(given, key) for key",
         "key.startswith(given) for key",
-        "tests/serving/server/test_errors.py",
+        "tests/serving/server/test_errors.py::test_keys_are_wanted_but_for_probes",
     ),
     LineFault(
         "an answer that is cut off is one that ended",
