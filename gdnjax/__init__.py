@@ -47,16 +47,19 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gdnjax' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
-    try:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    except AttributeError as error:
-        # Python would report an AttributeError from here as a missing name and hide what it was about.
-        raise ImportError(
-            f"gdnjax.{name} cannot be imported: {error} (python -m gdnjax.doctor says what fits together)"
-        ) from error
+# A type checker that saw it would take every name for one of the package's.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'gdnjax' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+        try:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        except AttributeError as error:
+            # Python would report an AttributeError from here as a missing name and hide what it was about.
+            raise ImportError(
+                f"gdnjax.{name} cannot be imported: {error} (python -m gdnjax.doctor says what fits together)"
+            ) from error
 
 
 def __dir__() -> list[str]:

@@ -2,8 +2,12 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
+from typing import TypeVar
 
 from jax import lax
+
+Row = TypeVar("Row")
 
 PALLAS_PLATFORMS = ("rocm", "cuda")
 """Where Pallas kernels are lowered through Triton."""
@@ -71,7 +75,7 @@ class Backend:
         """
         return self.capability is not None and not self.lacks_float8
 
-    def tiles(self, table: dict):
+    def tiles(self, table: Mapping[str, Row]) -> Row:
         """The row of a tile table for this architecture, or that of its platform."""
         if self.interpret:
             return table["interpret"]
@@ -145,6 +149,6 @@ FLOAT32_DOT = lax.Precision.HIGHEST
 """Precision of float32 products. GPUs otherwise round the operands to tf32 or xf32 (relative error 1e-3)."""
 
 
-def dot_precision(dtype) -> lax.Precision | None:
+def dot_precision(dtype: object) -> lax.Precision | None:
     """What a product of operands of `dtype` needs: bfloat16 products are exact in float32 as they are."""
     return FLOAT32_DOT if dtype == "float32" else None

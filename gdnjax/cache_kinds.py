@@ -37,7 +37,7 @@ class LeafSpec:
     dtype: str
     split: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dtype not in ITEMSIZE:
             raise ValueError(f"the pool {self.name} has the dtype {self.dtype!r}; allowed: {', '.join(ITEMSIZE)}")
         if self.split is not None and not 0 <= self.split < len(self.shape):
@@ -114,7 +114,7 @@ class Ring(Slot):
 
     window: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.window < 1:
             raise ValueError(f"the window of {self.name} is {self.window} tokens; allowed: 1 or more")
         if self.ordered:
@@ -153,7 +153,7 @@ class CacheSpec:
     kinds: tuple[CacheKind, ...]
     block_size: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = [kind.name for kind in self.kinds]
         if len(set(names)) != len(names):
             raise ValueError(f"two kinds of cache have one name: {', '.join(names)}")

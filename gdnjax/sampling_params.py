@@ -85,7 +85,7 @@ class StructuredOutputsParams:
     json_object: bool | None = None
     disable_any_whitespace: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         given = [name for name in STRUCTURES if getattr(self, name) is not None and getattr(self, name) is not False]
         if len(given) != 1:
             raise ValueError(
@@ -181,7 +181,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
     speculate: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _integer("n", self.n, 1)
         if self.n > MAX_SAMPLES:
             raise ValueError(

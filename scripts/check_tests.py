@@ -201,7 +201,8 @@ def failing(copy: pathlib.Path, arguments: Sequence[str]) -> str | None:
     if done.returncode in (0, NOTHING_RUN):
         return None
     # By xdist's word a test that ended its process failed.
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    # Names of cases may have blanks; behind a dash stands why.
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - |$)", done.stdout, re.MULTILINE)
     if done.returncode != TEST_FAILED or found is None:
         raise PytestCrashError(f"pytest ended with status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     return found[1]

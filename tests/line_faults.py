@@ -234,7 +234,7 @@ LINE_FAULTS = (
         f"{_SERVING}/server/budget.py",
         "elif token == self._close and count - self._start <= self._budget:",
         "elif token == self._close:",
-        "tests/serving/server/test_thinking.py",
+        "tests/serving/server/test_budget.py",
     ),
     LineFault(
         "who leaves keeps the room that he had",

@@ -154,7 +154,7 @@ class EngineConfig:
         """Whether the prefix cache keeps states beside blocks: a model without any goes on from every block."""
         return self.enable_prefix_caching and spec.needs_state
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size"):
             check_int(name, getattr(self, name), 1)
         for name in ("max_model_len", "num_kv_blocks", "max_logit_rows", "max_num_prefill_seqs"):

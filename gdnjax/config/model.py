@@ -114,7 +114,7 @@ class DeltaConfig:
     beta_scale: float = 1.0
     norm_eps: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self)
         if self.num_value_heads % self.num_key_heads:
             raise ValueError(
@@ -188,7 +188,7 @@ class KimiDeltaConfig:
     head_dim: int
     conv_kernel: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self)
         if self.conv_kernel < 2:
             raise ValueError(f"short_conv_kernel_size must be at least 2, got {self.conv_kernel}")
@@ -293,7 +293,7 @@ class YarnConfig:
     attention_factor: float
     truncate: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("beta_fast", "beta_slow", "attention_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
@@ -325,7 +325,7 @@ class AttentionConfig:
     output_gate: bool = True
     whole_norms: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -422,7 +422,7 @@ class LatentAttentionConfig:
     score_factor: float = 1.0
     norm_eps: float = 1e-6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self)
         if self.rope_theta is None and (self.yarn is not None or self.interleaved_rotary):
             raise ValueError("with rope_theta=None nothing is rotated: neither yarn nor interleaved_rotary may be set")
@@ -535,7 +535,7 @@ class MoeConfig:
     expert_parallel: bool = False
     num_held: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("scoring", self.scoring, ("softmax", "sigmoid"))
         if not 0 < self.experts_per_token <= self.num_experts:
             raise ValueError(
@@ -634,7 +634,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     quantization: Quantization | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.layer_kinds:
             raise ValueError("a model needs at least one layer, got an empty layer_types")
         if len(self.layer_kinds) != len(self.mlp_kinds):

@@ -155,7 +155,7 @@ class HybridModel:
     tp: int
     mtp: bool
     backend: Backend
-    graphdef: nnx.GraphDef
+    graphdef: nnx.GraphDef[CausalLM]
 
     def on(self, backend: Backend) -> "HybridModel":
         return build_model(self.config, self.dtype, self.tp, mtp=self.mtp, backend=backend)

@@ -7,9 +7,10 @@ class Pool:
     """Owns the numbers 1..size that nobody holds; 0 is null and never handed out."""
 
     def __init__(self, name: str, size: int):
-        self.name, self.size = name, size
+        self.name: str = name
+        self.size: int = size
         # Since the beginning, never fewer.
-        self.num_given = 0
+        self.num_given: int = 0
         # A stack with the lowest number on top: what was used last is used next.
         self._free = list(range(size, 0, -1))
 
@@ -52,10 +53,10 @@ class Allocator:
     """The pools of one engine. Slots are handed out to requests and to checkpoints alike."""
 
     def __init__(self, num_slots: int, num_blocks: int, num_logit_rows: int, num_count_rows: int):
-        self.slots = Pool("slot", num_slots)
-        self.blocks = Pool("block", num_blocks)
-        self.logit_rows = Pool("logit row", num_logit_rows)
-        self.count_rows = Pool("count row", num_count_rows)
+        self.slots: Pool = Pool("slot", num_slots)
+        self.blocks: Pool = Pool("block", num_blocks)
+        self.logit_rows: Pool = Pool("logit row", num_logit_rows)
+        self.count_rows: Pool = Pool("count row", num_count_rows)
 
     @property
     def pools(self) -> dict[str, Pool]:

@@ -193,7 +193,7 @@ class Stream:
     async def __aexit__(self, *_: object) -> None:
         self._leave()
 
-    def __del__(self):
+    def __del__(self) -> None:
         self._leave()
 
 

@@ -53,9 +53,11 @@ class Engine:
 
     def __init__(self, runner: Runner, allocator: Allocator, tokenizer: Tokenizer | None = None):
         config = runner.config
-        self.runner, self.config, self.tokenizer = runner, config, tokenizer
+        self.runner: Runner = runner
+        self.config: EngineConfig = config
+        self.tokenizer: Tokenizer | None = tokenizer
         host = HostTier(runner.host_sizes) if runner.host_sizes is not None else None
-        self.scheduler = Scheduler(config, allocator, runner.needs_state, host)
+        self.scheduler: Scheduler = Scheduler(config, allocator, runner.needs_state, host)
         drafts = config.num_speculative_tokens
         self._controller = DraftController(drafts, config.decode_buckets) if config.adaptive_speculation else None
         # When a turn was harvested behind which the device had another to do; None where it had none.
@@ -77,7 +79,8 @@ class Engine:
         if config.warmup:
             runner.warm_up()
         # Padding and compiling are not what users ask the statistics about.
-        self.metrics = runner.metrics = Metrics()
+        self.metrics: Metrics = Metrics()
+        runner.metrics = self.metrics
 
     @property
     def num_compilations(self) -> int:

@@ -73,9 +73,12 @@ class Frontend:
         defaults: GenerationDefaults | None = None,
         eos_token_ids: tuple[int, ...] = (),
     ):
-        self.config = config
-        self.max_model_len, self.vocab_size, self.num_blocks = max_model_len, vocab_size, num_blocks
-        self.tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
+        self.config: EngineConfig = config
+        self.max_model_len: int = max_model_len
+        self.vocab_size: int = vocab_size
+        self.num_blocks: int = num_blocks
+        self.tokenizer: Tokenizer | None = tokenizer
+        self.eos_token_ids: tuple[int, ...] = eos_token_ids
         self._defaults = defaults or GenerationDefaults()
         self._grammars = Grammars(tokenizer, vocab_size) if tokenizer is not None else None
         self._lock = threading.Lock()

@@ -74,9 +74,9 @@ class HostTier:
     """The entries of one engine. Owned by its prefix cache."""
 
     def __init__(self, sizes: HostSizes, counters: HostCounters | None = None):
-        self.sizes = sizes
-        self.counters = counters or HostCounters()
-        self.used_bytes = 0
+        self.sizes: HostSizes = sizes
+        self.counters: HostCounters = counters or HostCounters()
+        self.used_bytes: int = 0
         # In the order of their use, the oldest first.
         self._bundles: collections.OrderedDict[int, Bundle] = collections.OrderedDict()
         self._numbers = itertools.count(1)

@@ -10,8 +10,11 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from gdnjax import checkpoint
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig
+from gdnjax.memory import MemoryPlan
 from gdnjax.models import Model
 from gdnjax.progress import Progress
 from gdnjax.sampling_params import SamplingParams
@@ -103,9 +106,11 @@ class LLM:
         log.info("memory of one rank:\n%s", plan)
         # A HybridModel, unless from_model was given another one.
         self.model: Any = opened.model
-        self.config, self.mesh = opened.config, opened.mesh
-        self.memory_plan, self.max_model_len = plan, opened.max_model_len
-        self.frontend = Frontend(
+        self.config: EngineConfig = opened.config
+        self.mesh: Mesh = opened.mesh
+        self.memory_plan: MemoryPlan = plan
+        self.max_model_len: int = opened.max_model_len
+        self.frontend: Frontend = Frontend(
             opened.config,
             max_model_len=opened.max_model_len,
             vocab_size=opened.model.vocab_size,
@@ -115,7 +120,7 @@ class LLM:
             eos_token_ids=tuple(eos_token_ids),
         )
         allocator = Allocator(plan.num_slots, plan.num_blocks, plan.num_logit_rows, plan.num_count_rows)
-        self.engine = Engine(opened.runner(params), allocator, tokenizer)
+        self.engine: Engine = Engine(opened.runner(params), allocator, tokenizer)
         # What was asked for and is still to be had by somebody: a saved state has their samples that have ended, too.
         self._submissions: weakref.WeakSet[Submission] = weakref.WeakSet()
         self._submissions_lock = threading.Lock()

@@ -33,7 +33,7 @@ TURN_SIZES = tuple(float(1 << power) for power in range(15))
 SAMPLES = (1.0, 2.0, 5.0, 10.0, 20.0)
 """Upper bounds of the buckets of histograms: seconds, tokens, samples. Mostly vLLM's, and smaller times beside them."""
 
-HISTOGRAMS = {
+HISTOGRAMS: dict[str, tuple[float, ...]] = {
     "time_to_first_token": FIRST_TIMES,
     "inter_token_latency": TOKEN_TIMES,
     "time_per_output_token": TOKEN_TIMES,
@@ -60,8 +60,8 @@ class Histogram:
     """How many values came to lie in which bucket: above the bound before it, and at most its own."""
 
     def __init__(self, bounds: Sequence[float]):
-        self.bounds = tuple(bounds)
-        self.total = 0.0
+        self.bounds: tuple[float, ...] = tuple(bounds)
+        self.total: float = 0.0
         self._counts = np.zeros(len(bounds) + 1, np.int64)
         self._unsorted: list[int | float] = []
         self._lock = threading.Lock()
@@ -142,14 +142,14 @@ class Metrics:
     """Counters, clocks and recent times of one engine."""
 
     def __init__(self):
-        self.counters = Counters()
-        self.seconds = Seconds()
-        self.started = time.monotonic()
+        self.counters: Counters = Counters()
+        self.seconds: Seconds = Seconds()
+        self.started: float = time.monotonic()
         self._last_line = self.started
         self._produced: collections.deque[tuple[float, int]] = collections.deque()
         self._first_token: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._per_token: collections.deque[float] = collections.deque(maxlen=RECENT)
-        self.histograms = {name: Histogram(bounds) for name, bounds in HISTOGRAMS.items()}
+        self.histograms: dict[str, Histogram] = {name: Histogram(bounds) for name, bounds in HISTOGRAMS.items()}
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:

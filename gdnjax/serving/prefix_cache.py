@@ -101,17 +101,19 @@ class PrefixCache:
     """Owns blocks and slots of the allocator's pools that no request holds, and gives them back when asked."""
 
     def __init__(self, block_size: int, allocator: Allocator, needs_state: bool = True, host: HostTier | None = None):
-        self.block_size, self.needs_state, self.host = block_size, needs_state, host
-        self.counters = CacheCounters()
-        self.turn = 0
-        self.num_blocks = 0
-        self.num_evictable_blocks = 0
+        self.block_size: int = block_size
+        self.needs_state: bool = needs_state
+        self.host: HostTier | None = host
+        self.counters: CacheCounters = CacheCounters()
+        self.turn: int = 0
+        self.num_blocks: int = 0
+        self.num_evictable_blocks: int = 0
         # Blocks that have come to be evictable since the beginning, never fewer: whoever lacks some looks again when
         # there are enough of them.
-        self.num_loosened_blocks = 0
+        self.num_loosened_blocks: int = 0
         self._blocks, self._slots = allocator.blocks, allocator.slots
         self._ticks = itertools.count(1)
-        self.root = self._new_root()
+        self.root: Node = self._new_root()
         self._nodes: set[Node] = set()
         # Owners of checkpoints by slot, the one that was of use longest ago first: those that nobody has asked for yet,
         # and those that somebody has. The former go first, or the ends of requests would push out what they share.

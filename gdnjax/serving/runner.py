@@ -76,12 +76,15 @@ class Runner:
         max_model_len: int,
         followers: Followers | None = None,
     ):
-        self.model, self.params, self.mesh, self.config = model, params, mesh, config
+        self.model: Model = model
+        self.params = params
+        self.mesh: Mesh = mesh
+        self.config: EngineConfig = config
         self._followers = followers
         self._followed: collections.deque[Any] = collections.deque()
-        self.metrics = Metrics()
+        self.metrics: Metrics = Metrics()
         # Of requests that had to wait for it: what is compiled before they come is not among it.
-        self.compile_seconds = 0.0
+        self.compile_seconds: float = 0.0
         self._plain, self._full = planning.plain_options(config), planning.full_options(model, config)
         self._with_prompt = dataclasses.replace(self._full, prompt_logprobs=True)
         geometry = engine_geometry(model, config)

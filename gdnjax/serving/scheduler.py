@@ -99,19 +99,19 @@ class Scheduler:
         """`needs_state`: a cached prefix can be gone on from only where the state behind it was kept. `host`: where
         what is evicted goes.
         """
-        self.config = config
-        self.allocator = allocator
-        self.cache = PrefixCache(config.block_size, allocator, needs_state, host)
+        self.config: EngineConfig = config
+        self.allocator: Allocator = allocator
+        self.cache: PrefixCache = PrefixCache(config.block_size, allocator, needs_state, host)
         # Whoever has not ended, whatever becomes of the queues: what `start_over` goes by.
         self.unfinished: dict[Request, None] = {}
-        self.waiting = WaitingQueue()
+        self.waiting: WaitingQueue = WaitingQueue()
         self.running: list[Request] = []
         # Those that nobody is to admit for now, though they have not ended.
         self.parked: dict[Request, None] = {}
         # Those that have ended and whose end nobody has taken note of. The engine empties it.
         self.ended: list[Request] = []
-        self.num_preemptions = 0
-        self.detokenise_seconds = 0.0
+        self.num_preemptions: int = 0
+        self.detokenise_seconds: float = 0.0
         # The head that drafts keeps a key for the token that is fed next, too.
         self._places_behind = 1 if config.num_speculative_tokens else 0
         self._arrivals = itertools.count()

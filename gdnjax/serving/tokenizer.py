@@ -60,11 +60,13 @@ class Tokenizer:
     def __init__(self, hf: Any):
         self.hf = hf
         self.vocab_size: int = len(hf)
-        self.special_token_ids = frozenset(
+        self.special_token_ids: frozenset[int] = frozenset(
             token_id for token_id, token in hf.added_tokens_decoder.items() if token.special
         )
-        self.added_token_ids = {token.content: token_id for token_id, token in hf.added_tokens_decoder.items()}
-        self.eos_token_ids = as_id_tuple(hf.eos_token_id)
+        self.added_token_ids: dict[str, int] = {
+            token.content: token_id for token_id, token in hf.added_tokens_decoder.items()
+        }
+        self.eos_token_ids: tuple[int, ...] = as_id_tuple(hf.eos_token_id)
         self._backend = _plain_backend(hf)
 
     @classmethod

@@ -34,6 +34,18 @@ FAULTS = (
 )
 
 
+OTHER = """
+import pytest
+
+import adder
+
+
+@pytest.mark.parametrize("x", [2], ids=["two - as it is"])
+def test_far(x):
+    assert adder.times(x, 3) == 6, [1]
+"""
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """One of three files, that `check_tests` takes for its own."""
@@ -41,7 +53,7 @@ def repository(tmp_path, monkeypatch):
         "def add(a, b):\n    return a + b\n\n\ndef times(x, y):\n    return x * y\n\n\ndef same(c):\n    return c + 0\n"
     )
     (tmp_path / "test_near.py").write_text("import adder\n\n\ndef test_sum():\n    assert adder.add(2, 1) == 3\n")
-    (tmp_path / "test_other.py").write_text("import adder\n\n\ndef test_far():\n    assert adder.times(2, 3) == 6\n")
+    (tmp_path / "test_other.py").write_text(OTHER)
     monkeypatch.setattr(check_tests, "LINE_FAULTS", FAULTS)
     monkeypatch.setattr(check_tests, "ROOT", tmp_path)
     monkeypatch.setattr(check_tests, "copied", lambda target: tmp_path)
@@ -56,14 +68,14 @@ def test_a_fault_is_caught_near_it_or_by_the_others_or_missed(repository, capsys
     assert lines[0].startswith("without a fault all short tests pass")
     assert lines[1].startswith("deadly: CRASHED: pytest ended with status 3")
     assert lines[2].startswith("sum: caught by test_near.py::test_sum")
-    assert lines[3].startswith("far: caught by test_other.py::test_far")
+    assert lines[3].startswith("far: caught by test_other.py::test_far[two - as it is] (")
     assert lines[4].startswith("harmless: MISSED")
     assert lines[5] == "2 of 4 faults are caught"
     assert "a + b" in (repository / "adder.py").read_text()
     found = json.loads((repository / "out.json").read_text())
     assert [(row["caught_by"], row["crash"]) for row in found[1:]] == [
         ("test_near.py::test_sum", None),
-        ("test_other.py::test_far", None),
+        ("test_other.py::test_far[two - as it is]", None),
         (None, None),
     ]
     assert found[0]["caught_by"] is None

@@ -40,7 +40,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("served_model_names", "api_keys", "cors_origins"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(value, str) and value for value in values):

@@ -57,7 +57,7 @@ class Sizes:
     repeat: int = 3
     checkpoints: int = 24
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name == "checkpoints" else 1

@@ -74,7 +74,7 @@ class Spec:
     request_rate: float | None = None
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"no workload {self.kind!r}; allowed: {', '.join(KINDS)}")
         if self.kind == "random" and self.prefix_len:
