@@ -10,7 +10,7 @@ DESCRIPTION = "Ranks the given continuations of a text by their log-likelihood."
 
 EXAMPLES = """\
 examples:
-  python examples/score.py "Ann has 3 pens and buys 4 more. How many pens does Ann have?" " 7" " 8"
+  python examples/score.py "Ann has 3 pens and buys 4 more. How many pens does Ann have? Ann has 3 + 4 =" " 7" " 8"
   python examples/score.py --model Qwen3.5-4B "The capital of France is" " Paris" " Rome"
 """
 

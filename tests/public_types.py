@@ -1,10 +1,11 @@
-# pyright: strict
+# pyright: strict, reportUnnecessaryTypeIgnoreComment=true
 """Every public name as a user's strict type checker sees it. For pyright alone: nothing here is ever run."""
 
 import asyncio
 
 import jax
 
+import gdnjax
 from gdnjax import (
     LLM,
     AsyncLLM,
@@ -30,6 +31,9 @@ from gdnjax import (
     random_params,
 )
 
+# A name that there is not is an error here, though the package finds names at their first use.
+assert gdnjax.no_such_name  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+
 config = EngineConfig(max_num_seqs=4, decode_buckets=(4,))
 params = SamplingParams(temperature=0.0, logit_bias={3: 1.0}, structured_outputs=StructuredOutputsParams(regex="a+"))
 with LLM("tiny", config) as llm:
@@ -49,6 +53,11 @@ with LLM("tiny", config) as llm:
         pass
     print(group.output().outputs[0].text, answer, metrics)
     llm.update_weights(llm.params)
+    tokenizer = llm.tokenizer
+    if tokenizer is not None:
+        ends: tuple[int, ...] = tokenizer.eos_token_ids
+        print(ends, tokenizer.added_token_ids["<think>"] in tokenizer.special_token_ids)
+    print(llm.max_model_len, llm.config.max_num_seqs, llm.memory_plan.num_blocks, llm.mesh.size, llm.eos_token_ids)
     llm.save_state("x")
     restored = llm.restore("x")
     print(restored[0].finished, llm.stats()["num_running"], llm.default_sampling_params(max_tokens=3).max_tokens)

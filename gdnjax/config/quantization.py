@@ -17,7 +17,7 @@ WHOLE = 0
 BLOCK = (128, 128)
 """Weights of one scale, rows by columns, where a block is not said to be of another size."""
 
-GRIDS = {"fp8": BLOCK, "fp8_per_channel": (1, WHOLE)}
+GRIDS: dict[str, tuple[int, int]] = {"fp8": BLOCK, "fp8_per_channel": (1, WHOLE)}
 """FP8 as it is published -> the weights that share a scale."""
 
 

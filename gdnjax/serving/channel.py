@@ -59,8 +59,9 @@ class Connection:
 
     def __init__(self, end: socket.socket, name: str):
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.end, self.name = end, name
-        self.heard = time.monotonic()
+        self.end: socket.socket = end
+        self.name: str = name
+        self.heard: float = time.monotonic()
         self._lock = threading.Lock()
         self._read = bytearray()
 
@@ -125,7 +126,7 @@ class Peers:
     """
 
     def __init__(self, connections: Mapping[int, Connection]):
-        self.connections = dict(connections)
+        self.connections: dict[int, Connection] = dict(connections)
         self.error: ProcessLostError | None = None
         self._inbox: dict[int, queue.SimpleQueue[Message | None]] = {
             number: queue.SimpleQueue() for number in connections

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gdnjax.batch import Emitted, Logprobs
+from gdnjax.config import EngineConfig
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.allocator import Allocator
 from gdnjax.serving.host_tier import HostTier

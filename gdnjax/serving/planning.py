@@ -21,7 +21,8 @@ from gdnjax.memory import MemoryPlan
 from gdnjax.models import Model, engine_geometry, partition
 from gdnjax.serving import packing
 from gdnjax.serving.plan import max_growth
-from gdnjax.state import empty_state, shardings_of
+from gdnjax.shapes import Params
+from gdnjax.state import ServeState, empty_state, shardings_of
 from gdnjax.step import StepOptions, build_word_steps
 
 Left = tuple[int, int | None]
@@ -161,7 +162,9 @@ def _pools(model: Model, config: EngineConfig, max_model_len: int) -> MemoryPlan
     )
 
 
-def largest_steps(model, config: EngineConfig, mesh, params, state) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+def largest_steps(
+    model: Model, config: EngineConfig, mesh: Mesh, params: Params, state: ServeState
+) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Every kind of step with what it takes, in the largest bucket of each. Fewer drafts than the most need less."""
     plain, full = plain_options(config), full_options(model, config)
     steps = build_word_steps(model, mesh, plain, params, state)

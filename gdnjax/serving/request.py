@@ -6,6 +6,7 @@ from typing import Any
 
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving.detokenizer import Detokenizer
+from gdnjax.serving.outputs import Logprob
 from gdnjax.serving.radix_tree import Node
 from gdnjax.serving.structured import Matcher
 
@@ -92,8 +93,8 @@ class Request:
     half_done: bool = False
 
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
-    output_logprobs: list = dataclasses.field(default_factory=list)
-    prompt_logprobs: list = dataclasses.field(default_factory=list)
+    output_logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int | None = None
