@@ -1,4 +1,5 @@
-# pyright: strict, reportUnnecessaryTypeIgnoreComment=true
+# pyright: strict
+# pyright: reportUnnecessaryTypeIgnoreComment=true
 """Every public name as a user's strict type checker sees it. For pyright alone: nothing here is ever run."""
 
 import asyncio
