@@ -1,10 +1,12 @@
 """Answers the prompts of a file with Ray Data, on as many engines as there are devices for."""
 
 import argparse
+import importlib.util
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray  # pyright: ignore[reportMissingImports]
+if TYPE_CHECKING:
+    import ray  # pyright: ignore[reportMissingImports]
 
 DESCRIPTION = """\
 Reads JSON Lines of {"prompt": ...}, has each batch answered by one of several engines, each an actor with a device of
@@ -16,7 +18,7 @@ examples:
   python examples/ray_batch.py prompts.jsonl answers --actors 2                      the embedded model, on the CPU
   python examples/ray_batch.py prompts.jsonl answers --model Qwen3.5-4B --gpus 1 --actors 8
 
-Exit status: 0 done, 2 a bad argument.
+Exit status: 0 done, 2 a bad argument, or Ray is not installed.
 """
 
 
@@ -57,6 +59,8 @@ def answer(
     batch_size   prompts that an engine is given at once: several times its max_num_seqs keeps it full.
     engine       options of LLM; sampling: fields of SamplingParams.
     """
+    import ray  # pyright: ignore[reportMissingImports]
+
     return prompts.map_batches(
         Worker,
         fn_constructor_args=(model, engine or {}, sampling or {}),
@@ -81,6 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
     parser.add_argument("--temp", type=float, default=0.0, metavar="T", help="temperature (default: 0)")
     given = parser.parse_args(arguments)
+    # Not imported above: the help is for those, too, who have yet to install it.
+    if importlib.util.find_spec("ray") is None:
+        parser.error('Ray is not installed: pip install "gdnjax[ray]"')
+    import ray  # pyright: ignore[reportMissingImports]
+
     answers = answer(
         ray.data.read_json(given.prompts),
         given.model,

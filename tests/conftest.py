@@ -1,11 +1,9 @@
 """Four CPU devices, so that tensor parallelism is tested everywhere; tests of a GPU run only where there is one."""
 
 import collections
-import contextlib
 import gc
 import os
 import pathlib
-from unittest import mock
 
 # The size of XLA's CPU thread pool, read when the backend starts. It is otherwise the number of cores, and ranks that
 # wait for one another on fewer threads wait for ever.
@@ -17,7 +15,8 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
-from jax._src import compiler
+
+from tests.compiling import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
 
 jax.config.update("jax_num_cpu_devices", 4)
 
@@ -52,42 +51,6 @@ def pytest_collection_finish():
     """Thousands of items, and what their modules have imported."""
     gc.collect()
     gc.freeze()
-
-
-IN_ONE_PIECE = ("xla_cpu_parallel_codegen_split_count", 1)
-"""Of modules: other test processes have the cores that their parts would take."""
-
-WITHOUT_MLIR = ("xla_cpu_use_fusion_emitters", False)
-"""Of fusions, which are written as LLVM's at once. XLA of jax 0.12 has the option no more."""
-
-
-def known(option: tuple[str, bool | int]) -> bool:
-    """Whether this version of XLA has the option."""
-    try:
-        jax.jit(lambda x: x, compiler_options=dict([option])).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def compiled_with(*options: tuple[str, bool | int]):
-    """LLVM optimises nothing, and XLA has the options that it knows; on a CPU."""
-    if jax.default_backend() != "cpu":
-        yield
-        return
-    options_of = compiler.get_compile_options
-    chosen = [*filter(known, options)]
-
-    def options_for(*arguments, **keywords):
-        found = options_of(*arguments, **keywords)
-        found.env_option_overrides = [*found.env_option_overrides, *chosen]
-        return found
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    with mock.patch.object(compiler, "get_compile_options", options_for):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +96,8 @@ def _mark_thorough(config, items) -> None:
     """
     tests = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("short_cases"):
+        # What is thorough by a parameter of a fixture is none of the short cases.
+        if item.get_closest_marker("short_cases") and not item.get_closest_marker("thorough"):
             tests[item.nodeid.partition("[")[0]].append(item)
     for name, cases in tests.items():
         wanted = set(cases[0].get_closest_marker("short_cases").args)

@@ -3,6 +3,7 @@
 Its MTP head, where it is asked for, is as random as the rest: greedy drafts are all but never right.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -20,6 +21,7 @@ from gdnjax.config import (
     YarnConfig,
 )
 from gdnjax.sharding import path_name
+from tests.compiling import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
 
 D, A = LayerKind.DELTA, LayerKind.ATTENTION
 
@@ -41,6 +43,10 @@ MICRO = ModelConfig(
     dtype="float32",
     mtp_layers=1,
 )
+
+
+SHALLOW = dataclasses.replace(MICRO, layer_kinds=(D, A), mlp_kinds=(MlpKind.MOE, MlpKind.DENSE))
+"""A layer of each kind, and both kinds of MLP: half the compiling."""
 
 
 LATENTS = ModelConfig(
@@ -81,14 +87,22 @@ LATENTS = ModelConfig(
 """Latents alone and no state, experts in groups: the other small model, of one rank."""
 
 
+def made(config: ModelConfig, seed: int, **options) -> dict:
+    """Random float32 parameters of one rank. A small program for each shape, so compiled quickly, whoever asks: as
+    users compile them they would take ten seconds.
+    """
+    with compiled_with(IN_ONE_PIECE, WITHOUT_MLIR):
+        return random_params(config, 1, "float32", jax.random.key(seed), **options)
+
+
 @functools.cache
 def micro_params(tp: int = 1, mtp: bool = False, expert_parallel: bool = False) -> dict:
     """Global float32 parameters as `tp` ranks hold them side by side; the same model for every `tp`, with its head and
     without, experts whole or cut.
     """
-    params = random_params(MICRO, 1, "float32", jax.random.key(3))
+    params = made(MICRO, 3)
     if mtp:
-        params |= {"mtp": random_params(MICRO, 1, "float32", jax.random.key(4), mtp=True)["mtp"]}
+        params |= {"mtp": made(MICRO, 4, mtp=True)["mtp"]}
     return spread(params, tp, expert_parallel)
 
 
@@ -118,6 +132,13 @@ def _spread(name: str, value: np.ndarray, tp: int, expert_parallel: bool) -> np.
 def _rank_major(parts: list[np.ndarray], tp: int) -> np.ndarray:
     """The first piece of every part, then the second piece of every part, and so on."""
     return np.concatenate([np.split(part, tp)[rank] for rank in range(tp) for part in parts])
+
+
+@functools.cache
+def shallow_params(mtp: bool = False) -> dict:
+    """SHALLOW's, of one rank; the same model with its head and without."""
+    params = made(SHALLOW, 3, mtp=True)
+    return params if mtp else {name: leaf for name, leaf in params.items() if name != "mtp"}
 
 
 def micro_model(tp: int = 1, mtp: bool = False, expert_parallel: bool = False):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax import build_model, random_params
+from gdnjax import build_model
 from gdnjax.batch import LogitRowBatch
 from gdnjax.cache import LAYOUT_KV, LAYOUT_VK
 from gdnjax.config import ATTENTION, MlpKind
@@ -21,7 +21,7 @@ from gdnjax.step import fill_logit_row
 from tests.driver import BLOCK, NUM_BLOCKS, Admission, Driver, Piece
 from tests.float64 import reference
 from tests.ledger import KEY_DIM, VALUE_DIM, LedgerModel, Oracle
-from tests.micro import MICRO, A, D
+from tests.micro import MICRO, A, D, made
 from tests.pools import pool_of, with_pools
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -67,7 +67,7 @@ SMALL = dataclasses.replace(
 @functools.cache
 def float_driver(num_drafts: int = 0, kv_cache_dtype: str = "auto") -> Driver:
     mtp = num_drafts > 0
-    params = random_params(SMALL, 1, "float32", jax.random.key(3), mtp=mtp)
+    params = made(SMALL, 3, mtp=mtp)
     return Driver(build_model(SMALL, "float32", mtp=mtp), params, "mixed", num_drafts, kv_cache_dtype)
 
 

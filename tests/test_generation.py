@@ -17,18 +17,16 @@ from gdnjax import (
     draft_logits,
     full_logits,
     generation,
-    random_params,
 )
 from gdnjax.config import MlpKind
 from gdnjax.models import HybridModel
-from tests.micro import MICRO, A, D
+from tests.micro import MICRO, A, D, made
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 # One layer of each kind: every choice of sampling parameters is another compilation.
 CONFIG = dataclasses.replace(MICRO, layer_kinds=(D, A), mlp_kinds=(MlpKind.DENSE, MlpKind.MOE))
 MODEL = build_model(CONFIG, "float32")
-PARAMS = random_params(CONFIG, 1, "float32", jax.random.key(3))
 LENGTHS = (5, 70, 64, 1)
 """True lengths of the prompts, padded to the longest."""
 
@@ -36,6 +34,12 @@ STEPS = 7
 
 NEAR_TIE = 1e-4
 """Gap of the two largest logits below which two orders of float32 summation (1e-5 of the logits) could part."""
+
+
+@functools.cache
+def random() -> dict:
+    """The parameters of MODEL. Not made where modules are collected."""
+    return made(CONFIG, 3)
 
 
 def prompts():
@@ -83,7 +87,7 @@ def run(**options):
     COUNTED.runs.clear()
     key = options.pop("key", jax.random.key(0))
     tokens, lengths = padded(options.pop("fill", 0))
-    output, total = generate(PARAMS, tokens, lengths, key, **options)
+    output, total = generate(random(), tokens, lengths, key, **options)
     jax.effects_barrier()
     assert int(total) == int(output.lengths.sum())
     return np.asarray(output.tokens), np.asarray(output.lengths), len(COUNTED.runs)
@@ -103,7 +107,7 @@ def logits_of(token_ids, model=MODEL, params=None):
     """Logits at every position, of one compilation for all lengths."""
     tokens = np.zeros((96,), np.int32)
     tokens[: len(token_ids)] = token_ids
-    found = _logits(model, PARAMS if params is None else params, tokens, jnp.int32(len(token_ids)))
+    found = _logits(model, random() if params is None else params, tokens, jnp.int32(len(token_ids)))
     return np.asarray(found, np.float64)[: len(token_ids)]
 
 
@@ -121,7 +125,7 @@ def test_greedy_tokens_are_the_models_best(greedy):
 def test_greedy_tokens_equal_the_engines(greedy):
     params = SamplingParams(temperature=0.0, max_tokens=STEPS, ignore_eos=True)
     options = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "prefill_buckets": (64,), "decode_buckets": (4,)}
-    with LLM.from_model(MODEL, PARAMS, max_model_len=128, warmup=False, compilation_cache_dir="", **options) as llm:
+    with LLM.from_model(MODEL, random(), max_model_len=128, warmup=False, compilation_cache_dir="", **options) as llm:
         outputs = llm.generate(prompts(), params, use_tqdm=False)
     np.testing.assert_array_equal(greedy[0], [output.outputs[0].token_ids for output in outputs])
 
@@ -162,7 +166,7 @@ def test_rows_draw_with_noise_of_their_own():
     tokens = jnp.asarray([prompts()[0]] * 4, jnp.int32)
     tokens = jnp.pad(tokens, ((0, 0), (0, max(LENGTHS) - 5)))
     output, _ = generate(
-        PARAMS, tokens, jnp.full((4,), 5, jnp.int32), jax.random.key(3), sampling=SamplingParams(temperature=1.0)
+        random(), tokens, jnp.full((4,), 5, jnp.int32), jax.random.key(3), sampling=SamplingParams(temperature=1.0)
     )
     assert len({row.tobytes() for row in np.asarray(output.tokens)}) == 4
 
@@ -179,7 +183,7 @@ def test_bfloat16_tokens_are_near_the_best():
     """bfloat16 may choose another token than float32 where it cannot tell them apart: a few percent of the logits."""
     model = build_model(CONFIG, "bfloat16")
     abstract = abstract_params(CONFIG, 1, "bfloat16")
-    params = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), PARAMS, abstract)
+    params = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), random(), abstract)
     tokens, lengths = padded()
     run = jax.jit(functools.partial(batch_generate, model, max_new_tokens=STEPS))
     output = run(params, tokens, lengths, jax.random.key(0))
@@ -193,7 +197,7 @@ def test_bfloat16_tokens_are_near_the_best():
 def call(model=MODEL, **options):
     tokens, lengths = padded()
     options = {"max_new_tokens": 2} | options
-    return batch_generate(model, PARAMS, tokens, lengths, jax.random.key(0), **options)
+    return batch_generate(model, random(), tokens, lengths, jax.random.key(0), **options)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,7 @@ def test_full_logits_have_a_derivative():
         scores = jax.nn.log_softmax(full_logits(MODEL, params, tokens, 66)[:65])
         return jnp.sum(jnp.take_along_axis(scores, tokens[1:66, None], axis=-1))
 
-    leaves, structure = jax.tree.flatten(PARAMS)
+    leaves, structure = jax.tree.flatten(random())
     keys = jax.random.split(jax.random.key(5), len(leaves))
     direction = [x * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
     value_and_grad = jax.jit(jax.value_and_grad(log_likelihood))

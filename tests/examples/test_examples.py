@@ -11,7 +11,7 @@ from examples import extract_json, own_loop, reinforce, score, tool_loop
 from gdnjax import LLM, AsyncLLM, SamplingParams
 from gdnjax.serving.server.app import make_app
 from gdnjax.serving.server.settings import ServerConfig
-from tests.conftest import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
+from tests.compiling import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
 from tests.serving.server.sockets import serving
 
 QUESTION = "A box has 3 apples. 4 more are put in. How many apples are in the box?"

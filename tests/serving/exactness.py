@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdnjax import LLM, EngineConfig, SamplingParams
+from gdnjax import LLM, EngineConfig, SamplingParams, build_model
 from gdnjax.config import ATTENTION, DELTA, ModelConfig
 from gdnjax.sampling import gumbel
 from tests.float64 import Reference, reference
-from tests.micro import MICRO, micro_model, micro_params
+from tests.micro import MICRO, SHALLOW, micro_model, micro_params, shallow_params
 
 MAX_MODEL_LEN = 256
 ALL = MICRO.vocab_size
@@ -42,8 +42,24 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=16, logprobs=ALL)
 
 
 def build(**config) -> LLM:
-    """An engine of one prefill and one decode bucket, without the prefix cache, unless told otherwise. Compiles at
-    first use."""
+    """An engine of MICRO, of one prefill and one decode bucket, without the prefix cache, unless told otherwise.
+    Compiles at first use.
+    """
+    config = config_of(config)
+    kind = config.tensor_parallel_size, config.num_speculative_tokens > 0, config.enable_expert_parallel
+    return LLM.from_model(micro_model(*kind), micro_params(*kind), config, max_model_len=MAX_MODEL_LEN)
+
+
+def build_shallow(**config) -> LLM:
+    """The same of SHALLOW."""
+    config = config_of(config)
+    mtp = config.num_speculative_tokens > 0
+    model = build_model(SHALLOW, "float32", mtp=mtp)
+    return LLM.from_model(model, shallow_params(mtp), config, max_model_len=MAX_MODEL_LEN)
+
+
+def config_of(config: dict) -> EngineConfig:
+    """The engines' common options, with these in their place."""
     config = {
         "enable_prefix_caching": False,
         "max_num_seqs": 4,
@@ -51,9 +67,7 @@ def build(**config) -> LLM:
         "prefill_buckets": (128,),
         "decode_buckets": (4,),
     } | config
-    config = EngineConfig(max_logprobs=ALL, warmup=False, compilation_cache_dir="", block_size=16, **config)
-    kind = config.tensor_parallel_size, config.num_speculative_tokens > 0, config.enable_expert_parallel
-    return LLM.from_model(micro_model(*kind), micro_params(*kind), config, max_model_len=MAX_MODEL_LEN)
+    return EngineConfig(max_logprobs=ALL, warmup=False, compilation_cache_dir="", block_size=16, **config)
 
 
 def leave_idle(llm: LLM) -> None:
@@ -265,6 +279,12 @@ class Exact:
 def exact_micro() -> Exact:
     """With and without its head the model is the same one."""
     return Exact(MICRO, micro_params(mtp=True))
+
+
+@functools.cache
+def exact_shallow() -> Exact:
+    """The same of SHALLOW."""
+    return Exact(SHALLOW, shallow_params(mtp=True))
 
 
 @dataclasses.dataclass(frozen=True)

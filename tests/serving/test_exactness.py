@@ -222,12 +222,14 @@ def runs(request) -> list[Run]:
     return found
 
 
+@pytest.mark.short_cases("vk, four ranks, an expert each")
 def test_logits_and_states_are_within_the_float64_bound(runs):
     errors = [error_of(run) for run in runs]
     print("largest:", *(f"{f.name} {max(getattr(e, f.name) for e in errors):.1e}" for f in dataclasses.fields(Error)))
     assert all(within_bounds(error) for error in errors), errors
 
 
+@pytest.mark.short_cases("vk, four ranks, an expert each")
 def test_near_ties_are_few(runs):
     """Where the two best tokens are closer than rounding, another bucket may draw the other: at most 2% of draws."""
     found = np.concatenate([gaps(run) for run in runs])
@@ -240,6 +242,7 @@ def test_full_logits_are_within_the_float64_bound():
     assert distance(logits, reference(MICRO, micro_params(), tokens).logits) <= LOGPROB_BOUND
 
 
+@pytest.mark.thorough
 def test_prompt_logprobs_of_pieces_are_within_the_float64_bound():
     """Each piece reports its own positions; the last of a piece has its target in the next."""
     llm = build(state_layout="kv", max_num_batched_tokens=64, prefill_buckets=(64,))
@@ -269,26 +272,29 @@ NUM_INTERLEAVINGS = 20
 """Of each."""
 
 
-@pytest.mark.short_cases("mixed, 4 drafts")
+@pytest.mark.short_cases("mixed, 4 drafts-4")
 @pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize("name", INTERLEAVED)
-def test_random_interleavings_are_within_the_float64_bound(name):
+@pytest.mark.parametrize(
+    ("name", "count"), [("mixed, 4 drafts", 4), *((name, NUM_INTERLEAVINGS) for name in INTERLEAVED)]
+)
+def test_random_interleavings_are_within_the_float64_bound(name, count):
     """Teacher-forced on what was emitted, whatever was cached, cut, sent back, drafted and computed beside it. A drawn
     token is the one that its seed gives at its position, so it is that of a run without drafts.
     """
     llm, tally = caching_engine(name), Tally()
     speculating = llm.config.num_speculative_tokens > 0
-    for seed in range(NUM_INTERLEAVINGS):
+    for seed in range(count):
         found = interleave(llm, seed, functools.partial(micro_arrivals, speculating=speculating))
         tally.add(llm, exact_micro(), found)
     print(tally, tally.acceptance)
     assert tally.within_bounds(), tally
-    assert tally.hits >= 12
-    assert tally.preempted >= 4
-    assert tally.checkpoints >= 50
+    share = count / NUM_INTERLEAVINGS
+    assert tally.hits >= 12 * share
+    assert tally.preempted >= 4 * share
+    assert tally.checkpoints >= 50 * share
     if speculating:
-        assert tally.drawn >= 20
-        assert tally.beside >= 5
+        assert tally.drawn >= 20 * share
+        assert tally.beside >= 5 * share
         # Drawn drafts and tokens have their noise in common; greedy ones next to nothing.
         assert 0.05 < tally.acceptance < 0.35, tally
 

@@ -429,6 +429,7 @@ def test_random_interleavings_with_scarce_blocks_equal_solo_runs():
     interleave(VK, 30, sees=CACHED + SCARCE)
 
 
+@pytest.mark.thorough
 @unchecked
 def test_random_interleavings_with_scarce_blocks_and_drafts_equal_solo_runs():
     rest = ("fork beside its running source", "several blocks at once")

@@ -9,12 +9,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.serving.exactness import CACHED, GREEDY, build, prompt_of, queue, solo, table
+from tests.serving.exactness import CACHED, GREEDY, build, build_shallow, prompt_of, queue, solo, table
 
 
+@pytest.mark.short_cases("shallow-0")
 @pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize("num_drafts", [0, 2])
-def test_invariant_mode_gives_the_same_bits_whatever_the_load(num_drafts):
+@pytest.mark.parametrize(
+    ("build", "num_drafts"), [(build_shallow, 0), (build, 0), (build, 2)], ids=["shallow-0", "0", "2"]
+)
+def test_invariant_mode_gives_the_same_bits_whatever_the_load(build, num_drafts):
     """Tokens and log-probabilities, alone with nothing cached, and among others with and without a hit."""
     scarce = CACHED | {"num_kv_blocks": 64, "num_speculative_tokens": num_drafts}
     llm = build(state_layout="mixed", batch_invariant=True, **scarce)

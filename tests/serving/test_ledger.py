@@ -58,7 +58,11 @@ from tests.serving.ledgers import (
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
-@pytest.fixture(params=[KV, VK_DRAFTS, MIXED_DRAFTS])
+@pytest.fixture(
+    params=[
+        pytest.param(KV, marks=pytest.mark.thorough), pytest.param(VK_DRAFTS, marks=pytest.mark.thorough), MIXED_DRAFTS
+    ]
+)  # fmt: skip
 def llm(request) -> LLM:
     """Of each layout, with and without drafts, with an empty cache."""
     return fresh(request.param)
@@ -85,7 +89,7 @@ def test_whole_prompt_in_the_cache_still_computes_a_token(llm):
     assert again.output_token_ids[0] == known[-1]
 
 
-@pytest.mark.short_cases
+@pytest.mark.short_cases(f"lengths0-{MIXED}")
 @pytest.mark.parametrize("name", [KV, VK, MIXED, LARGE_BLOCKS, INVARIANT])
 @pytest.mark.parametrize("lengths", [(64, 129, 200), (50, 63, 111), (1, 15, 250)])
 def test_chunked_equals_whole(name, lengths):
@@ -113,6 +117,7 @@ def test_preempted_equals_uninterrupted(llm, tokens):
     assert (request.num_preemptions, request.num_cached_tokens) == (1, 0)
 
 
+@pytest.mark.thorough
 def test_preempted_between_pieces_equals_uninterrupted():
     llm = fresh(VK)
     (request,) = queue(llm, prompt_of(0, 250), greedy(5))
@@ -138,6 +143,7 @@ def test_preempted_again_and_again_equals_uninterrupted(llm):
     assert request.num_preemptions > 5
 
 
+@pytest.mark.thorough
 def test_preempted_without_the_cache_equals_uninterrupted():
     llm = fresh(NO_CACHE)
     request = start(llm, prompt_of(0, 70), 40, 20)
@@ -280,6 +286,7 @@ def test_two_requests_fork_one_checkpoint_while_it_is_evicted(llm, length):
         check_greedy(llm, request)
 
 
+@pytest.mark.thorough
 def test_slot_of_a_checkpoint_that_is_there_already_serves_nobody_in_that_turn():
     """Two requests compute one state over the same cached blocks, the second a turn later: the cache has no use for
     its slot, which the step writes all the same.
@@ -351,6 +358,7 @@ def test_prefix_longer_than_the_pool_is_served_in_turn():
     assert request.num_tokens == MAX_MODEL_LEN
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("block_size", "interval"), [(4, 96), (16, 48)])
 def test_odd_ratios_of_chunk_block_and_interval_equal_solo_runs(block_size, interval):
     """Checkpoints within chunks, at their ends, and in decode; pieces of 64."""
@@ -428,6 +436,7 @@ def test_cache_can_be_reset_while_requests_run(llm):
     check_nothing_is_held(llm)
 
 
+@pytest.mark.short_cases(ALONE)
 @pytest.mark.parametrize("name", [ALONE, NO_CACHE])
 def test_slot_of_an_aborted_request_serves_the_next_at_once(name):
     """What is in flight for the old owner reaches nobody, and the new owner's tokens are all its own."""
@@ -447,12 +456,14 @@ def test_slot_of_an_aborted_request_serves_the_next_at_once(name):
         check_greedy(llm, request)
 
 
-def test_request_aborted_between_pieces_leaves_its_slot_clean():
+@pytest.mark.short_cases(f"{MIXED}-1")
+@pytest.mark.parametrize(("name", "turns"), [(MIXED, 1), (VK, 2)])
+def test_request_aborted_between_pieces_leaves_its_slot_clean(name, turns):
     """The next owner of the slot starts afresh, though the old one never finished its prompt."""
-    llm = fresh(VK)
+    llm = fresh(name)
     (old,) = queue(llm, prompt_of(0, 200), greedy(9))
-    llm.engine.step()
-    llm.engine.step()
+    for _ in range(turns):
+        llm.engine.step()
     assert 0 < old.num_computed < old.prompt_length
     slot = old.slot
     llm.engine.abort(old)
@@ -464,6 +475,7 @@ def test_request_aborted_between_pieces_leaves_its_slot_clean():
     assert new.output_token_ids == oracle().solo_run(prompt_of(1, 129), 9)
 
 
+@pytest.mark.thorough
 def test_late_found_stop_string_drops_the_tokens_after_it(tmp_path):
     """The host finds a stop string when the next token is already on its way."""
     write_tokenizer(tmp_path, vocab_size=400)
@@ -577,6 +589,7 @@ def test_ledger_sees_the_fault(fault):
     assert produced != expected
 
 
+@pytest.mark.short_cases(RINGS_DRAFTS)
 @pytest.mark.parametrize("name", [RINGS, RINGS_DRAFTS])
 def test_ledger_sees_a_stale_row_of_a_ring(name, monkeypatch):
     """From the token on that is drawn in sight of it."""
@@ -587,6 +600,7 @@ def test_ledger_sees_a_stale_row_of_a_ring(name, monkeypatch):
     assert produced != expected
 
 
+@pytest.mark.short_cases(MIXED, RINGS_DRAFTS)
 @pytest.mark.parametrize("name", [MIXED, RINGS, RINGS_DRAFTS])
 def test_ledger_sees_nothing_without_a_fault(name):
     assert all(produced == expected for produced, expected in _tokens_under(lambda *_: None, name))
@@ -622,6 +636,7 @@ def test_layout_bit_moves_with_its_row_in_forks_and_copies():
         check_greedy(llm, one)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [MIXED, MIXED_DRAFTS])
 def test_forks_of_what_decode_wrote_are_right_250_times_out_of_250(name):
     """In a mixed pool, where a stale layout bit would show."""

@@ -48,7 +48,13 @@ from tests.serving.ledgers import (
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
-@pytest.fixture(params=[KV_DRAFTS, VK_DRAFTS, MIXED_DRAFTS])
+@pytest.fixture(
+    params=[
+        pytest.param(KV_DRAFTS, marks=pytest.mark.thorough),
+        pytest.param(VK_DRAFTS, marks=pytest.mark.thorough),
+        MIXED_DRAFTS,
+    ]
+)
 def llm(request) -> LLM:
     """Of each layout, with an empty cache."""
     return fresh(request.param)
@@ -65,7 +71,7 @@ def steps_of(watch: Watch, request) -> list[tuple[int, int]]:
     return [(step.drafts, step.count) for step in watch.steps.get(request, [])]
 
 
-@pytest.mark.short_cases
+@pytest.mark.short_cases(*(f"{length}-{MIXED_DRAFTS}" for length in (1, 15, 64, 130)))
 @pytest.mark.parametrize("name", [KV_DRAFTS, VK_DRAFTS, MIXED_DRAFTS, LARGE_BLOCKS, NO_CACHE, INVARIANT])
 @pytest.mark.parametrize("length", [1, 15, 64, 130])
 def test_steps_of_a_request_alone_are_those_of_the_oracle(name, length):
@@ -77,6 +83,7 @@ def test_steps_of_a_request_alone_are_those_of_the_oracle(name, length):
     assert 0 < request.num_accepted_tokens < request.num_draft_tokens
 
 
+@pytest.mark.thorough
 def test_steps_ignore_neighbours_and_who_opts_out():
     """Blocks are plenty: each request's drafts are kept and rejected as in a run of its own."""
     llm = fresh(KV_DRAFTS)
@@ -192,6 +199,7 @@ def test_stop_token_among_accepted_drafts_ends_the_request_there(llm):
     assert again.num_cached_tokens == len(prompt) + place + 1
 
 
+@pytest.mark.short_cases(KV_DRAFTS)
 @pytest.mark.parametrize("name", [KV, KV_DRAFTS])
 def test_request_whose_masks_leave_no_token_ends_there(name):
     """In the middle of a run of drafts. Nothing that was forbidden comes out, and what is cached is right."""
@@ -270,6 +278,7 @@ def test_request_aborted_with_a_step_in_flight_leaves_what_is_known(llm):
         check_cache(llm)
 
 
+@pytest.mark.short_cases(f"{MIXED_DRAFTS}-True")
 @pytest.mark.parametrize("full", [False, True])
 def test_log_probabilities_are_one_for_each_token(llm, full):
     """As many as there are tokens, and those that a run without drafts gives, to the bit."""
@@ -287,7 +296,7 @@ def test_log_probabilities_are_one_for_each_token(llm, full):
     assert found[0] == found[1]
 
 
-@pytest.mark.short_cases
+@pytest.mark.short_cases(*(f"{drawn}-{MIXED_DRAFTS}" for drawn in (1, 2, 4)))
 @pytest.mark.parametrize("name", [KV_DRAFTS, MIXED_DRAFTS, INVARIANT])
 @pytest.mark.parametrize("drawn", range(len(DRAWN)))
 def test_drawn_tokens_do_not_depend_on_drafts(name, drawn):
@@ -337,6 +346,7 @@ def test_checkpoints_of_decode_steps_stand_at_exact_positions(llm):
     assert check_cache(llm) >= len(found)
 
 
+@pytest.mark.short_cases(MIXED_DRAFTS)
 @pytest.mark.parametrize("name", [KV_DRAFTS, MIXED_DRAFTS])
 def test_two_requests_fork_beside_a_running_source(name):
     """From a checkpoint that its decode steps have left at an exact position, while it goes on."""

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,15 @@ from tests.serving.exactness import CACHED, build, leave_idle, prompt_of
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-OLD = micro_params(mtp=True)
-NEW = jax.tree.map(lambda x: x * np.float32(1.25), OLD)
+
+
+def old_params() -> dict:
+    return micro_params(mtp=True)
+
+
+@functools.cache
+def new_params() -> dict:
+    return jax.tree.map(lambda x: x * np.float32(1.25), old_params())
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,7 @@ def engine() -> LLM:
 
 @pytest.fixture
 def llm(engine):
-    engine.update_weights(OLD)
+    engine.update_weights(old_params())
     yield engine
     leave_idle(engine)
 
@@ -41,12 +49,12 @@ def test_new_weights_answer_and_old_ones_come_back(llm):
     prompt = prompt_of(0, 70)
     old = tokens_of(llm, prompt)
     compiled = llm.engine.num_compilations
-    llm.update_weights(NEW)
+    llm.update_weights(new_params())
     new = tokens_of(llm, prompt)
     assert new != old
     logits = full_logits(llm.model, llm.params, jnp.array([*prompt, *new]))
     assert new == np.argmax(logits[len(prompt) - 1 : -1], axis=-1).tolist()
-    llm.update_weights(OLD)
+    llm.update_weights(old_params())
     assert tokens_of(llm, prompt) == old
     assert llm.engine.num_compilations == compiled
 
@@ -55,7 +63,7 @@ def test_nothing_cached_is_used_again(llm):
     prompt = prompt_of(0, 70)
     tokens_of(llm, prompt)
     assert llm.engine.scheduler.cache.num_blocks
-    llm.update_weights(NEW)
+    llm.update_weights(new_params())
     (output,) = llm.generate([prompt], GREEDY, use_tqdm=False)
     assert output.num_cached_tokens == 0
     llm.engine.scheduler.check_integrity()
@@ -68,7 +76,7 @@ def test_who_has_not_ended_goes_on_from_his_tokens(llm):
         llm.step()
     others = [llm.submit(prompt_of(2, 200), GREEDY), llm.submit(prompt_of(3, 40), GREEDY)]
     llm.step()
-    llm.update_weights(NEW)
+    llm.update_weights(new_params())
     (request,) = first.requests
     before = list(request.output_token_ids)
     assert 0 < len(before) < GREEDY.max_tokens
@@ -95,7 +103,7 @@ def test_who_has_not_ended_goes_on_from_his_tokens(llm):
 def test_what_does_not_fit_is_named_and_changes_nothing(change, words, llm):
     prompt = prompt_of(4, 30)
     old, hits = tokens_of(llm, prompt), llm.engine.scheduler.cache.num_blocks
-    wrong = copy.deepcopy(NEW)
+    wrong = copy.deepcopy(new_params())
     change(wrong)
     with pytest.raises(ValueError, match=words):
         llm.update_weights(wrong)
@@ -104,7 +112,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(change, words, llm):
 
 
 def test_streams_go_on(engine):
-    engine.update_weights(OLD)
+    engine.update_weights(old_params())
     prompt = prompt_of(5, 40)
 
     async def run(llm: AsyncLLM) -> list[int]:
@@ -113,7 +121,7 @@ def test_streams_go_on(engine):
             tokens += piece.token_ids
             if not told:
                 told = True
-                await llm.update_weights(NEW)
+                await llm.update_weights(new_params())
         return tokens
 
     # Closed with its LLM, so this engine is the last one of the module.
@@ -121,4 +129,4 @@ def test_streams_go_on(engine):
         tokens = asyncio.run(run(llm))
         assert len(tokens) == GREEDY.max_tokens
     with pytest.raises(RuntimeError, match="closed"):
-        engine.update_weights(OLD)
+        engine.update_weights(old_params())

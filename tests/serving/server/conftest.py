@@ -7,7 +7,7 @@ from gdnjax import LLM
 from gdnjax.serving.async_llm import AsyncLLM
 from gdnjax.serving.server.app import make_app
 from gdnjax.serving.server.settings import ServerConfig
-from tests.conftest import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
+from tests.compiling import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
 from tests.serving.server.sockets import serving
 
 OPTIONS = {
@@ -56,3 +56,8 @@ def url(app):
 def client(url):
     with httpx.Client(base_url=url, timeout=300) as made:
         yield made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_executables():
+    """Nothing, in place of what tests/conftest.py does: the modules here share one engine, and its few programs."""

@@ -2,30 +2,47 @@
 server, and answers as the document says.
 """
 
+import functools
+
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
-from schemathesis import checks
 
 from gdnjax.serving.server.app import make_app
 from tests.serving.server.conftest import CONFIG
 
-DOCUMENT = schemathesis.openapi.from_dict(make_app(None, CONFIG).openapi())
-OPERATIONS = {operation.label: operation for operation in (found.ok() for found in DOCUMENT.get_all_operations())}
+DOCUMENT = make_app(None, CONFIG).openapi()
+LABELS = [f"{method.upper()} {path}" for path, methods in DOCUMENT["paths"].items() for method in methods]
 
 GENERATE = ("/v1/completions", "/v1/chat/completions")
-CHECKS = [
-    checks.not_a_server_error,
-    checks.status_code_conformance,
-    checks.content_type_conformance,
-    checks.response_schema_conformance,
-]
+
+
+@functools.cache
+def operations() -> dict:
+    """Of schemathesis, which is imported where it is used: runs that leave this file out need not wait for it."""
+    import schemathesis
+
+    document = schemathesis.openapi.from_dict(DOCUMENT)
+    return {operation.label: operation for operation in (found.ok() for found in document.get_all_operations())}
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("label", OPERATIONS)
+def test_every_operation_has_its_label():
+    assert sorted(operations()) == sorted(LABELS)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("label", LABELS)
 def test_no_request_fails_the_server(label, url):
-    operation = OPERATIONS[label]
+    import schemathesis
+    from schemathesis import checks
+
+    operation = operations()[label]
+    promised = [
+        checks.not_a_server_error,
+        checks.status_code_conformance,
+        checks.content_type_conformance,
+        checks.response_schema_conformance,
+    ]
     takes_body = bool(list(operation.body))
 
     @settings(
@@ -40,6 +57,6 @@ def test_no_request_fails_the_server(label, url):
         if operation.path in GENERATE and isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
             # What is drawn takes long, and says nothing.
             case.body["max_tokens"] = min(case.body["max_tokens"], 2)
-        case.call_and_validate(base_url=url, timeout=120, checks=CHECKS)
+        case.call_and_validate(base_url=url, timeout=120, checks=promised)
 
     check()
