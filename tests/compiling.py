@@ -30,7 +30,7 @@ def compiled_with(*options: tuple[str, bool | int]):
     if jax.default_backend() != "cpu":
         yield
         return
-    options_of, before = compiler.get_compile_options, jax.config.jax_disable_most_optimizations
+    options_of, before = compiler.get_compile_options, jax.config.read("jax_disable_most_optimizations")
     chosen = [*filter(known, options)]
 
     def options_for(*arguments, **keywords):

@@ -78,6 +78,9 @@ LEDGERS = {
     "mixed, 3 drafts": functools.partial(ledger_driver, "mixed", 3),
 }
 
+SHORT = "mixed, 3 drafts"
+"""Both layouts, pending rows, and a head: what the short run drives."""
+
 DRIVERS = LEDGERS | {
     "float32, mixed": float_driver,
     "float32, mixed, 2 drafts": functools.partial(float_driver, 2),
@@ -85,7 +88,11 @@ DRIVERS = LEDGERS | {
 }
 
 
-@pytest.fixture(params=DRIVERS)
+def with_short(names) -> list:
+    return [name if name == SHORT else pytest.param(name, marks=pytest.mark.thorough) for name in names]
+
+
+@pytest.fixture(params=with_short(DRIVERS))
 def driver(request) -> Driver:
     """With poisoned pools."""
     driver = DRIVERS[request.param]()
@@ -93,21 +100,21 @@ def driver(request) -> Driver:
     return driver
 
 
-@pytest.fixture(params=LEDGERS)
+@pytest.fixture(params=with_short(LEDGERS))
 def ledger(request) -> Driver:
     driver = LEDGERS[request.param]()
     driver.poison()
     return driver
 
 
-@pytest.fixture(params=[0, 3])
+@pytest.fixture(params=[pytest.param(0, marks=pytest.mark.thorough), 3])
 def mixed(request) -> Driver:
     driver = ledger_driver("mixed", request.param)
     driver.poison()
     return driver
 
 
-@pytest.fixture(params=["vk, 2 drafts", "mixed, 3 drafts"])
+@pytest.fixture(params=with_short(["vk, 2 drafts", "mixed, 3 drafts"]))
 def speculating(request) -> Driver:
     driver = LEDGERS[request.param]()
     driver.poison()
@@ -512,6 +519,7 @@ def assert_near_float64(row: dict, params, tokens) -> None:
         assert np.abs(found - exact).max() <= BOUND * np.abs(exact).max()
 
 
+@pytest.mark.short_cases("0")
 @pytest.mark.parametrize("num_drafts", [0, 2])
 def test_float32_checkpoints_and_forks_are_within_the_float64_bound(num_drafts):
     """However their runs are cut, and after a fork of what decode wrote."""

@@ -526,6 +526,7 @@ def test_weights_are_what_the_modules_hold(name, tp, expert_parallel):
         assert weight_bytes(config, tp=tp, dtype="bfloat16", mtp=mtp) == held
 
 
+@pytest.mark.short_cases("qwen3.5-35b-a3b-2-fp8", "kimi-linear-48b-a3b-1-fp8_per_channel")
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("name", STORED_PLAIN)

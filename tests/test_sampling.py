@@ -356,6 +356,7 @@ DRAWS = 40_000
 LOGITS = np.array([2.0, 1.5, 1.5, 0.7, 0.0, -0.4, -1.0, -1.5, -3.0, -np.inf])
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize(
     "options",
     [
@@ -377,6 +378,7 @@ def test_drawn_tokens_follow_softmax(options):
         assert fit(plain, probability) > LIKELY
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
@@ -402,6 +404,7 @@ def test_fit_of_wrong_noise_fails():
     assert fit((LOGITS + wide).argmax(-1), probability) < 1e-3
 
 
+@pytest.mark.thorough
 def test_fits_over_seeds_are_uniform():
     """Sees what single p-values let pass: a sampler that is a little off, or one that is more regular than chance."""
     probability = softmax(LOGITS)
@@ -733,6 +736,7 @@ def test_drafted_tokens_complete_bad_words():
     assert [list(np.flatnonzero(np.isinf(line))) for line in actual] == [[6], [5], [7], []]
 
 
+@pytest.mark.short_cases("5-3", "11-1")
 @pytest.mark.parametrize("each", [1, 3])
 @pytest.mark.parametrize("count", [1, 4, 5, 11, 12])
 def test_groups_of_rows_give_what_all_of_them_give_bit_for_bit(count, each):
@@ -792,6 +796,7 @@ def test_logprobs_give_no_more_alternatives_than_tokens():
     np.testing.assert_array_equal(found.top_tokens, [[1, 2, 0]])
 
 
+@pytest.mark.short_cases("2")
 @pytest.mark.parametrize("tp", [2, 4])
 def test_sharded_draw_equals_one_rank(tp):
     """Tokens, counts and log-probabilities, with penalties, bans and every filter, on every rank."""

@@ -100,7 +100,7 @@ def test_process_without_a_rank_raises():
         make_mesh(2, devices)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.thorough), 4])
 def llm(request) -> LLM:
     """After a run of three requests that use logit rows, log-probabilities and sampling."""
     tp = request.param

@@ -135,6 +135,9 @@ def fits(line, transition):
     ]
 
 
+@pytest.mark.short_cases(
+    "shared-{'temperature': 1.0}", "rejection-{'temperature': 1.5, 'top_k': 6, 'top_p': 0.75, 'min_p': 0.05}"
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("rule", [shared, rejection])
 def test_emitted_tokens_follow_the_target(rule, options):
@@ -190,6 +193,7 @@ def with_fault(target_scores, draft_scores, drafts, valid, draw, fault):
     return jnp.where(positions_share, same[0], tokens), jnp.where(positions_share, same[1], accepted)
 
 
+@pytest.mark.thorough
 def test_the_rule_that_faults_are_put_into_is_right():
     target, drafter, transition = tables({})
     line, accepted = run(with_fault, target, drafter, rest=(FAULTS.index("none"),))
@@ -200,6 +204,7 @@ def test_the_rule_that_faults_are_put_into_is_right():
     assert (accepted != accepted_by_library).any(axis=1).mean() < 1e-4
 
 
+@pytest.mark.short_cases("a refused draft is replaced from p")
 @pytest.mark.parametrize("fault", FAULTS[1:])
 def test_wrong_rules_are_seen(fault):
     target, drafter, transition = tables({})
@@ -226,6 +231,7 @@ def unspeculated(target, temperature, want):
     return np.stack(line[1:], axis=1)
 
 
+@pytest.mark.short_cases("some-1.0")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("proposal", ["the drafter's", "random", "none", "the target's", "some"])
 def test_shared_noise_gives_the_tokens_of_an_unspeculated_run(proposal, temperature):
@@ -242,6 +248,7 @@ def test_shared_noise_gives_the_tokens_of_an_unspeculated_run(proposal, temperat
     assert (accepted <= valid[..., None]).all()
 
 
+@pytest.mark.thorough
 def test_greedy_rejection_gives_the_most_probable_tokens():
     line, accepted = run(rejection, TARGET, DRAFTER, 0.0, 6, start=STARTS)
     np.testing.assert_array_equal(line, unspeculated(TARGET, 0.0, 6))
@@ -348,6 +355,7 @@ def test_residual_that_rounding_lost_is_the_target():
     np.testing.assert_array_equal(_residual(p, p.copy(), whole(60)), p)
 
 
+@pytest.mark.short_cases
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_rejection_draws_no_token_where_all_are_forbidden(first, temperature):
@@ -454,6 +462,7 @@ def acceptance(rule, p, q, count):
     return float(np.asarray(found[1]).mean())
 
 
+@pytest.mark.short_cases("0.2-noisy")
 @pytest.mark.parametrize("kind", ["noisy", "apart"])
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_acceptance_by_total_variation(variation, kind):

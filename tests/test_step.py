@@ -164,6 +164,7 @@ def pool_sized(text: str) -> set[str]:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", [FULL, FULL_DRAFTS], ids=["no drafts", "drafts"])
 def test_planned_workspace_holds_every_step(options):
     """It is estimated with other pools, which may move it by the few percent that they may move any step."""
@@ -186,6 +187,13 @@ EIGHT_BITS = (
 """Steps that copy, read and write keys, which int8 and float8 need scales for."""
 
 
+@pytest.mark.short_cases(
+    "admit-float32-4-auto",
+    "seal-bfloat16-1-auto",
+    "prefill, full-float32-4-auto",
+    "decode, full, drafts-bfloat16-1-auto",
+    "decode, plain-float32-4-int8",
+)
 @pytest.mark.parametrize(
     ("name", "dtype", "rows", "kv_cache_dtype"),
     [
@@ -232,6 +240,7 @@ def test_operation_on_a_whole_pool_is_seen():
         assert found(bits) == set()
 
 
+@pytest.mark.short_cases("admit", "prefill, full")
 @pytest.mark.parametrize("name", STEPS)
 def test_compiled_step_has_no_way_to_the_host(name):
     text = compiled(name).as_text()
@@ -242,6 +251,7 @@ def test_compiled_step_has_no_way_to_the_host(name):
     assert all(re.match(r"lapack_\w+|TopK|__onednn\$\w+|__cpu\$\w+", target) for target in targets), targets
 
 
+@pytest.mark.short_cases("seal-cuda", "prefill, full-cuda", "decode, full, drafts-rocm")
 @pytest.mark.parametrize("platform", ["rocm", "cuda"])
 @pytest.mark.parametrize("name", STEPS)
 def test_step_lowers_for_gpus_without_callbacks(name, platform):
@@ -252,6 +262,7 @@ def test_step_lowers_for_gpus_without_callbacks(name, platform):
     assert not re.findall(r"callback|infeed|outfeed|xla_ffi_python|xla_python", text)
 
 
+@pytest.mark.short_cases("decode, full, drafts")
 @pytest.mark.parametrize("name", ["decode, plain", "prefill, prompt_logprobs", "decode, full, drafts", "seal, drafts"])
 def test_step_leaks_no_tracer(name):
     with jax.checking_leaks():
@@ -281,7 +292,7 @@ def test_state_takes_the_bytes_of_the_memory_plan(options):
 # The engine around the steps. The ledger model compiles fast, and its tokens do not matter here.
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["no drafts", "2 drafts"])
+@pytest.fixture(scope="module", params=[pytest.param(0, marks=pytest.mark.thorough), 2], ids=["no drafts", "2 drafts"])
 def warm(request, tmp_path_factory) -> LLM:
     directory = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(directory, vocab_size=400)

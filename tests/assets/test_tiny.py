@@ -41,6 +41,7 @@ def test_model_fits_its_budget():
     assert sum(file.stat().st_size for file in directory.iterdir()) <= 11_000_000
 
 
+@pytest.mark.short_cases("0")
 @pytest.mark.parametrize("prompt", range(len(make_tiny.PROMPTS)))
 def test_logits_and_drafts_equal_the_stored_reference(golden, prompt):
     """transformers made the target's, numpy float64 those of the MTP head."""
@@ -71,6 +72,7 @@ def test_apples_are_counted(float32_llm):
         assert output.outputs[0].finish_reason == "stop"
 
 
+@pytest.mark.thorough
 def test_story_differs_by_seed_and_ends_by_itself(float32_llm):
     params = [SamplingParams(temperature=1.0, max_tokens=400, seed=seed) for seed in range(4)]
     outputs = float32_llm.generate(["Once upon a time"] * 4, params, use_tqdm=False)

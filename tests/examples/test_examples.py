@@ -77,6 +77,7 @@ def test_what_was_rewarded_is_more_probable_to_the_engine_afterwards(llm):
     assert llm.params is not old
 
 
+@pytest.mark.thorough
 def test_tools_are_called_and_their_results_come_back(llm):
     """The model never learnt to: the first answer is a call because it has to be."""
     with (

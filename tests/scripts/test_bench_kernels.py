@@ -139,7 +139,14 @@ def test_kernel_in_triton_is_of_gpus_and_has_no_sweep(capsys):
     assert "--sweep changes the tiles of the kernels in Pallas" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kernels", "names"), [("interpret", list(SMALL)), ("reference", [DECODE])])
+@pytest.mark.parametrize(
+    ("kernels", "names"),
+    [
+        pytest.param("interpret", list(SMALL), marks=pytest.mark.thorough),
+        ("interpret", ["conv-*"]),
+        ("reference", [DECODE]),
+    ],
+)
 def test_values_of_every_kind_of_workload_are_right(kernels, names, capsys):
     assert script.main(["--check-only", "--kernels", kernels, "--seed", "3", *names]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
@@ -158,6 +165,7 @@ WRONG = {
 }
 
 
+@pytest.mark.short_cases("outputs")
 @pytest.mark.parametrize("change", WRONG)
 def test_wrong_values_are_reported_and_not_timed(change, clocked, monkeypatch, capsys, tmp_path):
     """What is right beside them is timed."""
@@ -325,6 +333,7 @@ def test_one_workload_is_timed_for_real(ceilings, monkeypatch, capsys):
     assert "of the ceiling" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_ceilings_of_this_machine_are_numbers():
     found = timing.copy_ceiling(0.001, 1), timing.read_ceiling(0.001, 1, REFERENCE), timing.matmul_ceiling(64, 1)
     assert min(found) > 0
@@ -429,6 +438,7 @@ def test_run_that_is_ended_keeps_what_it_had(clocked, monkeypatch, tmp_path):
 # What is written.
 
 
+@pytest.mark.thorough
 def test_json_has_device_ceilings_and_a_row_a_workload(clocked, tmp_path):
     target = tmp_path / "kernels.json"
     flags = ["--kernels", "reference", "--no-peers", "--runs", "3", "--output", str(target)]
@@ -453,6 +463,7 @@ def test_json_of_a_check_has_no_times(tmp_path):
     assert [row["times"] for row in figures["workloads"]] == [[]]
 
 
+@pytest.mark.thorough
 def test_plot_is_a_picture(clocked, tmp_path):
     pytest.importorskip("matplotlib")
     target = tmp_path / "roofline.png"
@@ -587,6 +598,7 @@ def test_sweep_reports_the_best_and_goes_on_behind_a_failure(monkeypatch, capsys
     assert "best" not in out
 
 
+@pytest.mark.short_cases("large")
 @pytest.mark.parametrize(
     ("sizes", "fits"), [((8192, 512, 10, 4096, 2048), False), ((128, 256, 8, 2048, 1024), True)], ids=["large", "small"]
 )

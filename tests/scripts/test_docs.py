@@ -252,6 +252,7 @@ def test_python_fragments_import_what_there_is():
         exec(compile(ast.Module(imports, []), name, "exec"), {})
 
 
+@pytest.mark.usefixtures("quickly_compiled")
 def test_python_examples_run(capsys):
     """A page's one after another, in one namespace."""
     spaces: dict[str, dict] = {}

@@ -24,6 +24,8 @@ from gdnjax.assets import model_directory
 from gdnjax.serving.tokenizer import Tokenizer
 from scripts import eval as script
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 SOLVE = [
@@ -222,6 +224,7 @@ def test_only_the_first_differing_token_is_judged():
     assert asked == [(0, 1, 2, 4)]
 
 
+@pytest.mark.thorough
 def test_teacher_measures_the_engines_own_gap(loaded):
     """The gap of the two best tokens is that of the log-probabilities that the engine reports for them."""
     prompt = loaded.tokenizer.encode("One request has one slot, and one slot")
@@ -277,6 +280,7 @@ def test_tables_fit_120_columns():
     assert max(map(len, report.table(reports).splitlines())) <= 120
 
 
+@pytest.mark.thorough
 def test_device_loop_ends_where_the_engine_ends(loaded):
     """With a stop string that one output runs into, one that it holds at its end, and no stop string."""
     prompts = [loaded.tokenizer.encode(problem.question) for problem in SOLVE]
@@ -504,6 +508,7 @@ def test_wrong_token_in_one_cell_is_status_1(capsys, flags, monkeypatch):
     assert _comparison(out, "f32-device-loop") == ["2/2", "1/2", "0", "1"]
 
 
+@pytest.mark.short_cases("False-2-130")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("brief", [False, True])
 def test_interrupted_run_leaves_what_it_has(capsys, flags, monkeypatch, tmp_path, number, status, brief):
@@ -535,6 +540,7 @@ def test_interrupted_run_leaves_what_it_has(capsys, flags, monkeypatch, tmp_path
         assert answer == whole["outputs"][0]
 
 
+@pytest.mark.thorough
 def test_file_is_written_while_a_cell_runs(flags, monkeypatch, tmp_path):
     """Who is killed without a word has it."""
     output = tmp_path / "result.json"

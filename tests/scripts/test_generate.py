@@ -18,6 +18,8 @@ from gdnjax.cli import command, generate
 from gdnjax.serving.tokenizer import Tokenizer
 from scripts import generate as script
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
 GOLDEN = ROOT / "tests" / "golden" / "parity" / "qwen3_5"
@@ -57,6 +59,12 @@ def test_unknown_flag_ends_with_status_2(capsys):
     assert "--no-such-flag" in capsys.readouterr().err
 
 
+REGEX = pytest.param(
+    ["--model", "{model}", "x", "--regex", "[a"], "structured_outputs.regex is no grammar: ", marks=pytest.mark.thorough
+)
+"""Found out by the engine, when its steps have been compiled."""
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -91,7 +99,7 @@ def test_unknown_flag_ends_with_status_2(capsys):
         (["--model", "{model}", "x", "--stop", "\udcff"], "is no valid text"),
         (["--model", "{model}", "x", "--presence-penalty", "3"], "presence_penalty must be a finite number in [-2, 2]"),
         (["--model", "{model}", "x", "--regex", "a", "--choice", "b"], "--regex and --choice contradict one another"),
-        (["--model", "{model}", "x", "--regex", "[a"], "structured_outputs.regex is no grammar: "),
+        REGEX,
         (["--model", "{model}", "x", "--regex", "\udcff"], "--regex is not UTF-8 text (at character 1)"),
         (["--model", "{model}", "x", "--json-schema", "{tmp}/none.json"], "none.json: No such file or directory"),
         (["--model", "{model}", "x", "--json-schema", "{ids}"], "ids.jsonl: json is no JSON text"),
@@ -118,6 +126,7 @@ def test_mistake_is_one_line_and_status_2(capsys, random_model, tmp_path, flags,
     assert err.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_without_flags_the_embedded_model_tells_a_story(capsys):
     out, note = _run(capsys)
     assert "no prompt: continuing 'Once upon a time'\n" in note
@@ -127,6 +136,7 @@ def test_without_flags_the_embedded_model_tells_a_story(capsys):
     assert note.count("\n") == 2
 
 
+@pytest.mark.thorough
 def test_output_is_what_the_flags_ask_for(capsys, tmp_path):
     out, _ = _run(capsys, "Is 7 more than 5?", "--choice", "yes", "--choice", "no")
     assert out in ("yes\n", "no\n")
@@ -408,6 +418,7 @@ def test_interrupt_ends_with_status_130(capsys, monkeypatch):
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
+@pytest.mark.thorough
 def test_closed_pipe_ends_without_a_word(random_model):
     command = [sys.executable, str(SCRIPT), "--model", str(random_model), "-p", "One", "--max-tokens", "3000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -427,6 +438,7 @@ def _prompts_in(file: pathlib.Path, count: int = 5) -> pathlib.Path:
     return file
 
 
+@pytest.mark.thorough
 def test_output_file_goes_on_where_it_was_cut_off(capsys, random_model, tmp_path):
     """Drawn samples, so that noise which is not the whole run's would show."""
     prompts, file = _prompts_in(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"

@@ -22,6 +22,8 @@ from gdnjax import SamplingParams, full_logits
 from scripts import eval as eval_script
 from scripts import lm_eval_gdnjax as script
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 NUM_PROBLEMS = 6
 MAX_TOKENS = 64
 
@@ -223,6 +225,7 @@ def test_loglikelihood_is_that_of_the_logits(lm_eval, model):
     assert [greedy for _, greedy in found].count(False) >= 1
 
 
+@pytest.mark.thorough
 def test_greedy_continuation_is_recognised(model):
     context = model.tok_encode("One request has one slot")
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)

@@ -57,6 +57,7 @@ def test_bad_size_is_one_line(tmp_path, capsys, flags):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.thorough
 def test_published_sizes_load_with_their_mtp_head(tmp_path):
     """A configuration inside another, as published: the layers asked for, every tensor finite, no two rows alike."""
     text = make_random_checkpoint.model_config(vocab_size=600, layers=8, hidden_size=64, dtype="bfloat16")
@@ -82,6 +83,7 @@ EXPERTS = {
 }
 
 
+@pytest.mark.short_cases("True-fp8")
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
 @pytest.mark.parametrize("moe", [False, True])
 def test_fp8_is_stored_as_published_and_loads(tmp_path, quantization, moe):
@@ -126,6 +128,7 @@ def _is_coded(leaf):
     return isinstance(leaf, Quantized)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
 def test_tiny_model_is_stored_as_fp8_too(tmp_path, quantization):
     assert make_random_checkpoint.main([str(tmp_path / "new"), "--quantization", quantization]) == 0

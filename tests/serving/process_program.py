@@ -21,6 +21,7 @@ from gdnjax import (
 )
 from gdnjax.config import MlpKind
 from gdnjax.models import partition
+from tests.compiling import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
 from tests.micro import MICRO, A, D
 from tests.serving.structures import tokenizer_of
 
@@ -117,8 +118,12 @@ def main(job: str, port: str, process: int, cache: str) -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES // PROCESSES)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_disable_most_optimizations", True)
     distributed.initialize(f"127.0.0.1:{port}", PROCESSES, process, timeout=60)
+    with compiled_with(IN_ONE_PIECE, WITHOUT_MLIR):
+        run(job, process)
+
+
+def run(job: str, process: int) -> None:
     if process == 0:
         if job == "serve":
             serve()

@@ -61,7 +61,7 @@ def engine(name: str) -> LLM:
     return build(**ENGINES[name])
 
 
-@pytest.fixture(params=EIGHT_BITS)
+@pytest.fixture(params=["int8", pytest.param("fp8", marks=pytest.mark.thorough)])
 def cached(request):
     """With a mixed pool and an empty cache."""
     llm = engine(request.param)
@@ -170,6 +170,7 @@ def test_fork_of_what_decode_wrote_is_within_the_float64_bound(cached):
     assert is_within(cached, go_on_from_decode(cached))
 
 
+@pytest.mark.short_cases("k_scale")
 @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
 def test_float64_bound_sees_a_scale_that_is_not_copied(monkeypatch, name):
     copy = Cache.with_copied_blocks

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from gdnjax import LLM, EngineConfig, build_model, random_params
+from gdnjax import LLM, EngineConfig, build_model
 from gdnjax.config import ATTENTION
 from tests import faults
 from tests.float64 import reference
-from tests.micro import LATENTS
+from tests.micro import LATENTS, made
 from tests.serving.exactness import (
     ALL,
     GREEDY,
@@ -36,7 +36,7 @@ NUM_INTERLEAVINGS = 8
 @functools.cache
 def params() -> dict:
     """With the head; without it the model is the same one."""
-    return random_params(LATENTS, 1, "float32", jax.random.key(3), mtp=True)
+    return made(LATENTS, 3, mtp=True)
 
 
 @functools.cache

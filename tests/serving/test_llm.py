@@ -818,6 +818,7 @@ def test_checkpoint_without_tokenizer_takes_token_ids_only(checkpoint_copy):
 # Life of an engine.
 
 
+@pytest.mark.thorough
 def test_prepared_engine_compiles_nothing_for_plain_requests(directory):
     with LLM(directory, use_tqdm=False, **OPTIONS | {"decode_buckets": (1, 4)}) as llm:
         llm.engine.prepare([1, 3])
@@ -882,6 +883,7 @@ def test_generated_tokens_are_cached_up_to_the_last(llm):
     assert longer.num_cached_tokens == len(prompt) + len(tokens_of(first)) - 1
 
 
+@pytest.mark.thorough
 def test_reason_of_a_miss_is_told(llm, directory):
     llm.reset_prefix_cache()
     assert run(llm, ids(9))[0].cache_miss_reason == "shorter than a block"

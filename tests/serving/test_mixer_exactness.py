@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gdnjax import LLM, EngineConfig, build_model, random_params
+from gdnjax import LLM, EngineConfig, build_model
 from gdnjax.config import AttentionConfig, DeltaConfig, KimiDeltaConfig, LayerKind, MlpKind, ModelConfig
+from tests.micro import made
 from tests.serving.exactness import ALL, CACHED, MAX_MODEL_LEN, Exact, Tally, interleave, micro_arrivals
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -64,7 +65,7 @@ NUM_INTERLEAVINGS = 5
 
 @functools.cache
 def params_of(name: str) -> dict:
-    return random_params(MIXERS[name], 1, "float32", jax.random.key(3))
+    return made(MIXERS[name], 3)
 
 
 def tally_of(name: str, params: dict, interleavings: int) -> Tally:
@@ -90,6 +91,7 @@ def tally_of(name: str, params: dict, interleavings: int) -> Tally:
     return tally
 
 
+@pytest.mark.short_cases("a decay per channel")
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.usefixtures("without_type_checks")
 def test_random_interleavings_are_within_the_float64_bound(name):

@@ -555,6 +555,7 @@ ANY = {
 }
 
 
+@pytest.mark.short_cases("tags are special")
 @settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate, Phase.shrink])
 @given(data=st.data(), reasoning=st.text("ab <\n", max_size=6), content=st.text("ab <\n", max_size=6))
 def test_chat_that_a_template_writes_is_read_back(data, reasoning, content, tagged):
@@ -684,6 +685,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.short_cases("answer", "JSON", "begun closers")
 @pytest.mark.parametrize("name", STREAMS)
 def test_step_costs_its_length_however_long_the_output_is(name):
     """As many calls at the end of a long output as at its beginning, and no long text at hand that they could read."""

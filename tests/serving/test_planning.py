@@ -179,6 +179,7 @@ def test_workspace_is_of_every_step_that_the_engine_warms_up(monkeypatch, option
     assert seen == set(measured)
 
 
+@pytest.mark.short_cases("0-shared_noise-1.5")
 @pytest.mark.parametrize(
     ("drafts", "acceptance", "most"),
     # Rejection keeps the drafter's logits beside the target's: 1 + 2k rows a request in place of 1 + k.

@@ -91,6 +91,7 @@ def test_two_processes_give_the_tokens_of_one_and_a_lost_follower_ends_the_leade
     assert "this is process 1 of 2, and process 0 has the engine" in both.end_of(1)[1]
 
 
+@pytest.mark.thorough
 def test_lost_leader_ends_the_follower():
     with Processes("run on") as both:
         assert both.said() == "running"
@@ -104,6 +105,7 @@ def test_lost_leader_ends_the_follower():
         assert "is gone: its connection" in error
 
 
+@pytest.mark.thorough
 def test_processes_of_different_models_are_named():
     with Processes("other") as both:
         (_, leader), (_, follower) = both.end_of(0), both.end_of(1)

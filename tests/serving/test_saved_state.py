@@ -33,6 +33,8 @@ from tests.serving.ledgers import (
     start,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def another(name: str, **changes) -> LLM:
     """An engine of its own, as another process has it, which compiles nothing before it is used."""
@@ -76,6 +78,7 @@ def busy(llm: LLM, *, all_kinds: bool = True) -> list:
     return groups
 
 
+@pytest.mark.short_cases(MIXED)
 @pytest.mark.parametrize("name", [HOST, MIXED])
 def test_another_process_goes_on_to_the_token(name, tmp_path):
     """Greedy and drawn requests, penalties, bias, samples, drafts on their way; and whoever saves goes on as well."""

@@ -66,6 +66,7 @@ def test_ratios_are_those_of_the_figures_beside_them(whole_run):
     assert found["prefix"]["ratio"]["value"] == pytest.approx(computed["seconds"] / cached["seconds"])
 
 
+@pytest.mark.thorough
 def test_figures_are_of_what_they_say(whole_run):
     content = whole_run[2]
     found, sizes = content["sections"], content["sizes"]
@@ -86,6 +87,7 @@ def test_figures_are_of_what_they_say(whole_run):
     assert found["prefix"]["without"]["cached_tokens"] == 0
 
 
+@pytest.mark.thorough
 def test_head_has_what_figures_depend_on(whole_run):
     content = whole_run[2]
     for name in ("device", "jax", "gdnjax", "preset", "layers", "kernels", "sizes", "load_seconds"):

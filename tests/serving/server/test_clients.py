@@ -130,6 +130,7 @@ def fits(arguments):
     assert 1 <= found["days"] <= 3
 
 
+@pytest.mark.short_cases("named")
 @pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
 def test_openai_client_gets_the_call_that_it_demands(choice, api):
     asked = {"model": "tiny", "messages": MESSAGES, "tools": [WEATHER], "tool_choice": choice, "temperature": 0}

@@ -314,6 +314,7 @@ def test_anthropic_client_counts_tokens(api):
     assert count == found.usage.input_tokens + found.usage.cache_read_input_tokens
 
 
+@pytest.mark.thorough
 def test_anthropic_client_gets_the_call_that_it_demands(api):
     choice = {"type": "tool", "name": "add"}
     options = {**ASKED, "max_tokens": 100, "tools": [TOOL], "tool_choice": choice, **GREEDY}

@@ -218,6 +218,7 @@ def test_openai_client_gets_what_a_chat_gets(api, client):
     assert final.usage == found.usage.model_copy(update={"input_tokens_details": final.usage.input_tokens_details})
 
 
+@pytest.mark.thorough
 def test_openai_client_gets_the_call_that_it_demands(api):
     options = {**ASKED, "tools": [TOOL], "tool_choice": {"type": "function", "name": "add"}, "temperature": 0}
     found = api.responses.create(**options)

@@ -64,6 +64,7 @@ def test_thinking_can_be_left_out(trusting):
     assert count > 0
 
 
+@pytest.mark.short_cases("1")
 @pytest.mark.parametrize("budget", [0, 1, 5])
 def test_budget_ends_thinking_and_the_answer_goes_on(budget, trusting, llm):
     free, _, whole, _ = told(trusting)
