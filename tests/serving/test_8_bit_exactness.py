@@ -44,7 +44,6 @@ from tests.serving.test_exactness import assert_bit_equal, fresh_and_hit, go_on_
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-EIGHT_BITS = ("int8", "fp8")
 PIECES = {"max_num_batched_tokens": 64, "prefill_buckets": (64,)}
 ENGINES = {
     "int8": {"kv_cache_dtype": "int8", "state_layout": "mixed", **CACHED},

@@ -272,11 +272,9 @@ NUM_INTERLEAVINGS = 20
 """Of each."""
 
 
-@pytest.mark.short_cases("mixed, 4 drafts-4")
+@pytest.mark.short_cases("mixed-4")
 @pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize(
-    ("name", "count"), [("mixed, 4 drafts", 4), *((name, NUM_INTERLEAVINGS) for name in INTERLEAVED)]
-)
+@pytest.mark.parametrize(("name", "count"), [("mixed", 4), *((name, NUM_INTERLEAVINGS) for name in INTERLEAVED)])
 def test_random_interleavings_are_within_the_float64_bound(name, count):
     """Teacher-forced on what was emitted, whatever was cached, cut, sent back, drafted and computed beside it. A drawn
     token is the one that its seed gives at its position, so it is that of a run without drafts.
@@ -299,6 +297,7 @@ def test_random_interleavings_are_within_the_float64_bound(name, count):
         assert 0.05 < tally.acceptance < 0.35, tally
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("without_type_checks")
 def test_seed_gives_the_same_tokens_with_and_without_drafts():
     """Up to the first near tie, of which there are few."""
@@ -505,6 +504,7 @@ def test_float64_bound_sees_the_fault_of_a_checkpoint(cached, monkeypatch, fault
     assert error_of(run).state > 100 * STATE_BOUND
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("fault", [None, *faults.SPECULATING], ids=lambda fault: fault and fault.__name__)
 def test_float64_bound_sees_the_fault_of_speculation(monkeypatch, fault):

@@ -475,7 +475,6 @@ def test_request_aborted_between_pieces_leaves_its_slot_clean(name, turns):
     assert new.output_token_ids == oracle().solo_run(prompt_of(1, 129), 9)
 
 
-@pytest.mark.thorough
 def test_late_found_stop_string_drops_the_tokens_after_it(tmp_path):
     """The host finds a stop string when the next token is already on its way."""
     write_tokenizer(tmp_path, vocab_size=400)

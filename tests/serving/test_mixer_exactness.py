@@ -103,6 +103,7 @@ def test_random_interleavings_are_within_the_float64_bound(name):
     assert tally.checkpoints >= 30
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("without_type_checks")
 def test_decay_of_the_channel_beside_is_seen():
     """In one layer each channel decays as its neighbour should."""

@@ -199,8 +199,8 @@ def test_stop_token_among_accepted_drafts_ends_the_request_there(llm):
     assert again.num_cached_tokens == len(prompt) + place + 1
 
 
-@pytest.mark.short_cases(KV_DRAFTS)
-@pytest.mark.parametrize("name", [KV, KV_DRAFTS])
+@pytest.mark.short_cases(MIXED_DRAFTS)
+@pytest.mark.parametrize("name", [KV, KV_DRAFTS, MIXED_DRAFTS])
 def test_request_whose_masks_leave_no_token_ends_there(name):
     """In the middle of a run of drafts. Nothing that was forbidden comes out, and what is cached is right."""
     llm = fresh(name)
@@ -235,6 +235,7 @@ def speaking(tmp_path_factory) -> LLM:
     return LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN, tokenizer=tokenizer)
 
 
+@pytest.mark.thorough
 def test_stop_string_among_accepted_drafts_drops_the_tokens_behind_it(speaking):
     """The host finds it when drafts behind it have been accepted, and another step is on its way."""
     llm, model = speaking, Oracle(speaking.engine.runner.model)
