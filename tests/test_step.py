@@ -191,7 +191,7 @@ EIGHT_BITS = (
     "admit-float32-4-auto",
     "seal-bfloat16-1-auto",
     "prefill, full-float32-4-auto",
-    "decode, full, drafts-bfloat16-1-auto",
+    "decode, plain, drafts-bfloat16-1-auto",
     "decode, plain-float32-4-int8",
 )
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_state_takes_the_bytes_of_the_memory_plan(options):
 # The engine around the steps. The ledger model compiles fast, and its tokens do not matter here.
 
 
-@pytest.fixture(scope="module", params=[pytest.param(0, marks=pytest.mark.thorough), 2], ids=["no drafts", "2 drafts"])
+@pytest.fixture(scope="module", params=[0, pytest.param(2, marks=pytest.mark.thorough)], ids=["no drafts", "2 drafts"])
 def warm(request, tmp_path_factory) -> LLM:
     directory = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(directory, vocab_size=400)

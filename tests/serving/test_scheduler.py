@@ -276,16 +276,24 @@ def few_places(monkeypatch):
     monkeypatch.setattr(scheduler_module, "PLACES_PER_PRIORITY", PLACES)
 
 
+OFTEN = (
+    "hit", "grown", "marked", "overtaken", "evicted states", "evicted blocks", "orphaned states", "lost tokens", "kept",
+    "refused", "grown by several", "sealed at the end", "passed for want of a row",
+)  # fmt: skip
+RARELY = (
+    "preempted", "tail", "resumed", "harvest first", "short of blocks", "cut by a seal", "marked within a run",
+)  # fmt: skip
+
+
+@pytest.mark.short_cases("few")
 @pytest.mark.usefixtures("few_places", "without_type_checks")
-def test_scheduler_serves_everyone_and_loses_nothing():
+@pytest.mark.parametrize(("examples", "seen"), [(100, OFTEN), (370, OFTEN + RARELY)], ids=["few", "many"])
+def test_scheduler_serves_everyone_and_loses_nothing(examples, seen):
     SEEN.clear()
-    stateful.run_state_machine_as_test(SchedulerMachine)
+    how = hypothesis.settings(SchedulerMachine.TestCase.settings, max_examples=examples)
+    stateful.run_state_machine_as_test(SchedulerMachine, settings=how)
     print(dict(SEEN))
-    for name in (
-        "preempted", "hit", "tail", "resumed", "grown", "marked", "overtaken", "harvest first",
-        "evicted states", "evicted blocks", "orphaned states", "lost tokens", "kept", "refused", "grown by several",
-        "short of blocks", "sealed at the end", "cut by a seal", "marked within a run", "passed for want of a row",
-    ):  # fmt: skip
+    for name in seen:
         assert SEEN[name] >= 5, name
 
 
