@@ -519,7 +519,7 @@ def assert_near_float64(row: dict, params, tokens) -> None:
         assert np.abs(found - exact).max() <= BOUND * np.abs(exact).max()
 
 
-@pytest.mark.short_cases("0")
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_drafts", [0, 2])
 def test_float32_checkpoints_and_forks_are_within_the_float64_bound(num_drafts):
     """However their runs are cut, and after a fork of what decode wrote."""

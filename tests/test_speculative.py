@@ -204,7 +204,7 @@ def test_the_rule_that_faults_are_put_into_is_right():
     assert (accepted != accepted_by_library).any(axis=1).mean() < 1e-4
 
 
-@pytest.mark.short_cases("a refused draft is replaced from p")
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", FAULTS[1:])
 def test_wrong_rules_are_seen(fault):
     target, drafter, transition = tables({})

@@ -12,6 +12,7 @@ from tests.micro import MICRO, micro_model, micro_params
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
+@pytest.mark.thorough
 def test_logits_of_near_ties_are_those_of_all_ranks():
     """Of a vocabulary that two ranks pad."""
     loaded = SimpleNamespace(model=micro_model(2), params=micro_params(2), mesh=make_mesh(2))

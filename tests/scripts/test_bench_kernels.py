@@ -165,7 +165,7 @@ WRONG = {
 }
 
 
-@pytest.mark.short_cases("outputs")
+@pytest.mark.thorough
 @pytest.mark.parametrize("change", WRONG)
 def test_wrong_values_are_reported_and_not_timed(change, clocked, monkeypatch, capsys, tmp_path):
     """What is right beside them is timed."""
@@ -598,7 +598,7 @@ def test_sweep_reports_the_best_and_goes_on_behind_a_failure(monkeypatch, capsys
     assert "best" not in out
 
 
-@pytest.mark.short_cases("large")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("sizes", "fits"), [((8192, 512, 10, 4096, 2048), False), ((128, 256, 8, 2048, 1024), True)], ids=["large", "small"]
 )

@@ -23,6 +23,7 @@ def test_figures_are_printed_and_written(tmp_path, capsys):
     assert found["logit rows", 60, "turns until all without a row have ended"] == 20
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("without_type_checks")
 def test_agents_find_more_with_fewer_states_where_prompts_part():
     hits = {}

@@ -72,6 +72,7 @@ def test_failing_run_passes_its_error_on(capsys, tmp_path):
     assert not (tmp_path / "numbers.json").exists()
 
 
+@pytest.mark.thorough
 def test_numbers_of_every_run_are_written(monkeypatch, random_model, tmp_path):
     def instead_of_running(script, flags, environment, limit):
         stats = flags[flags.index("--stats-json") + 1]

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdnjax import LLM, EngineConfig, SamplingParams, StructuredOutputsParams, full_logits
+from gdnjax import LLM, EngineConfig, SamplingParams, StructuredOutputsParams, build_model, full_logits
 from gdnjax.serving.parsing import THINK_CLOSE, THINK_OPEN
 from gdnjax.serving.structured import Grammars, masks_of
 from tests.draws import IMPOSSIBLE, fit, softmax
-from tests.micro import MICRO, micro_model, micro_params
+from tests.micro import MICRO, SHALLOW, shallow_params, spread
 from tests.serving.structures import EOS, SPECIAL, tokenizer_of
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -264,7 +264,8 @@ def engine_of(tp: int = 1, tokenizer=None, **options) -> LLM:
     config = dataclasses.replace(CONFIG, tensor_parallel_size=tp, **options)
     mtp = config.num_speculative_tokens > 0
     return LLM.from_model(
-        micro_model(tp, mtp), micro_params(tp, mtp), config, max_model_len=MAX_MODEL_LEN,
+        build_model(SHALLOW, "float32", tp, mtp=mtp), spread(shallow_params(mtp), tp), config,
+        max_model_len=MAX_MODEL_LEN,
         tokenizer=tokenizer or tokenizer_of(), eos_token_ids=(EOS,),
     )  # fmt: skip
 
@@ -430,20 +431,22 @@ def test_what_nothing_satisfies_ends_with_an_error(llm):
 
 
 def test_grammar_without_a_tokenizer_is_refused_by_name():
-    with LLM.from_model(micro_model(), micro_params(), CONFIG, max_model_len=MAX_MODEL_LEN) as bare:
+    with LLM.from_model(build_model(SHALLOW, "float32"), shallow_params(), CONFIG, max_model_len=MAX_MODEL_LEN) as bare:
         number = bare.frontend.num_requests
         with pytest.raises(ValueError, match=r"prompt 0: structured_outputs needs a tokenizer"):
             bare.generate([[5, 6]], asking(), use_tqdm=False)
         assert bare.frontend.num_requests == number
 
 
-def test_draws_are_the_models_own_among_what_is_allowed(llm):
+@pytest.mark.short_cases("150")
+@pytest.mark.parametrize("count", [150, 400])
+def test_draws_are_the_models_own_among_what_is_allowed(llm, count):
     """Chi-square; the model's own distribution, and one that leaves out a token, must not fit."""
     prompt, regex = PROMPTS[1], "(no|yes|10|\\[|s)[a-z0-9]*"
-    (samples,) = outputs_of(llm, [prompt], asking(regex, max_tokens=1, n=400))
+    (samples,) = outputs_of(llm, [prompt], asking(regex, max_tokens=1, n=count))
     tokens = [sample.token_ids[0] for sample in samples]
-    params = jax.tree.map(jnp.asarray, micro_params())
-    logits = np.asarray(full_logits(micro_model(), params, jnp.array(prompt)), np.float64)[-1]
+    params = jax.tree.map(jnp.asarray, shallow_params())
+    logits = np.asarray(full_logits(build_model(SHALLOW, "float32"), params, jnp.array(prompt)), np.float64)[-1]
     allowed = np.isin(np.arange(MICRO.vocab_size), list(tokens_in(matcher_of("yes north", regex=regex).mask())))
     probability = softmax(np.where(allowed, logits, -np.inf))
     assert 5 < allowed.sum() < 20
