@@ -144,6 +144,7 @@ def ledger() -> Driver:
     return Driver(model, model.params(), "mixed")
 
 
+@pytest.mark.thorough
 def test_forks_on_two_ranks_equal_the_oracle(ledger):
     """From a checkpoint within a block that prefill wrote, and from a copy of what decode wrote."""
     prompt, suffix = (np.random.default_rng(i).integers(0, 61, 40).tolist() for i in range(2))

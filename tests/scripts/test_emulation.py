@@ -251,6 +251,7 @@ def test_tasks_are_chosen_by_name():
     assert [task.name for task in executing.tasks(machine, [race().name])] == [race().name]
 
 
+@pytest.mark.thorough
 def test_chips_share_the_mutants_and_nothing_else():
     machine = mock.Mock(arch="gfx942")
     every = [task.name for task in executing.tasks(machine, executing.ALL)]

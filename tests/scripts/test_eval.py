@@ -477,6 +477,7 @@ def _comparison(out: str, cell: str) -> list[str]:
     return next(line for line in out.splitlines() if line.startswith(cell)).split()[-4:]
 
 
+@pytest.mark.thorough
 def test_limit_takes_the_first_problems_and_a_floor_fails_noise(capsys, flags, tmp_path):
     output = tmp_path / "result.json"
     # The later --cells wins: the default cell's name, in the checkpoint's dtype.

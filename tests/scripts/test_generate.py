@@ -149,6 +149,7 @@ def test_output_is_what_the_flags_ask_for(capsys, tmp_path):
     assert isinstance(json.loads(json.loads(out)["text"])["pens"], int)
 
 
+@pytest.mark.thorough
 def test_embedded_model_counts_apples(capsys):
     question = "A box has 3 apples. 4 more are put in. How many apples are in the box?"
     out, _ = _run(capsys, "--prompt", question, "--temperature", "0")

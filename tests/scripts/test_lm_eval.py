@@ -263,6 +263,7 @@ def test_rolling_loglikelihood_is_that_of_the_logits_in_windows(lm_eval, model, 
 # Generation options.
 
 
+@pytest.mark.thorough
 def test_generation_follows_the_tasks_options(lm_eval, model, caplog):
     context = "One request has one slot"
 

@@ -83,7 +83,7 @@ EXPERTS = {
 }
 
 
-@pytest.mark.short_cases("True-fp8")
+@pytest.mark.thorough
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
 @pytest.mark.parametrize("moe", [False, True])
 def test_fp8_is_stored_as_published_and_loads(tmp_path, quantization, moe):

@@ -152,7 +152,7 @@ def answers(llm, by: str) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-@pytest.mark.short_cases("vk, scarce blocks, 4 drafts")
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [KV, VK_DRAFTS])
 def test_signals_at_random_moments_leave_right_answers(name, caplog):
     """Steps really run: the moment may be within a dispatch, after which the pools that it took are gone."""

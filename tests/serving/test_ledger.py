@@ -174,7 +174,7 @@ def test_preempted_keeps_its_noise_and_its_penalties(llm, drawn):
     assert len(produced[0]) == 40
 
 
-@pytest.mark.short_cases
+@pytest.mark.thorough
 def test_preempted_keeps_its_log_probabilities(llm):
     """Of the output, one entry a token; of the prompt, though that is computed again, from its start where the cache
     was reset meanwhile.

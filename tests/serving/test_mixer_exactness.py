@@ -12,7 +12,7 @@ from gdnjax.config import AttentionConfig, DeltaConfig, KimiDeltaConfig, LayerKi
 from tests.micro import made
 from tests.serving.exactness import ALL, CACHED, MAX_MODEL_LEN, Exact, Tally, interleave, micro_arrivals
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
+pytestmark = [pytest.mark.usefixtures("quickly_compiled"), pytest.mark.thorough]
 
 D, A = LayerKind.DELTA, LayerKind.ATTENTION
 
@@ -91,7 +91,6 @@ def tally_of(name: str, params: dict, interleavings: int) -> Tally:
     return tally
 
 
-@pytest.mark.short_cases("a decay per channel")
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.usefixtures("without_type_checks")
 def test_random_interleavings_are_within_the_float64_bound(name):
@@ -103,7 +102,6 @@ def test_random_interleavings_are_within_the_float64_bound(name):
     assert tally.checkpoints >= 30
 
 
-@pytest.mark.thorough
 @pytest.mark.usefixtures("without_type_checks")
 def test_decay_of_the_channel_beside_is_seen():
     """In one layer each channel decays as its neighbour should."""

@@ -279,7 +279,7 @@ def test_request_aborted_with_a_step_in_flight_leaves_what_is_known(llm):
         check_cache(llm)
 
 
-@pytest.mark.short_cases(f"{MIXED_DRAFTS}-True")
+@pytest.mark.thorough
 @pytest.mark.parametrize("full", [False, True])
 def test_log_probabilities_are_one_for_each_token(llm, full):
     """As many as there are tokens, and those that a run without drafts gives, to the bit."""

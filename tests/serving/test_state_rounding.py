@@ -8,7 +8,7 @@ import pytest
 from gdnjax import LLM
 from tests.serving.exactness import CACHED, GREEDY, Run, build, finish, leave_idle, prompt_of, queue, solo
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
+pytestmark = [pytest.mark.usefixtures("quickly_compiled"), pytest.mark.thorough]
 
 STOCHASTIC = {
     "ssm_dtype": "bfloat16",
@@ -20,7 +20,7 @@ STOCHASTIC = {
 """Pieces of one chunk each, so that all runs round in the same places; float32 sums are in the same order then, too."""
 
 
-@pytest.fixture(params=[0, pytest.param(2, marks=pytest.mark.thorough)], ids=["plain", "drafts"], scope="module")
+@pytest.fixture(params=[0, 2], ids=["plain", "drafts"], scope="module")
 def engine(request) -> LLM:
     caching = CACHED | {"state_checkpoint_interval": 64}
     return build(**STOCHASTIC, **caching, num_speculative_tokens=request.param)
