@@ -143,7 +143,7 @@ def test_kernel_in_triton_is_of_gpus_and_has_no_sweep(capsys):
     ("kernels", "names"),
     [
         pytest.param("interpret", list(SMALL), marks=pytest.mark.thorough),
-        ("interpret", ["conv-*"]),
+        ("interpret", [name for name in SMALL if name.startswith("conv-")]),
         ("reference", [DECODE]),
     ],
 )
