@@ -70,9 +70,9 @@ def engine() -> LLM:
     return LLM.from_model(*model_and_params(), CONFIG, max_model_len=256, tokenizer=tokenizer_of())
 
 
-def serve() -> None:
-    """Tokens; tokens after a turn that was cut off behind a step that all have taken; a second engine; and steps
-    without end.
+def serve(again: bool) -> None:
+    """Tokens; tokens after a turn that was cut off behind a step that all have taken; and steps without end, of the
+    same engine or, `again`, of a second one.
     """
     with engine() as llm:
         say(generate(llm))
@@ -98,6 +98,8 @@ def serve() -> None:
                 refused()
             except RuntimeError as error:
                 say(str(error))
+        if not again:
+            run_on(llm)
     with engine() as llm:
         llm.generate(PROMPTS, SAMPLING, use_tqdm=False)
         run_on(llm)
@@ -125,8 +127,8 @@ def main(job: str, port: str, process: int, cache: str) -> None:
 
 def run(job: str, process: int) -> None:
     if process == 0:
-        if job == "serve":
-            serve()
+        if job.startswith("serve"):
+            serve(job == "serve again")
         else:
             with engine() as llm:
                 run_on(llm)

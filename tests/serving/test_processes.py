@@ -69,8 +69,10 @@ class Processes:
             process.wait()
 
 
-def test_two_processes_give_the_tokens_of_one_and_a_lost_follower_ends_the_leader():
-    with Processes("serve") as both:
+@pytest.mark.short_cases("serve")
+@pytest.mark.parametrize("job", ["serve", "serve again"])
+def test_two_processes_give_the_tokens_of_one_and_a_lost_follower_ends_the_leader(job):
+    with Processes(job) as both:
         with process_program.engine() as llm:
             expected = process_program.generate(llm)
         assert both.said() == expected

@@ -16,6 +16,7 @@ import pytest
 from gdnjax.cli import serve
 from gdnjax.config import EngineConfig
 from gdnjax.serving.server import hosting
+from scripts import make_random_checkpoint
 from tests.serving.server.asking import events
 
 SMALL = [
@@ -59,14 +60,22 @@ class Serving:
         self.process.wait()
 
 
-def test_sigterm_lets_a_stream_finish_and_lets_nobody_in():
-    with Serving(*SMALL, "--served-model-name=small") as serving:
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """Of two layers, which compile in seconds."""
+    directory = tmp_path_factory.mktemp("hosting") / "model"
+    assert make_random_checkpoint.main([str(directory), "--layers", "2", "--hidden-size", "64"]) == 0
+    return str(directory)
+
+
+def test_sigterm_lets_a_stream_finish_and_lets_nobody_in(checkpoint):
+    with Serving(checkpoint, *SMALL, "--served-model-name=small") as serving:
         url = serving.says(r"listening at (http\S+);")[1]
         assert httpx.get(f"{url}/live").status_code == 200
         assert httpx.get(f"{url}/health").status_code == 503
         serving.says(r"ready: small at ")
         assert httpx.get(f"{url}/health").status_code == 200
-        body = {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True, "stream": True, "temperature": 0}
+        body = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True, "stream": True, "temperature": 0}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as response:
             pieces = response.iter_text()
             text = next(pieces)
