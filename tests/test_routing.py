@@ -32,6 +32,7 @@ def exact():
     return choices
 
 
+@pytest.mark.short_cases("4-True")
 @pytest.mark.parametrize(("tp", "expert_parallel"), [(1, False), (4, True)])
 def test_choices_are_those_of_the_routers(exact, tp, expert_parallel):
     model = micro_model(tp, expert_parallel=expert_parallel)

@@ -303,6 +303,7 @@ def test_streams_are_pinned():
     np.testing.assert_array_equal(gumbel(seed, position, token), gumbel(seed, position, token, 0))
 
 
+@pytest.mark.thorough
 def test_streams_are_independent():
     def stream(number):
         return lambda logits, draw, vocab: sampling.choose(logits, draw, vocab, number)
@@ -736,7 +737,7 @@ def test_drafted_tokens_complete_bad_words():
     assert [list(np.flatnonzero(np.isinf(line))) for line in actual] == [[6], [5], [7], []]
 
 
-@pytest.mark.short_cases("5-3", "11-1")
+@pytest.mark.short_cases("5-3")
 @pytest.mark.parametrize("each", [1, 3])
 @pytest.mark.parametrize("count", [1, 4, 5, 11, 12])
 def test_groups_of_rows_give_what_all_of_them_give_bit_for_bit(count, each):
@@ -796,7 +797,7 @@ def test_logprobs_give_no_more_alternatives_than_tokens():
     np.testing.assert_array_equal(found.top_tokens, [[1, 2, 0]])
 
 
-@pytest.mark.short_cases("2")
+@pytest.mark.thorough
 @pytest.mark.parametrize("tp", [2, 4])
 def test_sharded_draw_equals_one_rank(tp):
     """Tokens, counts and log-probabilities, with penalties, bans and every filter, on every rank."""

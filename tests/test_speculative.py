@@ -135,9 +135,7 @@ def fits(line, transition):
     ]
 
 
-@pytest.mark.short_cases(
-    "shared-{'temperature': 1.0}", "rejection-{'temperature': 1.5, 'top_k': 6, 'top_p': 0.75, 'min_p': 0.05}"
-)
+@pytest.mark.short_cases(f"rejection-{OPTIONS[-1]}")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("rule", [shared, rejection])
 def test_emitted_tokens_follow_the_target(rule, options):
@@ -231,7 +229,7 @@ def unspeculated(target, temperature, want):
     return np.stack(line[1:], axis=1)
 
 
-@pytest.mark.short_cases("some-1.0")
+@pytest.mark.thorough
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("proposal", ["the drafter's", "random", "none", "the target's", "some"])
 def test_shared_noise_gives_the_tokens_of_an_unspeculated_run(proposal, temperature):
@@ -355,7 +353,7 @@ def test_residual_that_rounding_lost_is_the_target():
     np.testing.assert_array_equal(_residual(p, p.copy(), whole(60)), p)
 
 
-@pytest.mark.short_cases
+@pytest.mark.short_cases("0-1.0")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_rejection_draws_no_token_where_all_are_forbidden(first, temperature):
@@ -462,7 +460,7 @@ def acceptance(rule, p, q, count):
     return float(np.asarray(found[1]).mean())
 
 
-@pytest.mark.short_cases("0.2-noisy")
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["noisy", "apart"])
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_acceptance_by_total_variation(variation, kind):

@@ -190,7 +190,6 @@ EIGHT_BITS = (
 @pytest.mark.short_cases(
     "admit-float32-4-auto",
     "seal-bfloat16-1-auto",
-    "prefill, full-float32-4-auto",
     "decode, plain, drafts-bfloat16-1-auto",
     "decode, plain-float32-4-int8",
 )
@@ -240,7 +239,7 @@ def test_operation_on_a_whole_pool_is_seen():
         assert found(bits) == set()
 
 
-@pytest.mark.short_cases("admit", "prefill, full")
+@pytest.mark.short_cases("admit", "decode, plain")
 @pytest.mark.parametrize("name", STEPS)
 def test_compiled_step_has_no_way_to_the_host(name):
     text = compiled(name).as_text()

@@ -40,6 +40,7 @@ def test_log_likelihoods_are_those_of_the_tokens_as_they_are_drawn(llm):
     assert other < found
 
 
+@pytest.mark.thorough
 def test_every_object_is_one_of_the_schema(llm):
     found = extract_json.extract(llm, ["Ann has 3 pens.", "Tom sees 4 birds."], extract_json.SCHEMA)
     for instance in found:

@@ -358,6 +358,7 @@ def test_more_than_the_device_has_is_a_fault(moved, flops, seconds, said):
     assert (fault is None) if said is None else said in fault
 
 
+@pytest.mark.thorough
 def test_fault_of_the_measurement_is_no_result(clocked, monkeypatch, capsys, tmp_path):
     """The figures of a prompt's convolution once stood at 3265% of the ceiling."""
     target = tmp_path / "kernels.json"

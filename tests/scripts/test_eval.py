@@ -509,7 +509,7 @@ def test_wrong_token_in_one_cell_is_status_1(capsys, flags, monkeypatch):
     assert _comparison(out, "f32-device-loop") == ["2/2", "1/2", "0", "1"]
 
 
-@pytest.mark.short_cases("False-2-130")
+@pytest.mark.thorough
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("brief", [False, True])
 def test_interrupted_run_leaves_what_it_has(capsys, flags, monkeypatch, tmp_path, number, status, brief):

@@ -448,12 +448,14 @@ def test_random_interleavings_in_a_mixed_pool_with_drafts_equal_solo_runs():
     interleave(MIXED_DRAFTS, 40, sees=CACHED + SCARCE + DRAFTS + STATES + ("fork of a tail",))
 
 
+@pytest.mark.short_cases("6")
 @unchecked
-def test_random_interleavings_with_a_host_tier_and_kills_equal_solo_runs():
+@pytest.mark.parametrize("examples", [6, 12])
+def test_random_interleavings_with_a_host_tier_and_kills_equal_solo_runs(examples):
     """Small as the device's pools are, and smaller; and whoever is killed goes on from what he has saved."""
     rest = ("host: states_in", "host: blocks_in", "host: dropped_blocks", "host: dropped_states", "fork of a tail")
     rest += ("killed while somebody ran", "killed with pending rows")
-    interleave(HOST, 12, draws=False, kills=True, sees=CACHED + SCARCE + DRAFTS + STATES + rest)
+    interleave(HOST, examples, draws=False, kills=True, sees=CACHED + SCARCE + DRAFTS + STATES + rest)
 
 
 @pytest.mark.thorough

@@ -685,7 +685,7 @@ STREAMS = {
 }
 
 
-@pytest.mark.short_cases("answer", "JSON", "begun closers")
+@pytest.mark.short_cases("answer", "JSON")
 @pytest.mark.parametrize("name", STREAMS)
 def test_step_costs_its_length_however_long_the_output_is(name):
     """As many calls at the end of a long output as at its beginning, and no long text at hand that they could read."""

@@ -130,6 +130,7 @@ def test_pools_come_back_bit_for_bit(name, tmp_path):
     assert jax.tree.map(lambda leaf: leaf.sharding, before) == jax.tree.map(lambda leaf: leaf.sharding, after)
 
 
+@pytest.mark.thorough
 def test_what_nobody_holds_any_more_goes_on(tmp_path):
     llm, other = fresh(HOST), other_of(HOST)
     requests = queue(llm, prompt_of(0, 30), greedy(20, n=2))

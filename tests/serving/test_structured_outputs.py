@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 
 from gdnjax import LLM, SamplingParams, StructuredOutputsParams
-from tests.compiling import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
+
+pytestmark = pytest.mark.thorough
 
 SCHEMA = {
     "type": "object",
@@ -28,7 +29,7 @@ QUESTION = "Ann has 3 pens and buys 4 more. How many pens does Ann have?"
 def llm():
     options = {"prefill_buckets": (128,), "decode_buckets": (8,), "num_kv_blocks": 200, "warmup": False}
     options |= {"dtype": "float32", "max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 512}
-    with compiled_with(IN_ONE_PIECE, WITHOUT_MLIR), LLM("tiny", **options) as llm:
+    with LLM("tiny", **options) as llm:
         yield llm
 
 
@@ -37,16 +38,14 @@ def asking(**values) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 200} | sampling, structured_outputs=StructuredOutputsParams(**values))
 
 
-@pytest.mark.short_cases("7")
-@pytest.mark.parametrize("n", [7, 30])
-def test_json_is_what_its_schema_allows_whatever_is_drawn(llm, n):
-    (output,) = llm.generate(QUESTION, asking(json=SCHEMA, n=n, disable_any_whitespace=True), use_tqdm=False)
+def test_json_is_what_its_schema_allows_whatever_is_drawn(llm):
+    (output,) = llm.generate(QUESTION, asking(json=SCHEMA, n=30, disable_any_whitespace=True), use_tqdm=False)
     for sample in output.outputs:
         assert sample.finish_reason == "stop"
         found = json.loads(sample.text)
         jsonschema.validate(found, SCHEMA)
         assert sample.text == json.dumps(found, ensure_ascii=False)
-    assert len({sample.text for sample in output.outputs}) > n // 3
+    assert len({sample.text for sample in output.outputs}) > 10
 
 
 def test_json_with_any_blanks_is_json(llm):
@@ -58,7 +57,6 @@ def test_json_with_any_blanks_is_json(llm):
     assert any(re.search(r"\s{2}", sample.text) for sample in output.outputs)
 
 
-@pytest.mark.thorough
 def test_any_object_is_an_object(llm):
     (output,) = llm.generate(QUESTION, asking(json_object=True, temperature=0.0), use_tqdm=False)
     assert isinstance(json.loads(output.outputs[0].text), dict)

@@ -185,6 +185,7 @@ def test_flags_of_devices_reach_the_engines(tmp_path):
         assert (engine.tensor_parallel_size, engine.enable_expert_parallel) == (4, True)
 
 
+@pytest.mark.thorough
 def test_balance_is_of_the_tokens_of_a_full_step_and_of_a_decode_step(capsys):
     """Two ranks with two whole experts each."""
     model = micro_model(2, expert_parallel=True)

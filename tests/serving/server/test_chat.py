@@ -8,7 +8,7 @@ from tests.serving.server.asking import CHAT, QUESTION, answer, error, joined, s
 PATH = "/v1/chat/completions"
 
 
-@pytest.mark.short_cases("greedy", "stop")
+@pytest.mark.short_cases("greedy")
 @pytest.mark.parametrize(
     ("asked", "params"),
     [

@@ -61,6 +61,7 @@ def test_streaming_equals_not_streaming_equals_generate(case, client, llm):
     assert usage["total_tokens"] == usage["prompt_tokens"] + num
 
 
+@pytest.mark.thorough
 def test_text_offsets_find_the_tokens(client):
     whole = answer(client, PATH, {"prompt": QUESTION, "max_tokens": 12, "logprobs": 0, "echo": True, "temperature": 0})
     (choice,) = whole["choices"]
@@ -84,6 +85,7 @@ def test_batch_of_texts_and_token_ids_is_answered_in_order(client, llm):
     assert whole["usage"]["prompt_tokens"] == sum(len(output.prompt_token_ids) for output in outputs)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("prompt", [QUESTION, [42, 75, 300]])
 def test_echo_shows_the_prompt_and_its_logprobs(prompt, client, llm):
     body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "echo": True, "logprobs": 1, "return_token_ids": True}
@@ -105,6 +107,7 @@ def test_echo_shows_the_prompt_and_its_logprobs(prompt, client, llm):
     assert choice["token_ids"] == piece["token_ids"] == list(output.outputs[0].token_ids)
 
 
+@pytest.mark.thorough
 def test_echo_alone_scores_a_prompt(client):
     body = {"prompt": [QUESTION, [42, 75]], "max_tokens": 0, "echo": True, "logprobs": 0, "n": 2}
     whole = answer(client, PATH, body)
@@ -116,6 +119,7 @@ def test_echo_alone_scores_a_prompt(client):
     assert [piece["text"] for piece in joined(stream(client, PATH, body))] == texts
 
 
+@pytest.mark.thorough
 def test_prompt_logprobs_are_those_of_generate(client, llm):
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
     (output,) = llm.generate([QUESTION], params, use_tqdm=False)

@@ -58,6 +58,7 @@ def test_output_that_begins_in_thinking_is_thinking(trusting):
     assert count == len(choice["token_ids"])
 
 
+@pytest.mark.thorough
 def test_thinking_can_be_left_out(trusting):
     reasoning, content, _, count = told(trusting, include_reasoning=False)
     assert (reasoning, content) == (None, None)
@@ -82,6 +83,7 @@ def test_budget_ends_thinking_and_the_answer_goes_on(budget, trusting, llm):
     assert choice["finish_reason"] in ("stop", "length")
 
 
+@pytest.mark.thorough
 def test_budget_that_is_not_reached_changes_nothing(trusting):
     assert told(trusting, thinking_token_budget=200) == told(trusting)
 
