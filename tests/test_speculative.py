@@ -135,7 +135,7 @@ def fits(line, transition):
     ]
 
 
-@pytest.mark.short_cases(f"rejection-{OPTIONS[-1]}")
+@pytest.mark.short_cases(f"shared-{OPTIONS[0]}", f"rejection-{OPTIONS[-1]}")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("rule", [shared, rejection])
 def test_emitted_tokens_follow_the_target(rule, options):
@@ -202,7 +202,7 @@ def test_the_rule_that_faults_are_put_into_is_right():
     assert (accepted != accepted_by_library).any(axis=1).mean() < 1e-4
 
 
-@pytest.mark.thorough
+@pytest.mark.short_cases("a refused draft is replaced from p")
 @pytest.mark.parametrize("fault", FAULTS[1:])
 def test_wrong_rules_are_seen(fault):
     target, drafter, transition = tables({})
@@ -229,7 +229,7 @@ def unspeculated(target, temperature, want):
     return np.stack(line[1:], axis=1)
 
 
-@pytest.mark.thorough
+@pytest.mark.short_cases("some-1.0")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("proposal", ["the drafter's", "random", "none", "the target's", "some"])
 def test_shared_noise_gives_the_tokens_of_an_unspeculated_run(proposal, temperature):
