@@ -88,6 +88,17 @@ def test_budget_that_is_not_reached_changes_nothing(trusting):
     assert told(trusting, thinking_token_budget=200) == told(trusting)
 
 
+def test_end_of_thinking_past_the_budget_comes_too_late(trusting, llm):
+    """The model ends thinking by its first token, and a budget of none has ended it before."""
+    close = llm.tokenizer.added_token_ids["</think>"]
+    end = llm.tokenizer.encode("\n</think>\n\n", add_special_tokens=False)
+    asked = {**BODY, "logit_bias": {str(close): 100}, "max_tokens": len(end) + 1}
+    (free,) = answer(trusting, PATH, asked)["choices"]
+    assert free["token_ids"][0] == close
+    (choice,) = answer(trusting, PATH, {**asked, "thinking_token_budget": 0})["choices"]
+    assert choice["token_ids"][: len(end)] == end
+
+
 def test_budget_leaves_no_room_for_more_than_there_is(trusting):
     reasoning, content, choice, _ = told(trusting, thinking_token_budget=5, max_tokens=6)
     assert choice["finish_reason"] == "length"
