@@ -171,6 +171,7 @@ def test_rows_draw_with_noise_of_their_own():
     assert len({row.tobytes() for row in np.asarray(output.tokens)}) == 4
 
 
+@pytest.mark.thorough
 def test_sampled_tokens_obey_the_filters():
     tokens, _, _ = run(sampling=SamplingParams(temperature=1.0, top_k=3, top_p=0.99, min_p=0.01))
     for prompt, row in zip(prompts(), tokens, strict=True):
@@ -179,6 +180,7 @@ def test_sampled_tokens_obey_the_filters():
         assert (ranks < 3).all()
 
 
+@pytest.mark.thorough
 def test_bfloat16_tokens_are_near_the_best():
     """bfloat16 may choose another token than float32 where it cannot tell them apart: a few percent of the logits."""
     model = build_model(CONFIG, "bfloat16")
@@ -291,6 +293,7 @@ def test_full_logits_of_a_shorter_sequence_are_a_prefix():
         np.testing.assert_array_equal(logits_of(token_ids[:length]), whole[:length])
 
 
+@pytest.mark.thorough
 def test_full_logits_have_a_derivative():
     """That of the log-likelihood along a random direction is the slope between two points of it, and padding has no
     part in it.
