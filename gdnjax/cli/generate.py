@@ -3,6 +3,7 @@
 import argparse
 import collections
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import resource
@@ -471,13 +472,18 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def given_structure(arguments: argparse.Namespace) -> "StructuredOutputsParams | None":
-    """What the output has to be. Raises ValueError for more than one, and for a schema that is none."""
+    """What the output has to be. Raises ValueError for more than one, and for a schema that is none, and ImportError
+    where nothing compiles it.
+    """
     from gdnjax.sampling_params import StructuredOutputsParams
 
     flags = {"--json-schema": arguments.json_schema, "--regex": arguments.regex, "--choice": arguments.choice}
     given = [flag for flag, value in flags.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} contradict one another; leave all but one of them out")
+    # Before a model is loaded.
+    if given and importlib.util.find_spec("llguidance") is None:
+        raise ImportError(f"{given[0]} needs llguidance, which is not installed: pip install 'gdnjax[structured]'")
     for text in (arguments.regex, *(arguments.choice or ())):
         check_text(given[0] if given else "", text)
     if arguments.json_schema is not None:

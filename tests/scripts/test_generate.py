@@ -126,6 +126,16 @@ def test_mistake_is_one_line_and_status_2(capsys, random_model, tmp_path, flags,
     assert err.count("\n") == 1
 
 
+def test_structure_without_its_library_is_refused_before_a_model_is_loaded(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.setattr(generate, "start", lambda *_: pytest.fail("a model was loaded"))
+    assert script.main(["x", "--regex", "a+"]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "generate.py: error: --regex needs llguidance, which is not installed: pip install 'gdnjax[structured]'\n"
+    )
+
+
 @pytest.mark.thorough
 def test_without_flags_the_embedded_model_tells_a_story(capsys):
     out, note = _run(capsys)
