@@ -11,7 +11,6 @@ os.environ.setdefault("NPROC", "8")
 # PyTorch's threads wait for one another in loops: with two test processes on two cores that took most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -28,6 +27,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 # By scripts/check_tests.py, which wants to know that a test fails: to shrink what it failed for took minutes. Settings
 # of tests begin with this profile's, so it is loaded before any of their modules.
 if os.environ.get("TESTS_WITHOUT_SHRINKING"):
+    import hypothesis
+
     phases = set(hypothesis.Phase) - {hypothesis.Phase.shrink, hypothesis.Phase.explain}
     hypothesis.settings.register_profile("without shrinking", phases=phases)
     hypothesis.settings.load_profile("without shrinking")
