@@ -29,7 +29,7 @@ def _ragged_dot(x, pools, layer):
     """XLA's own; on GPUs it stores the rows once for every group. Raises DoesNotFitError where the device's memory does
     not hold them: XLA would try every tile of that product before it says so.
     """
-    stored = x["weight"].shape[0] * x["x"].size * x["x"].dtype.itemsize
+    stored = x["weight"].shape[0] * x["rows"].size * x["x"].shape[1] * x["x"].dtype.itemsize
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is not None and stored > limit:
         raise DoesNotFitError(f"does not fit ({stored / 2**30:.0f} GiB)")
