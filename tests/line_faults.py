@@ -212,7 +212,7 @@ LINE_FAULTS = (
         f"{_KERNELS}/causal_conv1d/kernels.py",
         "from_window = plgpu.load(window_ref.at[row, offset + width, channel], mask=there & (offset < 0), other=0)",
         "from_window = plgpu.load(window_ref.at[row, offset + width, channel], mask=there & (offset < -1), other=0)",
-        f"tests/{_KERNELS[7:]}/test_causal_conv1d.py::test_pieces_and_steps_equal_one_pass",
+        f"tests/{_KERNELS[7:]}/test_windows.py::test_pieces_and_steps_equal_one_pass",
     ),
     LineFault(
         "ranks draw by the same noise",
