@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.random_weights is not None:
-        prepare_environment(None)
+        prepare_environment()
         rows = run_model(arguments)
     else:
         rows = [run_alone(arguments)]

@@ -664,7 +664,7 @@ def grouped(
         exact=functools.partial(exact.grouped, own=own),
         written=lambda pools, x, layer: (),
         layers=1,
-        bytes=int(read * width * depth * (2 if codes is None else 1)) + own * (depth + width) * 2,
+        bytes=int(read * width * depth * (2 if codes is None else 1)) + (min(own, tokens) * depth + own * width) * 2,
         flops=2 * own * depth * width,
         limits=(4e-3, 0),
         sample=lambda out: out[:own][:: exact.every(own)],

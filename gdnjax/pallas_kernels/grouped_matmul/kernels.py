@@ -33,14 +33,14 @@ def grouped_matmul(
     arrays, (grid,) = codes.flat(weight)
     operands = row_forms.rows_of(x, tile.form, backend, wide=False)
     group, start, end, used = tile_table(group_sizes, rows, tile.rows)
-    # As many programs as the expected rows need, whatever their groups: those that return at once for want of a tile
-    # took a tenth of the time. Where more rows come, programs go on with further tiles.
-    expected = min(group.shape[0], most_tiles(groups, expected_rows, tile.rows))
+    # As many programs as the expected rows need, whatever their groups: the others would mostly find no tile. Where
+    # more rows come, programs go on with further tiles.
+    programs = min(group.shape[0], most_tiles(groups, expected_rows, tile.rows)) * -(-width // tile.columns)
     (out,) = launch(
         _grouped_matmul,
         backend,
         name="grouped_matmul",
-        programs=expected * -(-width // tile.columns),
+        programs=programs,
         args=(used, group, start, end, *([] if places is None else [places]), *operands, *arrays),
         out=[jax.ShapeDtypeStruct((rows, width), x.dtype)],
         warps=tile.warps,
@@ -51,7 +51,7 @@ def grouped_matmul(
         grid=grid,
         form=tile.form,
         elsewhere=places is not None,
-        stride=expected * -(-width // tile.columns),
+        stride=programs,
     )
     return out
 

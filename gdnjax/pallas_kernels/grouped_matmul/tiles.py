@@ -20,7 +20,7 @@ class Grouped:
 
 
 # "few" and "many": rows a group. "fewest": bfloat16 rows that meet float8_e4m3fn in halves; for a platform without such
-# matrix units there are none.
+# matrix units there are none. "many_float8": such rows that meet such codes, many of them.
 TILES = {
     "cuda": {
         "fewest": Grouped(8, 64, 128, 4, 4, form=HALVES),
@@ -43,6 +43,8 @@ def of(backend: Backend, rows_per_group: float, dtype, weight: Weight) -> Groupe
     table = backend.tiles(TILES)
     fp8 = isinstance(weight, Quantized) and weight.codes.dtype == jnp.float8_e4m3fn
     name = "few" if rows_per_group <= FEW else "many"
+    own = None
     if fp8 and dtype == jnp.bfloat16:
-        name = "fewest" if rows_per_group <= FEWEST else "many_float8" if name == "many" else name
-    return table.get(name) or table["few" if rows_per_group <= FEW else "many"]
+        own = "fewest" if rows_per_group <= FEWEST else f"{name}_float8"
+    # A platform without such an entry, and few rows, have that of numbers.
+    return table.get(own, table[name])
