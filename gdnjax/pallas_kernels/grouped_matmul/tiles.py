@@ -43,7 +43,7 @@ def of(backend: Backend, rows_per_group: float, dtype, weight: Weight) -> Groupe
     table = backend.tiles(TILES)
     fp8 = isinstance(weight, Quantized) and weight.codes.dtype == jnp.float8_e4m3fn
     name = "few" if rows_per_group <= FEW else "many"
-    own = None
+    own = name
     if fp8 and dtype == jnp.bfloat16:
         own = "fewest" if rows_per_group <= FEWEST else f"{name}_float8"
     # A platform without such an entry, and few rows, have that of numbers.
