@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from gdnjax import sharding
 from gdnjax.backend import Backend
 from gdnjax.config import ModelConfig, MoeConfig
 from gdnjax.models.layers import DenseMLP, Linear
+from gdnjax.pallas_kernels.expert_routing import Rule, choose_experts, sort_by_expert
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.matmul import product
 from gdnjax.pallas_kernels.normed import Rows, numbers, total
@@ -38,16 +38,12 @@ class Experts(nnx.Module):
         """
         self._check_split()
         expert, experts = self._own(expert), self.moe.held_experts
-        tokens, top = expert.shape
-        order = jnp.argsort(expert.reshape(-1), stable=True)
-        # Compared and counted, not scattered: on a GPU adding to one place is one after the other.
-        sizes = jnp.sum(expert.reshape(-1) == jnp.arange(experts)[:, None], axis=1, dtype=jnp.int32)
-        gate, up = jnp.split(self._products(x, self.gate_up_proj, sizes, order // top), 2, axis=-1)
+        token, place, sizes = sort_by_expert(expert, experts, backend=self.backend)
+        gate, up = jnp.split(self._products(x, self.gate_up_proj, sizes, token), 2, axis=-1)
         out = self._products(jax.nn.silu(gate) * up, self.down_proj, sizes)
         # Back to token order: each pair's row is taken, for rows that are scattered go one number at a time on a GPU.
         # Rows of no expert are unspecified and selected away.
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-        out = out[place].reshape(tokens, top, -1).astype(jnp.float32)
+        out = out[place].astype(jnp.float32)
         out = jnp.where((expert < experts)[..., None], out, 0)
         return jnp.sum(out * weight[..., None], axis=1).astype(x.dtype)
 
@@ -79,34 +75,27 @@ class Router(nnx.Module):
     activations are, and so are the biases of the choice.
     """
 
-    def __init__(self, moe: MoeConfig, width: int, dtype: str):
+    def __init__(self, moe: MoeConfig, width: int, dtype: str, backend: Backend):
         self.weight = nnx.Param(jnp.zeros((moe.num_experts, width), dtype))
         if moe.correction_bias:
             self.e_score_correction_bias = nnx.Param(jnp.zeros((moe.num_experts,), jnp.float32))
-        self.moe = moe
+        self.rule = Rule(
+            top=moe.experts_per_token,
+            scoring=moe.scoring,
+            normalised=moe.normalise_top_k,
+            scaling=moe.routed_scaling,
+            groups=moe.num_groups,
+            top_groups=moe.top_k_groups,
+        )
+        self.biased, self.backend = moe.correction_bias, backend
 
-    def __call__(self, x: Float[Array, "t d"]) -> tuple[Float32[Array, "t top"], Int32[Array, "t top"]]:
-        """Weights and experts."""
-        moe, logits = self.moe, product(x, self.weight[...], jnp.float32)
-        scores = jax.nn.softmax(logits, axis=-1) if moe.scoring == "softmax" else jax.nn.sigmoid(logits)
-        choice = scores + self.e_score_correction_bias[...] if moe.correction_bias else scores
-        if moe.num_groups > 1:
-            choice = _best_groups(choice, moe.num_groups, moe.top_k_groups)
-        best, expert = lax.top_k(choice, moe.experts_per_token)
-        weight = jnp.take_along_axis(scores, expert, axis=-1) if moe.correction_bias else best
-        if moe.normalise_top_k:
-            total = weight.sum(-1, keepdims=True)
-            # All of a token's sigmoids may be 0; the best of a softmax are not.
-            weight = weight / (total + 1e-20 if moe.scoring == "sigmoid" else total)
-        return weight * moe.routed_scaling if moe.routed_scaling != 1.0 else weight, expert
-
-
-def _best_groups(choice: Float32[Array, "t e"], groups: int, top: int) -> Float32[Array, "t e"]:
-    """-inf outside the `top` groups of neighbours whose two best have the largest sum."""
-    by_group = choice.reshape(choice.shape[0], groups, -1)
-    _, best = lax.top_k(lax.top_k(by_group, 2)[0].sum(-1), top)
-    chosen = (best[:, :, None] == jnp.arange(groups)).any(1)
-    return jnp.where(chosen[..., None], by_group, -jnp.inf).reshape(choice.shape)
+    def __call__(
+        self, x: Float[Array, "t d"], valid: Bool[Array, "t"]
+    ) -> tuple[Float32[Array, "t top"], Int32[Array, "t top"]]:
+        """Weights and experts; a padded token's are the number past the last."""
+        logits = product(x, self.weight[...], jnp.float32)
+        bias = self.e_score_correction_bias[...] if self.biased else None
+        return choose_experts(logits, bias, valid, self.rule, backend=self.backend)
 
 
 class MoeMLP(nnx.Module):
@@ -114,7 +103,7 @@ class MoeMLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, moe: MoeConfig, dtype: str, tp: int, backend: Backend):
         width = config.hidden_size
-        self.gate = Router(moe, width, dtype)
+        self.gate = Router(moe, width, dtype, backend)
         self.experts = Experts(moe, width, dtype, tp, backend)
         shared = DenseMLP(width, moe.shared_intermediate_size, dtype, backend)
         # The names of the checkpoints: the two forms of a shared expert are spelled differently there.
@@ -142,6 +131,5 @@ class MoeMLP(nnx.Module):
     def choices(
         self, x: Float[Array, "t d"], valid: Bool[Array, "t"]
     ) -> tuple[Float32[Array, "t top"], Int32[Array, "t top"]]:
-        """Weights and experts of each token, the same on all ranks; a padded token's are the number past the last."""
-        weight, expert = self.gate(x)
-        return weight, jnp.where(valid[:, None], expert, self.gate.weight.shape[0])
+        """Weights and experts of each token, the same on all ranks."""
+        return self.gate(x, valid)

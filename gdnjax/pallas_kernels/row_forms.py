@@ -30,6 +30,9 @@ PARTS = {WIDE: 1, FLOAT16: 1, HALVES: 2}
 LOW = 16.0
 """What the low halves are multiplied by."""
 
+WARPS = {"cuda": (1024, 4), "rocm": (1024, 4), "interpret": (1024, 4)}
+"""Numbers of a row for each warp of a program, and warps that it has at least; 16 are the most."""
+
 
 def rows_of(x: Rows, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:
     """The operands of a launch that rows [t, i] are: themselves, if `wide` or where that is the form; and but for that
@@ -54,7 +57,7 @@ def _gated(x: Gated, form: str, backend: Backend, *, wide: bool) -> tuple[Array,
             programs=x.shape[0],
             args=(x.x.reshape(x.shape), x.gate, x.weight),
             out=_out(x, form, wide=wide),
-            warps=_warps(heads * width),
+            warps=_warps(heads * width, backend),
             form=form,
             norm=(x.eps, 0.0),
             wide=wide,
@@ -75,8 +78,9 @@ def _out(x: Array | Normed | Gated, form: str, *, wide: bool) -> list[jax.ShapeD
     return [*out, jax.ShapeDtypeStruct((parts * rows,), jnp.float32)]
 
 
-def _warps(width: int) -> int:
-    return min(16, max(4, power_of_two(width) // 1024))
+def _warps(width: int, backend: Backend) -> int:
+    numbers, least = backend.tiles(WARPS)
+    return min(16, max(least, power_of_two(width) // numbers))
 
 
 def prepared(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> tuple[Array, Prepared]:
@@ -100,7 +104,7 @@ def prepared(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> t
             programs=rows,
             args=args,
             out=out,
-            warps=_warps(width),
+            warps=_warps(width, backend),
             form=form,
             norm=norm,
             wide=norm is not None and wide,
@@ -134,6 +138,8 @@ def _make(program, x_ref, *refs, form, norm, wide, added, gated=None):
     x = load(x_ref, program)
     parts_ref, refs = (refs[0], refs[1:]) if added else (None, refs)
     weight_ref, refs = (refs[0], refs[1:]) if norm is not None else (None, refs)
+    # Before the row's sum: its threads wait for one another there, and loads do not pass that.
+    weight = None if weight_ref is None or gated else load(weight_ref).astype(jnp.float32)
     if parts_ref is not None:
         (whole_ref, *refs), term = refs, load(parts_ref, 0, program).astype(jnp.float32)
         for part in range(1, parts_ref.shape[0]):
@@ -152,7 +158,7 @@ def _make(program, x_ref, *refs, form, norm, wide, added, gated=None):
     elif norm is not None:
         eps, centre = norm
         row = x.astype(jnp.float32)
-        row = row * lax.rsqrt(jnp.sum(row * row) / width + eps) * (centre + load(weight_ref).astype(jnp.float32))
+        row = row * lax.rsqrt(jnp.sum(row * row) / width + eps) * (centre + weight)
         x = row.astype(x.dtype)
     if wide:
         wide_ref, *refs = refs

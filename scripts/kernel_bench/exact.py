@@ -213,8 +213,9 @@ def gated(x, pools, layer):
 
 
 def normed(x, pools, layer):
-    row = _double(x["x"])
-    return row * lax.rsqrt(jnp.mean(row * row, axis=-1, keepdims=True) + 1e-6) * (1 + _double(x["weight"])), ()
+    row = _double(x["x"]) + (jnp.sum(_double(x["added"]), axis=0) if "added" in x else 0)
+    found = row * lax.rsqrt(jnp.mean(row * row, axis=-1, keepdims=True) + 1e-6) * (1 + _double(x["weight"]))
+    return (row, found) if "added" in x else found, ()
 
 
 def draws(x, pools, layer):
@@ -231,6 +232,19 @@ def draws(x, pools, layer):
         return jnp.max(scaled + noise), jnp.max(scaled)
 
     return lax.map(one_row, (x["logits"], x["temperature"], x["seed"], x["position"])), ()
+
+
+def choices(x, pools, layer, *, top: int):
+    """The weights of the best of a softmax."""
+    weight = jnp.sort(jax.nn.softmax(_double(x["logits"]), axis=-1), axis=-1)[:, : -top - 1 : -1]
+    return (weight / jnp.sum(weight, axis=-1, keepdims=True),), ()
+
+
+def order(x, pools, layer, *, experts: int):
+    flat = x["expert"].reshape(-1)
+    found = jnp.argsort(flat, stable=True)
+    place = jnp.argsort(found).reshape(x["expert"].shape)
+    return (found // x["expert"].shape[1], place, jnp.bincount(flat, length=experts)), ()
 
 
 def every(rows: int) -> int:

@@ -19,6 +19,9 @@ from kernel_bench import sweeps, timing
 from kernel_bench.timing import Calls, Ceilings, DoesNotFitError, NotMeasuredError
 from kernel_bench.workloads import Workload
 
+XLAS = ("choose", "draw", "kv-", "matmul", "normed", "sort")
+"""What workloads' names begin with that are timed by XLA, too."""
+
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
@@ -211,9 +214,7 @@ def _peers_in_jax(work: Workload) -> dict[str, Any]:
     """XLA's own way where it is one that people would use, and jax's own kernels."""
     from kernel_bench import jax_peers
 
-    return jax_peers.of(work) | (
-        {"XLA": _call(work, REFERENCE)} if work.name.startswith(("matmul", "normed", "draw", "kv-")) else {}
-    )
+    return jax_peers.of(work) | ({"XLA": _call(work, REFERENCE)} if work.name.startswith(XLAS) else {})
 
 
 def sweep(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import row_forms
 from gdnjax.pallas_kernels.causal_conv1d import tiles as conv
+from gdnjax.pallas_kernels.expert_routing import tiles as routing
 from gdnjax.pallas_kernels.gated_delta_rule import tiles as delta
 from gdnjax.pallas_kernels.grouped_matmul import tiles as grouped
 from gdnjax.pallas_kernels.gumbel_argmax import tiles as draws
@@ -118,6 +119,8 @@ def _table(name: str):
         sizes = itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4))
         tiles = [dataclasses.replace(old, keys=k, warps=w, stages=s) for k, w, s in sizes]
         tiles += [dataclasses.replace(old, programs=p) for p in (132, 528, 1056)]
+        fuller = itertools.product((32, 64, 128), (16, 32), (264, 528))
+        tiles += [dataclasses.replace(old, least_split=n, keys=k, programs=p) for n, k, p in fuller]
         return attention.TILES, "decode", [*tiles, *(dataclasses.replace(old, part=p) for p in (0, 1024, 4096, 8192))]
     if name.startswith(("kv-write", "kv-enter", "latent-write")):
         # A program is one token, whatever the chip.
@@ -127,8 +130,21 @@ def _table(name: str):
         tiles = [draws.Tile(*size) for size in sizes]
         spared = itertools.product((128, 256, 512, 1024), (1, 2, 4), (1056, 2112), (True,))
         return draws.TILES, None, [*tiles, *(draws.Tile(*size) for size in spared)]
+    if name.startswith("choose"):
+        old = routing.TILES["cuda"]
+        return routing.TILES, None, [dataclasses.replace(old, choose_warps=warps) for warps in (1, 2, 4, 8)]
+    if name.startswith("sort"):
+        old, sizes = routing.TILES["cuda"], itertools.product((2, 4, 8), (8, 16, 32), (256, 512, 1024))
+        return (
+            routing.TILES,
+            None,
+            [
+                dataclasses.replace(old, sort_warps=warps, pairs=pairs, at_once=at_once)
+                for warps, pairs, at_once in sizes
+            ],
+        )
     if name.startswith("normed"):
-        return products.TILES, "bfloat16", []
+        return row_forms.WARPS, None, list(itertools.product((256, 512, 1024), (1, 4)))
     if name.startswith("matmul"):
         return _products_table(name)
     if "int8" in name:

@@ -20,10 +20,11 @@ import numpy as np
 from gdnjax.backend import Backend
 from gdnjax.models import random_codes
 from gdnjax.pallas_kernels import causal_conv1d, gated_delta_rule, matmul, paged_attention, row_forms
+from gdnjax.pallas_kernels.expert_routing import Rule, choose_experts, sort_by_expert
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, Rounding, StateOrder
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
-from gdnjax.pallas_kernels.normed import Gated, Normed, numbers
+from gdnjax.pallas_kernels.normed import Gated, Normed, numbers, summed
 from gdnjax.pallas_kernels.rows import Rows, make_chunks
 from gdnjax.quantized import CodeFormat
 from kernel_bench import exact
@@ -712,28 +713,31 @@ def products(
     )
 
 
-def normed(rows: int, width: int):
-    """The norm in front of products of a decode step."""
+def normed(rows: int, width: int, parts: int = 0):
+    """The norm in front of products of a decode step, of rows to which a term of so many `parts` is added before."""
 
     def inputs(key):
-        keys = jax.random.split(key, 2)
-        return {"x": _random(keys[0], (rows, width)), "weight": _random(keys[1], (width,), scale=0.1)}, ()
+        keys = jax.random.split(key, 3)
+        arguments = {"x": _random(keys[0], (rows, width)), "weight": _random(keys[1], (width,), scale=0.1)}
+        if parts:
+            arguments["added"] = _random(keys[2], (parts, rows, width), jnp.float32)
+        return arguments, ()
 
     def call(x, pools, layer, backend):
-        rows = Normed(x["x"], x["weight"], 1e-6, 1.0)
+        rows = Normed(x["x"], x["weight"], 1e-6, 1.0, added=x.get("added"))
         if backend.is_reference:
-            return numbers(rows), pools
-        (found,) = row_forms.rows_of(rows, row_forms.WIDE, backend, wide=True)
-        return found, pools
+            return (summed(rows.x, rows.added), numbers(rows)) if parts else numbers(rows), pools
+        whole, prepared = row_forms.prepared(rows, row_forms.WIDE, backend, wide=True)
+        return (whole, prepared.wide) if parts else prepared.wide, pools
 
     return Workload(
-        name=f"normed-{width}-{rows}",
+        name=f"normed-{width}{f'-{parts}parts' if parts else ''}-{rows}",
         inputs=inputs,
         call=call,
         exact=exact.normed,
         written=lambda pools, x, layer: (),
         layers=1,
-        bytes=2 * (2 * rows + 1) * width,
+        bytes=2 * (2 * rows + 1) * width + (2 + 4 * parts) * rows * width * (parts > 0),
         flops=0,
         limits=(4e-3, 0),
         chain="x",
@@ -802,6 +806,54 @@ def draws(rows: int, vocab: int, temperature: float):
     )
 
 
+def choices(tokens: int, experts: int, top: int):
+    """The experts that tokens go to."""
+
+    def inputs(key):
+        return {"logits": _random(key, (tokens, experts), jnp.float32, 2.0), "valid": jnp.ones((tokens,), bool)}, ()
+
+    def call(x, pools, layer, backend):
+        return choose_experts(x["logits"], None, x["valid"], Rule(top), backend=backend), pools
+
+    return Workload(
+        name=f"choose-{tokens}x{experts}-top{top}",
+        inputs=inputs,
+        call=call,
+        exact=functools.partial(exact.choices, top=top),
+        written=lambda pools, x, layer: (),
+        layers=1,
+        bytes=4 * tokens * (experts + 2 * top),
+        flops=0,
+        limits=(1e-5, 0),
+        # The weights: of two that all but tie either expert may be chosen.
+        sample=lambda outputs: outputs[:1],
+        chain="logits",
+    )
+
+
+def order(tokens: int, experts: int, top: int):
+    """Pairs of a token and a choice in the order of their experts."""
+
+    def inputs(key):
+        return {"expert": jax.random.randint(key, (tokens, top), 0, experts, jnp.int32)}, ()
+
+    def call(x, pools, layer, backend):
+        return sort_by_expert(x["expert"], experts, backend=backend), pools
+
+    return Workload(
+        name=f"sort-{tokens}x{top}of{experts}",
+        inputs=inputs,
+        call=call,
+        exact=functools.partial(exact.order, experts=experts),
+        written=lambda pools, x, layer: (),
+        layers=1,
+        bytes=4 * (3 * tokens * top + experts),
+        flops=0,
+        limits=(0, 0),
+        chain="expert",
+    )
+
+
 def _lengths(lengths) -> str:
     return str(lengths[0]) if len(lengths) == 1 else f"{len(lengths)}x{lengths[0]}"
 
@@ -852,6 +904,8 @@ WORKLOADS = {
         attention(128, 2048, 1, 32, 2, 256),
         attention(128, 2048, 1, 24, 4, 256, real=9),
         attention(1, 131072, 1, 24, 4, 256),
+        attention(1, 1125, 1, 16, 4, 256, table=2304),
+        attention(16, 1125, 1, 16, 4, 256, table=2304),
         # A long context beside short ones, and what it costs them that one might be there.
         attention(63, 1000, 1, 16, 4, 256, long=131072),
         attention(64, 1000, 1, 16, 4, 256, table=131072),
@@ -898,11 +952,15 @@ WORKLOADS = {
         products("down", 1, 17408, 5120, codes="float8_e4m3fn"),
         products("out", 1, 6144, 5120, codes="float8_e4m3fn"),
         normed(1, 4096),
+        normed(1, 4096, parts=4),
+        normed(128, 4096, parts=2),
         normed(128, 5120),
         gated(16, 32, 128),
         draws(128, 248320, 1.0),
         draws(128, 248320, 0.0),
         draws(1, 248320, 1.0),
+        *(choices(tokens, 512, 10) for tokens in (1, 128, 8192)),
+        *(order(tokens, 512, 10) for tokens in (1, 128, 512)),
         grouped(128, 512, 10, 4096, 2048),
         grouped(128, 256, 8, 2048, 1024),
         grouped(8192, 512, 10, 4096, 2048),

@@ -29,10 +29,12 @@ from rocm.cases import (
     latent_write,
     normed,
     product,
+    routing,
 )
 from rocm.cases.case import same_bits
 
 from gdnjax.backend import INTERPRET
+from gdnjax.pallas_kernels.expert_routing import Rule
 from gdnjax.pallas_kernels.launch import launch
 
 ORDERS = (0, 1, 2)
@@ -74,6 +76,7 @@ CASES = [
     every_code(FLOAT8),
     every_code(FLOAT8, rows=3),
     normed(200, parts=4),
+    routing(9, 48, Rule(3)),
     draw(),
     draw(sparing=True),
 ]

@@ -20,6 +20,9 @@ from gdnjax.pallas_kernels.launch import LEAST, bounded, launch, power_of_two
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
 
+TABLED = 16
+"""Groups whose tiles are one program's to find."""
+
 
 def grouped_matmul(
     x: Array, weight: Weight, group_sizes: Array, places: Array | None, expected_rows: int, backend: Backend
@@ -32,7 +35,7 @@ def grouped_matmul(
     assert steps is not None, "the reference takes what has no depth"
     arrays, (grid,) = codes.flat(weight)
     operands = row_forms.rows_of(x, tile.form, backend, wide=False)
-    group, start, end, used = tile_table(group_sizes, rows, tile.rows)
+    group, start, end, used = tile_table(group_sizes, rows, tile.rows, backend)
     # As many programs as the expected rows need, whatever their groups: the others would mostly find no tile. Where
     # more rows come, programs go on with further tiles.
     programs = min(group.shape[0], most_tiles(groups, expected_rows, tile.rows)) * -(-width // tile.columns)
@@ -61,22 +64,50 @@ def most_tiles(groups: int, rows: int, size: int) -> int:
     return -(-rows // size) + min(groups, rows)
 
 
-def tile_table(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, Array, Array]:
+def tile_table(group_sizes: Array, rows: int, size: int, backend: Backend) -> tuple[Array, Array, Array, Array]:
     """Group, first row and end of each tile of at most `size` rows, none over two groups; and [1] how many are used:
-    those come first, and the others are empty. Rows past the groups' are in none.
+    those come first, and what is said of the others is unspecified. Rows past the groups' are in none.
     """
     groups = group_sizes.shape[0]
     count = most_tiles(groups, rows, size)
-    tiles_of = -(-group_sizes // size)
-    last_tile, last_row = jnp.cumsum(tiles_of), jnp.cumsum(group_sizes)
-    number = jnp.arange(count, dtype=jnp.int32)
-    group = jnp.sum(number[:, None] >= last_tile[None, :], axis=1, dtype=jnp.int32)
-    used = group < groups
-    group = jnp.minimum(group, groups - 1)
-    start = last_row[group] - group_sizes[group] + (number - last_tile[group] + tiles_of[group]) * size
-    end = jnp.minimum(start + size, last_row[group])
-    start, end = (jnp.where(used, place, 0).astype(jnp.int32) for place in (start, end))
-    return group, start, end, last_tile[-1:].astype(jnp.int32)
+    group, start, end, used = launch(
+        _tile_table,
+        backend,
+        name="grouped_matmul_tiles",
+        programs=-(-groups // TABLED),
+        args=(group_sizes,),
+        out=[jax.ShapeDtypeStruct((length,), jnp.int32) for length in (count, count, count, 1)],
+        warps=4,
+        size=size,
+    )
+    return group, start, end, used
+
+
+def _tile_table(program, sizes_ref, group_ref, start_ref, end_ref, used_ref, *, size):
+    """Of TABLED groups, behind the tiles of all that stand before them."""
+    groups, count = sizes_ref.shape[0], group_ref.shape[0]
+    other = jnp.arange(power_of_two(groups), dtype=jnp.int32)
+    sizes = plgpu.load(sizes_ref.at[other], mask=other < groups, other=0)
+    tiles_of = pl.cdiv(sizes, size)
+    mine = program * TABLED + jnp.arange(TABLED, dtype=jnp.int32)
+    before = other[None, :] < mine[:, None]
+    first_row = jnp.sum(jnp.where(before, sizes[None, :], 0), axis=1)
+    first_tile = jnp.sum(jnp.where(before, tiles_of[None, :], 0), axis=1)
+    of_mine = plgpu.load(sizes_ref.at[mine], mask=mine < groups, other=0)
+
+    def store(i, _):
+        start, real = first_row + i * size, i * size < of_mine
+        # There are never so many that the last one is used.
+        tile = jnp.where(real, bounded(first_tile + i, count), count - 1)
+        plgpu.store(group_ref.at[tile], mine, mask=real)
+        plgpu.store(start_ref.at[tile], start, mask=real)
+        plgpu.store(end_ref.at[tile], jnp.minimum(start + size, first_row + of_mine), mask=real)
+
+    lax.fori_loop(0, pl.cdiv(jnp.max(of_mine), size), store, None)
+
+    @pl.when(program == 0)
+    def _():
+        used_ref[0] = jnp.sum(tiles_of)
 
 
 def _grouped_matmul(

@@ -58,7 +58,10 @@ class Attention:
 
 
 TILES = {
-    "cuda": {"decode": Attention(64, 32, 4, 3, programs=264, part=2048), "prefill": Attention(128, 64, 8, 2)},
+    "cuda": {
+        "decode": Attention(64, 32, 4, 3, programs=264, least_split=128, part=2048),
+        "prefill": Attention(128, 64, 8, 2),
+    },
     "rocm": {"decode": Attention(64, 32, 4, 1, programs=608, part=2048), "prefill": Attention(64, 32, 4, 1)},
     "interpret": {
         "decode": Attention(64, 32, 1, 1, programs=16, least_split=64, part=64),

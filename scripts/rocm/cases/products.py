@@ -9,6 +9,7 @@ import numpy as np
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import matmul
+from gdnjax.pallas_kernels.expert_routing import Rule, choose_experts, sort_by_expert
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
 from gdnjax.pallas_kernels.gumbel_argmax import tiles as draw_tiles
@@ -29,6 +30,9 @@ NORMED = Bound(norm=2.5e-3, place=2**-7, flips=1e-2)
 
 SUM = Bound(norm=5e-3, place=2**-5)
 """A term is rounded to bfloat16, and so is what comes of adding it: where the two cancel, the first is more of it."""
+
+CHOICE = Bound(norm=1e-6, place=2e-6)
+"""Exponentials, and a sum of them."""
 
 NOISE = Bound(norm=1e-6, place=1e-6)
 """Two logarithms."""
@@ -263,6 +267,32 @@ def _named(codes: Any, grid: Grid) -> str:
 
 
 @functools.cache
+def routing(tokens: int, experts: int, rule: Rule, *, biased: bool = False) -> Case:
+    """Choices of tokens, of which every third is padding: its logits are poison. And their pairs in order."""
+    grouping = f"-{rule.groups}groups" if rule.groups > 1 else ""
+    name = f"routing-{tokens}x{experts}-{rule.scoring}{rule.top}{grouping}" + "-biased" * biased
+    r = random(name)
+    valid = np.arange(tokens) % 3 != 2
+    x = {"logits": normal(r, (tokens, experts), np.float32, 2.0), "valid": valid}
+    if biased:
+        x["bias"] = normal(r, (experts,), np.float32, 0.3)
+    clean = {"logits": x["logits"].copy()}
+    x["logits"][~valid] = np.nan
+    seen = {"weight": valid[:, None]}
+    bounds = {"weight": CHOICE, "expert": EXACT, "token": EXACT, "place": EXACT, "sizes": EXACT}
+    return Case(name, routing_op(rule), x, LAYER, bounds, seen=seen, clean=clean)
+
+
+@functools.cache
+def routing_op(rule: Rule) -> Op:
+    def call(x, layer, backend):
+        weight, expert = choose_experts(x["logits"], x.get("bias"), x["valid"], rule, backend=backend)
+        token, place, sizes = sort_by_expert(expert, x["logits"].shape[1], backend=backend)
+        return {"weight": weight, "expert": expert, "token": token, "place": place, "sizes": sizes}
+
+    return call
+
+
 def draw_op(*, sparing: bool = False) -> Op:
     def call(x, layer, backend):
         draw = (x["logits"], x["temperature"], x.get("least"), x["seed"], x["position"])
