@@ -205,7 +205,7 @@ def _draft_logits(model: HybridModel, depth: int, params: Params, tokens: Array,
     hidden, cache = model.forward(params, batch.tokens, context, state.cache)
     drafted, cache = model.draft(params, batch.tokens, jnp.roll(hidden, 1, axis=0), context, cache)
     hidden, drafted = hidden[:count], drafted[:count]
-    drafts = [model.logits(params, drafted)]
+    drafts = [model.draft_logits(params, drafted)]
     index = jnp.arange(count, dtype=jnp.int32)
     table = jnp.where(index[None] <= index[:, None], 1 + index[None], 0)
     for d in range(1, depth):
@@ -216,7 +216,7 @@ def _draft_logits(model: HybridModel, depth: int, params: Params, tokens: Array,
         pools = dataclasses.replace(step.pools_of(state, options), slots=slots)
         context = decode_context(pools, index, index, (index >= d)[:, None])
         drafted, cache = model.draft(params, tokens, jnp.roll(drafted, 1, axis=0), context, cache)
-        drafts.append(model.logits(params, drafted))
+        drafts.append(model.draft_logits(params, drafted))
     return model.logits(params, hidden), jnp.stack(drafts)
 
 

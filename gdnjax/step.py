@@ -337,7 +337,7 @@ def _reject(model, options, params, state, batch, first, logits, drafts, valid) 
         p, q = (scores.reshape(slot.shape[0], -1, scores.shape[1]) for scores in (p, q))
         return speculative.accept_rejection(p, q, drafts, valid, target.draw, vocab)
 
-    requests = (batch.slot, batch.mask_row, first, logits, model.logits(params, hidden), drafts, valid)
+    requests = (batch.slot, batch.mask_row, first, logits, model.draft_logits(params, hidden), drafts, valid)
     return in_groups(some_requests, requests, count, max(1, vocab.group_of(logits.shape[0]) // (1 + k)))
 
 
@@ -366,7 +366,7 @@ def _draft(model, options, params, state, slot, hidden, emitted) -> ServeState:
             last, cache = model.draft(params, drafts[:, -1], last, context, cache)
         outputs.append(last)
         sampler = _Sampler.of(model, options, state, slot, length + depth + 1, 1)
-        logits = model.logits(params, last)
+        logits = model.draft_logits(params, last)
         draft = sampler.tokens(logits, drafts if depth else None, options.draft_stream)
         drafts = jnp.concatenate([drafts, draft[:, None]], axis=1)
     # Others than those that have drawn a token keep what they have.

@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192, help="of a prefill (default: %(default)s)")
     parser.add_argument("--num-speculative-tokens", type=int, default=0, help="drafts a step (default: %(default)s)")
     parser.add_argument("--spec-acceptance-length", type=float, help="forced tokens a step")
+    parser.add_argument("--draft-head", default="target", help="see EngineConfig (default: %(default)s)")
     parser.add_argument(
         "--quantization",
         choices=("fp8", "fp8_per_channel"),
@@ -126,6 +127,7 @@ def profile(arguments, *, leads: bool = True) -> int:
         prefill_buckets=(arguments.max_num_batched_tokens,),
         num_speculative_tokens=drafts,
         spec_acceptance_length=arguments.spec_acceptance_length,
+        draft_head=arguments.draft_head,
         enable_prefix_caching=False,
         # Of all steps it needs two.
         warmup=False,

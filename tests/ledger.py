@@ -202,6 +202,9 @@ class LedgerModel:
         mine = (local >= 0) & (local < weight.shape[0])
         return sharding.psum(jnp.where(mine, weight[jnp.clip(local, 0, weight.shape[0] - 1)], 0), self.tp)
 
+    def draft_logits(self, params, hidden):
+        return self.logits(params, hidden)
+
     def logits(self, params, hidden):
         weight = params["lm_head"]["weight"]
         token = jnp.arange(weight.shape[0]) + sharding.rank(self.tp) * weight.shape[0]

@@ -340,7 +340,7 @@ def over_processes(arguments: argparse.Namespace, run: Callable[[], int], follow
 
 def add_speculation_flags(add: Callable[..., Any]) -> None:
     """The flags that `speculation` reads. `add` is an argparse group's add_argument."""
-    from gdnjax.config import DRAFT_ACCEPTANCES, MAX_SPECULATIVE_TOKENS
+    from gdnjax.config import DRAFT_ACCEPTANCES, DRAFT_HEADS, MAX_SPECULATIVE_TOKENS
 
     add(
         "--num-speculative-tokens",
@@ -353,6 +353,12 @@ def add_speculation_flags(add: Callable[..., Any]) -> None:
         choices=DRAFT_ACCEPTANCES,
         help="shared_noise gives the tokens of a run without drafts, up to rounding (in bfloat16 a near tie may "
         "fall the other way); rejection keeps more drafts at a temperature (default: shared_noise)",
+    )
+    add(
+        "--draft-head",
+        choices=DRAFT_HEADS,
+        help="what drafts are drawn by: the target's own head, or a copy of it in float8, which takes half as long to "
+        "read and a byte for each number of it; what is emitted is as exact (default: target)",
     )
     add("--adaptive-speculation", action="store_true", help="draft in those steps only where it pays, as measured")
 
@@ -367,6 +373,7 @@ def speculation(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {
         "num_speculative_tokens": arguments.num_speculative_tokens,
         "draft_acceptance": arguments.draft_acceptance,
+        "draft_head": arguments.draft_head,
         "adaptive_speculation": arguments.adaptive_speculation or None,
         # Benchmarks alone have this one.
         "spec_acceptance_length": getattr(arguments, "spec_acceptance_length", None),

@@ -21,6 +21,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "int8")
 KERNELS = ("auto", "pallas", "interpret", "reference")
 STATE_LAYOUTS = ("kv", "vk", "mixed")
+DRAFT_HEADS = ("target", "fp8")
 QUANTIZATIONS = ("auto", "fp8_per_channel", "dequantized")
 SSM_DTYPES = ("float32", "bfloat16")
 SSM_ROUNDINGS = ("nearest", "stochastic")
@@ -101,6 +102,10 @@ class EngineConfig:
                               the target's own token, so that a seed gives the same tokens with and without speculation;
                               "rejection": classic rejection sampling, which keeps more drafts at a temperature, and
                               gives the same distribution, not the same tokens.
+      draft_head              what drafts are drawn by: "target", its own head, or "fp8", a copy of that in
+                              float8_e4m3fn with a scale for each token of the vocabulary. The copy takes half as long
+                              to read as bfloat16, and a byte for each of its numbers. What is emitted is as exact; a
+                              few drafts fewer may be kept.
       adaptive_speculation    draft in those steps only where that pays, by what the engine measures as it runs.
       spec_acceptance_length  force this many tokens a step on average, 1 to 1 + num_speculative_tokens, for benchmarks
                               with random weights. The outputs are marked: they are not the model's.
@@ -137,6 +142,7 @@ class EngineConfig:
     batch_invariant: bool = False
     num_speculative_tokens: int = 0
     draft_acceptance: str = "shared_noise"
+    draft_head: str = "target"
     adaptive_speculation: bool = False
     spec_acceptance_length: float | None = None
 
@@ -235,6 +241,9 @@ class EngineConfig:
         if drafts > MAX_SPECULATIVE_TOKENS:
             raise ValueError(f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {drafts}")
         check_choice("draft_acceptance", self.draft_acceptance, DRAFT_ACCEPTANCES)
+        check_choice("draft_head", self.draft_head, DRAFT_HEADS)
+        if self.draft_head != "target" and not drafts:
+            raise ValueError(f"draft_head={self.draft_head!r} needs num_speculative_tokens above 0")
         if self.adaptive_speculation and (not drafts or self.batch_invariant):
             raise ValueError(
                 "adaptive_speculation=True needs num_speculative_tokens above 0 and batch_invariant=False, "

@@ -14,7 +14,7 @@ from typing import Any
 from gdnjax import memory
 from gdnjax.assets import PRESETS, SAME_AS, config_file
 from gdnjax.cache_kinds import CacheKind
-from gdnjax.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, ModelConfig
+from gdnjax.config import DRAFT_HEADS, DTYPES, KV_CACHE_DTYPES, EngineConfig, ModelConfig
 from gdnjax.config.quantization import GRIDS, Quantization
 from gdnjax.memory import Accounting, HostSizes, MemoryPlan, StateGeometry
 from gdnjax.memory.weights import weight_bytes, workspace_estimate
@@ -93,6 +93,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         metavar="K",
         help="drafts of the MTP head in a step (0): a slot keeps their inputs, a block the head's keys and values",
+    )
+    add(
+        "--draft-head",
+        choices=DRAFT_HEADS,
+        default="target",
+        help="what drafts are drawn by (target); fp8: a copy of the head, a byte a number and a scale for each token",
     )
     add = parser.add_argument_group("GPU").add_argument
     add("--gpu-memory", type=budget, metavar="GIB", help="say whether the model fits in so many GiB of one GPU, a rank")
@@ -329,6 +335,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
         num_checkpoint_slots=arguments.num_checkpoint_slots,
         max_model_len=arguments.max_model_len,
         num_speculative_tokens=arguments.num_speculative_tokens,
+        draft_head=arguments.draft_head,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         host_cache_gib=arguments.host_cache_gib,
@@ -366,6 +373,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
         tp=engine.tensor_parallel_size,
         dtype=dtype,
         mtp=engine.num_speculative_tokens > 0,
+        draft_head=engine.draft_head != "target",
         quantization=quantization,
     )
     fit = None

@@ -9,9 +9,16 @@ from gdnjax.config.quantization import GRIDS, Quantization
 
 
 def weight_bytes(
-    model: ModelConfig, *, tp: int, dtype: str, mtp: bool = False, quantization: str | Quantization | None = None
+    model: ModelConfig,
+    *,
+    tp: int,
+    dtype: str,
+    mtp: bool = False,
+    draft_head: bool = False,
+    quantization: str | Quantization | None = None,
 ) -> int:
-    """Bytes of all weights of one of `tp` ranks in `dtype`, with the MTP head if `mtp`.
+    """Bytes of all weights of one of `tp` ranks in `dtype`, with the MTP head if `mtp`, and with a copy of the head of
+    one byte a number and a float32 scale for each token if `draft_head`.
 
     With `quantization`, a name of GRIDS or one of a single grid, all projections but those to the gates of heads are
     codes of one byte and float32 scales. Raises ValueError for another name.
@@ -28,6 +35,8 @@ def weight_bytes(
     if rank.moe is not None:
         gates += rank.moe.num_float32_weights * [mlp for _, mlp in layers].count(MlpKind.MOE)
     plain = size * ITEMSIZE[dtype] + gates * ITEMSIZE["float32"]
+    if draft_head:
+        plain += rank.vocab_size * (width + ITEMSIZE["float32"])
     if quantization is None:
         return plain
     if isinstance(quantization, str):

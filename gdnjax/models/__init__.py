@@ -95,13 +95,19 @@ class Model(Protocol):
         """The head's hidden states [t, d] of tokens, given the hidden state before each, and the pools, which are
         consumed.
 
-        `logits` of them are those of the token after each. At index 0 there is no hidden state before a token, and
-        `previous` may hold anything finite there.
+        `draft_logits` of them are those of the token after each. At index 0 there is no hidden state before a token,
+        and `previous` may hold anything finite there.
         """
         ...
 
     def logits(self, params: Params, hidden: Any) -> Any:
         """[n, V] float32 of this rank's part of the vocabulary; entries that pad it are -inf."""
+        ...
+
+    def draft_logits(self, params: Params, hidden: Any) -> Any:
+        """The same of the head's hidden states: what drafts are drawn from, `logits` or near them. Called only where
+        something drafts.
+        """
         ...
 
 
@@ -148,7 +154,9 @@ def engine_geometry(model: Model, config: EngineConfig) -> StateGeometry:
 
 @dataclasses.dataclass(frozen=True)
 class HybridModel:
-    """A model of one rank of any family that is supported, with its MTP head if `mtp`. Build it with `build_model`."""
+    """A model of one rank of any family that is supported, with its MTP head if `mtp`, and with a draft head in its
+    parameters if `draft_head` (`gdnjax.models.draft_head`). Build it with `build_model`.
+    """
 
     config: ModelConfig
     dtype: str
@@ -156,9 +164,14 @@ class HybridModel:
     mtp: bool
     backend: Backend
     graphdef: nnx.GraphDef[CausalLM]
+    draft_head: bool = False
 
     def on(self, backend: Backend) -> "HybridModel":
-        return build_model(self.config, self.dtype, self.tp, mtp=self.mtp, backend=backend)
+        return build_model(self.config, self.dtype, self.tp, mtp=self.mtp, backend=backend, draft_head=self.draft_head)
+
+    def with_draft_head(self) -> "HybridModel":
+        """The same model, whose drafts are drawn by a head of their own."""
+        return build_model(self.config, self.dtype, self.tp, mtp=self.mtp, backend=self.backend, draft_head=True)
 
     @property
     def expert_parallel(self) -> bool:
@@ -217,18 +230,30 @@ class HybridModel:
     def logits(self, params: Params, hidden: Array) -> Float32[Array, "n V"]:
         return nnx.merge(self.graphdef, params).logits(hidden)
 
+    def draft_logits(self, params: Params, hidden: Array) -> Float32[Array, "n V"]:
+        return nnx.merge(self.graphdef, params).draft_logits(hidden)
+
 
 def build_model(
-    config: ModelConfig, dtype: str, tp: int = 1, *, mtp: bool = False, backend: Backend = REFERENCE
+    config: ModelConfig,
+    dtype: str,
+    tp: int = 1,
+    *,
+    mtp: bool = False,
+    backend: Backend = REFERENCE,
+    draft_head: bool = False,
 ) -> HybridModel:
-    """The model of one rank, without parameters; `mtp` adds its multi-token-prediction head.
+    """The model of one rank, without parameters; `mtp` adds its multi-token-prediction head, and `draft_head` another
+    head for its drafts, which `draft_head.with_draft_head` makes of parameters.
 
     Only the reference implementation of the ops, the default, can be differentiated. An LLM chooses by its `kernels`.
 
     Raises ValueError where the ranks do not divide its heads, or where the configuration has no MTP head to add.
     """
-    graphdef = nnx.split(_abstract(config, dtype, tp, mtp, backend))[0]
-    return HybridModel(config=config, dtype=dtype, tp=tp, mtp=mtp, backend=backend, graphdef=graphdef)
+    graphdef = nnx.split(_abstract(config, dtype, tp, mtp, backend, draft_head))[0]
+    return HybridModel(
+        config=config, dtype=dtype, tp=tp, mtp=mtp, backend=backend, graphdef=graphdef, draft_head=draft_head
+    )
 
 
 def abstract_params(
@@ -265,9 +290,11 @@ def abstract_params(
 
 
 @functools.lru_cache(maxsize=2)
-def _abstract(config: ModelConfig, dtype: str, tp: int, mtp: bool, backend: Backend) -> CausalLM:
+def _abstract(
+    config: ModelConfig, dtype: str, tp: int, mtp: bool, backend: Backend, draft_head: bool = False
+) -> CausalLM:
     """The module with shapes in place of parameters; `build_model` and `abstract_params` both start from it."""
-    return nnx.eval_shape(lambda: CausalLM(config, dtype, tp, mtp, backend))
+    return nnx.eval_shape(lambda: CausalLM(config, dtype, tp, mtp, backend, draft_head))
 
 
 def random_params(

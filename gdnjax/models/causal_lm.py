@@ -11,6 +11,7 @@ from gdnjax.models.decoder import DecoderLayer
 from gdnjax.models.layers import Embedding, Linear, Stream, mask_padded_vocab, residual_norm, rotary_angles
 from gdnjax.models.moe import MoeMLP
 from gdnjax.models.mtp import MultiTokenPredictor
+from gdnjax.pallas_kernels import matmul
 from gdnjax.pallas_kernels.matmul import product
 from gdnjax.pallas_kernels.normed import numbers
 from gdnjax.shapes import Array, Float, Float32, Int32
@@ -19,7 +20,15 @@ from gdnjax.shapes import Array, Float, Float32, Int32
 class CausalLM(nnx.Module):
     """The whole model of one rank: tokens in, final hidden states out, pools threaded through."""
 
-    def __init__(self, config: ModelConfig, dtype: str, tp: int = 1, mtp: bool = False, backend: Backend = REFERENCE):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        tp: int = 1,
+        mtp: bool = False,
+        backend: Backend = REFERENCE,
+        draft_head: bool = False,
+    ):
         local = config.shard(tp)
         self.embed_tokens = Embedding(local.vocab_size, config.hidden_size, dtype, tp)
         self.layers = nnx.List([DecoderLayer.of(local, i, dtype, tp, backend) for i in range(config.num_layers)])
@@ -28,6 +37,9 @@ class CausalLM(nnx.Module):
             self.lm_head = Linear(config.hidden_size, local.vocab_size, dtype)
         if mtp:
             self.mtp = MultiTokenPredictor(local, dtype, tp, backend)
+        if draft_head:
+            self.draft_head = Linear(config.hidden_size, local.vocab_size, dtype)
+        self.has_draft_head = draft_head
         assert config.attention is not None, "every configuration of these families has one"
         self.config, self.attention = config, config.attention
         self.tp = tp
@@ -78,6 +90,19 @@ class CausalLM(nnx.Module):
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         logits = product(hidden, head.weight[...], jnp.float32)
         return mask_padded_vocab(logits, self.config, self.tp)
+
+    def draft_logits(self, hidden: Float[Array, "n d"]) -> Float32[Array, "n V"]:
+        """The same of hidden states of the MTP head, by the head that drafts are drawn by."""
+        if not self.has_draft_head:
+            return self.logits(hidden)
+        # A few rows at a time: of more, XLA would write the copy out as numbers first.
+        step = hidden.shape[0] if self.backend.is_reference else matmul.MOST_ROWS
+        weight, dtype = self.draft_head.weight[...], jnp.float32
+        logits = [
+            matmul.project(hidden[first : first + step], weight, out_dtype=dtype, backend=self.backend)[0]
+            for first in range(0, hidden.shape[0], step)
+        ]
+        return mask_padded_vocab(jnp.concatenate(logits), self.config, self.tp)
 
     def _angles(self, context: PrefillContext | DecodeContext) -> tuple[Array, Array] | None:
         return rotary_angles(context.position, self.attention)

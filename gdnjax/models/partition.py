@@ -12,7 +12,7 @@ from gdnjax.sharding import AXIS, P, path_name
 # Weights are stored as in the checkpoint: [out, in]. Column-parallel weights split their outputs, row-parallel ones
 # their inputs, and the layer that ends with a row-parallel weight sums over ranks.
 TABLE: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"(embed_tokens|lm_head)\.weight", P(AXIS)),
+    (r"(embed_tokens|lm_head|draft_head)\.weight", P(AXIS)),
     (r".*linear_attn\.(in_proj_qkv|in_proj_z|in_proj_b|in_proj_a)\.weight", P(AXIS)),
     (r".*linear_attn\.conv1d\.weight", P(AXIS)),
     (r".*linear_attn\.forget_gate\.A_log", P(None, None, AXIS)),

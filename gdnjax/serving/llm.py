@@ -16,6 +16,7 @@ from gdnjax import checkpoint
 from gdnjax.config import DEFAULT_MAX_MODEL_LEN, EngineConfig
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import Model
+from gdnjax.models.draft_head import with_draft_head, without_draft_head
 from gdnjax.progress import Progress
 from gdnjax.sampling_params import SamplingParams
 from gdnjax.serving import records, saved_state
@@ -136,8 +137,8 @@ class LLM:
 
     @property
     def params(self) -> Params:
-        """The parameters: a nested dict of global arrays."""
-        return self.engine.runner.params
+        """The parameters: a nested dict of global arrays. A head that drafts have of their own is none of them."""
+        return without_draft_head(self.engine.runner.params)
 
     def get_tokenizer(self) -> Any:
         """The checkpoint's transformers tokenizer. Raises ValueError where there is none."""
@@ -245,7 +246,8 @@ class LLM:
         """
         self._check_open()
         self._check_alone("update_weights")
-        self.engine.update_params(placed_like(params, self.params))
+        placed = placed_like(params, self.params)
+        self.engine.update_params(placed if self.config.draft_head == "target" else with_draft_head(placed))
 
     def save_state(self, path: str | pathlib.Path) -> None:
         """Writes the pools, the prefix cache and every request that has not ended to a directory that it makes, and

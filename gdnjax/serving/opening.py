@@ -14,7 +14,8 @@ from gdnjax import backend, checkpoint, sharding
 from gdnjax.assets import model_directory
 from gdnjax.config import EngineConfig, ModelConfig
 from gdnjax.memory import MemoryPlan
-from gdnjax.models import Model, abstract_params, build_model, partition
+from gdnjax.models import HybridModel, Model, abstract_params, build_model, partition
+from gdnjax.models.draft_head import with_abstract_draft_head, with_draft_head
 from gdnjax.serving import compilation_cache
 from gdnjax.serving.planning import plan_memory
 from gdnjax.serving.processes import Followers, Leader
@@ -53,7 +54,8 @@ class OpenedCheckpoint(Opened):
 
     def load(self, *, progress: bool) -> tuple[Params, checkpoint.LoadReport]:
         """Reads the weights: of several processes each its own."""
-        return checkpoint.load_params(self.stored, self.abstract, progress=progress)
+        params, report = checkpoint.load_params(self.stored, self.abstract, progress=progress)
+        return (with_draft_head(params) if _drafts_apart(self.config) else params), report
 
 
 @contextlib.contextmanager
@@ -72,8 +74,9 @@ def open_checkpoint(
     mtp = config.num_speculative_tokens > 0
     if mtp:
         model_config.require_mtp()
-    hybrid = build_model(model_config, dtype, config.tensor_parallel_size, mtp=mtp, backend=implementation)
+    apart = _drafts_apart(config)
     tp = config.tensor_parallel_size
+    hybrid = build_model(model_config, dtype, tp, mtp=mtp, backend=implementation, draft_head=apart)
     abstract = abstract_params(model_config, tp, dtype, mtp=mtp)
     with checkpoint.opened(directory, model_config, abstract, mesh) as stored:
         coded = checkpoint.coded_formats(stored, config.quantization)
@@ -87,7 +90,14 @@ def open_checkpoint(
             model=hybrid,
             mesh=mesh,
             config=config,
-            plan=_plan(hybrid, config, mesh, max_model_len, abstract, others),
+            plan=_plan(
+                hybrid,
+                config,
+                mesh,
+                max_model_len,
+                with_abstract_draft_head(abstract) if apart else abstract,
+                others,
+            ),
             max_model_len=max_model_len,
             others=others,
             directory=directory,
@@ -109,8 +119,13 @@ def open_model(
     if others is not None:
         others.compare(_facts(model, params, mesh))
     length = config.length_within(context)
-    plan = _plan(model, config, mesh, length, params, others)
+    apart = _drafts_apart(config)
+    if apart:
+        assert isinstance(model, HybridModel), "held by check_model"
+        model = model.with_draft_head()
+    plan = _plan(model, config, mesh, length, with_abstract_draft_head(params) if apart else params, others)
     placed = jax.device_put(params, partition.shardings_of(params, mesh, expert_parallel=model.expert_parallel))
+    placed = with_draft_head(placed) if apart else placed
     return Opened(model=model, mesh=mesh, config=config, plan=plan, max_model_len=length, others=others), placed
 
 
@@ -136,6 +151,13 @@ def check_model(model: Model, config: EngineConfig) -> None:
             f"num_speculative_tokens={config.num_speculative_tokens} needs a model with its MTP head: "
             "build_model(..., mtp=True)"
         )
+    if _drafts_apart(config) and not isinstance(model, HybridModel):
+        raise ValueError(f"draft_head={config.draft_head!r} is of a HybridModel, got a {type(model).__name__}")
+
+
+def _drafts_apart(config: EngineConfig) -> bool:
+    """Whether drafts are drawn by a head of their own."""
+    return config.draft_head != "target"
 
 
 def _plan(

@@ -676,8 +676,8 @@ def grouped(
 def products(
     kind: str, rows: int, inputs: int, *outputs: int, codes: str | None = None, grid: tuple[int, int] | None = None
 ):
-    """Projections of a decode step, as layers have them: `kind` names them, "gate-up" ends in silu(gate) * up. Of
-    codes are those of 128 outputs and more.
+    """Projections of a decode step, as layers have them: `kind` names them, "gate-up" ends in silu(gate) * up, "head"
+    in float32. Of codes are those of 128 outputs and more.
     """
     layers = 4
 
@@ -696,7 +696,8 @@ def products(
         weights = x["weights"][layer]
         if kind == "gate-up":
             return matmul.swiglu(x["x"], *weights, backend=backend), pools
-        return matmul.project(x["x"], *weights, backend=backend), pools
+        dtype = jnp.float32 if kind == "head" else None
+        return matmul.project(x["x"], *weights, out_dtype=dtype, backend=backend), pools
 
     width = outputs[0] if kind == "gate-up" else sum(outputs)
     return Workload(
@@ -706,7 +707,8 @@ def products(
         exact=functools.partial(exact.products, gated=kind == "gate-up"),
         written=lambda pools, x, layer: (),
         layers=layers,
-        bytes=sum(n * inputs * (1 if codes and n >= 128 else 2) for n in outputs) + 2 * rows * (inputs + width),
+        bytes=sum(n * inputs * (1 if codes and n >= 128 else 2) for n in outputs)
+        + rows * (2 * inputs + (4 if kind == "head" else 2) * width),
         flops=2 * rows * sum(outputs) * inputs,
         limits=(4e-3, 0),
         chain="x",
@@ -947,6 +949,7 @@ WORKLOADS = {
         products("down", 16, 12288, 4096, codes="int8", grid=(1, 12288)),
         products("gate-up", 16, 4096, 12288, 12288, codes="int8"),
         products("delta", 128, 4096, 8192, 4096, 32, 32, codes="int8"),
+        *(products("head", rows, 4096, 248320, codes="float8_e4m3fn", grid=(1, 4096)) for rows in (1, 16, 128)),
         # 27B: too few outputs for the tile of many, too many to be called few.
         products("down", 1, 17408, 5120),
         products("down", 1, 17408, 5120, codes="float8_e4m3fn"),

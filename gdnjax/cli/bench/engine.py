@@ -7,6 +7,7 @@ from gdnjax.cli.bench.offline.flags import add_engine_flags, add_size_flags, giv
 from gdnjax.cli.bench.offline.run import Kind, run
 from gdnjax.cli.bench.offline.sizes import Sizes
 from gdnjax.cli.command import command_parser, exit_status
+from gdnjax.config import DRAFT_HEADS
 
 DESCRIPTION = """\
 Makes a model of random weights once, and at most two engines of it, one after the other: without drafts, and with
@@ -71,6 +72,12 @@ def build_parser(command: str = "gdnjax bench engine") -> argparse.ArgumentParse
     add("--num-speculative-tokens", type=int, default=3, metavar="K", help="drafts a step (default: %(default)s)")
     add(
         "--acceptance-length", type=float, default=3.49, metavar="L", help="forced tokens a step (default: %(default)s)"
+    )
+    add(
+        "--draft-head",
+        choices=DRAFT_HEADS,
+        default="target",
+        help="what drafts are drawn by: the target's head, or a copy of it in float8 (default: %(default)s)",
     )
     add(
         "--quantization",

@@ -6,6 +6,7 @@ op; or `Prepared`, which is made for certain weights, and goes with what else th
 """
 
 import jax
+from jax.typing import DTypeLike
 
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels import codes, row_forms
@@ -13,6 +14,9 @@ from gdnjax.pallas_kernels.matmul import kernels, reference, tiles
 from gdnjax.pallas_kernels.normed import Normed, Prepared, Rows, numbers, rms_norm, summed
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array, Float
+
+MOST_ROWS = 128
+"""Of x that kernels take."""
 
 
 def prepare(
@@ -34,12 +38,15 @@ def prepare(
     return row_forms.prepared(x, form, backend, wide=None in grids or not weights)
 
 
-def project(x: Rows, *weights: Weight, backend: Backend = REFERENCE) -> tuple[Float[Array, "t _"], ...]:
-    """x W^T for each of the matrices [_, i], in x's dtype; some may be numbers, and others codes."""
+def project(
+    x: Rows, *weights: Weight, out_dtype: DTypeLike | None = None, backend: Backend = REFERENCE
+) -> tuple[Float[Array, "t _"], ...]:
+    """x W^T for each of the matrices [_, i], in x's dtype or `out_dtype`; some may be numbers, and others codes."""
+    out_dtype = x.dtype if out_dtype is None else out_dtype
     found = tiles.of(backend, x, *weights)
     if found is None:
-        return reference.project(numbers(x), weights, backend)
-    return kernels.project(x, weights, found.of_outputs(weight.shape[0] for weight in weights), backend)
+        return reference.project(numbers(x), weights, backend, out_dtype)
+    return kernels.project(x, weights, found.of_outputs(weight.shape[0] for weight in weights), backend, out_dtype)
 
 
 def project_in_parts(x: Rows, weight: Weight, *, backend: Backend = REFERENCE) -> Float[Array, "s t _"]:
@@ -48,8 +55,8 @@ def project_in_parts(x: Rows, weight: Weight, *, backend: Backend = REFERENCE) -
     """
     found = tiles.of(backend, x, weight)
     if found is None:
-        return reference.project(numbers(x), (weight,), backend)[0][None]
-    (parts,) = kernels.project_in_parts(x, (weight,), found.of_outputs([weight.shape[0]]), backend)
+        return reference.project(numbers(x), (weight,), backend, x.dtype)[0][None]
+    (parts,) = kernels.project_in_parts(x, (weight,), found.of_outputs([weight.shape[0]]), backend, x.dtype)
     return parts
 
 
@@ -62,5 +69,5 @@ def swiglu(x: Rows, gate: Weight, up: Weight, *, backend: Backend = REFERENCE) -
     if tile is not None:
         return kernels.swiglu(x, gate, up, tile, backend)
     # Sums of a part of the inputs cannot be gated in registers.
-    gated, out = kernels.project(x, (gate, up), found.narrow, backend)
+    gated, out = kernels.project(x, (gate, up), found.narrow, backend, x.dtype)
     return jax.nn.silu(gated) * out

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import codes, row_forms
@@ -24,15 +25,20 @@ from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
 
 
-def project(x: Rows, weights: Sequence[Weight], tile: Tile, backend: Backend) -> tuple[Array, ...]:
-    return tuple(total(parts, x.dtype) for parts in project_in_parts(x, weights, tile, backend))
+def project(
+    x: Rows, weights: Sequence[Weight], tile: Tile, backend: Backend, out_dtype: DTypeLike
+) -> tuple[Array, ...]:
+    return tuple(total(parts, out_dtype) for parts in project_in_parts(x, weights, tile, backend, out_dtype))
 
 
-def project_in_parts(x: Rows, weights: Sequence[Weight], tile: Tile, backend: Backend) -> list[Array]:
+def project_in_parts(
+    x: Rows, weights: Sequence[Weight], tile: Tile, backend: Backend, out_dtype: DTypeLike
+) -> list[Array]:
+    """Sums of parts of the inputs in float32, and one alone in `out_dtype`."""
     blocks = [-(-weight.shape[0] // tile.columns) for weight in weights]
     depth = _depth(x, weights, tile)
     splits = _splits(sum(blocks), x.shape[1], depth, tile)
-    dtype = x.dtype if splits == 1 else jnp.float32
+    dtype = out_dtype if splits == 1 else jnp.float32
     arrays, grids = codes.flat(*weights)
     rows = row_forms.rows_of(x, tile.form, backend, wide=None in grids)
     return launch(

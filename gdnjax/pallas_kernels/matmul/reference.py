@@ -13,20 +13,20 @@ from gdnjax.quantized import Quantized, Weight, dequantized
 from gdnjax.shapes import Array
 
 
-def project(x: Array, weights: Sequence[Weight], backend: Backend) -> tuple[Array, ...]:
-    return tuple(_product(x, weight, backend) for weight in weights)
+def project(x: Array, weights: Sequence[Weight], backend: Backend, out_dtype: DTypeLike) -> tuple[Array, ...]:
+    return tuple(_product(x, weight, backend, out_dtype) for weight in weights)
 
 
 def swiglu(x: Array, gate: Weight, up: Weight, backend: Backend) -> Array:
-    return jax.nn.silu(_product(x, gate, backend)) * _product(x, up, backend)
+    return jax.nn.silu(_product(x, gate, backend, x.dtype)) * _product(x, up, backend, x.dtype)
 
 
-def _product(x: Array, weight: Weight, backend: Backend) -> Array:
+def _product(x: Array, weight: Weight, backend: Backend, out_dtype: DTypeLike) -> Array:
     form = fp8.form(x, weight, backend)
     if form is not None:
         assert isinstance(weight, Quantized)
-        return fp8.product(x, weight, form)
-    return product(x, weight)
+        return fp8.product(x, weight, form).astype(out_dtype)
+    return product(x, weight, out_dtype)
 
 
 def product(x: Array, weight: Weight, out_dtype: DTypeLike | None = None) -> Array:

@@ -152,6 +152,8 @@ def coded_products() -> list[Case]:
         product("wide", 3, depth=200, codes=FLOAT8, grid=BY_ROW),
         product("wide", 40, depth=200, codes=FLOAT8, grid=(24, 48), numbers=(1,)),
         product("wide", 40, codes=int8),
+        product("logits", 3, outputs=(80,), codes=FLOAT8, grid=BY_ROW),
+        product("logits", 40, outputs=(80,), codes=FLOAT8, grid=BY_ROW),
         product("swiglu", 3, outputs=(80, 80), codes=FLOAT8),
         product("swiglu", 3, outputs=(80, 80), codes=int8, numbers=(1,)),
         product("swiglu", 40, depth=200, outputs=(80, 80), codes=FLOAT8, grid=(16, 16)),

@@ -25,6 +25,9 @@ PRODUCT = Bound(norm=2.5e-3, place=2**-7, flips=2e-2)
 """A float32 sum of some hundred products, in another order, rounded to bfloat16 once. Where products cancel, a sum's
 float32 error is more of it."""
 
+LOGITS = Bound(norm=1e-6, place=1e-5)
+"""The sum as it is."""
+
 NORMED = Bound(norm=2.5e-3, place=2**-7, flips=1e-2)
 """Rounded to bfloat16 once."""
 
@@ -139,11 +142,12 @@ def product_op(kind: str, grids: tuple[Grid | None, ...]) -> Op:
                 return {"out0": matmul.swiglu(x["x"], *matrices, backend=backend)}
             assert tiles is not None
             return {"out0": matmul_kernels.swiglu(x["x"], matrices[0], matrices[1], tiles.gated, backend)}
-        if kind == "wide" and not backend.is_reference:
+        dtype = np.float32 if kind == "logits" else x["x"].dtype
+        if kind in ("wide", "logits") and not backend.is_reference:
             assert tiles is not None
-            found = matmul_kernels.project(x["x"], matrices, tiles.wide, backend)
+            found = matmul_kernels.project(x["x"], matrices, tiles.wide, backend, dtype)
         else:
-            found = matmul.project(x["x"], *matrices, backend=backend)
+            found = matmul.project(x["x"], *matrices, out_dtype=dtype, backend=backend)
         return {f"out{i}": part for i, part in enumerate(found)}
 
     return call
@@ -159,7 +163,8 @@ def product(
     grid: Grid = (64, 64),
     numbers: tuple[int, ...] = (),
 ) -> Case:
-    """Of kind "narrow", "wide", "split" (narrow, and so deep that its inputs are split) or "swiglu".
+    """Of kind "narrow", "wide", "logits" (wide, in float32), "split" (narrow, and so deep that its inputs are split) or
+    "swiglu".
 
     Of `codes` of that type, the values are those of float64; the matrices that `numbers` counts are of bfloat16.
     """
@@ -173,7 +178,7 @@ def product(
             x[f"w{i}"] = normal(r, (n, depth), scale=depth**-0.5)
         else:
             x |= {f"w{i}.{part}": found for part, found in coded(r, (n, depth), codes, own).items()}
-    return _product(name, kind, x, grids, PRODUCT)
+    return _product(name, kind, x, grids, LOGITS if kind == "logits" else PRODUCT)
 
 
 def every_code(codes: Any, rows: int = 64) -> Case:

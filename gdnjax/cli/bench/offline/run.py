@@ -120,7 +120,8 @@ def choose_engines(
         drafts = arguments.num_speculative_tokens
         if drafts < 1:
             raise ValueError(f"--num-speculative-tokens must be at least 1, got {drafts}")
-        engines[drafts] = sizes.engine(drafts, arguments.acceptance_length, made_for)
+        speculating = sizes.engine(drafts, arguments.acceptance_length, made_for)
+        engines[drafts] = dataclasses.replace(speculating, draft_head=arguments.draft_head)
 
     def whole(engine: EngineConfig) -> EngineConfig:
         engine = dataclasses.replace(engine, **own)
