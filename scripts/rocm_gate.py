@@ -14,17 +14,18 @@ import fnmatch
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from rocm import report
 from site_pages import markers
 
-from gdnjax.cli.command import exit_status, prepare_environment, run_as_process
+from gdnjax.cli.command import check_writable, exit_status, prepare_environment, run_as_process
 
 DESCRIPTION = """\
 Every kernel at every workload of bench_kernels.py, and whole prefill, decode and seal steps at the layer sizes of
@@ -47,6 +48,7 @@ EXAMPLES = """\
 examples:
   python scripts/rocm_gate.py                        gfx942 (MI300X) and gfx950 (MI355X)
   python scripts/rocm_gate.py --arch gfx942 'gdn-*'  some, for one
+  python scripts/rocm_gate.py --emulate --arch gfx942 'gdn-decode-*'      execute the small cases of one kernel
   python scripts/rocm_gate.py --write-docs           and put the table of resources into docs/amd.md
   python scripts/rocm_gate.py --emulate              execute instead of compile alone
   python scripts/rocm_gate.py --emulate 'mutants*' '*-without-bounds'    all of these, for both
@@ -101,7 +103,12 @@ def emulate(arguments) -> int:
 
 
 def in_processes(arguments, say: Callable[[dict], str]) -> list[dict]:
-    """The results of all architectures, side by side: a process compiles for one kind of chip, on one core."""
+    """The results of all architectures, side by side: a process compiles for one kind of chip, on one core.
+
+    Raises ValueError for a pattern that fits nothing, before anything is compiled, and for an `--output` that cannot be
+    written.
+    """
+    check_writable("--output", arguments.output)
     # Missing wheels are said once, not by each process.
     plugin_libraries()
     architectures = arguments.arch or ARCHITECTURES
@@ -111,11 +118,6 @@ def in_processes(arguments, say: Callable[[dict], str]) -> list[dict]:
             lambda arch, share: in_process(arch, arguments, say, shared, share), architectures, shares
         )
         results = [result for results in by_architecture for result in results]
-    # Controls are not what a pattern is for: a misspelled one would have passed by them alone.
-    found = [result["name"] for result in results if arguments.emulate or not result["fails"]]
-    idle = [pattern for pattern in arguments.names if not fnmatch.filter(found, pattern)]
-    if idle:
-        raise ValueError(f"nothing is called {', '.join(map(repr, idle))}")
     if arguments.output:
         pathlib.Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
     return results
@@ -133,12 +135,27 @@ def in_process(arch: str, arguments, say: Callable[[dict], str], shared: str, sh
             if not text.startswith("{"):
                 print(text, end="", flush=True)
                 continue
-            results.append(json.loads(text))
+            result = json.loads(text)
+            if "idle" in result:
+                beginnings = ", ".join(result["beginnings"])
+                raise ValueError(
+                    f"nothing is called {', '.join(map(repr, result['idle']))}; names begin with {beginnings}"
+                )
+            results.append(result)
             # Line and end in one piece: the other architecture's come between.
             print(say(results[-1]) + "\n", end="", flush=True)
     if process.returncode:
         raise RuntimeError(f"the compiler of {arch} ended with status {process.returncode}")
     return results
+
+
+def misses(patterns: Iterable[str], names: list[str]) -> bool:
+    """Whether a pattern fits none of the names, which is then said in a line of JSON: a misspelled one would pass."""
+    idle = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+    if idle:
+        beginnings = sorted({re.split(r"\W", name, maxsplit=1)[0] for name in names})
+        print(json.dumps({"idle": idle, "beginnings": beginnings}), flush=True)
+    return bool(idle)
 
 
 @contextlib.contextmanager
@@ -163,6 +180,8 @@ def emulate_one(arguments) -> int:
 
         backwards = arguments.worker != ARCHITECTURES[0]
         machine = emulation.Compiler(arguments.worker, cache)
+        if misses(arguments.names, executing.names(machine)):
+            return 0
         for result in executing.results(machine, arguments.names, backwards=backwards, share=tuple(arguments.share)):
             print(json.dumps(result), flush=True)
     return 0
@@ -184,6 +203,9 @@ def compile_one(arguments) -> int:
             counted = [f for f in counted if first and any(f", {name}," in f.name for name in counts.STANDING)]
         steps = functions.steps(arch, lambda n: compiling.devices(arch, n))
         todo = [*functions.kernels(arch, device), *steps, *counted]
+        # Controls are not what a pattern is for.
+        if misses(arguments.names, [f.name for f in todo]):
+            return 0
         todo = [f for f in todo if any(fnmatch.fnmatchcase(f.name, wanted) for wanted in arguments.names)]
         for function in [*todo, *functions.controls(device)]:
             begin = time.perf_counter()

@@ -472,8 +472,8 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def given_structure(arguments: argparse.Namespace) -> "StructuredOutputsParams | None":
-    """What the output has to be. Raises ValueError for more than one, and for a schema that is none, and ImportError
-    where nothing compiles it.
+    """What the output has to be. Raises ValueError for more than one, and for what is no schema or no grammar, and
+    ImportError where nothing compiles it.
     """
     from gdnjax.sampling_params import StructuredOutputsParams
 
@@ -486,15 +486,24 @@ def given_structure(arguments: argparse.Namespace) -> "StructuredOutputsParams |
         raise ImportError(f"{given[0]} needs llguidance, which is not installed: pip install 'gdnjax[structured]'")
     for text in (arguments.regex, *(arguments.choice or ())):
         check_text(given[0] if given else "", text)
-    if arguments.json_schema is not None:
-        file = pathlib.Path(arguments.json_schema)
-        try:
-            return StructuredOutputsParams(json=file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-    if arguments.regex is not None:
-        return StructuredOutputsParams(regex=arguments.regex)
-    return StructuredOutputsParams(choice=arguments.choice) if arguments.choice else None
+    if not given:
+        return None
+    from gdnjax.serving.structured import check_grammar
+
+    where = ""
+    try:
+        if arguments.json_schema is not None:
+            where = f"{arguments.json_schema}: "
+            text = pathlib.Path(arguments.json_schema).read_text(encoding="utf-8")
+            structure = StructuredOutputsParams(json=text)
+        elif arguments.regex is not None:
+            structure = StructuredOutputsParams(regex=arguments.regex)
+        else:
+            structure = StructuredOutputsParams(choice=arguments.choice)
+        check_grammar(structure)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+    return structure
 
 
 def start(

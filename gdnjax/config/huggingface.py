@@ -37,8 +37,7 @@ SUPPORTED_MODEL_TYPES = (
 WRAPPERS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 """model_type of a multimodal wrapper -> that of its text_config."""
 
-
-ZERO_CENTRED = frozenset((*SUPPORTED_MODEL_TYPES, *WRAPPERS.values())) - {"deepseek_v3", "kimi_linear", "olmo_hybrid"}
+ZERO_CENTRED = frozenset(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"))
 """model_type of text models whose norms multiply by 1 + w."""
 
 

@@ -89,6 +89,17 @@ def compile_structure(module: Any, tokenizer: Any, structure: StructuredOutputsP
     return found
 
 
+def check_grammar(structure: StructuredOutputsParams) -> None:
+    """Raises ValueError for what is no grammar over any tokenizer: before one is read, or a model loaded."""
+    llguidance = import_llguidance()
+    try:
+        why = llguidance.LLMatcher.validate_grammar(_grammar_of(llguidance, structure))
+    except Exception as error:
+        raise ValueError(_no_grammar(structure, str(error))) from error
+    if why:
+        raise ValueError(_no_grammar(structure, why))
+
+
 class Grammars:
     """Compiled grammars over one tokenizer. Threads may share it.
 

@@ -29,6 +29,11 @@ class Task:
     fails: bool = False
 
 
+def names(compiler: Compiler) -> list[str]:
+    """Of all that there is."""
+    return [task.name for task in tasks(compiler, ["?*"])]
+
+
 def tasks(compiler: Compiler, names: list[str], share: tuple[int, int] = (0, 1)) -> list[Task]:
     """Those whose names fit a pattern. Unless they are named, a few of the controls without bounds stand for all, and
     of the mutants those of every n-th group, from the i-th on, with (i, n) as `share`: others do the rest.

@@ -234,7 +234,8 @@ def test_messages_of_the_troubleshooting_page_are_in_the_source():
     """Each whole, with … for its values: a message that is changed changes the page."""
     quoted = re.findall(r"^- (`+)(.+)\1$", PAGES["docs/troubleshooting.md"], re.MULTILINE)
     assert len(quoted) > 40
-    nodes = [node for file in (ROOT / "gdnjax").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    files = [*(ROOT / "gdnjax").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     said = "\n".join(text for text in map(_said, nodes) if text)
     for _, message in quoted:
         assert len(message.replace("…", "").strip()) > 8, message
@@ -252,7 +253,11 @@ def test_python_fragments_import_what_there_is():
         exec(compile(ast.Module(imports, []), name, "exec"), {})
 
 
-SAID = {"README.md": ("Once upon a time ->",), "docs/batches.md": ("Once upon a time ->", "31 + 46 = 77", "5 + 6 = 11")}
+SAID = {
+    "README.md": ("Once upon a time ->",),
+    "docs/batches.md": ("Once upon a time ->", "31 + 46 = 77", "5 + 6 = 11"),
+    "docs/prefix-cache.md": ("0 of 73: nothing cached begins like it\n64 of 73: None\n",),
+}
 """By the examples in Python of each page that has some."""
 
 

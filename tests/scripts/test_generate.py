@@ -136,6 +136,27 @@ def test_structure_without_its_library_is_refused_before_a_model_is_loaded(capsy
     )
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--regex", "(", "structured_outputs.regex is no grammar: at 1(8): invalid regex"),
+        (
+            "--json-schema",
+            '{"type": "strin"}',
+            "{tmp}/schema.json: structured_outputs.json is no grammar: Invalid",
+        ),
+    ],
+)
+def test_what_is_no_grammar_is_refused_before_a_model_is_loaded(capsys, monkeypatch, tmp_path, flag, value, said):
+    monkeypatch.setattr(generate, "start", lambda *_: pytest.fail("a model was loaded"))
+    if flag == "--json-schema":
+        file = tmp_path / "schema.json"
+        file.write_text(value)
+        value = str(file)
+    assert script.main(["x", flag, value]) == 2
+    assert said.replace("{tmp}", str(tmp_path)) in capsys.readouterr().err
+
+
 @pytest.mark.thorough
 def test_without_flags_the_embedded_model_tells_a_story(capsys):
     out, note = _run(capsys)

@@ -312,16 +312,24 @@ def test_without_the_compiler_it_says_what_to_install(capsys):
     )
 
 
-@pytest.mark.parametrize("emulate", [False, True])
-def test_pattern_that_fits_nothing_is_an_error(capsys, monkeypatch, emulate):
-    """Even where controls, which nobody asks for, have passed."""
-    control = {"name": "a kernel that spills", "fails": True, "passed": True}
-    found = [{"name": "gdn-decode", "fails": False, "passed": True}, *[control] * (not emulate)]
+def test_pattern_that_fits_nothing_is_an_error_before_anything_is_compiled(capsys, monkeypatch, tmp_path):
+    names = ["gdn-decode-32h-1", "prefill of qwen3.5-9b", "gdn-decode"]
+    assert not script.misses(["gdn-*", "*"], names)
+    assert capsys.readouterr().out == ""
+    assert script.misses(["gdn-*", "a kernel*", "gdm-*"], names)
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"print({capsys.readouterr().out!r}, end='')")
     monkeypatch.setattr(script, "plugin_libraries", list)
-    monkeypatch.setattr(script, "decoder", lambda: None)
-    monkeypatch.setattr(script, "in_process", lambda *_: found)
-    assert script.main(["gdn-*", "a kernel*", "gdm-*", *["--emulate"] * emulate]) == 2
-    assert capsys.readouterr().err == "rocm_gate.py: error: nothing is called 'a kernel*', 'gdm-*'\n"
+    monkeypatch.setattr(script, "__file__", str(worker))
+    assert script.main(["gdn-*", "a kernel*", "gdm-*"]) == 2
+    assert capsys.readouterr().err == (
+        "rocm_gate.py: error: nothing is called 'a kernel*', 'gdm-*'; names begin with gdn, prefill\n"
+    )
+
+
+def test_figures_that_could_not_be_written_are_an_error_at_the_start(capsys, tmp_path):
+    assert script.main(["--output", str(tmp_path / "none" / "figures.json")]) == 2
+    assert "none/figures.json: no such directory" in capsys.readouterr().err
 
 
 def test_worker_reports_lines_of_json():
