@@ -700,6 +700,7 @@ def products(
         return matmul.project(x["x"], *weights, out_dtype=dtype, backend=backend), pools
 
     width = outputs[0] if kind == "gate-up" else sum(outputs)
+    out_size = 4 if kind == "head" else 2
     return Workload(
         name=f"matmul-{kind}-{inputs}x{sum(outputs)}{_codes(codes, grid)}-{rows}",
         inputs=inputs_of,
@@ -708,7 +709,7 @@ def products(
         written=lambda pools, x, layer: (),
         layers=layers,
         bytes=sum(n * inputs * (1 if codes and n >= 128 else 2) for n in outputs)
-        + rows * (2 * inputs + (4 if kind == "head" else 2) * width),
+        + rows * (2 * inputs + out_size * width),
         flops=2 * rows * sum(outputs) * inputs,
         limits=(4e-3, 0),
         chain="x",

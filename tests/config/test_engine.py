@@ -73,6 +73,8 @@ BAD_ENGINE = [
     ({"num_speculative_tokens": -1}, "num_speculative_tokens must be an integer of at least 0, got -1"),
     ({"num_speculative_tokens": True}, "num_speculative_tokens must be an integer of at least 0, got True"),
     ({"num_speculative_tokens": 8}, "num_speculative_tokens must be at most 7, got 8"),
+    ({"draft_head": "fp8"}, "draft_head='fp8' needs num_speculative_tokens above 0"),
+    ({"draft_head": "int8", "num_speculative_tokens": 1}, "draft_head must be one of 'target', 'fp8', got 'int8'"),
     ({"draft_acceptance": "greedy"}, "draft_acceptance must be one of 'shared_noise', 'rejection', got 'greedy'"),
     ({"adaptive_speculation": 1}, "adaptive_speculation must be True or False, got 1"),
     ({"adaptive_speculation": True}, "adaptive_speculation=True needs num_speculative_tokens above 0"),

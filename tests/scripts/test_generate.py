@@ -81,6 +81,7 @@ REGEX = pytest.param(
         (["--model", "{model}", "-p", "x", "--max-tokens", "0"], "max_tokens must be"),
         (["-p", "x", "--num-speculative-tokens", "8"], "num_speculative_tokens must be at most 7, got 8"),
         (["-p", "x", "--num-speculative-tokens", "-1"], "num_speculative_tokens must be an integer of at least 0"),
+        (["-p", "x", "--draft-head", "fp8"], "--draft-head needs --num-speculative-tokens above 0"),
         (["-p", "x", "--draft-acceptance", "rejection"], "--draft-acceptance needs --num-speculative-tokens above 0"),
         (["-p", "x", "--adaptive-speculation"], "--adaptive-speculation needs --num-speculative-tokens above 0"),
         (["--model", "{model}", "-p", "x", "--num-speculative-tokens", "2"], "needs a model with an MTP head"),

@@ -1,0 +1,127 @@
+"""A head of eight bits for drafts: what it is made of, and that it only proposes."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from gdnjax import LLM, EngineConfig, SamplingParams, build_model, full_logits
+from gdnjax.backend import INTERPRET, REFERENCE
+from gdnjax.memory.weights import weight_bytes
+from gdnjax.models import abstract_params, draft_head
+from gdnjax.quantized import dequantized
+from gdnjax.serving import planning
+from gdnjax.serving.opening import check_model
+from tests.draws import IMPOSSIBLE, softmax
+from tests.ledger import LedgerModel
+from tests.micro import MICRO, SHALLOW, shallow_params
+from tests.serving.exactness import CACHED, build, build_shallow, prompt_of
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+SEEDED = [
+    SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True),
+    SamplingParams(temperature=1.0, seed=5, max_tokens=16, ignore_eos=True),
+]
+
+
+def tokens_of(llm: LLM) -> list[list[int]]:
+    outputs = llm.generate([prompt_of(0, 40), prompt_of(1, 7)], SEEDED, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def drafting() -> LLM:
+    return build(**CACHED, num_speculative_tokens=2, draft_head="fp8")
+
+
+def test_its_codes_are_the_heads_own_rounded_row_by_row():
+    params = jax.tree.map(jnp.asarray, shallow_params(mtp=True))
+    made = draft_head.with_draft_head(params)
+    weight, head = made["draft_head"]["weight"], np.asarray(params["lm_head"]["weight"])
+    assert weight.grid == (1, head.shape[1])
+    scale = np.abs(head).max(1, keepdims=True) / 448
+    np.testing.assert_allclose(weight.scale, scale, rtol=1e-6)
+    # Three bits behind the first: half a place is 1/16.
+    assert (np.abs(dequantized(weight, jnp.float32) - head) <= np.maximum(np.abs(head) / 16, scale * 2**-9)).all()
+    assert draft_head.without_draft_head(made).keys() == params.keys()
+
+
+@pytest.mark.parametrize("rows", [3, 130])
+@pytest.mark.parametrize("backend", [REFERENCE, INTERPRET], ids=["reference", "interpret"])
+def test_drafts_are_scored_by_it_and_tokens_by_the_target(backend, rows):
+    """Of more rows than a kernel takes, too."""
+    plain = build_model(SHALLOW, "float32", mtp=True, backend=backend)
+    params = draft_head.with_draft_head(jax.tree.map(jnp.asarray, shallow_params(mtp=True)))
+    hidden = jax.random.normal(jax.random.key(0), (rows, SHALLOW.hidden_size))
+    own, copy = (
+        np.asarray(x) for x in (params["lm_head"]["weight"], dequantized(params["draft_head"]["weight"], "f4"))
+    )
+    model = plain.with_draft_head()
+    np.testing.assert_allclose(model.draft_logits(params, hidden), hidden @ copy.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(model.logits(params, hidden), hidden @ own.T, rtol=1e-5, atol=1e-5)
+    assert model.draft_logits(params, hidden).dtype == jnp.float32
+    without = draft_head.without_draft_head(params)
+    np.testing.assert_array_equal(plain.draft_logits(without, hidden), plain.logits(without, hidden))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_it_is_planned_to_the_byte(tp):
+    params = draft_head.with_abstract_draft_head(abstract_params(MICRO, tp, "bfloat16", mtp=True))
+    held = planning.weight_bytes(params, tp)
+    assert weight_bytes(MICRO, tp=tp, dtype="bfloat16", mtp=True, draft_head=True) == held
+
+
+def test_tokens_are_those_of_a_run_without_drafts(drafting):
+    with build(**CACHED) as llm:
+        assert tokens_of(drafting) == tokens_of(llm)
+    assert drafting.memory_plan.weight_bytes == planning.weight_bytes(drafting.engine.runner.params, 1)
+
+
+def test_new_weights_make_a_new_one(drafting):
+    old = {name: np.asarray(x) for name, x in drafting.params["lm_head"].items()}
+    weight = drafting.engine.runner.params["draft_head"]["weight"]
+    assert "draft_head" not in drafting.params
+    drafting.update_weights(jax.tree.map(lambda x: x * np.float32(2), drafting.params))
+    found = drafting.engine.runner.params["draft_head"]["weight"]
+    np.testing.assert_array_equal(dequantized(found, "f4"), 2 * dequantized(weight, "f4"))
+    drafting.update_weights({**drafting.params, "lm_head": old})
+
+
+def test_rejection_gives_the_targets_distribution_whatever_the_head_proposes():
+    """Its rows in another order: whoever took its drafts for the target's head's would be far off."""
+    allowed = [3, 40, 77, 90]
+    config = {"num_speculative_tokens": 2, "draft_head": "fp8", "draft_acceptance": "rejection"}
+    with build_shallow(**config, max_num_seqs=16, decode_buckets=(16,)) as llm:
+        params = llm.engine.runner.params
+        weight = params["draft_head"]["weight"]
+        shuffled = jax.tree.map(lambda x: jnp.roll(x, 37, axis=0), weight)
+        llm.engine.runner.params = {**params, "draft_head": {"weight": shuffled}}
+        prompt = prompt_of(0, 9)
+        sampling = [
+            SamplingParams(temperature=1.0, max_tokens=4, seed=i, allowed_token_ids=allowed, ignore_eos=True)
+            for i in range(1600)
+        ]
+        outputs = llm.generate([prompt] * len(sampling), sampling, use_tqdm=False)
+        drawn = [tuple(output.outputs[0].token_ids[1:3]) for output in outputs]
+        firsts = [output.outputs[0].token_ids[0] for output in outputs]
+        first = max(allowed, key=firsts.count)
+        drawn = [pair for pair, own in zip(drawn, firsts, strict=True) if own == first]
+        target = build_model(SHALLOW, "float32", mtp=True)
+        pairs = list(itertools.product(allowed, repeat=2))
+        expected = []
+        for a, b in pairs:
+            logits = np.asarray(full_logits(target, llm.params, jnp.array([*prompt, first, a, b])))[:, allowed]
+            share = softmax(logits[len(prompt)])[allowed.index(a)] * softmax(logits[len(prompt) + 1])[allowed.index(b)]
+            expected.append(share * len(drawn))
+    counts = [drawn.count(pair) for pair in pairs]
+    assert stats.chisquare(counts, expected).pvalue > IMPOSSIBLE
+
+
+def test_a_model_of_another_kind_has_none():
+    config = EngineConfig(num_speculative_tokens=2, draft_head="fp8")
+    with pytest.raises(ValueError, match="draft_head='fp8' is of a HybridModel, got a LedgerModel"):
+        check_model(LedgerModel(mtp=True), config)
