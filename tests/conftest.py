@@ -20,8 +20,8 @@ from tests.compiling import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
 jax.config.update("jax_num_cpu_devices", 4)
 
 # Many tests compile the same steps; the first to do so does it for all, and for the next run.
-if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+CACHE = jax.config.jax_compilation_cache_dir or str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax")
+jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 # By scripts/check_tests.py, which wants to know that a test fails: to shrink what it failed for took minutes. Settings
@@ -43,6 +43,8 @@ def release_executables():
     traces hold, modules that come late took half as long again.
     """
     yield
+    # An engine without the cache switches it off for the process, and one behind it would take the user's own.
+    jax.config.update("jax_compilation_cache_dir", CACHE)
     jax.clear_caches()
     gc.collect()
     gc.freeze()
