@@ -147,7 +147,7 @@ class LedgerMachine(stateful.RuleBasedStateMachine):
         family=st.integers(0, 2),
         shared=st.sampled_from((0, 15, 16, 17, 48, 63, 64, 65, 128, 130, 192)),
         own=st.sampled_from((0, 1, 2, 15, 17, 50)),
-        max_tokens=st.sampled_from((1, 2, 9, 20, 40, 80)),
+        max_tokens=st.sampled_from((1, 2, 9, 20, 33, 48)),
         stop_token_ids=st.sampled_from(((), (), STOPS[:2], STOPS)),
         ignore_eos=st.booleans(),
         n=st.sampled_from((1, 1, 1, 2)),
@@ -193,7 +193,7 @@ class LedgerMachine(stateful.RuleBasedStateMachine):
     def crowd(self, own):
         """Four that go on for long; where blocks are scarce they cannot all stay."""
         for tail in range(2, 6):
-            wanted = Wanted(0, 0, own, 80, tail=tail)
+            wanted = Wanted(0, 0, own, 48, tail=tail)
             self.ask(wanted, wanted.prompt, wanted.params, 0)
 
     @stateful.rule(turns=st.integers(1, 20), harvest=st.booleans())
