@@ -19,10 +19,15 @@ from tests.compiling import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
 
 jax.config.update("jax_num_cpu_devices", 4)
 
+# Imports and items stay, so to look for garbage among them is in vain: it took a seventh of the collection's time.
+GARBAGE = gc.get_threshold()
+gc.set_threshold(20_000, 20, 20)
+
 # Many tests compile the same steps; the first to do so does it for all, and for the next run.
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+CACHE = jax.config.jax_compilation_cache_dir
 
 # By scripts/check_tests.py, which wants to know that a test fails: to shrink what it failed for took minutes. Settings
 # of tests begin with this profile's, so it is loaded before any of their modules.
@@ -32,6 +37,12 @@ if os.environ.get("TESTS_WITHOUT_SHRINKING"):
     phases = set(hypothesis.Phase) - {hypothesis.Phase.shrink, hypothesis.Phase.explain}
     hypothesis.settings.register_profile("without shrinking", phases=phases)
     hypothesis.settings.load_profile("without shrinking")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache():
+    """On again: an engine with `compilation_cache_dir=""` switches it off, for its process and every later module."""
+    jax.config.update("jax_compilation_cache_dir", CACHE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,6 +61,7 @@ def release_executables():
 
 def pytest_collection_finish():
     """Thousands of items, and what their modules have imported."""
+    gc.set_threshold(*GARBAGE)
     gc.collect()
     gc.freeze()
 

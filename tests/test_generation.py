@@ -125,7 +125,7 @@ def test_greedy_tokens_are_the_models_best(greedy):
 def test_greedy_tokens_equal_the_engines(greedy):
     params = SamplingParams(temperature=0.0, max_tokens=STEPS, ignore_eos=True)
     options = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "prefill_buckets": (64,), "decode_buckets": (4,)}
-    with LLM.from_model(MODEL, random(), max_model_len=128, warmup=False, compilation_cache_dir="", **options) as llm:
+    with LLM.from_model(MODEL, random(), max_model_len=128, warmup=False, **options) as llm:
         outputs = llm.generate(prompts(), params, use_tqdm=False)
     np.testing.assert_array_equal(greedy[0], [output.outputs[0].token_ids for output in outputs])
 

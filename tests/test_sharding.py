@@ -106,7 +106,7 @@ def llm(request) -> LLM:
     tp = request.param
     config = EngineConfig(
         tensor_parallel_size=tp, max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,),
-        decode_buckets=(4,), state_layout="mixed", max_logprobs=5, warmup=False, compilation_cache_dir="",
+        decode_buckets=(4,), state_layout="mixed", max_logprobs=5, warmup=False,
     )  # fmt: skip
     llm = LLM.from_model(micro_model(tp), micro_params(tp), config, max_model_len=128)
     emitted: list = []
@@ -130,7 +130,7 @@ def llm(request) -> LLM:
 
 @pytest.mark.parametrize(("of_model", "of_engine"), [(True, False), (False, True)])
 def test_engine_and_model_share_out_experts_alike_or_raise(of_model, of_engine):
-    config = EngineConfig(tensor_parallel_size=2, enable_expert_parallel=of_engine, compilation_cache_dir="")
+    config = EngineConfig(tensor_parallel_size=2, enable_expert_parallel=of_engine)
     with pytest.raises(
         ValueError, match=f"enable_expert_parallel is {of_engine}, and the model was built with expert_"
     ):

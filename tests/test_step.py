@@ -301,7 +301,6 @@ def warm(request, tmp_path_factory) -> LLM:
         max_num_batched_tokens=128,
         state_layout="mixed",
         max_logprobs=5,
-        compilation_cache_dir="",
         num_speculative_tokens=request.param,
     )
     tokenizer = Tokenizer.from_directory(directory)

@@ -56,6 +56,7 @@ def test_logits_and_drafts_equal_the_stored_reference(golden, prompt):
         assert relative_error(draft[last], expected) <= BOUND
 
 
+@pytest.mark.thorough
 def test_engine_continues_as_the_stored_reference(golden, float32_llm):
     prompts = [{"prompt_token_ids": golden[f"tokens_{i}"].tolist()} for i in range(len(make_tiny.PROMPTS))]
     params = SamplingParams(temperature=0.0, max_tokens=make_tiny.GREEDY_STEPS, ignore_eos=True)
@@ -63,6 +64,7 @@ def test_engine_continues_as_the_stored_reference(golden, float32_llm):
         assert list(output.outputs[0].token_ids) == golden[f"greedy_{i}"].tolist()
 
 
+@pytest.mark.thorough
 def test_apples_are_counted(float32_llm):
     greedy = SamplingParams(temperature=0.0, max_tokens=64)
     (plain,) = float32_llm.generate([APPLES], greedy, use_tqdm=False)

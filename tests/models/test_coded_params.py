@@ -61,7 +61,7 @@ def test_logits_are_those_of_the_numbers(grid):
     assert len(np.unique(expected.argmax(-1))) > 5
 
 
-@pytest.mark.short_cases("one layer-(16, 16)")
+@pytest.mark.thorough
 @pytest.mark.parametrize("grid", [None, (16, 16), (5, 32)], ids=str)
 @pytest.mark.parametrize("config", [ONE_LAYER, CONFIG], ids=["one layer", "of each kind"])
 def test_kernels_give_the_logits_of_the_numbers(config, grid):

@@ -140,7 +140,7 @@ def test_keys_depend_on_their_own_prefix_alone(previous):
     assert (np.abs(keys[32:] - others[32:]).max(axis=(1, 2)) > 1e-3).all()
 
 
-@pytest.mark.short_cases("experts")
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ranks_draft_what_one_rank_drafts(name):
     """`abstract_params` gives the global shapes, `sharding.TABLE` the parts of each rank."""

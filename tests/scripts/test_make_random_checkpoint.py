@@ -16,6 +16,7 @@ from scripts import make_random_checkpoint
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
+@pytest.mark.thorough
 def test_transformers_computes_the_same_from_it(random_model):
     torch = pytest.importorskip("torch")
     import transformers

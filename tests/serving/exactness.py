@@ -67,7 +67,7 @@ def config_of(config: dict) -> EngineConfig:
         "prefill_buckets": (128,),
         "decode_buckets": (4,),
     } | config
-    return EngineConfig(max_logprobs=ALL, warmup=False, compilation_cache_dir="", block_size=16, **config)
+    return EngineConfig(max_logprobs=ALL, warmup=False, block_size=16, **config)
 
 
 def leave_idle(llm: LLM) -> None:

@@ -136,7 +136,7 @@ DRAWN = (
 @functools.cache
 def engine_of(name: str) -> LLM:
     """Built once; every run uses the slots and blocks that the runs before it left behind."""
-    config = dataclasses.replace(GEOMETRIES[name], warmup=False, compilation_cache_dir="")
+    config = dataclasses.replace(GEOMETRIES[name], warmup=False)
     mtp = config.num_speculative_tokens > 0 or name in (ALONE, *WITHOUT_DRAFTS.values())
     model = LedgerModel(tp=config.tensor_parallel_size, mtp=mtp, pattern=PATTERNS.get(name, PATTERN))
     return LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN, eos_token_ids=(EOS,))

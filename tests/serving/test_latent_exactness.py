@@ -52,7 +52,6 @@ def engine(num_drafts: int) -> LLM:
         num_speculative_tokens=num_drafts,
         max_logprobs=ALL,
         warmup=False,
-        compilation_cache_dir="",
     )
     model = build_model(LATENTS, "float32", mtp=num_drafts > 0)
     held = {name: leaf for name, leaf in params().items() if num_drafts or name != "mtp"}

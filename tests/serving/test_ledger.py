@@ -366,7 +366,6 @@ def test_odd_ratios_of_chunk_block_and_interval_equal_solo_runs(block_size, inte
     config = EngineConfig(
         state_layout="mixed", max_num_seqs=2, max_num_batched_tokens=64, decode_buckets=(2,), block_size=block_size,
         num_kv_blocks=400 // block_size, num_checkpoint_slots=12, state_checkpoint_interval=interval, warmup=False,
-        compilation_cache_dir="",
     )  # fmt: skip
     llm = LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN)
     trunk = prompt_of(0, 200)
@@ -480,7 +479,7 @@ def test_late_found_stop_string_drops_the_tokens_after_it(tmp_path):
     write_tokenizer(tmp_path, vocab_size=400)
     tokenizer = Tokenizer.from_directory(tmp_path)
     model = LedgerModel(vocab_size=400)
-    config = dataclasses.replace(GEOMETRIES[MIXED], warmup=False, compilation_cache_dir="")
+    config = dataclasses.replace(GEOMETRIES[MIXED], warmup=False)
     llm = LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN, tokenizer=tokenizer)
     prompt, tokens, stop, end = greedy_run_with_stop(Oracle(model), tokenizer)
     params = SamplingParams(temperature=0.0, max_tokens=len(tokens), stop=stop)

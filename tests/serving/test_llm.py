@@ -60,7 +60,6 @@ OPTIONS = {
     "decode_buckets": (4,),
     "max_logprobs": 5,
     "warmup": False,
-    "compilation_cache_dir": "",
 }
 
 TEXT = "The quick brown fox"

@@ -79,7 +79,6 @@ def tally_of(name: str, params: dict, interleavings: int) -> Tally:
         state_layout="mixed",
         max_logprobs=ALL,
         warmup=False,
-        compilation_cache_dir="",
         **CACHED,
     )
     llm = LLM.from_model(build_model(MIXERS[name], "float32"), params, config, max_model_len=MAX_MODEL_LEN)

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 def another(name: str, **changes) -> LLM:
     """An engine of its own, as another process has it, which compiles nothing before it is used."""
-    config = dataclasses.replace(GEOMETRIES[name], **{"warmup": False, "compilation_cache_dir": ""} | changes)
+    config = dataclasses.replace(GEOMETRIES[name], **{"warmup": False} | changes)
     pattern, mtp = PATTERNS.get(name, PATTERN), config.num_speculative_tokens > 0
     model = LedgerModel(tp=config.tensor_parallel_size, mtp=mtp, pattern=pattern)
     return LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN, eos_token_ids=(EOS,))

@@ -148,7 +148,7 @@ def test_no_query_comes_to_the_end_of_the_context(monkeypatch):
     model, end = LedgerModel(mtp=True), 64
     config = EngineConfig(
         max_num_seqs=2, max_num_batched_tokens=64, prefill_buckets=(64,), decode_buckets=(2,), block_size=16,
-        num_kv_blocks=10, enable_prefix_caching=False, num_speculative_tokens=3, warmup=False, compilation_cache_dir="",
+        num_kv_blocks=10, enable_prefix_caching=False, num_speculative_tokens=3, warmup=False,
     )  # fmt: skip
     with LLM.from_model(model, model.params(), config, max_model_len=end) as llm:
         for seed in range(3):
@@ -230,7 +230,7 @@ def speaking(tmp_path_factory) -> LLM:
     directory = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(directory, vocab_size=400)
     model = LedgerModel(vocab_size=400, mtp=True)
-    config = dataclasses.replace(GEOMETRIES[MIXED_DRAFTS], warmup=False, compilation_cache_dir="")
+    config = dataclasses.replace(GEOMETRIES[MIXED_DRAFTS], warmup=False)
     tokenizer = Tokenizer.from_directory(directory)
     return LLM.from_model(model, model.params(), config, max_model_len=MAX_MODEL_LEN, tokenizer=tokenizer)
 

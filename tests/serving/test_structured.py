@@ -253,7 +253,7 @@ def test_nobody_waits_for_the_grammar_of_another(monkeypatch):
 
 CONFIG = EngineConfig(
     max_num_seqs=4, max_num_batched_tokens=128, prefill_buckets=(128,), decode_buckets=(4,), num_kv_blocks=64,
-    max_logprobs=3, compilation_cache_dir="", warmup=False,
+    max_logprobs=3, warmup=False,
 )  # fmt: skip
 MAX_MODEL_LEN = 128
 DRAFTS = {"num_speculative_tokens": 2}

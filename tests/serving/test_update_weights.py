@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from gdnjax import LLM, AsyncLLM, SamplingParams, full_logits
-from tests.micro import micro_params
-from tests.serving.exactness import CACHED, build, leave_idle, prompt_of
+from tests.micro import shallow_params
+from tests.serving.exactness import CACHED, build_shallow, leave_idle, prompt_of
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
 def old_params() -> dict:
-    return micro_params(mtp=True)
+    return shallow_params(mtp=True)
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def new_params() -> dict:
 
 @pytest.fixture(scope="module")
 def engine() -> LLM:
-    return build(**CACHED, num_speculative_tokens=2)
+    return build_shallow(**CACHED, num_speculative_tokens=2)
 
 
 @pytest.fixture
