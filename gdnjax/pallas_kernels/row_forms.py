@@ -12,6 +12,8 @@ takes as long as a launch does, where XLA needs a kernel each for what is added,
 halves, and the factors.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -34,20 +36,21 @@ WARPS = {"cuda": (1024, 4), "rocm": (1024, 4), "interpret": (1024, 4)}
 """Numbers of a row for each warp of a program, and warps that it has at least; 16 are the most."""
 
 
-def rows_of(x: Rows, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:
+def rows_of(x: Rows, form: str, backend: Backend, *, wide: bool, then: Sequence[Array] = ()) -> tuple[Array, ...]:
     """The operands of a launch that rows [t, i] are: themselves, if `wide` or where that is the form; and but for that
-    form [PARTS * t, i] in it, and [PARTS * t] float32, what each of these is to be multiplied by.
+    form [PARTS * t, i] in it, and [PARTS * t] float32, what each of these is to be multiplied by. `then` come the
+    matrices that these rows meet.
     """
     if isinstance(x, Prepared):
         assert (x.form, x.wide is not None) == (form, wide or form == WIDE), "rows were prepared for other weights"
         return x.args
     if isinstance(x, Gated):
         # A kernel for the gated norm alone is no better than XLA's; with the form it is one in place of two.
-        return (numbers(x),) if form == WIDE else _gated(x, form, backend, wide=wide)
-    return prepared(x, form, backend, wide=wide)[1].args
+        return (numbers(x),) if form == WIDE else _gated(x, form, backend, wide=wide, then=then)
+    return prepared(x, form, backend, wide=wide, then=then)[1].args
 
 
-def _gated(x: Gated, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:
+def _gated(x: Gated, form: str, backend: Backend, *, wide: bool, then: Sequence[Array]) -> tuple[Array, ...]:
     _, heads, width = x.x.shape
     return tuple(
         launch(
@@ -63,6 +66,7 @@ def _gated(x: Gated, form: str, backend: Backend, *, wide: bool) -> tuple[Array,
             wide=wide,
             added=False,
             gated=(heads, x.activation),
+            then=then,
         )
     )
 
@@ -83,7 +87,9 @@ def _warps(width: int, backend: Backend) -> int:
     return min(16, max(least, power_of_two(width) // numbers))
 
 
-def prepared(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> tuple[Array, Prepared]:
+def prepared(
+    x: Array | Normed, form: str, backend: Backend, *, wide: bool, then: Sequence[Array] = ()
+) -> tuple[Array, Prepared]:
     """Rows [t, i] with all that was added to them, before a norm; and with it, in their form, and as they are, too, if
     `wide`.
     """
@@ -109,6 +115,7 @@ def prepared(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> t
             norm=norm,
             wide=norm is not None and wide,
             added=added,
+            then=then,
         )
     if added:
         whole, *made = made
