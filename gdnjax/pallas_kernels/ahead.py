@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -72,6 +73,10 @@ def _read(reader, matrices, read_ref, readers: int, widths: tuple[int, ...]) -> 
             there = jnp.broadcast_to((row < rows)[:, None], found.shape)
             # Of the matrix' kind: an integer is not converted to float8.
             zero = 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0
-            found = found + plgpu.load(ref.at[row[:, None], column], mask=there, other=zero).astype(jnp.float32)
+            block = plgpu.load(ref.at[row[:, None], column], mask=there, other=zero)
+            if ref.dtype.itemsize == 1:
+                # Whatever the numbers are: of float8 they would take several instructions each.
+                block = lax.bitcast_convert_type(block, jnp.int8)
+            found = found + block.astype(jnp.float32)
         total = total + jnp.sum(jnp.sum(found, axis=1))
     read_ref[reader] = total
