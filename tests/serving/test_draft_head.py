@@ -81,6 +81,18 @@ def test_tokens_are_those_of_a_run_without_drafts(drafting):
     assert drafting.memory_plan.weight_bytes == planning.weight_bytes(drafting.engine.runner.params, 1)
 
 
+@pytest.mark.thorough
+def test_ranks_have_parts_of_it(drafting):
+    """Each a copy of its own part of the head, padding included."""
+    ranks = {"tensor_parallel_size": 2, "num_speculative_tokens": 2}
+    with build(**CACHED, **ranks, draft_head="fp8") as llm:
+        weight = llm.engine.runner.params["draft_head"]["weight"]
+        assert {shard.data.shape[0] for shard in weight.scale.addressable_shards} == {51}
+        whole = drafting.engine.runner.params["draft_head"]["weight"]
+        np.testing.assert_array_equal(dequantized(weight, "f4")[:101], dequantized(whole, "f4"))
+        assert tokens_of(llm) == tokens_of(drafting)
+
+
 def test_new_weights_make_a_new_one(drafting):
     old = {name: np.asarray(x) for name, x in drafting.params["lm_head"].items()}
     weight = drafting.engine.runner.params["draft_head"]["weight"]
