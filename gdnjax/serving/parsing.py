@@ -781,6 +781,9 @@ class State:
             self.say(self.buffer[self.position : found.start()])
             self.position = found.end()
             match found[0]:
+                case str() if found[0] == PARAMETER and self.complete:
+                    # Behind an object, whole or broken off: the arguments have their closing brace.
+                    self.say(PARAMETER)
                 case str() if found[0] == PARAMETER:
                     self.phase = _Phase.KEY
                 case str() if found[0] == FUNCTION_CLOSE:

@@ -670,6 +670,20 @@ def test_any_output_says_the_same_however_it_is_cut(parts, lengths, lag, thinkin
             assert once == ParsedOutput(None, whole[1] or None)
 
 
+@pytest.mark.parametrize("value", ['{"path": "a"}', '{"path": "a", ', '{"path": "a', "{"])
+@pytest.mark.parametrize("length", [1, 7, 200])
+def test_parameter_behind_an_object_belongs_to_no_call(value, length):
+    """The object, whole or broken off, is the arguments: with more behind its brace they would be no JSON."""
+    text = f"<tool_call><function=write>{value}<parameter=content>b</parameter></function></tool_call>"
+    pieces = [([], text[i : i + length]) for i in range(0, len(text), length)]
+    output = read(OutputParser(None, tools=TOOLS, call_id=str), pieces)
+    (call,) = output.tool_calls
+    path = {} if value == "{" else {"path": "a<parameter=content>b</parameter></function></tool_call>"}
+    if value.endswith(("}", ", ")):
+        path = {"path": "a"}
+    assert json.loads(call.arguments) == path
+
+
 STREAMS = {
     "answer": ([], "word "),
     "thinking": (["<think>"], "word "),
