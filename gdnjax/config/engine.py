@@ -156,6 +156,11 @@ class EngineConfig:
         """Whether what drafts were drawn from is needed when they are put to the test."""
         return self.num_speculative_tokens > 0 and self.draft_acceptance == "rejection"
 
+    @property
+    def drafts_apart(self) -> bool:
+        """Whether drafts are drawn by a head of their own."""
+        return self.draft_head != "target"
+
     def keeps_states(self, spec: CacheSpec) -> bool:
         """Whether the prefix cache keeps states beside blocks: a model without any goes on from every block."""
         return self.enable_prefix_caching and spec.needs_state
@@ -242,7 +247,7 @@ class EngineConfig:
             raise ValueError(f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {drafts}")
         check_choice("draft_acceptance", self.draft_acceptance, DRAFT_ACCEPTANCES)
         check_choice("draft_head", self.draft_head, DRAFT_HEADS)
-        if self.draft_head != "target" and not drafts:
+        if self.drafts_apart and not drafts:
             raise ValueError(f"draft_head={self.draft_head!r} needs num_speculative_tokens above 0")
         if self.adaptive_speculation and (not drafts or self.batch_invariant):
             raise ValueError(

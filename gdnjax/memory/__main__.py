@@ -373,7 +373,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
         tp=engine.tensor_parallel_size,
         dtype=dtype,
         mtp=engine.num_speculative_tokens > 0,
-        draft_head=engine.draft_head != "target",
+        draft_head=engine.drafts_apart,
         quantization=quantization,
     )
     fit = None

@@ -5,6 +5,8 @@ is half. It only proposes, and what keeps or refuses its drafts takes them for w
 of drafts are made again by the copy). So what is emitted is as exact as with the target's own head.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,8 +23,7 @@ CODES = "float8_e4m3fn"
 def with_draft_head(params: Params) -> Params:
     """The parameters (global arrays) with the copy, on the devices and split as the head is."""
     head = _head_of(params)
-    make = jax.jit(_coded, out_shardings=Quantized(head.sharding, head.sharding, (1, head.shape[1])))
-    return {**params, NAME: {"weight": make(head)}}
+    return {**params, NAME: {"weight": _maker(head.sharding, head.shape[1])(head)}}
 
 
 def with_abstract_draft_head(params: Params) -> Params:
@@ -38,6 +39,12 @@ def without_draft_head(params: Params) -> Params:
 
 def _head_of(params: Params) -> Any:
     return params["lm_head" if "lm_head" in params else "embed_tokens"]["weight"]
+
+
+@functools.cache
+def _maker(sharding: Any, width: int) -> Callable[[Array], Quantized]:
+    """One function for all heads that lie alike: new weights compile nothing."""
+    return jax.jit(_coded, out_shardings=Quantized(sharding, sharding, (1, width)))
 
 
 def _coded(head: Array) -> Quantized:

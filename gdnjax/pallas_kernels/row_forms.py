@@ -32,9 +32,6 @@ PARTS = {WIDE: 1, FLOAT16: 1, HALVES: 2}
 LOW = 16.0
 """What the low halves are multiplied by."""
 
-WARPS = {"cuda": (1024, 4), "rocm": (1024, 4), "interpret": (1024, 4)}
-"""Numbers of a row for each warp of a program, and warps that it has at least; 16 are the most."""
-
 
 def rows_of(x: Rows, form: str, backend: Backend, *, wide: bool, then: Sequence[Array] = ()) -> tuple[Array, ...]:
     """The operands of a launch that rows [t, i] are: themselves, if `wide` or where that is the form; and but for that
@@ -60,7 +57,7 @@ def _gated(x: Gated, form: str, backend: Backend, *, wide: bool, then: Sequence[
             programs=x.shape[0],
             args=(x.x.reshape(x.shape), x.gate, x.weight),
             out=_out(x, form, wide=wide),
-            warps=_warps(heads * width, backend),
+            warps=_warps(heads * width),
             form=form,
             norm=(x.eps, 0.0),
             wide=wide,
@@ -82,9 +79,8 @@ def _out(x: Array | Normed | Gated, form: str, *, wide: bool) -> list[jax.ShapeD
     return [*out, jax.ShapeDtypeStruct((parts * rows,), jnp.float32)]
 
 
-def _warps(width: int, backend: Backend) -> int:
-    numbers, least = backend.tiles(WARPS)
-    return min(16, max(least, power_of_two(width) // numbers))
+def _warps(width: int) -> int:
+    return min(16, max(4, power_of_two(width) // 1024))
 
 
 def prepared(
@@ -110,7 +106,7 @@ def prepared(
             programs=rows,
             args=args,
             out=out,
-            warps=_warps(width, backend),
+            warps=_warps(width),
             form=form,
             norm=norm,
             wide=norm is not None and wide,

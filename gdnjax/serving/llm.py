@@ -247,7 +247,7 @@ class LLM:
         self._check_open()
         self._check_alone("update_weights")
         placed = placed_like(params, self.params)
-        self.engine.update_params(placed if self.config.draft_head == "target" else with_draft_head(placed))
+        self.engine.update_params(with_draft_head(placed) if self.config.drafts_apart else placed)
 
     def save_state(self, path: str | pathlib.Path) -> None:
         """Writes the pools, the prefix cache and every request that has not ended to a directory that it makes, and

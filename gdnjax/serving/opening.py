@@ -55,7 +55,7 @@ class OpenedCheckpoint(Opened):
     def load(self, *, progress: bool) -> tuple[Params, checkpoint.LoadReport]:
         """Reads the weights: of several processes each its own."""
         params, report = checkpoint.load_params(self.stored, self.abstract, progress=progress)
-        return (with_draft_head(params) if _drafts_apart(self.config) else params), report
+        return (with_draft_head(params) if self.config.drafts_apart else params), report
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def open_checkpoint(
     mtp = config.num_speculative_tokens > 0
     if mtp:
         model_config.require_mtp()
-    apart = _drafts_apart(config)
+    apart = config.drafts_apart
     tp = config.tensor_parallel_size
     hybrid = build_model(model_config, dtype, tp, mtp=mtp, backend=implementation, draft_head=apart)
     abstract = abstract_params(model_config, tp, dtype, mtp=mtp)
@@ -119,7 +119,7 @@ def open_model(
     if others is not None:
         others.compare(_facts(model, params, mesh))
     length = config.length_within(context)
-    apart = _drafts_apart(config)
+    apart = config.drafts_apart
     if apart:
         assert isinstance(model, HybridModel), "held by check_model"
         model = model.with_draft_head()
@@ -151,13 +151,8 @@ def check_model(model: Model, config: EngineConfig) -> None:
             f"num_speculative_tokens={config.num_speculative_tokens} needs a model with its MTP head: "
             "build_model(..., mtp=True)"
         )
-    if _drafts_apart(config) and not isinstance(model, HybridModel):
+    if config.drafts_apart and not isinstance(model, HybridModel):
         raise ValueError(f"draft_head={config.draft_head!r} is of a HybridModel, got a {type(model).__name__}")
-
-
-def _drafts_apart(config: EngineConfig) -> bool:
-    """Whether drafts are drawn by a head of their own."""
-    return config.draft_head != "target"
 
 
 def _plan(

@@ -147,7 +147,7 @@ def _table(name: str):
         sizes = itertools.product((0, 131, 262), (4 << 20, 8 << 20, 16 << 20))
         return ahead.TABLE, None, [ahead.Ahead(programs, size, 16) for programs, size in sizes]
     if name.startswith("normed"):
-        return row_forms.WARPS, None, list(itertools.product((256, 512, 1024), (1, 4)))
+        return products.TILES, "bfloat16", []
     if name.startswith("matmul"):
         return _products_table(name)
     if "int8" in name:
