@@ -58,12 +58,15 @@ def _products_table(name: str):
         return products.TILES, "int8", []
     few = kind == "narrow"
     if fp8 and rows <= 16:
-        stages = {"narrow": (3, 5), "wide": (5, 8), "gated": (3, 5)}[kind]
-        columns, depths, warps, splits = (64, 128) if few else (32, 64, 128), (128,), (4,), (264, 528)
-        forms = (row_forms.WIDE, row_forms.HALVES) if few else (row_forms.HALVES,)
+        columns = (32, 64) if kind == "gated" else (64, 128)
+        depths, warps, stages, splits = (128,), (1, 2, 4), (3, 4, 5), (264, 528)
+        forms = (row_forms.HALVES,)
     elif fp8:
         columns, depths, warps, stages, splits = (64, 128), (64, 128), (4, 8), (3, 4), (132,)
         forms = (row_forms.FLOAT16,)
+    elif rows <= 16:
+        columns, depths, warps, stages, splits = (32, 64), (128, 256), (2, 4), (3, 4, 5), (264, 528)
+        forms = (row_forms.WIDE,)
     else:
         columns, depths, warps, stages, splits = (64, 128), (64, 128, 256), (4, 8), (3, 4), (132, 264)
         forms = (row_forms.WIDE,)
@@ -154,7 +157,7 @@ def _table(name: str):
         return grouped.TILES, "few", []
     few = name.endswith("-128")
     if few and "float8" in name:
-        sizes = itertools.product((8,), (32, 64, 128), (64, 128), (2, 4), (3, 4, 5, 6), (row_forms.HALVES,))
+        sizes = itertools.product((8,), (32, 64, 128), (64, 128), (2, 4), (2, 3, 4), (row_forms.HALVES,))
         return grouped.TILES, "fewest", [grouped.Grouped(*size) for size in sizes]
     if "float8" in name:
         forms = (row_forms.WIDE, row_forms.FLOAT16)

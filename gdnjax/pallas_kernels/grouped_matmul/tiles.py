@@ -23,7 +23,7 @@ class Grouped:
 # matrix units there are none. "many_float8": such rows that meet such codes, many of them.
 TILES = {
     "cuda": {
-        "fewest": Grouped(8, 64, 128, 4, 4, form=HALVES),
+        "fewest": Grouped(8, 64, 128, 2, 3, form=HALVES),
         "few": Grouped(16, 64, 128, 4, 4),
         "many": Grouped(128, 128, 64, 8, 3),
         "many_float8": Grouped(64, 128, 128, 4, 3, form=FLOAT16),

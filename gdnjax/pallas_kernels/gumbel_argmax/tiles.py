@@ -20,7 +20,7 @@ class Tile:
 
 
 TILES = {
-    "cuda": Tile(tokens=1024, warps=4, programs=1056),
+    "cuda": Tile(tokens=2048, warps=4, programs=2112),
     "rocm": Tile(tokens=1024, warps=4, programs=1216),
     "interpret": Tile(tokens=64, warps=1, programs=4, sparing=True),
 }

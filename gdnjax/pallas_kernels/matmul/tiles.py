@@ -61,10 +61,16 @@ TILES = {
             128: Tiles(Tile(64, 64, 4, 4), Tile(64, 128, 4, 3, programs=132), Tile(64, 64, 8, 3), 96),
         },
         "float8_e4m3fn": {
+            8: Tiles(
+                Tile(64, 128, 2, 5, form=HALVES),
+                Tile(128, 128, 2, 3, programs=528, form=HALVES),
+                Tile(32, 128, 2, 4, form=HALVES),
+                96,
+            ),
             16: Tiles(
-                Tile(128, 128, 4, 5, form=HALVES),
-                Tile(128, 128, 4, 3, programs=384, form=HALVES),
-                Tile(64, 128, 4, 3, form=HALVES),
+                Tile(64, 128, 2, 5, form=HALVES),
+                Tile(64, 128, 2, 3, programs=528, form=HALVES),
+                Tile(32, 128, 2, 4, form=HALVES),
                 96,
             ),
             32: Tiles(
