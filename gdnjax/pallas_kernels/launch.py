@@ -15,7 +15,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import FLOAT32_DOT, Backend
-from gdnjax.pallas_kernels import ahead
 from gdnjax.shapes import Array
 
 LEAST = 16
@@ -59,34 +58,20 @@ def launch(
     warps: int,
     stages: int = 1,
     aliases: dict[int, int] | None = None,
-    then: Sequence[Array] = (),
     **static,
 ) -> list[Array]:
     """Runs `programs` programs of `kernel(program, *in_refs, *out_refs, **static)`, every ref a whole array.
 
     One axis: the kernel takes its number apart itself, so that the order in which programs start is what it says and
     no axis is ever too long for a launch. `aliases` maps inputs to the outputs that they become, in place. Statics are
-    hashable. Beside a kernel of few programs others may read matrices that are wanted `then`, see `ahead`.
+    hashable.
 
     Where `backend` is "triton", `kernel` is a `triton.jit` function of pointers and statics that asks for its program
     itself. Raises ValueError for any other.
     """
     if backend.is_triton and inspect.isfunction(kernel):
         raise ValueError(f"kernels='triton': {name} has no kernel in Triton; allowed: gated_delta_rule.decode alone")
-    found = ahead.of(backend, programs, then)
-    if found is not None:
-        static = {
-            "kernel": kernel,
-            "static": tuple(sorted(static.items())),
-            "programs": programs,
-            "inputs": len(args),
-            "readers": found.programs,
-            "widths": ahead.widths(found, then),
-        }
-        kernel = ahead.carrying
-        programs, args = programs + found.programs, (*args, *then)
-        out = [*out, jax.ShapeDtypeStruct((found.programs,), jnp.float32)]
-    results = run(
+    return run(
         Launch(
             kernel=kernel,
             name=name,
@@ -102,7 +87,6 @@ def launch(
         ),
         args,
     )
-    return results if found is None else results[:-1]
 
 
 def run(launch: Launch, args: Sequence[Array]) -> list[Array]:

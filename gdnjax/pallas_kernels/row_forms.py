@@ -12,8 +12,6 @@ takes as long as a launch does, where XLA needs a kernel each for what is added,
 halves, and the factors.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -33,21 +31,20 @@ LOW = 16.0
 """What the low halves are multiplied by."""
 
 
-def rows_of(x: Rows, form: str, backend: Backend, *, wide: bool, then: Sequence[Array] = ()) -> tuple[Array, ...]:
+def rows_of(x: Rows, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:
     """The operands of a launch that rows [t, i] are: themselves, if `wide` or where that is the form; and but for that
-    form [PARTS * t, i] in it, and [PARTS * t] float32, what each of these is to be multiplied by. `then` come the
-    matrices that these rows meet.
+    form [PARTS * t, i] in it, and [PARTS * t] float32, what each of these is to be multiplied by.
     """
     if isinstance(x, Prepared):
         assert (x.form, x.wide is not None) == (form, wide or form == WIDE), "rows were prepared for other weights"
         return x.args
     if isinstance(x, Gated):
         # A kernel for the gated norm alone is no better than XLA's; with the form it is one in place of two.
-        return (numbers(x),) if form == WIDE else _gated(x, form, backend, wide=wide, then=then)
-    return prepared(x, form, backend, wide=wide, then=then)[1].args
+        return (numbers(x),) if form == WIDE else _gated(x, form, backend, wide=wide)
+    return prepared(x, form, backend, wide=wide)[1].args
 
 
-def _gated(x: Gated, form: str, backend: Backend, *, wide: bool, then: Sequence[Array]) -> tuple[Array, ...]:
+def _gated(x: Gated, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:
     _, heads, width = x.x.shape
     return tuple(
         launch(
@@ -63,7 +60,6 @@ def _gated(x: Gated, form: str, backend: Backend, *, wide: bool, then: Sequence[
             wide=wide,
             added=False,
             gated=(heads, x.activation),
-            then=then,
         )
     )
 
@@ -83,9 +79,7 @@ def _warps(width: int) -> int:
     return min(16, max(4, power_of_two(width) // 1024))
 
 
-def prepared(
-    x: Array | Normed, form: str, backend: Backend, *, wide: bool, then: Sequence[Array] = ()
-) -> tuple[Array, Prepared]:
+def prepared(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> tuple[Array, Prepared]:
     """Rows [t, i] with all that was added to them, before a norm; and with it, in their form, and as they are, too, if
     `wide`.
     """
@@ -111,7 +105,6 @@ def prepared(
             norm=norm,
             wide=norm is not None and wide,
             added=added,
-            then=then,
         )
     if added:
         whole, *made = made

@@ -234,12 +234,6 @@ def draws(x, pools, layer):
     return lax.map(one_row, (x["logits"], x["temperature"], x["seed"], x["position"])), ()
 
 
-def prepared(x, pools, layer):
-    (whole, rows), _ = normed(x, pools, layer)
-    gate, up = (_matrix(weight) for weight in x["weights"][layer])
-    return (whole, _silu(rows @ gate.T) * (rows @ up.T)), ()
-
-
 def choices(x, pools, layer, *, top: int):
     """The weights of the best of a softmax."""
     weight = jnp.sort(jax.nn.softmax(_double(x["logits"]), axis=-1), axis=-1)[:, : -top - 1 : -1]

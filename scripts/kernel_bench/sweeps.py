@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels import ahead, row_forms
+from gdnjax.pallas_kernels import row_forms
 from gdnjax.pallas_kernels.causal_conv1d import tiles as conv
 from gdnjax.pallas_kernels.expert_routing import tiles as routing
 from gdnjax.pallas_kernels.gated_delta_rule import tiles as delta
@@ -146,9 +146,6 @@ def _table(name: str):
                 for warps, pairs, at_once in sizes
             ],
         )
-    if name.startswith("prepared"):
-        sizes = itertools.product((0, 131, 262), (4 << 20, 8 << 20, 16 << 20))
-        return ahead.TABLE, None, [ahead.Ahead(programs, size, 16) for programs, size in sizes]
     if name.startswith("normed"):
         return products.TILES, "bfloat16", []
     if name.startswith("matmul"):

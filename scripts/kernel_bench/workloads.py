@@ -747,38 +747,6 @@ def normed(rows: int, width: int, parts: int = 0):
     )
 
 
-def prepared(rows: int, inputs: int, outputs: int, codes: str | None = None):
-    """The norm of rows to which four parts are added, and gate and up of them: two kernels, one of which may read ahead
-    for the other.
-    """
-    layers = 4
-
-    def inputs_of(key):
-        keys = jax.random.split(key, 3 + layers)
-        weights = [[_weight(jax.random.fold_in(k, i), (outputs, inputs), codes) for i in range(2)] for k in keys[3:]]
-        arguments = {"x": _random(keys[0], (rows, inputs)), "weight": _random(keys[1], (inputs,), scale=0.1)}
-        return arguments | {"added": _random(keys[2], (4, rows, inputs), jnp.float32), "weights": weights}, ()
-
-    def call(x, pools, layer, backend):
-        gate, up = x["weights"][layer]
-        rows = Normed(x["x"], x["weight"], 1e-6, 1.0, added=x["added"])
-        whole, ready = matmul.prepare(rows, gate, up, gated=True, backend=backend)
-        return (whole, matmul.swiglu(ready, gate, up, backend=backend)), pools
-
-    return Workload(
-        name=f"prepared-gate-up-{inputs}x{2 * outputs}{_codes(codes, None)}-{rows}",
-        inputs=inputs_of,
-        call=call,
-        exact=exact.prepared,
-        written=lambda pools, x, layer: (),
-        layers=layers,
-        bytes=2 * outputs * inputs * (1 if codes else 2) + rows * (22 * inputs + 2 * outputs),
-        flops=4 * rows * outputs * inputs,
-        limits=(6e-3, 0),
-        chain="x",
-    )
-
-
 def gated(rows: int, heads: int, width: int):
     """The gated norm in front of a product with codes, and the halves of its rows."""
 
@@ -991,8 +959,6 @@ WORKLOADS = {
         normed(1, 4096, parts=4),
         normed(128, 4096, parts=2),
         normed(128, 5120),
-        *(prepared(1, 4096, 12288, codes) for codes in (None, "float8_e4m3fn")),
-        prepared(1, 5120, 17408, "float8_e4m3fn"),
         gated(16, 32, 128),
         draws(128, 248320, 1.0),
         draws(128, 248320, 0.0),

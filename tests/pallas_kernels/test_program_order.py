@@ -76,7 +76,6 @@ CASES = [
     every_code(FLOAT8),
     every_code(FLOAT8, rows=3),
     normed(200, parts=4),
-    normed(200, parts=4, reading=True),
     routing(9, 48, Rule(3)),
     draw(),
     draw(sparing=True),

@@ -35,7 +35,7 @@ def prepare(
     _, grids = codes.flat(*weights)
     coded = any(grid is not None for grid in grids)
     form = tile.form if coded else row_forms.WIDE
-    return row_forms.prepared(x, form, backend, wide=None in grids or not weights, then=kernels.read_first(weights))
+    return row_forms.prepared(x, form, backend, wide=None in grids or not weights)
 
 
 def project(

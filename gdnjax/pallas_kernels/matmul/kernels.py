@@ -21,11 +21,8 @@ from gdnjax.pallas_kernels.launch import LEAST, launch, power_of_two, sigmoid
 from gdnjax.pallas_kernels.matmul.tiles import Tile
 from gdnjax.pallas_kernels.normed import Rows, total
 from gdnjax.pallas_kernels.row_forms import WIDE
-from gdnjax.quantized import Quantized, Weight
+from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
-
-LEAST_AHEAD = 256
-"""Outputs of a matrix that is read ahead."""
 
 
 def project(
@@ -43,7 +40,7 @@ def project_in_parts(
     splits = _splits(sum(blocks), x.shape[1], depth, tile)
     dtype = out_dtype if splits == 1 else jnp.float32
     arrays, grids = codes.flat(*weights)
-    rows = row_forms.rows_of(x, tile.form, backend, wide=None in grids, then=read_first(weights))
+    rows = row_forms.rows_of(x, tile.form, backend, wide=None in grids)
     return launch(
         _project,
         backend,
@@ -60,12 +57,6 @@ def project_in_parts(
         depth=depth,
         form=tile.form,
     )
-
-
-def read_first(weights: Sequence[Weight]) -> list[Array]:
-    """What of the matrices is worth reading before they meet rows: small ones come at once anyway."""
-    arrays = (weight.codes if isinstance(weight, Quantized) else weight for weight in weights)
-    return [array for array in arrays if array.shape[0] >= LEAST_AHEAD]
 
 
 def _splits(programs: int, inputs: int, depth: int, tile: Tile) -> int:
@@ -103,7 +94,7 @@ def swiglu(x: Rows, gate: Weight, up: Weight, tile: Tile, backend: Backend) -> A
         backend,
         name="matmul_swiglu",
         programs=-(-gate.shape[0] // tile.columns),
-        args=(*row_forms.rows_of(x, tile.form, backend, wide=None in grids, then=read_first((gate, up))), *arrays),
+        args=(*row_forms.rows_of(x, tile.form, backend, wide=None in grids), *arrays),
         out=[jax.ShapeDtypeStruct((x.shape[0], gate.shape[0]), x.dtype)],
         warps=tile.warps,
         stages=tile.stages,

@@ -128,7 +128,6 @@ def cases() -> list[Case]:
         normed(200),
         normed(256, np.float32),
         normed(200, parts=4),
-        normed(200, parts=4, reading=True),
         gated(3, 24),
         normed(256, np.float32, parts=1),
         routing(9, 48, Rule(3)),

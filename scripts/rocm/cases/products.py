@@ -8,8 +8,7 @@ from unittest import mock
 import numpy as np
 
 from gdnjax.backend import Backend
-from gdnjax.pallas_kernels import ahead, matmul
-from gdnjax.pallas_kernels.ahead import Ahead
+from gdnjax.pallas_kernels import matmul
 from gdnjax.pallas_kernels.expert_routing import Rule, choose_experts, sort_by_expert
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
@@ -223,18 +222,13 @@ def normed_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
     rows = Normed(x["x"], x["weight"], 1e-6, 1.0, x.get("added"))
     if backend.is_reference:
         return {"whole": summed(rows.x, rows.added), "out": numbers(rows)}
-    then = [x[name] for name in ("then0", "then1") if name in x]
-    reading = Ahead(programs=3, size=1 << 14, most=16)
-    with mock.patch.dict(ahead.TABLE, dict.fromkeys(ahead.TABLE, reading)):
-        whole, made = prepared(rows, WIDE, backend, wide=True, then=then)
+    whole, made = prepared(rows, WIDE, backend, wide=True)
     return {"whole": whole, "out": numbers(made)}
 
 
-def normed(width: int, dtype: Any = BFLOAT16, parts: int = 0, *, reading: bool = False) -> Case:
-    """Rows of several sizes, or of one, to which a term in so many parts is added before. `reading`: beside it two
-    matrices are read ahead, of numbers and of codes.
-    """
-    name = f"matmul-normed-3x{width}-{np.dtype(dtype).name}" + f"-{parts}-parts" * (parts > 0) + "-reading" * reading
+def normed(width: int, dtype: Any = BFLOAT16, parts: int = 0) -> Case:
+    """Rows of several sizes, or of one, to which a term in so many parts is added before."""
+    name = f"matmul-normed-3x{width}-{np.dtype(dtype).name}" + f"-{parts}-parts" * (parts > 0)
     r = random(name)
     x = {"x": normal(r, (3, width), dtype), "weight": normal(r, (width,), dtype)}
     if not parts:
@@ -244,8 +238,6 @@ def normed(width: int, dtype: Any = BFLOAT16, parts: int = 0, *, reading: bool =
         x["added"] = normal(r, (parts, 3, width), np.float32)
         bound = SUM if dtype == BFLOAT16 else NOISE
         bounds = {"whole": bound, "out": bound}
-    if reading:
-        x |= {"then0": normal(r, (70, 200)), "then1": normal(r, (300, 96), np.float32).astype(FLOAT8)}
     return Case(name, normed_op, x, LAYER, bounds)
 
 
