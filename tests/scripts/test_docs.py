@@ -26,6 +26,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(
 TEXTS = {"README.md": README, "WORKSPACE.md": WORKSPACE, **PAGES}
 SCRIPTS = (
     "add_result",
+    "bench_collectives",
     "bench_dispatch",
     "bench_engine",
     "bench_kernels",
