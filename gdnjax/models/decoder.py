@@ -109,7 +109,8 @@ class DecoderLayer(nnx.Module):
         """The residual stream behind the token mixer, and what the MLP is given of it."""
         if self.post_norms:
             return stream.whole, stream.whole
-        return self.post_attention_layernorm.prepare(stream, self.mlp.inputs, self.backend, gated=True)
+        norm, wide = self.post_attention_layernorm, self.mlp.takes_numbers
+        return norm.prepare(stream, self.mlp.inputs, self.backend, gated=True, wide=wide)
 
     def feed(self, stream: Stream, context: PrefillContext | DecodeContext) -> Stream:
         """The residual stream behind the MLP."""

@@ -72,11 +72,13 @@ class RMSNorm(nnx.Module):
         return numbers(self.prepare(stream, (), backend)[1])
 
     def prepare(
-        self, stream: Stream, linears: Sequence[Linear], backend: Backend, *, gated: bool = False
+        self, stream: Stream, linears: Sequence[Linear], backend: Backend, *, gated: bool = False, wide: bool = False
     ) -> tuple[Float[Array, "t d"], Prepared]:
-        """The whole residual stream, and its norm as the rows of products by just these, of SwiGLU's if `gated`."""
+        """The whole residual stream, and its norm as the rows of products by just these, of SwiGLU's if `gated`, and as
+        numbers, too, if `wide`.
+        """
         weights = (linear.weight[...] for linear in linears)
-        return matmul.prepare(self.of(stream.x, stream.added), *weights, gated=gated, backend=backend)
+        return matmul.prepare(self.of(stream.x, stream.added), *weights, gated=gated, wide=wide, backend=backend)
 
 
 class SplitRMSNorm(nnx.Module):
@@ -178,6 +180,8 @@ class Embedding(nnx.Module):
 
 class DenseMLP(nnx.Module):
     """SwiGLU. Column-parallel in, row-parallel out; the caller sums over ranks."""
+
+    takes_numbers = False
 
     def __init__(self, width: int, intermediate: int, dtype: str, backend: Backend):
         self.gate_proj = Linear(width, intermediate, dtype)

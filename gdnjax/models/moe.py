@@ -11,7 +11,7 @@ from gdnjax.models.layers import DenseMLP, Linear
 from gdnjax.pallas_kernels.expert_routing import Rule, choose_experts, sort_by_expert
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.matmul import product
-from gdnjax.pallas_kernels.normed import Rows, numbers, total
+from gdnjax.pallas_kernels.normed import Prepared, Rows, numbers, total
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
 
@@ -26,7 +26,7 @@ class Experts(nnx.Module):
         self.down_proj = nnx.Param(jnp.zeros((moe.held_experts, width, moe.intermediate_size), dtype))
 
     def __call__(
-        self, x: Float[Array, "t d"], expert: Int32[Array, "t top"], weight: Float32[Array, "t top"]
+        self, x: Float[Array, "t d"] | Prepared, expert: Int32[Array, "t top"], weight: Float32[Array, "t top"]
     ) -> Float[Array, "t d"]:
         """Sum over each token's experts, weighted, as far as this rank has them. An expert number past the last means
         none: it adds nothing.
@@ -55,7 +55,7 @@ class Experts(nnx.Module):
         own = expert - sharding.rank(self.tp) * held
         return jnp.where((own >= 0) & (own < held), own, held)
 
-    def _products(self, x: Array, weight: nnx.Param, sizes: Array, rows: Array | None = None) -> Array:
+    def _products(self, x: Array | Prepared, weight: nnx.Param, sizes: Array, rows: Array | None = None) -> Array:
         expected = -(-(x if rows is None else rows).shape[0] * self.moe.held_experts // self.moe.num_experts)
         return grouped_matmul(x, weight[...], sizes, rows=rows, expected_rows=expected, backend=self.backend)
 
@@ -101,6 +101,9 @@ class Router(nnx.Module):
 class MoeMLP(nnx.Module):
     """One rank's experts, and its slice of the shared one. The result is this rank's term of the sum over ranks."""
 
+    takes_numbers = True
+    """Rows as they are, for the router, beside those that its `inputs` meet."""
+
     def __init__(self, config: ModelConfig, moe: MoeConfig, dtype: str, tp: int, backend: Backend):
         width = config.hidden_size
         self.gate = Router(moe, width, dtype, backend)
@@ -116,16 +119,20 @@ class MoeMLP(nnx.Module):
 
     @property
     def inputs(self) -> tuple[Linear, ...]:
-        """None: experts and router take the rows as they are."""
-        return ()
+        """The shared expert's. Routed experts take the same rows where they are in the form that they need."""
+        return self._shared.inputs
+
+    @property
+    def _shared(self) -> DenseMLP:
+        return self.shared_expert if self.shared_gate else self.shared_experts
 
     def __call__(self, x: Rows, valid: Bool[Array, "t"]) -> Float[Array, "s t d"]:
-        x = numbers(x)
-        weight, expert = self.choices(x, valid)
+        whole = numbers(x)
+        x = x if isinstance(x, Prepared) else whole
+        weight, expert = self.choices(whole, valid)
+        shared = total(self._shared(x, valid), x.dtype)
         if self.shared_gate:
-            shared = jax.nn.sigmoid(self.shared_expert_gate(x)) * total(self.shared_expert(x, valid), x.dtype)
-        else:
-            shared = total(self.shared_experts(x, valid), x.dtype)
+            shared = jax.nn.sigmoid(self.shared_expert_gate(whole)) * shared
         return (self.experts(x, expert, weight) + shared)[None]
 
     def choices(

@@ -51,7 +51,7 @@ class Gated:
 class Prepared:
     """Rows in the form in which certain weights meet them; see `gdnjax.pallas_kernels.row_forms`.
 
-    wide            [t, i] as they are; None where no weight meets them so.
+    wide            [t, i] as they are; None where nobody needs them so.
     formed, factor  [PARTS * t, i] and [PARTS * t], in another form; None where that is none.
     shape, dtype    of the rows as they are.
     """
@@ -62,10 +62,6 @@ class Prepared:
     factor: Array | None
     shape: tuple[int, ...]
     dtype: jnp.dtype
-
-    @property
-    def args(self) -> tuple[Array, ...]:
-        return tuple(x for x in (self.wide, self.formed, self.factor) if x is not None)
 
 
 Rows = Float[Array, "t _"] | Normed | Gated | Prepared

@@ -35,13 +35,14 @@ def rows_of(x: Rows, form: str, backend: Backend, *, wide: bool) -> tuple[Array,
     """The operands of a launch that rows [t, i] are: themselves, if `wide` or where that is the form; and but for that
     form [PARTS * t, i] in it, and [PARTS * t] float32, what each of these is to be multiplied by.
     """
-    if isinstance(x, Prepared):
-        assert (x.form, x.wide is not None) == (form, wide or form == WIDE), "rows were prepared for other weights"
-        return x.args
     if isinstance(x, Gated):
         # A kernel for the gated norm alone is no better than XLA's; with the form it is one in place of two.
         return (numbers(x),) if form == WIDE else _gated(x, form, backend, wide=wide)
-    return prepared(x, form, backend, wide=wide)[1].args
+    if not isinstance(x, Prepared):
+        _, x = prepared(x, form, backend, wide=wide)
+    assert x.form == form, "rows were prepared for other weights"
+    as_they_are = (numbers(x),) if wide or form == WIDE else ()
+    return as_they_are if x.formed is None or x.factor is None else (*as_they_are, x.formed, x.factor)
 
 
 def _gated(x: Gated, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:

@@ -13,7 +13,9 @@ from gdnjax import sharding
 from gdnjax.backend import INTERPRET, REFERENCE
 from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig, MoeConfig
 from gdnjax.models import partition, random_codes
+from gdnjax.models.layers import RMSNorm, Stream
 from gdnjax.models.moe import MoeMLP
+from gdnjax.pallas_kernels import launch
 from gdnjax.quantized import CodeFormat
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -246,6 +248,34 @@ def test_ranks_of_whole_experts_add_up_to_one_rank(tp, dtype, coded, backend):
     # Each rank rounds its term to the dtype before the sum, which one rank does once.
     bound = 1e-6 if dtype == "float32" else (1 + tp) * 2.0**-8
     assert np.abs(actual - expected).max() <= bound * np.abs(expected).max()
+
+
+def test_rows_are_prepared_once_for_the_shared_expert_and_the_others(monkeypatch):
+    """With the norm, in the form that codes meet, and as they are for the router."""
+    config = dataclasses.replace(CONFIG, hidden_size=64)
+    state = nnx.to_pure_dict(nnx.split(MoeMLP(config, MOE, "bfloat16", 1, REFERENCE))[1])
+
+    def made(path, leaf):
+        key = jax.random.key(len(sharding.path_name(path)))
+        if "expert" in sharding.path_name(path) and "gate.weight" not in sharding.path_name(path):
+            return random_codes(CodeFormat("float8_e4m3fn", (1, leaf.shape[-1])).abstract(leaf.shape), key)
+        return jax.random.normal(key, leaf.shape, "bfloat16") / 8
+
+    weights = jax.tree_util.tree_map_with_path(made, state)
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((3, 64)), jnp.bfloat16)
+
+    def run(backend):
+        mlp = nnx.merge(nnx.split(MoeMLP(config, MOE, "bfloat16", 1, backend))[0], weights)
+        norm = RMSNorm(64, 1e-6, "bfloat16")
+        _, rows = norm.prepare(Stream(x), mlp.inputs, backend, gated=True, wide=mlp.takes_numbers)
+        return mlp(rows, jnp.ones((3,), bool))[0]
+
+    launched, run_of_launch = [], launch.run
+    monkeypatch.setattr(launch, "run", lambda one, args: launched.append(one.name) or run_of_launch(one, args))
+    expected, found = (np.asarray(run(backend), np.float32) for backend in (REFERENCE, INTERPRET))
+    assert np.abs(found - expected).max() <= 2.0**-6 * np.abs(expected).max()
+    # Of the norm, and of what the shared expert and the others make of it.
+    assert launched.count("matmul_rows") == 3
 
 
 @pytest.mark.short_cases("reference")

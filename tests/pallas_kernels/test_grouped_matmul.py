@@ -6,7 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from gdnjax.backend import INTERPRET
+from gdnjax.pallas_kernels import row_forms
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul, reference
+from gdnjax.pallas_kernels.row_forms import FLOAT16, HALVES, WIDE
 from gdnjax.quantized import Quantized
 from tests.pallas_kernels.backends import once
 
@@ -90,3 +93,18 @@ def test_rows_are_taken_from_where_they_stand(expected, codes, backend):
     given = grouped_matmul(x.at[8].set(jnp.nan), weight, sizes, rows=rows, expected_rows=expected, backend=backend)
     assert given.shape == (100, 70)
     assert np.array_equal(np.asarray(given[:95], np.float32), np.asarray(wanted[:95], np.float32))
+
+
+@pytest.mark.parametrize("expected", [1, 100], ids=["halves", "float16"])
+@pytest.mark.parametrize("form", [HALVES, FLOAT16, WIDE])
+def test_prepared_rows_are_the_rows_that_they_stand_for(form, expected, backend):
+    """To the bit, in the form that the product needs and in another one."""
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.standard_normal((9, 128)), jnp.bfloat16)
+    codes = jnp.asarray(rng.standard_normal((3, 70, 128)), jnp.float8_e4m3fn)
+    weight = Quantized(codes, jnp.ones((3, 1, 1), jnp.float32), (128, 128))
+    sizes = jnp.asarray([70, 0, 30], jnp.int32)
+    given = {"rows": jnp.asarray(rng.integers(0, 9, 100), jnp.int32), "expected_rows": expected, "backend": backend}
+    _, prepared = row_forms.prepared(x, form, INTERPRET, wide=True)
+    found = grouped_matmul(prepared, weight, sizes, **given)
+    assert np.array_equal(*(np.asarray(out, np.float32) for out in (found, grouped_matmul(x, weight, sizes, **given))))

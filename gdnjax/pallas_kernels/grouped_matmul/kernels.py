@@ -17,6 +17,7 @@ from gdnjax.pallas_kernels import codes, row_forms
 from gdnjax.pallas_kernels.codes import Operand
 from gdnjax.pallas_kernels.grouped_matmul import tiles
 from gdnjax.pallas_kernels.launch import LEAST, bounded, launch, power_of_two
+from gdnjax.pallas_kernels.normed import Prepared, numbers
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
 
@@ -25,7 +26,7 @@ TABLED = 16
 
 
 def grouped_matmul(
-    x: Array, weight: Weight, group_sizes: Array, places: Array | None, expected_rows: int, backend: Backend
+    x: Array | Prepared, weight: Weight, group_sizes: Array, places: Array | None, expected_rows: int, backend: Backend
 ) -> Array:
     depth = x.shape[1]
     rows = (x if places is None else places).shape[0]
@@ -34,6 +35,8 @@ def grouped_matmul(
     steps = codes.depth_of(min(tile.depth, power_of_two(depth, LEAST)), depth, weight)
     assert steps is not None, "the reference takes what has no depth"
     arrays, (grid,) = codes.flat(weight)
+    if isinstance(x, Prepared) and x.form != tile.form:
+        x = numbers(x)
     operands = row_forms.rows_of(x, tile.form, backend, wide=False)
     group, start, end, used = tile_table(group_sizes, rows, tile.rows, backend)
     # As many programs as the expected rows need, whatever their groups: the others would mostly find no tile. Where

@@ -20,22 +20,22 @@ MOST_ROWS = 128
 
 
 def prepare(
-    x: Normed, *weights: Weight, gated: bool = False, backend: Backend = REFERENCE
+    x: Normed, *weights: Weight, gated: bool = False, wide: bool = False, backend: Backend = REFERENCE
 ) -> tuple[Float[Array, "t i"], Prepared]:
     """x before its norm, with what is added to it, and its rows for `project`, or `swiglu` if `gated`, by just these
-    weights. Without weights they are numbers alone.
+    weights; as they are, too, if `wide`. Without weights they are numbers alone.
     """
     found = tiles.of(backend, x, *weights)
     if found is None:
         whole = summed(x.x, x.added)
-        wide = rms_norm(whole, x.weight, x.eps, x.centre)
-        return whole, Prepared(row_forms.WIDE, wide, None, None, shape=x.shape, dtype=x.dtype)
+        normed = rms_norm(whole, x.weight, x.eps, x.centre)
+        return whole, Prepared(row_forms.WIDE, normed, None, None, shape=x.shape, dtype=x.dtype)
     outputs = [weight.shape[0] for weight in weights]
     tile = (found.of_gated(outputs[0]) or found.narrow) if gated and weights else found.of_outputs(outputs)
     _, grids = codes.flat(*weights)
     coded = any(grid is not None for grid in grids)
     form = tile.form if coded else row_forms.WIDE
-    return row_forms.prepared(x, form, backend, wide=None in grids or not weights)
+    return row_forms.prepared(x, form, backend, wide=wide or None in grids or not weights)
 
 
 def project(
