@@ -11,7 +11,7 @@ from gdnjax.models.layers import DenseMLP, Linear
 from gdnjax.pallas_kernels.expert_routing import Rule, choose_experts, sort_by_expert
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.matmul import product
-from gdnjax.pallas_kernels.normed import Prepared, Rows, numbers, total
+from gdnjax.pallas_kernels.normed import GateUp, Prepared, Rows, numbers, total
 from gdnjax.shapes import Array, Bool, Float, Float32, Int32
 
 
@@ -39,8 +39,7 @@ class Experts(nnx.Module):
         self._check_split()
         expert, experts = self._own(expert), self.moe.held_experts
         token, place, sizes = sort_by_expert(expert, experts, backend=self.backend)
-        gate, up = jnp.split(self._products(x, self.gate_up_proj, sizes, token), 2, axis=-1)
-        out = self._products(jax.nn.silu(gate) * up, self.down_proj, sizes)
+        out = self._products(GateUp(self._products(x, self.gate_up_proj, sizes, token)), self.down_proj, sizes)
         # Back to token order: each pair's row is taken, for rows that are scattered go one number at a time on a GPU.
         # Rows of no expert are unspecified and selected away.
         out = out[place].astype(jnp.float32)
@@ -55,7 +54,9 @@ class Experts(nnx.Module):
         own = expert - sharding.rank(self.tp) * held
         return jnp.where((own >= 0) & (own < held), own, held)
 
-    def _products(self, x: Array | Prepared, weight: nnx.Param, sizes: Array, rows: Array | None = None) -> Array:
+    def _products(
+        self, x: Array | GateUp | Prepared, weight: nnx.Param, sizes: Array, rows: Array | None = None
+    ) -> Array:
         expected = -(-(x if rows is None else rows).shape[0] * self.moe.held_experts // self.moe.num_experts)
         return grouped_matmul(x, weight[...], sizes, rows=rows, expected_rows=expected, backend=self.backend)
 

@@ -48,6 +48,21 @@ class Gated:
 
 
 @dataclasses.dataclass(frozen=True)
+class GateUp:
+    """silu(gate) * up, in their dtype, of both side by side."""
+
+    both: Float[Array, "t _"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.both.shape[0], self.both.shape[1] // 2
+
+    @property
+    def dtype(self):
+        return self.both.dtype
+
+
+@dataclasses.dataclass(frozen=True)
 class Prepared:
     """Rows in the form in which certain weights meet them; see `gdnjax.pallas_kernels.row_forms`.
 
@@ -64,8 +79,8 @@ class Prepared:
     dtype: jnp.dtype
 
 
-Rows = Float[Array, "t _"] | Normed | Gated | Prepared
-"""Rows of a product: as they are, before their norm, or as `matmul.prepare` gives them."""
+Rows = Float[Array, "t _"] | Normed | Gated | GateUp | Prepared
+"""Rows of a product: as they are, before their norm or activation, or as `matmul.prepare` gives them."""
 
 
 def numbers(rows: Rows) -> Float[Array, "t i"]:
@@ -77,6 +92,9 @@ def numbers(rows: Rows) -> Float[Array, "t i"]:
     if isinstance(rows, Gated):
         gated = gated_rms_norm(rows.x, rows.gate.reshape(rows.x.shape), rows.weight, rows.eps, rows.activation)
         return gated.reshape(rows.gate.shape)
+    if isinstance(rows, GateUp):
+        gate, up = jnp.split(rows.both, 2, axis=-1)
+        return jax.nn.silu(gate) * up
     if not isinstance(rows, Normed):
         return rows
     return rms_norm(summed(rows.x, rows.added), rows.weight, rows.eps, rows.centre)

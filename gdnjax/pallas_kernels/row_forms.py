@@ -1,5 +1,5 @@
-"""The rows of a product in the form in which weights meet them; what is still to be added to them, and a norm that they
-are still to have, come on the way.
+"""The rows of a product in the form in which weights meet them; what is still to be added to them, and a norm or an
+activation that they are still to have, come on the way.
 
   wide      numbers as they are
   float16   of bfloat16: with a power of two taken out of each row
@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels.launch import LEAST, launch, power_of_two, sigmoid
-from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, Rows, numbers
+from gdnjax.pallas_kernels.normed import Gated, GateUp, Normed, Prepared, Rows, numbers
 from gdnjax.shapes import Array, Float, Float32
 
 WIDE, FLOAT16, HALVES = "wide", "float16", "halves"
@@ -35,9 +35,13 @@ def rows_of(x: Rows, form: str, backend: Backend, *, wide: bool) -> tuple[Array,
     """The operands of a launch that rows [t, i] are: themselves, if `wide` or where that is the form; and but for that
     form [PARTS * t, i] in it, and [PARTS * t] float32, what each of these is to be multiplied by.
     """
-    if isinstance(x, Gated):
-        # A kernel for the gated norm alone is no better than XLA's; with the form it is one in place of two.
-        return (numbers(x),) if form == WIDE else _gated(x, form, backend, wide=wide)
+    if isinstance(x, Gated | GateUp):
+        # A kernel for the gated norm alone is no better than XLA's, nor one for the activation; with the form it is one
+        # in place of two.
+        if form == WIDE:
+            return (numbers(x),)
+        made = _gated(x, form, backend, wide=wide) if isinstance(x, Gated) else _activated(x, form, backend, wide=wide)
+        return tuple(made)
     if not isinstance(x, Prepared):
         _, x = prepared(x, form, backend, wide=wide)
     assert x.form == form, "rows were prepared for other weights"
@@ -45,27 +49,42 @@ def rows_of(x: Rows, form: str, backend: Backend, *, wide: bool) -> tuple[Array,
     return as_they_are if x.formed is None or x.factor is None else (*as_they_are, x.formed, x.factor)
 
 
-def _gated(x: Gated, form: str, backend: Backend, *, wide: bool) -> tuple[Array, ...]:
+def _gated(x: Gated, form: str, backend: Backend, *, wide: bool) -> list[Array]:
     _, heads, width = x.x.shape
-    return tuple(
-        launch(
-            _make,
-            backend,
-            name="matmul_rows_gated",
-            programs=x.shape[0],
-            args=(x.x.reshape(x.shape), x.gate, x.weight),
-            out=_out(x, form, wide=wide),
-            warps=_warps(heads * width),
-            form=form,
-            norm=(x.eps, 0.0),
-            wide=wide,
-            added=False,
-            gated=(heads, x.activation),
-        )
+    return launch(
+        _make,
+        backend,
+        name="matmul_rows_gated",
+        programs=x.shape[0],
+        args=(x.x.reshape(x.shape), x.gate, x.weight),
+        out=_out(x, form, wide=wide),
+        warps=_warps(heads * width),
+        form=form,
+        norm=(x.eps, 0.0),
+        wide=wide,
+        added=False,
+        gated=(heads, x.activation),
     )
 
 
-def _out(x: Array | Normed | Gated, form: str, *, wide: bool) -> list[jax.ShapeDtypeStruct]:
+def _activated(x: GateUp, form: str, backend: Backend, *, wide: bool) -> list[Array]:
+    return launch(
+        _make,
+        backend,
+        name="matmul_rows_activated",
+        programs=x.shape[0],
+        args=(x.both,),
+        out=_out(x, form, wide=wide),
+        warps=_warps(x.shape[1]),
+        form=form,
+        norm=None,
+        wide=wide,
+        added=False,
+        activated=True,
+    )
+
+
+def _out(x: Array | Normed | Gated | GateUp, form: str, *, wide: bool) -> list[jax.ShapeDtypeStruct]:
     """Rows as they are, if `wide`, in their form, and their factors."""
     (rows, width), parts = x.shape, PARTS[form]
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype)] if wide else []
@@ -114,8 +133,8 @@ def prepared(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> t
     return whole, Prepared(form, as_they_are, *in_form, shape=(rows, width), dtype=x.dtype)
 
 
-def _make(program, x_ref, *refs, form, norm, wide, added, gated=None):
-    width = x_ref.shape[1]
+def _make(program, x_ref, *refs, form, norm, wide, added, gated=None, activated=False):
+    width = x_ref.shape[1] // 2 if activated else x_ref.shape[1]
     gate_ref, refs = (refs[0], refs[1:]) if gated else (None, refs)
     heads = gated[0] if gated else 1
     of_head = width // heads
@@ -133,6 +152,10 @@ def _make(program, x_ref, *refs, form, norm, wide, added, gated=None):
         return plgpu.load(ref.at[(*at, lane)], mask=real, other=None if real is None else 0)
 
     x = load(x_ref, program)
+    if activated:
+        gate = x.astype(jnp.float32)
+        up = plgpu.load(x_ref.at[program, width + lane], mask=real, other=None if real is None else 0)
+        x = (gate * sigmoid(gate) * up.astype(jnp.float32)).astype(x.dtype)
     parts_ref, refs = (refs[0], refs[1:]) if added else (None, refs)
     weight_ref, refs = (refs[0], refs[1:]) if norm is not None else (None, refs)
     # Before the row's sum: its threads wait for one another there, and loads do not pass that.

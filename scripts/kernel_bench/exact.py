@@ -212,6 +212,11 @@ def gated(x, pools, layer):
     return heads.reshape(gate.shape) * _silu(gate), ()
 
 
+def activated(x, pools, layer):
+    gate, up = jnp.split(_double(x["both"]), 2, axis=1)
+    return _silu(gate) * up, ()
+
+
 def normed(x, pools, layer):
     row = _double(x["x"]) + (jnp.sum(_double(x["added"]), axis=0) if "added" in x else 0)
     found = row * lax.rsqrt(jnp.mean(row * row, axis=-1, keepdims=True) + 1e-6) * (1 + _double(x["weight"]))

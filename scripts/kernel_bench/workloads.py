@@ -24,7 +24,7 @@ from gdnjax.pallas_kernels.expert_routing import Rule, choose_experts, sort_by_e
 from gdnjax.pallas_kernels.gated_delta_rule import Gates, Rounding, StateOrder
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
-from gdnjax.pallas_kernels.normed import Gated, Normed, numbers, summed
+from gdnjax.pallas_kernels.normed import Gated, GateUp, Normed, numbers, summed
 from gdnjax.pallas_kernels.rows import Rows, make_chunks
 from gdnjax.quantized import CodeFormat
 from kernel_bench import exact
@@ -777,6 +777,32 @@ def gated(rows: int, heads: int, width: int):
     )
 
 
+def activated(rows: int, width: int):
+    """The activation in front of experts' second product with codes, and the halves of its rows."""
+
+    def inputs(key):
+        return {"both": _random(key, (rows, 2 * width))}, ()
+
+    def call(x, pools, layer, backend):
+        if backend.is_reference:
+            return numbers(GateUp(x["both"])), pools
+        found, *_ = row_forms.rows_of(GateUp(x["both"]), row_forms.HALVES, backend, wide=True)
+        return found, pools
+
+    return Workload(
+        name=f"normed-activated-{rows}x{width}",
+        inputs=inputs,
+        call=call,
+        exact=exact.activated,
+        written=lambda pools, x, layer: (),
+        layers=1,
+        bytes=(4 + 4) * rows * width,
+        flops=0,
+        limits=(4e-3, 0),
+        chain="both",
+    )
+
+
 def draws(rows: int, vocab: int, temperature: float):
     """Tokens of a decode step."""
 
@@ -960,6 +986,7 @@ WORKLOADS = {
         normed(128, 4096, parts=2),
         normed(128, 5120),
         gated(16, 32, 128),
+        activated(1280, 1024),
         draws(128, 248320, 1.0),
         draws(128, 248320, 0.0),
         draws(1, 248320, 1.0),

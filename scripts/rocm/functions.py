@@ -86,6 +86,7 @@ WAVES = {
     "latent_attention_write": 8,
     "matmul_project": 4,
     "matmul_rows": 4,
+    "matmul_rows_activated": 4,
     "matmul_rows_gated": 4,
     "matmul_swiglu": 4,
     "paged_attention": 1,

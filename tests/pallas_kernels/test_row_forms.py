@@ -7,7 +7,7 @@ import pytest
 
 from gdnjax.backend import INTERPRET, REFERENCE
 from gdnjax.pallas_kernels import matmul
-from gdnjax.pallas_kernels.normed import Gated, Normed, Prepared, numbers
+from gdnjax.pallas_kernels.normed import Gated, GateUp, Normed, Prepared, numbers
 from gdnjax.pallas_kernels.row_forms import FLOAT16, HALVES, PARTS, WIDE, halves, rows_of
 from gdnjax.quantized import Quantized
 from tests.pallas_kernels.backends import once
@@ -135,6 +135,28 @@ def test_rows_that_were_prepared_in_another_form_are_not_numbers():
     rows = Prepared(HALVES, None, jnp.zeros((2, 16)), jnp.zeros(2), shape=(1, 16), dtype=jnp.dtype(jnp.bfloat16))
     with pytest.raises(ValueError, match="rows were prepared as halves alone"):
         numbers(rows)
+
+
+@once
+@pytest.mark.parametrize("width", [32, 24])
+def test_an_activation_is_taken_on_the_way(width):
+    """Of gate and up side by side, as they are and in the forms of codes."""
+    rng = np.random.default_rng(12)
+    both = jnp.asarray(rng.standard_normal((5, 2 * width)) * np.exp2(rng.integers(-9, 5, (5, 1))), jnp.bfloat16)
+    gate, up = np.split(np.asarray(both, np.float64), 2, axis=1)
+    exact = gate / (1 + np.exp(-gate)) * up
+    (numbers_alone,) = rows_of(GateUp(both), WIDE, INTERPRET, wide=True)
+    # Gated by XLA: the activation and the product are rounded.
+    np.testing.assert_allclose(np.asarray(numbers_alone, np.float64), exact, rtol=2**-6, atol=1e-30)
+    for form in (HALVES, FLOAT16):
+        rows, *formed = rows_of(GateUp(both), form, INTERPRET, wide=True)
+        np.testing.assert_allclose(np.asarray(rows, np.float64), exact, rtol=2**-8, atol=1e-30)
+        parts = np.asarray(formed[0]).astype(np.float64) * np.asarray(formed[1], np.float64)[:, None]
+        again = parts.reshape(5, PARTS[form], width).sum(1)
+        largest = np.abs(exact).max(1, keepdims=True)
+        assert (np.abs(again - np.asarray(rows, np.float64)) <= largest * 2**-20).all()
+        alone = rows_of(GateUp(both), form, INTERPRET, wide=False)
+        assert all(np.array_equal(np.asarray(one), np.asarray(two)) for one, two in zip(alone, formed, strict=True))
 
 
 @pytest.mark.short_cases

@@ -3,13 +3,13 @@
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels import codes
 from gdnjax.pallas_kernels.grouped_matmul import kernels, reference
-from gdnjax.pallas_kernels.normed import Prepared, numbers
+from gdnjax.pallas_kernels.normed import GateUp, Prepared, numbers
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array, Float, Int32
 
 
 def grouped_matmul(
-    x: Float[Array, "t d"] | Prepared,
+    x: Float[Array, "t d"] | GateUp | Prepared,
     weight: Weight,
     group_sizes: Int32[Array, "e"],
     *,
@@ -19,7 +19,8 @@ def grouped_matmul(
 ) -> Float[Array, "n f"]:
     """Row i of the result is row `rows[i]` of `x` times the transposed weight [e, f, d] of its group; `rows` are sorted
     by group. None: they are x's own, as they stand. Kernels take the rows from where they are, and in the form in which
-    they were prepared, for whatever weights, where that is the one they need; else x must have them as they are.
+    they were prepared, for whatever weights, where that is the one they need; else x must have them as they are. Rows
+    that are still to be activated (`GateUp`) are, on the way.
 
     The first `group_sizes[0]` rows are of group 0, and so on. Rows past the sum of the sizes belong to no group; their
     output is unspecified and must be selected away, and kernels do not walk them. About `expected_rows` belong to a

@@ -17,7 +17,7 @@ from gdnjax.pallas_kernels import codes, row_forms
 from gdnjax.pallas_kernels.codes import Operand
 from gdnjax.pallas_kernels.grouped_matmul import tiles
 from gdnjax.pallas_kernels.launch import LEAST, bounded, launch, power_of_two
-from gdnjax.pallas_kernels.normed import Prepared, numbers
+from gdnjax.pallas_kernels.normed import GateUp, Prepared, numbers
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array
 
@@ -26,7 +26,12 @@ TABLED = 16
 
 
 def grouped_matmul(
-    x: Array | Prepared, weight: Weight, group_sizes: Array, places: Array | None, expected_rows: int, backend: Backend
+    x: Array | GateUp | Prepared,
+    weight: Weight,
+    group_sizes: Array,
+    places: Array | None,
+    expected_rows: int,
+    backend: Backend,
 ) -> Array:
     depth = x.shape[1]
     rows = (x if places is None else places).shape[0]

@@ -8,7 +8,7 @@ import numpy as np
 from gdnjax.pallas_kernels.expert_routing import Rule
 from rocm.cases.attention import attention, enter, kv_write, latent, latent_write
 from rocm.cases.case import BFLOAT16, FLOAT8, Bound, Case
-from rocm.cases.products import draw, every_code, gated, grouped, normed, product, routing
+from rocm.cases.products import activated, draw, every_code, gated, grouped, normed, product, routing
 from rocm.cases.recurrent import chunked, conv, conv_prefill, delta
 
 __all__ = ["Bound", "Case", "cases", "race"]
@@ -129,6 +129,7 @@ def cases() -> list[Case]:
         normed(256, np.float32),
         normed(200, parts=4),
         gated(3, 24),
+        activated(72),
         normed(256, np.float32, parts=1),
         routing(9, 48, Rule(3)),
         routing(40, 64, Rule(4, scoring="sigmoid", scaling=2.5), biased=True),

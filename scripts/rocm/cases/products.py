@@ -15,7 +15,7 @@ from gdnjax.pallas_kernels.gumbel_argmax import gumbel_argmax
 from gdnjax.pallas_kernels.gumbel_argmax import tiles as draw_tiles
 from gdnjax.pallas_kernels.matmul import kernels as matmul_kernels
 from gdnjax.pallas_kernels.matmul import tiles as matmul_tiles
-from gdnjax.pallas_kernels.normed import Gated, Normed, numbers, summed
+from gdnjax.pallas_kernels.normed import Gated, GateUp, Normed, numbers, summed
 from gdnjax.pallas_kernels.row_forms import HALVES, WIDE, prepared, rows_of
 from gdnjax.quantized import Quantized, Weight
 from rocm.cases.case import BFLOAT16, EXACT, FLOAT8, Arrays, Bound, Case, Op, poison
@@ -264,6 +264,31 @@ def gated(heads: int, width: int) -> Case:
         return {"out": out, "formed": out}
 
     return Case(name, gated_op, x, LAYER, {"out": NORMED, "formed": Bound(NORMED.norm, NORMED.place)}, exact=by_hand)
+
+
+def activated_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
+    """The activation of rows that become halves."""
+    rows = GateUp(x["both"])
+    if backend.is_reference:
+        return {"out": numbers(rows)}
+    wide, formed, factor = rows_of(rows, HALVES, backend, wide=True)
+    both = (formed.astype(np.float32) * factor[:, None]).reshape(wide.shape[0], 2, -1)
+    return {"out": wide, "formed": both.sum(1)}
+
+
+def activated(width: int) -> Case:
+    """Three rows of gate and up; no chip of AMD's has a table that asks for it."""
+    name = f"matmul-activated-3x{width}"
+
+    def by_hand(arrays: Arrays) -> dict[str, np.ndarray]:
+        gate, up = np.split(arrays["both"].astype(np.float64), 2, axis=1)
+        out = gate / (1 + np.exp(-gate)) * up
+        return {"out": out, "formed": out}
+
+    x = {"both": normal(random(name), (3, 2 * width))}
+    return Case(
+        name, activated_op, x, LAYER, {"out": NORMED, "formed": Bound(NORMED.norm, NORMED.place)}, exact=by_hand
+    )
 
 
 def _named(codes: Any, grid: Grid) -> str:
