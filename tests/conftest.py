@@ -15,6 +15,7 @@ import jax
 import jaxtyping
 import pytest
 
+import tests.checking  # noqa: F401 - see pyproject.toml
 from tests.compiling import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
 
 jax.config.update("jax_num_cpu_devices", 4)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
+import scipy
 
 from gdnjax import sharding
 from gdnjax.sampling import Draw, Vocab
@@ -80,7 +80,7 @@ def fit(tokens, probability):
     observed, expected = (np.append(x[~rare], x[rare].sum()) for x in (observed, expected))
     if expected[-1] == 0:
         observed, expected = observed[:-1], expected[:-1]
-    return stats.chisquare(observed, expected).pvalue
+    return scipy.stats.chisquare(observed, expected).pvalue
 
 
 def over_ranks(tp, function, *arguments, specs):

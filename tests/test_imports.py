@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import graphlib
 import pathlib
 import subprocess
@@ -102,11 +103,9 @@ def module_name(file):
     return ".".join(part for part in parts if part != "__init__")
 
 
+@functools.cache
 def modules():
     return {module_name(file): ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob("*.py"))}
-
-
-MODULES = modules()
 
 
 def imports_of(name, tree):
@@ -121,7 +120,7 @@ def imports_of(name, tree):
                 for alias in names:
                     # `from gdnjax.serving import packing` imports a module, `from gdnjax.state import X` does not.
                     full = f"{module}.{alias.name}"
-                    is_module = full.removeprefix("gdnjax.") in MODULES and full.startswith("gdnjax.")
+                    is_module = full.removeprefix("gdnjax.") in modules() and full.startswith("gdnjax.")
                     found.append(Import(name, full if is_module else module, lazy, typing_only))
         inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         guarded = typing_only or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
@@ -132,9 +131,14 @@ def imports_of(name, tree):
     return found
 
 
-IMPORTS = [found for name, tree in MODULES.items() for found in imports_of(name, tree)]
-OWN = [found for found in IMPORTS if found.imported.split(".")[0] == "gdnjax" and found.importer]
-"""Imports of the package by itself. The package's own __init__ re-exports by name, at first use, and has no layer."""
+@functools.cache
+def imports():
+    return [found for name, tree in modules().items() for found in imports_of(name, tree)]
+
+
+def own():
+    """Imports of the package by itself. Its own __init__ re-exports by name, at first use, and has no layer."""
+    return [found for found in imports() if found.imported.split(".")[0] == "gdnjax" and found.importer]
 
 
 def part_of(name):
@@ -151,14 +155,14 @@ def rank_of(name):
 
 
 def test_every_module_stands_in_a_layer():
-    assert len(MODULES) > 30
-    assert {rank_of(name) for name in MODULES if name} <= set(range(len(LAYERS)))
+    assert len(modules()) > 30
+    assert {rank_of(name) for name in modules() if name} <= set(range(len(LAYERS)))
 
 
 def test_imports_point_down_the_layers():
     wrong = [
         f"{found.importer} imports {found.imported}"
-        for found in OWN
+        for found in own()
         if part_of(found.importer) != part_of(found.imported)
         and rank_of(found.importer) <= rank_of(found.imported.removeprefix("gdnjax."))
     ]
@@ -168,7 +172,7 @@ def test_imports_point_down_the_layers():
 def test_no_modules_import_one_another_in_a_circle():
     """Not for types alone either. What a function imports when it is called is not counted."""
     above = {}
-    for found in OWN:
+    for found in own():
         if not found.lazy:
             above.setdefault(found.importer, set()).add(found.imported.removeprefix("gdnjax."))
     try:
@@ -180,7 +184,7 @@ def test_no_modules_import_one_another_in_a_circle():
 def test_narrow_modules_see_only_what_the_design_names():
     wrong = [
         f"{found.importer} imports {found.imported}"
-        for found in OWN
+        for found in own()
         if part_of(found.importer) in ONLY
         and part_of(found.imported) not in {*ONLY[part_of(found.importer)], part_of(found.importer)}
     ]
@@ -200,7 +204,7 @@ FAMILIES = ("qwen", "kimi", "deepseek", "olmo", "deltanet")
 def test_engine_does_not_know_which_model_it_serves():
     """Neither pools nor kinds nor families by name, as identifiers or as keys; presets are names of files."""
     found = []
-    for name, tree in MODULES.items():
+    for name, tree in modules().items():
         if part_of(name) not in BLIND or name == "memory.__main__":
             continue
         pools = POOLS - {"delta"} if name.startswith(WIRE) else POOLS
@@ -221,14 +225,14 @@ def test_engine_does_not_know_which_model_it_serves():
 def test_planners_see_only_configuration_and_host_modules():
     wrong = [
         f"{found.importer} imports {found.imported}"
-        for found in OWN
+        for found in own()
         if found.importer in PLANNERS and found.imported.removeprefix("gdnjax.") not in PLANNERS_SEE
     ]
     assert not wrong
 
 
 def test_flax_is_imported_in_models_only():
-    importers = {found.importer for found in IMPORTS if part_of(found.imported) == "flax"}
+    importers = {found.importer for found in imports() if part_of(found.imported) == "flax"}
     assert importers
     assert {part_of(importer) for importer in importers} == {"models"}
 
@@ -236,21 +240,21 @@ def test_flax_is_imported_in_models_only():
 def test_slow_libraries_are_imported_at_first_use():
     wrong = [
         f"{found.importer} imports {found.imported}"
-        for found in IMPORTS
+        for found in imports()
         if part_of(found.imported) in ("transformers", "jinja2", "torch", "llguidance") and not found.lazy
     ]
     assert not wrong
-    assert not [found for found in IMPORTS if part_of(found.imported) == "torch"]
+    assert not [found for found in imports() if part_of(found.imported) == "torch"]
 
 
 def test_package_itself_imports_nothing_heavy():
-    heavy = [f.imported for f in IMPORTS if not f.importer and not f.typing_only and not f.lazy]
+    heavy = [f.imported for f in imports() if not f.importer and not f.typing_only and not f.lazy]
     assert set(heavy) == {"importlib", "gdnjax.version"}
 
 
 def test_environment_is_never_read():
     found = []
-    for name, tree in MODULES.items():
+    for name, tree in modules().items():
         # Commands set variables for jax, in a process that is theirs.
         if name == "cli.command":
             continue

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 from gdnjax import sampling, sharding
 from gdnjax.pallas_kernels.gumbel_argmax import gumbel, reference, uniform
@@ -72,7 +72,7 @@ def dependence(left, right):
     """p-value of the chi-square test of independence of two columns of tokens."""
     table = np.zeros((left.max() + 1, right.max() + 1))
     np.add.at(table, (left, right), 1)
-    return stats.chi2_contingency(table).pvalue
+    return scipy.stats.chi2_contingency(table).pvalue
 
 
 @pytest.mark.parametrize("function", [sampling.draw_plain, sampling.draw_full])
@@ -322,7 +322,7 @@ def test_uniforms_are_uniform_and_independent_of_position_and_stream():
     values = {stream: np.asarray(uniform(draw.seed, draw.position, stream)) for stream in (2, 3)}
     for column in values.values():
         assert 0 < column.min() < column.max() < 1
-        assert stats.kstest(column, "uniform").pvalue > LIKELY
+        assert scipy.stats.kstest(column, "uniform").pvalue > LIKELY
         tenth = (10 * column).astype(int)
         assert dependence(tenth[:-1], tenth[1:]) > LIKELY
     assert dependence((10 * values[2]).astype(int), (10 * values[3]).astype(int)) > LIKELY
@@ -330,17 +330,17 @@ def test_uniforms_are_uniform_and_independent_of_position_and_stream():
 
 def test_noise_is_standard_gumbel():
     values = noise(make_draw(1000, seed=(11, 12)), 300).ravel()
-    assert stats.kstest(values, stats.gumbel_r.cdf).pvalue > LIKELY
+    assert scipy.stats.kstest(values, scipy.stats.gumbel_r.cdf).pvalue > LIKELY
     sigma = np.pi / np.sqrt(6)
     assert abs(values.mean() - np.euler_gamma) < 4 * sigma / np.sqrt(values.size)
     # The fourth central moment of the Gumbel distribution is 5.4 sigma^4.
     assert abs(values.var() - sigma**2) < 4 * np.sqrt(5.4 - 1) * sigma**2 / np.sqrt(values.size)
     # The upper tail decides who wins: its counts are Poisson.
     for bound in (5.0, 8.0, 10.0):
-        expected = values.size * stats.gumbel_r.sf(bound)
-        assert stats.poisson.sf((values > bound).sum() - 1, expected) > LIKELY, bound
-        assert stats.poisson.cdf((values > bound).sum(), expected) > LIKELY, bound
-    assert stats.kstest(values, stats.norm(np.euler_gamma, sigma).cdf).pvalue < IMPOSSIBLE
+        expected = values.size * scipy.stats.gumbel_r.sf(bound)
+        assert scipy.stats.poisson.sf((values > bound).sum() - 1, expected) > LIKELY, bound
+        assert scipy.stats.poisson.cdf((values > bound).sum(), expected) > LIKELY, bound
+    assert scipy.stats.kstest(values, scipy.stats.norm(np.euler_gamma, sigma).cdf).pvalue < IMPOSSIBLE
 
 
 def test_noise_is_finite_for_every_uniform():
@@ -411,7 +411,7 @@ def test_fits_over_seeds_are_uniform():
     probability = softmax(LOGITS)
     draws = (make_draw(DRAWS, seed=(seed, 7)) for seed in range(50))
     fits = [fit(tokens_of(sampling.draw_plain, LOGITS, draw), probability) for draw in draws]
-    assert stats.kstest(fits, stats.uniform.cdf).pvalue > LIKELY
+    assert scipy.stats.kstest(fits, scipy.stats.uniform.cdf).pvalue > LIKELY
 
 
 def test_drawn_tokens_are_independent_over_positions_and_seeds():

@@ -4,10 +4,9 @@ import json
 import math
 
 import jsonschema
-import openai
 import pytest
 
-from examples import extract_json, own_loop, reinforce, score, tool_loop
+from examples import extract_json, own_loop, reinforce, score
 from gdnjax import LLM, AsyncLLM, SamplingParams
 from gdnjax.serving.server.app import make_app
 from gdnjax.serving.server.settings import ServerConfig
@@ -57,6 +56,9 @@ def test_own_loop_says_what_the_engine_says(llm):
 
 
 def test_call_tells_the_model_what_is_wrong():
+    # Here, as the clients of the server's tests are: it imports openai.
+    from examples import tool_loop
+
     assert tool_loop.call(tool_loop.FUNCTIONS, "multiply", '{"a": 6, "b": 7}') == "42"
     for name, arguments in (("divide", "{}"), ("add", '{"a": 1}'), ("add", "[")):
         assert tool_loop.call(tool_loop.FUNCTIONS, name, arguments).startswith("error: ")
@@ -85,6 +87,10 @@ def test_tools_are_called_and_their_results_come_back(llm):
         AsyncLLM.from_llm(llm) as async_llm,
         serving(make_app(async_llm, ServerConfig(served_model_names=("tiny",)))) as url,
     ):
+        import openai
+
+        from examples import tool_loop
+
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         found = tool_loop.converse(client, "tiny", "What is 6 times 7?", most_rounds=2, max_tokens=120, temperature=0.0)
     assert [message["role"] for message in found[:3]] == ["user", "assistant", "tool"]

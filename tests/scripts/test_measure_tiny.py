@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import measure_tiny
 import numpy as np
 import pytest
-from measuring import documents, faults, half_lives, pictures, recall, tables
+from measuring import documents, faults, half_lives, recall, tables
 from measuring.drafts import Drafter, acceptance, overlap
 from measuring.faults import INTACT, MISSING_RESET
 from measuring.forcing import Feeder, Piece
@@ -266,6 +266,9 @@ def test_card_links_to_files_that_exist():
 
 
 def test_pictures_are_small(stored, tmp_path):
+    # Here, as the script does: it imports matplotlib.
+    from measuring import pictures
+
     shipped = sorted((ROOT / "docs").glob("tiny-*.png"))
     history = json.loads((TINY / "training.json").read_text())["history"]
     drawn = pictures.draw(stored[tables.SHIPPED], history, tmp_path)

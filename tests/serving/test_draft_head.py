@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 from gdnjax import LLM, EngineConfig, SamplingParams, build_model, full_logits
 from gdnjax.backend import INTERPRET, REFERENCE
@@ -130,7 +130,7 @@ def test_rejection_gives_the_targets_distribution_whatever_the_head_proposes():
             share = softmax(logits[len(prompt)])[allowed.index(a)] * softmax(logits[len(prompt) + 1])[allowed.index(b)]
             expected.append(share * len(drawn))
     counts = [drawn.count(pair) for pair in pairs]
-    assert stats.chisquare(counts, expected).pvalue > IMPOSSIBLE
+    assert scipy.stats.chisquare(counts, expected).pvalue > IMPOSSIBLE
 
 
 def test_a_model_of_another_kind_has_none():

@@ -4,11 +4,8 @@ import asyncio
 import json
 import warnings
 
-import openai
 import pydantic
 import pytest
-from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from tests.serving.server.asking import CHAT, QUESTION, answer, stream
 
@@ -17,6 +14,8 @@ MESSAGES = CHAT["messages"]
 
 @pytest.fixture(scope="module")
 def api(url):
+    import openai
+
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
         yield made
 
@@ -29,6 +28,9 @@ def greedy(client):
 
 def test_answers_are_of_openai_s_types(client):
     """Validated, which the client itself leaves out."""
+    from openai.types import Completion
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
     extras = {"logprobs": True, "top_logprobs": 2, "n": 2, "max_tokens": 8, "seed": 1}
     ChatCompletion.model_validate(answer(client, "/v1/chat/completions", {**CHAT, **extras}), strict=True)
     usage = {"stream_options": {"include_usage": True}}
@@ -82,6 +84,8 @@ def test_openai_client_lists_models(api):
 
 
 def test_openai_client_is_told_what_is_wrong(api):
+    import openai
+
     with pytest.raises(openai.BadRequestError) as bad:
         api.chat.completions.create(model="tiny", messages=MESSAGES, temperature=-1)
     assert (bad.value.param, "temperature must be" in bad.value.message) == ("temperature", True)
@@ -92,6 +96,8 @@ def test_openai_client_is_told_what_is_wrong(api):
 
 
 def test_async_openai_client(url, greedy):
+    import openai
+
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as api:
             create = api.chat.completions.create

@@ -1,13 +1,11 @@
 """Anthropic's Messages API: requests and answers as translations, and the served model by Anthropic's own client."""
 
 import asyncio
+import functools
 import json
 import typing
 
-import anthropic
 import pytest
-from anthropic.types import Message, RawMessageStreamEvent
-from anthropic.types.message_create_params import MessageCreateParamsNonStreaming, MessageCreateParamsStreaming
 from pydantic import TypeAdapter
 
 from gdnjax.serving.server import messages
@@ -30,7 +28,14 @@ USAGE = {
     "completion_tokens_details": {"reasoning_tokens": 3},
 }
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion", "created": 5, "model": "tiny"}
-EVENTS = TypeAdapter(list[RawMessageStreamEvent])
+
+
+@functools.cache
+def events_adapter() -> TypeAdapter:
+    """Made here, as clients are imported where they are used: it takes seconds, in each process that collects tests."""
+    from anthropic.types import RawMessageStreamEvent
+
+    return TypeAdapter(list[RawMessageStreamEvent])
 
 
 def chat_answer(message, finish_reason="stop", stop_reason=None):
@@ -183,9 +188,11 @@ def test_what_is_not_served_is_refused_by_name(change, message):
     assert refused.value.status == 400
 
 
-@pytest.mark.parametrize("params", [MessageCreateParamsNonStreaming, MessageCreateParamsStreaming])
+@pytest.mark.parametrize("params", ["MessageCreateParamsNonStreaming", "MessageCreateParamsStreaming"])
 def test_every_published_field_is_served_or_refused(params):
-    published = set(typing.get_type_hints(params))
+    from anthropic.types import message_create_params
+
+    published = set(typing.get_type_hints(getattr(message_create_params, params)))
     assert "model" in published
     assert published <= set(messages.OWN)
 
@@ -202,6 +209,8 @@ CALLS = [
 
 
 def test_answer_becomes_a_message():
+    from anthropic.types import Message
+
     given = {"role": "assistant", "content": "I add.", "reasoning_content": "Hm.", "tool_calls": CALLS}
     found = messages.from_chat(chat_answer(given, "tool_calls"))
     Message.model_validate(found, strict=True)
@@ -248,7 +257,7 @@ def test_chunks_become_events():
             chunk(),
         ]
     )
-    EVENTS.validate_python(found)
+    events_adapter().validate_python(found)
     assert [event["type"] for event in found if not event["type"].startswith("content_block_delta")] == [
         "message_start",
         *["content_block_start", "content_block_stop"] * 4,
@@ -268,7 +277,7 @@ def test_chunks_become_events():
 
 def test_stream_without_text_has_a_block_all_the_same():
     found = events_of([chunk({"role": "assistant", "content": ""}), chunk({}, "length"), chunk()])
-    EVENTS.validate_python(found)
+    events_adapter().validate_python(found)
     assert [event["type"] for event in found][1:3] == ["content_block_start", "content_block_stop"]
     assert found[-2]["delta"]["stop_reason"] == "max_tokens"
 
@@ -283,6 +292,8 @@ def test_error_is_the_last_event_of_a_stream(error):
 
 @pytest.fixture(scope="module")
 def api(url):
+    import anthropic
+
     with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as made:
         yield made
 
@@ -294,6 +305,8 @@ def greedy(client):
 
 
 def test_anthropic_client_gets_what_a_chat_gets(api, greedy, client):
+    from anthropic.types import Message
+
     found = api.messages.create(**ASKED, **GREEDY)
     Message.model_validate(found.model_dump(), strict=True)
     assert [block.text for block in found.content] == [greedy]
@@ -330,6 +343,8 @@ def test_anthropic_client_gets_the_call_that_it_demands(api):
 
 
 def test_anthropic_client_is_told_what_is_wrong(api, client):
+    import anthropic
+
     with pytest.raises(anthropic.BadRequestError, match="images are not supported"):
         api.messages.create(**{**ASKED, "messages": [{"role": "user", "content": [IMAGE]}]})
     with pytest.raises(anthropic.NotFoundError, match="'gpt' does not exist"):

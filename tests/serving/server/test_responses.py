@@ -1,15 +1,10 @@
 """OpenAI's Responses API: requests and answers as translations, and the served model by openai's own client."""
 
 import asyncio
+import functools
 import typing
 
-import openai
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
-from openai.types.responses.response_create_params import (
-    ResponseCreateParamsNonStreaming,
-    ResponseCreateParamsStreaming,
-)
 from pydantic import TypeAdapter
 
 from gdnjax.serving.server import responses
@@ -20,7 +15,14 @@ from tests.serving.server.test_messages import CALLS, call, chat_answer, chunk, 
 ASKED = {"model": "tiny", "input": QUESTION}
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TOOL = {"type": "function", "name": "add", "parameters": PARAMETERS, "strict": False}
-EVENTS = TypeAdapter(list[ResponseStreamEvent])
+
+
+@functools.cache
+def events_adapter() -> TypeAdapter:
+    """See test_messages.py."""
+    from openai.types.responses import ResponseStreamEvent
+
+    return TypeAdapter(list[ResponseStreamEvent])
 
 
 def events_of(chunks, body=ASKED):
@@ -132,14 +134,18 @@ def test_what_is_not_served_is_refused_by_name(change, message):
     assert refused.value.status == 400
 
 
-@pytest.mark.parametrize("params", [ResponseCreateParamsNonStreaming, ResponseCreateParamsStreaming])
+@pytest.mark.parametrize("params", ["ResponseCreateParamsNonStreaming", "ResponseCreateParamsStreaming"])
 def test_every_published_field_is_served_or_refused(params):
-    published = set(typing.get_type_hints(params))
+    from openai.types.responses import response_create_params
+
+    published = set(typing.get_type_hints(getattr(response_create_params, params)))
     assert "model" in published
     assert published <= set(responses.OWN)
 
 
 def test_answer_becomes_a_response():
+    from openai.types.responses import Response
+
     given = {"role": "assistant", "content": "I add.", "reasoning_content": "Hm.", "tool_calls": CALLS}
     body = {**ASKED, "tools": [TOOL], "tool_choice": {"type": "function", "name": "add"}}
     found = responses.from_chat(chat_answer(given, "tool_calls"), body)
@@ -165,7 +171,7 @@ def test_chunks_become_events():
             chunk(),
         ]
     )
-    EVENTS.validate_python(found)
+    events_adapter().validate_python(found)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     assert [event["type"].removeprefix("response.") for event in found] == [
         "created",
@@ -190,7 +196,7 @@ def test_chunks_become_events():
 @pytest.mark.parametrize("error", [ApiError(503, "gone"), RuntimeError("gone")])
 def test_error_is_the_last_event_of_a_stream(error):
     found = events_of([chunk({"role": "assistant", "content": "a"}), error])
-    EVENTS.validate_python(found)
+    events_adapter().validate_python(found)
     assert found[-1]["type"] == "response.failed"
     assert "gone" in found[-1]["response"]["error"]["message"]
     # The first one, too: a client makes of it what the others add to.
@@ -200,6 +206,8 @@ def test_error_is_the_last_event_of_a_stream(error):
 
 @pytest.fixture(scope="module")
 def api(url):
+    import openai
+
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
         yield made
 
@@ -233,6 +241,8 @@ def test_openai_client_gets_the_call_that_it_demands(api):
 
 
 def test_openai_client_is_told_what_is_wrong(api):
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="keeps no responses"):
         api.responses.create(**ASKED, previous_response_id="resp_1")
     for fields, name in (
