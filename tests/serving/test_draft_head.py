@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy
 
 from gdnjax import LLM, EngineConfig, SamplingParams, build_model, full_logits
 from gdnjax.backend import INTERPRET, REFERENCE
@@ -15,12 +14,14 @@ from gdnjax.models import abstract_params, draft_head
 from gdnjax.quantized import dequantized
 from gdnjax.serving import planning
 from gdnjax.serving.opening import check_model
-from tests.draws import IMPOSSIBLE, softmax
+from tests.draws import IMPOSSIBLE, fit, softmax
 from tests.ledger import LedgerModel
 from tests.micro import MICRO, SHALLOW, shallow_params
 from tests.serving.exactness import CACHED, build, build_shallow, prompt_of
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+DRAWS = 300
 
 SEEDED = [
     SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True),
@@ -115,22 +116,21 @@ def test_rejection_gives_the_targets_distribution_whatever_the_head_proposes():
         prompt = prompt_of(0, 9)
         sampling = [
             SamplingParams(temperature=1.0, max_tokens=4, seed=i, allowed_token_ids=allowed, ignore_eos=True)
-            for i in range(1600)
+            for i in range(DRAWS)
         ]
         outputs = llm.generate([prompt] * len(sampling), sampling, use_tqdm=False)
-        drawn = [tuple(output.outputs[0].token_ids[1:3]) for output in outputs]
-        firsts = [output.outputs[0].token_ids[0] for output in outputs]
-        first = max(allowed, key=firsts.count)
-        drawn = [pair for pair, own in zip(drawn, firsts, strict=True) if own == first]
+        drawn = [tuple(output.outputs[0].token_ids[:3]) for output in outputs]
         target = build_model(SHALLOW, "float32", mtp=True)
-        pairs = list(itertools.product(allowed, repeat=2))
-        expected = []
-        for a, b in pairs:
-            logits = np.asarray(full_logits(target, llm.params, jnp.array([*prompt, first, a, b])))[:, allowed]
-            share = softmax(logits[len(prompt)])[allowed.index(a)] * softmax(logits[len(prompt) + 1])[allowed.index(b)]
-            expected.append(share * len(drawn))
-    counts = [drawn.count(pair) for pair in pairs]
-    assert scipy.stats.chisquare(counts, expected).pvalue > IMPOSSIBLE
+        begun = [*itertools.product(allowed, repeat=2)]
+        shares = [
+            softmax(np.asarray(full_logits(target, llm.params, jnp.array([*prompt, *two])))[-3:, allowed])
+            for two in begun
+        ]
+    # Of the first token, the second behind it, and the third behind both.
+    places = [[allowed.index(token) for token in two] for two in begun]
+    expected = [each[0, a] * each[1, b] * each[2] for each, (a, b) in zip(shares, places, strict=True)]
+    numbers = {three: number for number, three in enumerate(itertools.product(allowed, repeat=3))}
+    assert fit([numbers[three] for three in drawn], np.concatenate(expected)) > IMPOSSIBLE
 
 
 def test_a_model_of_another_kind_has_none():
