@@ -23,13 +23,14 @@ from gdnjax.cache import Cache
 from gdnjax.config import LayerKind
 from gdnjax.models import engine_geometry
 from tests.float64 import Reference, reference
-from tests.micro import LATENTS, MICRO, micro_params
+from tests.micro import LATENTS, SHALLOW, shallow_params
 from tests.serving.exactness import (
     CACHED,
     Exact,
     Run,
     Tally,
     build,
+    build_shallow,
     error_of,
     finish,
     interleave,
@@ -57,7 +58,7 @@ INTERLEAVINGS = {name: 2 if "interpreted" in name else 4 for name in ENGINES}
 
 @functools.cache
 def engine(name: str) -> LLM:
-    return build(**ENGINES[name])
+    return build_shallow(**ENGINES[name])
 
 
 @pytest.fixture(params=["int8", pytest.param("fp8", marks=pytest.mark.thorough)])
@@ -78,7 +79,7 @@ class Stored(Exact):
     """
 
     def __init__(self, kv_cache_dtype: str):
-        super().__init__(MICRO, micro_params(mtp=True))
+        super().__init__(SHALLOW, shallow_params(mtp=True))
         self._dtype = kv_cache_dtype
 
     def forced(self, run: Run, positions: tuple[int, ...] = ()) -> Reference:
@@ -182,7 +183,7 @@ def test_float64_bound_sees_a_scale_that_is_not_copied(monkeypatch, name):
         return cache
 
     monkeypatch.setattr(Cache, "with_copied_blocks", forgetful)
-    llm = build(**ENGINES["int8"])
+    llm = build_shallow(**ENGINES["int8"])
     assert not is_within(llm, go_on_from_decode(llm))
     llm.close()
 
@@ -203,14 +204,14 @@ def test_latents_in_8_bits_are_refused_before_anything_is_made(kv_cache_dtype):
 
 
 def test_8_bits_without_attention_are_refused():
-    model = dataclasses.replace(MICRO, layer_kinds=(LayerKind.DELTA,) * 4, mtp_layers=0)
+    model = dataclasses.replace(SHALLOW, layer_kinds=(LayerKind.DELTA,) * 2, mtp_layers=0)
     with pytest.raises(ValueError, match="kv_cache_dtype='int8' is of no use with a model without attention layers"):
         LLM.from_model(build_model(model, "float32"), {}, kv_cache_dtype="int8")
 
 
 def test_fp8_is_refused_on_devices_that_cannot_convert_it():
     model, config = (
-        build_model(MICRO, "float32", backend=Backend("pallas", "sm_80")),
+        build_model(SHALLOW, "float32", backend=Backend("pallas", "sm_80")),
         EngineConfig(kv_cache_dtype="fp8"),
     )
     with pytest.raises(ValueError, match=r"pools of fp8 on sm_80.*sm_89 or later; allowed: int8"):

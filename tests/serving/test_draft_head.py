@@ -36,7 +36,7 @@ def tokens_of(llm: LLM) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def drafting() -> LLM:
-    return build(**CACHED, num_speculative_tokens=2, draft_head="fp8")
+    return build_shallow(**CACHED, num_speculative_tokens=2, draft_head="fp8")
 
 
 def test_its_codes_are_the_heads_own_rounded_row_by_row():
@@ -77,21 +77,21 @@ def test_it_is_planned_to_the_byte(tp):
 
 
 def test_tokens_are_those_of_a_run_without_drafts(drafting):
-    with build(**CACHED) as llm:
+    with build_shallow(**CACHED) as llm:
         assert tokens_of(drafting) == tokens_of(llm)
     assert drafting.memory_plan.weight_bytes == planning.weight_bytes(drafting.engine.runner.params, 1)
 
 
 @pytest.mark.thorough
-def test_ranks_have_parts_of_it(drafting):
+def test_ranks_have_parts_of_it():
     """Each a copy of its own part of the head, padding included."""
-    ranks = {"tensor_parallel_size": 2, "num_speculative_tokens": 2}
-    with build(**CACHED, **ranks, draft_head="fp8") as llm:
+    drafts = {"num_speculative_tokens": 2, "draft_head": "fp8"}
+    with build(**CACHED, **drafts, tensor_parallel_size=2) as llm, build(**CACHED, **drafts) as one:
         weight = llm.engine.runner.params["draft_head"]["weight"]
         assert {shard.data.shape[0] for shard in weight.scale.addressable_shards} == {51}
-        whole = drafting.engine.runner.params["draft_head"]["weight"]
+        whole = one.engine.runner.params["draft_head"]["weight"]
         np.testing.assert_array_equal(dequantized(weight, "f4")[:101], dequantized(whole, "f4"))
-        assert tokens_of(llm) == tokens_of(drafting)
+        assert tokens_of(llm) == tokens_of(one)
 
 
 def test_new_weights_make_a_new_one(drafting):
