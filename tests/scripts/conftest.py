@@ -9,13 +9,16 @@ import sysconfig
 import pytest
 
 from scripts import make_random_checkpoint
+from tests.compiling import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
 
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory):
     """The directory that README.md's commands make."""
     directory = tmp_path_factory.mktemp("scripts") / "random-model"
-    assert make_random_checkpoint.main([str(directory)]) == 0
+    # Before any fixture of a module: a small program for each shape.
+    with compiled_with(IN_ONE_PIECE, WITHOUT_MLIR):
+        assert make_random_checkpoint.main([str(directory)]) == 0
     return directory
 
 
