@@ -23,7 +23,7 @@ from gdnjax.cache import Cache
 from gdnjax.config import LayerKind
 from gdnjax.models import engine_geometry
 from tests.float64 import Reference, reference
-from tests.micro import LATENTS, SHALLOW, shallow_params
+from tests.micro import LATENTS, MICRO, SHALLOW, micro_params, shallow_params
 from tests.serving.exactness import (
     CACHED,
     Exact,
@@ -78,8 +78,9 @@ class Stored(Exact):
     float8 has three bits behind the first, so that it moves x by |x| / 16, or by 2^-10 scales (over 448) near 0.
     """
 
-    def __init__(self, kv_cache_dtype: str):
-        super().__init__(SHALLOW, shallow_params(mtp=True))
+    def __init__(self, kv_cache_dtype: str, ranks: int):
+        # As the engines: of several ranks there is MICRO.
+        super().__init__(*((SHALLOW, shallow_params(mtp=True)) if ranks == 1 else (MICRO, micro_params(mtp=True))))
         self._dtype = kv_cache_dtype
 
     def forced(self, run: Run, positions: tuple[int, ...] = ()) -> Reference:
@@ -108,12 +109,12 @@ class Stored(Exact):
 
 
 @functools.cache
-def stored(kv_cache_dtype: str) -> Stored:
-    return Stored(kv_cache_dtype)
+def stored(kv_cache_dtype: str, ranks: int = 1) -> Stored:
+    return Stored(kv_cache_dtype, ranks)
 
 
 def is_within(llm: LLM, run: Run) -> bool:
-    error = error_of(run, stored(llm.config.kv_cache_dtype).forced(run))
+    error = error_of(run, stored(llm.config.kv_cache_dtype, llm.config.tensor_parallel_size).forced(run))
     print(error)
     return within_bounds(error)
 
