@@ -1,7 +1,6 @@
 """A model whose weights are codes and scales is the model of the numbers that they stand for."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +46,6 @@ def _numbers(params):
     return jax.tree.map(lambda leaf: dequantized(leaf, jnp.float32), params, is_leaf=_is_coded)
 
 
-def _logits(model, params, tokens=TOKENS):
-    """As one program: operation by operation there would be a hundred."""
-    return np.asarray(jax.jit(functools.partial(full_logits, model))(params, jnp.asarray(tokens)))
-
-
 @pytest.mark.short_cases("(16, 16)")
 @pytest.mark.parametrize("grid", [None, (16, 16), (5, 32)], ids=str)
 def test_logits_are_those_of_the_numbers(grid):
@@ -62,8 +56,8 @@ def test_logits_are_those_of_the_numbers(grid):
     assert len(held) == len(coded) > 10
     assert {leaf.codes.dtype for leaf in held} == {jnp.dtype(jnp.float8_e4m3fn)}
     model = build_model(CONFIG, "float32")
-    expected = _logits(model, _numbers(params))
-    np.testing.assert_array_equal(_logits(model, params), expected)
+    expected = np.asarray(full_logits(model, _numbers(params), jnp.asarray(TOKENS)))
+    np.testing.assert_array_equal(np.asarray(full_logits(model, params, jnp.asarray(TOKENS))), expected)
     assert len(np.unique(expected.argmax(-1))) > 5
 
 
@@ -73,7 +67,8 @@ def test_logits_are_those_of_the_numbers(grid):
 def test_kernels_give_the_logits_of_the_numbers(config, grid):
     """They sum in another order; the bound is that of the parity tests."""
     params, model = _params(_coded(grid, config), config), build_model(config, "float32")
-    expected, actual = _logits(model, _numbers(params)), _logits(model.on(INTERPRET), params)
+    expected = np.asarray(full_logits(model, _numbers(params), jnp.asarray(TOKENS)))
+    actual = np.asarray(full_logits(model.on(INTERPRET), params, jnp.asarray(TOKENS)))
     assert np.abs(actual - expected).max() < 2e-4 * np.abs(expected).max()
     assert len(np.unique(expected.argmax(-1))) > 5
 
@@ -85,7 +80,7 @@ def test_ranks_with_whole_experts_in_codes_are_one_rank(tp):
     names = [name for name in _coded(None) if ".experts." in name]
     coded = dict.fromkeys(names, CodeFormat("float8_e4m3fn", (16, 16)))
     params = _params(coded)
-    expected = _logits(build_model(CONFIG, "float32"), params)
+    expected = np.asarray(full_logits(build_model(CONFIG, "float32"), params, jnp.asarray(TOKENS)))
     whole = CONFIG.with_expert_parallel()
     assert jax.tree.structure(abstract_params(whole, tp, "float32", coded=coded)) == jax.tree.structure(params)
     model, mesh = build_model(whole, "float32", tp), sharding.make_mesh(tp)
