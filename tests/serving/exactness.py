@@ -180,7 +180,7 @@ def observe(llm: LLM, request, slot: int, blocks: list[int]) -> Run:
 def row_of(llm: LLM, slot: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Of a slot: how many tokens are pending, states and windows as in Run, and the last hidden state."""
     state, delta = llm.engine.runner.state, llm.model.config.delta
-    # Whole pools: to take a row on the device is a program for each slot.
+    # Whole pools: rows taken on the device are four programs for each geometry.
     gdn, slots = jax.device_get((state.cache.slots[DELTA], state.slots))
     pending = 0 if slots.pending is None else slots.pending[slot]
     flat, conv, layout, hidden = gdn["ssm"][:, slot], gdn["conv"][:, slot], gdn["layout"][slot], slots.hidden[slot]
