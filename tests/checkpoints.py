@@ -497,17 +497,28 @@ def reference_greedy(directory: pathlib.Path, prompts: Sequence[Sequence[int]], 
 
 
 def _continue_greedily(directory: pathlib.Path, token_ids: list[int], steps: int) -> Greedy:
-    tokens, runners_up, gaps = [], [], []
+    rows: list[np.ndarray] = []
     for _ in range(steps):
-        logits = reference_logits(directory, token_ids)[-1]
-        second, first = np.argsort(logits)[-2:]
-        tokens.append(first)
-        runners_up.append(second)
-        gaps.append((logits[first] - logits[second]) / np.abs(logits).max())
-        token_ids = [*token_ids, int(first)]
-    return Greedy(
-        tokens=np.array(tokens, np.int32), runners_up=np.array(runners_up, np.int32), gaps=np.array(gaps, np.float32)
-    )
+        rows.append(reference_logits(directory, token_ids)[-1])
+        token_ids = [*token_ids, int(rows[-1].argmax())]
+    return _chosen(np.stack(rows))
+
+
+def reference_along(directory: pathlib.Path, prompt: Sequence[int], tokens: Sequence[int]) -> Greedy:
+    """What `reference_greedy` would choose behind the prompt and behind each of the tokens but the last, by one pass.
+
+    Up to the first token that is not the choice there, these are the choices of `reference_greedy`.
+    """
+    logits = reference_logits(directory, [*prompt, *tokens][:-1])
+    return _chosen(logits[len(prompt) - 1 :])
+
+
+def _chosen(logits: np.ndarray) -> Greedy:
+    """The greedy choices by logits [steps, vocab]."""
+    second, first = np.argsort(logits, axis=-1)[:, -2:].T
+    steps = np.arange(len(logits))
+    gaps = (logits[steps, first] - logits[steps, second]) / np.abs(logits).max(-1)
+    return Greedy(tokens=first.astype(np.int32), runners_up=second.astype(np.int32), gaps=gaps.astype(np.float32))
 
 
 def relative_error(actual: np.ndarray, reference: np.ndarray) -> float:

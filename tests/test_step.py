@@ -12,7 +12,7 @@ import pytest
 from gdnjax import LLM, EngineConfig, SamplingParams, abstract_params, build_model
 from gdnjax.batch import Emitted
 from gdnjax.cache import LAYOUT
-from gdnjax.config import ATTENTION, DELTA
+from gdnjax.config import ATTENTION, DELTA, LayerKind, MlpKind
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import engine_geometry
 from gdnjax.serving import packing
@@ -53,7 +53,12 @@ STEPS = {
     "prefill, prompt_logprobs, drafts": ("prefill", dataclasses.replace(FULL_DRAFTS, prompt_logprobs=True)),
 }
 CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=128, block_size=16)
-WITH_HEAD = dataclasses.replace(MICRO, mtp_layers=1)
+WITH_HEAD = dataclasses.replace(
+    MICRO,
+    layer_kinds=(LayerKind.DELTA, LayerKind.ATTENTION, LayerKind.DELTA),
+    mlp_kinds=(MlpKind.MOE, MlpKind.DENSE, MlpKind.DENSE),
+)
+"""With the MTP head. Two layers of states, one before and one behind attention: a pool that is updated twice."""
 
 
 def config_of(options: StepOptions) -> EngineConfig:
@@ -140,7 +145,7 @@ def num_bytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-LARGE = (20_000, 100_000)
+LARGE = (30_000, 100_000)
 """Slots and blocks, beside the null ones. The pools are 115 MB (windows), 184 MB (states) and twice 205 MB (keys,
 values) in float32.
 """

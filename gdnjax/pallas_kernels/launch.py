@@ -103,20 +103,25 @@ def jitted(launch: Launch) -> Callable:
 
 
 def _by_pallas(launch: Launch) -> Callable:
-    kernel = functools.partial(launch.kernel, **dict(launch.static))
-    aliases, order = dict(launch.aliases), ()
     if launch.order:
-        order = (np.random.default_rng(launch.order).permutation(launch.programs).astype(np.int32),)
-        aliases = {operand + 1: result for operand, result in aliases.items()}
+        numbers = np.random.default_rng(launch.order).permutation(launch.programs).astype(np.int32)
+        return functools.partial(ordered(launch), numbers)
+    kernel = functools.partial(launch.kernel, **dict(launch.static))
+    return _pallas_call(launch, lambda *refs: kernel(pl.program_id(0), *refs), dict(launch.aliases))
 
-    def numbered(*refs):
-        if not launch.order:
-            return kernel(pl.program_id(0), *refs)
-        order_ref, *refs = refs
-        return kernel(order_ref[pl.program_id(0)], *refs)
 
-    call = pl.pallas_call(
-        numbered,
+def ordered(launch: Launch) -> Callable:
+    """The launch as a function of its programs' numbers, int32 [programs], in the order in which they are to run, and
+    of its operands.
+    """
+    kernel = functools.partial(launch.kernel, **dict(launch.static))
+    aliases = {operand + 1: result for operand, result in launch.aliases}
+    return _pallas_call(launch, lambda numbers, *refs: kernel(numbers[pl.program_id(0)], *refs), aliases)
+
+
+def _pallas_call(launch: Launch, kernel: Callable, aliases: dict[int, int]) -> Callable:
+    return pl.pallas_call(
+        kernel,
         grid=(launch.programs,),
         out_shape=list(launch.out),
         input_output_aliases=aliases,
@@ -124,8 +129,6 @@ def _by_pallas(launch: Launch) -> Callable:
         interpret=launch.interpret,
         name=launch.name,
     )
-
-    return lambda *args: call(*order, *args)
 
 
 def _by_jax_triton(launch: Launch) -> Callable:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 LAYERS = 4
-"""Of a model whose whole steps are compiled: one period of its layers, the last of which is of attention."""
+"""Of a period of a model, the last of which is of attention."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,22 @@ from rocm.counts import COUNTED, COUNTED_LAYERS, LAYERS
 
 MAX_MODEL_LEN = 8192
 
+STEP_LAYERS = (0, 1, LAYERS - 1)
+"""Of a period of a model: the first layer, one behind it, whose rows of the pools are not the first, and attention. A
+third GDN layer would be the second again.
+"""
+
+STEP_MODELS = (
+    ("qwen3.5-9b", 1, 0, False),
+    ("qwen3.5-9b", 1, 3, True),
+    ("qwen3.5-9b", 2, 3, True),
+    ("qwen3.5-35b-a3b", 1, 3, True),
+)
+"""(preset, ranks, drafts, whether its pools are over 4 GiB) of whole steps in bfloat16."""
+
+WHOLE_EXPERTS = "qwen3.5-397b-a17b", 4
+"""(preset, ranks) of those with whole experts, weights in FP8 blocks."""
+
 SLOTS, BLOCKS = 256, 32768
 """Of the pools of a step, times its ranks: so many that each pool is larger than all that the step may keep beside
 them.
@@ -182,16 +198,13 @@ def fatal_count(layers: int, elements: int, itemsize: int) -> int:
 
 
 def steps(arch: str, devices_of: Callable[[int], list[Any]]) -> Iterator[Function]:
-    """Whole steps: one period of layers of a dense and of MoE models, with and without drafts, on one rank and several,
-    in small pools and in pools over 4 GiB; of the largest its weights in FP8 blocks, experts whole on four ranks."""
-    for preset, ranks, drafts, large in (
-        ("qwen3.5-9b", 1, 0, False),
-        ("qwen3.5-9b", 1, 3, True),
-        ("qwen3.5-9b", 2, 3, True),
-        ("qwen3.5-35b-a3b", 1, 3, True),
-    ):
+    """Whole steps: STEP_LAYERS of a dense and of MoE models, with and without drafts, on one rank and several, in small
+    pools and in pools over 4 GiB; of the largest its weights in FP8 blocks, experts whole on four ranks.
+    """
+    for preset, ranks, drafts, large in STEP_MODELS:
         yield from _steps(arch, devices_of(ranks), preset, ranks, drafts, large)
-    yield from _steps(arch, devices_of(4), "qwen3.5-397b-a17b", 4, 0, False, whole_experts_in_fp8=True)
+    preset, ranks = WHOLE_EXPERTS
+    yield from _steps(arch, devices_of(ranks), preset, ranks, 0, False, whole_experts_in_fp8=True)
 
 
 def _steps(
@@ -205,7 +218,7 @@ def _steps(
         num_speculative_tokens=drafts,
     )
     counts = None if large else (SLOTS * ranks, BLOCKS * ranks)
-    built = _built(arch, devices, preset, engine, range(LAYERS), counts, fp8=whole_experts_in_fp8)
+    built = _built(arch, devices, preset, engine, STEP_LAYERS, counts, fp8=whole_experts_in_fp8)
     params, state, options = built.params, built.state, built.options
     full = dataclasses.replace(options, full=True, max_logprobs=engine.max_logprobs)
     width = MAX_MODEL_LEN // engine.block_size
@@ -219,7 +232,7 @@ def _steps(
     # As engines have them: whoever has a structure is drawn for by the full sampler, and so is a prompt's end.
     prefill = packing.pack_prefill([], tokens=2048, rows=8, table_width=width, mask_rows={})
     decode = {mask: built.decode_batch(32, masks=mask) for mask in (False, True)}
-    name = f"{preset}, {LAYERS} layers, {ranks} rank{'s' * (ranks > 1)}, {drafts} drafts"
+    name = f"{preset}, {len(STEP_LAYERS)} layers, {ranks} rank{'s' * (ranks > 1)}, {drafts} drafts"
     name += ", pools over 4 GiB" * large + ", whole experts in FP8 blocks" * whole_experts_in_fp8
     yield Function(f"prefill of {name}", lambda: built.steps.prefill(full).lower(params, state, prefill), demands)
     # The sampler is the same in all of them, but for drafts and ranks.
@@ -354,7 +367,7 @@ def known_to_spill(device) -> Function:
 
     def kernel(x_ref, o_ref):
         x = x_ref[...]
-        for _ in range(4):
+        for _ in range(2):
             x = x + jnp.exp(x @ x.T) @ x
         o_ref[...] = x
 

@@ -103,6 +103,18 @@ def _generate_greedily(llm, prompts, steps=GREEDY_STEPS):
     return np.array([output.outputs[0].token_ids for output in outputs])
 
 
+def _check_live(family, directory, prompts, actual, steps, near_ties):
+    """`_check_greedy` against transformers. It follows the tokens that it is to have chosen, which takes one pass for a
+    prompt in place of one for each step: up to the first that it would not choose they are its own.
+    """
+    assert actual.shape == (len(prompts), steps)
+    reference = [
+        checkpoints.reference_along(directory, prompt, tokens.tolist())
+        for prompt, tokens in zip(prompts, actual, strict=True)
+    ]
+    _check_greedy(family, prompts, actual, reference, near_ties)
+
+
 def _check_greedy(family, prompts, actual, reference, near_ties):
     """Tokens equal the reference's up to a first near tie, of which there are few over all families."""
     assert actual.shape == (len(prompts), len(reference[0].tokens))
@@ -143,10 +155,9 @@ def test_logits_equal_transformers(live, length):
 def test_greedy_tokens_equal_transformers(live, near_ties):
     family, directory, llm = live
     prompts = [checkpoints.prompt_tokens(length) for length in GREEDY_LENGTHS]
-    reference = checkpoints.reference_greedy(directory, prompts, GREEDY_STEPS)
     one_by_one = np.concatenate([_generate_greedily(llm, [prompt]) for prompt in prompts])
-    _check_greedy(family, prompts, one_by_one, reference, near_ties)
-    _check_greedy(family, prompts, _generate_greedily(llm, prompts), reference, near_ties)
+    _check_live(family, directory, prompts, one_by_one, GREEDY_STEPS, near_ties)
+    _check_live(family, directory, prompts, _generate_greedily(llm, prompts), GREEDY_STEPS, near_ties)
 
 
 @pytest.mark.thorough
@@ -162,9 +173,8 @@ def test_prefix_is_gone_on_from_at_any_block_without_a_state(live, near_ties):
         outputs += llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     assert [output.num_cached_tokens for output in outputs] == [0, 80]
     assert not llm.model.cache_spec(block_size=16, ssm_dtype="float32").slots
-    reference = checkpoints.reference_greedy(directory, [first, second], 16)
     tokens = np.array([output.outputs[0].token_ids for output in outputs])
-    _check_greedy(f"{family}, a hit", [first, second], tokens, reference, near_ties)
+    _check_live(f"{family}, a hit", directory, [first, second], tokens, 16, near_ties)
 
 
 @pytest.mark.thorough
@@ -178,9 +188,8 @@ def test_conversation_that_goes_on_hits_the_state_at_its_end(live, near_ties):
     second = [*first, *one.outputs[0].token_ids, *checkpoints.prompt_tokens(40, seed=6)]
     (other,) = llm.generate([{"prompt_token_ids": second}], params, use_tqdm=False)
     assert (one.num_cached_tokens, other.num_cached_tokens) == (0, 130 + 15)
-    reference = checkpoints.reference_greedy(directory, [first, second], 16)
     tokens = np.array([output.outputs[0].token_ids for output in (one, other)])
-    _check_greedy(f"{family}, a hit", [first, second], tokens, reference, near_ties)
+    _check_live(f"{family}, a hit", directory, [first, second], tokens, 16, near_ties)
 
 
 @pytest.mark.thorough
@@ -203,10 +212,9 @@ def test_greedy_tokens_of_ranks_equal_transformers(family, ranks, tmp_path, near
     write_tokenizer(tmp_path, vocab_size=400)
     # Few steps: the ranks of a test share the cores of one machine.
     prompts = [checkpoints.prompt_tokens(length) for length in (1, 65, 130)]
-    reference = checkpoints.reference_greedy(tmp_path, prompts, 16)
     with _engine(tmp_path, ranks) as llm:
         tokens = _generate_greedily(llm, prompts, 16)
-    _check_greedy(f"{family}, {ranks} ranks", prompts, tokens, reference, near_ties)
+    _check_live(f"{family}, {ranks} ranks", tmp_path, prompts, tokens, 16, near_ties)
 
 
 @pytest.mark.thorough
@@ -234,12 +242,11 @@ def test_greedy_tokens_of_an_fp8_checkpoint_on_ranks_equal_transformers(tmp_path
     write_tokenizer(tmp_path, vocab_size=400)
     checkpoints.quantise_in_place(tmp_path, (8, 8))
     prompts = [checkpoints.prompt_tokens(length) for length in (1, 65, 130)]
-    reference = checkpoints.reference_greedy(tmp_path, prompts, 16)
     with _engine(tmp_path, 2) as llm:
         assert llm.load_report is not None
         assert llm.load_report.dequantised == 0
         tokens = _generate_greedily(llm, prompts, 16)
-    _check_greedy("qwen3_5_moe_text in FP8, 2 ranks", prompts, tokens, reference, near_ties)
+    _check_live("qwen3_5_moe_text in FP8, 2 ranks", tmp_path, prompts, tokens, 16, near_ties)
 
 
 @pytest.mark.thorough
@@ -261,7 +268,6 @@ def test_head_that_is_stored_as_a_layer_drafts_what_transformers_drafts(tmp_path
         logits = checkpoints.reference_logits(tmp_path, prompt)
         assert checkpoints.relative_error(np.asarray(target), logits) < LOGIT_BOUND
         prompts = [prompt, [*prompt[:83], *checkpoints.prompt_tokens(40, seed=6)]]
-        reference = checkpoints.reference_greedy(tmp_path, prompts, 32)
         tokens = np.concatenate([_generate_greedily(llm, [prompt], 32) for prompt in prompts])
         # The last token of a hit is fed again: nobody has kept its hidden state.
         assert llm.stats()["prefix_cache"]["hit_tokens"] == 79
@@ -274,7 +280,7 @@ def test_head_that_is_stored_as_a_layer_drafts_what_transformers_drafts(tmp_path
             for speculate in (False, True)
         ]
         stats = llm.stats()
-    _check_greedy("deepseek_v3, drafts", prompts, tokens, reference, near_ties)
+    _check_live("deepseek_v3, drafts", tmp_path, prompts, tokens, 32, near_ties)
     assert noisy[0].outputs[0].token_ids == noisy[1].outputs[0].token_ids
     assert stats["num_accepted_draft_tokens"] > 20
 

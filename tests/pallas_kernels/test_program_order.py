@@ -5,6 +5,7 @@ by one call; the call's own outputs are held against its definition, too.
 """
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +35,11 @@ from rocm.cases import (
 from rocm.cases.case import same_bits
 
 from gdnjax.backend import INTERPRET
+from gdnjax.pallas_kernels import launch as launching
 from gdnjax.pallas_kernels.expert_routing import Rule
-from gdnjax.pallas_kernels.launch import launch
 
-ORDERS = (0, 1, 2)
+SEEDS = (1, 2)
+"""Of the orders beside that of the programs' numbers."""
 
 CASES = [
     delta("decode", ("vk", "kv")),
@@ -82,7 +84,7 @@ CASES = [
 ]
 
 QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
-"""Of XLA's compiler on the CPU: each order is compiled, and runs once."""
+"""Of XLA's compiler on the CPU: what is compiled runs three times."""
 
 
 @pytest.fixture(autouse=True)
@@ -90,10 +92,43 @@ def backend():
     """Orders are the interpreter's alone: no run on the definitions."""
 
 
-def run(case: Case, order: int) -> dict[str, np.ndarray]:
-    backend = dataclasses.replace(INTERPRET, order=order)
-    call = jax.jit(lambda x: case.call(x, backend), compiler_options=QUICK)
-    return {name: np.asarray(x) for name, x in call({k: jnp.asarray(v) for k, v in case.arrays.items()}).items()}
+def runs(case: Case) -> list[dict[str, np.ndarray]]:
+    """The outputs of the case, its programs in the order of their numbers and then in others. Orders are operands, so
+    one function is compiled for all.
+    """
+    arrays = {name: jnp.asarray(x) for name, x in case.arrays.items()}
+    call = jax.jit(lambda x, orders: called(case, x, orders), compiler_options=QUICK)
+    counts = programs(case, arrays)
+    orders = [[np.arange(count) for count in counts]]
+    orders += [[np.random.default_rng(seed).permutation(count) for count in counts] for seed in SEEDS]
+    found = [call(arrays, [numbers.astype(np.int32) for numbers in order]) for order in orders]
+    return [{name: np.asarray(x) for name, x in outputs.items()} for outputs in found]
+
+
+def programs(case: Case, arrays) -> list[int]:
+    """Of each launch of the case."""
+    counts = []
+
+    def counted(call: launching.Launch, _):
+        counts.append(call.programs)
+        return [jnp.zeros(out.shape, out.dtype) for out in call.out]
+
+    with mock.patch.object(launching, "run", counted):
+        jax.eval_shape(lambda x: case.call(x, INTERPRET), arrays)
+    return counts
+
+
+def called(case: Case, arrays, orders):
+    """The case's outputs, the programs of its i-th launch in the i-th order."""
+    left = iter(orders)
+
+    def in_order(call: launching.Launch, operands):
+        return list(launching.ordered(call)(next(left), *operands))
+
+    with mock.patch.object(launching, "run", in_order):
+        outputs = case.call(arrays, INTERPRET)
+    assert next(left, None) is None
+    return outputs
 
 
 @pytest.mark.short_cases(
@@ -106,7 +141,7 @@ def run(case: Case, order: int) -> dict[str, np.ndarray]:
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_order_of_programs_changes_nothing(case):
-    first, *others = (run(case, order) for order in ORDERS)
+    first, *others = runs(case)
     assert case.compare(first, case.wanted())[1] == []
     for other in others:
         for name, x in first.items():
@@ -123,7 +158,7 @@ def test_a_kernel_that_needs_an_order_is_seen(orders):
         count_ref[program] = count_ref[(program + 7) % 8] + 1
 
     def counts(order: int) -> list[int]:
-        (found,) = launch(
+        (found,) = launching.launch(
             kernel,
             dataclasses.replace(INTERPRET, order=order),
             name="counts",

@@ -14,7 +14,9 @@ from rocm import buffers, code_object, compiling, counts, functions
 from rocm.code_object import Kernel
 from rocm.compiling import Compiled, Demands, Launch, judge
 
+from gdnjax.assets import config_file
 from gdnjax.backend import Backend
+from gdnjax.config import LayerKind, ModelConfig
 
 GOOD = Kernel("k", vgpr=96, sgpr=40, vgpr_spills=0, sgpr_spills=0, scratch=0, threads=256, lds=16384)
 LAUNCH = Launch("k", warps=4, grid=(1024, 1, 1), operands=("tensor<8x4xbf16>",), ir="")
@@ -94,6 +96,16 @@ def test_launches_are_counted_and_more_of_them_are_refused():
     assert judge(compiled, Demands(most_launches=2), "gfx942") == ["3 launches, 1 to 2 wanted"]
     # A compiler that does not say what it launches is not taken for one that launches nothing.
     assert judge(COMPILED, Demands(most_launches=2), "gfx942") == ["0 launches, 1 to 2 wanted"]
+
+
+@pytest.mark.parametrize("preset", sorted({functions.WHOLE_EXPERTS[0], *(name for name, *_ in functions.STEP_MODELS)}))
+def test_layers_of_whole_steps_are_what_a_period_has(preset):
+    """A second layer of states, too: what is in its rows is not at the beginning of a pool."""
+    config = ModelConfig.from_hf(config_file(preset))
+    kinds = [*zip(config.layer_kinds, config.mlp_kinds, strict=True)]
+    chosen = [kinds[layer] for layer in functions.STEP_LAYERS]
+    assert set(chosen) == set(kinds)
+    assert [kind for kind, _ in chosen] == [LayerKind.DELTA, LayerKind.DELTA, LayerKind.ATTENTION]
 
 
 def test_launches_of_layers_are_differences():

@@ -180,10 +180,10 @@ def observe(llm: LLM, request, slot: int, blocks: list[int]) -> Run:
 def row_of(llm: LLM, slot: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Of a slot: how many tokens are pending, states and windows as in Run, and the last hidden state."""
     state, delta = llm.engine.runner.state, llm.model.config.delta
-    gdn, slots = state.cache.slots[DELTA], state.slots
+    # Whole pools: rows taken on the device are four programs for each geometry.
+    gdn, slots = jax.device_get((state.cache.slots[DELTA], state.slots))
     pending = 0 if slots.pending is None else slots.pending[slot]
-    row = (pending, gdn["ssm"][:, slot], gdn["conv"][:, slot], gdn["layout"][slot], slots.hidden[slot])
-    pending, flat, conv, layout, hidden = jax.device_get(row)
+    flat, conv, layout, hidden = gdn["ssm"][:, slot], gdn["conv"][:, slot], gdn["layout"][slot], slots.hidden[slot]
     heads = flat.shape[:2]
     if layout:
         flat = flat.reshape(*heads, delta.value_head_dim, delta.key_head_dim).swapaxes(2, 3)
