@@ -96,4 +96,5 @@ def _argv(arguments: list[str]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    run_as_process(main)
+    # Of lm-eval.
+    run_as_process(main, needs_torch=True)

@@ -38,10 +38,15 @@ class TerminatedError(KeyboardInterrupt):
     """SIGTERM has come: as Ctrl-C is, it is for whoever has something to write down, and then for the exit status."""
 
 
-def run_as_process(main: Callable[[], int]) -> NoReturn:
+def run_as_process(main: Callable[[], int], *, needs_torch: bool = False) -> NoReturn:
     """Runs a command and ends the process with its status. After a signal at once, and when another process is gone,
-    for which the runtime would wait; see `leave_at_once`.
+    for which the runtime would wait; see `leave_at_once`. transformers does without PyTorch, unless the command
+    `needs_torch`.
     """
+    if not needs_torch:
+        from gdnjax.config import forgo_torch
+
+        forgo_torch()
     status = main()
     if status in (LOST, *STATUSES.values()):
         leave_at_once(status)

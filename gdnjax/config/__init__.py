@@ -20,6 +20,7 @@ from gdnjax.config.engine import (
 from gdnjax.config.huggingface import (
     SUPPORTED_MODEL_TYPES,
     as_id_tuple,
+    forgo_torch,
     import_transformers,
     read_json_object,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "MtpKeys",
     "YarnConfig",
     "as_id_tuple",
+    "forgo_torch",
     "import_transformers",
     "read_json_object",
 ]

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pathlib
+import sys
 from typing import Any
 
 from gdnjax.config import keys
@@ -74,20 +75,40 @@ def read_json_object(file: pathlib.Path) -> dict[str, Any]:
     return raw
 
 
-def import_transformers() -> Any:
-    """transformers, imported at its first use because it is slow, and without its advice to install PyTorch, of which
-    nothing is used.
+_without_torch = False
+
+
+def forgo_torch() -> None:
+    """From now on `import_transformers` hides PyTorch, of which nothing is used, from transformers: tokenizers would
+    import it, which takes seconds (13 from a cold disk, of a build for CUDA). For processes of our own: models of
+    transformers cannot be had in them then.
     """
+    global _without_torch
+    _without_torch = True
+
+
+def import_transformers() -> Any:
+    """transformers, imported at its first use because it is slow, and without its advice to install PyTorch. Where
+    neither has been imported before, without PyTorch, if `forgo_torch` has been called.
+    """
+    hidden = _without_torch and not {"torch", "transformers"} & sys.modules.keys()
     adviser = logging.getLogger("transformers")
 
     def mute(record: logging.LogRecord) -> bool:
         return False
 
     adviser.addFilter(mute)
+    if hidden:
+        # What is None cannot be found. transformers looks once and remembers.
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     try:
         import transformers
+
+        transformers.is_torch_available()
     finally:
         adviser.removeFilter(mute)
+        if hidden:
+            del sys.modules["torch"]
     return transformers
 
 
