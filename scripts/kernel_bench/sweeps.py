@@ -62,8 +62,8 @@ def _products_table(name: str):
         depths, warps, stages, splits = (128,), (1, 2, 4), (3, 4, 5), (264, 528)
         forms = (row_forms.HALVES,)
     elif fp8:
-        columns, depths, warps, stages, splits = (64, 128), (64, 128), (4, 8), (3, 4), (132,)
-        forms = (row_forms.FLOAT16,)
+        columns, depths, warps, stages, splits = (64, 128), (64, 128), (4, 8, 16), (2, 3, 4), (132,)
+        forms = (row_forms.FLOAT16, row_forms.HALVES)
     elif rows <= 16:
         columns, depths, warps, stages, splits = (32, 64), (128, 256), (2, 4), (3, 4, 5), (264, 528)
         forms = (row_forms.WIDE,)
@@ -162,6 +162,7 @@ def _table(name: str):
             itertools.product((64,), (128,), (64, 128), (4, 8), (3, 4), forms),
             itertools.product((64,), (256,), (64, 128), (8,), (2, 3), forms),
             itertools.product((128,), (128,), (64, 128), (8,), (3,), forms),
+            itertools.product((32, 64), (128,), (128,), (4, 8), (2, 3, 4), (row_forms.HALVES,)),
         )
         return grouped.TILES, "many_float8", [grouped.Grouped(*size) for size in sizes]
     sizes = (
