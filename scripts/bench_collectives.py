@@ -14,7 +14,7 @@ from typing import Any
 
 import profile_step
 
-from gdnjax.cli.command import exit_status, prepare_environment, run_as_process, write_json
+from gdnjax.cli.command import check_writable, exit_status, prepare_environment, run_as_process, write_json
 
 DESCRIPTION = """\
 Sums rows of bfloat16 over devices, many times in one compiled function, each time what the sum before it gave times a
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_writable("--json", arguments.json)
     prepare_environment()
     import jax
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gdnjax.cli.command import exit_status, prepare_environment, run_as_process, write_json
+from gdnjax.cli.command import check_writable, exit_status, prepare_environment, run_as_process, write_json
 
 DESCRIPTION = """\
 Calls functions that have the arguments and results of a decode step of a model, array for array, and nothing to do:
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_writable("--json", arguments.json)
     prepare_environment()
     trees = trees_of(arguments)
     rows = []

@@ -80,8 +80,7 @@ _without_torch = False
 
 def forgo_torch() -> None:
     """From now on `import_transformers` hides PyTorch, of which nothing is used, from transformers: tokenizers would
-    import it, which takes seconds (13 from a cold disk, of a build for CUDA). For processes of our own: models of
-    transformers cannot be had in them then.
+    import it, which takes seconds. For processes of our own: models of transformers cannot be had in them then.
     """
     global _without_torch
     _without_torch = True
@@ -104,7 +103,8 @@ def import_transformers() -> Any:
     try:
         import transformers
 
-        transformers.is_torch_available()
+        if hidden:
+            transformers.is_torch_available()
     finally:
         adviser.removeFilter(mute)
         if hidden:

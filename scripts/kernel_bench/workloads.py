@@ -756,25 +756,10 @@ def gated(rows: int, heads: int, width: int):
         gate = _random(keys[1], (rows, heads * width))
         return {"x": _random(keys[0], shape), "gate": gate, "weight": _random(keys[2], (width,))}, ()
 
-    def call(x, pools, layer, backend):
-        rows = Gated(x["x"], x["gate"], x["weight"], 1e-6, "silu")
-        if backend.is_reference:
-            return numbers(rows), pools
-        found, *_ = row_forms.rows_of(rows, row_forms.HALVES, backend, wide=True)
-        return found, pools
+    def rows_of(x):
+        return Gated(x["x"], x["gate"], x["weight"], 1e-6, "silu")
 
-    return Workload(
-        name=f"normed-gated-{heads}x{width}-{rows}",
-        inputs=inputs,
-        call=call,
-        exact=exact.gated,
-        written=lambda pools, x, layer: (),
-        layers=1,
-        bytes=2 * 4 * rows * heads * width,
-        flops=0,
-        limits=(4e-3, 0),
-        chain="x",
-    )
+    return _halved(f"normed-gated-{heads}x{width}-{rows}", inputs, rows_of, exact.gated, rows * heads * width, "x")
 
 
 def activated(rows: int, width: int):
@@ -783,23 +768,35 @@ def activated(rows: int, width: int):
     def inputs(key):
         return {"both": _random(key, (rows, 2 * width))}, ()
 
+    def rows_of(x):
+        return GateUp(x["both"])
+
+    return _halved(f"normed-activated-{width}-{rows}", inputs, rows_of, exact.activated, rows * width, "both")
+
+
+def _halved(name: str, inputs: Callable, rows_of: Callable, exactly: Callable, count: int, chain: str):
+    """What is made of rows on the way to their halves, `count` numbers of them: two are read and one is written for
+    each, and two halves.
+    """
+
     def call(x, pools, layer, backend):
+        rows = rows_of(x)
         if backend.is_reference:
-            return numbers(GateUp(x["both"])), pools
-        found, *_ = row_forms.rows_of(GateUp(x["both"]), row_forms.HALVES, backend, wide=True)
+            return numbers(rows), pools
+        found, *_ = row_forms.rows_of(rows, row_forms.HALVES, backend, wide=True)
         return found, pools
 
     return Workload(
-        name=f"normed-activated-{rows}x{width}",
+        name=name,
         inputs=inputs,
         call=call,
-        exact=exact.activated,
+        exact=exactly,
         written=lambda pools, x, layer: (),
         layers=1,
-        bytes=(4 + 4) * rows * width,
+        bytes=2 * 4 * count,
         flops=0,
         limits=(4e-3, 0),
-        chain="both",
+        chain=chain,
     )
 
 

@@ -57,3 +57,12 @@ def test_what_cannot_be_is_said_before_anything_runs(flags, said, capsys):
     with pytest.raises(SystemExit):
         script.main(flags)
     assert said in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_runs(tmp_path, capsys):
+    file = tmp_path / "none" / "figures.json"
+    assert script.main(["--json", str(file)]) == 2
+    said = capsys.readouterr()
+    assert "--json" in said.err
+    assert str(file) in said.err
+    assert not said.out

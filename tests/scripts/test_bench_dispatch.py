@@ -24,3 +24,12 @@ def test_calls_must_be_made(capsys):
     with pytest.raises(SystemExit):
         bench_dispatch.main(["--calls", "0"])
     assert "--calls must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_runs(tmp_path, capsys):
+    file = tmp_path / "none" / "figures.json"
+    assert bench_dispatch.main(["--json", str(file)]) == 2
+    said = capsys.readouterr()
+    assert "--json" in said.err
+    assert str(file) in said.err
+    assert not said.out

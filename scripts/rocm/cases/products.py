@@ -241,14 +241,18 @@ def normed(width: int, dtype: Any = BFLOAT16, parts: int = 0) -> Case:
     return Case(name, normed_op, x, LAYER, bounds)
 
 
-def gated_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
-    """The gated norm of rows that become halves."""
-    rows = Gated(x["x"], x["gate"], x["weight"], 1e-6, "silu")
+def halved(rows: Gated | GateUp, backend: Backend) -> dict[str, Any]:
+    """The rows that they stand for, as they are and put together again from their halves."""
     if backend.is_reference:
         return {"out": numbers(rows)}
     wide, formed, factor = rows_of(rows, HALVES, backend, wide=True)
     both = (formed.astype(np.float32) * factor[:, None]).reshape(wide.shape[0], 2, -1)
     return {"out": wide, "formed": both.sum(1)}
+
+
+def gated_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
+    """The gated norm of rows that become halves."""
+    return halved(Gated(x["x"], x["gate"], x["weight"], 1e-6, "silu"), backend)
 
 
 def gated(heads: int, width: int) -> Case:
@@ -268,12 +272,7 @@ def gated(heads: int, width: int) -> Case:
 
 def activated_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
     """The activation of rows that become halves."""
-    rows = GateUp(x["both"])
-    if backend.is_reference:
-        return {"out": numbers(rows)}
-    wide, formed, factor = rows_of(rows, HALVES, backend, wide=True)
-    both = (formed.astype(np.float32) * factor[:, None]).reshape(wide.shape[0], 2, -1)
-    return {"out": wide, "formed": both.sum(1)}
+    return halved(GateUp(x["both"]), backend)
 
 
 def activated(width: int) -> Case:
