@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gdnjax.assets import config_file
-from gdnjax.cli.command import exit_status, run_as_process, write_json
+from gdnjax.cli.command import check_writable, exit_status, run_as_process, write_json
 from gdnjax.config import EngineConfig, ModelConfig
 from gdnjax.memory import StateGeometry
 from gdnjax.sampling_params import SamplingParams
@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.largest < 1:
         parser.error(f"--largest must be at least 1, got {arguments.largest}")
+    check_writable("--json", arguments.json)
     rows: list[Row] = []
     for name in arguments.only or PARTS:
         for size in PARTS[name].sizes:

@@ -10,7 +10,7 @@ import statistics
 import time
 from typing import Any
 
-from gdnjax.cli.command import exit_status, prepare_environment, run_as_process, write_json
+from gdnjax.cli.command import check_writable, exit_status, prepare_environment, run_as_process, write_json
 from scripts.overhead import client
 from scripts.overhead.client import PATHS, WARM_S
 from scripts.overhead.server import LOOP, cpu_seconds, serving
@@ -213,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_writable("--json", arguments.json)
     if arguments.random_weights is not None:
         prepare_environment()
         rows = run_model(arguments)

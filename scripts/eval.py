@@ -23,6 +23,7 @@ from gdnjax.assets import EMBEDDED_MODEL, model_directory
 from gdnjax.cli.command import (
     add_device_flags,
     add_speculation_flags,
+    check_writable,
     devices,
     exit_status,
     prepare_environment,
@@ -203,8 +204,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.brief and not arguments.output:
         raise ValueError("--brief needs --output FILE")
     # A long run must not end with the news that its result cannot be written.
-    if arguments.output and not pathlib.Path(arguments.output).absolute().parent.is_dir():
-        raise ValueError(f"--output {arguments.output}: no such directory")
+    check_writable("--output", arguments.output)
 
 
 def choose_cells(arguments: argparse.Namespace) -> list[Cell]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from evaluation import agreement, problems
 
 from gdnjax.assets import EMBEDDED_MODEL, model_directory
-from gdnjax.cli.command import exit_status, prepare_environment, run_as_process, write_json
+from gdnjax.cli.command import check_writable, exit_status, prepare_environment, run_as_process, write_json
 from gdnjax.config import DELTA
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, least in limits:
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
-    if arguments.output and not pathlib.Path(arguments.output).absolute().parent.is_dir():
-        raise ValueError(f"--output {arguments.output}: no such directory")
+    check_writable("--output", arguments.output)
     directory = model_directory(arguments.model)
     file = problems.problem_file(arguments.model, arguments.data, "problems.jsonl", "--data")
     questions = [problem.question for problem in problems.read_problems(file)]

@@ -38,3 +38,10 @@ def test_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench_scheduler.main(["--only", "everything"])
     assert "invalid choice: 'everything'" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_runs(tmp_path, capsys):
+    file = tmp_path / "none" / "costs.json"
+    with pytest.raises(ValueError, match=r"--json .*: no such directory"):
+        bench_scheduler.main(["--json", str(file)])
+    assert not capsys.readouterr().out

@@ -71,3 +71,10 @@ def test_wrong_arguments_are_refused(given, capsys):
     with pytest.raises(SystemExit):
         bench_server_overhead.main(given)
     assert given[0] in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_runs(tmp_path, capsys):
+    assert bench_server_overhead.main(["--json", str(tmp_path / "none" / "overhead.json")]) == 2
+    said = capsys.readouterr()
+    assert "no such directory" in said.err
+    assert not said.out
