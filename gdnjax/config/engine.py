@@ -62,8 +62,8 @@ class EngineConfig:
                               with a float32 scale for each token and head: "fp8" (float8_e4m3fn) or "int8". Latents
                               (MLA) are not stored in 8 bits.
       quantize_activations    round what goes into projections to float8_e4m3fn, a scale for each token, in steps of
-                              more than 128 rows (prompts, large verify steps) where weights are float8_e4m3fn with a
-                              scale for each output (W8A8): faster, and another model, a little.
+                              more than 32 rows (prompts, large batches and verify steps) where weights are
+                              float8_e4m3fn with a scale for each output (W8A8): faster, and another model, a little.
       ssm_dtype               the recurrent state: "float32" (default) or "bfloat16".
       ssm_rounding            how states are rounded to bfloat16, whenever a step stores them: to the "nearest", or
                               "stochastic", by noise of (seed, position, layer, element), so that what is too small for

@@ -58,7 +58,7 @@ def _gated(x: Gated, form: str, backend: Backend, *, wide: bool) -> list[Array]:
         programs=x.shape[0],
         args=(x.x.reshape(x.shape), x.gate, x.weight),
         out=_out(x, form, wide=wide),
-        warps=_warps(heads * width),
+        warps=_warps(heads * width, form),
         form=form,
         norm=(x.eps, 0.0),
         wide=wide,
@@ -75,7 +75,7 @@ def _activated(x: GateUp, form: str, backend: Backend, *, wide: bool) -> list[Ar
         programs=x.shape[0],
         args=(x.both,),
         out=_out(x, form, wide=wide),
-        warps=_warps(x.shape[1]),
+        warps=_warps(x.shape[1], form),
         form=form,
         norm=None,
         wide=wide,
@@ -95,8 +95,10 @@ def _out(x: Array | Normed | Gated | GateUp, form: str, *, wide: bool) -> list[j
     return [*out, jax.ShapeDtypeStruct((parts * rows,), jnp.float32)]
 
 
-def _warps(width: int) -> int:
-    return min(16, max(4, power_of_two(width) // 1024))
+def _warps(width: int, form: str) -> int:
+    # A row has one program. With four warps, sums of parts come in several waits for memory; in codes, its largest
+    # number is another.
+    return min(16, max(4, power_of_two(width) // (1024 if form == WIDE else 256)))
 
 
 def prepared(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> tuple[Array, Prepared]:
@@ -120,7 +122,7 @@ def prepared(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> t
             programs=rows,
             args=args,
             out=out,
-            warps=_warps(width),
+            warps=_warps(width, form),
             form=form,
             norm=norm,
             wide=norm is not None and wide,

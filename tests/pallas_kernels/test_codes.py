@@ -1,5 +1,6 @@
 """Products with weights of eight bits, against float64 of code times scale."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from gdnjax.backend import Backend
 from gdnjax.pallas_kernels import codes, matmul
 from gdnjax.pallas_kernels.grouped_matmul import grouped_matmul
+from gdnjax.pallas_kernels.matmul import fp8, tiles
 from gdnjax.quantized import Quantized
 from tests.pallas_kernels.backends import once
 
@@ -105,6 +107,33 @@ def test_kernels_take_float8_only_where_the_device_converts_it():
         assert codes.can_meet(backend, 64, fp8) == taken
         assert codes.can_meet(backend, 64, int8)
         assert backend.has_fp8_products == (taken and architecture.startswith("sm_"))
+
+
+@once
+def test_larger_steps_are_products_of_fp8_by_xla_where_it_is_asked_for():
+    rng = np.random.default_rng(6)
+    by_row, blocks, int8 = (
+        weight(rng, (128, 128), grid, kind)[0]
+        for grid, kind in (((1, 128), "float8_e4m3fn"), ((64, 64), "float8_e4m3fn"), ((1, 128), "int8"))
+    )
+    exactly = Backend("pallas", "sm_90")
+    rounded = dataclasses.replace(exactly, quantize_activations=True)
+    for rows, backend, form in (
+        (32, rounded, None),
+        (33, rounded, "tokens"),
+        (600, rounded, "tokens"),
+        (128, exactly, None),
+        (129, exactly, "halves"),
+        (512, exactly, "halves"),
+        (513, exactly, None),
+    ):
+        x = jnp.zeros((rows, 128), jnp.bfloat16)
+        assert fp8.form(x, by_row, backend) == form
+        assert (tiles.of(backend, x, by_row) is None) == (form is not None or rows > matmul.MOST_ROWS)
+        assert (tiles.of(backend, x, blocks, by_row) is None) == (form is not None or rows > matmul.MOST_ROWS)
+        for other in (blocks, int8):
+            assert fp8.form(x, other, backend) is None
+            assert (tiles.of(backend, x, other) is None) == (rows > matmul.MOST_ROWS)
 
 
 def test_two_types_of_codes_in_one_product_are_named(backend):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gdnjax.pallas_kernels import matmul
+from gdnjax.pallas_kernels.matmul import tiles
 
 
 def operands(rows, inputs, outputs, dtype=np.float32, seed=0):
@@ -56,6 +57,20 @@ def test_bfloat16_is_rounded_once(backend):
     assert actual.dtype == jnp.bfloat16
     # By half an ulp (2^-8); products of bfloat16 are exact in float32.
     np.testing.assert_allclose(np.asarray(actual, np.float64), exact(x, weight), rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [24, 200])
+def test_gate_and_up_are_rounded_once(outputs, backend):
+    """Made in one program, and apart, since they are few."""
+    if backend.is_reference:
+        # Which rounds each of the two, as published models do.
+        return
+    x, (gate, up) = operands(4, 512, (outputs, outputs), ml_dtypes.bfloat16)
+    assert (tiles.of(backend, jnp.asarray(x)).of_gated(outputs) is None) == (outputs == 24 and backend.interpret)
+    actual = matmul.swiglu(*map(jnp.asarray, (x, gate, up)), backend=backend)
+    g = exact(x, gate)
+    expected = g / (1 + np.exp(-g)) * exact(x, up)
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("outputs", [1, 4, 101])

@@ -6,6 +6,7 @@ op; or `Prepared`, which is made for certain weights, and goes with what else th
 """
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gdnjax.backend import REFERENCE, Backend
@@ -31,7 +32,7 @@ def prepare(
         normed = rms_norm(whole, x.weight, x.eps, x.centre)
         return whole, Prepared(row_forms.WIDE, normed, None, None, shape=x.shape, dtype=x.dtype)
     outputs = [weight.shape[0] for weight in weights]
-    tile = (found.of_gated(outputs[0]) or found.narrow) if gated and weights else found.of_outputs(outputs)
+    tile = (found.of_gated(outputs[0]) if gated and weights else None) or found.of_outputs(outputs)
     _, grids = codes.flat(*weights)
     coded = any(grid is not None for grid in grids)
     form = tile.form if coded else row_forms.WIDE
@@ -68,6 +69,6 @@ def swiglu(x: Rows, gate: Weight, up: Weight, *, backend: Backend = REFERENCE) -
     tile = found.of_gated(gate.shape[0])
     if tile is not None:
         return kernels.swiglu(x, gate, up, tile, backend)
-    # Sums of a part of the inputs cannot be gated in registers.
-    gated, out = kernels.project(x, (gate, up), found.narrow, backend, x.dtype)
-    return jax.nn.silu(gated) * out
+    # Rounded once, as in registers.
+    gated, out = kernels.project(x, (gate, up), found.of_outputs([gate.shape[0]] * 2), backend, jnp.float32)
+    return (jax.nn.silu(gated) * out).astype(x.dtype)

@@ -141,6 +141,7 @@ def product_op(kind: str, grids: tuple[Grid | None, ...]) -> Op:
             if backend.is_reference:
                 return {"out0": matmul.swiglu(x["x"], *matrices, backend=backend)}
             assert tiles is not None
+            assert tiles.gated is not None
             return {"out0": matmul_kernels.swiglu(x["x"], matrices[0], matrices[1], tiles.gated, backend)}
         dtype = np.float32 if kind == "logits" else x["x"].dtype
         if kind in ("wide", "logits") and not backend.is_reference:
