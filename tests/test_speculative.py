@@ -26,6 +26,9 @@ one of thirty-three choices of seeds."""
 SIZE = 12
 DRAFTS = 3
 REQUESTS = 40_000
+EQUAL = 4_000
+"""Requests where tokens are compared one by one, and nothing is counted."""
+
 START = 2
 """The token before the first."""
 
@@ -93,12 +96,12 @@ def seeds_and_positions(count):
     return jnp.asarray(seed, jnp.uint32), jnp.asarray(5 + 64 * (request % 8), jnp.int32)
 
 
-def run(rule, target, drafter, temperature=1.0, want=3, valid=DRAFTS, start=START, rest=()):
+def run(rule, target, drafter, temperature=1.0, want=3, valid=DRAFTS, start=START, rest=(), count=REQUESTS):
     """The first `want` tokens of each request, and how many drafts each of its first `want` verifications kept."""
-    seed, first = seeds_and_positions(REQUESTS)
-    valid, context = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (REQUESTS,)) for x in (valid, start))
-    produced = np.zeros(REQUESTS, int)
-    line = np.zeros((REQUESTS, want + DRAFTS + 1), int)
+    seed, first = seeds_and_positions(count)
+    valid, context = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (count,)) for x in (valid, start))
+    produced = np.zeros(count, int)
+    line = np.zeros((count, want + DRAFTS + 1), int)
     accepted = []
     for _ in range(want):
         now = first + jnp.asarray(produced, jnp.int32)
@@ -107,7 +110,7 @@ def run(rule, target, drafter, temperature=1.0, want=3, valid=DRAFTS, start=STAR
         for j in range(DRAFTS + 1):
             of = np.flatnonzero((j <= kept) & (produced < want))
             line[of, produced[of] + j] = tokens[of, j]
-        context = jnp.asarray(tokens[np.arange(REQUESTS), kept])
+        context = jnp.asarray(tokens[np.arange(count), kept])
         produced = produced + kept + 1
         accepted.append(kept)
     return line[:, :want], np.stack(accepted, axis=1)
@@ -212,7 +215,7 @@ def test_wrong_rules_are_seen(fault):
         assert fit(line[:, 0], transition[START]) > LIKELY, "no single token gives it away"
 
 
-STARTS = np.arange(REQUESTS) % SIZE
+STARTS = np.arange(EQUAL) % SIZE
 
 
 @jax.jit
@@ -222,7 +225,7 @@ def _one_token(target, context, seed, position, temperature):
 
 def unspeculated(target, temperature, want):
     """Tokens drawn one by one behind STARTS, with the noise of their positions."""
-    seed, first = seeds_and_positions(REQUESTS)
+    seed, first = seeds_and_positions(EQUAL)
     line = [jnp.asarray(STARTS, jnp.int32)]
     for i in range(want):
         line.append(_one_token(target, line[-1], seed, first + i, temperature))
@@ -236,8 +239,8 @@ def test_shared_noise_gives_the_tokens_of_an_unspeculated_run(proposal, temperat
     want = 6
     other = np.random.default_rng(78).standard_normal((SIZE, SIZE)).astype(np.float32)
     drafter = {"random": other, "the target's": TARGET}.get(proposal, DRAFTER)
-    valid = np.asarray({"none": 0, "some": np.arange(REQUESTS) // SIZE % (DRAFTS + 1)}.get(proposal, DRAFTS))
-    line, accepted = run(shared, TARGET, drafter, temperature, want, valid, STARTS)
+    valid = np.asarray({"none": 0, "some": np.arange(EQUAL) // SIZE % (DRAFTS + 1)}.get(proposal, DRAFTS))
+    line, accepted = run(shared, TARGET, drafter, temperature, want, valid, STARTS, count=EQUAL)
     np.testing.assert_array_equal(line, unspeculated(TARGET, temperature, want))
     if proposal in ("none", "the target's"):
         assert (accepted == valid).all()
@@ -248,19 +251,19 @@ def test_shared_noise_gives_the_tokens_of_an_unspeculated_run(proposal, temperat
 
 @pytest.mark.thorough
 def test_greedy_rejection_gives_the_most_probable_tokens():
-    line, accepted = run(rejection, TARGET, DRAFTER, 0.0, 6, start=STARTS)
+    line, accepted = run(rejection, TARGET, DRAFTER, 0.0, 6, start=STARTS, count=EQUAL)
     np.testing.assert_array_equal(line, unspeculated(TARGET, 0.0, 6))
-    _, accepted_by_shared = run(shared, TARGET, DRAFTER, 0.0, 6, start=STARTS)
+    _, accepted_by_shared = run(shared, TARGET, DRAFTER, 0.0, 6, start=STARTS, count=EQUAL)
     np.testing.assert_array_equal(accepted, accepted_by_shared)
 
 
 def test_rejection_without_drafts_gives_the_tokens_of_an_unspeculated_run():
-    line, accepted = run(rejection, TARGET, DRAFTER, want=3, valid=0, start=STARTS)
+    line, accepted = run(rejection, TARGET, DRAFTER, want=3, valid=0, start=STARTS, count=EQUAL)
     expected = unspeculated(TARGET, 1.0, 3)
     np.testing.assert_array_equal(line, expected)
     assert not accepted.any()
-    context, none = jnp.asarray(STARTS, jnp.int32), jnp.zeros((REQUESTS,), jnp.int32)
-    found = verification(rejection, 0, TARGET, DRAFTER, context, *seeds_and_positions(REQUESTS), 1.0, none)
+    context, none = jnp.asarray(STARTS, jnp.int32), jnp.zeros((EQUAL,), jnp.int32)
+    found = verification(rejection, 0, TARGET, DRAFTER, context, *seeds_and_positions(EQUAL), 1.0, none)
     np.testing.assert_array_equal(found[0], expected[:, :1])
     np.testing.assert_array_equal(found[1], none)
 
