@@ -6,6 +6,7 @@ of its own, since under pytest every function of the package is checked for type
 
 import argparse
 import collections
+import itertools
 import logging
 import pathlib
 import sys
@@ -64,12 +65,18 @@ def _emitted(rows, config) -> Emitted:
     return Emitted.of(tokens=tokens, count=count, done=done, drafted=drafted, logprobs=None, prompt_logprobs=None)
 
 
-class Cut:
-    """Raises KeyboardInterrupt at one of the lines that run within it, by its number, and counts them all."""
+Moment = tuple[int, int]
+"""A line that runs, by the number of its function's call and its own number in that."""
 
-    def __init__(self, at: int | None = None):
-        self.at = at
-        self.places: list[tuple[str, int]] = []
+
+class Cut:
+    """Notes every line that runs within it, and its moment; or raises KeyboardInterrupt at one moment, and notes the
+    lines of that call alone, since to trace the others would take most of the time.
+    """
+
+    def __init__(self, at: Moment | None = None):
+        self.at, self.calls = at, 0
+        self.places: list[tuple[tuple[str, int], Moment]] = []
 
     def __enter__(self) -> "Cut":
         sys.settrace(self._call)
@@ -79,16 +86,26 @@ class Cut:
         sys.settrace(None)
 
     def _call(self, frame, event, arg):
-        return self._line if frame.f_code.co_filename in LINES_OF else None
+        if frame.f_code.co_filename not in LINES_OF:
+            return None
+        self.calls += 1
+        if self.at is not None and self.calls != self.at[0]:
+            return None
+        return self._lines_of(self.calls)
 
-    def _line(self, frame, event, arg):
-        if event != "line":
-            return self._line
-        self.places.append((frame.f_code.co_filename, frame.f_lineno))
-        if len(self.places) - 1 == self.at:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return self._line
+    def _lines_of(self, call: int):
+        numbers = itertools.count()
+
+        def line(frame, event, arg):
+            if event == "line":
+                moment = call, next(numbers)
+                self.places.append(((frame.f_code.co_filename, frame.f_lineno), moment))
+                if moment == self.at:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return line
+
+        return line
 
 
 def _scene(drafts: int):
@@ -113,7 +130,7 @@ def _scene(drafts: int):
     return engine, others, own
 
 
-def play(drafts: int, at: int | None) -> Cut:
+def play(drafts: int, at: Moment | None) -> Cut:
     """Runs the scene, interrupted at that line, and checks what must hold after it."""
     engine, others, own = _scene(drafts)
     for request in others[:2]:
@@ -149,28 +166,28 @@ def play(drafts: int, at: int | None) -> Cut:
 def main() -> int:
     """Prints a line for each line of code after whose interrupt something was wrong; the last one says how many ran."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--all", action="store_true", help="every time that a line runs, not the first, a middle, the last"
-    )
+    chosen = "a middle one, and with drafts the first and the last"
+    parser.add_argument("--all", action="store_true", help=f"every time that a line runs, not {chosen}")
     every = parser.parse_args().all
     logging.disable()
     wrong, played = collections.Counter(), 0
     lines: set[tuple[str, int]] = set()
     for drafts in (0, 3):
         runs = collections.defaultdict(list)
-        for number, place in enumerate(play(drafts, None).places):
-            runs[place].append(number)
+        for place, moment in play(drafts, None).places:
+            runs[place].append(moment)
         lines |= runs.keys()
-        for (file, line), numbers in runs.items():
-            moments = numbers if every else {numbers[0], numbers[len(numbers) // 2], numbers[-1]}
-            for at in moments:
+        for (file, line), found in runs.items():
+            middle = found[len(found) // 2]
+            for at in found if every else {found[0], middle, found[-1]} if drafts else {middle}:
                 played += 1
                 try:
-                    play(drafts, at)
+                    cut = play(drafts, at)
+                    assert cut.places[-1] == ((file, line), at), "another line was cut"
                 except BaseException as error:
                     wrong[f"{pathlib.Path(file).name}:{line}, {drafts} drafts: {type(error).__name__}: {error}"] += 1
-    for found, times in wrong.items():
-        print(f"{found}, {times} times")
+    for what, times in wrong.items():
+        print(f"{what}, {times} times")
     print(f"{len(lines)} lines, {played} interrupts, {wrong.total()} wrong")
     return bool(wrong)
 
