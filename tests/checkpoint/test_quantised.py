@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -207,8 +208,10 @@ def _numbers(leaf):
     "gptq-dense-4",
     "awq-next-4",
 )
-@pytest.mark.parametrize(("model", "tp"), [("dense", 1), ("dense", 4), ("moe", 4), ("next", 4)])
-@pytest.mark.parametrize("method", FORMATS)
+@pytest.mark.parametrize(
+    ("method", "model", "tp"),
+    [("fp8, bfloat16 scales", "dense", 1), *itertools.product(FORMATS, ("dense", "moe", "next"), (4,))],
+)
 def test_numbers_on_the_ranks_are_those_of_the_file(tmp_path, method, model, tp):
     """They stand for the same numbers, to the bit, whatever a rank cuts of a block, and are codes wherever the file
     has codes.
