@@ -1,4 +1,4 @@
-"""A float32 model of four small layers with everything in it that the real ones have: one rank's or several ranks'.
+"""A float32 model of three small layers with everything in it that the real ones have: one rank's or several ranks'.
 
 Its MTP head, where it is asked for, is as random as the rest: greedy drafts are all but never right.
 """
@@ -31,8 +31,9 @@ MICRO = ModelConfig(
     vocab_size=101,
     hidden_size=32,
     intermediate_size=48,
-    layer_kinds=(D, D, A, D),
-    mlp_kinds=(MlpKind.DENSE, MlpKind.MOE, MlpKind.DENSE, MlpKind.DENSE),
+    # States of two layers share a pool, and one of them is updated behind attention.
+    layer_kinds=(D, A, D),
+    mlp_kinds=(MlpKind.MOE, MlpKind.DENSE, MlpKind.DENSE),
     # K and V differ, so that a state read in the wrong layout is another state.
     delta=DeltaConfig(num_key_heads=4, num_value_heads=8, key_head_dim=8, value_head_dim=12, conv_kernel=4),
     # Four ranks hold each of the two kv heads twice.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from gdnjax import EngineConfig, SamplingParams, abstract_params
+from gdnjax import EngineConfig, LayerKind, SamplingParams, abstract_params
 from gdnjax.memory import MemoryPlan
 from gdnjax.models import engine_geometry, partition
 from gdnjax.models.partition import EXPERT_PARALLEL_TABLE, TABLE, spec_of
@@ -213,7 +213,7 @@ def test_state_keeps_its_shardings(llm):
 def test_ranks_of_one_kv_head_hold_the_same_keys(llm):
     """With more ranks than kv heads, neighbours hold one head: weights, keys and values."""
     copies = max(1, llm.model.tp // MICRO.attention.num_kv_heads)
-    attention = llm.params["layers"][2]["self_attn"]
+    attention = llm.params["layers"][MICRO.layer_kinds.index(LayerKind.ATTENTION)]["self_attn"]
     arrays = [pool_of(llm.engine.runner.state, "k"), pool_of(llm.engine.runner.state, "v")]
     arrays += [attention[name]["weight"] for name in ("k_proj", "v_proj")]
     for array in arrays:

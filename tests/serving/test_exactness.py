@@ -197,9 +197,13 @@ def poison(state):
 # Rung 3. Other programs, so other orders of summation: bounded by float64.
 
 GEOMETRIES = {
-    "kv, one piece": {"max_num_batched_tokens": 256, "prefill_buckets": (256,)},
+    "kv, one piece, decode bucket 8": {
+        "max_num_batched_tokens": 256,
+        "prefill_buckets": (256,),
+        "max_num_seqs": 8,
+        "decode_buckets": (8,),
+    },
     "vk, decode bucket 1": {"state_layout": "vk", "decode_buckets": (1, 4)},
-    "mixed, decode bucket 8": {"state_layout": "mixed", "max_num_seqs": 8, "decode_buckets": (8,)},
     "kv, four ranks": {"state_layout": "kv", "tensor_parallel_size": 4},
     "vk, four ranks, an expert each": {"tensor_parallel_size": 4, "enable_expert_parallel": True},
     "mixed, two ranks, cached, 3 drafts": {
@@ -258,7 +262,6 @@ def test_prompt_logprobs_of_pieces_are_within_the_float64_bound():
 
 INTERLEAVED = {
     "mixed": {"state_layout": "mixed", **CACHED},
-    "kv, 1 draft": {"state_layout": "kv", "num_speculative_tokens": 1, **CACHED},
     "vk, pieces of 64, 2 drafts": {
         "state_layout": "vk",
         "max_num_batched_tokens": 64,
@@ -268,7 +271,7 @@ INTERLEAVED = {
     },
     "mixed, 4 drafts": {"state_layout": "mixed", "num_speculative_tokens": 4, **CACHED},
 }
-NUM_INTERLEAVINGS = 20
+NUM_INTERLEAVINGS = 8
 """Of each."""
 
 
@@ -286,13 +289,12 @@ def test_random_interleavings_are_within_the_float64_bound(name, count):
         tally.add(llm, exact_micro(), found)
     print(tally, tally.acceptance)
     assert tally.within_bounds(), tally
-    share = count / NUM_INTERLEAVINGS
-    assert tally.hits >= 12 * share
-    assert tally.preempted >= 4 * share
-    assert tally.checkpoints >= 50 * share
+    assert tally.hits >= 0.6 * count
+    assert tally.preempted >= 0.2 * count
+    assert tally.checkpoints >= 2.5 * count
     if speculating:
-        assert tally.drawn >= 20 * share
-        assert tally.beside >= 5 * share
+        assert tally.drawn >= count
+        assert tally.beside >= 0.25 * count
         # Drawn drafts and tokens have their noise in common; greedy ones next to nothing.
         assert 0.05 < tally.acceptance < 0.35, tally
 

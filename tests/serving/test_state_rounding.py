@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gdnjax import LLM
-from tests.serving.exactness import CACHED, GREEDY, Run, build, finish, leave_idle, prompt_of, queue, solo
+from tests.serving.exactness import CACHED, GREEDY, Run, build_shallow, finish, leave_idle, prompt_of, queue, solo
 
 pytestmark = [pytest.mark.usefixtures("quickly_compiled"), pytest.mark.thorough]
 
@@ -23,7 +23,7 @@ STOCHASTIC = {
 @pytest.fixture(params=[0, 2], ids=["plain", "drafts"], scope="module")
 def engine(request) -> LLM:
     caching = CACHED | {"state_checkpoint_interval": 64}
-    return build(**STOCHASTIC, **caching, num_speculative_tokens=request.param)
+    return build_shallow(**STOCHASTIC, **caching, num_speculative_tokens=request.param)
 
 
 @pytest.fixture
