@@ -151,7 +151,9 @@ def test_logits_equal_transformers(live, length):
     assert checkpoints.relative_error(actual, reference) < LOGIT_BOUND
 
 
+# Of the others greedy tokens are stored, or it is the same text model by other names, whose logits are compared above.
 @pytest.mark.thorough
+@pytest.mark.parametrize("live", ["qwen3_5_text", "deepseek_v3", "kimi_linear", "olmo_hybrid"], indirect=True)
 def test_greedy_tokens_equal_transformers(live, near_ties):
     family, directory, llm = live
     prompts = [checkpoints.prompt_tokens(length) for length in GREEDY_LENGTHS]
