@@ -6,6 +6,8 @@ import profile_step as script
 import pytest
 from jax.profiler import ProfileData
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 EVENTS = "".join(
     f"events {{ metadata_id: {kernel} duration_ps: {1000 * nanoseconds} }} "
     for kernel, nanoseconds in ((1, 2000), (1, 4000), (2, 600), (3, 3400))
