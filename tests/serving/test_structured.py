@@ -319,7 +319,7 @@ def test_outputs_match_whatever_else_is_asked_for(llm):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("options", [DRAFTS, REJECTION, {"tp": 2}, {"batch_invariant": True}], ids=str)
+@pytest.mark.parametrize("options", [{**REJECTION, "tp": 2}, {**DRAFTS, "batch_invariant": True}], ids=str)
 def test_other_engines_draw_the_same(llm, options):
     """With drafts, of which none is ever verified; by two ranks, whose parts end within a word; in invariant mode."""
     with engine_of(**options) as other:
