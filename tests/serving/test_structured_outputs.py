@@ -7,6 +7,7 @@ import jsonschema
 import pytest
 
 from gdnjax import LLM, SamplingParams, StructuredOutputsParams
+from tests.compiling import IN_ONE_PIECE, WITHOUT_MLIR, compiled_with
 
 pytestmark = pytest.mark.thorough
 
@@ -29,7 +30,8 @@ QUESTION = "Ann has 3 pens and buys 4 more. How many pens does Ann have?"
 def llm():
     options = {"prefill_buckets": (128,), "decode_buckets": (8,), "num_kv_blocks": 200, "warmup": False}
     options |= {"dtype": "float32", "max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 512}
-    with LLM("tiny", **options) as llm:
+    # Compiled quickly: it draws few tokens.
+    with compiled_with(IN_ONE_PIECE, WITHOUT_MLIR), LLM("tiny", **options) as llm:
         yield llm
 
 

@@ -593,7 +593,7 @@ def test_comparison_of_speculation_is_complete(capsys, tmp_path, small_config):
     config = json.loads(small_config.read_text())
     small_config.write_text(json.dumps({**config, "mtp_num_hidden_layers": 1}), encoding="utf-8")
     shape = ("--num-requests", "2", "--input-len", "8", "--output-len", "12")
-    small = ("--random-weights", str(small_config), "--max-num-seqs", "2", "--max-num-batched-tokens", "64")
+    small = ("--random-weights", str(small_config), "--max-num-seqs", "1", "--max-num-batched-tokens", "64")
     flags = ("--num-speculative-tokens", "2", "--spec-acceptance-length", "2.5", "--output", str(output))
     assert script.main([*shape, *small, "--compare", "speculation", *flags]) == 0
     out, _ = capsys.readouterr()
