@@ -16,6 +16,8 @@ from gdnjax.state import NO_TOKEN, ServeState, check_state, empty_state
 from tests.geometries import small_geometry
 from tests.pools import with_pools
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 geometry_of = functools.partial(small_geometry, vocab_size=101, block_size=8)
 GEOMETRY = geometry_of()
 PLAN = MemoryPlan.of_counts(GEOMETRY, num_slots=4, num_blocks=20, num_logit_rows=2, num_count_rows=4)

@@ -18,6 +18,8 @@ from gdnjax.transfer import build_transfers
 from tests.geometries import small_geometry
 from tests.pools import pools_of
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 CONFIG = EngineConfig(max_num_seqs=4, block_size=8, num_speculative_tokens=2)
 
 

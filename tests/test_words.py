@@ -10,6 +10,8 @@ import pytest
 from gdnjax.batch import AdmitBatch, CountBatch, DecodeBatch, Emitted, PrefillBatch
 from gdnjax.words import FlatParams, Form, WordStep
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 EXTREMES = {
     np.dtype(bool): [False, True],
     np.dtype(np.int32): [-(2**31), -1, 0, 2**31 - 1],

@@ -6,6 +6,8 @@ import pytest
 
 from scripts import bench_dispatch
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def test_figures_are_printed_and_written(tmp_path, capsys):
     file = tmp_path / "dispatch.json"

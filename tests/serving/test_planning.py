@@ -19,6 +19,8 @@ from gdnjax.state import empty_state
 from tests.ledger import LedgerModel
 from tests.micro import MICRO, micro_params
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 GIB = 1 << 30
 CONFIG = EngineConfig(max_num_seqs=4, gpu_memory_utilization=0.5)
 WORKSPACE = 5 << 20
