@@ -265,10 +265,15 @@ def test_rows_are_prepared_once_for_the_shared_expert_and_the_others(monkeypatch
     x = jnp.asarray(np.random.default_rng(5).standard_normal((3, 64)), jnp.bfloat16)
 
     def run(backend):
-        mlp = nnx.merge(nnx.split(MoeMLP(config, MOE, "bfloat16", 1, backend))[0], weights)
-        norm = RMSNorm(64, 1e-6, "bfloat16")
-        _, rows = norm.prepare(Stream(x), mlp.inputs, backend, gated=True, wide=mlp.takes_numbers)
-        return mlp(rows, jnp.ones((3,), bool))[0]
+        graphdef = nnx.split(MoeMLP(config, MOE, "bfloat16", 1, backend))[0]
+
+        def layer(weights, x):
+            mlp, norm = nnx.merge(graphdef, weights), RMSNorm(64, 1e-6, "bfloat16")
+            _, rows = norm.prepare(Stream(x), mlp.inputs, backend, gated=True, wide=mlp.takes_numbers)
+            return mlp(rows, jnp.ones((3,), bool))[0]
+
+        # One program in place of a hundred.
+        return jax.jit(layer)(weights, x)
 
     launched, run_of_launch = [], launch.run
     monkeypatch.setattr(launch, "run", lambda one, args: launched.append(one.name) or run_of_launch(one, args))
