@@ -140,7 +140,9 @@ def test_tiles_of_groups_are_those_of_a_loop(size):
     r = np.random.default_rng(size)
     for groups, rows in itertools.product((1, 5, 37), (0, 3, 120)):
         sizes = r.multinomial(rows, r.dirichlet(np.full(groups, 0.3))).astype(np.int32)
-        group, start, end, used = grouped.tile_table(jnp.asarray(sizes), rows + 2, size, INTERPRET)
+        # As many rows at most wherever that shows as much: each number of them is a program.
+        most = 5 if (groups, rows) == (37, 3) else 122
+        group, start, end, used = grouped.tile_table(jnp.asarray(sizes), most, size, INTERPRET)
         wanted, first = [], 0
         for number, count in enumerate(sizes):
             wanted += [(number, first + i, min(first + i + size, first + count)) for i in range(0, count, size)]
