@@ -94,14 +94,30 @@ def let_plugin_start() -> None:
     hardware_utils.num_available_amd_gpus = lambda *_, **__: 1
 
 
-def compile_function(lower: Callable[[], Any], cache: pathlib.Path, known: dict[str, code_object.Kernel]) -> Compiled:
-    """Lowers, compiles, and reads the code objects that are new in `cache`.
-
-    XLA does not compile the same module twice: `known` has what earlier functions brought.
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What a process has compiled: kernels by name, of which XLA compiles none twice, and functions by what they were
+    lowered to. Some differ in the values of their arguments alone.
     """
-    before = set(cache.iterdir())
+
+    kernels: dict[str, code_object.Kernel] = dataclasses.field(default_factory=dict)
+    functions: dict[str, Compiled] = dataclasses.field(default_factory=dict)
+
+
+def compile_function(lower: Callable[[], Any], cache: pathlib.Path, known: Known) -> Compiled:
+    """Lowers, compiles, and reads the code objects that are new in `cache`, unless it is `known`."""
     with _stderr() as said:
         lowered = lower()
+    text = lowered.as_text()
+    if text not in known.functions:
+        known.functions[text] = _compile(lowered, cache, known.kernels, said())
+    return known.functions[text]
+
+
+def _compile(lowered, cache: pathlib.Path, known: dict[str, code_object.Kernel], warned: list[str]) -> Compiled:
+    """`warned` are lines that lowering wrote to stderr."""
+    before = set(cache.iterdir())
+    with _stderr() as said:
         launches = launches_of(lowered)
         compiled = lowered.compile()
     new = set(cache.iterdir()) - before
@@ -119,7 +135,7 @@ def compile_function(lower: Callable[[], Any], cache: pathlib.Path, known: dict[
         kernels=kernels,
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        errors=[line.strip() for line in said() if re.search(r"\berror:", line)],
+        errors=[line.strip() for line in [*warned, *said()] if re.search(r"\berror:", line)],
         beyond_reach=_beyond_reach(
             {file for file in new if file.name.endswith("ir-no-opt.ll")}, {launch.name for launch in launches}
         ),

@@ -54,5 +54,8 @@ gfx950 has six more than gfx942 beside the layers.
 COUNTED_LAYERS = {"one of each": (0, 3), "a GDN layer more": (0, 1, 3), "an attention layer more": (0, 3, 3)}
 """The layers whose steps are compiled for it: differences are what a layer costs, whatever is fused with what."""
 
-STANDING = ("bfloat16, 16 rows, 0 drafts", "bfloat16, 128 rows, 0 drafts", "FP8 blocks, 16 rows, 0 drafts")
-"""Those of COUNTED that are compiled where nobody names them, for the first chip alone."""
+STANDING = {
+    "gfx942": ("bfloat16, 16 rows, 0 drafts", "bfloat16, 128 rows, 0 drafts"),
+    "gfx950": ("FP8 blocks, 16 rows, 0 drafts",),
+}
+"""Those of COUNTED that are compiled where nobody names them, each for one chip."""

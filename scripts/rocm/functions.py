@@ -35,11 +35,12 @@ third GDN layer would be the second again.
 
 STEP_MODELS = (
     ("qwen3.5-9b", 1, 0, False),
-    ("qwen3.5-9b", 1, 3, True),
     ("qwen3.5-9b", 2, 3, True),
     ("qwen3.5-35b-a3b", 1, 3, True),
 )
-"""(preset, ranks, drafts, whether its pools are over 4 GiB) of whole steps in bfloat16."""
+"""(preset, ranks, drafts, whether its pools are over 4 GiB) of whole steps in bfloat16. With WHOLE_EXPERTS they have
+every pair of dense or MoE, one rank or several, and plain or with drafts in large pools.
+"""
 
 WHOLE_EXPERTS = "qwen3.5-397b-a17b", 4
 """(preset, ranks) of those with whole experts, weights in FP8 blocks."""
@@ -64,6 +65,7 @@ IN_LARGE_POOLS = (
     "attention-decode-24/4x256-128x2048",
     "attention-decode-24/4x256-128x2048-int8",
     "attention-decode-24/4x256-1x131072",
+    "attention-decode-16/4x256-1x1125-of2304",
     "attention-prefill-24/4x256-1x8192-2048q",
     "kv-write-4x256-128",
     "kv-write-4x256-128-int8",

@@ -1,6 +1,7 @@
 """The gate's judgement, without its compiler: what it reads, what it refuses, and that every kernel lowers for ROCm."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -116,9 +117,47 @@ def test_launches_of_layers_are_differences():
     ]
     assert script.launches_table(results).splitlines()[-1] == f"| gfx942, {what.name} | 9 | 11 | 24 |"
     assert script.launches_table(results[:2]) == ""
-    assert {f"launches, {name}, one of each" for name in counts.STANDING} <= {
+    standing = [name for names in counts.STANDING.values() for name in names]
+    assert {f"launches, {name}, one of each" for name in standing} <= {
         what.of("one of each") for what in counts.COUNTED
     }
+    assert len(standing) == len({*standing})
+    assert set(counts.STANDING) == set(script.ARCHITECTURES)
+
+
+def test_whole_steps_have_every_pair_of_what_they_differ_in():
+    """An orthogonal array: of MLPs, ranks, and drafts in large pools, any two in all four combinations."""
+    steps = [*functions.STEP_MODELS, (*functions.WHOLE_EXPERTS, 0, False)]
+    assert all(large == (drafts > 0) for _, _, drafts, large in steps)
+    moe = [ModelConfig.from_hf(config_file(preset)).moe is not None for preset, *_ in steps]
+    several, drafted = [ranks > 1 for _, ranks, *_ in steps], [drafts > 0 for *_, drafts, _ in steps]
+    for first, second in itertools.combinations((moe, several, drafted), 2):
+        assert len({*zip(first, second, strict=True)}) == 4
+
+
+def test_what_was_compiled_is_not_compiled_again(monkeypatch, tmp_path):
+    """Two workloads whose inputs have other values; but one of another shape is another program."""
+    compiled = []
+
+    def compile_(lowered, cache, kernels, warned):
+        compiled.append(lowered)
+        return dataclasses.replace(COMPILED, errors=warned)
+
+    monkeypatch.setattr(compiling, "_compile", compile_)
+    known = compiling.Known()
+
+    def result(name):
+        work = WORKLOADS[name]
+        arguments, pools = jax.eval_shape(work.inputs, jax.random.key(0))
+        call = jax.jit(lambda x, p: work.call(x, p, 0, Backend("pallas", "gfx942")), donate_argnums=1)
+        lower = call.trace(arguments, pools).lower
+        return compiling.compile_function(lambda: lower(lowering_platforms=("rocm",)), tmp_path, known)
+
+    plain = result("gdn-prefill-48h-8192")
+    assert result("gdn-prefill-48h-8192-correlated") is plain
+    assert len(compiled) == 1
+    result("gdn-prefill-48h-1024")
+    assert len(compiled) == 2
 
 
 def ir_of(name: str, *lines: str, size: str = "dereferenceable(64)") -> str:

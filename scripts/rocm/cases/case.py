@@ -37,6 +37,9 @@ class Bound:
     flips: float = 1.0
 
 
+UNOPTIMISED = {"xla_backend_optimization_level": 0}
+"""A definition runs once or a few times: LLVM's optimisations of it took ten times as long as all else about it."""
+
 EXACT = Bound(0.0, 0.0, 0.0)
 
 FEW = 3
@@ -126,7 +129,7 @@ class Case:
 
 @functools.cache
 def _definition(op: Op, layer: int) -> Callable:
-    return jax.jit(lambda arrays: op(arrays, layer, REFERENCE))
+    return jax.jit(lambda arrays: op(arrays, layer, REFERENCE), compiler_options=UNOPTIMISED)
 
 
 def difference(found: np.ndarray, wanted: np.ndarray) -> Error | None:
