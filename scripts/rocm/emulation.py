@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -22,6 +22,9 @@ from rocm.cases import Case
 
 LARGE = 1 << 28
 """Bytes from which on an array is neither copied nor given to XLA: it may be larger than the memory."""
+
+FEW = 2
+"""Mutants of a launch that do not save what it takes to run it up to them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,24 +110,48 @@ class Executed:
 
 def execute(code: Code, launch: Launch, arguments: Sequence[Any], *, shadow: bool) -> Executed:
     """Runs `code` as the launch says. Arrays of LARGE bytes are used, and changed, where they are; all others stay."""
-    results = {result: operand for operand, result in launch.aliases}
     large = any(x.nbytes >= LARGE for x in arguments)
     places = [np.asarray(x) if x.nbytes >= LARGE else np.array(x) for x in arguments]
     kept = None if large else [x.copy() for x in places]
+    begin = time.perf_counter()
+    return _finished(code, launch, kept, _underway(code, launch, places, shadow=shadow), begin)
+
+
+def _underway(code: Code, launch: Launch, places: list[np.ndarray], *, shadow: bool) -> emulator.Underway:
+    """The launch before its first instruction; it changes arrays of `places` that are outputs, too."""
+    results = {result: operand for operand, result in launch.aliases}
     outputs = [
         places[results[i]] if i in results else emulator.poisoned(out.shape, out.dtype)
         for i, out in enumerate(launch.out)
     ]
-    begin = time.perf_counter()
-    result = emulator.run(
-        code.program,
-        [*places, *outputs],
-        grid=launch.programs,
-        warps=launch.warps,
-        lds=code.lds,
-        shadow=shadow,
+    return emulator.Underway(
+        code.program, [*places, *outputs], grid=launch.programs, warps=launch.warps, lds=code.lds, shadow=shadow
     )
+
+
+def _finished(code: Code, launch: Launch, kept, underway: emulator.Underway, begin: float) -> Executed:
+    result = underway.finish()
+    outputs = underway.arrays()[-len(launch.out) :]
     return Executed(launch, code, kept, outputs, result, time.perf_counter() - begin)
+
+
+def mutants(done: Executed, places: Collection[int]) -> Iterator[tuple[int, Callable[[], Executed]]]:
+    """(place, what runs it) of mutants of a launch, each without the instruction at one of these places.
+
+    A mutant goes on from where the launch reaches its place for the first time, which takes a run of the launch as it
+    is. Few mutants run from the beginning. Places that are never reached have none.
+    """
+    launch, left = done.launch, set(places)
+    if len(left) <= FEW:
+        for place in sorted(left):
+            mutant = dataclasses.replace(done.code, program=emulator.nop_at(done.code.program, place))
+            yield place, lambda mutant=mutant: execute(mutant, launch, done.again(), shadow=True)
+        return
+    underway = _underway(done.code, launch, done.again(), shadow=True)
+    while left and (place := underway.run_to(left)) is not None:
+        left.remove(place)
+        mutant = underway.without(place)
+        yield place, lambda mutant=mutant: _finished(done.code, launch, None, mutant, time.perf_counter())
 
 
 Run = Callable[[Launch, Sequence[Any]], Executed]

@@ -17,7 +17,7 @@ import numpy as np
 from gdnjax.pallas_kernels.launch import Launch
 from rocm import emulation, emulator
 from rocm.cases import Case, chunked, conv, conv_prefill, delta
-from rocm.emulation import Code, Compiler, Executed
+from rocm.emulation import Compiler, Executed
 
 SEED = 7
 
@@ -138,34 +138,39 @@ def tallies(group: Group, compiler: Compiler) -> Iterable[Tally]:
         chosen = random.Random(f"{SEED} {compiler.arch} {group.name} {kernel}").sample(
             places, min(group.count, len(places))
         )
-        caught: collections.Counter[str] = collections.Counter()
-        missed = []
-        for place in sorted(chosen):
-            mutant = dataclasses.replace(code, program=emulator.nop_at(code.program, place))
-            verdict, equal = judge(right, number, mutant, compiler)
-            if verdict:
-                caught[verdict] += 1
-            else:
-                text = instructions[place].text
-                missed.append(Missed(place, text, kind_of(text), equal))
-        yield Tally(kernel, dict(caught), missed)
+        verdicts, changed = judge(right, number, chosen, compiler)
+        missed = [
+            Missed(place, instructions[place].text, kind_of(instructions[place].text), place not in changed)
+            for place in sorted(set(chosen) - set(verdicts))
+        ]
+        yield Tally(kernel, dict(collections.Counter(verdicts[place] for place in sorted(verdicts))), missed)
 
 
-def judge(right: Sequence[Right], number: int, mutant: Code, compiler: Compiler) -> tuple[str | None, bool]:
-    """(by what the mutant of launch `number` is caught, if it is; whether it changed no output at all)."""
-    equal = True
+def judge(
+    right: Sequence[Right], number: int, places: Sequence[int], compiler: Compiler
+) -> tuple[dict[int, str], set[int]]:
+    """Of the mutants of launch `number`: (place -> by what the first case that notices it does, those that changed an
+    output of any case)."""
+    verdicts: dict[int, str] = {}
+    changed: set[int] = set()
     for one in right:
-        verdict, same = judge_one(one, number, mutant, compiler)
-        equal &= same
-        if verdict:
-            return verdict, False
-    return None, equal
+        undecided = [place for place in places if place not in verdicts]
+        for place, execute in emulation.mutants(one.executed[number], undecided):
+            verdict, same = judge_one(one, number, execute, compiler)
+            if verdict:
+                verdicts[place] = verdict
+            if not same:
+                changed.add(place)
+    return verdicts, changed
 
 
-def judge_one(right: Right, number: int, mutant: Code, compiler: Compiler) -> tuple[str | None, bool]:
+def judge_one(
+    right: Right, number: int, execute: Callable[[], Executed], compiler: Compiler
+) -> tuple[str | None, bool]:
+    """(by what the mutant of launch `number` is caught, if it is; whether it changed no output at all)."""
     done = right.executed[number]
     try:
-        changed = emulation.execute(mutant, done.launch, done.again(), shadow=True)
+        changed = execute()
         if changed.conflicts:
             return CONFLICT, False
         if all(emulation.same(x, y) for x, y in zip(changed.outputs, done.outputs, strict=True)):

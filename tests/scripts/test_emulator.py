@@ -220,6 +220,69 @@ def test_a_mutant_is_the_program_but_for_one_instruction():
     assert missing(mutant) == {}
 
 
+DIVERGING = [
+    asm("s_load_dwordx2 s[4:5], s[0:1]", offset=0),
+    asm("s_load_dwordx2 s[6:7], s[0:1]", offset=8),
+    WAIT,
+    asm("v_lshlrev_b32 v1, 2, v0"),
+    asm("global_load_dword v4, v1, s[4:5]"),
+    asm("ds_write_b32 v1, v0"),
+    WAIT,
+    asm("v_readfirstlane_b32 s8, v0"),
+    asm("s_mov_b32 s9, 2"),
+    asm("s_cmp_lt_u32 s8, 64"),
+    asm("s_cbranch_scc1 1"),  # the second wave adds once more
+    asm("v_add_u32 v4, v4, 5"),
+    asm("v_add_u32 v4, v4, s9"),
+    asm("s_sub_u32 s9, s9, 1"),
+    asm("s_cmp_lg_u32 s9, 0"),
+    asm("s_cbranch_scc1 -4"),
+    BARRIER,
+    asm("v_xor_b32 v2, 0x100, v1"),
+    asm("ds_read_b32 v3, v2"),
+    WAIT,
+    asm("v_add_u32 v3, v3, v4"),
+    asm("global_store_dword v1, v3, s[6:7]"),
+    END,
+]
+"""Waves that part and meet again, a loop, a barrier, LDS, an array that is read and one that is written."""
+
+
+def test_a_mutant_from_its_place_on_is_the_mutant_from_the_beginning():
+    """In all that comes of it, or its fault, and without a trace in the launch that it leaves."""
+    program = kernel(*DIVERGING)
+    options = {"grid": 1, "warps": 2, "lds": 512, "shadow": True}
+
+    def arrays():
+        return [np.arange(128, dtype=np.uint32), words(128)]
+
+    def outcome(finish, found):
+        try:
+            return finish(), [x.tolist() for x in found()]
+        except Fault as fault:
+            return str(fault)
+
+    def whole(code):
+        mine = arrays()
+        return outcome(lambda: emulator.run(code, mine, **options), lambda: mine)
+
+    right = whole(program)
+    assert right[1][1] == [(k ^ 64) + k + 3 + 5 * (k >= 64) for k in range(128)]
+    underway = emulator.Underway(program, arrays(), **options)
+    left, outcomes = {*range(len(DIVERGING) - 1)}, []
+    while left:
+        place = underway.run_to(left)
+        left.remove(place)
+        mutant = underway.without(place)
+        outcomes.append(outcome(mutant.finish, mutant.arrays))
+        assert outcomes[-1] == whole(nop_at(program, place)), DIVERGING[place].text
+    assert underway.run_to([]) is None
+    assert outcome(underway.finish, underway.arrays) == right
+    assert sum(found != right for found in outcomes) > 12
+    assert any("s_waitcnt" in found for found in outcomes if isinstance(found, str))
+    assert any(found[0].conflicts for found in outcomes if not isinstance(found, str))
+
+
 def test_registers_and_lds_begin_as_nan():
     target = words(128)
     launch(

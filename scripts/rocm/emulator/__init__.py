@@ -4,7 +4,9 @@ program(elf, arch, kernel) -> Program        decodes a kernel
 missing(program) -> {name: why}              instructions of it that cannot be executed
 run(program, arrays, grid=, warps=, lds=, shadow=, limit=) -> Result
                                              one launch; arrays are changed in place. Raises Fault
+Underway(program, arrays, grid=, warps=, lds=, shadow=)      the same, step by step
 nop_at(program, i) -> Program                a mutant
+Underway.without(i) -> Underway              a mutant from here on
 poisoned(shape, dtype) -> array              for an output
 
 A Result has steps, instructions, barriers, splits, conflicts and pages; a Program instructions and descriptor.
@@ -19,7 +21,7 @@ precision of exp, log, rcp and rsq (best here), the order of sums in a matrix pr
 """
 
 from rocm.emulator.instruction import Instruction, Operand
-from rocm.emulator.launch import Program, Result, missing, nop_at, of_instructions, poisoned, program, run
+from rocm.emulator.launch import Program, Result, Underway, missing, nop_at, of_instructions, poisoned, program, run
 from rocm.emulator.memory import Fault
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Operand",
     "Program",
     "Result",
+    "Underway",
     "missing",
     "nop_at",
     "of_instructions",

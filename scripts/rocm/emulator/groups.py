@@ -60,6 +60,15 @@ class Group:
         other.exec_changed()
         return other
 
+    def copy(self, machine: "Machine") -> "Group":
+        """All of the waves, in another machine."""
+        other: Group = object.__new__(Group)
+        other.__dict__.update(self.__dict__)
+        other.machine = machine
+        other.v, other.a, other.s, other.scc = self.v.copy(), self.a.copy(), self.s.copy(), self.scc.copy()
+        other.vm, other.lgkm = list(self.vm), list(self.lgkm)
+        return other
+
     def join(self, other: "Group") -> None:
         """Takes in a group that stands at the same instruction. What is under way for one is for both."""
         if self.saturates != other.saturates:

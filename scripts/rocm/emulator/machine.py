@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -79,6 +79,10 @@ def _registers(p: Instruction) -> tuple[int, int]:
     return read, touched | read
 
 
+PAUSE = object()
+_PAUSED = Step(lambda group: PAUSE, touched=0, read=0, counter=None)
+
+
 class Machine:
     """One launch of `program`, with its memory and the LDS of all workgroups, `lds_size` bytes each.
 
@@ -91,17 +95,39 @@ class Machine:
         self.epoch = 1
         self.steps = self.instructions = self.barriers = self.splits = 0
         self._index = {p.address: k for k, p in enumerate(program)}
+        self._ready: list[Group] = []
+        self._waiting: list[Group] = []
 
-    def run(self, group: Group, limit: int) -> None:
-        """To the end of all waves. Raises Fault, also after `limit` steps."""
-        ready, waiting = [group], []
+    def start(self, group: Group) -> None:
+        """Puts the first waves in."""
+        self._ready.append(group)
+
+    def without(self, i: int, nop: Instruction) -> "Machine":
+        """A machine in the same state, with memory of its own, and `nop` in place of instruction i."""
+        other: Machine = object.__new__(Machine)
+        other.__dict__.update(self.__dict__)
+        other.program, other._steps = [*self.program], [*self._steps]
+        other.program[i], other._steps[i] = nop, step(nop)
+        other.memory, other.lds = self.memory.copy(), self.lds.copy()
+        other._ready = [group.copy(other) for group in self._ready]
+        other._waiting = [group.copy(other) for group in self._waiting]
+        return other
+
+    def run(self, limit: int, pauses: Collection[int] = ()) -> int | None:
+        """To the end of all waves, or to where one of them is about to execute an instruction of `pauses`, which is
+        returned. Raises Fault, also after `limit` steps.
+        """
+        steps = [*self._steps]
+        for i in pauses:
+            steps[i] = _PAUSED
         with np.errstate(all="ignore"):
-            while ready or waiting:
-                if not ready:
+            while self._ready or self._waiting:
+                if not self._ready:
                     # Nobody else can run: every wave that has not ended waits.
                     self.epoch += 1
                     self.barriers += 1
-                    ready, waiting = waiting, []
+                    self._ready, self._waiting = self._waiting, []
+                ready = self._ready
                 # The furthest behind runs first, so that others are met again where branches join.
                 ready.sort(key=lambda g: g.pc)
                 g = ready.pop(0)
@@ -109,11 +135,17 @@ class Machine:
                     raise Fault("the kernel has no end")
                 while ready and ready[0].pc == g.pc:
                     g.join(ready.pop(0))
-                self._run_until(g, ready[0].pc if ready else len(self.program), ready, waiting, limit)
+                paused = self._run_until(g, ready[0].pc if ready else len(self.program), steps, limit)
+                if paused is not None:
+                    return paused
+        return None
 
-    def _run_until(self, g: Group, until: int, ready: list[Group], waiting: list[Group], limit: int) -> None:
-        """One group up to an instruction, or to where it ends, waits or splits; what is left of it is put back."""
-        n, begin, steps = g.wave.size, self.steps, self._steps
+    def _run_until(self, g: Group, until: int, steps: Sequence[Step], limit: int) -> int | None:
+        """One group up to an instruction, or to where it ends, waits or splits; what is left of it is put back.
+
+        Gives the instruction that it pauses at.
+        """
+        n, begin, ready, paused = g.wave.size, self.steps, self._ready, None
         while True:
             i = g.pc
             now = steps[i]
@@ -128,10 +160,15 @@ class Machine:
             if result is not None:
                 if result is END:
                     break
+                if result is PAUSE:
+                    g.pc = paused = i
+                    self.steps -= 1
+                    ready.append(g)
+                    break
                 if result is BARRIER:
                     if any(access & LDS_WRITE for access in g.lgkm):
                         raise Fault(f"s_waitcnt missing: LDS is being written at a barrier ({self._place(i)})")
-                    waiting.append(g)
+                    self._waiting.append(g)
                     break
                 if self._branch(g, result, i, ready):
                     break
@@ -141,6 +178,7 @@ class Machine:
             if self.steps > limit:
                 raise Fault(f"no end after {limit} steps ({self._place(i)})")
         self.instructions += (self.steps - begin) * n
+        return paused
 
     def _branch(self, g: Group, taken, i: int, ready: list[Group]) -> bool:
         """Whether the group was split."""

@@ -27,6 +27,14 @@ class Segment:
         self.shadow = Shadow(data.size, waves_per_group) if shadow else None
         self.written = np.zeros(-(-data.size // PAGE), bool)
 
+    def copy(self) -> "Segment":
+        other: Segment = object.__new__(Segment)
+        other.data = self.data.copy()
+        other.words = other.data[: other.data.size // 4 * 4].view(np.uint32)
+        other.shadow = self.shadow.copy() if self.shadow else None
+        other.written = self.written.copy()
+        return other
+
     def load(self, at: np.ndarray, size: int, wave: np.ndarray, epoch: int, what: str) -> np.ndarray:
         """[place] -> bytes [place, size]."""
         if self.shadow:
@@ -65,6 +73,13 @@ class Memory:
             at += half + APART
         self._starts = np.array(self.starts, np.int64)
         self._ends = self._starts + np.array([x.nbytes for x in arrays])
+
+    def copy(self) -> "Memory":
+        """The same places, with bytes of their own."""
+        other: Memory = object.__new__(Memory)
+        other.__dict__.update(self.__dict__)
+        other.segments = [segment.copy() for segment in self.segments]
+        return other
 
     def load(self, address: np.ndarray, size: int, wave: np.ndarray, epoch: int, what: str) -> np.ndarray:
         at, which = self._places(address, size)

@@ -35,6 +35,13 @@ class Shadow:
         # last writer + 1, its epoch, last reader + 1, its epoch, several
         self._state = np.zeros((5, units), np.int32)
 
+    def copy(self) -> "Shadow":
+        other: Shadow = object.__new__(Shadow)
+        other.__dict__.update(self.__dict__)
+        other.conflicts = dict(self.conflicts)
+        other._page_row, other._state = self._page_row.copy(), self._state.copy()
+        return other
+
     def note_read(self, at: np.ndarray, size: int, wave: np.ndarray, epoch: int, what: str) -> None:
         """`size` bytes at each of `at` are read, by `wave`."""
         place, me, where = self._places(at, size, wave)
