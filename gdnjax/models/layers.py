@@ -197,7 +197,7 @@ class DenseMLP(nnx.Module):
     def __call__(self, x: Rows, valid: Bool[Array, "t"]) -> Float[Array, "s t d"]:
         del valid  # padded rows are computed like any other and never read
         gate, up = self.gate_proj.weight[...], self.up_proj.weight[...]
-        return project_in_parts(matmul.swiglu(x, gate, up, backend=self.backend), self.down_proj, self.backend)
+        return project_in_parts(matmul.gate_up(x, gate, up, backend=self.backend), self.down_proj, self.backend)
 
 
 def mask_padded_vocab(logits: Float32[Array, "n V"], config: ModelConfig, tp: int) -> Float32[Array, "n V"]:

@@ -39,7 +39,7 @@ class Experts(nnx.Module):
         self._check_split()
         expert, experts = self._own(expert), self.moe.held_experts
         token, place, sizes = sort_by_expert(expert, experts, backend=self.backend)
-        out = self._products(GateUp(self._products(x, self.gate_up_proj, sizes, token)), self.down_proj, sizes)
+        out = self._products(GateUp.of(self._products(x, self.gate_up_proj, sizes, token)), self.down_proj, sizes)
         # Back to token order: each pair's row is taken, for rows that are scattered go one number at a time on a GPU.
         # Rows of no expert are unspecified and selected away.
         out = out[place].astype(jnp.float32)

@@ -49,17 +49,21 @@ class Gated:
 
 @dataclasses.dataclass(frozen=True)
 class GateUp:
-    """silu(gate) * up, in their dtype, of both side by side."""
+    """silu(gate) * up, rounded to `dtype`; each is a sum of parts. Without `up` it stands beside the gate."""
 
-    both: Float[Array, "t _"]
+    gate: Float[Array, "s t _"]
+    up: Float[Array, "s t i"] | None
+    dtype: jnp.dtype
+
+    @classmethod
+    def of(cls, both: Float[Array, "t _"]) -> "GateUp":
+        """Of both side by side, in their dtype."""
+        return cls(both[None], None, both.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.both.shape[0], self.both.shape[1] // 2
-
-    @property
-    def dtype(self):
-        return self.both.dtype
+        _, rows, width = self.gate.shape
+        return rows, width if self.up is not None else width // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +97,9 @@ def numbers(rows: Rows) -> Float[Array, "t i"]:
         gated = gated_rms_norm(rows.x, rows.gate.reshape(rows.x.shape), rows.weight, rows.eps, rows.activation)
         return gated.reshape(rows.gate.shape)
     if isinstance(rows, GateUp):
-        gate, up = jnp.split(rows.both, 2, axis=-1)
-        return jax.nn.silu(gate) * up
+        gate = total(rows.gate, rows.gate.dtype)
+        gate, up = jnp.split(gate, 2, axis=-1) if rows.up is None else (gate, total(rows.up, rows.up.dtype))
+        return (jax.nn.silu(gate) * up).astype(rows.dtype)
     if not isinstance(rows, Normed):
         return rows
     return rms_norm(summed(rows.x, rows.added), rows.weight, rows.eps, rows.centre)

@@ -12,6 +12,8 @@ takes as long as a launch does, where XLA needs a kernel each for what is added,
 halves, and the factors.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -73,14 +75,14 @@ def _activated(x: GateUp, form: str, backend: Backend, *, wide: bool) -> list[Ar
         backend,
         name="matmul_rows_activated",
         programs=x.shape[0],
-        args=(x.both,),
+        args=(x.gate,) if x.up is None else (x.gate, x.up),
         out=_out(x, form, wide=wide),
         warps=_warps(x.shape[1], form),
         form=form,
         norm=None,
         wide=wide,
         added=False,
-        activated=True,
+        activated=(x.up is not None, jnp.dtype(x.dtype)),
     )
 
 
@@ -135,8 +137,10 @@ def prepared(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> t
     return whole, Prepared(form, as_they_are, *in_form, shape=(rows, width), dtype=x.dtype)
 
 
-def _make(program, x_ref, *refs, form, norm, wide, added, gated=None, activated=False):
-    width = x_ref.shape[1] // 2 if activated else x_ref.shape[1]
+def _make(program, x_ref, *refs, form, norm, wide, added, gated=None, activated=None):
+    apart, dtype = activated or (True, x_ref.dtype)
+    width = x_ref.shape[-1] if apart else x_ref.shape[-1] // 2
+    up_ref, refs = (refs[0], refs[1:]) if activated and apart else (x_ref, refs)
     gate_ref, refs = (refs[0], refs[1:]) if gated else (None, refs)
     heads = gated[0] if gated else 1
     of_head = width // heads
@@ -153,21 +157,27 @@ def _make(program, x_ref, *refs, form, norm, wide, added, gated=None, activated=
     def load(ref, *at):
         return plgpu.load(ref.at[(*at, lane)], mask=real, other=None if real is None else 0)
 
-    x = load(x_ref, program)
+    def load_total(ref, first=0):
+        """Of all parts, float32."""
+        parts = [
+            plgpu.load(ref.at[part, program, first + lane], mask=real, other=None if real is None else 0)
+            for part in range(ref.shape[0])
+        ]
+        return functools.reduce(jnp.add, (part.astype(jnp.float32) for part in parts))
+
     if activated:
-        gate = x.astype(jnp.float32)
-        up = plgpu.load(x_ref.at[program, width + lane], mask=real, other=None if real is None else 0)
-        x = (gate * sigmoid(gate) * up.astype(jnp.float32)).astype(x.dtype)
+        gate = load_total(x_ref)
+        x = (gate * sigmoid(gate) * load_total(up_ref, 0 if apart else width)).astype(dtype)
+    else:
+        x = load(x_ref, program)
     parts_ref, refs = (refs[0], refs[1:]) if added else (None, refs)
     weight_ref, refs = (refs[0], refs[1:]) if norm is not None else (None, refs)
     # Before the row's sum: its threads wait for one another there, and loads do not pass that.
     weight = None if weight_ref is None or gated else load(weight_ref).astype(jnp.float32)
     if parts_ref is not None:
-        (whole_ref, *refs), term = refs, load(parts_ref, 0, program).astype(jnp.float32)
-        for part in range(1, parts_ref.shape[0]):
-            term = term + load(parts_ref, part, program)
+        whole_ref, *refs = refs
         # Rounded as one term, as where it is added by others.
-        x = (x.astype(jnp.float32) + term.astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
+        x = (x.astype(jnp.float32) + load_total(parts_ref).astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
         plgpu.store(whole_ref.at[program, lane], x, mask=real)
     if gated:
         assert weight_ref is not None, "a gated norm has a weight"

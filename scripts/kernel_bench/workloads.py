@@ -769,7 +769,7 @@ def activated(rows: int, width: int):
         return {"both": _random(key, (rows, 2 * width))}, ()
 
     def rows_of(x):
-        return GateUp(x["both"])
+        return GateUp.of(x["both"])
 
     return _halved(f"normed-activated-{width}-{rows}", inputs, rows_of, exact.activated, rows * width, "both")
 

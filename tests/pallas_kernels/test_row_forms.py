@@ -140,23 +140,28 @@ def test_rows_that_were_prepared_in_another_form_are_not_numbers():
 @once
 @pytest.mark.parametrize("width", [32, 24])
 def test_an_activation_is_taken_on_the_way(width):
-    """Of gate and up side by side, as they are and in the forms of codes."""
+    """Of gate and up side by side or apart, not rounded yet, as they are and in the forms of codes."""
     rng = np.random.default_rng(12)
     both = jnp.asarray(rng.standard_normal((5, 2 * width)) * np.exp2(rng.integers(-9, 5, (5, 1))), jnp.bfloat16)
     gate, up = np.split(np.asarray(both, np.float64), 2, axis=1)
     exact = gate / (1 + np.exp(-gate)) * up
-    (numbers_alone,) = rows_of(GateUp(both), WIDE, INTERPRET, wide=True)
+    parts = jnp.stack([both.astype(jnp.float32) * 0.75, both.astype(jnp.float32) * 0.25])
+    apart = GateUp(*jnp.split(parts, 2, axis=2), dtype=both.dtype)
+    (numbers_apart,) = rows_of(apart, WIDE, INTERPRET, wide=True)
+    np.testing.assert_allclose(np.asarray(numbers_apart, np.float64), exact, rtol=2**-8, atol=1e-30)
+    (numbers_alone,) = rows_of(GateUp.of(both), WIDE, INTERPRET, wide=True)
     # Gated by XLA: the activation and the product are rounded.
     np.testing.assert_allclose(np.asarray(numbers_alone, np.float64), exact, rtol=2**-6, atol=1e-30)
     for form in (HALVES, FLOAT16):
-        rows, *formed = rows_of(GateUp(both), form, INTERPRET, wide=True)
+        rows, *formed = rows_of(GateUp.of(both), form, INTERPRET, wide=True)
         np.testing.assert_allclose(np.asarray(rows, np.float64), exact, rtol=2**-8, atol=1e-30)
         parts = np.asarray(formed[0]).astype(np.float64) * np.asarray(formed[1], np.float64)[:, None]
         again = parts.reshape(5, PARTS[form], width).sum(1)
         largest = np.abs(exact).max(1, keepdims=True)
         assert (np.abs(again - np.asarray(rows, np.float64)) <= largest * 2**-20).all()
-        alone = rows_of(GateUp(both), form, INTERPRET, wide=False)
-        assert all(np.array_equal(np.asarray(one), np.asarray(two)) for one, two in zip(alone, formed, strict=True))
+        alone = rows_of(GateUp.of(both), form, INTERPRET, wide=False)
+        for same, wanted in ((alone, formed), (rows_of(apart, form, INTERPRET, wide=True), [rows, *formed])):
+            assert all(np.array_equal(np.asarray(one), np.asarray(two)) for one, two in zip(same, wanted, strict=True))
 
 
 @pytest.mark.short_cases

@@ -5,14 +5,13 @@ it; more rows, and types without a tile, are XLA's. Rows [t, i] may be `Normed` 
 op; or `Prepared`, which is made for certain weights, and goes with what else there is to be done of a row.
 """
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gdnjax.backend import REFERENCE, Backend
 from gdnjax.pallas_kernels import codes, row_forms
 from gdnjax.pallas_kernels.matmul import kernels, reference, tiles
-from gdnjax.pallas_kernels.normed import Normed, Prepared, Rows, numbers, rms_norm, summed
+from gdnjax.pallas_kernels.normed import GateUp, Normed, Prepared, Rows, numbers, rms_norm, summed
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array, Float
 
@@ -63,12 +62,17 @@ def project_in_parts(x: Rows, weight: Weight, *, backend: Backend = REFERENCE) -
 
 def swiglu(x: Rows, gate: Weight, up: Weight, *, backend: Backend = REFERENCE) -> Float[Array, "t o"]:
     """silu(x gate^T) * (x up^T), in x's dtype. Both matrices are [o, i]."""
+    return numbers(gate_up(x, gate, up, backend=backend))
+
+
+def gate_up(x: Rows, gate: Weight, up: Weight, *, backend: Backend = REFERENCE) -> Rows:
+    """The same as rows of the next product: where gate and up are made apart, they are activated on its way."""
     found = tiles.of(backend, x, gate, up)
     if found is None:
         return reference.swiglu(numbers(x), gate, up, backend)
     tile = found.of_gated(gate.shape[0])
     if tile is not None:
         return kernels.swiglu(x, gate, up, tile, backend)
-    # Rounded once, as in registers.
-    gated, out = kernels.project(x, (gate, up), found.of_outputs([gate.shape[0]] * 2), backend, jnp.float32)
-    return (jax.nn.silu(gated) * out).astype(x.dtype)
+    # Not rounded before they are gated, as in registers.
+    tile = found.of_outputs([gate.shape[0]] * 2)
+    return GateUp(*kernels.project_in_parts(x, (gate, up), tile, backend, jnp.float32), dtype=x.dtype)

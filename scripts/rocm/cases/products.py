@@ -273,7 +273,7 @@ def gated(heads: int, width: int) -> Case:
 
 def activated_op(x: Arrays, layer: int, backend: Backend) -> dict[str, Any]:
     """The activation of rows that become halves."""
-    return halved(GateUp(x["both"]), backend)
+    return halved(GateUp.of(x["both"]), backend)
 
 
 def activated(width: int) -> Case:
