@@ -12,6 +12,7 @@ from gdnjax.backend import INTERPRET
 from gdnjax.checkpoint.coded import usual_formats
 from gdnjax.config import MlpKind
 from gdnjax.models import partition
+from gdnjax.pallas_kernels import matmul
 from gdnjax.pallas_kernels.matmul import fp8
 from gdnjax.quantized import CodeFormat, Quantized, dequantized
 from tests.micro import MICRO, A, D, spread
@@ -96,21 +97,20 @@ def test_ranks_with_whole_experts_in_codes_are_one_rank(tp):
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
-def test_rows_of_a_prompt_are_rounded_only_where_it_is_asked_for():
+def test_rows_are_rounded_in_large_steps_only_and_where_it_is_asked_for():
     """W8A8: another model, a little, and the same one in steps of few rows."""
     params = _params(_coded(None, ONE_LAYER), ONE_LAYER)
-    model = build_model(ONE_LAYER, "float32")
+    exactly = build_model(ONE_LAYER, "float32").backend
+    rounded = dataclasses.replace(exactly, quantize_activations=True)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, ONE_LAYER.vocab_size, 200), jnp.int32)
     expected, actual = (
         np.asarray(full_logits(build_model(ONE_LAYER, "float32", backend=backend), params, tokens))
-        for backend in (model.backend, dataclasses.replace(model.backend, quantize_activations=True))
+        for backend in (exactly, rounded)
     )
     error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
     assert 1e-3 < error < 0.2
-    few = tokens[: fp8.FEW]
-    np.testing.assert_array_equal(
-        *(
-            np.asarray(full_logits(build_model(ONE_LAYER, "float32", backend=backend), params, few))
-            for backend in (model.backend, dataclasses.replace(model.backend, quantize_activations=True))
-        )
-    )
+    weight = params["layers"][0]["self_attn"]["q_proj"]["weight"]
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((fp8.FEW + 1, 32)), jnp.float32)
+    for rows, same in ((fp8.FEW, True), (fp8.FEW + 1, False)):
+        one, other = (matmul.project(x[:rows], weight, backend=backend)[0] for backend in (exactly, rounded))
+        assert np.array_equal(np.asarray(one), np.asarray(other)) == same
