@@ -82,7 +82,8 @@ def _activated(x: GateUp, form: str, backend: Backend, *, wide: bool) -> list[Ar
         norm=None,
         wide=wide,
         added=False,
-        activated=(x.up is not None, jnp.dtype(x.dtype)),
+        activated=jnp.dtype(x.dtype),
+        beside=x.up is None,
     )
 
 
@@ -137,10 +138,9 @@ def prepared(x: Array | Normed, form: str, backend: Backend, *, wide: bool) -> t
     return whole, Prepared(form, as_they_are, *in_form, shape=(rows, width), dtype=x.dtype)
 
 
-def _make(program, x_ref, *refs, form, norm, wide, added, gated=None, activated=None):
-    apart, dtype = activated or (True, x_ref.dtype)
-    width = x_ref.shape[-1] if apart else x_ref.shape[-1] // 2
-    up_ref, refs = (refs[0], refs[1:]) if activated and apart else (x_ref, refs)
+def _make(program, x_ref, *refs, form, norm, wide, added, gated=None, activated=None, beside=False):
+    width = x_ref.shape[-1] // 2 if beside else x_ref.shape[-1]
+    up_ref, refs = (refs[0], refs[1:]) if activated is not None and not beside else (x_ref, refs)
     gate_ref, refs = (refs[0], refs[1:]) if gated else (None, refs)
     heads = gated[0] if gated else 1
     of_head = width // heads
@@ -154,20 +154,17 @@ def _make(program, x_ref, *refs, form, norm, wide, added, gated=None, activated=
         if (head.size, column.size) != (heads, of_head):
             real = (head < heads) & (column < of_head)[None, :]
 
-    def load(ref, *at):
+    def load(ref, *at, lane=lane):
         return plgpu.load(ref.at[(*at, lane)], mask=real, other=None if real is None else 0)
 
-    def load_total(ref, first=0):
+    def load_total(ref, lane=lane):
         """Of all parts, float32."""
-        parts = [
-            plgpu.load(ref.at[part, program, first + lane], mask=real, other=None if real is None else 0)
-            for part in range(ref.shape[0])
-        ]
+        parts = [load(ref, part, program, lane=lane) for part in range(ref.shape[0])]
         return functools.reduce(jnp.add, (part.astype(jnp.float32) for part in parts))
 
-    if activated:
-        gate = load_total(x_ref)
-        x = (gate * sigmoid(gate) * load_total(up_ref, 0 if apart else width)).astype(dtype)
+    if activated is not None:
+        gate, up = load_total(x_ref), load_total(up_ref, width + lane if beside else lane)
+        x = (gate * sigmoid(gate) * up).astype(activated)
     else:
         x = load(x_ref, program)
     parts_ref, refs = (refs[0], refs[1:]) if added else (None, refs)

@@ -92,7 +92,7 @@ def test_story_differs_by_seed_and_ends_by_itself(float32_llm):
 def test_every_way_gives_the_same_right_answers(tmp_path, capsys, monkeypatch):
     """20 held-out problems, 8 at once; scripts/eval.py --matrix runs all combinations over all 500.
 
-    Each cell has steps of its own: compiled without optimisations, they take half as long in all.
+    Each cell has steps of its own, and most of its time was compiling: they are compiled without optimisations.
     """
     file = tmp_path / "pairwise.json"
     prompts = ["--form", "few-shot", "--num-shots", "1", "--limit", "20", "--max-num-seqs", "8"]

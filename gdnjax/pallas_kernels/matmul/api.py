@@ -15,9 +15,6 @@ from gdnjax.pallas_kernels.normed import GateUp, Normed, Prepared, Rows, numbers
 from gdnjax.quantized import Weight
 from gdnjax.shapes import Array, Float
 
-MOST_ROWS = 128
-"""Of x that kernels take."""
-
 
 def prepare(
     x: Normed, *weights: Weight, gated: bool = False, wide: bool = False, backend: Backend = REFERENCE

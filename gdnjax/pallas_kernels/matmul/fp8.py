@@ -21,8 +21,8 @@ from gdnjax.shapes import Array
 FEW = 32
 """Rows up to which kernels are about as fast, and activations are not rounded."""
 
-FEW_IN_HALVES = 128
-"""Rows up to which kernels take them."""
+MOST_ROWS = 128
+"""Of x that kernels take. Halves are for more."""
 
 MOST_IN_HALVES = 512
 """Rows from which on twice as many products take longer than widening the matrix. One H100, 4096 x 12288."""
@@ -41,7 +41,7 @@ def form(x: Rows, weight: Weight, backend: Backend) -> str | None:
     if backend.quantize_activations and rows > FEW:
         return "tokens"
     aligned = all(size % ALIGNED == 0 for size in weight.shape)
-    if backend.has_fp8_products and x.dtype == jnp.bfloat16 and aligned and FEW_IN_HALVES < rows <= MOST_IN_HALVES:
+    if backend.has_fp8_products and x.dtype == jnp.bfloat16 and aligned and MOST_ROWS < rows <= MOST_IN_HALVES:
         return "halves"
     return None
 
