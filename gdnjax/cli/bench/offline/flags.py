@@ -84,12 +84,14 @@ def is_embedded(arguments: argparse.Namespace) -> bool:
 def add_engine_flags(add: Callable[..., Any]) -> None:
     """Devices, kernels, numbers and memory of the engines, and the output."""
     from gdnjax.config import KERNELS, KV_CACHE_DTYPES, STATE_LAYOUTS
+    from gdnjax.config.engine import SSM_DTYPES
 
     add("--quantize-activations", action="store_true", help="W8A8 in prefill; for fp8_per_channel")
     add_device_flags(add)
     add_process_flags(add)
     add("--kernels", choices=KERNELS, default="auto", help="which implementation of the ops runs (default: auto)")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values (default: the model's)")
+    add("--ssm-dtype", choices=SSM_DTYPES, default="float32", help="of the recurrent state (default: float32)")
     add("--state-layout", choices=STATE_LAYOUTS, help="of the recurrent state (default: the engine's)")
     add("--memory-fraction", type=float, metavar="F", help="share of a GPU's memory, 0 to 1 (default: 0.9)")
     add("--seed", type=int, default=0, metavar="N", help="of random weights (default: 0)")

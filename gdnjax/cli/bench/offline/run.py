@@ -108,7 +108,8 @@ def choose_engines(
     """The settings by their drafts of engines that measure the sections `names`, their pools large enough for all that
     they are `made_for`, their blocks no more than kernels can number. Raises ValueError for settings that cannot be.
     """
-    own = {name: getattr(arguments, name) for name in ("kernels", "kv_cache_dtype", "dtype")} | devices(arguments)
+    names_of_own = ("kernels", "kv_cache_dtype", "ssm_dtype", "dtype")
+    own = {name: getattr(arguments, name) for name in names_of_own} | devices(arguments)
     if arguments.quantize_activations:
         if arguments.quantization != "fp8_per_channel":
             raise ValueError("--quantize-activations is of weights of --quantization fp8_per_channel")
