@@ -1000,6 +1000,9 @@ WORKLOADS = {
         # Qwen3.5-397B-A17B, whole experts on four ranks.
         grouped(128, 512, 10, 4096, 2048, codes="float8_e4m3fn", ranks=4),
         grouped(128, 512, 10, 1024, 4096, codes="float8_e4m3fn", ranks=4),
+        # Three drafts of each of these requests are verified at once.
+        grouped(512, 512, 10, 4096, 2048, codes="float8_e4m3fn", ranks=4),
+        grouped(512, 512, 10, 1024, 4096, codes="float8_e4m3fn", ranks=4),
         grouped(8192, 512, 10, 4096, 2048, codes="float8_e4m3fn", ranks=4),
     )
 }

@@ -95,7 +95,7 @@ def test_rows_are_taken_from_where_they_stand(expected, codes, backend):
     assert np.array_equal(np.asarray(given[:95], np.float32), np.asarray(wanted[:95], np.float32))
 
 
-@pytest.mark.parametrize("expected", [1, 100], ids=["halves", "float16"])
+@pytest.mark.parametrize("expected", [1, 48, 100], ids=["halves", "few in float16", "many in float16"])
 @pytest.mark.parametrize("form", [HALVES, FLOAT16, WIDE])
 def test_prepared_rows_are_the_rows_that_they_stand_for(form, expected, backend):
     """To the bit, in the form that the product needs and in another one."""

@@ -25,6 +25,7 @@ TILES = {
     "cuda": {
         "fewest": Grouped(8, 64, 128, 2, 3, form=HALVES),
         "few": Grouped(16, 64, 128, 4, 4),
+        "few_float8": Grouped(16, 128, 128, 2, 3, form=FLOAT16),
         "many": Grouped(128, 128, 64, 8, 3),
         "many_float8": Grouped(64, 128, 128, 4, 3, form=FLOAT16),
     },
@@ -32,6 +33,7 @@ TILES = {
     "interpret": {
         "fewest": Grouped(8, 32, 64, 1, 1, form=HALVES),
         "few": Grouped(16, 32, 64, 1, 1),
+        "few_float8": Grouped(16, 32, 64, 1, 1, form=FLOAT16),
         "many": Grouped(32, 32, 64, 1, 1),
         "many_float8": Grouped(32, 32, 64, 1, 1, form=FLOAT16),
     },
