@@ -41,10 +41,10 @@ class Experts(nnx.Module):
         token, place, sizes = sort_by_expert(expert, experts, backend=self.backend)
         out = self._products(GateUp.of(self._products(x, self.gate_up_proj, sizes, token)), self.down_proj, sizes)
         # Back to token order: each pair's row is taken, for rows that are scattered go one number at a time on a GPU.
-        # Rows of no expert are unspecified and selected away.
-        out = out[place].astype(jnp.float32)
-        out = jnp.where((expert < experts)[..., None], out, 0)
-        return jnp.sum(out * weight[..., None], axis=1).astype(x.dtype)
+        # Pairs of no expert have none: the first is taken, which stays in the cache, and selected away.
+        own = expert < experts
+        out = out[jnp.where(own, place, 0)].astype(jnp.float32)
+        return jnp.sum(jnp.where(own[..., None], out, 0) * weight[..., None], axis=1).astype(x.dtype)
 
     def _own(self, expert: Int32[Array, "t top"]) -> Int32[Array, "t top"]:
         """Numbers of experts as this rank counts those that it holds; what others hold is none."""
