@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from jax import lax
 
@@ -118,6 +118,24 @@ def platform_of(device) -> str:
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
+def options_of_compiler(devices: Sequence[Any], backend: Backend, num_drafts: int) -> dict[str, Any]:
+    """What XLA is told for the steps of a mesh of such devices.
+
+    On GPUs that it leaves products apart: of those that take the same rows, one of them small, it would make one, and
+    for that lay their matrices side by side anew in each step (100 MB in a GDN layer of 9B) and copy the results apart.
+
+    On one NVIDIA GPU that the launches which it keeps in a graph wait only for those whose results they need. They
+    would stand in a row, and many are too small for a whole device. Left out where its values have not been compared
+    with those in a row: on AMD, on several devices, and with drafts.
+    """
+    if devices[0].platform != "gpu":
+        return {}
+    told: dict[str, Any] = {"xla_gpu_dot_merger_threshold_mb": 0}
+    if backend.capability is not None and len(devices) == 1 and not num_drafts:
+        told["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
+    return told
 
 
 HOST_MEMORY = "pinned_host"

@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from gdnjax import sampling, sharding, speculative
+from gdnjax.backend import options_of_compiler
 from gdnjax.batch import (
     AdmitBatch,
     CountBatch,
@@ -525,6 +526,7 @@ def _built(model: Model, mesh: Mesh, options: StepOptions, params: Any, state: A
         **{f.name: replicated for f in dataclasses.fields(LogitRowBatch)} | {"bias": sharding.P(sharding.AXIS)}
     )
     vocab = _vocab_of(model)
+    compiler_options = options_of_compiler(mesh.devices.flat, model.backend, options.num_drafts)
 
     traces: list[None] = []
 
@@ -539,7 +541,7 @@ def _built(model: Model, mesh: Mesh, options: StepOptions, params: Any, state: A
 
     def over_state(function, batch_specs):
         mapped = sharding.shard_step(counted(function), mesh, (state_specs, batch_specs), state_specs)
-        return jax.jit(mapped, donate_argnums=0, out_shardings=state_out)
+        return jax.jit(mapped, donate_argnums=0, out_shardings=state_out, compiler_options=compiler_options)
 
     def over_state_and_words(function):
         def make(form: Form | None):
@@ -559,7 +561,8 @@ def _built(model: Model, mesh: Mesh, options: StepOptions, params: Any, state: A
                 (param_specs if form is None else flat_specs, state_specs, replicated),
                 out_specs if emits else out_specs[0],
             )
-            return jax.jit(mapped, donate_argnums=1, out_shardings=out if emits else out[0])
+            out_shardings = out if emits else out[0]
+            return jax.jit(mapped, donate_argnums=1, out_shardings=out_shardings, compiler_options=compiler_options)
 
         return of_forms(make)
 

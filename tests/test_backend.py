@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 from jax import lax
 
@@ -81,3 +82,31 @@ def test_device_says_what_it_is(device, expected):
 def test_float32_products_are_never_rounded_to_tf32():
     assert backend.dot_precision("float32") == lax.Precision.HIGHEST
     assert backend.dot_precision("bfloat16") is None
+
+
+@dataclasses.dataclass
+class Device:
+    platform: str
+
+
+APART = {"xla_gpu_dot_merger_threshold_mb": 0}
+AT_ONCE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "count", "architecture", "drafts", "told"),
+    [
+        ("cpu", 1, "", 0, {}),
+        ("gpu", 1, "sm_90", 0, APART | AT_ONCE),
+        ("gpu", 1, "sm_90", 3, APART),
+        ("gpu", 2, "sm_90", 0, APART),
+        ("gpu", 1, "gfx942", 0, APART),
+        ("gpu", 1, "", 0, APART),
+    ],
+)
+def test_launches_are_at_once_only_where_that_was_compared(platform, count, architecture, drafts, told):
+    """The values of steps in a row and at once: on one NVIDIA GPU, without drafts."""
+    found = backend.options_of_compiler([Device(platform)] * count, Backend("pallas", architecture), drafts)
+    assert found == told
+    # XLA knows them, and a CPU passes over them.
+    assert jax.jit(lambda x: 2 * x, compiler_options=found)(3) == 6

@@ -41,7 +41,7 @@ class Launch:
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """What came of one function. `beyond_reach` has kernels and what buffers.faults found in them; `sequence` the names
-    of all that a call of it launches, in order.
+    of all that a call of it launches, in order; `merged` what is sliced of products that XLA made of several.
     """
 
     launches: list[Launch]
@@ -51,6 +51,7 @@ class Compiled:
     errors: list[str]
     beyond_reach: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     sequence: list[str] = dataclasses.field(default_factory=list)
+    merged: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +141,7 @@ def _compile(lowered, cache: pathlib.Path, known: dict[str, code_object.Kernel],
             {file for file in new if file.name.endswith("ir-no-opt.ll")}, {launch.name for launch in launches}
         ),
         sequence=[name for file in sorted(new) if file.name.endswith(SEQUENCE) for name in sequence(file.read_text())],
+        merged=merged(compiled.as_text()),
     )
 
 
@@ -167,6 +169,7 @@ def judge(compiled: Compiled, demands: Demands, arch: str) -> list[str]:
         wrong.append(f"{compiled.temporary_bytes} bytes of temporaries, at most {demands.most_temporary_bytes} wanted")
     if demands.most_launches is not None and not 0 < len(compiled.sequence) <= demands.most_launches:
         wrong.append(f"{len(compiled.sequence)} launches, 1 to {demands.most_launches} wanted")
+    wrong += [f"{name}: sliced of a product that XLA made of several" for name in compiled.merged]
     return wrong
 
 
@@ -257,6 +260,13 @@ def sequence(text: str) -> list[str]:
     """What is launched, by name, or kind where it has none; what holds others, a command buffer, a loop, is none."""
     found = re.findall(r"^ *\d+: (k\w+)(?: \[[^\]]*\])?(?: +(\w+))?", text, re.MULTILINE)
     return [name or kind for kind, name in found if kind not in HOLDERS]
+
+
+def merged(text: str) -> list[str]:
+    """Slices that XLA itself takes of the result of a product. It made that of several, whose matrices are laid side by
+    side in each call (see `backend.options_of_compiler`). Whoever writes a slice has it named after that.
+    """
+    return re.findall(r'(\S+) = \S+ slice\(.*op_name="[^"]*/dot_general"', text)
 
 
 @contextlib.contextmanager

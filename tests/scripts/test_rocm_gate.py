@@ -99,6 +99,18 @@ def test_launches_are_counted_and_more_of_them_are_refused():
     assert judge(COMPILED, Demands(most_launches=2), "gfx942") == ["0 launches, 1 to 2 wanted"]
 
 
+HLO = """
+  %slice.8.1 = bf16[2048,8192]{1,0} slice(%p), slice={[0:2048], [0:8192]}, metadata={op_name="step/dot_general" x=1}
+  ROOT %slice.9 = bf16[2048,64]{1,0} slice(%p), slice={[0:2048], [0:64]}, metadata={op_name="jit(step)/split" x=2}
+  %dot.1 = bf16[2048,64]{1,0} dot(%slice.3, %b), metadata={op_name="jit(step)/dot_general" x=3}
+"""
+
+
+def test_product_that_xla_made_of_several_is_refused():
+    compiled = dataclasses.replace(COMPILED, merged=compiling.merged(HLO))
+    assert judge(compiled, Demands(), "gfx942") == ["%slice.8.1: sliced of a product that XLA made of several"]
+
+
 @pytest.mark.parametrize("preset", sorted({functions.WHOLE_EXPERTS[0], *(name for name, *_ in functions.STEP_MODELS)}))
 def test_layers_of_whole_steps_are_what_a_period_has(preset):
     """A second layer of states, too: what is in its rows is not at the beginning of a pool."""
