@@ -5,6 +5,7 @@ Nearly all of the time is compiling, so models have one round of the layers' pat
 and what can be is compiled side by side.
 """
 
+import dataclasses
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +24,8 @@ from gdnjax import (
     random_params,
     sharding,
 )
+from gdnjax.assets import config_file
+from gdnjax.cli.bench.serving.engines import Loaded, load_random
 from gdnjax.config import AttentionConfig, DeltaConfig, LayerKind, MlpKind, ModelConfig
 from gdnjax.models import partition
 from scripts import bench_kernels
@@ -211,6 +214,73 @@ def errors(exact: list[Run], found: list[Run]) -> np.ndarray:
         for one, other in zip(exact, found, strict=True)
     ]
     return np.sqrt(np.mean(np.concatenate(differences) ** 2, axis=1))
+
+
+# Launches at once.
+
+IN_A_ROW = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_autotune_level": 0}
+"""For bits: XLA times its products, and may choose others another time."""
+
+AT_ONCE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+
+
+def preset_runs(loaded: Loaded, drafts: int, rounds: int) -> list[list[tuple[list[int], list[float]]]]:
+    """Tokens and their log-probabilities of prompts that are greedy and drawn, every second behind a shared beginning,
+    in each round anew.
+    """
+    loaded = loaded.for_drafts(drafts)
+    config = EngineConfig(
+        max_num_seqs=16,
+        max_num_batched_tokens=1024,
+        prefill_buckets=(1024,),
+        decode_buckets=(1, 16),
+        num_kv_blocks=700,
+        num_checkpoint_slots=8,
+        num_speculative_tokens=drafts,
+        kv_cache_dtype="fp8",
+        max_logprobs=1,
+        warmup=False,
+    )
+    rng = np.random.default_rng(0)
+    shared, *own = (
+        rng.integers(0, loaded.model.vocab_size, length).tolist() for length in (300, *rng.integers(5, 700, 24))
+    )
+    prompts = [shared * (i % 2) + prompt for i, prompt in enumerate(own)]
+    params = [
+        SamplingParams(max_tokens=32, temperature=0.0 if i % 3 else 1.0, seed=i, ignore_eos=True, logprobs=1)
+        for i in range(len(prompts))
+    ]
+    found = []
+    with LLM.from_model(loaded.model, loaded.params, config, max_model_len=1280) as llm:
+        for _ in range(rounds):
+            llm.reset_prefix_cache()
+            completions = [output.outputs[0] for output in llm.generate(prompts, params)]
+            found.append(
+                [
+                    (
+                        list(one.token_ids),
+                        [place[token].logprob for token, place in zip(one.token_ids, one.logprobs, strict=True)],
+                    )
+                    for one in completions
+                ]
+            )
+    return found
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_launches_at_once_give_the_bits_of_those_in_a_row(drafts, monkeypatch):
+    """A round of the layers of 35B-A3B in FP8, with its head for drafts. Engines have launches at once as far as
+    `backend.options_of_compiler` says.
+    """
+    config = ModelConfig.from_hf(config_file("qwen3.5-35b-a3b"))
+    config = dataclasses.replace(config, layer_kinds=config.layer_kinds[:4], mlp_kinds=config.mlp_kinds[:4])
+    own = {"tensor_parallel_size": 1, "dtype": "auto"}
+    loaded = load_random(config, own, 1, mtp=True, quantization="fp8")
+    monkeypatch.setattr("gdnjax.step.options_of_compiler", lambda *_: IN_A_ROW)
+    (wanted,) = preset_runs(loaded, drafts, 1)
+    monkeypatch.setattr("gdnjax.step.options_of_compiler", lambda *_: IN_A_ROW | AT_ONCE)
+    for found in preset_runs(loaded, drafts, 3):
+        assert found == wanted
 
 
 # Several ranks.
