@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gdnjax.serving.tokenizer import Tokenizer
+from gdnjax.serving.tool_calls import read_tools
 
 TAKEN = ("messages", "add_generation_prompt", "tokenize")
 """What is an argument of a chat, or of transformers' rendering, and so none of the template's keywords."""
@@ -11,7 +12,8 @@ TAKEN = ("messages", "add_generation_prompt", "tokenize")
 
 def template_options(given: Mapping[str, Any] | None, others: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of a chat's template, from the two places where they may stand: in `chat_template_kwargs`, which
-    vLLM's users know, and beside it. Raises ValueError for what stands in both, or is none.
+    vLLM's users know, and beside it. Raises ValueError for what stands in both, or is none, and for malformed tools,
+    which a template would pass on to the model as they are.
     """
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"chat_template_kwargs must be a dictionary, got {given!r}")
@@ -22,7 +24,16 @@ def template_options(given: Mapping[str, Any] | None, others: Mapping[str, Any])
     taken = [name for name in options if name in TAKEN]
     if taken:
         raise ValueError(f"the keywords of a chat template may not have {', '.join(taken)}: chat gives it by itself")
+    if options.get("tools") is not None:
+        _check_tools(options["tools"])
     return options
+
+
+def _check_tools(tools: Any) -> None:
+    """Raises ValueError for what is no list of tools. A function is one: transformers reads its docstring."""
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise ValueError(f"tools must be a list of tools, got {tools!r}")
+    read_tools([{"name": tool.__name__} if callable(tool) else tool for tool in tools])
 
 
 def render_chats(

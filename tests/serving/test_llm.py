@@ -601,6 +601,10 @@ def test_image_in_a_chat_is_refused_and_never_dropped(llm, kind):
         ({"chat_template_kwargs": {"add_generation_prompt": 1}}, "may not have add_generation_prompt"),
         ({"chat_template_kwargs": "thinking"}, "chat_template_kwargs must be a dictionary, got 'thinking'"),
         ({"tokenize": False}, "may not have tokenize"),
+        ({"tools": [{"type": "function", "function": {"nam": "f"}}]}, r"tools\[0\] has no name"),
+        ({"tools": [len, {"name": "len"}]}, r"tools\[1\]: there are two tools of the name 'len'"),
+        ({"chat_template_kwargs": {"tools": {"name": "f"}}}, "tools must be a list of tools, got {'name': 'f'}"),
+        ({"tools": [3]}, r"tools\[0\] must be an object, got 3"),
     ],
     ids=str,
 )
@@ -959,11 +963,11 @@ def test_chats_and_texts_of_streams_are_those_of_the_llm(llm):
         )
         assert (await going_on.prepared()).prompt.endswith("assistant\nIt")
         await going_on.aclose()
-        tooled = front.chat(chats[0], GREEDY, chat_template=template, tools=[{"type": "function"}])
-        assert (await tooled.prepared()).prompt.endswith("How?[{'type': 'function'}]")
+        tooled = front.chat(chats[0], GREEDY, chat_template=template, tools=[{"name": "f"}])
+        assert (await tooled.prepared()).prompt.endswith("How?[{'name': 'f'}]")
         await tooled.aclose()
         for options, error in [
-            ({"tools": [{"type": "function"}]}, "neither the chat template nor chat knows 'tools'"),
+            ({"tools": [{"name": "f"}]}, "neither the chat template nor chat knows 'tools'"),
             ({"chat_template_kwargs": {"thinking": True}}, "neither the chat template nor chat knows 'thinking'"),
             ({"continue_final_message": True}, "give add_generation_prompt=False, too"),
             ({"chat_template": "{% if %}"}, "the chat template cannot be read"),
