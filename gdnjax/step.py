@@ -526,7 +526,7 @@ def _built(model: Model, mesh: Mesh, options: StepOptions, params: Any, state: A
         **{f.name: replicated for f in dataclasses.fields(LogitRowBatch)} | {"bias": sharding.P(sharding.AXIS)}
     )
     vocab = _vocab_of(model)
-    compiler_options = options_of_compiler(mesh.devices.flat, model.backend, options.num_drafts)
+    compiler_options = options_of_compiler(list(mesh.devices.flat), model.backend, options.num_drafts)
 
     traces: list[None] = []
 
