@@ -120,20 +120,25 @@ def platform_of(device) -> str:
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
-def options_of_compiler(devices: Sequence[Any], backend: Backend, num_drafts: int) -> dict[str, Any]:
-    """What XLA is told for the steps of a mesh of such devices.
+AT_ONCE = 90
+"""The compute capability on which steps were timed and compared whose launches are at once."""
+
+
+def options_of_compiler(devices: Sequence[Any], backend: Backend, *, decodes: bool) -> dict[str, Any]:
+    """What XLA is told for a step of a mesh of such devices. `decodes`: a decode step without drafts.
 
     On GPUs that it leaves products apart: of those that take the same rows, one of them small, it would make one, and
     for that lay their matrices side by side anew in each step (100 MB in a GDN layer of 9B) and copy the results apart.
 
-    On one NVIDIA GPU that the launches which it keeps in a graph wait only for those whose results they need. They
-    would stand in a row, and many are too small for a whole device. Left out where its values have not been compared
-    with those in a row: on AMD, on several devices, and with drafts.
+    In decode steps on one Hopper that the launches which it keeps in a graph wait only for those whose results they
+    need. They would stand in a row, and many are too small for a whole device. Left out elsewhere: in prefill, which
+    fills a device and would take more memory, and where nobody has compared the values with those in a row: with
+    drafts, on several devices, on other GPUs.
     """
     if devices[0].platform != "gpu":
         return {}
     told: dict[str, Any] = {"xla_gpu_dot_merger_threshold_mb": 0}
-    if backend.capability is not None and len(devices) == 1 and not num_drafts:
+    if decodes and backend.capability == AT_ONCE and len(devices) == 1:
         told["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
     return told
 

@@ -526,7 +526,7 @@ def _built(model: Model, mesh: Mesh, options: StepOptions, params: Any, state: A
         **{f.name: replicated for f in dataclasses.fields(LogitRowBatch)} | {"bias": sharding.P(sharding.AXIS)}
     )
     vocab = _vocab_of(model)
-    compiler_options = options_of_compiler(list(mesh.devices.flat), model.backend, options.num_drafts)
+    told = functools.partial(options_of_compiler, list(mesh.devices.flat), model.backend)
 
     traces: list[None] = []
 
@@ -541,7 +541,7 @@ def _built(model: Model, mesh: Mesh, options: StepOptions, params: Any, state: A
 
     def over_state(function, batch_specs):
         mapped = sharding.shard_step(counted(function), mesh, (state_specs, batch_specs), state_specs)
-        return jax.jit(mapped, donate_argnums=0, out_shardings=state_out, compiler_options=compiler_options)
+        return jax.jit(mapped, donate_argnums=0, out_shardings=state_out, compiler_options=told(decodes=False))
 
     def over_state_and_words(function):
         def make(form: Form | None):
@@ -551,6 +551,7 @@ def _built(model: Model, mesh: Mesh, options: StepOptions, params: Any, state: A
 
     @functools.cache
     def over_model(function, options, *, emits=True):
+        compiler_options = told(decodes=function is decode and not options.num_drafts)
         function = functools.partial(function, model, options)
         out_specs, out = (state_specs, replicated), (state_out, whole)
 

@@ -32,8 +32,9 @@ DESCRIPTION = """\
 Every kernel at every workload of bench_kernels.py, and whole prefill, decode and seal steps at the layer sizes of
 published models, through XLA's own ROCm compiler; some of both in pools over 4 GiB. Refused are: what does not
 compile, registers that spill, scratch, more LDS than the chip has, fewer waves than a kernel has now, launches that the
-hardware cannot do, pools that are copied or not updated in place, and arrays that buffer instructions do not reach.
-Two kernels must be refused, or the gate itself is broken: one that spills, one whose offsets are cut.
+hardware cannot do, pools that are copied or not updated in place, arrays that buffer instructions do not reach, and
+products that XLA makes one of, their matrices laid side by side in every call. Three must be refused, or the gate
+itself is broken: a kernel that spills, one whose offsets are cut, and two products that XLA makes one.
 
 With --emulate the machine code of every kernel is executed, in an emulator on the CPU: small cases of all orders and
 types with poison around what may be read, pools of more than 4 GiB, and mutants of the code, of which enough must be

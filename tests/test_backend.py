@@ -94,19 +94,20 @@ AT_ONCE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 @pytest.mark.parametrize(
-    ("platform", "count", "architecture", "drafts", "told"),
+    ("platform", "count", "architecture", "decodes", "told"),
     [
-        ("cpu", 1, "", 0, {}),
-        ("gpu", 1, "sm_90", 0, APART | AT_ONCE),
-        ("gpu", 1, "sm_90", 3, APART),
-        ("gpu", 2, "sm_90", 0, APART),
-        ("gpu", 1, "gfx942", 0, APART),
-        ("gpu", 1, "", 0, APART),
+        ("cpu", 1, "", True, {}),
+        ("gpu", 1, "sm_90", True, APART | AT_ONCE),
+        ("gpu", 1, "sm_90", False, APART),
+        ("gpu", 2, "sm_90", True, APART),
+        ("gpu", 1, "sm_89", True, APART),
+        ("gpu", 1, "gfx942", True, APART),
+        ("gpu", 1, "", True, APART),
     ],
 )
-def test_launches_are_at_once_only_where_that_was_compared(platform, count, architecture, drafts, told):
-    """The values of steps in a row and at once: on one NVIDIA GPU, without drafts."""
-    found = backend.options_of_compiler([Device(platform)] * count, Backend("pallas", architecture), drafts)
+def test_launches_are_at_once_only_where_that_was_compared(platform, count, architecture, decodes, told):
+    """The values of steps in a row and at once: decode on one Hopper, without drafts."""
+    found = backend.options_of_compiler([Device(platform)] * count, Backend("pallas", architecture), decodes=decodes)
     assert found == told
     # XLA knows them, and a CPU passes over them.
     assert jax.jit(lambda x: 2 * x, compiler_options=found)(3) == 6

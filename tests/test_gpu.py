@@ -224,9 +224,9 @@ IN_A_ROW = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_autotune_level": 0}
 AT_ONCE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
-def preset_runs(loaded: Loaded, drafts: int, rounds: int) -> list[list[tuple[list[int], list[float]]]]:
-    """Tokens and their log-probabilities of prompts that are greedy and drawn, every second behind a shared beginning,
-    in each round anew.
+def preset_runs(loaded: Loaded, drafts: int, logprobs: int | None, rounds: int) -> list[list[tuple]]:
+    """Tokens, and their log-probabilities if asked for, of prompts that are greedy and drawn, every second behind a
+    shared beginning, in each round anew.
     """
     loaded = loaded.for_drafts(drafts)
     config = EngineConfig(
@@ -247,7 +247,7 @@ def preset_runs(loaded: Loaded, drafts: int, rounds: int) -> list[list[tuple[lis
     )
     prompts = [shared * (i % 2) + prompt for i, prompt in enumerate(own)]
     params = [
-        SamplingParams(max_tokens=32, temperature=0.0 if i % 3 else 1.0, seed=i, ignore_eos=True, logprobs=1)
+        SamplingParams(max_tokens=32, temperature=0.0 if i % 3 else 1.0, seed=i, ignore_eos=True, logprobs=logprobs)
         for i in range(len(prompts))
     ]
     found = []
@@ -257,18 +257,16 @@ def preset_runs(loaded: Loaded, drafts: int, rounds: int) -> list[list[tuple[lis
             completions = [output.outputs[0] for output in llm.generate(prompts, params)]
             found.append(
                 [
-                    (
-                        list(one.token_ids),
-                        [place[token].logprob for token, place in zip(one.token_ids, one.logprobs, strict=True)],
-                    )
+                    (list(one.token_ids), [next(iter(place.values())).logprob for place in one.logprobs or ()])
                     for one in completions
                 ]
             )
     return found
 
 
+@pytest.mark.parametrize("logprobs", [None, 1], ids=["plain sampler", "full sampler"])
 @pytest.mark.parametrize("drafts", [0, 3])
-def test_launches_at_once_give_the_bits_of_those_in_a_row(drafts, monkeypatch):
+def test_launches_at_once_give_the_bits_of_those_in_a_row(drafts, logprobs, monkeypatch):
     """A round of the layers of 35B-A3B in FP8, with its head for drafts. Engines have launches at once as far as
     `backend.options_of_compiler` says.
     """
@@ -276,10 +274,10 @@ def test_launches_at_once_give_the_bits_of_those_in_a_row(drafts, monkeypatch):
     config = dataclasses.replace(config, layer_kinds=config.layer_kinds[:4], mlp_kinds=config.mlp_kinds[:4])
     own = {"tensor_parallel_size": 1, "dtype": "auto"}
     loaded = load_random(config, own, 1, mtp=True, quantization="fp8")
-    monkeypatch.setattr("gdnjax.step.options_of_compiler", lambda *_: IN_A_ROW)
-    (wanted,) = preset_runs(loaded, drafts, 1)
-    monkeypatch.setattr("gdnjax.step.options_of_compiler", lambda *_: IN_A_ROW | AT_ONCE)
-    for found in preset_runs(loaded, drafts, 3):
+    monkeypatch.setattr("gdnjax.step.options_of_compiler", lambda *_, **__: IN_A_ROW)
+    (wanted,) = preset_runs(loaded, drafts, logprobs, 1)
+    monkeypatch.setattr("gdnjax.step.options_of_compiler", lambda *_, **__: IN_A_ROW | AT_ONCE)
+    for found in preset_runs(loaded, drafts, logprobs, 3):
         assert found == wanted
 
 

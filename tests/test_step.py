@@ -140,21 +140,32 @@ def compiled(name: str, dtype: str = "float32", rows: int = 4, kv_cache_dtype: s
     return traced(name, dtype, rows, kv_cache_dtype).lower().compile({"xla_backend_optimization_level": 0})
 
 
-@pytest.mark.parametrize("name", ["admit", "fill a logit row", "seal, drafts", "decode, plain", "prefill, full"])
-def test_every_step_is_compiled_as_its_device_wants(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "decodes"),
+    [
+        ("admit", False),
+        ("fill a logit row", False),
+        ("seal, drafts", False),
+        ("prefill, full", False),
+        ("decode, plain", True),
+        ("decode, plain, drafts", False),
+    ],
+)
+def test_every_step_is_compiled_as_its_device_wants(name, decodes, monkeypatch):
     """XLA refuses an option that it does not know: so what it is told has reached it."""
     _, options = STEPS[name]
     asked = []
 
-    def options_of_compiler(devices, backend, num_drafts):
-        asked.append((list(devices), backend, num_drafts))
+    def options_of_compiler(devices, backend, *, decodes):
+        asked.append((devices, backend, decodes))
         return {"no_such_option": 1}
 
     monkeypatch.setattr("gdnjax.step.options_of_compiler", options_of_compiler)
     function, given = jitted(name, abstract_state(options, 4, 8))
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         function.trace(*given).lower().compile()
-    assert asked == [(jax.devices()[:1], model_of(options).backend, options.num_drafts)]
+    assert (jax.devices()[:1], model_of(options).backend, decodes) in asked
+    assert decodes or not any(found for *_, found in asked)
 
 
 def num_bytes(tree) -> int:

@@ -33,15 +33,16 @@ class Experts(nnx.Module):
 
         Every rank has the rows of all pairs of token and choice, since all of them may be its own; those of other
         ranks' experts stand last. No group has those, so no tile of a product is theirs: kernels walk a rank's own
-        rows, and take them from where their tokens stand. What is not a product (the activation, rows put back)
-        is done for all rows.
+        rows, and take them from where their tokens stand. The activation between the products is made for all
+        rows.
         """
         self._check_split()
         expert, experts = self._own(expert), self.moe.held_experts
         token, place, sizes = sort_by_expert(expert, experts, backend=self.backend)
         out = self._products(GateUp.of(self._products(x, self.gate_up_proj, sizes, token)), self.down_proj, sizes)
         # Back to token order: each pair's row is taken, for rows that are scattered go one number at a time on a GPU.
-        # Pairs of no expert have none: the first is taken, which stays in the cache, and selected away.
+        # Rows of pairs of no expert are unspecified: the first is read in their place, which stays in the cache, and
+        # selected away.
         own = expert < experts
         out = out[jnp.where(own, place, 0)].astype(jnp.float32)
         return jnp.sum(jnp.where(own[..., None], out, 0) * weight[..., None], axis=1).astype(x.dtype)

@@ -1,6 +1,7 @@
 """Conversations to prompts: the keywords of a chat, and the texts of one conversation or several."""
 
 from collections.abc import Mapping, Sequence
+from inspect import isfunction, ismethod
 from typing import Any
 
 from gdnjax.serving.tokenizer import Tokenizer
@@ -30,10 +31,10 @@ def template_options(given: Mapping[str, Any] | None, others: Mapping[str, Any])
 
 
 def _check_tools(tools: Any) -> None:
-    """Raises ValueError for what is no list of tools. A function is one: transformers reads its docstring."""
+    """Raises ValueError for what is no list of tools. A function is one: transformers reads its hints and docstring."""
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
         raise ValueError(f"tools must be a list of tools, got {tools!r}")
-    read_tools([{"name": tool.__name__} if callable(tool) else tool for tool in tools])
+    read_tools([{"name": tool.__name__} if isfunction(tool) or ismethod(tool) else tool for tool in tools])
 
 
 def render_chats(

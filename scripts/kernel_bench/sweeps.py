@@ -156,7 +156,7 @@ def _table(name: str):
     if few and "float8" in name:
         sizes = itertools.product((8,), (32, 64, 128), (64, 128), (2, 4), (2, 3, 4), (row_forms.HALVES,))
         return grouped.TILES, "fewest", [grouped.Grouped(*size) for size in sizes]
-    if name.endswith("-512"):
+    if "float8" in name and name.endswith("-512"):
         forms = (row_forms.WIDE, row_forms.FLOAT16, row_forms.HALVES)
         sizes = itertools.chain(
             itertools.product((16,), (32, 64, 128), (128,), (2, 4), (3, 4), forms),

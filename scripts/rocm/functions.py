@@ -334,6 +334,7 @@ def controls(device) -> Iterator[Function]:
     """What has to be refused, or the gate itself is broken."""
     yield known_to_spill(device)
     yield known_to_be_cut(device)
+    yield known_to_be_merged(device)
 
 
 def known_to_be_cut(device) -> Function:
@@ -381,6 +382,24 @@ def known_to_spill(device) -> Function:
 
     x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=SingleDeviceSharding(device))
     return Function("a kernel that spills", lambda: jax.jit(function).lower(x), Demands(), refused_for="VGPR spills")
+
+
+def known_to_be_merged(device) -> Function:
+    """Two products of the same rows, one of them small, as XLA has them where nothing is said of that."""
+
+    def function(x, large, small):
+        return x @ large.T, x @ small.T
+
+    operands = [
+        jax.ShapeDtypeStruct((rows, 1024), jnp.bfloat16, sharding=SingleDeviceSharding(device))
+        for rows in (512, 4096, 64)
+    ]
+    return Function(
+        "products that XLA makes one of",
+        lambda: jax.jit(function).lower(*operands),
+        Demands(),
+        refused_for="sliced of a product that XLA made of several",
+    )
 
 
 def _placed(tree, sharding):

@@ -1,4 +1,4 @@
-"""Tile table of the op's kernel, a row per architecture: one entry for few rows a group, one for many."""
+"""Tile table of the op's kernel, a row per architecture: entries by rows a group, and by what the weights are."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ class Grouped:
 
 
 # "few" and "many": rows a group. "fewest": bfloat16 rows that meet float8_e4m3fn in halves; for a platform without such
-# matrix units there are none. "many_float8": such rows that meet such codes, many of them.
+# matrix units there are none. "few_float8", "many_float8": such rows that meet such codes as float16.
 TILES = {
     "cuda": {
         "fewest": Grouped(8, 64, 128, 2, 3, form=HALVES),
@@ -48,5 +48,5 @@ def of(backend: Backend, rows_per_group: float, dtype, weight: Weight) -> Groupe
     own = name
     if fp8 and dtype == jnp.bfloat16:
         own = "fewest" if rows_per_group <= FEWEST else f"{name}_float8"
-    # A platform without such an entry, and few rows, have that of numbers.
+    # A platform without such an entry has that of numbers.
     return table.get(own, table[name])

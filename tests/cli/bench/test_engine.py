@@ -247,3 +247,13 @@ def test_8_bit_pools_have_blocks_that_kernels_can_number():
     arguments = script.build_parser().parse_args([])
     (engine,) = run.choose_engines(arguments, config, Sizes(), ["decode"]).values()
     assert engine.num_kv_blocks == Sizes().engine(0, None, sections.SECTIONS).num_kv_blocks
+
+
+def test_flags_of_the_engines_reach_them():
+    flags = "--kv-cache-dtype int8 --ssm-dtype bfloat16 --state-layout mixed --kernels reference"
+    arguments = script.build_parser().parse_args(flags.split())
+    engines = run.choose_engines(arguments, run.read_config(arguments), Sizes(), ["decode", "speculation"])
+    for engine in engines.values():
+        assert (engine.kv_cache_dtype, engine.ssm_dtype) == ("int8", "bfloat16")
+        assert (engine.state_layout, engine.kernels) == ("mixed", "reference")
+    assert sorted(engines) == [0, 3]
