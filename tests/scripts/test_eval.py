@@ -510,7 +510,16 @@ def test_wrong_token_in_one_cell_is_status_1(capsys, flags, monkeypatch):
     assert _comparison(out, "f32-device-loop") == ["2/2", "1/2", "0", "1"]
 
 
+@pytest.fixture
+def interruptible():
+    """Whoever was started in the background ignores SIGINT, tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.thorough
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "status", "brief"), [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)])
 def test_interrupted_run_leaves_what_it_has(capsys, flags, monkeypatch, tmp_path, number, status, brief):
     """The cell that had ended, and one of two answers of the one that was running."""

@@ -602,8 +602,6 @@ def test_image_in_a_chat_is_refused_and_never_dropped(llm, kind):
         ({"chat_template_kwargs": "thinking"}, "chat_template_kwargs must be a dictionary, got 'thinking'"),
         ({"tokenize": False}, "may not have tokenize"),
         ({"tools": [{"type": "function", "function": {"nam": "f"}}]}, r"tools\[0\] has no name"),
-        ({"tools": [run, {"name": "run"}]}, r"tools\[1\]: there are two tools of the name 'run'"),
-        ({"tools": [functools.partial(run, 1)]}, r"tools\[0\] must be an object, got functools.partial"),
         ({"chat_template_kwargs": {"tools": {"name": "f"}}}, "tools must be a list of tools, got {'name': 'f'}"),
         ({"tools": [3]}, r"tools\[0\] must be an object, got 3"),
     ],
@@ -613,6 +611,15 @@ def test_image_in_a_chat_is_refused_and_never_dropped(llm, kind):
 def test_bad_option_of_a_chat_is_named(llm, options, message):
     with pytest.raises(ValueError, match=message):
         llm.chat([{"role": "user", "content": "Hello"}], GREEDY, use_tqdm=False, **options)
+
+
+def test_functions_are_tools_and_other_callables_are_none(llm):
+    """As transformers has it, which reads their hints and docstrings."""
+    chat = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(ValueError, match=r"tools\[1\]: there are two tools of the name 'run'"):
+        llm.chat(chat, GREEDY, use_tqdm=False, tools=[run, {"name": "run"}])
+    with pytest.raises(ValueError, match=r"tools\[0\] must be an object, got functools.partial"):
+        llm.chat(chat, GREEDY, use_tqdm=False, tools=[functools.partial(run, 1)])
 
 
 def test_bad_conversation_is_named_by_its_index(llm):
