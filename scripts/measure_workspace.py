@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -96,14 +95,13 @@ def devices_of(arch: str | None, ranks: int) -> Iterator[tuple[list[Any], Any]]:
 def line(arguments: argparse.Namespace, found: list[Any], backend: Any, rule: str, rows: int, drafts: int) -> str:
     """One line of the table."""
     from gdnjax.assets import config_file
+    from gdnjax.cli.bench.serving.engines import first_layers
     from gdnjax.config import EngineConfig, ModelConfig
     from gdnjax.models import abstract_params, build_model
     from gdnjax.serving import planning
     from gdnjax.sharding import make_mesh
 
-    whole = ModelConfig.from_hf(config_file(arguments.config))
-    kinds, mlps = whole.layer_kinds[: arguments.layers], whole.mlp_kinds[: arguments.layers]
-    config = dataclasses.replace(whole, layer_kinds=kinds, mlp_kinds=mlps)
+    config = first_layers(ModelConfig.from_hf(config_file(arguments.config)), arguments.layers)
     if arguments.enable_expert_parallel:
         config = config.with_expert_parallel()
     engine = EngineConfig(

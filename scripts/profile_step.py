@@ -91,19 +91,17 @@ def run(arguments) -> int:
 
 def profile(arguments, *, leads: bool = True) -> int:
     """The tables, of the process that `leads`; others take part in it."""
-    import dataclasses
 
     import jax
     import numpy as np
 
     from gdnjax import LLM, EngineConfig, ModelConfig, SamplingParams
     from gdnjax.assets import config_file
-    from gdnjax.cli.bench.serving.engines import check_size_on_cpu, follow, load_random
+    from gdnjax.cli.bench.serving.engines import check_size_on_cpu, first_layers, follow, load_random
 
     config = ModelConfig.from_hf(config_file(arguments.config))
-    if arguments.layers:
-        kinds, mlps = config.layer_kinds[: arguments.layers], config.mlp_kinds[: arguments.layers]
-        config = dataclasses.replace(config, layer_kinds=kinds, mlp_kinds=mlps)
+    if arguments.layers is not None:
+        config = first_layers(config, arguments.layers)
     if arguments.enable_expert_parallel:
         config = config.with_expert_parallel()
     drafts = arguments.num_speculative_tokens

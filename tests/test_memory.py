@@ -517,8 +517,7 @@ def test_command_without_drafts_says_nothing_of_them(capsys):
 def test_weights_are_what_the_modules_hold(name, tp, expert_parallel):
     """To the byte, of one rank: what `abstract_params` has, divided as the sharding table says. One period of layers
     stands for all."""
-    whole = ModelConfig.from_hf(config_file(name))
-    config = dataclasses.replace(whole, layer_kinds=whole.layer_kinds[:4], mlp_kinds=whole.mlp_kinds[:4])
+    config = ModelConfig.from_hf(config_file(name)).with_layers(range(4))
     config = config.with_expert_parallel() if expert_parallel else config
     for mtp in {False, config.mtp_layers > 0}:
         params = abstract_params(config, tp, "bfloat16", mtp=mtp)
@@ -532,8 +531,7 @@ def test_weights_are_what_the_modules_hold(name, tp, expert_parallel):
 @pytest.mark.parametrize("name", STORED_PLAIN)
 def test_eight_bit_weights_are_what_the_modules_hold(name, tp, quantization):
     """Codes and scales, to the byte; at some of these ranks cut blocks of 128."""
-    whole = ModelConfig.from_hf(config_file(name))
-    config = dataclasses.replace(whole, layer_kinds=whole.layer_kinds[:4], mlp_kinds=whole.mlp_kinds[:4])
+    config = ModelConfig.from_hf(config_file(name)).with_layers(range(4))
     try:
         config.shard(tp)
     except ValueError:
@@ -549,9 +547,8 @@ def test_eight_bit_weights_are_what_the_modules_hold(name, tp, quantization):
 @pytest.mark.parametrize("tp", [2, 4])
 def test_whole_experts_are_planned_to_the_byte_and_their_blocks_not_cut(tp, quantization):
     """Experts 200 wide, which two ranks cut within blocks and eight do not divide."""
-    whole = ModelConfig.from_hf(config_file("qwen3.5-35b-a3b"))
-    moe = dataclasses.replace(whole.moe, intermediate_size=200)
-    config = dataclasses.replace(whole, layer_kinds=whole.layer_kinds[:4], mlp_kinds=whole.mlp_kinds[:4], moe=moe)
+    config = ModelConfig.from_hf(config_file("qwen3.5-35b-a3b")).with_layers(range(4))
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, intermediate_size=200))
     config = config.with_expert_parallel()
     coded = usual_formats(abstract_params(config, tp, "bfloat16"), tp, quantization, expert_parallel=True)
     one_rank = usual_formats(abstract_params(config, 1, "bfloat16"), 1, quantization)

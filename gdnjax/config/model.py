@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from gdnjax.cache_kinds import ITEMSIZE, CacheKind, CacheSpec, LeafSpec, Paged, Slot
@@ -736,6 +737,11 @@ class ModelConfig:
     def expert_parallel(self) -> bool:
         """Whether ranks share out the routed experts whole."""
         return self.moe is not None and self.moe.expert_parallel
+
+    def with_layers(self, layers: Sequence[int]) -> "ModelConfig":
+        """The same model with these of its layers alone, in this order. Raises IndexError for one that it lacks."""
+        kinds = tuple(self.layer_kinds[layer] for layer in layers)
+        return dataclasses.replace(self, layer_kinds=kinds, mlp_kinds=tuple(self.mlp_kinds[layer] for layer in layers))
 
     def with_expert_parallel(self) -> "ModelConfig":
         """The same model, its routed experts shared out whole over the ranks. On one rank that changes nothing.

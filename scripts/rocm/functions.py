@@ -279,12 +279,7 @@ def _built(
     """Steps of these layers of a preset's model, weights in blocks of FP8 or in bfloat16. `counts`: slots and blocks;
     None: pools over 4 GiB.
     """
-    whole = ModelConfig.from_hf(config_file(preset))
-    config = dataclasses.replace(
-        whole,
-        layer_kinds=tuple(whole.layer_kinds[layer] for layer in layers),
-        mlp_kinds=tuple(whole.mlp_kinds[layer] for layer in layers),
-    )
+    config = ModelConfig.from_hf(config_file(preset)).with_layers(layers)
     ranks, drafts = engine.tensor_parallel_size, engine.num_speculative_tokens
     if engine.enable_expert_parallel:
         config = config.with_expert_parallel()

@@ -32,3 +32,8 @@ def test_table_has_a_line_for_each_rule_rows_and_drafts(monkeypatch, capsys):
 def test_what_makes_no_sense_is_an_error(arguments, capsys):
     assert measure_workspace.main([*arguments, "--layers", "4"]) == 2
     assert "measure_workspace.py: error: " in capsys.readouterr().err
+
+
+def test_more_layers_than_the_model_has_are_an_error(capsys):
+    assert measure_workspace.main(["--config", "tiny", "--layers", "99"]) == 2
+    assert "--layers must be between 1 and the model's 8, got 99" in capsys.readouterr().err

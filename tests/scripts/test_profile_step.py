@@ -121,6 +121,7 @@ def test_flags_that_no_profile_can_have_are_refused(flags, said, capsys):
         (["--memory-fraction", "2"], "--memory-fraction must be in (0, 1]"),
         (["--config", "no-such"], "no such file"),
         (["--spec-acceptance-length", "2"], "spec_acceptance_length"),
+        (["--layers", "99"], "--layers must be between 1 and the model's 32, got 99"),
         ([], "JAX runs on a CPU, and this is 16.7 GiB of weights and 131072 prompt tokens; there it takes 1 GiB"),
         (["--config", "tiny"], "32768 at most: --config tiny --requests 8 --input-len 64"),
         (["--output", "/nowhere/profile.json"], "no such directory"),

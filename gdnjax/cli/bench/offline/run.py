@@ -11,7 +11,14 @@ from gdnjax.assets import EMBEDDED_MODEL, config_file, model_directory
 from gdnjax.cli.bench.offline import sections
 from gdnjax.cli.bench.offline.record import Record
 from gdnjax.cli.bench.offline.sizes import Sizes
-from gdnjax.cli.bench.serving.engines import Loaded, check_size_on_cpu, follow, load_checkpoint, load_random
+from gdnjax.cli.bench.serving.engines import (
+    Loaded,
+    check_size_on_cpu,
+    first_layers,
+    follow,
+    load_checkpoint,
+    load_random,
+)
 from gdnjax.cli.command import devices, in_one_line, over_processes, prepare_environment
 from gdnjax.config import EngineConfig, MlpKind, ModelConfig
 from gdnjax.memory import StateGeometry, numbered_blocks
@@ -84,12 +91,8 @@ def read_config(arguments: argparse.Namespace) -> ModelConfig:
         if arguments.quantization == "dequantized":
             raise ValueError("--quantization dequantized is of a checkpoint; of random weights: fp8 or fp8_per_channel")
         config = ModelConfig.from_hf(config_file(arguments.config))
-    layers = arguments.layers
-    if layers is not None:
-        if not 0 < layers <= config.num_layers:
-            raise ValueError(f"--layers must be between 1 and the model's {config.num_layers}, got {layers}")
-        kinds, mlps = config.layer_kinds[:layers], config.mlp_kinds[:layers]
-        config = dataclasses.replace(config, layer_kinds=kinds, mlp_kinds=mlps)
+    if arguments.layers is not None:
+        config = first_layers(config, arguments.layers)
     return config.with_expert_parallel() if arguments.enable_expert_parallel else config
 
 
@@ -108,8 +111,8 @@ def choose_engines(
     """The settings by their drafts of engines that measure the sections `names`, their pools large enough for all that
     they are `made_for`, their blocks no more than kernels can number. Raises ValueError for settings that cannot be.
     """
-    names_of_own = ("kernels", "kv_cache_dtype", "ssm_dtype", "dtype")
-    own = {name: getattr(arguments, name) for name in names_of_own} | devices(arguments)
+    fields = ("kernels", "kv_cache_dtype", "ssm_dtype", "dtype")
+    own = {name: getattr(arguments, name) for name in fields} | devices(arguments)
     if arguments.quantize_activations:
         if arguments.quantization != "fp8_per_channel":
             raise ValueError("--quantize-activations is of weights of --quantization fp8_per_channel")

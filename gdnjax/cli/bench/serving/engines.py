@@ -264,6 +264,13 @@ def check_size_on_cpu(config: ModelConfig | None, dtype: str, tokens: int, inste
         )
 
 
+def first_layers(config: ModelConfig, count: int) -> ModelConfig:
+    """The model of --layers: so many of its layers, from the first on. Raises ValueError for a number that it lacks."""
+    if not 0 < count <= config.num_layers:
+        raise ValueError(f"--layers must be between 1 and the model's {config.num_layers}, got {count}")
+    return config.with_layers(range(count))
+
+
 def load_random(
     config: ModelConfig, options: dict[str, Any], seed: int, *, mtp: bool, quantization: str | None = None
 ) -> Loaded:
